@@ -1,0 +1,15 @@
+"""The one exception type for everything a user can cause."""
+
+
+class MoqaError(Exception):
+    """A mistake in what the user gave: one line that says what was given, what was found and what would work.
+
+    >>> raise MoqaError("--bpw 1.2 is below the smallest plan", "reachable: 2.38 to 8.38")
+    Traceback (most recent call last):
+    moqa.errors.MoqaError: --bpw 1.2 is below the smallest plan: reachable: 2.38 to 8.38
+
+    A bug is an ordinary exception and keeps its traceback; commands turn only this one into exit code 2.
+    """
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(f"{what}: {remedy}" if remedy else what)
