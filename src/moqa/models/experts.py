@@ -1,0 +1,148 @@
+"""Routed experts of transformers 5: one way to read, write and run their stacked 3-D parameters."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moqa.errors import MoqaError
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+IMPLEMENTATION = "moqa"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is a stack of routed experts behind transformers' experts interface."""
+    return hasattr(module, "is_transposed") and hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")
+
+
+def check_supported(path: str, module: nn.Module) -> None:
+    """Refuse expert stacks whose forward is not gate, up, activation, down.
+
+    Raises:
+        MoqaError: naming the module.
+    """
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False):
+        raise MoqaError(f"{path} ({type(module).__name__}) has experts without a gate or with a norm inside")
+
+
+def parameter_of(projection: str) -> str:
+    """Name of the stacked parameter that holds a projection."""
+    return "down_proj" if projection == "down_proj" else "gate_up_proj"
+
+
+def expert_matrix(module: nn.Module, expert: int, projection: str) -> Tensor:
+    """View of one expert's matrix as [out, in], whatever the family's layout is.
+
+    >>> expert_matrix(layer.mlp.experts, 7, "down_proj").shape
+    torch.Size([256, 256])
+
+    Args:
+        module: a stack of experts (`is_experts`).
+        expert: index of the expert.
+        projection: `gate_proj`, `up_proj` or `down_proj`.
+
+    Returns:
+        A view of the parameter: writing to it changes the model.
+    """
+    stacked = getattr(module, parameter_of(projection)).detach()[expert]
+    matrix = stacked.T if module.is_transposed else stacked
+    if projection == "down_proj":
+        return matrix
+    return matrix[projection_rows(module)[projection]]
+
+
+def projection_rows(module: nn.Module) -> dict[str, slice]:
+    """Where a family's gate and up rows stand in the product with `gate_up_proj`."""
+    if not module.is_concatenated:
+        return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+    width = module.gate_up_proj.shape[2 if module.is_transposed else 1] // 2
+    return {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
+
+
+class ExpertsObserver(Protocol):
+    """What a profile or a quantizer sees of a layer's experts while they run."""
+
+    def routed(self, index: Tensor, weights: Tensor) -> None:
+        """Called once per call with [tokens, top_k] expert indices (int64) and gate weights."""
+
+    def expert(self, expert: int, x: Tensor, gate_up: Tensor, hidden: Tensor, out: Tensor, gate: Tensor) -> None:
+        """Called per expert that got tokens, with all its activations and the [tokens, 1] gate weights."""
+
+
+class ExpertWeights(Protocol):
+    """Where a layer's experts get their matrices from: the model's parameters or packed planes."""
+
+    def gate_up(self, expert: int) -> Tensor:
+        """[2 * width, hidden] matrix in the family's own order of gate and up rows."""
+
+    def down(self, expert: int) -> Tensor:
+        """[hidden, width] matrix."""
+
+
+class ParameterWeights:
+    """Matrices straight from the stacked parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # unbind once: indexing an expert out of a 3-D parameter costs a full zero fill in its gradient
+        self._gate_up = module.gate_up_proj.unbind(0)
+        self._down = module.down_proj.unbind(0)
+        self._transposed = bool(module.is_transposed)
+
+    def gate_up(self, expert: int) -> Tensor:
+        """See `ExpertWeights`."""
+        return self._gate_up[expert].T if self._transposed else self._gate_up[expert]
+
+    def down(self, expert: int) -> Tensor:
+        """See `ExpertWeights`."""
+        return self._down[expert].T if self._transposed else self._down[expert]
+
+
+def run_experts(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """All routed experts of a layer on a batch of tokens: sort tokens by expert, one product per expert.
+
+    >>> run_experts(layer.mlp.experts, hidden, index, weights).shape
+    torch.Size([tokens, 256])
+
+    Args:
+        module: a stack of experts; `moqa_observer` and `moqa_weights` on it watch and replace what is computed.
+        hidden: [tokens, features] inputs.
+        index: [tokens, top_k] expert of each token, int64; an index past the last expert means none.
+        weights: [tokens, top_k] gate weights.
+
+    Returns:
+        [tokens, features] gate-weighted sum over the experts of each token.
+    """
+    observer: ExpertsObserver | None = getattr(module, "moqa_observer", None)
+    source: ExpertWeights = getattr(module, "moqa_weights", None) or ParameterWeights(module)
+    if observer is not None:
+        observer.routed(index, weights)
+    tokens, top_k = index.shape
+    order = index.reshape(-1).argsort(stable=True)
+    counts = torch.bincount(index.reshape(-1), minlength=module.num_experts).tolist()
+    outputs = []
+    for expert, slots in enumerate(order.split(counts)):
+        if expert >= module.num_experts:
+            outputs.append(hidden.new_zeros(len(slots), hidden.shape[1]))
+        elif len(slots):
+            x = hidden[slots // top_k]
+            gate_up = x @ source.gate_up(expert).T
+            if module.has_bias:
+                gate_up = gate_up + module.gate_up_proj_bias[expert]
+            inner = module._apply_gate(gate_up)
+            out = inner @ source.down(expert).T
+            if module.has_bias:
+                out = out + module.down_proj_bias[expert]
+            if observer is not None:
+                observer.expert(expert, x, gate_up, inner, out, weights.reshape(-1)[slots, None])
+            outputs.append(out)
+    # back in the tokens' order: a gather and a sum, the same on every run
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    sums = torch.cat(outputs)[places].unflatten(0, (tokens, top_k)) * weights[..., None]
+    return sums.sum(1).to(hidden.dtype)
+
+
+_run: Callable = run_experts
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _run)

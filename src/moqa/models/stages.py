@@ -1,0 +1,111 @@
+"""Run a model one decoder layer at a time, through its own forward, whatever family it is."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moqa.errors import MoqaError
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal language model, in order.
+
+    Raises:
+        MoqaError: if they cannot be found; says where they were looked for.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        children = ", ".join(name for name, _ in decoder.named_children())
+        raise MoqaError(f"{type(model).__name__} has no decoder layers", f"looked for `layers` among {children}")
+    return layers
+
+
+class Stages:
+    """The three stages of a forward pass: embed, each layer, head.
+
+    >>> stages = Stages(model)
+    >>> hidden = stages.embed(tokens)
+    >>> for index in range(stages.depth):
+    ...     hidden = stages.layer(index, hidden)
+    >>> torch.equal(stages.head(hidden), model(tokens).logits)
+    True
+
+    The model's own forward runs with every layer's forward replaced, so whatever a family does before, between and
+    after its layers (scaled embeddings, masks by layer type, capped logits) happens here too. All windows of a batch
+    are full: no padding.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = decoder_layers(model)
+        self.depth = len(self.layers)
+        self._calls: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
+        self._tuple = False
+        with torch.no_grad(), self._replaced(self._probe):
+            model(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[batch, context] token ids -> [batch, context, features] input of layer 0."""
+        first: list[Tensor] = []
+        calls: list[tuple[tuple, dict]] = []
+
+        def record(_: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            first.append(hidden)
+            calls.append((args, kwargs))
+            return hidden
+
+        with torch.no_grad(), self._replaced(record), self._short_head():
+            self.model(tokens, use_cache=False)
+        self._calls[tokens.shape[0], tokens.shape[1]] = calls
+        return first[0]
+
+    def layer(self, index: int, hidden: Tensor) -> Tensor:
+        """Output of decoder layer `index` for [batch, context, features] inputs; gradients flow if asked for."""
+        args, kwargs = self._calls[hidden.shape[0], hidden.shape[1]][index]
+        out = self.layers[index](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[batch, context, vocabulary] logits from the last layer's output."""
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long)
+        with self._replaced(lambda *_, **__: hidden):
+            return self.model(tokens, use_cache=False).logits
+
+    def _probe(self, index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # only the first layer really runs: it shows whether this family's layers return a tuple
+        if index == 0:
+            layer = self.layers[0]
+            self._tuple = isinstance(type(layer).forward(layer, hidden, *args, **kwargs), tuple)
+        return hidden
+
+    @contextmanager
+    def _replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        for index, layer in enumerate(self.layers):
+
+            def stub(*args: Any, index: int = index, **kwargs: Any) -> Any:
+                out = forward(index, *args, **kwargs)
+                return (out,) if self._tuple else out
+
+            layer.forward = stub
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    @contextmanager
+    def _short_head(self) -> Iterator[None]:
+        # embedding needs no logits, and a head over a large vocabulary costs as much as several layers
+        head = self.model.get_output_embeddings()
+        if head is None:
+            yield
+            return
+        head.forward = lambda x: x[..., :1]
+        try:
+            yield
+        finally:
+            del head.forward

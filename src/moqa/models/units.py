@@ -1,0 +1,41 @@
+"""Units: the weight matrices of a model that each get a precision of their own."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["expert", "shared", "attention", "mlp"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One weight matrix, e.g. expert 7's `down_proj` of layer 3.
+
+    >>> unit = view.units["model.layers.3.mlp.experts.7.down_proj"]
+    >>> unit.layer, unit.role, unit.expert, unit.projection, unit.shape
+    (3, 'expert', 7, 'down_proj', (256, 256))
+
+    Attributes:
+        name: path in the model; experts of a stacked parameter get their index in the path.
+        layer: index of the decoder layer.
+        role: `expert` (routed), `shared` (an expert that every token visits), `attention` (whatever mixes tokens),
+            or `mlp` (the feed-forward part of a dense layer).
+        projection: last word of the name.
+        expert: index of the routed expert, None for other roles.
+        shape: (out, in) of the matrix as it multiplies a column of activations.
+        module: path of the module that owns the parameter.
+        parameter: name of the parameter in that module.
+    """
+
+    name: str
+    layer: int
+    role: Role
+    projection: str
+    expert: int | None
+    shape: tuple[int, int]
+    module: str
+    parameter: str
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the matrix."""
+        return self.shape[0] * self.shape[1]

@@ -1,0 +1,174 @@
+"""One family-independent view of a transformers model: decoder layers, experts, units and what is kept."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moqa.errors import MoqaError
+from moqa.models import checkpoint
+from moqa.models.experts import IMPLEMENTATION, PROJECTIONS, check_supported, expert_matrix, is_experts, parameter_of
+from moqa.models.load import load_original
+from moqa.models.stages import decoder_layers
+from moqa.models.units import Role, Unit
+
+# Gates with a handful of rows (a shared expert's gate, a per-head gate) are kept: they cost nothing and decide much.
+_SMALLEST_SIDE = 16
+
+
+class ModelView:
+    """A causal language model seen as decoder layers, units and kept tensors.
+
+    >>> view = open_model("reference/model")
+    >>> len(view.layers), len(view.units), view.experts(0).num_experts
+    (6, 312, 16)
+
+    Every parameter is either covered by units, completely, or kept: `units` and `kept` never overlap.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path | None = None) -> None:
+        self.model = model
+        self.folder = folder
+        self.layers = decoder_layers(model)
+        self._modules = dict(model.named_modules())
+        self.units: dict[str, Unit] = {unit.name: unit for unit in self._find_units()}
+        if not self.units:
+            looked_at = sorted({type(module).__name__ for module in self.layers[0].modules()})
+            raise MoqaError(f"no units found in {type(model).__name__}", f"looked at {', '.join(looked_at)}")
+        if self.has_experts:
+            model.set_experts_implementation(IMPLEMENTATION)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any decoder layer routes tokens to experts."""
+        return any(unit.role == "expert" for unit in self.units.values())
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token (0 for a dense model)."""
+        return int(getattr(self.model.config, "num_experts_per_tok", 0) or 0) if self.has_experts else 0
+
+    def module(self, path: str) -> nn.Module:
+        """Module at a path of the model."""
+        return self._modules[path]
+
+    def experts_path(self, layer: int) -> str | None:
+        """Path of a layer's stack of routed experts, None in a dense layer."""
+        return next((u.module for u in self.layer_units(layer) if u.role == "expert"), None)
+
+    def experts(self, layer: int) -> nn.Module:
+        """A layer's stack of routed experts."""
+        path = self.experts_path(layer)
+        if path is None:
+            raise KeyError(f"layer {layer} has no routed experts")
+        return self.module(path)
+
+    def layer_units(self, layer: int) -> list[Unit]:
+        """Units of one decoder layer, in the model's order."""
+        return [unit for unit in self.units.values() if unit.layer == layer]
+
+    def weight(self, unit: Unit) -> Tensor:
+        """View of a unit's matrix, [out, in]; writing to it changes the model."""
+        module = self.module(unit.module)
+        if unit.expert is not None:
+            return expert_matrix(module, unit.expert, unit.projection)
+        return module.get_parameter(unit.parameter).detach()
+
+    def set_weight(self, unit: Unit, matrix: Tensor) -> None:
+        """Overwrite a unit's matrix with [out, in] values."""
+        self.weight(unit).copy_(matrix)
+
+    def unit_parameters(self) -> set[str]:
+        """Names of the parameters that are covered by units."""
+        return {f"{unit.module}.{unit.parameter}" for unit in self.units.values()}
+
+    def kept(self) -> dict[str, Tensor]:
+        """State-dict entries that no unit covers, tied copies left out: what a checkpoint stores unchanged."""
+        covered, tied = self.unit_parameters(), set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        return {k: v for k, v in self.model.state_dict().items() if k not in covered and k not in tied}
+
+    def kept_on_disk(self) -> dict[str, Tensor]:
+        """Kept tensors as a checkpoint stores them: floating point in the narrowest dtype that loses nothing."""
+        return {name: narrowest(tensor) for name, tensor in self.kept().items()}
+
+    def check_complete(self) -> None:
+        """Assert that units cover their parameters completely and exactly once.
+
+        Raises:
+            MoqaError: naming a parameter that is covered in part or twice.
+        """
+        covered: dict[str, int] = {}
+        for unit in self.units.values():
+            covered[f"{unit.module}.{unit.parameter}"] = (
+                covered.get(f"{unit.module}.{unit.parameter}", 0) + unit.weights
+            )
+        for name, count in covered.items():
+            if count != self.model.get_parameter(name).numel():
+                raise MoqaError(f"{name} has {self.model.get_parameter(name).numel()} weights, units cover {count}")
+
+    def _find_units(self) -> Iterator[Unit]:
+        prefix = _layers_path(self.model, self.layers)
+        for index, layer in enumerate(self.layers):
+            root = f"{prefix}.{index}"
+            stacks = [path for path, module in layer.named_modules() if is_experts(module)]
+            for path, module in layer.named_modules():
+                full = f"{root}.{path}"
+                if is_experts(module):
+                    check_supported(full, module)
+                    for expert in range(module.num_experts):
+                        for projection in PROJECTIONS:
+                            shape = tuple(expert_matrix(module, expert, projection).shape)
+                            name = f"{full}.{expert}.{projection}"
+                            parameter = parameter_of(projection)
+                            yield Unit(name, index, "expert", projection, expert, shape, full, parameter)
+                elif type(module) is nn.Linear and min(module.weight.shape) >= _SMALLEST_SIDE:
+                    shape = tuple(module.weight.shape)
+                    yield Unit(full, index, _role(path, stacks), path.split(".")[-1], None, shape, full, "weight")
+
+
+def narrowest(tensor: Tensor) -> Tensor:
+    """A floating-point tensor in the first of bfloat16, float16 and float32 that keeps every value.
+
+    >>> narrowest(torch.ones(3)).dtype, narrowest(torch.tensor([1 + 2**-10])).dtype
+    (torch.bfloat16, torch.float16)
+    """
+    if tensor.is_floating_point():
+        for dtype in (torch.bfloat16, torch.float16):
+            if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+                return tensor.to(dtype)
+    return tensor
+
+
+def _role(path: str, stacks: list[str]) -> Role:
+    parent = path.split(".")[0]
+    if any(stack.split(".")[0] == parent for stack in stacks):
+        return "shared"
+    return "mlp" if parent in ("mlp", "feed_forward", "ffn", "shared_mlp", "block_sparse_moe") else "attention"
+
+
+def _layers_path(model: nn.Module, layers: nn.ModuleList) -> str:
+    return next(path for path, module in model.named_modules() if module is layers)
+
+
+def open_model(model: str | Path, dtype: torch.dtype = torch.float32) -> ModelView:
+    """Load a model folder or Hub id and look at it as units.
+
+    >>> open_model("reference/model").model.config.model_type
+    'qwen3_moe'
+
+    Args:
+        model: folder or Hub id of a causal language model in safetensors.
+        dtype: dtype to compute in.
+
+    Raises:
+        MoqaError: if it is missing, corrupted, has NaN or infinite weights, lacks tensors that its architecture needs,
+            or holds ones that it does not know.
+    """
+    folder = checkpoint.locate(model)
+    if (folder / "moqa.json").is_file():
+        raise MoqaError(f"{model} is already a moqa checkpoint", "give the original model")
+    checkpoint.check_finite(folder)
+    view = ModelView(load_original(folder, dtype), folder)
+    view.check_complete()
+    return view
