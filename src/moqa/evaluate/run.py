@@ -1,0 +1,155 @@
+"""`moqa.evaluate`: perplexity and divergence of a model or checkpoint on held-out text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+from torch import nn
+
+from moqa.data import Distribution, Windows, cut_windows, refuse_overlap
+from moqa.errors import MoqaError
+from moqa.evaluate.measure import Reference, Score, scores
+from moqa.format.reader import Checkpoint, is_checkpoint, open_checkpoint
+from moqa.models import checkpoint as original
+from moqa.models.load import load_tokenizer
+from moqa.models.view import ModelView, open_model
+from moqa.profile.measure import Report
+from moqa.profile.record import Fitted
+from moqa.profile.run import quiet
+from moqa.runtime.load import load_packed
+
+DEFAULT_WINDOWS = 64
+
+
+class Quality(BaseModel, frozen=True):
+    """Scores of one model on one distribution; see `Score`."""
+
+    perplexity: float
+    bits_per_byte: float
+    kl_divergence: float | None
+    top1_agreement: float | None
+    tokens: int
+
+
+class Evaluation(BaseModel, frozen=True):
+    """What `moqa evaluate --json` writes."""
+
+    model: str = Field(description="as the user gave it")
+    against: str | None = Field(description="the original that divergence is measured from")
+    strategy: str | None = Field(None, description="of the checkpoint; None for an original model")
+    method: str | None = None
+    hedge: float | None = None
+    fitted_on: tuple[str, ...] = Field((), description="distributions that the checkpoint was fitted on")
+    bytes: int = Field(description="all weight files")
+    bits_per_weight: float = Field(description="stored bits per weight of the units")
+    model_bits_per_weight: float = Field(description="stored bits per weight of the whole model")
+    context: int
+    distributions: dict[str, Quality]
+
+
+def evaluate(
+    model: str | Path,
+    distributions: Sequence[Distribution],
+    against: str | Path | None = None,
+    context: int = 256,
+    windows: int | None = DEFAULT_WINDOWS,
+    report: Report = quiet,
+    reference: Reference | None = None,
+) -> Evaluation:
+    """Measure a model or checkpoint on held-out text, from what is on disk.
+
+    >>> moqa.evaluate("runs/out", [wiki_test], against="reference/model").distributions["wiki"].kl_divergence
+
+    Args:
+        model: folder of an original model or of a checkpoint, or a Hub id.
+        distributions: held-out texts; one that the checkpoint was fitted on is refused.
+        against: the original model to compare with; an original is compared with itself if None, a checkpoint with
+            the model it was made from, where that is still there.
+        context: tokens in a window.
+        windows: per distribution, evenly spaced; None takes all of the text.
+        report: called with what is done, how much of it, and of how much.
+        reference: the original's answers on windows of these distributions, if they are known already.
+
+    Raises:
+        MoqaError: if something is missing or damaged, or a text overlaps what the checkpoint was fitted on.
+    """
+    if not distributions:
+        raise MoqaError("no distribution to evaluate on", "give at least one --data NAME=FILE")
+    packed = open_checkpoint(model) if is_checkpoint(model) else None
+    folder = packed.folder if packed else original.locate(model)
+    tokenizer = load_tokenizer(folder)
+    cut = reference.windows if reference else [cut_windows(d, tokenizer, context, windows) for d in distributions]
+    if [w.name for w in cut] != [d.name for d in distributions]:
+        raise ValueError("the reference was made for other distributions")
+    if packed:
+        _refuse_fitted(packed, distributions, cut)
+    view = None if packed else open_model(folder)
+    module: nn.Module = load_packed(packed) if packed else view.model  # type: ignore[union-attr]
+    if reference is None:
+        reference = _reference(model, against, packed, module, cut, report)
+    result = scores(module, cut, reference, report)
+    size = _size_of_checkpoint(packed) if packed else _size_of_original(folder, view)
+    name = str(against) if against is not None else (packed.manifest.model if packed else str(model))
+    return Evaluation(
+        model=str(model), against=name if reference else None, **size, context=context,
+        distributions={name: Quality(**_rounded(score)) for name, score in result.items()},
+    )  # fmt: skip
+
+
+def _refuse_fitted(packed: Checkpoint, distributions: Sequence[Distribution], cut: Sequence[Windows]) -> None:
+    fitted = {n: Fitted(digest=f.digest, shingles=f.shingles) for n, f in packed.manifest.fitted.items()}
+    for distribution, windows in zip(distributions, cut, strict=True):
+        same = [name for name, text in fitted.items() if text.digest == distribution.digest]
+        if same:
+            raise MoqaError(
+                f"{distribution.name}={distribution.origin} is the text that {packed.folder} was fitted on ({same[0]})",
+                "evaluate on held-out text",
+            )
+        refuse_overlap(distribution.name, windows.shingles, {name: text.hashes() for name, text in fitted.items()})
+
+
+def _reference(
+    model: str | Path,
+    against: str | Path | None,
+    packed: Checkpoint | None,
+    module: nn.Module,
+    cut: list[Windows],
+    report: Report,
+) -> Reference | None:
+    if against is None and packed is None:
+        return Reference.of(module, cut, report)
+    wanted = against if against is not None else packed.manifest.model if packed else model
+    if against is None and not Path(wanted).is_dir():
+        return None
+    view = open_model(wanted)
+    if packed and original.fingerprint(view.folder or Path(wanted)) != packed.manifest.fingerprint:
+        raise MoqaError(f"--against {wanted} is not the model that {model} was made from", "give that one")
+    return Reference.of(view.model, cut, report)
+
+
+def _size_of_checkpoint(packed: Checkpoint) -> dict:
+    manifest = packed.manifest
+    hedge = manifest.options.get("hedge")
+    return {
+        "strategy": manifest.strategy,
+        "method": manifest.method,
+        "hedge": None if hedge is None else float(hedge),
+        "fitted_on": tuple(manifest.fitted),
+        "bytes": packed.bytes,
+        "bits_per_weight": packed.bits_per_weight,
+        "model_bits_per_weight": packed.model_bits_per_weight,
+    }
+
+
+def _size_of_original(folder: Path, view: ModelView | None) -> dict:
+    assert view is not None
+    size = sum(path.stat().st_size for path in original.weight_files(folder))
+    values = sum(tensor.numel() for _, tensor in original.tensors(folder))
+    units = sum(unit.weights for unit in view.units.values())
+    unit_bytes = size - sum(t.numel() * t.element_size() for t in view.kept_on_disk().values())
+    bits = round(unit_bytes * 8 / units)
+    return {"bytes": size, "bits_per_weight": float(bits), "model_bits_per_weight": size * 8 / values}
+
+
+def _rounded(score: Score) -> dict:
+    return {k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in vars(score).items()}

@@ -1,0 +1,44 @@
+"""Artifacts as JSON: validated when read, written the same way every time."""
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from moqa.errors import MoqaError
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def write_json(record: BaseModel | dict, path: Path) -> None:
+    """Write a record with sorted keys, so that artifacts diff well and equal records are equal files.
+
+    >>> write_json(plan, Path("plan.json"))
+    """
+    data = record.model_dump(mode="json") if isinstance(record, BaseModel) else record
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(kind: type[Record], path: Path) -> Record:
+    """Read and validate a record.
+
+    >>> read_json(Plan, Path("plan.json")).strategy
+    'moqa-budget'
+
+    Raises:
+        MoqaError: if the file is missing, not JSON, or not such a record; names the first field that is wrong.
+    """
+    name = kind.__name__.lower()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise MoqaError(f"no {name} at {path}", reason) from None
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MoqaError(f"{path} is not a {name}", f"{where + ': ' if where else ''}{first['msg']}") from None

@@ -1,0 +1,106 @@
+"""Which tensor lies in which shard, and exactly how long every file is: planned here, written by `writer`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moqa.format.scheme import Scheme
+
+# safetensors' names of the dtypes that a checkpoint stores
+DTYPES = {
+    torch.uint8: "U8", torch.bool: "BOOL", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
+    torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+}  # fmt: skip
+ALIGNMENT = 64
+_DIGITS = 15  # of the largest offset in a file
+
+Entry = tuple[torch.dtype, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its name and its tensors in the order of their bytes.
+
+    >>> Shard("model-00001-of-00007.safetensors", {"model.norm.weight": (torch.bfloat16, (256,))}).bytes
+    704
+    """
+
+    file: str
+    entries: dict[str, Entry]
+
+    def header(self) -> bytes:
+        """The file's first bytes, up to its data: a length and JSON, each entry filled up with spaces."""
+        last = next(reversed(self.entries), None)
+        offset, parts = 0, [b"{".ljust(ALIGNMENT - 8)]
+        for name, entry in self.entries.items():
+            end = offset + entry_bytes(entry)
+            comma = b"," if name != last else b""
+            text = _describe(name, entry, f"{offset},{end}") + comma
+            parts.append(text.ljust(header_bytes(name, entry)))
+            offset = end
+        text = b"".join(parts)[:-1] + b"}"
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def bytes(self) -> int:
+        """Length of the file."""
+        return len(self.header()) + sum(entry_bytes(entry) for entry in self.entries.values())
+
+
+def entry_bytes(entry: Entry) -> int:
+    """Bytes of one tensor."""
+    return entry[0].itemsize * torch.Size(entry[1]).numel()
+
+
+def shards(
+    kept: Mapping[str, Entry], layers: int, units: Mapping[str, tuple[int, tuple[int, int], Scheme]]
+) -> list[Shard]:
+    """All files of a checkpoint: one for what is kept, one per decoder layer for its units.
+
+    >>> [shard.file for shard in shards(kept, 6, units)][:2]
+    ['model-00001-of-00007.safetensors', 'model-00002-of-00007.safetensors']
+
+    Args:
+        kept: tensors stored unchanged, by name.
+        layers: decoder layers of the model.
+        units: unit name -> layer, [out, in] shape and scheme.
+
+    Returns:
+        Shards whose tensors are ordered by falling element size, then name, so that all are aligned.
+    """
+    stored: list[dict[str, Entry]] = [dict(kept)] + [{} for _ in range(layers)]
+    for name, (layer, shape, scheme) in units.items():
+        for suffix, entry in scheme.tensors(shape).items():
+            stored[layer + 1][f"{name}.{suffix}"] = entry
+    return [
+        Shard(f"model-{number:05d}-of-{len(stored):05d}.safetensors", dict(sorted(tensors.items(), key=_order)))
+        for number, tensors in enumerate(stored, 1)
+    ]
+
+
+def header_bytes(name: str, entry: Entry) -> int:
+    """Bytes that a tensor takes in its file's header.
+
+    A multiple of 64 that does not depend on where the tensor lies: so headers keep the data aligned, and the length of
+    a file is a plain sum over its tensors, which a plan can add up before anything is written.
+    """
+    longest = len(_describe(name, entry, "")) + 2 * _DIGITS + len(",,}")
+    return -(-longest // ALIGNMENT) * ALIGNMENT
+
+
+def unit_bytes(name: str, shape: tuple[int, int], scheme: Scheme) -> int:
+    """Bytes that a unit adds to its file: its tensors and their places in the header."""
+    return sum(
+        entry_bytes(entry) + header_bytes(f"{name}.{suffix}", entry) for suffix, entry in scheme.tensors(shape).items()
+    )
+
+
+def _describe(name: str, entry: Entry, offsets: str) -> bytes:
+    shape = ",".join(map(str, entry[1]))
+    return f'{json.dumps(name)}:{{"dtype":"{DTYPES[entry[0]]}","shape":[{shape}],"data_offsets":[{offsets}]}}'.encode()
+
+
+def _order(item: tuple[str, Entry]) -> tuple[int, str]:
+    return -item[1][0].itemsize, item[0]

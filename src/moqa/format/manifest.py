@@ -1,0 +1,62 @@
+"""The manifest of a checkpoint (`moqa.json`): what it was made from, how, and what every file must be."""
+
+from pydantic import BaseModel, Field
+
+from moqa.format.scheme import Scheme
+
+FORMAT = 1
+MANIFEST = "moqa.json"
+
+
+class StoredUnit(BaseModel, frozen=True):
+    """One unit as it was quantized."""
+
+    layer: int
+    role: str
+    shape: tuple[int, int] = Field(description="(out, in)")
+    scheme: Scheme
+    method: str = Field(description="the method whose result is stored; `gptq` falls back to `rtn` where that is better")
+    error: float | None = Field(description="squared output error over squared output on held-out samples; None: no data")
+
+
+class StoredTensor(BaseModel, frozen=True):
+    """A tensor that is no unit."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class StoredFile(BaseModel, frozen=True):
+    """A weight file."""
+
+    bytes: int
+    sha256: str
+
+
+class FittedText(BaseModel, frozen=True):
+    """A text that a fitting step saw; no evaluation may run on it."""
+
+    digest: str = Field(description="sha256 of the whole text")
+    shingles: str = Field(description="content hashes of the samples: little-endian uint64, base64")
+
+
+class Manifest(BaseModel, frozen=True):
+    """Table of contents of a checkpoint."""
+
+    format: int = FORMAT
+    moqa: str = Field(description="version that wrote it")
+    model: str = Field(description="the original model, as the user gave it")
+    model_type: str
+    fingerprint: str = Field(description="of the original model")
+    layers: int = Field(description="decoder layers")
+    strategy: str
+    options: dict[str, str | float | int | None] = Field(description="of the strategy")
+    ties: str
+    budget: str | None
+    method: str = Field(description="quantization method")
+    seed: int
+    mixture: dict[str, float] = Field(description="share of each distribution in the fit; `self` is the model's own text")
+    fitted: dict[str, FittedText] = Field(description="texts that the plan or the method saw")
+    units: dict[str, StoredUnit]
+    kept: dict[str, StoredTensor]
+    files: dict[str, StoredFile]

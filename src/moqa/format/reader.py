@@ -1,0 +1,157 @@
+"""Read a checkpoint: its manifest, and its tensors only after every file has been found to be as it must."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moqa.errors import MoqaError
+from moqa.format.artifact import read_json
+from moqa.format.layout import DTYPES, Shard, shards
+from moqa.format.manifest import FORMAT, MANIFEST, Manifest
+from moqa.models.checkpoint import read_header
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A quantized model on disk.
+
+    >>> checkpoint = open_checkpoint("runs/out")
+    >>> checkpoint.bytes, round(checkpoint.bits_per_weight, 2)
+    (13033920, 3.43)
+    """
+
+    folder: Path
+    manifest: Manifest
+
+    def shards(self) -> list[Shard]:
+        """Layout of all weight files that the manifest describes."""
+        kept = {name: (_dtype(name, t.dtype), t.shape) for name, t in self.manifest.kept.items()}
+        units = {name: (unit.layer, unit.shape, unit.scheme) for name, unit in self.manifest.units.items()}
+        return shards(kept, self.manifest.layers, units)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(file.bytes for file in self.manifest.files.values())
+
+    @property
+    def unit_weights(self) -> int:
+        """Number of weights in units."""
+        return sum(unit.shape[0] * unit.shape[1] for unit in self.manifest.units.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the units."""
+        return sum(u.scheme.stored_bytes(u.shape) for u in self.manifest.units.values()) * 8 / self.unit_weights
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        """Stored bits per weight of the whole model."""
+        kept = sum(torch.Size(tensor.shape).numel() for tensor in self.manifest.kept.values())
+        return self.bytes * 8 / (self.unit_weights + kept)
+
+    def layer(self, index: int | None) -> dict[str, Tensor]:
+        """Tensors of one decoder layer's units, or of all that is kept if `index` is None."""
+        shard = self.shards()[0 if index is None else index + 1]
+        with safe_open(self.folder / shard.file, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in shard.entries}
+
+    def check_files(self) -> None:
+        """Compare every weight file with the layout that the manifest describes: names, dtypes, shapes, offsets.
+
+        Raises:
+            MoqaError: naming the first file or tensor that differs.
+        """
+        expected = self.shards()
+        if sorted(self.manifest.files) != sorted(shard.file for shard in expected):
+            raise MoqaError(f"{self.folder / MANIFEST} lists other files than its units need")
+        for shard in expected:
+            path, recorded = self.folder / shard.file, self.manifest.files[shard.file]
+            if not path.is_file():
+                raise MoqaError(f"{self.folder} lacks {shard.file}", f"{MANIFEST} lists {len(expected)} weight files")
+            if path.stat().st_size != recorded.bytes or recorded.bytes != shard.bytes:
+                raise MoqaError(f"{path} has {path.stat().st_size} bytes", f"{shard.bytes} were written")
+            header = read_header(path)
+            found = {name: (entry.get("dtype"), tuple(entry.get("shape", ()))) for name, entry in header.items()}
+            wanted = {name: (DTYPES[dtype], shape) for name, (dtype, shape) in shard.entries.items()}
+            if found != wanted:
+                name = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))[0]
+                raise MoqaError(f"{path}: {name} is {found.get(name)}", f"the manifest says {wanted.get(name)}")
+            with path.open("rb") as file:
+                if file.read(len(shard.header())) != shard.header():
+                    raise MoqaError(f"{path} has another header than was written")
+
+    def check_hashes(self) -> None:
+        """Compare every weight file with its recorded hash.
+
+        Raises:
+            MoqaError: naming the first that differs.
+        """
+        for name, recorded in self.manifest.files.items():
+            with (self.folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != recorded.sha256:
+                    raise MoqaError(f"{self.folder / name} is corrupted", "its sha256 differs from the manifest's")
+
+    def check_values(self) -> None:
+        """Look for NaN, infinite or negative scales.
+
+        Raises:
+            MoqaError: naming the tensor.
+        """
+        for name, scale in self._scales():
+            if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
+                raise MoqaError(f"{self.folder}: {name} holds NaN, infinite or negative scales")
+
+    def _scales(self) -> Iterator[tuple[str, Tensor]]:
+        for shard in self.shards():
+            try:
+                with safe_open(self.folder / shard.file, framework="pt") as file:
+                    for name in shard.entries:
+                        if name.endswith(".scale"):
+                            yield name, file.get_tensor(name)
+            except SafetensorError as error:
+                raise MoqaError(f"{self.folder / shard.file} is corrupted", str(error)) from None
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder holds a moqa checkpoint."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
+    """Open a checkpoint and check it.
+
+    >>> open_checkpoint("runs/out").manifest.strategy
+    'moqa-budget'
+
+    Args:
+        folder: of the checkpoint.
+        verify: also compare the hashes, which reads every byte.
+
+    Raises:
+        MoqaError: if it is no checkpoint, from a newer format, or not what its manifest says.
+    """
+    folder = Path(folder)
+    if not is_checkpoint(folder):
+        raise MoqaError(f"{folder} is no moqa checkpoint", f"it has no {MANIFEST}")
+    manifest = read_json(Manifest, folder / MANIFEST)
+    if manifest.format > FORMAT:
+        raise MoqaError(f"{folder} has format {manifest.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    checkpoint = Checkpoint(folder, manifest)
+    checkpoint.check_files()
+    if verify:
+        checkpoint.check_hashes()
+    checkpoint.check_values()
+    return checkpoint
+
+
+def _dtype(name: str, text: str) -> torch.dtype:
+    dtype = getattr(torch, text, None)
+    if dtype not in DTYPES:
+        raise MoqaError(f"{MANIFEST}: {name} has dtype {text!r}", f"stored are {', '.join(map(str, DTYPES))}")
+    return dtype

@@ -1,0 +1,96 @@
+"""Write a checkpoint: into a folder beside the target, renamed when it is whole."""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moqa.errors import MoqaError
+from moqa.format.layout import Shard
+from moqa.format.manifest import StoredFile
+
+
+@contextmanager
+def finished_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `out` if the block ends well, and is removed if it does not.
+
+    >>> with finished_folder(Path("out")) as folder:
+    ...     (folder / "moqa.json").write_text("{}")
+
+    Args:
+        out: the folder to make.
+        overwrite: replace a folder that is there.
+
+    Raises:
+        MoqaError: if `out` exists and may not be replaced, or its parent cannot be written.
+    """
+    check_free(out, overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Refuse to replace what is there unless told so; a folder that is no output of moqa is never replaced.
+
+    Raises:
+        MoqaError: naming the folder.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise MoqaError(f"{out} exists", "choose another -o, or give --overwrite")
+    if not out.is_dir() or not any((out / name).is_file() for name in ("moqa.json", "profile.json")):
+        raise MoqaError(f"{out} exists and was not written by moqa", "--overwrite does not replace it")
+
+
+def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> StoredFile:
+    """Write one file of a checkpoint, byte for byte as it was planned.
+
+    Args:
+        folder: where to.
+        shard: its layout.
+        tensors: name -> tensor, exactly those of the layout.
+
+    Returns:
+        Length and hash of the file.
+
+    Raises:
+        ValueError: if a tensor is missing, unplanned, or of another dtype or shape.
+    """
+    if tensors.keys() != shard.entries.keys():
+        raise ValueError(f"{shard.file}: {sorted(tensors.keys() ^ shard.entries.keys())[0]} is missing or not planned")
+    digest, length = hashlib.sha256(), 0
+    with (folder / shard.file).open("wb") as file:
+        for part in _parts(shard, tensors):
+            digest.update(part)
+            length += len(part)
+            file.write(part)
+    if length != shard.bytes:
+        raise ValueError(f"{shard.file} has {length} bytes, {shard.bytes} were planned")
+    return StoredFile(bytes=length, sha256=digest.hexdigest())
+
+
+def _parts(shard: Shard, tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
+    yield shard.header()
+    for name, (dtype, shape) in shard.entries.items():
+        tensor = tensors[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned as {dtype} {shape}")
+        yield tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,12 @@
+"""Plans: which precision every unit gets, and why."""
+
+from moqa.plan.budget import Budget
+from moqa.plan.problem import HEDGED, STRATEGIES
+from moqa.plan.record import Account, Options, Plan
+from moqa.plan.run import DEFAULT_WIDTHS, for_file, plan, read_plan
+from moqa.plan.ties import TIES
+
+__all__ = [
+    "DEFAULT_WIDTHS", "HEDGED", "STRATEGIES", "TIES", "Account", "Budget", "Options", "Plan", "for_file", "plan",
+    "read_plan",
+]  # fmt: skip

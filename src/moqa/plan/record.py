@@ -1,0 +1,72 @@
+"""The plan: unit -> scheme, with its byte account."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from moqa.format.scheme import Scheme
+
+FORMAT = 1
+Ties = Literal["unit", "expert", "layer_projection", "layer"]
+Objective = Literal["mean", "minimax"]
+Scope = Literal["global", "layer"]
+
+
+class Account(BaseModel, frozen=True):
+    """Exactly what a plan stores, in bytes."""
+
+    units: int = Field(description="planes, scales and zero-points of all units")
+    kept: int = Field(description="tensors that are no units: embeddings, norms, routers, biases")
+    headers: int = Field(description="headers of the weight files")
+    weights: int = Field(description="number of weights in units")
+    kept_weights: int = Field(description="number of values in kept tensors")
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of all weight files."""
+        return self.units + self.kept + self.headers
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the units."""
+        return self.units * 8 / self.weights
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        """Stored bits per weight of the whole model."""
+        return self.checkpoint * 8 / (self.weights + self.kept_weights)
+
+
+class Options(BaseModel, frozen=True):
+    """What a strategy may be told."""
+
+    hedge: float | None = Field(None, ge=0, le=1, description="share of the model's own text in the objective")
+    objective: Objective = Field("mean", description="over the known distributions: their mean or the worst of them")
+    scope: Scope = Field("global", description="cluster or rank experts of all layers together or layer by layer")
+    seed: int = Field(0, description="of a random plan")
+
+
+class Plan(BaseModel, frozen=True):
+    """A scheme for every unit of one model (`plan.json`)."""
+
+    format: int = FORMAT
+    moqa: str
+    model: str
+    model_type: str
+    fingerprint: str = Field(description="of the model that the plan is for")
+    profile: str = Field(description="folder of the profile, relative to the plan's file; holds the samples")
+    strategy: str
+    options: Options
+    ties: Ties
+    budget: str | None = Field(description="as the user typed it")
+    known: tuple[str, ...] = Field(description="distributions that the plan was fitted on")
+    mixture: dict[str, float] = Field(description="share of each distribution in the fit, the model's own included")
+    predicted: dict[str, float] = Field(description="expected KL divergence per token, in nats, before any correction")
+    account: Account
+    units: dict[str, Scheme]
+
+    @property
+    def label(self) -> str:
+        """Short name for tables."""
+        hedge = "" if self.options.hedge is None else f" hedge {self.options.hedge:g}"
+        return f"{self.strategy}{hedge}"

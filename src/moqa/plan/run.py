@@ -1,0 +1,181 @@
+"""`moqa.plan`: a scheme for every unit, within a budget, from a profile."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moqa import __version__
+from moqa.errors import MoqaError
+from moqa.format.artifact import read_json
+from moqa.format.layout import Entry, entry_bytes, shards
+from moqa.format.scheme import KEEP_WIDTH, Scheme
+from moqa.plan import strategies  # noqa: F401  (registers them)
+from moqa.plan.budget import Budget
+from moqa.plan.problem import HEDGED, SELF, STRATEGIES, Choice, Problem, make_problem
+from moqa.plan.record import FORMAT, Account, Objective, Options, Plan, Scope, Ties
+from moqa.plan.strategies.budgeted import check_hedge
+from moqa.plan.ties import TIES, tie_groups
+from moqa.profile import Profile
+
+DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
+
+
+def plan(
+    profile: Profile,
+    budget: Budget | None = None,
+    strategy: str = "moqa-budget",
+    ties: Ties = "unit",
+    known: Sequence[str] | None = None,
+    widths: Sequence[int] = DEFAULT_WIDTHS,
+    hedge: float | None = None,
+    objective: Objective = "mean",
+    scope: Scope = "global",
+    seed: int = 0,
+) -> Plan:
+    """Choose a width for every unit.
+
+    >>> plan = moqa.plan(profile, Budget.parse(bpw=3), strategy="moqa-budget")
+    >>> plan.account.bits_per_weight <= 3
+    True
+
+    Args:
+        profile: statistics of the model.
+        budget: limit in bytes; `moqa` and `moqa-v1` also plan without.
+        strategy: one of `moqa.plan.STRATEGIES`.
+        ties: which units must share a width, see `moqa.plan.TIES`.
+        known: distributions of the profile to fit on; None means all.
+        widths: candidate widths.
+        hedge: share of the model's own text in the objective, 0 to 1; None means the strategy's default.
+        objective: `mean` or `minimax` over the known distributions.
+        scope: rank experts of all layers together (`global`) or layer by layer (`layer`).
+        seed: of a random plan.
+
+    Raises:
+        MoqaError: if the strategy, ties or a distribution is unknown, the strategy does not suit the model, or the
+            budget is outside what can be reached.
+    """
+    if strategy not in STRATEGIES:
+        raise MoqaError(f"--strategy {strategy} is unknown", f"there are {', '.join(sorted(STRATEGIES))}")
+    if ties not in TIES:
+        raise MoqaError(f"--ties {ties} is unknown", f"there are {', '.join(TIES)}")
+    known = tuple(profile.names if known is None else known)
+    absent = [name for name in known if name not in profile.names]
+    if absent or not known:
+        raise MoqaError(f"--known {','.join(known)} is not in the profile", f"it holds {', '.join(profile.names)}")
+    if hedge is not None and strategy not in HEDGED:
+        raise MoqaError(f"--hedge {hedge:g} does not apply to --strategy {strategy}", f"it does to {', '.join(HEDGED)}")
+    if hedge is not None and not 0 <= hedge <= 1:
+        raise MoqaError(f"--hedge {hedge:g} is no share", "give a number from 0 to 1")
+    share = HEDGED.get(strategy) if hedge is None else hedge
+    check_hedge(share or 0.0, SELF in profile.statistics)
+    options = Options(hedge=share, objective=objective, scope=scope, seed=seed)
+    widths = _checked_widths(widths, profile)
+    groups = tie_groups(profile.record.units, ties)
+    fixed = _account(profile, {}).checkpoint
+    problem = make_problem(profile, known, groups, widths, budget, options, fixed)
+    _check_reachable(problem, budget)
+    choice = STRATEGIES[strategy](problem)
+    if not problem.fits(choice):
+        raise MoqaError(
+            f"--strategy {strategy} has no plan within {budget.typed if budget else 'the budget'}", _reachable(problem)
+        )
+    schemes = _schemes(problem, choice)
+    names = [*known, *([SELF] if SELF in profile.statistics else [])]
+    own = share or 0.0
+    return Plan(
+        moqa=__version__, model=profile.record.model, model_type=profile.record.model_type,
+        fingerprint=profile.record.fingerprint, profile=str(profile.folder), strategy=strategy, options=options,
+        ties=ties, budget=budget.typed if budget else None, known=known,
+        mixture={n: (1 - own) / len(known) for n in known} | ({SELF: own} if own else {}),
+        predicted={n: _predicted(problem, choice, n) for n in names},
+        account=_account(profile, schemes), units=schemes,
+    )  # fmt: skip
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan; its profile's folder is made absolute.
+
+    >>> read_plan("plan.json").strategy
+    'moqa-budget'
+
+    Raises:
+        MoqaError: if it is no plan or from a newer format.
+    """
+    path = Path(path)
+    found = read_json(Plan, path)
+    if found.format > FORMAT:
+        raise MoqaError(f"{path} has plan format {found.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    return found.model_copy(update={"profile": os.path.normpath(path.parent / found.profile)})
+
+
+def for_file(plan: Plan, path: str | Path) -> Plan:
+    """A plan as it is written to a file: its profile's folder relative to that file."""
+    relative = os.path.relpath(plan.profile, Path(path).parent)
+    return plan.model_copy(update={"profile": relative})
+
+
+def _checked_widths(widths: Sequence[int], profile: Profile) -> tuple[int, ...]:
+    measured = (*profile.record.widths, KEEP_WIDTH)
+    bad = [width for width in widths if width not in measured]
+    if bad or not widths:
+        raise MoqaError(
+            f"--widths {','.join(map(str, widths))} cannot be planned",
+            f"this profile measured {', '.join(map(str, measured))}",
+        )
+    return tuple(sorted(set(widths)))
+
+
+def _check_reachable(problem: Problem, budget: Budget | None) -> None:
+    if budget is None or problem.limit is None:
+        return
+    if problem.bytes(problem.smallest()) > problem.limit:
+        raise MoqaError(f"{budget.typed} is below the smallest plan of this profile", _reachable(problem))
+    # a budget far above the widest plan is a slip of the pen; one slightly above it is a wish for the best
+    if problem.limit > problem.bytes(problem.at_width(max(problem.widths))) * 1.05:
+        raise MoqaError(f"{budget.typed} is above the largest plan of this profile", _reachable(problem))
+
+
+def _reachable(problem: Problem) -> str:
+    found = [
+        _account(problem.profile, _schemes(problem, choice))
+        for choice in (problem.smallest(), problem.at_width(max(problem.widths)))
+    ]
+    bits = " to ".join(f"{account.bits_per_weight:.2f}" for account in found)
+    sizes = " to ".join(f"{account.checkpoint / 2**20:.1f} MiB" for account in found)
+    return f"reachable with --widths {','.join(map(str, problem.widths))}: {bits} bpw, {sizes}"
+
+
+def _schemes(problem: Problem, choice: Choice) -> dict[str, Scheme]:
+    settings = problem.profile.record.settings
+    chosen: dict[str, Scheme] = {}
+    for group, index in zip(problem.groups, choice, strict=True):
+        scheme = Scheme(
+            width=problem.widths[index], group_size=settings.group_size, symmetric=settings.symmetric
+        )
+        chosen.update({unit.name: scheme for unit in group.units})
+    return {unit.name: chosen[unit.name] for unit in problem.profile.record.units}
+
+
+def _predicted(problem: Problem, choice: Choice, name: str) -> float:
+    return float(problem.errors(name)[np.arange(len(choice)), choice].sum())
+
+
+def _account(profile: Profile, schemes: dict[str, Scheme]) -> Account:
+    units = {u.name: (u.layer, u.shape, schemes[u.name]) for u in profile.record.units if u.name in schemes}
+    kept = kept_entries(profile)
+    files = shards(kept, profile.record.layers, units)
+    return Account(
+        units=sum(scheme.stored_bytes(shape) for _, shape, scheme in units.values()),
+        kept=sum(entry_bytes(entry) for entry in kept.values()),
+        headers=sum(len(shard.header()) for shard in files),
+        weights=sum(u.weights for u in profile.record.units),
+        kept_weights=sum(torch.Size(shape).numel() for _, shape in kept.values()),
+    )
+
+
+def kept_entries(profile: Profile) -> dict[str, Entry]:
+    """Stored dtype and shape of the tensors that are no units."""
+    return {name: (getattr(torch, dtype), shape) for name, (dtype, shape) in profile.record.kept.items()}

@@ -1,0 +1,87 @@
+"""The profile's table of contents: what was measured, on which model, with which settings."""
+
+import base64
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from moqa.models.units import Unit
+
+FORMAT = 1
+SELF = "self"
+
+
+class UnitRecord(BaseModel, frozen=True):
+    """A unit of the profiled model."""
+
+    name: str
+    layer: int
+    role: str
+    projection: str
+    expert: int | None
+    shape: tuple[int, int]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the matrix."""
+        return self.shape[0] * self.shape[1]
+
+    @classmethod
+    def of(cls, unit: Unit) -> "UnitRecord":
+        """Record of a unit of a model view."""
+        return cls(
+            name=unit.name, layer=unit.layer, role=unit.role, projection=unit.projection, expert=unit.expert,
+            shape=unit.shape,
+        )  # fmt: skip
+
+
+class Fitted(BaseModel, frozen=True):
+    """What identifies a text that a fitting step saw, so that no evaluation runs on it."""
+
+    digest: str = Field(description="sha256 of the whole text that was given")
+    shingles: str = Field(description="content hashes of the samples: little-endian uint64, base64")
+
+    @classmethod
+    def of(cls, digest: str, hashes: np.ndarray) -> "Fitted":
+        """Record of a text's digest and the hashes of its samples."""
+        return cls(digest=digest, shingles=base64.b64encode(hashes.astype("<u8").tobytes()).decode())
+
+    def hashes(self) -> np.ndarray:
+        """[hashes] uint64 of the samples."""
+        return np.frombuffer(base64.b64decode(self.shingles), "<u8").astype(np.uint64)
+
+
+class DistributionRecord(BaseModel, frozen=True):
+    """One distribution of a profile."""
+
+    origin: str = Field(description="what the user typed, or how the model was sampled")
+    samples: int = Field(description="windows that were measured")
+    tokens: int = Field(description="tokens in these windows")
+    fitted: Fitted | None = Field(description="None for text that the model wrote itself")
+
+
+class Settings(BaseModel, frozen=True):
+    """What the numbers of a profile depend on, besides the model and the texts."""
+
+    context: int = Field(description="tokens in a window")
+    samples: int = Field(description="windows per distribution, at most")
+    seed: int = 0
+    group_size: int = Field(64, description="weights that share a scale in the sensitivity's rounding")
+    symmetric: bool = Field(False, description="whether that rounding has no zero-point")
+
+
+class ProfileRecord(BaseModel, frozen=True):
+    """Table of contents of a profile folder (`profile.json`)."""
+
+    format: int = FORMAT
+    moqa: str
+    model: str = Field(description="the model as the user gave it")
+    model_type: str
+    fingerprint: str = Field(description="tells this model from any other")
+    kept: dict[str, tuple[str, tuple[int, ...]]] = Field(description="stored dtype and shape of what is no unit")
+    layers: int
+    top_k: int = Field(description="experts per token; 0 for a dense model")
+    settings: Settings
+    widths: tuple[int, ...] = Field(description="widths of the sensitivity columns")
+    units: tuple[UnitRecord, ...] = Field(description="rows of the sensitivity tables, in this order")
+    distributions: dict[str, DistributionRecord]

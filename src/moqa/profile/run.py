@@ -1,0 +1,159 @@
+"""`moqa.profile`: measure a model on distributions, reusing what the folder already holds."""
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moqa import __version__
+from moqa.data import Distribution, cut_windows
+from moqa.errors import MoqaError
+from moqa.format.scheme import WIDTHS, Scheme
+from moqa.models import checkpoint
+from moqa.models.experts import PROJECTIONS
+from moqa.models.load import load_tokenizer
+from moqa.models.view import ModelView, open_model
+from moqa.profile.measure import Report, measure
+from moqa.profile.record import SELF, DistributionRecord, Fitted, ProfileRecord, Settings, UnitRecord
+from moqa.profile.selfsample import self_sample
+from moqa.profile.significance import expert_similarity
+from moqa.profile.store import RECORD, Profile, read_profile, write_profile
+
+DEFAULT_SAMPLES = 64
+DEFAULT_CONTEXT = 256
+
+
+def quiet(step: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def profile(
+    model: str | Path,
+    distributions: Sequence[Distribution],
+    out: str | Path,
+    samples: int = DEFAULT_SAMPLES,
+    context: int = DEFAULT_CONTEXT,
+    self_samples: int | None = None,
+    group_size: int = 64,
+    symmetric: bool = False,
+    seed: int = 0,
+    report: Report = quiet,
+    view: ModelView | None = None,
+) -> Profile:
+    """Measure what every expert and channel contributes, and what losing precision costs, on each distribution.
+
+    >>> profile = moqa.profile("reference/model", [wiki, novels], "runs/profile")
+
+    Args:
+        model: folder or Hub id of the original model.
+        distributions: texts to measure on; the held-out text of an evaluation must not be among them.
+        out: profile folder. One that is there already is reused: distributions that it holds for the same model, text
+            and settings are not measured again, others are added.
+        samples: windows per distribution.
+        context: tokens in a window.
+        self_samples: windows that the model writes itself, for a plan's hedge; None means as many as `samples`.
+        group_size: weights that share a scale in the rounding whose errors are measured.
+        symmetric: whether that rounding has no zero-point.
+        seed: of the choice of windows, the labels and the model's own text.
+        report: called with what is done, how much of it, and of how much.
+        view: the model, if it is open already.
+
+    Raises:
+        MoqaError: if the model or a text is unusable, or `out` holds a profile of another model or other settings.
+    """
+    out = Path(out)
+    if not distributions:
+        raise MoqaError("no distribution to profile on", "give at least one --data NAME=FILE")
+    if any(d.name in (SELF, "weights") for d in distributions):
+        raise MoqaError(f"--data {SELF}=... uses a name that moqa needs itself", "choose another name")
+    folder = checkpoint.locate(model)
+    tokenizer = load_tokenizer(folder)
+    settings = Settings(context=context, samples=samples, seed=seed, group_size=group_size, symmetric=symmetric)
+    cut = {d.name: cut_windows(d, tokenizer, context, samples, seed) for d in distributions}
+    records = {
+        d.name: DistributionRecord(
+            origin=d.origin, samples=len(cut[d.name].tokens), tokens=cut[d.name].tokens.numel(),
+            fitted=Fitted.of(d.digest, cut[d.name].shingles),
+        )
+        for d in distributions
+    }  # fmt: skip
+    wanted = samples if self_samples is None else self_samples
+    if wanted:
+        records[SELF] = DistributionRecord(
+            origin=f"{wanted} windows drawn from the model, seed {seed}", samples=wanted, tokens=wanted * context,
+            fitted=None,
+        )  # fmt: skip
+    fingerprint = checkpoint.fingerprint(folder)
+    old = _reusable(out, fingerprint, settings)
+    missing = [name for name, record in records.items() if old is None or not _same(old, name, record)]
+    if old is not None and not missing:
+        return old
+    view = view or open_model(folder)
+    tokens: dict[str, Tensor] = {}
+    for name in missing:
+        if name == SELF:
+            report("self-sampling", 0, 1)
+        tokens[name] = self_sample(view, wanted, context, seed) if name == SELF else cut[name].tokens
+    scheme = Scheme(width=8, group_size=group_size, symmetric=symmetric)
+    widths = tuple(w for w in WIDTHS if not (symmetric and w == 1))
+    measured, rounding = measure(view, tokens, scheme, widths, seed, report)
+    statistics = {name: {**stats, "samples": tokens[name].int()} for name, stats in measured.items()}
+    if old is not None:
+        statistics = {**old.statistics, **statistics}
+        records = {**old.record.distributions, **records}
+    kept = view.kept_on_disk()
+    record = ProfileRecord(
+        moqa=__version__, model=str(model), model_type=view.model.config.model_type, fingerprint=fingerprint,
+        kept={name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in kept.items()},
+        layers=len(view.layers), top_k=view.top_k, settings=settings, widths=widths,
+        units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
+        distributions={name: records[name] for name in statistics},
+    )  # fmt: skip
+    result = Profile(record, out, statistics, {"rounding": rounding, **_similarities(view)})
+    fresh = not out.exists()
+    try:
+        write_profile(result)
+    except BaseException:
+        if fresh:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(out)
+        raise
+    return result
+
+
+def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None:
+    if not out.exists():
+        return None
+    if not (out / RECORD).is_file():
+        if any(out.iterdir()):
+            raise MoqaError(f"{out} exists and is no profile", "give another folder with -o")
+        return None
+    old = read_profile(out)
+    if old.record.fingerprint != fingerprint:
+        raise MoqaError(f"{out} is the profile of {old.record.model}, another model", "give another folder with -o")
+    if old.record.settings != settings:
+        was = ", ".join(f"{k} {v}" for k, v in old.record.settings.model_dump().items())
+        raise MoqaError(f"{out} was made with {was}", "use the same settings or give another folder with -o")
+    return old
+
+
+def _same(old: Profile, name: str, record: DistributionRecord) -> bool:
+    there = old.record.distributions.get(name)
+    if there is None:
+        return False
+    return there.fitted == record.fitted and there.samples == record.samples
+
+
+def _similarities(view: ModelView) -> dict[str, Tensor]:
+    found = {}
+    for layer in range(len(view.layers)):
+        units = [unit for unit in view.layer_units(layer) if unit.role == "expert"]
+        if units:
+            matrices = {(u.expert, u.projection): view.weight(u).float().flatten() for u in units}
+            experts = sorted({u.expert for u in units if u.expert is not None})
+            stacked = torch.stack([torch.cat([matrices[e, p] for p in PROJECTIONS]) for e in experts])
+            found[f"layer.{layer}.similarity"] = expert_similarity(stacked[:, None])
+    return found

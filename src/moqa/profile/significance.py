@@ -1,0 +1,88 @@
+"""What a layer's experts and channels contribute on a distribution, and which experts resemble each other."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+
+class LayerStatistics:
+    """Running sums over the tokens of one distribution in one layer: the three stages of MoQa's analysis.
+
+    >>> experts.moqa_observer = statistics = LayerStatistics(down_norms)
+    >>> model(tokens)
+    >>> expert_significance(statistics.channel).sum()
+    tensor(1.)
+
+    Stage (a), sparse activation: `tokens` and `gate_mass` per expert. Stage (b), data-to-parameter mapping: `channel`.
+    Stage (c), inter-expert correlation: `coactivation`.
+
+    Args:
+        down_norms: [experts, channels] norm of each column of `down_proj`, float32.
+
+    MoQa (arXiv 2503.21135) leaves the channel term S_ch open; ours is the size of what channel c of expert j adds to
+    the layer's output for token i: gate_ij * |h_ijc| * ||W_down[:, c]||, see docs/methods/moqa.md.
+    """
+
+    def __init__(self, down_norms: Tensor) -> None:
+        experts = down_norms.shape[0]
+        self._norms = down_norms
+        self.tokens = torch.zeros(experts, dtype=torch.int64)
+        self.gate_mass = torch.zeros(experts)
+        self.channel = torch.zeros_like(down_norms)
+        self.coactivation = torch.zeros(experts, experts)
+
+    def routed(self, index: Tensor, weights: Tensor) -> None:
+        """Count a batch's routing: [tokens, top_k] expert indices and gate weights."""
+        experts = len(self.tokens)
+        self.tokens += torch.bincount(index.flatten(), minlength=experts)[:experts]
+        self.gate_mass.index_add_(0, index.flatten(), weights.flatten().float())
+        visited = one_hot(index, experts).sum(1).clamp_max(1).float()
+        self.coactivation += visited.T @ visited
+
+    def expert(self, expert: int, x: Tensor, gate_up: Tensor, hidden: Tensor, out: Tensor, gate: Tensor) -> None:  # noqa: ARG002
+        """Add one expert's activations to its channels."""
+        self.channel[expert] += (hidden.abs() * gate).sum(0) * self._norms[expert]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        return {
+            "tokens": self.tokens,
+            "gate_mass": self.gate_mass,
+            "channel": self.channel,
+            "coactivation": self.coactivation,
+        }
+
+
+def expert_significance(channel: Tensor) -> Tensor:
+    """Share of a layer's output that each expert carries on a distribution.
+
+    >>> expert_significance(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    tensor([0.7500, 0.2500])
+
+    Args:
+        channel: [experts, channels] summed significance of every channel, float32.
+
+    Returns:
+        [experts] shares that sum to 1; experts that no token reached get 0.
+
+    MoQa (arXiv 2503.21135), equation 1.
+    """
+    total = channel.sum()
+    return channel.sum(1) / total if total > 0 else torch.full((len(channel),), 1.0 / len(channel))
+
+
+def expert_similarity(matrices: Tensor) -> Tensor:
+    """Cosine between the weights of every two experts of a layer.
+
+    >>> expert_similarity(torch.eye(2).reshape(2, 1, 2))
+    tensor([[1., 0.],
+            [0., 1.]])
+
+    Args:
+        matrices: [experts, rows, columns] all projections of each expert, stacked.
+
+    Returns:
+        [experts, experts] in -1 to 1.
+    """
+    flat = torch.nn.functional.normalize(matrices.flatten(1), dim=1)
+    return flat @ flat.T

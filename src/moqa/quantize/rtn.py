@@ -1,0 +1,11 @@
+"""`rtn`: round to nearest on the grid with the least squared error. Needs no data."""
+
+from moqa.format.grid import fit_grid
+from moqa.quantize.methods import Job, Result, method
+
+
+@method("rtn", needs_data=False)
+def rtn(job: Job) -> Result:
+    """Clip-searched, least-squares refitted grid per group, then plain rounding."""
+    grid = fit_grid(job.weights, job.scheme, job.widths)
+    return Result(grid.encode(job.weights), grid)

@@ -1,0 +1,207 @@
+"""`moqa.quantize`: apply a plan, layer by layer, and write the checkpoint."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moqa import __version__
+from moqa.errors import MoqaError
+from moqa.format.artifact import write_json
+from moqa.format.layout import shards
+from moqa.format.manifest import MANIFEST, FittedText, Manifest, StoredFile, StoredTensor, StoredUnit
+from moqa.format.writer import check_free, finished_folder, write_shard
+from moqa.models import checkpoint
+from moqa.models.stages import Stages
+from moqa.models.view import ModelView, open_model
+from moqa.plan import Plan
+from moqa.profile import Profile, read_profile
+from moqa.profile.measure import Report, batches
+from moqa.profile.run import quiet
+from moqa.quantize import gptq, rtn  # noqa: F401  (registers them)
+from moqa.quantize.layer import InputsObserver, Quantized, input_space, quantize_units
+from moqa.quantize.methods import METHODS, Method
+
+# one window in this many decides between methods and is not fitted on
+_CHECK_EVERY = 8
+# small files of the original that a transformers model needs beside its weights
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+def quantize(
+    model: str | Path,
+    plan: Plan,
+    out: str | Path,
+    method: str = "gptq",
+    overwrite: bool = False,
+    report: Report = quiet,
+    profile: Profile | None = None,
+    view: ModelView | None = None,
+) -> Path:
+    """Quantize a model by a plan and write it as a checkpoint.
+
+    >>> moqa.quantize("reference/model", plan, "runs/out", method="gptq")
+    PosixPath('runs/out')
+
+    Args:
+        model: folder or Hub id of the original model, the one that the plan was made for.
+        plan: scheme of every unit.
+        out: folder to make.
+        method: one of `moqa.quantize.METHODS`.
+        overwrite: replace a checkpoint that is there.
+        report: called with what is done, how much of it, and of how much.
+        profile: the plan's profile, which holds the samples; None reads it from where the plan says.
+        view: the model, if it is open already; its weights are overwritten and restored.
+
+    Raises:
+        MoqaError: if the plan is for another model, the method unknown, the samples are missing, or `out` is taken.
+    """
+    out = Path(out)
+    if method not in METHODS:
+        raise MoqaError(f"--method {method} is unknown", f"there are {', '.join(sorted(METHODS))}")
+    check_free(out, overwrite)
+    folder = checkpoint.locate(model)
+    fingerprint = checkpoint.fingerprint(folder)
+    if fingerprint != plan.fingerprint:
+        raise MoqaError(
+            f"the plan is for {plan.model} ({plan.model_type}, {plan.fingerprint[:8]})",
+            f"{model} is another model ({fingerprint[:8]}): plan from its own profile",
+        )
+    how = METHODS[method]
+    # also a method that needs no data comes from a plan that was fitted on texts: their hashes go into the manifest
+    profile = profile or _profile_of(plan)
+    view = view or open_model(folder)
+    _check_units(view, plan)
+    original = {name: view.weight(unit).clone() for name, unit in view.units.items()}
+    try:
+        with torch.no_grad(), finished_folder(out, overwrite) as target:
+            _write(view, plan, how, profile, target, model, report)
+            for pattern in _COMPANIONS:
+                for path in sorted(folder.glob(pattern)):
+                    if path.name != checkpoint.INDEX:
+                        shutil.copyfile(path, target / path.name)
+    finally:
+        for name, weight in original.items():
+            view.set_weight(view.units[name], weight)
+    return out
+
+
+def _write(
+    view: ModelView, plan: Plan, method: Method, profile: Profile, target: Path, model: str | Path, report: Report
+) -> None:
+    kept = view.kept_on_disk()
+    layout = shards(
+        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in kept.items()},
+        len(view.layers),
+        {name: (unit.layer, unit.shape, plan.units[name]) for name, unit in view.units.items()},
+    )
+    files: dict[str, StoredFile] = {layout[0].file: write_shard(target, layout[0], kept)}
+    units: dict[str, StoredUnit] = {}
+    flow = _Flow(view, plan, profile) if method.needs_data else None
+    for layer in range(len(view.layers)):
+        report("quantize", layer, len(view.layers))
+        shard, done = layout[layer + 1], _quantize_layer(view, plan, method, flow, layer)
+        files[shard.file] = write_shard(target, shard, _tensors(done))
+        for name, result in done.items():
+            unit = view.units[name]
+            units[name] = StoredUnit(
+                layer=layer, role=unit.role, shape=unit.shape, scheme=plan.units[name], method=result.method,
+                error=None if result.error is None else float(f"{result.error:.6g}"),
+            )  # fmt: skip
+    if sum(file.bytes for file in files.values()) != plan.account.checkpoint:
+        raise RuntimeError(f"wrote {sum(f.bytes for f in files.values())} bytes, planned {plan.account.checkpoint}")
+    fitted = {n: r.fitted for n, r in profile.record.distributions.items() if n in plan.known and r.fitted is not None}
+    manifest = Manifest(
+        moqa=__version__, model=str(model), model_type=plan.model_type, fingerprint=plan.fingerprint,
+        layers=len(view.layers), strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
+        budget=plan.budget, method=method.name, seed=profile.record.settings.seed, mixture=plan.mixture,
+        fitted={name: FittedText(digest=f.digest, shingles=f.shingles) for name, f in fitted.items()},
+        units=units, kept={n: StoredTensor(dtype=str(t.dtype).removeprefix("torch."), shape=tuple(t.shape))
+                           for n, t in kept.items()},
+        files=files,
+    )  # fmt: skip
+    write_json(manifest, target / MANIFEST)
+    report("quantize", len(view.layers), len(view.layers))
+
+
+def _quantize_layer(
+    view: ModelView, plan: Plan, method: Method, flow: "_Flow | None", layer: int
+) -> dict[str, Quantized]:
+    units = view.layer_units(layer)
+    inputs = flow.watch(layer).inputs if flow else {}
+    done = {unit.name: result for unit, result in quantize_units(view, units, plan.units, method, inputs)}
+    for unit in units:
+        view.set_weight(unit, done[unit.name].dense)
+    if flow:
+        flow.advance(layer)
+    return done
+
+
+class _Flow:
+    """The samples' hidden states on their way through the model, quantized as far as it is."""
+
+    def __init__(self, view: ModelView, plan: Plan, profile: Profile) -> None:
+        self._view, self._stages = view, Stages(view.model)
+        self._parts: list[tuple[float, bool, Tensor]] = []
+        for name, share in plan.mixture.items():
+            tokens = profile.samples(name)
+            check = torch.arange(len(tokens)) % _CHECK_EVERY == _CHECK_EVERY - 1
+            for held, windows in ((False, tokens[~check]), (True, tokens[check])):
+                for batch in batches(windows) if len(windows) else ():
+                    # every distribution counts by its share, however many samples it has
+                    self._parts.append((share / windows.numel(), held, self._stages.embed(batch)))
+
+    def watch(self, layer: int) -> InputsObserver:
+        """Inputs of all units of a layer; the layer's weights are still the original ones."""
+        path = self._view.experts_path(layer)
+        observer = InputsObserver(path or "")
+        handles = []
+        for unit in self._view.layer_units(layer):
+            if unit.role != "expert":
+
+                def see(_: object, args: tuple[Tensor, ...], name: str = input_space(unit)) -> None:
+                    observer.add(name, args[0].flatten(0, -2))
+
+                handles.append(self._view.module(unit.module).register_forward_pre_hook(see))
+        if path is not None:
+            self._view.module(path).moqa_observer = observer
+        try:
+            for observer.share, observer.check, hidden in self._parts:
+                self._stages.layer(layer, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+            if path is not None:
+                del self._view.module(path).moqa_observer
+        return observer
+
+    def advance(self, layer: int) -> None:
+        """Move the hidden states past a layer that is quantized now."""
+        self._parts = [(share, check, self._stages.layer(layer, hidden)) for share, check, hidden in self._parts]
+
+
+def _tensors(done: Mapping[str, Quantized]) -> dict[str, Tensor]:
+    return {f"{name}.{suffix}": tensor for name, result in done.items() for suffix, tensor in result.tensors.items()}
+
+
+def _profile_of(plan: Plan) -> Profile:
+    try:
+        profile = read_profile(plan.profile)
+    except MoqaError as error:
+        raise MoqaError("the plan's samples are missing", f"{error}; give the folder with --profile") from None
+    absent = [name for name in (*plan.known, *plan.mixture) if name not in profile.statistics]
+    if absent:
+        raise MoqaError(f"profile {plan.profile} lacks {', '.join(absent)}", "it is not the one the plan was made from")
+    return profile
+
+
+def _check_units(view: ModelView, plan: Plan) -> None:
+    different = sorted(view.units.keys() ^ plan.units.keys())
+    if different:
+        where = "the plan" if different[0] in view.units else "the model"
+        raise MoqaError(f"{where} lacks unit {different[0]}", f"{len(different)} units differ between model and plan")
+
+
+
