@@ -1,3 +1,33 @@
-"""moqa gives precision to the parts of a Mixture-of-Experts model that the data needs."""
+"""moqa gives precision to the parts of a Mixture-of-Experts model that the data needs.
+
+>>> import moqa
+>>> profile = moqa.profile("reference/model", {"wiki": "wiki.txt", "novels": "novels.txt"}, "runs/profile")
+>>> plan = moqa.plan(profile, "3bpw")
+>>> out = moqa.quantize("reference/model", plan, "runs/out")
+>>> moqa.evaluate(out, {"wiki": "wiki.held-out.txt"}).distributions["wiki"].kl_divergence
+>>> model, tokenizer = moqa.load(out)
+
+`moqa.profile`, `plan`, `quantize`, `evaluate` and `report` are folders of the library and functions at once. Nothing
+heavy is imported before one of them is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moqa.errors import MoqaError
+
+if TYPE_CHECKING:
+    from moqa.runtime.load import load
 
 __version__ = "0.1.0"
+__all__ = ["MoqaError", "evaluate", "load", "plan", "profile", "quantize", "report"]
+
+_FOLDERS = ("evaluate", "plan", "profile", "quantize", "report")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        return importlib.import_module("moqa.runtime.load").load
+    if name in _FOLDERS:
+        return importlib.import_module(f"moqa.{name}")
+    raise AttributeError(f"module 'moqa' has no attribute {name!r}")

@@ -1,0 +1,30 @@
+"""The command line: one file per command; each parses, calls the library and prints."""
+
+import sys
+
+import typer
+
+from moqa.errors import MoqaError
+
+app = typer.Typer(
+    name="moqa",
+    help="Gives precision to the parts of a Mixture-of-Experts model that the data needs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's is one line and exit code 2, a bug keeps its traceback."""
+    from moqa.cli import evaluate, inspect, plan, profile, quantize, report, verify  # noqa: F401  (registers them)
+
+    try:
+        app()
+    except MoqaError as error:
+        print(f"moqa: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("moqa: interrupted", file=sys.stderr)
+        sys.exit(130)

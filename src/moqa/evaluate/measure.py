@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from moqa.data import Windows
 from moqa.models.stages import Stages
-from moqa.profile.measure import Report, batches
+from moqa.profile.measure import batches
+from moqa.progress import Report
 from moqa.runtime.packed import unpacked
 
 
@@ -115,4 +116,3 @@ def scores(model: nn.Module, windows: list[Windows], reference: Reference | None
 def _log_probabilities(stages: Stages, hidden: Tensor) -> Tensor:
     """[positions, vocabulary] log-probabilities of every token but the first of each window, float32."""
     return stages.head(hidden)[:, :-1].flatten(0, 1).float().log_softmax(-1)
-

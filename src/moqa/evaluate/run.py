@@ -6,16 +6,15 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 from torch import nn
 
-from moqa.data import Distribution, Windows, cut_windows, refuse_overlap
+from moqa.data import Data, Distribution, Windows, as_distributions, cut_windows, refuse_overlap
 from moqa.errors import MoqaError
 from moqa.evaluate.measure import Reference, Score, scores
 from moqa.format.reader import Checkpoint, is_checkpoint, open_checkpoint
 from moqa.models import checkpoint as original
 from moqa.models.load import load_tokenizer
 from moqa.models.view import ModelView, open_model
-from moqa.profile.measure import Report
 from moqa.profile.record import Fitted
-from moqa.profile.run import quiet
+from moqa.progress import Report, quiet
 from moqa.runtime.load import load_packed
 
 DEFAULT_WINDOWS = 64
@@ -49,7 +48,7 @@ class Evaluation(BaseModel, frozen=True):
 
 def evaluate(
     model: str | Path,
-    distributions: Sequence[Distribution],
+    data: Data,
     against: str | Path | None = None,
     context: int = 256,
     windows: int | None = DEFAULT_WINDOWS,
@@ -58,11 +57,11 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model or checkpoint on held-out text, from what is on disk.
 
-    >>> moqa.evaluate("runs/out", [wiki_test], against="reference/model").distributions["wiki"].kl_divergence
+    >>> moqa.evaluate("runs/out", {"wiki": "wiki.test.txt"}).distributions["wiki"].kl_divergence
 
     Args:
         model: folder of an original model or of a checkpoint, or a Hub id.
-        distributions: held-out texts; one that the checkpoint was fitted on is refused.
+        data: held-out texts, as distributions or name -> source; one that the checkpoint was fitted on is refused.
         against: the original model to compare with; an original is compared with itself if None, a checkpoint with
             the model it was made from, where that is still there.
         context: tokens in a window.
@@ -73,11 +72,12 @@ def evaluate(
     Raises:
         MoqaError: if something is missing or damaged, or a text overlaps what the checkpoint was fitted on.
     """
-    if not distributions:
-        raise MoqaError("no distribution to evaluate on", "give at least one --data NAME=FILE")
     packed = open_checkpoint(model) if is_checkpoint(model) else None
     folder = packed.folder if packed else original.locate(model)
     tokenizer = load_tokenizer(folder)
+    distributions = as_distributions(data, tokenizer)
+    if not distributions:
+        raise MoqaError("no distribution to evaluate on", "give at least one --data NAME=FILE")
     cut = reference.windows if reference else [cut_windows(d, tokenizer, context, windows) for d in distributions]
     if [w.name for w in cut] != [d.name for d in distributions]:
         raise ValueError("the reference was made for other distributions")

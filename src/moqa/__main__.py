@@ -1,0 +1,5 @@
+"""`python -m moqa`."""
+
+from moqa.cli import main
+
+main()

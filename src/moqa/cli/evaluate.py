@@ -1,0 +1,54 @@
+"""`moqa evaluate`: quality of a model or checkpoint on held-out text."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moqa.cli import app
+from moqa.cli.common import ContextOption, DataOption, JsonOption, mib, print_table, progress, write_result
+
+if TYPE_CHECKING:
+    from moqa.evaluate import Evaluation
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_OUT", help="original model or checkpoint")],
+    data: DataOption,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="MODEL", help="original to measure divergence from")
+    ] = None,
+    context: ContextOption = 256,
+    windows: Annotated[int, typer.Option("--windows", min=0, help="windows per distribution, 0 for all")] = 64,
+    json: JsonOption = None,
+) -> None:
+    """Measure perplexity, bits per byte, KL divergence and top-1 agreement from what is on disk."""
+    from moqa.data import read_distributions
+    from moqa.evaluate import evaluate as run
+    from moqa.models.checkpoint import locate
+    from moqa.models.load import load_tokenizer
+
+    distributions = read_distributions(data, load_tokenizer(locate(model)))
+    with progress() as report:
+        result = run(model, distributions, against, context, windows or None, report)
+    print_evaluation(result)
+    write_result(result, json)
+
+
+def print_evaluation(result: "Evaluation") -> None:
+    """One row per distribution."""
+
+    def number(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    rows = [
+        [
+            name, number(q.perplexity, 3), number(q.bits_per_byte, 4), number(q.kl_divergence, 5),
+            number(q.top1_agreement, 4), str(q.tokens),
+        ]
+        for name, q in result.distributions.items()
+    ]  # fmt: skip
+    title = f"{result.model}: {mib(result.bytes)}, {result.bits_per_weight:.3f} bits/weight of units"
+    print_table(["distribution", "perplexity", "bits/byte", "KL", "top-1", "tokens"], rows, title)
+    if result.against is None:
+        typer.echo("moqa: warning: no divergence without the original: give --against MODEL", err=True)

@@ -1,0 +1,78 @@
+"""`moqa inspect`: what an artifact or a model holds."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moqa.cli import app
+from moqa.cli.common import JsonOption, mib, print_table, write_result
+from moqa.errors import MoqaError
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="profile, plan, checkpoint or model folder")],
+    json: JsonOption = None,
+) -> None:
+    """Show what a profile, plan, checkpoint or original model holds."""
+    if path.is_file():
+        from moqa.cli.plan import print_plan
+        from moqa.plan import read_plan
+
+        plan = read_plan(path)
+        print_plan(plan)
+        write_result(plan, json)
+    elif (path / "profile.json").is_file():
+        from moqa.cli.profile import print_profile
+        from moqa.profile import read_profile
+
+        profile = read_profile(path)
+        print_profile(profile)
+        write_result(profile.record, json)
+    elif (path / "moqa.json").is_file():
+        _checkpoint(path, json)
+    elif path.is_dir():
+        _model(path, json)
+    else:
+        raise MoqaError(f"nothing at {path}", "give a profile, plan, checkpoint or model folder")
+
+
+def _checkpoint(path: Path, json: Path | None) -> None:
+    from moqa.format.reader import open_checkpoint
+
+    checkpoint = open_checkpoint(path, verify=False)
+    manifest = checkpoint.manifest
+    widths = sorted({unit.scheme.width for unit in manifest.units.values()})
+    rows = []
+    for layer in range(manifest.layers):
+        units = [unit for unit in manifest.units.values() if unit.layer == layer]
+        counts = Counter(unit.scheme.width for unit in units)
+        size = sum(unit.scheme.stored_bytes(unit.shape) for unit in units)
+        rows.append([str(layer), *(str(counts[w] or "") for w in widths), mib(size)])
+    title = (
+        f"{path}: {manifest.model} ({manifest.model_type}) by {manifest.strategy}, {manifest.method}; "
+        f"{mib(checkpoint.bytes)}, {checkpoint.bits_per_weight:.3f} bits/weight; fitted on {', '.join(manifest.fitted)}"
+    )
+    print_table(["layer", *(f"{w} bits" for w in widths), "units"], rows, title)
+    write_result(manifest, json)
+
+
+def _model(path: Path, json: Path | None) -> None:
+    from moqa.models.view import open_model
+
+    view = open_model(path)
+    rows = []
+    for role in ("expert", "shared", "attention", "mlp"):
+        units = [unit for unit in view.units.values() if unit.role == role]
+        if units:
+            shapes = Counter(unit.shape for unit in units)
+            text = ", ".join(f"{count} x {out}x{features}" for (out, features), count in shapes.items())
+            rows.append([role, str(len(units)), f"{sum(u.weights for u in units):,}", text])
+    kept = sum(tensor.numel() for tensor in view.kept().values())
+    rows.append(["kept", str(len(view.kept())), f"{kept:,}", "embeddings, norms, routers, biases"])
+    print_table(["role", "units", "weights", "shapes"], rows, f"{path}: {view.model.config.model_type}")
+    write_result(
+        {name: {"role": u.role, "layer": u.layer, "shape": list(u.shape)} for name, u in view.units.items()}, json
+    )

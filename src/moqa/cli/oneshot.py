@@ -1,0 +1,134 @@
+"""The main job in one command: texts and a size in; checkpoint, proof and report out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from moqa.cli.common import mib, print_table, progress, write_result
+from moqa.cli.profile import warn_starved
+from moqa.errors import MoqaError
+
+if TYPE_CHECKING:
+    from moqa.data import Distribution
+    from moqa.evaluate.proof import Proof
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Everything that was typed after `moqa quantize`."""
+
+    model: str
+    out: Path
+    data: list[str]
+    held_out: list[str]
+    bpw: float | None
+    size: str | None
+    strategy: str
+    ties: Any
+    method: str
+    widths: tuple[int, ...]
+    hedge: float | None
+    objective: Any
+    scope: Any
+    profile: Path
+    samples: int
+    context: int
+    self_samples: int | None
+    group_size: int
+    symmetric: bool
+    proof: bool
+    overwrite: bool
+    seed: int
+    json: Path | None
+
+
+def fulfil(wish: Wish) -> None:
+    """Profile, plan, quantize, evaluate beside plain plans, report.
+
+    Raises:
+        MoqaError: as each of these steps.
+    """
+    from moqa.evaluate.proof import Bench, prove
+    from moqa.format.artifact import write_json
+    from moqa.models.view import open_model
+    from moqa.plan import Budget, for_file, plan
+    from moqa.profile import profile
+    from moqa.quantize import quantize
+
+    budget = Budget.parse(wish.bpw, wish.size)
+    if budget is None and wish.strategy not in ("moqa", "moqa-v1", "uniform"):
+        raise MoqaError(f"--strategy {wish.strategy} needs a budget", "give --bpw or --size")
+    view = open_model(wish.model)
+    assert view.folder is not None
+    fitted, held_out = _texts(wish, view.folder)
+    with progress() as report:
+        measured = profile(
+            wish.model, fitted, wish.profile, samples=wish.samples, context=wish.context,
+            self_samples=wish.self_samples, group_size=wish.group_size, symmetric=wish.symmetric, seed=wish.seed,
+            report=report, view=view,
+        )  # fmt: skip
+        chosen = plan(
+            measured, budget, wish.strategy, wish.ties, known=[d.name for d in fitted], widths=wish.widths,
+            hedge=wish.hedge, objective=wish.objective, scope=wish.scope, seed=wish.seed,
+        )  # fmt: skip
+        quantize(wish.model, chosen, wish.out, wish.method, wish.overwrite, report, measured, view)
+        write_json(for_file(chosen, wish.out / "plan.json"), wish.out / "plan.json")
+        warn_starved(measured)
+        if not wish.proof:
+            typer.echo(
+                f"{wish.out}: {mib(chosen.account.checkpoint)}, {chosen.account.bits_per_weight:.3f} bits/weight"
+            )
+            write_result({"checkpoint": str(wish.out), "bytes": chosen.account.checkpoint}, wish.json)
+            return
+        bench = Bench.open(wish.model, view, measured, held_out, None if wish.held_out else wish.samples, report)
+        proof = prove(bench, chosen, wish.out, wish.method, report)
+    write_json(proof, wish.out / "proof.json")
+    print_proof(proof, wish.out)
+    _report(wish)
+    write_result(proof, wish.json)
+
+
+def _texts(wish: Wish, folder: Path) -> "tuple[list[Distribution], list[Distribution]]":
+    """Texts to fit on and texts to prove on: as given, or a fifth of each held out."""
+    from moqa.data import read_distributions, split_held_out
+    from moqa.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    given = read_distributions(wish.data, tokenizer)
+    if wish.held_out:
+        return given, read_distributions(wish.held_out, tokenizer)
+    if not wish.proof:
+        return given, []
+    pairs = [split_held_out(distribution) for distribution in given]
+    return [fitted for fitted, _ in pairs], [held for _, held in pairs]
+
+
+def _report(wish: Wish) -> None:
+    from moqa.report import write_report
+
+    try:
+        page = write_report([wish.profile, wish.out], wish.out / "report.html")
+    except MoqaError as error:
+        typer.echo(f"moqa: no report.html: {error}", err=True)
+    else:
+        typer.echo(f"report: {page}")
+
+
+def print_proof(proof: "Proof", out: Path) -> None:
+    """Our checkpoint and the plain ones in one table, and in one sentence per distribution what it is worth."""
+    names = list(proof.ours.distributions)
+    rows = []
+    for row in (proof.ours, *proof.baselines):
+        label = str(out) if row is proof.ours else f"{row.strategy} {row.bits_per_weight:.2f}"
+        cells = [f"{row.distributions[n].kl_divergence:.4f} / {row.distributions[n].perplexity:.3f}" for n in names]
+        rows.append([label, mib(row.bytes), f"{row.bits_per_weight:.3f}", *cells])
+    headings = ["held-out KL / perplexity", "size", "bits/weight", *names]
+    print_table(headings, rows)
+    for name in names:
+        gain = proof.gain(name)
+        side = "below" if gain >= 0 else "ABOVE"
+        typer.echo(f"{name}: KL divergence {abs(gain):.0%} {side} uniform {proof.ours.method} at the same bytes")
+    for loss in proof.lost():
+        typer.echo(f"moqa: warning: ours loses on {loss}", err=True)

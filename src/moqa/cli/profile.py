@@ -1,0 +1,86 @@
+"""`moqa profile`: measure a model on distributions."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moqa.cli import app
+from moqa.cli.common import (
+    ContextOption,
+    DataOption,
+    GroupOption,
+    JsonOption,
+    SamplesOption,
+    SeedOption,
+    SelfSamplesOption,
+    SymmetricOption,
+    print_table,
+    progress,
+    write_result,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from moqa.profile import Profile
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of the original model")],
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="profile folder; reused if it is there")],
+    samples: SamplesOption = 64,
+    context: ContextOption = 256,
+    self_samples: SelfSamplesOption = None,
+    group_size: GroupOption = 64,
+    symmetric: SymmetricOption = False,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Measure what every expert and channel contributes, and what losing precision costs, on each distribution."""
+    from moqa.data import read_distributions
+    from moqa.models.checkpoint import locate
+    from moqa.models.load import load_tokenizer
+    from moqa.profile import profile as run
+
+    distributions = read_distributions(data, load_tokenizer(locate(model)))
+    with progress() as report:
+        result = run(
+            model, distributions, out, samples=samples, context=context, self_samples=self_samples,
+            group_size=group_size, symmetric=symmetric, seed=seed, report=report,
+        )  # fmt: skip
+    print_profile(result)
+    write_result(result.record, json)
+
+
+def print_profile(result: "Profile") -> None:
+    """Routing and cost per distribution, and experts that no token reached."""
+    record = result.record
+    uniform = {w: record.widths.index(w) for w in (2, 3, 4) if w in record.widths}
+    rows = []
+    for name, entry in record.distributions.items():
+        costs = [f"{float(result.sensitivity(name)[:, column].sum()):.4f}" for column in uniform.values()]
+        rows.append([name, str(entry.samples), str(entry.tokens), *costs])
+    kinds = ", ".join(
+        f"{sum(u.role == role for u in record.units)} {role}"
+        for role in ("expert", "shared", "attention", "mlp")
+        if any(u.role == role for u in record.units)
+    )
+    print_table(
+        ["distribution", "samples", "tokens", *(f"KL at {w} bits" for w in uniform)],
+        rows,
+        f"{record.model} ({record.model_type}): {len(record.units)} units ({kinds}) in {record.layers} layers",
+    )
+    warn_starved(result)
+
+
+def warn_starved(result: "Profile") -> None:
+    """Name the experts that no calibration token reached, and what happens to them."""
+    starved = result.starved()
+    if starved:
+        typer.echo(
+            f"moqa: warning: no calibration token reached {', '.join(starved[:8])}"
+            f"{f' and {len(starved) - 8} more' if len(starved) > 8 else ''}: "
+            "rounded to nearest (rtn); add --data that reaches them",
+            err=True,
+        )

@@ -1,0 +1,125 @@
+"""`moqa quantize`: apply a plan, or do the whole job from texts and a size."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moqa.cli import app
+from moqa.cli.common import (
+    BpwOption,
+    ContextOption,
+    GroupOption,
+    HedgeOption,
+    JsonOption,
+    MethodOption,
+    ObjectiveOption,
+    OverwriteOption,
+    SamplesOption,
+    ScopeOption,
+    SeedOption,
+    SelfSamplesOption,
+    SizeOption,
+    StrategyOption,
+    SymmetricOption,
+    TiesOption,
+    WidthsOption,
+    mib,
+    print_table,
+    progress,
+    widths_of,
+    write_result,
+)  # fmt: skip
+from moqa.errors import MoqaError
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of the original model")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="checkpoint folder to make")],
+    plan: Annotated[Path | None, typer.Option("--plan", help="apply this plan; else --data and a budget")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="NAME=SOURCE", help="texts the model will see")
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option("--held-out", metavar="NAME=SOURCE", help="texts for the proof [default: a fifth of --data]"),
+    ] = None,
+    bpw: BpwOption = None,
+    size: SizeOption = None,
+    strategy: StrategyOption = "moqa-budget",
+    ties: TiesOption = "unit",
+    method: MethodOption = "gptq",
+    widths: WidthsOption = "2,3,4,5,6,8",
+    hedge: HedgeOption = None,
+    objective: ObjectiveOption = "mean",
+    scope: ScopeOption = "global",
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="profile folder to reuse or make [default: OUT.profile]")
+    ] = None,
+    samples: SamplesOption = 64,
+    context: ContextOption = 256,
+    self_samples: SelfSamplesOption = None,
+    group_size: GroupOption = 64,
+    symmetric: SymmetricOption = False,
+    proof: Annotated[
+        bool, typer.Option("--proof/--no-proof", help="evaluate beside plain plans on held-out text")
+    ] = True,
+    overwrite: OverwriteOption = False,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Quantize a model: from a plan, or from the texts it will see and a size, with proof on held-out text."""
+    from moqa.format.writer import check_free
+    from moqa.quantize import METHODS
+    from moqa.quantize import quantize as run
+
+    if method not in METHODS:
+        raise MoqaError(f"--method {method} is unknown", f"there are {', '.join(sorted(METHODS))}")
+    check_free(out, overwrite)
+    if plan is not None:
+        if data or held_out or bpw is not None or size is not None:
+            raise MoqaError(
+                f"--plan {plan} already holds texts and budget", "leave out --data, --held-out, --bpw, --size"
+            )
+        from moqa.plan import read_plan
+        from moqa.profile import read_profile
+
+        chosen = read_plan(plan)
+        with progress() as report:
+            run(model, chosen, out, method, overwrite, report, profile=read_profile(profile) if profile else None)
+        print_checkpoint(out, json)
+        return
+    if not data:
+        raise MoqaError("moqa quantize needs --plan FILE, or --data NAME=SOURCE with --bpw or --size")
+    from moqa.cli.oneshot import Wish, fulfil
+
+    fulfil(
+        Wish(
+            model=model, out=out, data=data, held_out=held_out or [], bpw=bpw, size=size, strategy=strategy, ties=ties,
+            method=method, widths=widths_of(widths), hedge=hedge, objective=objective, scope=scope,
+            profile=profile or out.with_name(out.name + ".profile"), samples=samples, context=context,
+            self_samples=self_samples, group_size=group_size, symmetric=symmetric, proof=proof, overwrite=overwrite,
+            seed=seed, json=json,
+        )
+    )  # fmt: skip
+
+
+def print_checkpoint(out: Path, json: Path | None) -> None:
+    """What was written."""
+    from moqa.format.reader import open_checkpoint
+
+    checkpoint = open_checkpoint(out, verify=False)
+    methods: dict[str, int] = {}
+    for unit in checkpoint.manifest.units.values():
+        methods[unit.method] = methods.get(unit.method, 0) + 1
+    rows = [[
+        str(out), mib(checkpoint.bytes), f"{checkpoint.bits_per_weight:.3f}", f"{checkpoint.model_bits_per_weight:.3f}",
+        ", ".join(f"{count} {name}" for name, count in sorted(methods.items())),
+    ]]  # fmt: skip
+    print_table(["checkpoint", "size", "bits/weight", "model bits/weight", "units"], rows)
+    result = {
+        "checkpoint": str(out), "bytes": checkpoint.bytes, "bits_per_weight": checkpoint.bits_per_weight,
+        "model_bits_per_weight": checkpoint.model_bits_per_weight, "methods": methods,
+    }  # fmt: skip
+    write_result(result, json)

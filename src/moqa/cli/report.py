@@ -1,0 +1,21 @@
+"""`moqa report`: one HTML page from artifacts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moqa.cli import app
+
+
+@app.command()
+def report(
+    artifacts: Annotated[
+        list[Path], typer.Argument(metavar="ARTIFACT...", help="profiles, plans, checkpoints, evaluations, or folders")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="page to write")] = Path("report.html"),
+) -> None:
+    """Make one self-contained HTML page from profiles, plans, checkpoints and evaluations."""
+    from moqa.report import write_report
+
+    typer.echo(str(write_report(artifacts, out)))
