@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all set-up themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Threads that spin while another process works make everything slower; large blocks are reused, not returned.
+export OMP_WAIT_POLICY := PASSIVE
+export MALLOC_MMAP_THRESHOLD_ := 4294967296
+export MALLOC_TRIM_THRESHOLD_ := 68719476736
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test test-slow lint results clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moqa needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -q torch==2.13.0
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt hatchling editables
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e '.[all,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python benchmarks/demo.py
+
+test: setup
+	$(BIN)/pytest -m 'not slow'
+
+test-slow: setup
+	$(BIN)/pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+results: setup
+	$(BIN)/python benchmarks/statistics.py
+	$(BIN)/python benchmarks/ablations.py
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

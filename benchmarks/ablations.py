@@ -1,0 +1,153 @@
+"""What each part of the budgeted plan is worth, at the bytes of uniform 3 bits. Writes docs/results/ablations.md."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import moqa
+import moqa.profile.measure
+from moqa.evaluate.proof import Bench
+from moqa.models.view import open_model
+from moqa.plan import Plan
+from moqa.plan.problem import Choice, Problem, strategy
+from moqa.plan.solver import solve
+from moqa.profile import SELF
+from moqa.profile.sensitivity import Sensitivity
+from moqa.progress import quiet
+
+sys.path.insert(0, str(Path(__file__).parent))
+from demo import KNOWN, MODEL, NOVEL, ROOT, texts
+
+WINDOWS = 16
+HEDGES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+
+
+class Diagonal(Sensitivity):
+    """The usual form: squared gradient x squared rounding error, weight by weight."""
+
+    def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        error = self._rounding.errors[name].float()
+        self.sums[name] += 0.5 * torch.einsum("oi,woi->w", gradient.square().T @ x.square(), error.square())
+
+
+def hedged_by(problem: Problem, stand_in: np.ndarray, share: float) -> Choice:
+    """Knapsack whose hedge is another [units, widths] table, scaled to the known one as the real hedge is."""
+    known = np.mean([problem.errors(name) for name in problem.known], axis=0)
+    other = problem.table(stand_in)
+    rows, narrow = np.arange(len(known)), problem.smallest()
+    other = other * known[rows, narrow].sum() / other[rows, narrow].sum()
+    return solve(problem.masked((1 - share) * known + share * other)[None], problem.sizes, problem.limit or 0)
+
+
+@strategy("hedged by weights", hedge=0.3)
+def by_weights(problem: Problem) -> Choice:
+    """Data-free: relative rounding error x number of weights."""
+    weights = np.array([[unit.weights] for unit in problem.profile.record.units])
+    error = problem.profile.weights["rounding"].double().numpy() * weights
+    return hedged_by(problem, error, problem.options.hedge or 0.0)
+
+
+@strategy("hedged by usage", hedge=0.3)
+def by_usage(problem: Problem) -> Choice:
+    """As if every expert of a layer were as sensitive as their mean."""
+    known = np.mean([problem.profile.sensitivity(name).double().numpy() for name in problem.known], axis=0)
+    kinds: dict[tuple, list[int]] = {}
+    for row, unit in enumerate(problem.profile.record.units):
+        kinds.setdefault((unit.layer, unit.role, unit.projection), []).append(row)
+    for rows in kinds.values():
+        known[rows] = known[rows].mean(0)
+    return hedged_by(problem, known, problem.options.hedge or 0.0)
+
+
+def with_own_text(plan: Plan, share: float) -> Plan:
+    """The same plan, but calibrated on another share of the model's own text."""
+    mixture = {name: (1 - share) / len(KNOWN) for name in KNOWN} | ({SELF: share} if share else {})
+    return plan.model_copy(update={"mixture": mixture})
+
+
+class Table:
+    """Rows of mean known and novel KL, and their change against uniform."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench, self.lines, self._base = (
+            bench,
+            ["| row | known KL | novel KL | known | novel |", "|---|---:|---:|---:|---:|"],
+            None,
+        )
+
+    def add(self, name: str, plan: Plan) -> tuple[float, float]:
+        found = self._bench.run(plan, "gptq", quiet).distributions
+        pair = tuple(sum(found[n].kl_divergence or 0 for n in names) / len(names) for names in (KNOWN, NOVEL))
+        self._base = self._base or pair
+        change = [f"{new / old - 1:+.0%}" for new, old in zip(pair, self._base, strict=True)]
+        self.lines.append(f"| {name} | {pair[0]:.4f} | {pair[1]:.4f} | {change[0]} | {change[1]} |")
+        print(self.lines[-1], flush=True)
+        return pair[0], pair[1]
+
+
+def predictions(plans: dict[str, Plan], measured: dict[str, float]) -> str:
+    """Predicted against measured known KL."""
+    lines = ["| plan | predicted known KL | measured |", "|---|---:|---:|"]
+    lines += [
+        f"| {name} | {np.mean([plan.predicted[n] for n in KNOWN]):.4f} | {measured[name]:.4f} |"
+        for name, plan in plans.items()
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    view = open_model(MODEL)
+    data = texts("calib", KNOWN)
+    profile = moqa.profile(MODEL, data, ROOT / "runs" / "ablations" / "profile", view=view)
+    measure: Any = moqa.profile.measure
+    measure.Sensitivity = Diagonal
+    diagonal = moqa.profile(MODEL, data, ROOT / "runs" / "ablations" / "diagonal", view=view)
+    measure.Sensitivity = Sensitivity
+    bench = Bench.open(str(MODEL), view, profile, texts("test", (*KNOWN, *NOVEL)), WINDOWS, quiet)
+    uniform = moqa.plan(profile, None, "uniform", widths=[3])
+    budget = f"{uniform.account.checkpoint}B"
+    table, plans, measured = Table(bench), {"uniform": uniform}, {}
+    measured["uniform"] = table.add("uniform", uniform)[0]
+    table.add("uniform, calibrated with 40 % own text", with_own_text(uniform, 0.4))
+    for hedge in HEDGES:
+        name = f"moqa-budget, hedge {hedge:g}"
+        plans[name] = moqa.plan(profile, budget, hedge=hedge)
+        measured[name] = table.add(name, plans[name])[0]
+    table.add(
+        "moqa-budget, hedge 0.2, plan alone (calibrated on known text)",
+        with_own_text(moqa.plan(profile, budget, hedge=0.2), 0.0),
+    )
+    table.add(
+        "moqa-budget, hedge 0, calibrated with 40 % own text", with_own_text(moqa.plan(profile, budget, hedge=0.0), 0.4)
+    )
+    for name in ("hedged by weights", "hedged by usage"):
+        for share in (0.1, 0.3, 1.0):
+            table.add(f"{name}, {share:g}", with_own_text(moqa.plan(profile, budget, name, hedge=share), 0.4))
+    table.add("diagonal sensitivity, hedge 0", moqa.plan(diagonal, budget, hedge=0.0))
+    table.add("minimax over wiki and novels, default hedge", moqa.plan(profile, budget, objective="minimax"))
+    for ties in ("expert", "layer_projection", "layer"):
+        table.add(f"ties {ties}, default hedge", moqa.plan(profile, budget, ties=ties))
+    text = f"""# What each part is worth
+
+Command: `make results` (`benchmarks/ablations.py`): reference model, gptq, at most the bytes of uniform 3 bits
+({uniform.account.checkpoint:,}), {WINDOWS} held-out windows of 256 tokens per text; known = wiki, novels; novel =
+python, math, german, french; last columns against the first row.
+
+{chr(10).join(table.lines)}
+
+## Predicted and measured
+A plan's sum of sensitivities against what is measured after gptq. The sum is for plain rounding and leaves out what
+errors do to each other and to the routing; it orders plans, and is of the right size.
+
+{predictions(plans, measured)}
+"""
+    (ROOT / "docs" / "results" / "ablations.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
