@@ -36,6 +36,9 @@ class Distribution:
         return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
 
 
+Data = Sequence[Distribution] | Mapping[str, str | Path | Sequence[str]]
+
+
 def read_distribution(spec: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Distribution:
     """Read one distribution from a file, a folder or the Hub.
 
@@ -64,6 +67,29 @@ def read_distribution(spec: str, tokenizer: PreTrainedTokenizerBase | None = Non
     if not texts:
         raise MoqaError(spec, "holds no text")
     return Distribution(name, texts, source)
+
+
+def as_distributions(data: Data, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Distribution]:
+    """Distributions from whatever a function of the library is given.
+
+    >>> [d.name for d in as_distributions({"wiki": "wiki.txt", "notes": ["a text", "another"]})]
+    ['wiki', 'notes']
+
+    Args:
+        data: distributions, or name -> source as on the command line, or name -> list of texts.
+        tokenizer: turns chat records into text.
+
+    Raises:
+        MoqaError: as `read_distribution`.
+    """
+    if not isinstance(data, Mapping):
+        return list(data)
+    return [
+        read_distribution(f"{name}={value}", tokenizer)
+        if isinstance(value, str | Path)
+        else Distribution(name, tuple(value), f"{len(value)} texts")
+        for name, value in data.items()
+    ]
 
 
 def read_distributions(specs: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None) -> list[Distribution]:

@@ -1,5 +1,6 @@
 """Plans: which precision every unit gets, and why."""
 
+from moqa.callable import callable_folder
 from moqa.plan.budget import Budget
 from moqa.plan.problem import HEDGED, STRATEGIES
 from moqa.plan.record import Account, Options, Plan
@@ -10,3 +11,5 @@ __all__ = [
     "DEFAULT_WIDTHS", "HEDGED", "STRATEGIES", "TIES", "Account", "Budget", "Options", "Plan", "for_file", "plan",
     "read_plan",
 ]  # fmt: skip
+
+callable_folder(__name__, plan)

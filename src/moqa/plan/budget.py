@@ -45,10 +45,28 @@ class Budget:
             return cls(f"--bpw {bpw:g}", bits_per_weight=bpw)
         if size is None:
             return None
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
         if match is None or match[2].upper() not in _FACTORS:
             raise MoqaError(f"--size {size} is no size", "give bytes or e.g. 12MiB, 3.5GB")
         return cls(f"--size {size}", bytes=int(float(match[1]) * _FACTORS[match[2].upper()]))
+
+    @classmethod
+    def of(cls, text: str) -> "Budget":
+        """Budget in one word.
+
+        >>> Budget.of("2.5bpw").bits_per_weight, Budget.of("12MiB").bytes
+        (2.5, 12582912)
+        """
+        bits = text.strip().lower().removesuffix("bpw").strip()
+        if bits == text.strip().lower():
+            found = cls.parse(size=text)
+        else:
+            try:
+                found = cls.parse(bpw=float(bits))
+            except ValueError:
+                raise MoqaError(f"{text} is no budget", "give e.g. 2.5bpw or 12MiB") from None
+        assert found is not None
+        return found
 
     @property
     def counts(self) -> Literal["units", "checkpoint"]:
@@ -57,4 +75,11 @@ class Budget:
 
     def limit(self, weights: int) -> int:
         """Bytes allowed, for a model whose units have that many weights."""
-        return self.bytes if self.bytes is not None else int((self.bits_per_weight or 0) * weights / 8)
+        if self.bytes is not None:
+            return self.bytes
+        bits = self.bits_per_weight or 0.0
+        # the bits of a plan may be a rounded number: the plan itself must still fit
+        limit = int(bits * weights / 8) + 1
+        while limit * 8 / weights > bits:
+            limit -= 1
+        return limit

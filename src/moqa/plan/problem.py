@@ -62,9 +62,13 @@ class Problem:
         return self.allowed.argmax(1)
 
     def at_width(self, width: int) -> Choice:
-        """`width` for every group, or the nearest wider one that it is allowed."""
+        """`width` for every group, or the nearest wider one that it is allowed, or else its widest."""
         fits = self.allowed & (np.array(self.widths) >= width)
-        return np.where(fits.any(1), fits.argmax(1), len(self.widths) - 1)
+        return np.where(fits.any(1), fits.argmax(1), self.widest())
+
+    def widest(self) -> Choice:
+        """The widest width allowed to each group."""
+        return len(self.widths) - 1 - self.allowed[:, ::-1].argmax(1)
 
     def bytes(self, choice: Choice) -> int:
         """Bytes of a choice."""
@@ -164,7 +168,10 @@ def make_problem(
         fixed_bytes: what the weight files hold whatever is chosen; counts where the budget is on the whole checkpoint.
     """
     settings = profile.record.settings
-    schemes = [Scheme(width=w, group_size=settings.group_size, symmetric=settings.symmetric) for w in widths]
+    moe = any(unit.role == "expert" for unit in profile.record.units)
+    # units with a floor need a width there, even if the experts may only have narrower ones
+    candidates = tuple(sorted({*widths, *([FLOOR] if moe and max(widths) < FLOOR else [])}))
+    schemes = [Scheme(width=w, group_size=settings.group_size, symmetric=settings.symmetric) for w in candidates]
     whole = budget is not None and budget.counts == "checkpoint"
     sizes = np.array(
         [
@@ -175,13 +182,13 @@ def make_problem(
             for group in groups
         ]
     )
-    moe = any(unit.role == "expert" for unit in profile.record.units)
-    floor = np.array([[FLOOR if moe and any(u.role != "expert" for u in g.units) else 0] for g in groups])
-    allowed = np.array(widths)[None] >= np.minimum(floor, max(widths))
+    floored = np.array([[moe and any(unit.role != "expert" for unit in group.units)] for group in groups])
+    column = np.array(candidates)[None]
+    allowed = np.where(floored, column >= FLOOR, np.isin(column, widths))
     limit = None
     if budget is not None:
         limit = budget.limit(sum(unit.weights for unit in profile.record.units)) - (fixed_bytes if whole else 0)
-    return Problem(profile, known, tuple(groups), widths, sizes, allowed, limit, options)
+    return Problem(profile, known, tuple(groups), candidates, sizes, allowed, limit, options)
 
 
 __all__ = ["FLOOR", "HEDGED", "SELF", "STRATEGIES", "Choice", "Problem", "Strategy", "make_problem", "strategy"]

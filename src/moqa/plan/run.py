@@ -25,7 +25,7 @@ DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
 
 def plan(
     profile: Profile,
-    budget: Budget | None = None,
+    budget: Budget | str | None = None,
     strategy: str = "moqa-budget",
     ties: Ties = "unit",
     known: Sequence[str] | None = None,
@@ -37,13 +37,15 @@ def plan(
 ) -> Plan:
     """Choose a width for every unit.
 
-    >>> plan = moqa.plan(profile, Budget.parse(bpw=3), strategy="moqa-budget")
+    >>> plan = moqa.plan(profile, "3bpw", strategy="moqa-budget")
     >>> plan.account.bits_per_weight <= 3
     True
 
     Args:
         profile: statistics of the model.
-        budget: limit in bytes; `moqa` and `moqa-v1` also plan without.
+        budget: limit in bytes, e.g. "2.5bpw" (of the units) or "12MiB" (all weight files);
+            without one, `uniform` takes the widest of `widths` and
+            `moqa` and `moqa-v1` what their rule gives.
         strategy: one of `moqa.plan.STRATEGIES`.
         ties: which units must share a width, see `moqa.plan.TIES`.
         known: distributions of the profile to fit on; None means all.
@@ -57,6 +59,7 @@ def plan(
         MoqaError: if the strategy, ties or a distribution is unknown, the strategy does not suit the model, or the
             budget is outside what can be reached.
     """
+    budget = Budget.of(budget) if isinstance(budget, str) else budget
     if strategy not in STRATEGIES:
         raise MoqaError(f"--strategy {strategy} is unknown", f"there are {', '.join(sorted(STRATEGIES))}")
     if ties not in TIES:
@@ -84,12 +87,13 @@ def plan(
         )
     schemes = _schemes(problem, choice)
     names = [*known, *([SELF] if SELF in profile.statistics else [])]
-    own = share or 0.0
+    # where a plan is hedged, the solve is too: the model's own text counts as one more distribution, at least
+    own = max(share, 1 / (len(known) + 1)) if share else 0.0
     return Plan(
         moqa=__version__, model=profile.record.model, model_type=profile.record.model_type,
         fingerprint=profile.record.fingerprint, profile=str(profile.folder), strategy=strategy, options=options,
         ties=ties, budget=budget.typed if budget else None, known=known,
-        mixture={n: (1 - own) / len(known) for n in known} | ({SELF: own} if own else {}),
+        mixture={n: (1 - own) / len(known) for n in known if own < 1} | ({SELF: own} if own else {}),
         predicted={n: _predicted(problem, choice, n) for n in names},
         account=_account(profile, schemes), units=schemes,
     )  # fmt: skip
@@ -134,15 +138,12 @@ def _check_reachable(problem: Problem, budget: Budget | None) -> None:
     if problem.bytes(problem.smallest()) > problem.limit:
         raise MoqaError(f"{budget.typed} is below the smallest plan of this profile", _reachable(problem))
     # a budget far above the widest plan is a slip of the pen; one slightly above it is a wish for the best
-    if problem.limit > problem.bytes(problem.at_width(max(problem.widths))) * 1.05:
+    if problem.limit > problem.bytes(problem.widest()) * 1.05:
         raise MoqaError(f"{budget.typed} is above the largest plan of this profile", _reachable(problem))
 
 
 def _reachable(problem: Problem) -> str:
-    found = [
-        _account(problem.profile, _schemes(problem, choice))
-        for choice in (problem.smallest(), problem.at_width(max(problem.widths)))
-    ]
+    found = [_account(problem.profile, _schemes(problem, choice)) for choice in (problem.smallest(), problem.widest())]
     bits = " to ".join(f"{account.bits_per_weight:.2f}" for account in found)
     sizes = " to ".join(f"{account.checkpoint / 2**20:.1f} MiB" for account in found)
     return f"reachable with --widths {','.join(map(str, problem.widths))}: {bits} bpw, {sizes}"
@@ -152,9 +153,7 @@ def _schemes(problem: Problem, choice: Choice) -> dict[str, Scheme]:
     settings = problem.profile.record.settings
     chosen: dict[str, Scheme] = {}
     for group, index in zip(problem.groups, choice, strict=True):
-        scheme = Scheme(
-            width=problem.widths[index], group_size=settings.group_size, symmetric=settings.symmetric
-        )
+        scheme = Scheme(width=problem.widths[index], group_size=settings.group_size, symmetric=settings.symmetric)
         chosen.update({unit.name: scheme for unit in group.units})
     return {unit.name: chosen[unit.name] for unit in problem.profile.record.units}
 

@@ -1,5 +1,6 @@
 """Profiles: all statistics of a model on some distributions."""
 
+from moqa.callable import callable_folder
 from moqa.profile.record import SELF, Fitted, ProfileRecord, UnitRecord
 from moqa.profile.run import DEFAULT_CONTEXT, DEFAULT_SAMPLES, profile
 from moqa.profile.store import Profile, read_profile
@@ -8,3 +9,5 @@ __all__ = [
     "DEFAULT_CONTEXT", "DEFAULT_SAMPLES", "SELF", "Fitted", "Profile", "ProfileRecord", "UnitRecord", "profile",
     "read_profile",
 ]  # fmt: skip
+
+callable_folder(__name__, profile)

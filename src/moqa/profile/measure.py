@@ -1,6 +1,6 @@
 """One distribution's statistics: a pass forward for significance, a pass back for sensitivity, layer by layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,13 +9,14 @@ from torch.nn.functional import cross_entropy
 from moqa.format.scheme import Scheme
 from moqa.models.experts import projection_rows
 from moqa.models.stages import Stages
+from moqa.models.units import Unit
 from moqa.models.view import ModelView
+from moqa.models.watch import watching
 from moqa.profile.sensitivity import LayerObserver, Rounding, Sensitivity
 from moqa.profile.significance import LayerStatistics
+from moqa.progress import Report
 
 BATCH_TOKENS = 2048
-
-Report = Callable[[str, int, int], None]
 
 
 def batches(tokens: Tensor) -> tuple[Tensor, ...]:
@@ -76,18 +77,12 @@ def measure(
 
 @torch.no_grad()
 def _forward(view: ModelView, stages: Stages, layer: int, inputs: list[list[Tensor]]) -> dict[str, Tensor]:
-    path = view.experts_path(layer)
-    statistics = None
-    if path is not None:
-        down = [view.weight(u) for u in view.layer_units(layer) if u.role == "expert" and u.projection == "down_proj"]
-        statistics = LayerStatistics(torch.stack([matrix.norm(dim=0) for matrix in down]).float())
-        view.module(path).moqa_observer = statistics
-    for kept in inputs:
-        kept.append(stages.layer(layer, kept[-1]))
-    if path is None or statistics is None:
-        return {}
-    del view.module(path).moqa_observer
-    return statistics.tensors()
+    down = [view.weight(u) for u in view.layer_units(layer) if u.role == "expert" and u.projection == "down_proj"]
+    statistics = LayerStatistics(torch.stack([matrix.norm(dim=0) for matrix in down]).float()) if down else None
+    with watching(view, layer, statistics):
+        for kept in inputs:
+            kept.append(stages.layer(layer, kept[-1]))
+    return statistics.tensors() if statistics else {}
 
 
 def _label_gradient(stages: Stages, hidden: Tensor, generator: torch.Generator) -> Tensor:
@@ -108,26 +103,15 @@ def _backward(
 ) -> dict[str, Tensor]:
     """Run a layer again with gradients; replaces `gradients` by those of the layer's inputs."""
     sensitivity = Sensitivity(rounding)
-    handles = []
-    for unit in view.layer_units(layer):
-        if unit.role != "expert":
-
-            def watch(_: object, args: tuple[Tensor, ...], out: Tensor, name: str = unit.name) -> None:
-                x = args[0].detach().flatten(0, -2)
-                out.register_hook(lambda gradient: sensitivity.add(name, x, gradient.flatten(0, -2)))
-
-            handles.append(view.module(unit.module).register_forward_hook(watch))
     path = view.experts_path(layer)
-    if path is not None:
-        experts = view.module(path)
-        experts.moqa_observer = LayerObserver(sensitivity, path, projection_rows(experts))
-    try:
+    observer = LayerObserver(sensitivity, path, projection_rows(view.module(path))) if path else None
+
+    def linear(unit: Unit, x: Tensor, out: Tensor) -> None:
+        flat = x.detach().flatten(0, -2)
+        out.register_hook(lambda gradient: sensitivity.add(unit.name, flat, gradient.flatten(0, -2)))
+
+    with watching(view, layer, observer, linear):
         for index, kept in enumerate(inputs):
             hidden = kept.pop().requires_grad_(True)
             gradients[index] = torch.autograd.grad(stages.layer(layer, hidden), hidden, gradients[index])[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-        if path is not None:
-            del view.module(path).moqa_observer
     return sensitivity.sums

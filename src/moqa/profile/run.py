@@ -2,37 +2,33 @@
 
 import contextlib
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moqa import __version__
-from moqa.data import Distribution, cut_windows
+from moqa.data import Data, as_distributions, cut_windows
 from moqa.errors import MoqaError
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.models import checkpoint
 from moqa.models.experts import PROJECTIONS
 from moqa.models.load import load_tokenizer
 from moqa.models.view import ModelView, open_model
-from moqa.profile.measure import Report, measure
+from moqa.profile.measure import measure
 from moqa.profile.record import SELF, DistributionRecord, Fitted, ProfileRecord, Settings, UnitRecord
 from moqa.profile.selfsample import self_sample
 from moqa.profile.significance import expert_similarity
 from moqa.profile.store import RECORD, Profile, read_profile, write_profile
+from moqa.progress import Report, quiet
 
 DEFAULT_SAMPLES = 64
 DEFAULT_CONTEXT = 256
 
 
-def quiet(step: str, done: int, total: int) -> None:
-    """Report nothing."""
-
-
 def profile(
     model: str | Path,
-    distributions: Sequence[Distribution],
+    data: Data,
     out: str | Path,
     samples: int = DEFAULT_SAMPLES,
     context: int = DEFAULT_CONTEXT,
@@ -45,11 +41,11 @@ def profile(
 ) -> Profile:
     """Measure what every expert and channel contributes, and what losing precision costs, on each distribution.
 
-    >>> profile = moqa.profile("reference/model", [wiki, novels], "runs/profile")
+    >>> profile = moqa.profile("reference/model", {"wiki": "wiki.txt", "novels": "novels.txt"}, "runs/profile")
 
     Args:
         model: folder or Hub id of the original model.
-        distributions: texts to measure on; the held-out text of an evaluation must not be among them.
+        data: texts to measure on, as distributions or name -> source; no held-out text of an evaluation.
         out: profile folder. One that is there already is reused: distributions that it holds for the same model, text
             and settings are not measured again, others are added.
         samples: windows per distribution.
@@ -65,12 +61,13 @@ def profile(
         MoqaError: if the model or a text is unusable, or `out` holds a profile of another model or other settings.
     """
     out = Path(out)
+    folder = checkpoint.locate(model)
+    tokenizer = load_tokenizer(folder)
+    distributions = as_distributions(data, tokenizer)
     if not distributions:
         raise MoqaError("no distribution to profile on", "give at least one --data NAME=FILE")
     if any(d.name in (SELF, "weights") for d in distributions):
         raise MoqaError(f"--data {SELF}=... uses a name that moqa needs itself", "choose another name")
-    folder = checkpoint.locate(model)
-    tokenizer = load_tokenizer(folder)
     settings = Settings(context=context, samples=samples, seed=seed, group_size=group_size, symmetric=symmetric)
     cut = {d.name: cut_windows(d, tokenizer, context, samples, seed) for d in distributions}
     records = {

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from moqa.format.grid import fit_grid
 from moqa.format.scheme import Scheme
+from moqa.models.experts import ExpertRun
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 
-# float32 products of this size are the profile's largest cost; bfloat16 keeps the noise below 1 % of a sensitivity
+# eight errors per weight are a profile's largest memory and products; in bfloat16 a sensitivity changes by below 1 %
 _DTYPE = torch.bfloat16
 
 
@@ -39,13 +40,12 @@ class Rounding:
 
 
 class Sensitivity:
-    """Expected rise of the KL divergence, per token, for each unit and width: a sum over tokens.
+    """Expected rise of the KL divergence for each unit and width: a sum over tokens.
 
     For a unit with input x_t, output gradient g_t and rounding error E it is half the sum of (g_t . E x_t)^2: the
-    second-order term of the KL divergence between the original's and the quantized model's next-token distributions,
-    if g comes from labels drawn from the model's own prediction (the true Fisher matrix) and tokens are taken as
-    independent. Our design; the diagonal form of it (squared gradient x squared error) predicts less well
-    (docs/results/sensitivity.md).
+    second-order term of the KL divergence between the original's and the quantized model's predictions, if g comes
+    from labels drawn from the model's own prediction (the true Fisher matrix) and tokens are taken as independent.
+    Our design; weight by weight (squared gradient x squared error) it predicts less well (docs/results/ablations.md).
     """
 
     def __init__(self, rounding: Rounding) -> None:
@@ -53,7 +53,7 @@ class Sensitivity:
         self.sums: dict[str, Tensor] = {name: torch.zeros(len(e)) for name, e in rounding.errors.items()}
 
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        """Add [tokens, in] inputs and [tokens, out] gradients of the log-likelihood of a drawn label."""
+        """Add [tokens, in] inputs and [tokens, out] gradients of the log-likelihood of drawn labels."""
         error = self._rounding.errors[name]
         widths, out, features = error.shape
         shift = (x.to(_DTYPE) @ error.reshape(widths * out, features).T).unflatten(-1, (widths, out))
@@ -63,20 +63,19 @@ class Sensitivity:
 class LayerObserver:
     """Feeds a layer's experts into `Sensitivity` while gradients flow back through them."""
 
-    def __init__(self, sensitivity: Sensitivity, path: str, rows: dict[str, Tensor]) -> None:
+    def __init__(self, sensitivity: Sensitivity, path: str, rows: dict[str, slice]) -> None:
         self._sensitivity, self._path, self._rows = sensitivity, path, rows
 
     def routed(self, index: Tensor, weights: Tensor) -> None:
         """Routing does not matter here."""
 
-    def expert(self, expert: int, x: Tensor, gate_up: Tensor, hidden: Tensor, out: Tensor, gate: Tensor) -> None:  # noqa: ARG002
+    def expert(self, run: ExpertRun) -> None:
         """Wait for the gradients of one expert's two products."""
-        x, hidden = x.detach(), hidden.detach()
-        name = f"{self._path}.{expert}"
+        name, x, inner = f"{self._path}.{run.expert}", run.x.detach(), run.inner.detach()
 
         def back_gate_up(gradient: Tensor) -> None:
             for projection, rows in self._rows.items():
                 self._sensitivity.add(f"{name}.{projection}", x, gradient[:, rows])
 
-        gate_up.register_hook(back_gate_up)
-        out.register_hook(lambda gradient: self._sensitivity.add(f"{name}.down_proj", hidden, gradient))
+        run.gate_up.register_hook(back_gate_up)
+        run.out.register_hook(lambda gradient: self._sensitivity.add(f"{name}.down_proj", inner, gradient))

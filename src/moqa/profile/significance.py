@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from moqa.models.experts import ExpertRun
+
 
 class LayerStatistics:
     """Running sums over the tokens of one distribution in one layer: the three stages of MoQa's analysis.
@@ -39,9 +41,9 @@ class LayerStatistics:
         visited = one_hot(index, experts).sum(1).clamp_max(1).float()
         self.coactivation += visited.T @ visited
 
-    def expert(self, expert: int, x: Tensor, gate_up: Tensor, hidden: Tensor, out: Tensor, gate: Tensor) -> None:  # noqa: ARG002
+    def expert(self, run: ExpertRun) -> None:
         """Add one expert's activations to its channels."""
-        self.channel[expert] += (hidden.abs() * gate).sum(0) * self._norms[expert]
+        self.channel[run.expert] += (run.inner.abs() * run.gate).sum(0) * self._norms[run.expert]
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name."""

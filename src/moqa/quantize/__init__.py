@@ -1,6 +1,9 @@
 """Quantization: methods, and the driver that applies a plan layer by layer."""
 
+from moqa.callable import callable_folder
 from moqa.quantize.methods import METHODS
 from moqa.quantize.run import quantize
 
 __all__ = ["METHODS", "quantize"]
+
+callable_folder(__name__, quantize)

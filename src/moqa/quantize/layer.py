@@ -9,6 +9,7 @@ from torch import Tensor
 from moqa.format.grid import Grid
 from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
+from moqa.models.experts import ExpertRun
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.quantize.methods import METHODS, Inputs, Job, Method, Result
@@ -49,10 +50,10 @@ class InputsObserver:
     def routed(self, index: Tensor, weights: Tensor) -> None:
         """Routing shows in the inputs."""
 
-    def expert(self, expert: int, x: Tensor, gate_up: Tensor, hidden: Tensor, out: Tensor, gate: Tensor) -> None:  # noqa: ARG002
+    def expert(self, run: ExpertRun) -> None:
         """Add one expert's two input spaces."""
-        self.add(f"{self._path}.{expert}.in", x * gate)
-        self.add(f"{self._path}.{expert}.inner", hidden * gate)
+        self.add(f"{self._path}.{run.expert}.in", run.x * run.gate)
+        self.add(f"{self._path}.{run.expert}.inner", run.inner * run.gate)
 
 
 def input_space(unit: Unit) -> str:
@@ -113,7 +114,9 @@ def _solve(
         for unit in units:
             rows = slice(row, row + unit.shape[0])
             row += unit.shape[0]
-            errors = {n: output_error(d[entry, rows] - weights[entry, rows], seen[entry].check) for n, d in dense.items()}
+            errors = {
+                n: output_error(d[entry, rows] - weights[entry, rows], seen[entry].check) for n, d in dense.items()
+            }
             # an expert that no sample reached gives no reason to prefer the method that fits samples
             best = min(errors, key=lambda name: (errors[name], name != "rtn"))
             total = output_error(weights[entry, rows], seen[entry].check)

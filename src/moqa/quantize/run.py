@@ -9,17 +9,18 @@ from torch import Tensor
 
 from moqa import __version__
 from moqa.errors import MoqaError
-from moqa.format.artifact import write_json
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, FittedText, Manifest, StoredFile, StoredTensor, StoredUnit
-from moqa.format.writer import check_free, finished_folder, write_shard
+from moqa.format.writer import check_free, finished_folder, write_manifest, write_shard
 from moqa.models import checkpoint
 from moqa.models.stages import Stages
+from moqa.models.units import Unit
 from moqa.models.view import ModelView, open_model
+from moqa.models.watch import watching
 from moqa.plan import Plan
 from moqa.profile import Profile, read_profile
-from moqa.profile.measure import Report, batches
-from moqa.profile.run import quiet
+from moqa.profile.measure import batches
+from moqa.progress import Report, quiet
 from moqa.quantize import gptq, rtn  # noqa: F401  (registers them)
 from moqa.quantize.layer import InputsObserver, Quantized, input_space, quantize_units
 from moqa.quantize.methods import METHODS, Method
@@ -122,7 +123,7 @@ def _write(
                            for n, t in kept.items()},
         files=files,
     )  # fmt: skip
-    write_json(manifest, target / MANIFEST)
+    write_manifest(manifest, target / MANIFEST)
     report("quantize", len(view.layers), len(view.layers))
 
 
@@ -155,26 +156,14 @@ class _Flow:
 
     def watch(self, layer: int) -> InputsObserver:
         """Inputs of all units of a layer; the layer's weights are still the original ones."""
-        path = self._view.experts_path(layer)
-        observer = InputsObserver(path or "")
-        handles = []
-        for unit in self._view.layer_units(layer):
-            if unit.role != "expert":
+        observer = InputsObserver(self._view.experts_path(layer) or "")
 
-                def see(_: object, args: tuple[Tensor, ...], name: str = input_space(unit)) -> None:
-                    observer.add(name, args[0].flatten(0, -2))
+        def linear(unit: Unit, x: Tensor, _: Tensor) -> None:
+            observer.add(input_space(unit), x.flatten(0, -2))
 
-                handles.append(self._view.module(unit.module).register_forward_pre_hook(see))
-        if path is not None:
-            self._view.module(path).moqa_observer = observer
-        try:
+        with watching(self._view, layer, observer, linear):
             for observer.share, observer.check, hidden in self._parts:
                 self._stages.layer(layer, hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
-            if path is not None:
-                del self._view.module(path).moqa_observer
         return observer
 
     def advance(self, layer: int) -> None:
@@ -202,6 +191,3 @@ def _check_units(view: ModelView, plan: Plan) -> None:
     if different:
         where = "the plan" if different[0] in view.units else "the model"
         raise MoqaError(f"{where} lacks unit {different[0]}", f"{len(different)} units differ between model and plan")
-
-
-

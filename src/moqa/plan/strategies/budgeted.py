@@ -1,12 +1,13 @@
 """`moqa-budget`: least expected divergence for the bytes, exactly, hedged against texts that are not known."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moqa.errors import MoqaError
 from moqa.plan.problem import SELF, Choice, Problem, strategy
 from moqa.plan.solver import solve
 
-DEFAULT_HEDGE = 0.5
+DEFAULT_HEDGE = 0.1
 
 
 @strategy("moqa-budget", hedge=DEFAULT_HEDGE)
@@ -24,20 +25,24 @@ def budgeted(problem: Problem) -> Choice:
     if problem.options.objective == "minimax":
         # distributions differ in how much any plan costs them: compare each with what the uniform plan does to it
         uniform = problem.at_width(min(problem.widths, key=lambda w: abs(problem.bytes(problem.at_width(w)) - limit)))
-        known = known / known[:, np.arange(len(uniform)), uniform].sum(1)[:, None, None]
+        # (a uniform plan of 16 bits costs nothing: then with the narrowest)
+        cost, narrowest = _sums(known, uniform), _sums(known, problem.smallest())
+        cost = np.where(cost > 0, cost, np.where(narrowest > 0, narrowest, 1.0))
+        known = known / cost[:, None, None]
     else:
         known = known.mean(0, keepdims=True)
     if hedge:
         own = problem.errors(SELF)
-        scale = _spread(known, problem) / _spread(own[None], problem)
+        # a hedge is a share whatever the objective's unit is: both count by their cost at the narrowest widths
+        cost, own_cost = (_sums(errors, problem.smallest()).mean() for errors in (known, own[None]))
+        scale = cost / own_cost if own_cost else 0.0
         known = (1 - hedge) * known + hedge * scale * own
     return solve(problem.masked(known), problem.sizes, limit)
 
 
-def _spread(errors: np.ndarray, problem: Problem) -> float:
-    """Size of an objective, so that a hedge is a share whatever its unit is: its mean sum at the narrowest widths."""
-    smallest = problem.smallest()
-    return float(errors[:, np.arange(len(smallest)), smallest].sum(1).mean())
+def _sums(errors: NDArray[np.float64], choice: Choice) -> NDArray[np.float64]:
+    """[objectives] summed error of a choice."""
+    return errors[:, np.arange(len(choice)), choice].sum(1)
 
 
 def check_hedge(hedge: float, own_text: bool) -> None:

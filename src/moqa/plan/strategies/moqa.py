@@ -92,4 +92,5 @@ def fit_classes(
                 else:
                     classes[index] -= 1
     order = [row for index in np.argsort(-pull[:, 1], kind="stable") for row in experts[index]]
-    return problem.fill(choice, order)
+    # what no expert can use any more goes to the other units
+    return problem.fill(problem.fill(choice, order), range(len(problem.groups)))

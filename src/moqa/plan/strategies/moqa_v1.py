@@ -40,7 +40,9 @@ def moqa_v1(problem: Problem) -> Choice:
         if not problem.fits(raised):
             break
         choice = raised
-    return problem.fill(choice, [row for index in order for row in rows[index]])
+    choice = problem.fill(choice, [row for index in order for row in rows[index]])
+    # what no expert can use any more goes to the other units
+    return problem.fill(choice, range(len(problem.groups)))
 
 
 def _neighbours(problem: Problem) -> tuple[Choice, Choice]:

@@ -6,6 +6,5 @@ from moqa.plan.problem import Choice, Problem, strategy
 @strategy("uniform")
 def uniform(problem: Problem) -> Choice:
     """The widest width that fits, the same for every unit (units with a floor take at least that)."""
-    problem.needed_limit("uniform")
     fitting = [choice for width in problem.widths if problem.fits(choice := problem.at_width(width))]
     return fitting[-1] if fitting else problem.smallest()
