@@ -1,0 +1,1 @@
+"""The checkpoint format: schemes, the integer grid, planes, files and their manifest."""

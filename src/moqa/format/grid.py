@@ -89,11 +89,12 @@ def fit_grid(weights: Tensor, scheme: Scheme, widths: Tensor | None = None, impo
         The grid, with scales and zero-points already rounded to what is stored.
     """
     groups = to_groups(weights, scheme.group_size)
-    weight = torch.ones((), dtype=groups.dtype)
+    # what a short last group is filled up with is not stored and must not count
+    weight = to_groups(torch.ones(weights.shape[-1]), scheme.group_size)
     if importance is not None:
-        weight = to_groups(importance, scheme.group_size)[..., None, :, :]
+        given = to_groups(importance, scheme.group_size)[..., None, :, :]
         # a group whose inputs were never active has no preference; equal weights keep its fit sane
-        weight = weight + weight.mean(-1, keepdim=True).clamp_min(1e-12) * 1e-2
+        weight = weight * (given + given.mean(-1, keepdim=True).clamp_min(1e-12) * 1e-2)
     bits = torch.tensor(scheme.width) if widths is None else widths
     bits = bits.reshape(*bits.shape, *[1] * (groups.dim() - 1 - bits.dim()))
     top = (2.0**bits - 1).expand(groups.shape[:-1])
@@ -123,9 +124,7 @@ def _stored(scale: Tensor, low: Tensor, scheme: Scheme, top: Tensor) -> Grid:
     return Grid(stored, zero, scheme.group_size, top)
 
 
-def _better(
-    groups: Tensor, weight: Tensor, grid: Grid, best: Grid | None, error: Tensor | None
-) -> tuple[Grid, Tensor]:
+def _better(groups: Tensor, weight: Tensor, grid: Grid, best: Grid | None, error: Tensor | None) -> tuple[Grid, Tensor]:
     scale, offset = grid.scale.float()[..., None], grid.offset()[..., None]
     rounded = scale * (_nearest(groups, scale, offset, grid.top[..., None]) - offset)
     new = ((rounded - groups).square_() * weight).sum(-1)

@@ -1,6 +1,7 @@
 """Which tensor lies in which shard, and exactly how long every file is: planned here, written by `writer`."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ class Shard:
 
 def entry_bytes(entry: Entry) -> int:
     """Bytes of one tensor."""
-    return entry[0].itemsize * torch.Size(entry[1]).numel()
+    return entry[0].itemsize * math.prod(entry[1])
 
 
 def shards(

@@ -1,5 +1,7 @@
 """The manifest of a checkpoint (`moqa.json`): what it was made from, how, and what every file must be."""
 
+from typing import Annotated
+
 from pydantic import BaseModel, Field
 
 from moqa.format.scheme import Scheme
@@ -7,23 +9,30 @@ from moqa.format.scheme import Scheme
 FORMAT = 1
 MANIFEST = "moqa.json"
 
+Length = Annotated[int, Field(ge=0)]
+Side = Annotated[int, Field(ge=1)]
+
 
 class StoredUnit(BaseModel, frozen=True):
     """One unit as it was quantized."""
 
-    layer: int
+    layer: int = Field(ge=0)
     role: str
-    shape: tuple[int, int] = Field(description="(out, in)")
+    shape: tuple[Side, Side] = Field(description="(out, in)")
     scheme: Scheme
-    method: str = Field(description="the method whose result is stored; `gptq` falls back to `rtn` where that is better")
-    error: float | None = Field(description="squared output error over squared output on held-out samples; None: no data")
+    method: str = Field(
+        description="the method whose result is stored; `gptq` falls back to `rtn` where that is better"
+    )
+    error: float | None = Field(
+        description="squared output error over squared output on held-out samples; None: no data"
+    )
 
 
 class StoredTensor(BaseModel, frozen=True):
     """A tensor that is no unit."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[Length, ...]
 
 
 class StoredFile(BaseModel, frozen=True):
@@ -48,15 +57,18 @@ class Manifest(BaseModel, frozen=True):
     model: str = Field(description="the original model, as the user gave it")
     model_type: str
     fingerprint: str = Field(description="of the original model")
-    layers: int = Field(description="decoder layers")
+    layers: int = Field(ge=0, description="decoder layers")
     strategy: str
     options: dict[str, str | float | int | None] = Field(description="of the strategy")
     ties: str
     budget: str | None
     method: str = Field(description="quantization method")
     seed: int
-    mixture: dict[str, float] = Field(description="share of each distribution in the fit; `self` is the model's own text")
+    mixture: dict[str, float] = Field(
+        description="share of each distribution in the fit; `self` is the model's own text"
+    )
     fitted: dict[str, FittedText] = Field(description="texts that the plan or the method saw")
     units: dict[str, StoredUnit]
     kept: dict[str, StoredTensor]
     files: dict[str, StoredFile]
+    checksum: str = Field("", description="sha256 of all other fields; files have their own in `files`")

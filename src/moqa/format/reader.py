@@ -1,6 +1,8 @@
 """Read a checkpoint: its manifest, and its tensors only after every file has been found to be as it must."""
 
 import hashlib
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.artifact import read_json
+from moqa.format.artifact import checksum, read_json
 from moqa.format.layout import DTYPES, Shard, shards
 from moqa.format.manifest import FORMAT, MANIFEST, Manifest
 from moqa.models.checkpoint import read_header
@@ -52,7 +54,7 @@ class Checkpoint:
     @property
     def model_bits_per_weight(self) -> float:
         """Stored bits per weight of the whole model."""
-        kept = sum(torch.Size(tensor.shape).numel() for tensor in self.manifest.kept.values())
+        kept = sum(math.prod(tensor.shape) for tensor in self.manifest.kept.values())
         return self.bytes * 8 / (self.unit_weights + kept)
 
     def layer(self, index: int | None) -> dict[str, Tensor]:
@@ -67,6 +69,15 @@ class Checkpoint:
         Raises:
             MoqaError: naming the first file or tensor that differs.
         """
+        manifest = self.manifest
+        if len(manifest.files) != manifest.layers + 1:
+            raise MoqaError(
+                f"{self.folder / MANIFEST} lists {len(manifest.files)} weight files",
+                f"its {manifest.layers} layers need {manifest.layers + 1}",
+            )
+        for name, unit in manifest.units.items():
+            if unit.layer >= manifest.layers:
+                raise MoqaError(f"{MANIFEST}: {name} is in layer {unit.layer}", f"there are {manifest.layers} layers")
         expected = self.shards()
         if sorted(self.manifest.files) != sorted(shard.file for shard in expected):
             raise MoqaError(f"{self.folder / MANIFEST} lists other files than its units need")
@@ -76,15 +87,10 @@ class Checkpoint:
                 raise MoqaError(f"{self.folder} lacks {shard.file}", f"{MANIFEST} lists {len(expected)} weight files")
             if path.stat().st_size != recorded.bytes or recorded.bytes != shard.bytes:
                 raise MoqaError(f"{path} has {path.stat().st_size} bytes", f"{shard.bytes} were written")
-            header = read_header(path)
-            found = {name: (entry.get("dtype"), tuple(entry.get("shape", ()))) for name, entry in header.items()}
-            wanted = {name: (DTYPES[dtype], shape) for name, (dtype, shape) in shard.entries.items()}
-            if found != wanted:
-                name = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))[0]
-                raise MoqaError(f"{path}: {name} is {found.get(name)}", f"the manifest says {wanted.get(name)}")
             with path.open("rb") as file:
+                # entries and offsets follow from the layout, so only one header can be right
                 if file.read(len(shard.header())) != shard.header():
-                    raise MoqaError(f"{path} has another header than was written")
+                    raise MoqaError(f"{path} has another header than was written", _difference(path, shard))
 
     def check_hashes(self) -> None:
         """Compare every weight file with its recorded hash.
@@ -108,7 +114,7 @@ class Checkpoint:
                 raise MoqaError(f"{self.folder}: {name} holds NaN, infinite or negative scales")
 
     def _scales(self) -> Iterator[tuple[str, Tensor]]:
-        for shard in self.shards():
+        for shard in self.shards()[1:]:
             try:
                 with safe_open(self.folder / shard.file, framework="pt") as file:
                     for name in shard.entries:
@@ -142,6 +148,8 @@ def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
     manifest = read_json(Manifest, folder / MANIFEST)
     if manifest.format > FORMAT:
         raise MoqaError(f"{folder} has format {manifest.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    if _checksum(folder / MANIFEST) != manifest.checksum or not manifest.checksum:
+        raise MoqaError(f"{folder / MANIFEST} was changed after it was written", "its checksum differs")
     checkpoint = Checkpoint(folder, manifest)
     checkpoint.check_files()
     if verify:
@@ -150,8 +158,30 @@ def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
     return checkpoint
 
 
+def _checksum(path: Path) -> str:
+    # of the file's own JSON: fields that a later version adds count too
+    try:
+        return checksum(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError):
+        return ""
+
+
 def _dtype(name: str, text: str) -> torch.dtype:
-    dtype = getattr(torch, text, None)
-    if dtype not in DTYPES:
-        raise MoqaError(f"{MANIFEST}: {name} has dtype {text!r}", f"stored are {', '.join(map(str, DTYPES))}")
-    return dtype
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    if text not in known:
+        raise MoqaError(f"{MANIFEST}: {name} has dtype {text!r}", f"stored are {', '.join(known)}")
+    return known[text]
+
+
+def _difference(path: Path, shard: Shard) -> str:
+    """The first tensor that a file describes in another way than its layout."""
+    try:
+        header = read_header(path)
+        found = {name: (entry.get("dtype"), entry.get("shape")) for name, entry in header.items()}
+    except (TypeError, RecursionError):
+        return "it cannot be read"
+    wanted = {name: (DTYPES[dtype], list(shape)) for name, (dtype, shape) in shard.entries.items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            return f"{name} is {found.get(name)}, the manifest says {wanted.get(name)}"
+    return "its tensors lie in other places"

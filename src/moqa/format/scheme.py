@@ -1,5 +1,6 @@
 """Schemes: how one unit's weights are stored, and exactly how many bytes that takes."""
 
+import math
 from typing import Literal
 
 import torch
@@ -31,9 +32,9 @@ class Scheme(BaseModel, frozen=True):
     """
 
     width: int = Field(ge=1, le=16, description="bits of each stored integer; 16 is not quantized: 16-bit floats")
-    group_size: int = Field(64, ge=8, description="weights along the input dimension that share a scale")
-    symmetric: bool = Field(False, description="no zero-point: the grid is centred on zero")
-    scale_dtype: Literal["bfloat16", "float16"] = Field("bfloat16", description="dtype of the stored scales")
+    group_size: int = Field(default=64, ge=8, description="weights along the input dimension that share a scale")
+    symmetric: bool = Field(default=False, description="no zero-point: the grid is centred on zero")
+    scale_dtype: Literal["bfloat16", "float16"] = Field(default="bfloat16", description="dtype of the stored scales")
 
     @model_validator(mode="after")
     def _check(self) -> "Scheme":
@@ -74,6 +75,4 @@ class Scheme(BaseModel, frozen=True):
 
     def stored_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a unit of [out, in] weights with its scales and zero-points."""
-        return sum(
-            dtype.itemsize * torch.Size(stored).numel() for dtype, stored in self.tensors(shape).values()
-        )
+        return sum(dtype.itemsize * math.prod(stored) for dtype, stored in self.tensors(shape).values())

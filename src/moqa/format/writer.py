@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from moqa.errors import MoqaError
+from moqa.format.artifact import checksum, write_json
 from moqa.format.layout import Shard
-from moqa.format.manifest import StoredFile
+from moqa.format.manifest import Manifest, StoredFile
 
 
 @contextmanager
@@ -38,9 +39,16 @@ def finished_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o755)
+        old = folder.with_suffix(".replaced")
         if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
+            out.rename(old)
+        try:
+            folder.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -85,6 +93,11 @@ def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> St
     if length != shard.bytes:
         raise ValueError(f"{shard.file} has {length} bytes, {shard.bytes} were planned")
     return StoredFile(bytes=length, sha256=digest.hexdigest())
+
+
+def write_manifest(manifest: Manifest, path: Path) -> None:
+    """Write a checkpoint's manifest with its checksum, so that the reader can tell a changed one."""
+    write_json(manifest.model_copy(update={"checksum": checksum(manifest.model_dump(mode="json"))}), path)
 
 
 def _parts(shard: Shard, tensors: Mapping[str, Tensor]) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from moqa.errors import MoqaError
 
 INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 # Enough of every tensor to tell two trainings of one architecture apart without reading a checkpoint whole.
 _FINGERPRINT_BYTES = 4096
 
@@ -29,12 +30,16 @@ def locate(model: str | Path) -> Path:
         MoqaError: if neither the folder nor the Hub has it.
     """
     folder = Path(model)
+    if not str(model).strip():
+        raise MoqaError("the model's name is empty", "give a folder with config.json and safetensors, or a Hub id")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise MoqaError(f"{model} is a folder without config.json", "give the folder of a transformers checkpoint")
         return folder
     if folder.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise MoqaError(f"no model at {model}", "give a folder with config.json and safetensors, or a Hub id (org/name)")
+        raise MoqaError(
+            f"no model at {model}", "give a folder with config.json and safetensors, or a Hub id (org/name)"
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -46,7 +51,7 @@ def locate(model: str | Path) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """All safetensors files of a checkpoint, sorted; every file that its index names must be there.
+    """The safetensors files that transformers would load, sorted; every file that the index names must be there.
 
     >>> weight_files(Path("reference/model"))
     [PosixPath('reference/model/model.safetensors')]
@@ -54,16 +59,12 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         MoqaError: if there are none, or the index names one that is missing.
     """
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-            raise MoqaError(f"{index} is not a safetensors index", str(error)) from None
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    index = _read_index(folder)
+    names = [path.name for path in folder.glob(_SINGLE)] if index is None else sorted(set(index.values()))
     if not names:
-        raise MoqaError(f"{folder} holds no safetensors weights", "convert the checkpoint to safetensors first")
+        raise MoqaError(
+            f"{folder} holds neither {_SINGLE} nor {INDEX}", "save the model with transformers as safetensors first"
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise MoqaError(f"{folder} lacks {', '.join(missing)}", f"{INDEX} names {len(names)} files")
@@ -96,6 +97,28 @@ def read_header(path: Path) -> dict[str, dict]:
     return header
 
 
+def headers(folder: Path) -> dict[str, dict]:
+    """Headers of all files of a checkpoint in one, checked against its index.
+
+    >>> headers(Path("reference/model"))["model.norm.weight"]["dtype"]
+    'BF16'
+
+    Raises:
+        MoqaError: if a file is corrupted, a name occurs twice, or a tensor is not where the index says.
+    """
+    found: dict[str, dict] = {}
+    where: dict[str, str] = {}
+    for path in weight_files(folder):
+        for name, entry in read_header(path).items():
+            if name in where:
+                raise MoqaError(f"{folder} holds {name} twice", f"in {where[name]} and {path.name}")
+            found[name], where[name] = entry, path.name
+    for name, file in (_read_index(folder) or {}).items():
+        if where.get(name) != file:
+            raise MoqaError(f"{folder / file} lacks {name}", f"{INDEX} says that it lies there")
+    return found
+
+
 def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a checkpoint with its name on disk, one at a time, in the order of files and names.
 
@@ -105,15 +128,11 @@ def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         MoqaError: if a file is corrupted or a name occurs twice.
     """
-    seen: dict[str, Path] = {}
+    headers(folder)
     for path in weight_files(folder):
-        read_header(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for name in sorted(file.keys()):
-                    if name in seen:
-                        raise MoqaError(f"{folder} holds {name} twice", f"in {seen[name].name} and {path.name}")
-                    seen[name] = path
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise MoqaError(f"{path} is corrupted", str(error)) from None
@@ -146,3 +165,17 @@ def fingerprint(folder: Path) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file name; None if all tensors lie in one file."""
+    path = folder / INDEX
+    if (folder / _SINGLE).is_file() or not path.is_file():
+        return None
+    try:
+        index = json.loads(path.read_text())["weight_map"]
+        if not all(isinstance(file, str) and Path(file).name == file for file in index.values()):
+            raise ValueError("weight_map names files outside the folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MoqaError(f"{path} is not a safetensors index", str(error)) from None
+    return dict(index)

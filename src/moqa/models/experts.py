@@ -1,7 +1,9 @@
 """Routed experts of transformers 5: one way to read, write and run their stacked 3-D parameters."""
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +14,30 @@ from moqa.errors import MoqaError
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 IMPLEMENTATION = "moqa"
 
+# a module for which `is_experts` holds; nn.Module would call each of its attributes a tensor or a module
+Experts = Any
+
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is a stack of routed experts behind transformers' experts interface."""
     return hasattr(module, "is_transposed") and hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")
 
 
-def check_supported(path: str, module: nn.Module) -> None:
+def check_supported(path: str, module: Experts) -> None:
     """Refuse expert stacks whose forward is not gate, up, activation, down.
 
     Raises:
-        MoqaError: naming the module.
+        MoqaError: naming the module and what it has or lacks.
     """
+    kind = f"{path} ({type(module).__name__})"
     if not module.has_gate or getattr(module, "has_post_expert_norm", False):
-        raise MoqaError(f"{path} ({type(module).__name__}) has experts without a gate or with a norm inside")
+        raise MoqaError(f"{kind} has experts without a gate or with a norm inside")
+    known = {f"{name}{suffix}" for name in ("gate_up_proj", "down_proj") for suffix in ("", "_bias")}
+    other = [name for name, _ in module.named_parameters() if name not in known]
+    if other:
+        raise MoqaError(f"{kind} has experts with {other[0]}", f"known are {', '.join(sorted(known))}")
+    if len(module.gate_up_proj) != module.num_experts or len(module.down_proj) != module.num_experts:
+        raise MoqaError(f"{kind} holds {len(module.gate_up_proj)} experts", f"it says it has {module.num_experts}")
 
 
 def parameter_of(projection: str) -> str:
@@ -33,7 +45,7 @@ def parameter_of(projection: str) -> str:
     return "down_proj" if projection == "down_proj" else "gate_up_proj"
 
 
-def expert_matrix(module: nn.Module, expert: int, projection: str) -> Tensor:
+def expert_matrix(module: Experts, expert: int, projection: str) -> Tensor:
     """View of one expert's matrix as [out, in], whatever the family's layout is.
 
     >>> expert_matrix(layer.mlp.experts, 7, "down_proj").shape
@@ -47,19 +59,42 @@ def expert_matrix(module: nn.Module, expert: int, projection: str) -> Tensor:
     Returns:
         A view of the parameter: writing to it changes the model.
     """
-    stacked = getattr(module, parameter_of(projection)).detach()[expert]
-    matrix = stacked.T if module.is_transposed else stacked
-    if projection == "down_proj":
-        return matrix
-    return matrix[projection_rows(module)[projection]]
+    return slice_expert(module, getattr(module, parameter_of(projection)).detach(), expert, projection)
 
 
-def projection_rows(module: nn.Module) -> dict[str, slice]:
+def slice_expert(module: Experts, stacked: Tensor, expert: int, projection: str) -> Tensor:
+    """`expert_matrix` of any tensor that is laid out like the module's stacked parameter."""
+    matrix = stacked[expert].T if module.is_transposed else stacked[expert]
+    return matrix if projection == "down_proj" else matrix[projection_rows(module)[projection]]
+
+
+def projection_rows(module: Experts) -> dict[str, slice]:
     """Where a family's gate and up rows stand in the product with `gate_up_proj`."""
     if not module.is_concatenated:
         return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
     width = module.gate_up_proj.shape[2 if module.is_transposed else 1] // 2
     return {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
+
+
+@dataclass(frozen=True)
+class ExpertRun:
+    """One expert's work on the tokens that were routed to it.
+
+    Attributes:
+        expert: its index.
+        x: [tokens, features] inputs.
+        gate_up: [tokens, 2 * width] product with the gate and up rows, in the family's own order.
+        inner: [tokens, width] activation between the products.
+        out: [tokens, features] product with `down_proj`, not yet weighted.
+        gate: [tokens, 1] gate weights.
+    """
+
+    expert: int
+    x: Tensor
+    gate_up: Tensor
+    inner: Tensor
+    out: Tensor
+    gate: Tensor
 
 
 class ExpertsObserver(Protocol):
@@ -68,8 +103,18 @@ class ExpertsObserver(Protocol):
     def routed(self, index: Tensor, weights: Tensor) -> None:
         """Called once per call with [tokens, top_k] expert indices (int64) and gate weights."""
 
-    def expert(self, expert: int, x: Tensor, gate_up: Tensor, hidden: Tensor, out: Tensor, gate: Tensor) -> None:
-        """Called per expert that got tokens, with all its activations and the [tokens, 1] gate weights."""
+    def expert(self, run: ExpertRun) -> None:
+        """Called per expert that got tokens."""
+
+
+@contextmanager
+def observed(module: nn.Module, observer: ExpertsObserver) -> Iterator[None]:
+    """Let an observer watch a stack of experts for a block."""
+    module.moqa_observer = observer  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del module.moqa_observer
 
 
 class ExpertWeights(Protocol):
@@ -85,7 +130,7 @@ class ExpertWeights(Protocol):
 class ParameterWeights:
     """Matrices straight from the stacked parameters."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Experts) -> None:
         # unbind once: indexing an expert out of a 3-D parameter costs a full zero fill in its gradient
         self._gate_up = module.gate_up_proj.unbind(0)
         self._down = module.down_proj.unbind(0)
@@ -100,7 +145,7 @@ class ParameterWeights:
         return self._down[expert].T if self._transposed else self._down[expert]
 
 
-def run_experts(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def run_experts(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """All routed experts of a layer on a batch of tokens: sort tokens by expert, one product per expert.
 
     >>> run_experts(layer.mlp.experts, hidden, index, weights).shape
@@ -123,7 +168,7 @@ def run_experts(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tenso
     order = index.reshape(-1).argsort(stable=True)
     counts = torch.bincount(index.reshape(-1), minlength=module.num_experts).tolist()
     outputs = []
-    for expert, slots in enumerate(order.split(counts)):
+    for expert, slots in enumerate(torch.split(order, counts)):
         if expert >= module.num_experts:
             outputs.append(hidden.new_zeros(len(slots), hidden.shape[1]))
         elif len(slots):
@@ -136,11 +181,12 @@ def run_experts(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tenso
             if module.has_bias:
                 out = out + module.down_proj_bias[expert]
             if observer is not None:
-                observer.expert(expert, x, gate_up, inner, out, weights.reshape(-1)[slots, None])
+                gate = weights.reshape(-1)[slots, None]
+                observer.expert(ExpertRun(expert, x, gate_up, inner, out, gate))
             outputs.append(out)
     # back in the tokens' order: a gather and a sum, the same on every run
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    sums = torch.cat(outputs)[places].unflatten(0, (tokens, top_k)) * weights[..., None]
+    sums = torch.cat(outputs)[places].reshape(tokens, top_k, hidden.shape[1]) * weights[..., None]
     return sums.sum(1).to(hidden.dtype)
 
 

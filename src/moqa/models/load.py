@@ -1,14 +1,17 @@
 """Open a model folder or Hub id; refuse what transformers would quietly repair with random numbers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from moqa.errors import MoqaError
+from moqa.models import checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
@@ -25,33 +28,96 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MoqaError(f"{folder} has no tokenizer that transformers can read", _first_line(error)) from None
+        raise MoqaError(f"{folder} has no tokenizer that transformers can read", _one_line(error)) from None
 
 
-def load_original(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """Original model of a folder, ready to evaluate.
 
     Raises:
-        MoqaError: if it is no causal language model, lacks tensors that its architecture needs, or holds ones that it
-            does not know.
+        MoqaError: if it is no causal language model, is quantized already, lacks tensors that its architecture needs,
+            or holds ones that it does not know.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoModelForCausalLM
 
-    logging.disable_progress_bar()
+    config = _load_config(folder)
+    wrong = (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, StrictDataclassError)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True
-        )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise MoqaError(f"{folder} is not a causal language model", _first_line(error)) from None
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True
+            )
+    except wrong as error:
+        problem = _difference(folder, config) or _one_line(error)
+        raise MoqaError(f"{folder} cannot be loaded as {config.model_type}", problem) from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
-            names = sorted(str(key) for key in report[kind])
-            raise MoqaError(f"{folder} has {len(names)} {kind.replace('_', ' ')}", f"e.g. {names[0]}")
+            name = sorted(str(key) for key in report[kind])[0]
+            problem = _difference(folder, config) or f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {name}"
+            raise MoqaError(f"{folder} is not what its config.json says", problem)
     return model.eval().requires_grad_(False)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _load_config(folder: Path) -> "PretrainedConfig":
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise MoqaError(f"{folder} has a config.json that transformers cannot read", _one_line(error)) from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise MoqaError(f"{folder} is a {config.model_type}", "moqa works on causal language models of transformers")
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized.quant_method
+        raise MoqaError(f"{folder} is quantized already ({method})", "give the original in 16 or 32 bits")
+    return config
+
+
+def _difference(folder: Path, config: "PretrainedConfig") -> str | None:
+    """The first difference between a folder's tensors and those that its architecture has, with names as on disk."""
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        with _quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception:  # whatever is wrong with the configuration, the caller knows a first error already
+        return None
+    state = {k: v for k, v in model.state_dict().items() if k not in (model.all_tied_weights_keys or {})}
+    wanted = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+    found = {name: list(entry["shape"]) for name, entry in checkpoint.headers(folder).items()}
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    other = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
+    if missing:
+        return f"it lacks {missing[0]} {wanted[missing[0]]}{_more(missing)}"
+    if other:
+        return f"{other[0]} is {found[other[0]]}, should be {wanted[other[0]]}{_more(other)}"
+    return f"{config.model_type} knows no {extra[0]} {found[extra[0]]}{_more(extra)}" if extra else None
+
+
+def _more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more like it" if len(names) > 1 else ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own reports: what is wrong becomes an error of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from moqa.errors import MoqaError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -16,12 +19,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         MoqaError: if they cannot be found; says where they were looked for.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-        children = ", ".join(name for name, _ in decoder.named_children())
-        raise MoqaError(f"{type(model).__name__} has no decoder layers", f"looked for `layers` among {children}")
-    return layers
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder else model
+    for owner in (decoder, getattr(decoder, "model", None)):
+        layers = getattr(owner, "layers", None)
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            return layers
+    children = ", ".join(name for name, _ in decoder.named_children())
+    raise MoqaError(f"{type(model).__name__} has no decoder layers", f"looked for `layers` among {children}")
 
 
 class Stages:
@@ -39,7 +44,7 @@ class Stages:
     are full: no padding.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
         self.layers = decoder_layers(model)
         self.depth = len(self.layers)

@@ -2,19 +2,32 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from moqa.errors import MoqaError
 from moqa.models import checkpoint
-from moqa.models.experts import IMPLEMENTATION, PROJECTIONS, check_supported, expert_matrix, is_experts, parameter_of
+from moqa.models.coverage import SMALLEST_SIDE, check_nothing_skipped, is_plain_linear, router_paths, within
+from moqa.models.experts import (
+    IMPLEMENTATION,
+    PROJECTIONS,
+    Experts,
+    check_supported,
+    expert_matrix,
+    is_experts,
+    parameter_of,
+)
 from moqa.models.load import load_original
+from moqa.models.names import DiskSlice, find_disk_slices
 from moqa.models.stages import decoder_layers
 from moqa.models.units import Role, Unit
 
-# Gates with a handful of rows (a shared expert's gate, a per-head gate) are kept: they cost nothing and decide much.
-_SMALLEST_SIDE = 16
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FEED_FORWARD = ("mlp", "feed_forward", "ffn", "shared_mlp", "block_sparse_moe")
 
 
 class ModelView:
@@ -27,11 +40,12 @@ class ModelView:
     Every parameter is either covered by units, completely, or kept: `units` and `kept` never overlap.
     """
 
-    def __init__(self, model: nn.Module, folder: Path | None = None) -> None:
+    def __init__(self, model: "PreTrainedModel", folder: Path | None = None) -> None:
         self.model = model
         self.folder = folder
         self.layers = decoder_layers(model)
         self._modules = dict(model.named_modules())
+        self._disk_slices: dict[int, dict[str, DiskSlice]] = {}
         self.units: dict[str, Unit] = {unit.name: unit for unit in self._find_units()}
         if not self.units:
             looked_at = sorted({type(module).__name__ for module in self.layers[0].modules()})
@@ -57,7 +71,7 @@ class ModelView:
         """Path of a layer's stack of routed experts, None in a dense layer."""
         return next((u.module for u in self.layer_units(layer) if u.role == "expert"), None)
 
-    def experts(self, layer: int) -> nn.Module:
+    def experts(self, layer: int) -> Experts:
         """A layer's stack of routed experts."""
         path = self.experts_path(layer)
         if path is None:
@@ -92,6 +106,22 @@ class ModelView:
         """Kept tensors as a checkpoint stores them: floating point in the narrowest dtype that loses nothing."""
         return {name: narrowest(tensor) for name, tensor in self.kept().items()}
 
+    def disk_name(self, unit: Unit) -> DiskSlice:
+        """Where a unit's matrix lies in the original checkpoint.
+
+        >>> view.disk_name(view.units["model.layers.3.mlp.experts.7.down_proj"]).tensor
+        'model.layers.3.mlp.experts.7.down_proj.weight'
+
+        Raises:
+            MoqaError: if the checkpoint does not hold the matrix as one piece.
+        """
+        if unit.layer not in self._disk_slices:
+            self._disk_slices[unit.layer] = find_disk_slices(self, unit.layer)
+        found = self._disk_slices[unit.layer].get(unit.name)
+        if found is None:
+            raise MoqaError(f"{self.folder or type(self.model).__name__} does not store {unit.name} in one piece")
+        return found
+
     def check_complete(self) -> None:
         """Assert that units cover their parameters completely and exactly once.
 
@@ -100,31 +130,41 @@ class ModelView:
         """
         covered: dict[str, int] = {}
         for unit in self.units.values():
-            covered[f"{unit.module}.{unit.parameter}"] = (
-                covered.get(f"{unit.module}.{unit.parameter}", 0) + unit.weights
-            )
+            name = f"{unit.module}.{unit.parameter}"
+            covered[name] = covered.get(name, 0) + unit.weights
+        names: dict[int, str] = {}
         for name, count in covered.items():
-            if count != self.model.get_parameter(name).numel():
-                raise MoqaError(f"{name} has {self.model.get_parameter(name).numel()} weights, units cover {count}")
+            parameter = self.model.get_parameter(name)
+            if count != parameter.numel():
+                raise MoqaError(f"{name} has {parameter.numel()} weights, units cover {count}")
+            if names.setdefault(id(parameter), name) != name:
+                raise MoqaError(f"{name} and {names[id(parameter)]} are one parameter", "shared weights are no units")
 
     def _find_units(self) -> Iterator[Unit]:
         prefix = _layers_path(self.model, self.layers)
         for index, layer in enumerate(self.layers):
             root = f"{prefix}.{index}"
-            stacks = [path for path, module in layer.named_modules() if is_experts(module)]
-            for path, module in layer.named_modules():
-                full = f"{root}.{path}"
-                if is_experts(module):
-                    check_supported(full, module)
-                    for expert in range(module.num_experts):
-                        for projection in PROJECTIONS:
-                            shape = tuple(expert_matrix(module, expert, projection).shape)
-                            name = f"{full}.{expert}.{projection}"
-                            parameter = parameter_of(projection)
-                            yield Unit(name, index, "expert", projection, expert, shape, full, parameter)
-                elif type(module) is nn.Linear and min(module.weight.shape) >= _SMALLEST_SIDE:
-                    shape = tuple(module.weight.shape)
-                    yield Unit(full, index, _role(path, stacks), path.split(".")[-1], None, shape, full, "weight")
+            routers = router_paths(self.model, layer)
+            units = list(_layer_units(root, index, layer, routers))
+            covered = {f"{unit.module}.{unit.parameter}".removeprefix(f"{root}.") for unit in units}
+            check_nothing_skipped(root, layer, covered, routers)
+            yield from units
+
+
+def _layer_units(root: str, index: int, layer: nn.Module, routers: list[str]) -> Iterator[Unit]:
+    stacks = [path for path, module in layer.named_modules() if is_experts(module)]
+    for path, module in layer.named_modules():
+        full = f"{root}.{path}"
+        if is_experts(module):
+            check_supported(full, module)
+            for expert in range(module.num_experts):
+                for projection in PROJECTIONS:
+                    shape = _sides(expert_matrix(module, expert, projection))
+                    name = f"{full}.{expert}.{projection}"
+                    yield Unit(name, index, "expert", projection, expert, shape, full, parameter_of(projection))
+        elif is_plain_linear(module) and not within(path, routers) and min(module.weight.shape) >= SMALLEST_SIDE:
+            shape = _sides(module.weight)
+            yield Unit(full, index, _role(path, stacks), path.split(".")[-1], None, shape, full, "weight")
 
 
 def narrowest(tensor: Tensor) -> Tensor:
@@ -140,11 +180,16 @@ def narrowest(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _sides(matrix: Tensor) -> tuple[int, int]:
+    rows, columns = matrix.shape
+    return rows, columns
+
+
 def _role(path: str, stacks: list[str]) -> Role:
     parent = path.split(".")[0]
-    if any(stack.split(".")[0] == parent for stack in stacks):
-        return "shared"
-    return "mlp" if parent in ("mlp", "feed_forward", "ffn", "shared_mlp", "block_sparse_moe") else "attention"
+    if parent in _FEED_FORWARD or any(stack.split(".")[0] == parent for stack in stacks):
+        return "shared" if stacks else "mlp"
+    return "attention"
 
 
 def _layers_path(model: nn.Module, layers: nn.ModuleList) -> str:

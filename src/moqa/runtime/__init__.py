@@ -1,0 +1,1 @@
+"""Running a checkpoint: packed modules, and `moqa.load`."""

@@ -76,8 +76,9 @@ def _install(view: ModelView, units: list[Unit], matrices: dict[str, PackedMatri
             stacks.setdefault(unit.module, {})[unit.expert, unit.projection] = matrices[unit.name]
             continue
         parent, _, child = unit.module.rpartition(".")
-        bias = view.module(unit.module).bias
-        packed = PackedLinear(matrices[unit.name], bias)
+        linear = view.module(unit.module)
+        assert isinstance(linear, nn.Linear)
+        packed = PackedLinear(matrices[unit.name], linear.bias)
         setattr(view.module(parent), child, packed)
     for path, stacked in stacks.items():
         experts = view.module(path)
@@ -107,7 +108,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

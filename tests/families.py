@@ -1,0 +1,115 @@
+"""Tiny random models of every family that the contract tests run over, saved as real checkpoints are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+TEXTS = Path(__file__).parents[1] / "reference" / "text"
+VOCABULARY = 512
+EXPERTS = 4
+_SPREAD = 0.15
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a tiny model of a family is made of, and what a view must find in it."""
+
+    config: dict
+    moe_layers: int = 2
+    roles: frozenset[str] = frozenset({"expert", "attention"})
+    layers: int = 2
+
+
+_COMMON = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
+}  # fmt: skip
+_SHARED = frozenset({"expert", "attention", "shared"})
+_DENSE_FIRST = _SHARED | {"mlp"}
+_LATENT = {
+    "kv_lora_rank": 32, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+_SMALL = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 96}
+_LOCAL = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2}
+_ROUTED = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 96}
+
+FAMILIES: dict[str, Family] = {
+    "qwen3_moe": Family({**_SMALL, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen2_moe": Family({**_SMALL, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 40}, roles=_SHARED),
+    "olmoe": Family({"num_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 96}),
+    "mixtral": Family({**_LOCAL, "intermediate_size": 96}),
+    "deepseek_v2": Family(
+        {**_ROUTED, **_LATENT, "n_shared_experts": 1, "first_k_dense_replace": 1, "topk_method": "greedy"},
+        roles=_DENSE_FIRST, layers=3,
+    ),
+    "deepseek_v3": Family(
+        {**_ROUTED, **_LATENT, "n_shared_experts": 2, "first_k_dense_replace": 1}, roles=_DENSE_FIRST, layers=3
+    ),
+    "granitemoe": Family({**_LOCAL, "intermediate_size": 48, "tie_word_embeddings": True}),
+    "phimoe": Family({**_LOCAL, "intermediate_size": 32, "attention_bias": True, "lm_head_bias": True}),
+    "ernie4_5_moe": Family(
+        {
+            "moe_num_experts": EXPERTS, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
+            "moe_intermediate_size": 32, "intermediate_size": 96, "head_dim": 16,
+        },
+        roles=_DENSE_FIRST, layers=3,
+    ),
+    "glm4_moe": Family(
+        {**_ROUTED, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 16, "use_qk_norm": True},
+        roles=_DENSE_FIRST, layers=3,
+    ),
+    "lfm2_moe": Family(
+        {**_SMALL, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+        roles=frozenset({"expert", "attention", "mlp"}), layers=3,
+    ),
+    "gpt_oss": Family(
+        {
+            **_LOCAL, "intermediate_size": 48, "head_dim": 16, "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        }
+    ),
+    "llama": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
+}  # fmt: skip
+
+
+def train_tokenizer(texts: list[Path]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with VOCABULARY entries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator([path.read_text()[:20_000] for path in texts], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>", pad_token="<|pad|>"
+    )
+
+
+def random_model(name: str, **changes: object) -> PreTrainedModel:
+    """A random model of a family, float32 with values that bfloat16 holds."""
+    family = FAMILIES.get(name, Family({}))
+    options = {**_COMMON, "num_hidden_layers": family.layers, **family.config, **changes}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options), dtype=torch.float32)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if tensor.dim() > 1:
+                tensor.normal_(std=_SPREAD)
+            elif tensor.is_floating_point():
+                tensor.normal_(mean=float("norm" in key), std=_SPREAD)
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.bfloat16())
+    return model.eval()
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """Write a model as checkpoints on the Hub are written: bfloat16, transformers' names on disk, with a tokenizer."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
