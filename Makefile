@@ -35,9 +35,8 @@ lint: setup
 	$(BIN)/mypy
 
 results: setup
-	$(BIN)/python benchmarks/statistics.py
+	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/ablations.py
-	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -66,7 +66,7 @@ def main() -> None:
     drifts = {name: drift_concentration(profile, "wiki", name)[0.01] for name in others}
     text = f"""# Statistics that MoQa's paper claims
 
-Command: `make results` (`benchmarks/statistics.py`), reference model, 64 windows of 256 tokens per text.
+Command: `make results` (`benchmarks/drift.py`), reference model, 64 windows of 256 tokens per text.
 
 ## Experts matter differently on different texts
 Spearman correlation of expert significance over all 96 experts. `{CONTROL}` is other text of the same source (control),

@@ -73,6 +73,7 @@ def quantize(
     how = METHODS[method]
     # also a method that needs no data comes from a plan that was fitted on texts: their hashes go into the manifest
     profile = profile or _profile_of(plan)
+    _check_profile(profile, plan)
     view = view or open_model(folder)
     _check_units(view, plan)
     original = {name: view.weight(unit).clone() for name, unit in view.units.items()}
@@ -146,7 +147,8 @@ class _Flow:
     def __init__(self, view: ModelView, plan: Plan, profile: Profile) -> None:
         self._view, self._stages = view, Stages(view.model)
         self._parts: list[tuple[float, bool, Tensor]] = []
-        for name, share in plan.mixture.items():
+        # in an order that a plan read from a file has too: sums of floats depend on it
+        for name, share in sorted(plan.mixture.items()):
             tokens = profile.samples(name)
             check = torch.arange(len(tokens)) % _CHECK_EVERY == _CHECK_EVERY - 1
             for held, windows in ((False, tokens[~check]), (True, tokens[check])):
@@ -177,13 +179,16 @@ def _tensors(done: Mapping[str, Quantized]) -> dict[str, Tensor]:
 
 def _profile_of(plan: Plan) -> Profile:
     try:
-        profile = read_profile(plan.profile)
+        return read_profile(plan.profile)
     except MoqaError as error:
         raise MoqaError("the plan's samples are missing", f"{error}; give the folder with --profile") from None
+
+
+def _check_profile(profile: Profile, plan: Plan) -> None:
     absent = [name for name in (*plan.known, *plan.mixture) if name not in profile.statistics]
-    if absent:
-        raise MoqaError(f"profile {plan.profile} lacks {', '.join(absent)}", "it is not the one the plan was made from")
-    return profile
+    if profile.record.fingerprint != plan.fingerprint or absent:
+        lack = f"lacks {', '.join(dict.fromkeys(absent))}" if absent else f"is of {profile.record.model}"
+        raise MoqaError(f"profile {profile.folder} {lack}", "it is not the one the plan was made from")
 
 
 def _check_units(view: ModelView, plan: Plan) -> None:

@@ -27,4 +27,4 @@ def frequency(problem: Problem) -> Choice:
 def share(problem: Problem, name: str, layer: int) -> np.ndarray:
     """[experts] share of a distribution's tokens that each expert of a layer saw."""
     tokens = problem.profile.layer(name, layer, "tokens").double().numpy()
-    return tokens * max(problem.profile.record.top_k, 1) / max(tokens.sum(), 1)
+    return tokens / problem.profile.record.distributions[name].tokens
