@@ -37,6 +37,7 @@ lint: setup
 results: setup
 	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/ablations.py
+	$(BIN)/python benchmarks/cost.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,5 @@
 """The statistics that MoQa's paper claims, on the reference model: do experts' significances differ between texts, and
-does the change sit in few channels? Writes docs/results/statistics.md.
+does the change sit in few channels? Writes docs/results/drift.md.
 
 All six texts are profiled here, for analysis only: no plan is made from this profile. The held-out split of wiki serves
 as the control: what differs between two samples of one distribution is noise.
@@ -31,7 +31,7 @@ CONTROL = "wiki-2"
 def measured() -> Profile:
     specs = [f"{name}={TEXT / f'{name}.calib.txt'}" for name in NAMES]
     data = read_distributions([*specs, f"{CONTROL}={TEXT / 'wiki.test.txt'}"])
-    return moqa.profile(ROOT / "reference" / "model", data, ROOT / "runs" / "statistics")
+    return moqa.profile(ROOT / "reference" / "model", data, ROOT / "runs" / "drift")
 
 
 def ranks(profile: Profile) -> str:
@@ -90,7 +90,7 @@ The paper says that about 1 % of channels carry the most prominent dynamics. On 
 from most of it. **{"Shown in direction, refuted in degree" if max(drifts.values()) < 0.5 else "Shown"}.** An adjustment
 that treats only 1 % of channels leaves most of the drift where it is.
 """
-    (ROOT / "docs" / "results" / "statistics.md").write_text(text)
+    (ROOT / "docs" / "results" / "drift.md").write_text(text)
     print(text)
 
 

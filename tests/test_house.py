@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "moqa"
 # top to bottom; a folder may import from itself and from what comes later
-FLOORS = ["cli", "report", "evaluate", "quantize", "plan", "profile", "runtime", "format", "models", "data"]
+FLOORS = ["cli", "report", "evaluate", "quantize", "plan", "profile", "methods", "runtime", "format", "models", "data"]
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

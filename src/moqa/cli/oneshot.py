@@ -66,8 +66,8 @@ def fulfil(wish: Wish) -> None:
     with progress() as report:
         measured = profile(
             wish.model, fitted, wish.profile, samples=wish.samples, context=wish.context,
-            self_samples=wish.self_samples, group_size=wish.group_size, symmetric=wish.symmetric, seed=wish.seed,
-            report=report, view=view,
+            self_samples=wish.self_samples, group_size=wish.group_size, symmetric=wish.symmetric,
+            method=wish.method, seed=wish.seed, report=report, view=view,
         )  # fmt: skip
         chosen = plan(
             measured, budget, wish.strategy, wish.ties, known=[d.name for d in fitted], widths=wish.widths,
@@ -92,17 +92,22 @@ def fulfil(wish: Wish) -> None:
 
 def _texts(wish: Wish, folder: Path) -> "tuple[list[Distribution], list[Distribution]]":
     """Texts to fit on and texts to prove on: as given, or a fifth of each held out."""
-    from moqa.data import read_distributions, split_held_out
+    from moqa.data import cut_windows, read_distributions, split_held_out
     from moqa.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     given = read_distributions(wish.data, tokenizer)
-    if wish.held_out:
-        return given, read_distributions(wish.held_out, tokenizer)
     if not wish.proof:
         return given, []
-    pairs = [split_held_out(distribution) for distribution in given]
-    return [fitted for fitted, _ in pairs], [held for _, held in pairs]
+    if wish.held_out:
+        fitted, held_out = given, read_distributions(wish.held_out, tokenizer)
+    else:
+        pairs = [split_held_out(distribution) for distribution in given]
+        fitted, held_out = [first for first, _ in pairs], [second for _, second in pairs]
+    for distribution in held_out:
+        # a text too short for the proof is better found now than when the checkpoint is written
+        cut_windows(distribution, tokenizer, wish.context, 1)
+    return fitted, held_out
 
 
 def _report(wish: Wish) -> None:

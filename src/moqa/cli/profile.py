@@ -11,6 +11,7 @@ from moqa.cli.common import (
     DataOption,
     GroupOption,
     JsonOption,
+    MethodOption,
     SamplesOption,
     SeedOption,
     SelfSamplesOption,
@@ -18,7 +19,7 @@ from moqa.cli.common import (
     print_table,
     progress,
     write_result,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from moqa.profile import Profile
@@ -34,6 +35,7 @@ def profile(
     self_samples: SelfSamplesOption = None,
     group_size: GroupOption = 64,
     symmetric: SymmetricOption = False,
+    method: MethodOption = "gptq",
     seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
@@ -47,7 +49,7 @@ def profile(
     with progress() as report:
         result = run(
             model, distributions, out, samples=samples, context=context, self_samples=self_samples,
-            group_size=group_size, symmetric=symmetric, seed=seed, report=report,
+            group_size=group_size, symmetric=symmetric, method=method, seed=seed, report=report,
         )  # fmt: skip
     print_profile(result)
     write_result(result.record, json)

@@ -71,11 +71,10 @@ def quantize(
 ) -> None:
     """Quantize a model: from a plan, or from the texts it will see and a size, with proof on held-out text."""
     from moqa.format.writer import check_free
-    from moqa.quantize import METHODS
+    from moqa.methods.registry import find_method
     from moqa.quantize import quantize as run
 
-    if method not in METHODS:
-        raise MoqaError(f"--method {method} is unknown", f"there are {', '.join(sorted(METHODS))}")
+    find_method(method)
     check_free(out, overwrite)
     if plan is not None:
         if data or held_out or bpw is not None or size is not None:

@@ -68,6 +68,7 @@ class Settings(BaseModel, frozen=True):
     seed: int = 0
     group_size: int = Field(64, description="weights that share a scale in the sensitivity's rounding")
     symmetric: bool = Field(False, description="whether that rounding has no zero-point")
+    method: str = Field("gptq", description="quantization method whose errors the sensitivity is measured with")
 
 
 class ProfileRecord(BaseModel, frozen=True):

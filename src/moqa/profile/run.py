@@ -11,6 +11,7 @@ from moqa import __version__
 from moqa.data import Data, as_distributions, cut_windows
 from moqa.errors import MoqaError
 from moqa.format.scheme import WIDTHS, Scheme
+from moqa.methods.registry import find_method
 from moqa.models import checkpoint
 from moqa.models.experts import PROJECTIONS
 from moqa.models.load import load_tokenizer
@@ -35,6 +36,7 @@ def profile(
     self_samples: int | None = None,
     group_size: int = 64,
     symmetric: bool = False,
+    method: str = "gptq",
     seed: int = 0,
     report: Report = quiet,
     view: ModelView | None = None,
@@ -53,6 +55,7 @@ def profile(
         self_samples: windows that the model writes itself, for a plan's hedge; None means as many as `samples`.
         group_size: weights that share a scale in the rounding whose errors are measured.
         symmetric: whether that rounding has no zero-point.
+        method: quantization method whose errors are measured: the one that will be used.
         seed: of the choice of windows, the labels and the model's own text.
         report: called with what is done, how much of it, and of how much.
         view: the model, if it is open already.
@@ -61,6 +64,7 @@ def profile(
         MoqaError: if the model or a text is unusable, or `out` holds a profile of another model or other settings.
     """
     out = Path(out)
+    how = find_method(method)
     folder = checkpoint.locate(model)
     tokenizer = load_tokenizer(folder)
     distributions = as_distributions(data, tokenizer)
@@ -68,7 +72,9 @@ def profile(
         raise MoqaError("no distribution to profile on", "give at least one --data NAME=FILE")
     if any(d.name in (SELF, "weights") for d in distributions):
         raise MoqaError(f"--data {SELF}=... uses a name that moqa needs itself", "choose another name")
-    settings = Settings(context=context, samples=samples, seed=seed, group_size=group_size, symmetric=symmetric)
+    settings = Settings(
+        context=context, samples=samples, seed=seed, group_size=group_size, symmetric=symmetric, method=method
+    )
     cut = {d.name: cut_windows(d, tokenizer, context, samples, seed) for d in distributions}
     records = {
         d.name: DistributionRecord(
@@ -96,7 +102,7 @@ def profile(
         tokens[name] = self_sample(view, wanted, context, seed) if name == SELF else cut[name].tokens
     scheme = Scheme(width=8, group_size=group_size, symmetric=symmetric)
     widths = tuple(w for w in WIDTHS if not (symmetric and w == 1))
-    measured, rounding = measure(view, tokens, scheme, widths, seed, report)
+    measured, rounding = measure(view, tokens, scheme, widths, how, seed, report)
     statistics = {name: {**stats, "samples": tokens[name].int()} for name, stats in measured.items()}
     if old is not None:
         statistics = {**old.statistics, **statistics}
@@ -126,14 +132,14 @@ def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None
         return None
     if not (out / RECORD).is_file():
         if any(out.iterdir()):
-            raise MoqaError(f"{out} exists and is no profile", "give another folder with -o")
+            raise MoqaError(f"{out} exists and is no profile", "choose another folder")
         return None
     old = read_profile(out)
     if old.record.fingerprint != fingerprint:
-        raise MoqaError(f"{out} is the profile of {old.record.model}, another model", "give another folder with -o")
+        raise MoqaError(f"{out} is the profile of {old.record.model}, another model", "choose another folder")
     if old.record.settings != settings:
         was = ", ".join(f"{k} {v}" for k, v in old.record.settings.model_dump().items())
-        raise MoqaError(f"{out} was made with {was}", "use the same settings or give another folder with -o")
+        raise MoqaError(f"{out} was made with {was}", "use the same settings or choose another folder")
     return old
 
 

@@ -1,42 +1,97 @@
 """Sensitivity: how much the model's output suffers when one unit loses precision."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from moqa.format.grid import fit_grid
 from moqa.format.scheme import Scheme
+from moqa.methods import Job, Method
+from moqa.methods.inputs import Inputs
+from moqa.methods.stacks import stacks
 from moqa.models.experts import ExpertRun
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 
-# eight errors per weight are a profile's largest memory and products; in bfloat16 a sensitivity changes by below 1 %
+# the errors are a profile's largest memory and products; in bfloat16 a sensitivity changes by below 1 %
 _DTYPE = torch.bfloat16
 
 
-class Rounding:
-    """Rounding errors of a layer's units at every candidate width.
+# Widths whose errors are really made and measured; a coarser or finer one is reached from the nearest of them by the
+# ratio of the weights' rounding errors, which is what separates fine widths.
+PROBES = (1, 2, 3, 4)
 
-    >>> rounding = Rounding(view, view.layer_units(0), Scheme(width=4), (2, 3, 4))
-    >>> rounding.errors["model.layers.0.self_attn.q_proj"].shape
+
+class LayerErrors:
+    """Errors that a method makes in a layer's units at the probed widths, calibrated on one distribution.
+
+    >>> errors = LayerErrors(view, view.layer_units(0), Scheme(width=4), METHODS["gptq"], inputs, (2, 3, 4))
+    >>> errors["model.layers.0.self_attn.q_proj"].shape
     torch.Size([3, 256, 256])
-
-    Attributes:
-        errors: unit name -> [widths, out, in] stored minus original weights, bfloat16.
-        relative: unit name -> [widths] squared error over squared weights.
     """
 
-    def __init__(self, view: ModelView, units: Sequence[Unit], scheme: Scheme, widths: Sequence[int]) -> None:
-        self.errors: dict[str, Tensor] = {}
-        self.relative: dict[str, Tensor] = {}
-        for unit in units:
-            weight = view.weight(unit).float()
-            stacked = weight.expand(len(widths), -1, -1)
-            grid = fit_grid(stacked, scheme, torch.tensor(widths))
-            error = grid.decode(grid.encode(stacked)) - stacked
-            self.errors[unit.name] = error.to(_DTYPE)
-            self.relative[unit.name] = error.square().sum((1, 2)) / weight.square().sum().clamp_min(1e-30)
+    def __init__(
+        self,
+        view: ModelView,
+        units: Sequence[Unit],
+        scheme: Scheme,
+        method: Method,
+        inputs: Mapping[str, Inputs],
+        probes: Sequence[int],
+    ) -> None:
+        self.probes = tuple(probes)
+        self._errors: dict[str, Tensor] = {}
+        schemes = dict.fromkeys((unit.name for unit in units), scheme)
+        for stack in stacks(view, units, schemes, inputs, copies=len(probes)):
+            rows = stack.weights.shape[1]
+            weights = stack.weights.repeat(1, len(probes), 1)
+            widths = torch.tensor(self.probes).repeat_interleave(rows).expand(len(weights), -1)
+            found = method.run(Job(weights, widths, stack.inputs if method.needs_data else [], scheme)).decode()
+            error = (found - weights).to(_DTYPE).unflatten(1, (len(probes), rows))
+            for unit, entry, place in stack.places():
+                self._errors[unit.name] = error[entry, :, place]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """[probes, out, in] stored minus original weights of a unit, bfloat16."""
+        return self._errors[name]
+
+    def names(self) -> list[str]:
+        """Units, in the layer's order."""
+        return list(self._errors)
+
+
+def relative_errors(view: ModelView, units: Sequence[Unit], scheme: Scheme, widths: Sequence[int]) -> Tensor:
+    """[units, widths] squared error of plain rounding over squared weights, float32."""
+    rows = []
+    for unit in units:
+        weight = view.weight(unit).float()
+        stacked = weight.expand(len(widths), -1, -1)
+        grid = fit_grid(stacked, scheme, torch.tensor(widths))
+        error = grid.decode(grid.encode(stacked)) - stacked
+        rows.append(error.square().sum((1, 2)) / weight.square().sum().clamp_min(1e-30))
+    return torch.stack(rows)
+
+
+def all_widths(probed: Tensor, relative: Tensor, probes: Sequence[int], widths: Sequence[int]) -> Tensor:
+    """Sensitivities at all widths from those at the probed ones.
+
+    >>> all_widths(torch.tensor([[4.0, 1.0]]), torch.tensor([[1.0, 0.2, 0.05]]), (2, 3), (2, 3, 4))
+    tensor([[4.0000, 1.0000, 0.2500]])
+
+    Args:
+        probed: [units, probes] measured.
+        relative: [units, widths] rounding errors of the weights.
+        probes: widths that were measured.
+        widths: ascending; all probes are among them.
+
+    Returns:
+        [units, widths], never rising with the width.
+    """
+    columns = [min(range(len(probes)), key=lambda i: abs(probes[i] - width)) for width in widths]
+    anchors = relative[:, [widths.index(probes[i]) for i in columns]]
+    found = probed[:, columns] * relative / anchors.clamp_min(1e-30)
+    return found.cummin(1).values
 
 
 class Sensitivity:
@@ -48,13 +103,13 @@ class Sensitivity:
     Our design; weight by weight (squared gradient x squared error) it predicts less well (docs/results/ablations.md).
     """
 
-    def __init__(self, rounding: Rounding) -> None:
-        self._rounding = rounding
-        self.sums: dict[str, Tensor] = {name: torch.zeros(len(e)) for name, e in rounding.errors.items()}
+    def __init__(self, errors: LayerErrors) -> None:
+        self._errors = errors
+        self.sums: dict[str, Tensor] = {name: torch.zeros(len(errors.probes)) for name in errors.names()}
 
     def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """Add [tokens, in] inputs and [tokens, out] gradients of the log-likelihood of drawn labels."""
-        error = self._rounding.errors[name]
+        error = self._errors[name]
         widths, out, features = error.shape
         shift = (x.to(_DTYPE) @ error.reshape(widths * out, features).T).unflatten(-1, (widths, out))
         self.sums[name] += 0.5 * torch.einsum("two,to->tw", shift, gradient.to(_DTYPE)).float().square().sum(0)

@@ -78,7 +78,9 @@ def write_profile(profile: Profile) -> None:
     """Write a profile to its folder; the table of contents comes last, so an unfinished folder has none."""
     profile.folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in {**profile.statistics, WEIGHTS: profile.weights}.items():
-        save_file({key: value.contiguous() for key, value in tensors.items()}, _file(profile.folder, name))
+        path = _file(profile.folder, name)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+        path.chmod(0o644)  # the library writes for the owner alone
     write_json(profile.record, profile.folder / RECORD)
 
 

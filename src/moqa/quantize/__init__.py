@@ -1,7 +1,7 @@
-"""Quantization: methods, and the driver that applies a plan layer by layer."""
+"""Quantization: the driver that applies a plan layer by layer."""
 
 from moqa.callable import callable_folder
-from moqa.quantize.methods import METHODS
+from moqa.methods import METHODS
 from moqa.quantize.run import quantize
 
 __all__ = ["METHODS", "quantize"]

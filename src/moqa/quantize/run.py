@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,18 +13,17 @@ from moqa.errors import MoqaError
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, FittedText, Manifest, StoredFile, StoredTensor, StoredUnit
 from moqa.format.writer import check_free, finished_folder, write_manifest, write_shard
+from moqa.methods import Method
+from moqa.methods.inputs import Inputs, Part, gather_inputs
+from moqa.methods.registry import find_method
 from moqa.models import checkpoint
 from moqa.models.stages import Stages
-from moqa.models.units import Unit
 from moqa.models.view import ModelView, open_model
-from moqa.models.watch import watching
 from moqa.plan import Plan
 from moqa.profile import Profile, read_profile
 from moqa.profile.measure import batches
 from moqa.progress import Report, quiet
-from moqa.quantize import gptq, rtn  # noqa: F401  (registers them)
-from moqa.quantize.layer import InputsObserver, Quantized, input_space, quantize_units
-from moqa.quantize.methods import METHODS, Method
+from moqa.quantize.layer import Quantized, quantize_units
 
 # one window in this many decides between methods and is not fitted on
 _CHECK_EVERY = 8
@@ -60,8 +60,7 @@ def quantize(
         MoqaError: if the plan is for another model, the method unknown, the samples are missing, or `out` is taken.
     """
     out = Path(out)
-    if method not in METHODS:
-        raise MoqaError(f"--method {method} is unknown", f"there are {', '.join(sorted(METHODS))}")
+    how = find_method(method)
     check_free(out, overwrite)
     folder = checkpoint.locate(model)
     fingerprint = checkpoint.fingerprint(folder)
@@ -70,7 +69,6 @@ def quantize(
             f"the plan is for {plan.model} ({plan.model_type}, {plan.fingerprint[:8]})",
             f"{model} is another model ({fingerprint[:8]}): plan from its own profile",
         )
-    how = METHODS[method]
     # also a method that needs no data comes from a plan that was fitted on texts: their hashes go into the manifest
     profile = profile or _profile_of(plan)
     _check_profile(profile, plan)
@@ -132,7 +130,7 @@ def _quantize_layer(
     view: ModelView, plan: Plan, method: Method, flow: "_Flow | None", layer: int
 ) -> dict[str, Quantized]:
     units = view.layer_units(layer)
-    inputs = flow.watch(layer).inputs if flow else {}
+    inputs = flow.inputs(layer) if flow else {}
     done = {unit.name: result for unit, result in quantize_units(view, units, plan.units, method, inputs)}
     for unit in units:
         view.set_weight(unit, done[unit.name].dense)
@@ -146,7 +144,7 @@ class _Flow:
 
     def __init__(self, view: ModelView, plan: Plan, profile: Profile) -> None:
         self._view, self._stages = view, Stages(view.model)
-        self._parts: list[tuple[float, bool, Tensor]] = []
+        self._parts: list[Part] = []
         # in an order that a plan read from a file has too: sums of floats depend on it
         for name, share in sorted(plan.mixture.items()):
             tokens = profile.samples(name)
@@ -154,23 +152,15 @@ class _Flow:
             for held, windows in ((False, tokens[~check]), (True, tokens[check])):
                 for batch in batches(windows) if len(windows) else ():
                     # every distribution counts by its share, however many samples it has
-                    self._parts.append((share / windows.numel(), held, self._stages.embed(batch)))
+                    self._parts.append(Part(self._stages.embed(batch), share / windows.numel(), held))
 
-    def watch(self, layer: int) -> InputsObserver:
+    def inputs(self, layer: int) -> dict[str, Inputs]:
         """Inputs of all units of a layer; the layer's weights are still the original ones."""
-        observer = InputsObserver(self._view.experts_path(layer) or "")
-
-        def linear(unit: Unit, x: Tensor, _: Tensor) -> None:
-            observer.add(input_space(unit), x.flatten(0, -2))
-
-        with watching(self._view, layer, observer, linear):
-            for observer.share, observer.check, hidden in self._parts:
-                self._stages.layer(layer, hidden)
-        return observer
+        return gather_inputs(self._view, self._stages, layer, self._parts)
 
     def advance(self, layer: int) -> None:
         """Move the hidden states past a layer that is quantized now."""
-        self._parts = [(share, check, self._stages.layer(layer, hidden)) for share, check, hidden in self._parts]
+        self._parts = [replace(part, hidden=self._stages.layer(layer, part.hidden)) for part in self._parts]
 
 
 def _tensors(done: Mapping[str, Quantized]) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from moqa.format.grid import Grid, fit_grid
-from moqa.quantize.methods import Inputs, Job, Result, method
+from moqa.methods.inputs import Inputs
+from moqa.methods.registry import Job, Result, method
 
 DAMPING = 0.01
 _BLOCK = 64
@@ -27,6 +28,15 @@ def gptq(job: Job) -> Result:
     return Result(integers, grid)
 
 
+def damping(features: int, tokens: int) -> float:
+    """Share of the mean energy that is added to every feature's.
+
+    It grows with the inverse of the token count: an expert that saw 30 tokens has a Gram matrix of rank 30, and an
+    undamped solve then fits noise (docs/results/ablations.md).
+    """
+    return DAMPING * max(1.0, features / tokens)
+
+
 def _factor(inputs: Inputs, order: Tensor) -> Tensor:
     """[in, in] upper Cholesky factor of the inverse of the damped Gram matrix, columns in the given order."""
     features = len(inputs.fit)
@@ -34,10 +44,7 @@ def _factor(inputs: Inputs, order: Tensor) -> Tensor:
     if inputs.tokens == 0 or mean <= 0:
         return torch.eye(features)
     gram = inputs.fit[order][:, order].double() / mean
-    # The damping grows with the inverse of the token count: an expert that saw 30 tokens has a rank-30 Gram matrix,
-    # and an undamped solve then fits noise (docs/results/gptq.md).
-    damping = DAMPING * max(1.0, features / inputs.tokens)
-    gram.diagonal().add_(damping)
+    gram.diagonal().add_(damping(features, inputs.tokens))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     return torch.linalg.cholesky(inverse, upper=True).float()
 

@@ -1,7 +1,7 @@
 """`rtn`: round to nearest on the grid with the least squared error. Needs no data."""
 
 from moqa.format.grid import fit_grid
-from moqa.quantize.methods import Job, Result, method
+from moqa.methods.registry import Job, Result, method
 
 
 @method("rtn", needs_data=False)

@@ -3,40 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from moqa.errors import MoqaError
 from moqa.format.grid import Grid
 from moqa.format.scheme import Scheme
-
-
-@dataclass
-class Inputs:
-    """What the units of one input space were multiplied with: weighted Gram matrices of their inputs.
-
-    Attributes:
-        fit: [in, in] sum of x x^T over samples that may be fitted on, float32.
-        check: [in, in] the same over other samples, by which results are compared.
-        tokens: how many inputs `fit` saw.
-    """
-
-    fit: Tensor
-    check: Tensor
-    tokens: int = 0
-
-    @classmethod
-    def zeros(cls, features: int) -> "Inputs":
-        """No input seen yet."""
-        return cls(torch.zeros(features, features), torch.zeros(features, features))
-
-    def add(self, x: Tensor, share: float, check: bool) -> None:
-        """Add [tokens, in] inputs whose squares count `share` each."""
-        gram = x.T @ x
-        if check:
-            self.check.add_(gram, alpha=share)
-        else:
-            self.fit.add_(gram, alpha=share)
-            self.tokens += len(x)
+from moqa.methods.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -58,7 +30,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """Stored integers with their grid; a row is what `method[n][row]` says."""
+    """Stored integers [n, rows, in] with their grid."""
 
     integers: Tensor
     grid: Grid
@@ -94,3 +66,14 @@ def method(name: str, needs_data: bool) -> Callable[[Callable[[Job], Result]], C
         return run
 
     return register
+
+
+def find_method(name: str) -> Method:
+    """A method by the name that the user typed.
+
+    Raises:
+        MoqaError: if there is none.
+    """
+    if name not in METHODS:
+        raise MoqaError(f"--method {name} is unknown", f"there are {', '.join(sorted(METHODS))}")
+    return METHODS[name]

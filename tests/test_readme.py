@@ -1,0 +1,49 @@
+"""The README's commands and Python, as they stand there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    text = "\n".join(blocks("console")).replace("\\\n", " ")
+    typed = [line.removeprefix("$ ").split("#")[0] for line in text.splitlines() if line.startswith("$ ")]
+    return [shlex.split(line) for line in typed]
+
+
+@pytest.mark.slow
+def test_the_readme_runs_as_it_stands(tmp_path):
+    (tmp_path / "reference").symlink_to(ROOT / "reference")
+    ours = [command for command in commands() if command[0] == "moqa"]
+    assert len(ours) >= 6
+    scripts = [[sys.executable, "-c", code] for code in blocks("python")]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    for command in [[sys.executable, "-m", *command] for command in ours] + scripts:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+
+
+def test_the_readme_names_targets_that_exist():
+    targets = {command[1] for command in commands() if command[0] == "make"}
+    assert {"demo", "test"} <= targets
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_every_link_in_the_documents_leads_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
