@@ -34,7 +34,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-results: setup
+results: demo
+	cp runs/demo/main-job.md docs/results/main-job.md
 	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/ablations.py
 	$(BIN)/python benchmarks/cost.py
