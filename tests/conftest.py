@@ -1,0 +1,186 @@
+"""Shared fixtures: synthetic profiles and checkpoints in memory, a tiny random model, and the reference model."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from moqa.format.grid import fit_grid
+from moqa.format.layout import shards
+from moqa.format.manifest import MANIFEST, Manifest, StoredTensor, StoredUnit
+from moqa.format.planes import pack
+from moqa.format.scheme import WIDTHS, Scheme
+from moqa.format.writer import write_manifest, write_shard
+from moqa.profile import SELF, Fitted, Profile, ProfileRecord, UnitRecord
+from moqa.profile.record import DistributionRecord, Settings
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# a shared machine may stall any single example
+settings.register_profile("moqa", deadline=None)
+settings.load_profile("moqa")
+
+
+def make_profile(folder: Path, moe: bool = True) -> Profile:
+    """A profile of 3 layers x 8 experts (or of a dense model) with plausible random statistics."""
+    generator = torch.Generator().manual_seed(7)
+    units, experts, hidden, inner = [], 8, 100, 40
+    for layer in range(3):
+        path = f"model.layers.{layer}"
+
+        def add(name, role, shape, expert=None, layer=layer, path=path):
+            projection = name.split(".")[-1]
+            full = f"{path}.{name}"
+            units.append(
+                UnitRecord(name=full, layer=layer, role=role, projection=projection, expert=expert, shape=shape)
+            )
+
+        for name, shape in {"q_proj": (64, hidden), "k_proj": (32, hidden), "o_proj": (hidden, 64)}.items():
+            add(f"self_attn.{name}", "attention", shape)
+        for expert in range(experts if moe else 0):
+            for name, shape in {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}.items():
+                add(f"mlp.experts.{expert}.{name}", "expert", shape, expert)
+            add(f"mlp.experts.{expert}.down_proj", "expert", (hidden, inner), expert)
+        path = "shared_expert." if moe else ""
+        for name, shape in {"gate_proj": (48, hidden), "up_proj": (48, hidden), "down_proj": (hidden, 48)}.items():
+            add(f"mlp.{path}{name}", "shared" if moe else "mlp", shape)
+    decay = 4.0 ** -torch.tensor(WIDTHS, dtype=torch.float32)
+    jitter = 0.8 + 0.4 * torch.rand(len(units), len(WIDTHS), generator=generator)
+    statistics = {}
+    for name in ("wiki", "novels", SELF):
+        tensors = {"samples": torch.randint(50, (4, 16), generator=generator, dtype=torch.int32)}
+        load = torch.rand(3, experts, generator=generator).pow(3) + 0.01
+        for layer in range(3 if moe else 0):
+            share = load[layer] / load[layer].sum()
+            tensors[f"layer.{layer}.tokens"] = (share * 128).round().long()
+            tensors[f"layer.{layer}.gate_mass"] = share * 64
+            tensors[f"layer.{layer}.channel"] = share[:, None] * torch.rand(experts, inner, generator=generator)
+            tensors[f"layer.{layer}.coactivation"] = torch.diag((share * 128).round())
+        heat = torch.tensor([1.0 if u.expert is None else float(load[u.layer, u.expert]) for u in units])
+        tensors["sensitivity"] = (heat * torch.rand(len(units), generator=generator))[:, None] * decay * jitter
+        statistics[name] = tensors
+    weights = {"rounding": decay * jitter}
+    for layer in range(3 if moe else 0):
+        mixed = torch.nn.functional.normalize(torch.randn(experts, 6, generator=generator))
+        weights[f"layer.{layer}.similarity"] = mixed @ mixed.T
+    kept = {"model.embed_tokens.weight": ("bfloat16", (50, hidden)), "model.norm.weight": ("float32", (hidden,))}
+    record = ProfileRecord(
+        moqa="0", model="tiny", model_type="tiny_moe" if moe else "tiny_dense", fingerprint="f" * 64, kept=kept,
+        layers=3, top_k=2 if moe else 0, settings=Settings(context=16, samples=4), widths=WIDTHS, units=tuple(units),
+        distributions={
+            name: DistributionRecord(
+                origin=name, samples=4, tokens=64, fitted=None if name == SELF else Fitted(digest=name, shingles="")
+            )
+            for name in statistics
+        },
+    )  # fmt: skip
+    return Profile(record, folder, statistics, weights)
+
+
+@pytest.fixture(scope="session")
+def tiny_profile(tmp_path_factory) -> Profile:
+    return make_profile(tmp_path_factory.mktemp("profiles") / "moe")
+
+
+@pytest.fixture(scope="session")
+def dense_profile(tmp_path_factory) -> Profile:
+    return make_profile(tmp_path_factory.mktemp("profiles") / "dense", moe=False)
+
+
+# every width class, a row shorter than a block and one that ends in the middle of a group
+CHECKPOINT_UNITS = {
+    "model.layers.0.q_proj": (0, (24, 40), Scheme(width=3)),
+    "model.layers.0.down_proj": (0, (16, 100), Scheme(width=2, group_size=32)),
+    "model.layers.1.q_proj": (1, (16, 64), Scheme(width=8, symmetric=True, scale_dtype="float16")),
+    "model.layers.1.down_proj": (1, (16, 48), Scheme(width=16)),
+}
+
+
+def stored_tensors(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """What a unit rounded to nearest is stored as."""
+    if scheme.keeps:
+        return {f"{name}.weight": weight.bfloat16()}
+    grid = fit_grid(weight, scheme)
+    found = {f"{name}.p{index}": plane for index, plane in enumerate(pack(grid.encode(weight), scheme.width))}
+    found[f"{name}.scale"] = grid.scale
+    return found if grid.zero is None else found | {f"{name}.zero": grid.zero}
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """A small sound checkpoint, without any model around it."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(3)
+    # some routers own a parameter called scale, which is no quantization scale and may be negative
+    tensors = {
+        "model.embed.weight": torch.randn(10, 40).bfloat16(),
+        "model.norm.weight": torch.randn(40),
+        "model.router.scale": torch.tensor([-1.0, 2.0]),
+    }
+    kept = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    for name, (_, shape, scheme) in CHECKPOINT_UNITS.items():
+        tensors |= stored_tensors(name, torch.randn(shape), scheme)
+    files = {
+        shard.file: write_shard(folder, shard, {name: tensors[name] for name in shard.entries})
+        for shard in shards(kept, 2, CHECKPOINT_UNITS)
+    }
+    manifest = Manifest(
+        moqa="0", model="tiny", model_type="tiny", fingerprint="f" * 64, layers=2, strategy="uniform",
+        options={"seed": 0}, ties="unit", budget="--bpw 3", method="rtn", seed=0, mixture={"wiki": 1.0}, fitted={},
+        units={
+            name: StoredUnit(layer=layer, role="attention", shape=shape, scheme=scheme, method="rtn", error=None)
+            for name, (layer, shape, scheme) in CHECKPOINT_UNITS.items()
+        },
+        kept={
+            name: StoredTensor(dtype=str(dtype).removeprefix("torch."), shape=shape)
+            for name, (dtype, shape) in kept.items()
+        },
+        files=files,
+    )  # fmt: skip
+    write_manifest(manifest, folder / MANIFEST)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sound_checkpoint(tmp_path_factory) -> Path:
+    """Do not change it; `checkpoint` is a copy that may be."""
+    return make_checkpoint(tmp_path_factory.mktemp("sound") / "checkpoint")
+
+
+@pytest.fixture
+def checkpoint(sound_checkpoint, tmp_path) -> Path:
+    return Path(shutil.copytree(sound_checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Folder of a random two-layer MoE with odd shapes and the reference model's tokenizer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=8192, hidden_size=72, intermediate_size=96, moe_intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=6, num_experts_per_tok=2,
+        norm_topk_prob=True, tie_word_embeddings=True, initializer_range=0.1, bos_token_id=None, eos_token_id=0,
+        pad_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(REFERENCE / "model" / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Calibration texts of the reference model by name, cut short."""
+    from moqa.data import Distribution
+
+    def read(name: str) -> Distribution:
+        text = (REFERENCE / "text" / f"{name}.calib.txt").read_text(encoding="utf-8")[:20_000]
+        return Distribution(name, (text,), f"{name}.calib.txt")
+
+    return {name: read(name) for name in ("wiki", "novels", "python")}

@@ -1,0 +1,262 @@
+"""What every quantization method must do, whoever adds it, with plenty of data, little, none and degenerate data."""
+
+import pytest
+import torch
+
+from moqa.format.planes import unpack
+from moqa.format.scheme import WIDTHS, Scheme
+from moqa.methods import METHODS, Job
+from moqa.methods.gptq import damping
+from moqa.methods.inputs import Inputs, input_space
+from moqa.models.units import Unit
+from moqa.quantize.layer import output_error, quantize_units
+
+SHAPES = [(40, 100), (16, 64), (3, 130)]
+each_method = pytest.mark.parametrize("method", sorted(METHODS))
+needs_data = pytest.mark.parametrize("method", sorted(name for name, found in METHODS.items() if found.needs_data))
+
+
+def correlated(tokens, features, seed, rank=None):
+    """[tokens, features] inputs with a few strong directions and some loud features, as in a real model."""
+    shared = torch.Generator().manual_seed(99)
+    spectrum = torch.logspace(0.5, -1.5, features)
+    if rank is not None:
+        spectrum[rank:] = 0
+    mix = torch.linalg.qr(torch.randn(features, features, generator=shared))[0] * spectrum[:, None]
+    loud = torch.rand(features, generator=shared).pow(-0.5)
+    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed)) @ mix * loud
+
+
+def inputs_of(tokens, features, seed=0, rank=None, check=2000):
+    seen = Inputs.zeros(features)
+    if tokens:
+        seen.add(correlated(tokens, features, seed, rank), 1 / tokens, check=False)
+    if check:
+        seen.add(correlated(check, features, seed + 1, rank), 1 / check, check=True)
+    return seen
+
+
+def make_job(shape, widths=WIDTHS, tokens=4000, **options):
+    torch.manual_seed(5)
+    weights = torch.randn(len(widths), *shape) * 0.1
+    rows = torch.tensor(widths)[:, None].expand(len(widths), shape[0])
+    seen = [inputs_of(tokens, shape[1], seed, **options) for seed in range(0, 2 * len(widths), 2)]
+    return Job(weights, rows, seen, Scheme(width=8))
+
+
+def run(method, job):
+    found = METHODS[method]
+    return found.run(job if found.needs_data else Job(job.weights, job.widths, [], job.scheme))
+
+
+def relative_error(result, weights):
+    return (result.decode() - weights).square().sum((1, 2)) / weights.square().sum((1, 2))
+
+
+@each_method
+class TestEveryMethod:
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_integers_and_grids_are_what_is_stored(self, method, shape):
+        job = make_job(shape)
+        result = run(method, job)
+        assert result.integers.dtype == torch.uint8
+        assert result.integers.shape == job.weights.shape
+        for entry, width in enumerate(WIDTHS):
+            entries = Scheme(width=width).tensors(shape)
+            assert int(result.integers[entry].max()) < 2**width
+            assert (result.grid.scale.dtype, tuple(result.grid.scale[entry].shape)) == entries["scale"]
+            assert (result.grid.zero.dtype, tuple(result.grid.zero[entry].shape)) == entries["zero"]
+        assert result.decode().isfinite().all()
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_weights_stay_close_and_more_bits_are_better(self, method, shape):
+        job = make_job(shape, tokens=400)
+        job.weights[:] = job.weights[0].clone()
+        job.inputs[:] = job.inputs[:1] * len(WIDTHS)
+        errors = relative_error(run(method, job), job.weights)
+        assert (errors[1:] < errors[:-1]).all()
+        assert errors[0] < 1.5
+        assert errors[3] < 0.05
+        assert errors[7] < 2e-4
+
+    def test_is_deterministic(self, method):
+        first, second = (run(method, make_job((40, 100))) for _ in range(2))
+        assert torch.equal(first.integers, second.integers)
+        assert torch.equal(first.grid.scale, second.grid.scale)
+        assert torch.equal(first.grid.zero, second.grid.zero)
+
+    def test_a_stack_is_solved_as_its_parts_are(self, method):
+        job = make_job((40, 100))
+        whole = run(method, job)
+        for entry in (1, 4):
+            at = slice(entry, entry + 1)
+            alone = run(method, Job(job.weights[at], job.widths[at], job.inputs[at], job.scheme))
+            assert torch.allclose(alone.decode()[0], whole.decode()[entry], atol=1e-6)
+
+    @pytest.mark.parametrize("scheme", [Scheme(width=8, symmetric=True), Scheme(width=8, group_size=32)], ids=str)
+    def test_any_scheme(self, method, scheme):
+        job = make_job((24, 100), widths=(2, 3, 4, 8))
+        result = run(method, Job(job.weights, job.widths, job.inputs, scheme))
+        assert (result.grid.zero is None) == scheme.symmetric
+        assert result.grid.scale.shape == (4, 24, -(-100 // scheme.group_size))
+        assert (relative_error(result, job.weights) < torch.tensor([1.5, 0.3, 0.1, 1e-3])).all()
+
+    @pytest.mark.parametrize("case", ["none", "zero", "one token", "rank 3", "dead features", "tiny", "huge"])
+    def test_degenerate_inputs(self, method, case):
+        job, features = make_job((16, 64), tokens=500, rank=3 if case == "rank 3" else None), 64
+        for seen in job.inputs:
+            if case in ("none", "zero"):
+                seen.fit.zero_()
+                seen.tokens = 0 if case == "none" else 500
+            elif case == "one token":
+                x = correlated(1, features, 0)
+                seen.fit, seen.tokens = x.T @ x, 1
+            elif case == "dead features":
+                seen.fit[:40] = 0
+                seen.fit[:, :40] = 0
+            elif case == "tiny":
+                seen.fit *= 1e-30
+            elif case == "huge":
+                seen.fit *= 1e30
+        errors = relative_error(run(method, job), job.weights)
+        assert (errors < torch.tensor([2.0, 0.9, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3])).all()
+
+    def test_constant_weights(self, method):
+        job = make_job((16, 64))
+        job.weights.fill_(0.25)
+        assert (relative_error(run(method, job), job.weights) < 0.01).all()
+        job.weights.fill_(0.0)
+        assert not run(method, job).decode().any()
+
+
+@needs_data
+@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("shape", [(40, 100), (64, 128)], ids=str)
+def test_data_lowers_the_output_error_on_other_samples(method, width, shape):
+    job = make_job(shape, widths=(width,) * 3)
+
+    def error(name):
+        difference = run(name, job).decode() - job.weights
+        return sum(output_error(d, seen.check) for d, seen in zip(difference, job.inputs, strict=True))
+
+    assert error(method) < 0.8 * error("rtn")
+
+
+def test_gptq_is_optimal_brain_quantization_column_by_column():
+    """The same as the update it is derived from: after each column the best correction of all later ones."""
+    job = make_job((12, 150), widths=(3,))
+    result, seen = run("gptq", job), job.inputs[0]
+    gram = seen.fit.double() / seen.fit.diagonal().mean()
+    inverse = torch.linalg.inv(gram + damping(150, seen.tokens) * torch.eye(150))
+    weights, expected = job.weights[0].double(), torch.zeros(12, 150, dtype=torch.uint8)
+    for column in seen.fit.diagonal().argsort(descending=True, stable=True).tolist():
+        expected[:, column] = result.grid[0].encode(weights.float())[:, column]
+        error = weights[:, column] - result.grid[0].decode(expected)[:, column]
+        weights = weights - torch.outer(error, inverse[column]) / inverse[column, column]
+        inverse = inverse - torch.outer(inverse[column], inverse[column]) / inverse[column, column]
+        inverse[column, column] = 1.0
+    # a value half-way between two levels may fall to either side and moves those after it
+    assert (result.integers[0] == expected).float().mean() > 0.98
+
+
+class Layer:
+    """As much of a model view as `quantize_units` looks at."""
+
+    def __init__(self, experts=3, hidden=64, inner=40):
+        self.units, self.weights = [], {}
+        shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        for expert in range(experts):
+            for projection, shape in shapes.items():
+                self.add(f"experts.{expert}.{projection}", projection, expert, shape, "experts")
+        self.add("q_proj", "q_proj", None, (32, hidden), "q_proj")
+
+    def add(self, name, projection, expert, shape, module):
+        role = "attention" if expert is None else "expert"
+        self.units.append(Unit(name, 0, role, projection, expert, shape, module, projection))
+        generator = torch.Generator().manual_seed(len(self.units))
+        self.weights[name] = torch.randn(shape, generator=generator) * 0.1
+
+    def weight(self, unit):
+        return self.weights[unit.name]
+
+    def inputs(self, tokens, **options):
+        spaces = {input_space(unit): unit.shape[1] for unit in self.units}
+        return {
+            name: inputs_of(tokens, features, 2 * i, **options) for i, (name, features) in enumerate(spaces.items())
+        }
+
+    def quantized(self, method, schemes, inputs):
+        found = quantize_units(self, self.units, schemes, METHODS[method], inputs)
+        return {unit.name: result for unit, result in found}
+
+
+@pytest.fixture
+def layer():
+    return Layer()
+
+
+def mixed_schemes(layer, widths=(1, 2, 3, 4, 5, 6, 7, 8, 16)):
+    return {unit.name: Scheme(width=widths[i % len(widths)]) for i, unit in enumerate(layer.units)}
+
+
+@each_method
+class TestUnits:
+    def test_every_unit_is_stored_once_by_its_scheme(self, method, layer):
+        schemes = mixed_schemes(layer)
+        found = layer.quantized(method, schemes, layer.inputs(500))
+        assert sorted(found) == sorted(unit.name for unit in layer.units)
+        for unit in layer.units:
+            result, scheme = found[unit.name], schemes[unit.name]
+            stored = {suffix: (t.dtype, tuple(t.shape)) for suffix, t in result.tensors.items()}
+            assert stored == scheme.tensors(unit.shape)
+            assert result.dense.shape == unit.shape
+            assert result.method in {method, "rtn", "none"}
+            if scheme.keeps:
+                assert torch.equal(result.dense, layer.weight(unit).bfloat16().float())
+
+    def test_what_is_stored_is_what_is_decoded(self, method, layer):
+        schemes = mixed_schemes(layer, widths=(2, 3, 4, 5))
+        found = layer.quantized(method, schemes, layer.inputs(500))
+        for unit in layer.units:
+            result = found[unit.name]
+            scheme, features = schemes[unit.name], unit.shape[1]
+            integers = unpack(
+                [result.tensors[k] for k in sorted(result.tensors) if k[0] == "p"], scheme.width, features
+            )
+            group = torch.arange(features) // scheme.group_size
+            offset = result.tensors["zero"].float()[:, group] * ((scheme.levels - 1) / 255)
+            decoded = result.tensors["scale"].float()[:, group] * (integers.float() - offset)
+            assert torch.allclose(decoded, result.dense, atol=1e-6)
+
+    @pytest.mark.parametrize("tokens", [0, 1, 5, 30])
+    @pytest.mark.parametrize("width", [2, 3, 4])
+    def test_starved_units_are_never_worse_than_rounded(self, method, layer, tokens, width):
+        schemes = mixed_schemes(layer, widths=(width,))
+        inputs = layer.inputs(tokens)
+        found, plain = (layer.quantized(name, schemes, inputs) for name in (method, "rtn"))
+        for unit in layer.units:
+            check = inputs[input_space(unit)].check
+            ours, rounded = (
+                output_error(result[unit.name].dense - layer.weight(unit), check) for result in (found, plain)
+            )
+            assert ours <= rounded
+
+    def test_units_that_nothing_reached_are_rounded(self, method, layer):
+        schemes = mixed_schemes(layer, widths=(3,))
+        for inputs in ({}, layer.inputs(0, check=0), layer.inputs(100, check=0)):
+            found = layer.quantized(method, schemes, inputs)
+            plain = layer.quantized("rtn", schemes, {})
+            assert {result.method for result in found.values()} == {"rtn"}
+            assert all(torch.equal(found[name].dense, plain[name].dense) for name in plain)
+            assert {result.error for result in found.values()} == {None}
+
+
+@needs_data
+def test_the_stored_error_is_that_of_the_check_samples(method, layer):
+    inputs = layer.inputs(500)
+    found = layer.quantized(method, mixed_schemes(layer, widths=(3,)), inputs)
+    for unit in layer.units:
+        result = found[unit.name]
+        weight, x = layer.weight(unit), torch.linalg.cholesky(inputs[input_space(unit)].check.double()).float()
+        expected = ((result.dense - weight) @ x).square().sum() / (weight @ x).square().sum()
+        assert result.error == pytest.approx(float(expected), rel=1e-3)
