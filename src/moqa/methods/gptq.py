@@ -8,7 +8,7 @@ from moqa.methods.inputs import Inputs
 from moqa.methods.registry import Job, Result, method
 
 DAMPING = 0.01
-_BLOCK = 64
+_BLOCK = 16
 
 
 @method("gptq", needs_data=True)
@@ -52,24 +52,27 @@ def _factor(inputs: Inputs, order: Tensor) -> Tensor:
 def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor:
     """[n, rows, in] integers; every rounding error is pushed into the columns that come later in `order`."""
     n, rows, features = weights.shape
-    index = order[:, None, :].expand(n, rows, features)
-    work = weights.gather(2, index)
-    group = index // grid.group_size
-    scale, offset = grid.scale.float().gather(2, group), grid.offset().gather(2, group)
+
+    # columns are worked on one by one: each of them lies in one piece here, [n, in, rows]
+    def columns_of(table: Tensor, index: Tensor) -> Tensor:
+        return table.mT.gather(1, index[:, :, None].expand(n, features, rows))
+
+    work = columns_of(weights, order)
+    group = order // grid.group_size
+    scale, offset = columns_of(grid.scale.float(), group), columns_of(grid.offset(), group)
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    top = grid.top[..., :1].expand(n, rows, 1)[..., 0]
-    rounded = torch.empty_like(work)
+    top = grid.top[..., 0].expand(n, rows)
+    rounded = torch.empty(n, features, rows, dtype=torch.uint8)
     for start in range(0, features, _BLOCK):
         stop = min(start + _BLOCK, features)
-        block, errors = work[:, :, start:stop].clone(), torch.empty(n, rows, stop - start)
-        triangle = factor[:, start:stop, start:stop]
-        for column in range(stop - start):
-            at = start + column
-            value = block[:, :, column]
-            integer = (value * inverse[:, :, at] + offset[:, :, at]).round_().clamp_(min=0).minimum(top)
-            rounded[:, :, at] = integer
-            error = (value - scale[:, :, at] * (integer - offset[:, :, at])) / triangle[:, None, column, column]
-            errors[:, :, column] = error
-            block[:, :, column + 1 :] -= error[:, :, None] * triangle[:, None, column, column + 1 :]
-        work[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
-    return torch.empty_like(rounded).scatter_(2, index, rounded).to(torch.uint8)
+        errors = torch.empty(n, stop - start, rows)
+        for at in range(start, stop):
+            value = work[:, at]
+            integer = (value * inverse[:, at]).add_(offset[:, at]).round_().clamp_(min=0).minimum(top)
+            rounded[:, at] = integer
+            error = (value - scale[:, at] * (integer - offset[:, at])).div_(factor[:, at, at, None])
+            errors[:, at - start] = error
+            work[:, at + 1 : stop].sub_(factor[:, at, at + 1 : stop, None] * error[:, None])
+        work[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
+    back = order.argsort(1)
+    return rounded.gather(1, back[:, :, None].expand(n, features, rows)).mT.contiguous()

@@ -15,6 +15,7 @@ from moqa.models.stages import Stages
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.models.watch import watching
+from moqa.profile.selfsample import draw
 from moqa.profile.sensitivity import PROBES, LayerErrors, LayerObserver, Sensitivity, all_widths, relative_errors
 from moqa.profile.significance import LayerStatistics
 from moqa.progress import Report
@@ -119,7 +120,7 @@ def _label_gradient(stages: Stages, hidden: Tensor, generator: torch.Generator) 
     """Gradient of the negative log-likelihood of labels drawn from the model, for the last layer's output."""
     hidden = hidden.detach().requires_grad_(True)
     logits = stages.head(hidden).float().flatten(0, 1)
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    labels = draw(logits.detach(), generator)
     return torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), hidden)[0]
 
 

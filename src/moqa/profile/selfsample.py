@@ -35,7 +35,24 @@ def self_sample(view: ModelView, windows: int, context: int, seed: int, batch: i
         for _ in range(context - 1):
             result = view.model(parts[-1], past_key_values=cache, use_cache=True)
             cache = result.past_key_values
-            probabilities = result.logits[:, -1].float().softmax(-1)
-            parts.append(torch.multinomial(probabilities, 1, generator=generator))
+            parts.append(draw(result.logits[:, -1], generator)[:, None])
         written.append(torch.cat(parts, 1))
     return torch.cat(written)
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per row from the distribution that its logits describe.
+
+    >>> draw(torch.tensor([[0.0, 100.0]]), torch.Generator())
+    tensor([1])
+
+    Args:
+        logits: [rows, vocabulary].
+        generator: of the draws.
+
+    Returns:
+        [rows] token ids, int64. One uniform number per row, not one per token as `torch.multinomial` takes.
+    """
+    cumulative = logits.float().softmax(-1).cumsum(-1)
+    threshold = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
