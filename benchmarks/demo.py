@@ -146,7 +146,7 @@ Rows of one size are within 0.5 % of each other and never above the uniform row 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=ROOT / "runs" / "demo")
-    parser.add_argument("--samples", type=int, default=48, help="calibration windows of 256 tokens per distribution")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 256 tokens per distribution")
     parser.add_argument("--windows", type=int, default=16, help="held-out windows of 256 tokens per distribution")
     args = parser.parse_args()
     torch.set_num_threads(2)

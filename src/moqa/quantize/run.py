@@ -134,7 +134,7 @@ def _quantize_layer(
     done = {unit.name: result for unit, result in quantize_units(view, units, plan.units, method, inputs)}
     for unit in units:
         view.set_weight(unit, done[unit.name].dense)
-    if flow:
+    if flow and layer + 1 < len(view.layers):
         flow.advance(layer)
     return done
 
