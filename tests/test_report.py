@@ -14,7 +14,7 @@ from moqa.errors import MoqaError
 from moqa.evaluate.run import Evaluation, Quality
 from moqa.format.artifact import write_json
 from moqa.format.manifest import FittedText, Manifest, StoredFile, StoredTensor, StoredUnit
-from moqa.plan import Budget, Plan, for_file, plan
+from moqa.plan import HEDGED, Budget, Plan, for_file, plan
 from moqa.profile.record import DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profile.store import Profile, write_profile
 from moqa.report import drift, write_report
@@ -210,13 +210,14 @@ class TestVerdict:
 
     def test_the_pair_is_chosen_by_what_it_is_and_not_by_its_result(self):
         found = judge(
-            evaluation("moqa-budget", 10_000_000, 0.9, 0.9, hedge=0.5), evaluation("uniform", 10_000_000, 1.0, 1.0),
+            evaluation("moqa-budget", 10_000_000, 0.9, 0.9, hedge=HEDGED["moqa-budget"]),
+            evaluation("uniform", 10_000_000, 1.0, 1.0),
             evaluation("moqa-budget", 10_000_000, 0.1, 0.1, hedge=0), evaluation("moqa", 10_000_000, 0.1, 0.1),
-            evaluation("moqa-budget", 20_000_000, 0.1, 0.1, hedge=0.5, method="rtn"),
+            evaluation("moqa-budget", 20_000_000, 0.1, 0.1, hedge=HEDGED["moqa-budget"], method="rtn"),
             evaluation("uniform", 20_000_000, 1.0, 1.0, method="rtn"),
         )  # fmt: skip
         assert "10 % below" in found.sentence
-        assert "All 2 comparisons of moqa-budget (hedge 0.5)" in found.tally
+        assert f"All 2 comparisons of moqa-budget (hedge {HEDGED['moqa-budget']})" in found.tally
 
     def test_another_baseline_that_is_better_is_named(self):
         found = judge(

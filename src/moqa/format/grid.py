@@ -131,9 +131,8 @@ def _fit(weights: Tensor, scheme: Scheme, widths: Tensor | None, importance: Ten
         grid = _stored((high - low) * (shrink / top), low * shrink, scheme, top)
         best, error = _better(groups, weight, grid, best, error)
     assert best is not None
-    if not scheme.symmetric:
-        for _ in range(_REFITS):
-            best, error = _better(groups, weight, _refit(groups, weight, best, scheme), best, error)
+    for _ in range(_REFITS):
+        best, error = _better(groups, weight, _refit(groups, weight, best, scheme), best, error)
     return best
 
 
@@ -159,10 +158,15 @@ def _better(groups: Tensor, weight: Tensor, grid: Grid, best: Grid | None, error
 
 
 def _refit(groups: Tensor, weight: Tensor, grid: Grid, scheme: Scheme) -> Grid:
-    """Least-squares scale and offset for the integers that the present grid chooses."""
+    """Least-squares scale, and offset if there is one, for the integers that the present grid chooses."""
     scale, offset = grid.scale.float()[..., None], grid.offset()[..., None]
     integers = _nearest(groups, scale, offset, grid.top[..., None])
     weight = weight.expand_as(groups)
+    if scheme.symmetric:
+        steps = integers - offset
+        spread = (weight * steps.square()).sum(-1)
+        slope = torch.where(spread > 0, (weight * steps * groups).sum(-1) / spread, grid.scale.float()).clamp_min(0)
+        return _stored(slope, slope, scheme, grid.top)
     total = weight.sum(-1)
     mean_q, mean_w = (weight * integers).sum(-1) / total, (weight * groups).sum(-1) / total
     centred = integers - mean_q[..., None]

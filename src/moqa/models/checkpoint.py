@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,8 +90,8 @@ def read_header(path: Path) -> dict[str, dict]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            end = max((operator.index(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise MoqaError(f"{path} has a corrupted header", str(error)) from None
     if size != 8 + length + end:
         raise MoqaError(f"{path} is truncated or padded", f"{size} bytes, its header describes {8 + length + end}")
