@@ -30,6 +30,7 @@ from moqa.cli.common import (
     widths_of,
     write_result,
 )  # fmt: skip
+from moqa.cli.profile import warn_starved
 from moqa.errors import MoqaError
 
 
@@ -87,6 +88,7 @@ def quantize(
         chosen = read_plan(plan)
         with progress() as report:
             run(model, chosen, out, method, overwrite, report, profile=read_profile(profile) if profile else None)
+        warn_starved(read_profile(profile or chosen.profile))
         print_checkpoint(out, json)
         return
     if not data:
