@@ -126,6 +126,17 @@ class TestDrift:
         assert drift.drift_of_significant(profile, "a", "b", shares=(0.25,)) == pytest.approx({0.25: 0.5})
         assert drift.drift_of_significant(profile, "b", "a", shares=(0.25,)) == pytest.approx({0.25: 0.375})
 
+    def test_names_the_experts_and_channels_that_change_most(self, tmp_path: Path):
+        channels = {"a": [[[5.0, 4.0], [1.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]],
+                    "b": [[[1.0, 7.0], [2.0, 0.0]], [[1.0, 1.0], [1.0, 5.0]]]}  # fmt: skip
+        profile = make_profile(tmp_path, channels)
+        assert drift.expert_changes(profile, "a", "b")[0] == (1, 0, pytest.approx(-0.25))
+        assert len(drift.expert_changes(profile, "a", "b")) == 4
+        found = drift.channel_changes(profile, "a", "b", 3)
+        assert found[0] == (0, 0, 0, pytest.approx(-0.4))
+        assert found[1] == (1, 1, 1, pytest.approx(0.375))
+        assert found[2] == (0, 0, 1, pytest.approx(0.3))
+
     def test_concentration_does_not_depend_on_how_much_was_measured(self, tmp_path: Path):
         few = {"a": [[[5.0, 4.0], [1.0, 0.0]]], "b": [[[1.0, 7.0], [2.0, 0.0]]]}
         many = few | {"b": [[[100.0, 700.0], [200.0, 0.0]]]}

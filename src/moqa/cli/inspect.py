@@ -2,13 +2,16 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moqa.cli import app
 from moqa.cli.common import JsonOption, mib, print_table, write_result
 from moqa.errors import MoqaError
+
+if TYPE_CHECKING:
+    from moqa.profile import Profile
 
 
 @app.command()
@@ -30,6 +33,7 @@ def inspect(
 
         profile = read_profile(path)
         print_profile(profile)
+        _drift(profile)
         write_result(profile.record, json)
     elif (path / "moqa.json").is_file():
         _checkpoint(path, json)
@@ -37,6 +41,24 @@ def inspect(
         _model(path, json)
     else:
         raise MoqaError(f"nothing at {path}", "give a profile, plan, checkpoint or model folder")
+
+
+def _drift(profile: "Profile") -> None:
+    """How much every two distributions differ, and in which experts and channels most."""
+    from moqa.report import drift
+
+    if not profile.expert_layers:
+        return
+    rows = []
+    for a, b in drift.pairs(profile):
+        routing = drift.routing_divergence(profile, a, b)
+        experts = ", ".join(f"{n}/{e} {x:+.2f}" for n, e, x in drift.expert_changes(profile, a, b)[:3])
+        channels = ", ".join(f"{n}/{e}/{c} {x:+.3f}" for n, e, c, x in drift.channel_changes(profile, a, b, 2))
+        numbers = (drift.rank_correlation(profile, a, b), sum(routing) / len(routing))
+        top = drift.drift_concentration(profile, a, b)[0.01]
+        rows.append([f"{a} to {b}", *(f"{x:.2f}" for x in numbers), f"{top:.0%}", experts, channels])
+    headings = ["drift", "rank correlation", "routing JS, bits", "in top 1 % of channels"]
+    print_table([*headings, "layer/expert", "layer/expert/channel"], rows)
 
 
 def _checkpoint(path: Path, json: Path | None) -> None:

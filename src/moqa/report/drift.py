@@ -101,13 +101,47 @@ def routing_divergence(profile: Profile, a: str, b: str) -> list[float]:
 
 def channel_significance(profile: Profile, name: str) -> Array:
     """[channels of all experts of all layers] significance divided by its sum over the layer."""
-    layers = [profile.layer(name, n, "channel").double().numpy().ravel() for n in profile.expert_layers]
-    return np.concatenate([layer / total if (total := layer.sum()) > 0 else layer for layer in layers])
+    return np.concatenate([_channels(profile, name, layer).ravel() for layer in profile.expert_layers])
 
 
 def channel_drift(profile: Profile, a: str, b: str) -> Array:
     """[channels of all experts of all layers] absolute difference of `channel_significance`."""
     return np.abs(channel_significance(profile, a) - channel_significance(profile, b))
+
+
+def expert_changes(profile: Profile, a: str, b: str) -> list[tuple[int, int, float]]:
+    """Experts by how much their significance changes from one distribution to another, the largest change first.
+
+    >>> expert_changes(profile, "wiki", "math")[0]
+    (4, 11, 0.31)
+
+    Returns:
+        (layer, expert, significance on b minus on a) of every expert.
+    """
+    found = [
+        (layer, expert, float(change))
+        for layer in profile.expert_layers
+        for expert, change in enumerate(_experts(profile, b, layer) - _experts(profile, a, layer))
+    ]
+    return sorted(found, key=lambda entry: -abs(entry[2]))
+
+
+def channel_changes(profile: Profile, a: str, b: str, count: int) -> list[tuple[int, int, int, float]]:
+    """Channels by how much their share of the layer's significance changes, the largest change first.
+
+    >>> channel_changes(profile, "wiki", "math", 1)
+    [(4, 11, 208, 0.012)]
+
+    Returns:
+        (layer, expert, channel, share on b minus share on a) of `count` channels.
+    """
+    found = []
+    for layer in profile.expert_layers:
+        change = _channels(profile, b, layer) - _channels(profile, a, layer)
+        for index in np.argsort(-np.abs(change), axis=None, kind="stable")[:count]:
+            expert, channel = np.unravel_index(index, change.shape)
+            found.append((layer, int(expert), int(channel), float(change[expert, channel])))
+    return sorted(found, key=lambda entry: -abs(entry[3]))[:count]
 
 
 def concentration(values: Array, shares: Sequence[float]) -> dict[float, float]:
@@ -129,6 +163,12 @@ def _held(ordered: Array, shares: Sequence[float]) -> dict[float, float]:
 
 def _experts(profile: Profile, name: str, layer: int) -> Array:
     return profile.significance(name, layer).double().numpy()
+
+
+def _channels(profile: Profile, name: str, layer: int) -> Array:
+    """[experts, channels] share of the layer's significance."""
+    channels = profile.layer(name, layer, "channel").double().numpy()
+    return channels / total if (total := channels.sum()) > 0 else channels
 
 
 def _spearman(left: Array, right: Array) -> float:
