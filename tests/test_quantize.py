@@ -198,3 +198,12 @@ class TestMistakes:
         with pytest.raises((MoqaError, RuntimeError), match="bytes"):
             quantize(tiny_model, changed, tmp_path / "out", "rtn", profile=profiled, view=view)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_few_samples_still_decide_between_methods():
+    from moqa.quantize.run import _held_out
+
+    assert _held_out(1).tolist() == [False]
+    assert _held_out(2).tolist() == [False, True]
+    assert _held_out(4).tolist() == [False] * 3 + [True]
+    assert _held_out(16).nonzero().flatten().tolist() == [7, 15]

@@ -148,7 +148,7 @@ class _Flow:
         # in an order that a plan read from a file has too: sums of floats depend on it
         for name, share in sorted(plan.mixture.items()):
             tokens = profile.samples(name)
-            check = torch.arange(len(tokens)) % _CHECK_EVERY == _CHECK_EVERY - 1
+            check = _held_out(len(tokens))
             for held, windows in ((False, tokens[~check]), (True, tokens[check])):
                 for batch in batches(windows) if len(windows) else ():
                     # every distribution counts by its share, however many samples it has
@@ -161,6 +161,12 @@ class _Flow:
     def advance(self, layer: int) -> None:
         """Move the hidden states past a layer that is quantized now."""
         self._parts = [replace(part, hidden=self._stages.layer(layer, part.hidden)) for part in self._parts]
+
+
+def _held_out(windows: int) -> Tensor:
+    """[windows] which windows are not fitted on: one in eight, and one of fewer; a single one is fitted on."""
+    every = min(_CHECK_EVERY, windows)
+    return torch.arange(windows) % every == every - 1 if windows > 1 else torch.zeros(windows, dtype=torch.bool)
 
 
 def _tensors(done: Mapping[str, Quantized]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from moqa.errors import MoqaError
 from moqa.plan.problem import SELF, Choice, Problem, strategy
 from moqa.plan.solver import solve
 
-DEFAULT_HEDGE = 0.1
+DEFAULT_HEDGE = 0.3
 
 
 @strategy("moqa-budget", hedge=DEFAULT_HEDGE)
