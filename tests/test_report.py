@@ -442,8 +442,8 @@ class Blocked:
     """An importer that finds a library to be missing."""
 
     def __init__(self, library: str) -> None:
-        self.library = library
+        self.absent = library
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name.split(".")[0] == self.library:
+        if name.split(".")[0] == self.absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
