@@ -10,11 +10,11 @@ from hypothesis import settings
 
 from moqa.format.grid import fit_grid
 from moqa.format.layout import shards
-from moqa.format.manifest import MANIFEST, Manifest, StoredTensor, StoredUnit
+from moqa.format.manifest import MANIFEST, Fitted, Manifest, StoredTensor, StoredUnit
 from moqa.format.planes import pack
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.format.writer import write_manifest, write_shard
-from moqa.profile import SELF, Fitted, Profile, ProfileRecord, UnitRecord
+from moqa.profile import SELF, Profile, ProfileRecord, UnitRecord
 from moqa.profile.record import DistributionRecord, Settings
 
 REFERENCE = Path(__file__).parents[1] / "reference"

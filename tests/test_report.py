@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from moqa.errors import MoqaError
-from moqa.evaluate.run import Evaluation, Quality
+from moqa.evaluate import Evaluation, Quality
 from moqa.format.artifact import write_json
-from moqa.format.manifest import FittedText, Manifest, StoredFile, StoredTensor, StoredUnit
+from moqa.format.manifest import Fitted, Manifest, StoredFile, StoredTensor, StoredUnit
 from moqa.plan import HEDGED, Budget, Plan, for_file, plan
 from moqa.profile.record import DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profile.store import Profile, write_profile
@@ -256,7 +256,7 @@ def write_checkpoint(folder: Path, made: Plan, profile: Profile) -> None:
     manifest = Manifest(
         moqa="0.1.0", model="models/tiny", model_type="qwen3_moe", fingerprint=FINGERPRINT, layers=2,
         strategy=made.strategy, options={"hedge": None}, ties="unit", budget=None, method="rtn", seed=0,
-        mixture=made.mixture, fitted={"wiki": FittedText(digest="0", shingles="")}, units=units,
+        mixture=made.mixture, fitted={"wiki": Fitted(digest="0", shingles="")}, units=units,
         kept={name: StoredTensor(dtype=d, shape=s) for name, (d, s) in profile.record.kept.items()},
         files={"model-00001-of-00001.safetensors": StoredFile(bytes=made.account.checkpoint, sha256="0")},
     )  # fmt: skip

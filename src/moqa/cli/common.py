@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moqa.errors import MoqaError
 from moqa.format.artifact import write_json
 from moqa.progress import Report
 
@@ -114,8 +115,6 @@ def widths_of(text: str) -> tuple[int, ...]:
     Raises:
         MoqaError: if they are no numbers.
     """
-    from moqa.errors import MoqaError
-
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from moqa.data import Windows
@@ -55,27 +56,18 @@ class Reference:
         return cls(model, windows, final_hidden(model, windows, report))
 
 
-@dataclass(frozen=True)
-class Score:
-    """Quality on one distribution.
+class Quality(BaseModel, frozen=True):
+    """Quality of a model on one distribution."""
 
-    Attributes:
-        perplexity: exponential of the mean negative log-likelihood per token.
-        bits_per_byte: negative log-likelihood in bits per byte of text.
-        kl_divergence: mean over tokens of KL(original || model), in nats; None without a reference.
-        top1_agreement: share of tokens where both rank the same token first; None without a reference.
-        tokens: predicted tokens.
-    """
-
-    perplexity: float
-    bits_per_byte: float
-    kl_divergence: float | None
-    top1_agreement: float | None
-    tokens: int
+    perplexity: float = Field(description="exponential of the mean negative log-likelihood per token")
+    bits_per_byte: float = Field(description="negative log-likelihood in bits per byte of text")
+    kl_divergence: float | None = Field(description="mean of KL(original || model) per token, nats; None: no reference")
+    top1_agreement: float | None = Field(description="share of tokens where both rank the same first; None likewise")
+    tokens: int = Field(description="predicted tokens")
 
 
 @torch.no_grad()
-def scores(model: nn.Module, windows: list[Windows], reference: Reference | None, report: Report) -> dict[str, Score]:
+def scores(model: nn.Module, windows: list[Windows], reference: Reference | None, report: Report) -> dict[str, Quality]:
     """Quality of a model on every distribution.
 
     Args:
@@ -103,7 +95,7 @@ def scores(model: nn.Module, windows: list[Windows], reference: Reference | None
                 divergence += float((true.exp() * (true - logp)).sum(1).double().sum())
                 agreement += int((true.argmax(1) == logp.argmax(1)).sum())
         compared = reference is not None
-        found[window.name] = Score(
+        found[window.name] = Quality(
             perplexity=math.exp(min(loss / tokens, 700.0)),
             bits_per_byte=loss / math.log(2) / max(window.text_bytes, 1),
             kl_divergence=max(divergence / tokens, 0.0) if compared else None,

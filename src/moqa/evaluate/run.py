@@ -8,26 +8,15 @@ from torch import nn
 
 from moqa.data import Data, Distribution, Windows, as_distributions, cut_windows, refuse_overlap
 from moqa.errors import MoqaError
-from moqa.evaluate.measure import Reference, Score, scores
+from moqa.evaluate.measure import Quality, Reference, scores
 from moqa.format.reader import Checkpoint, is_checkpoint, open_checkpoint
 from moqa.models import checkpoint as original
 from moqa.models.load import load_tokenizer
 from moqa.models.view import ModelView, open_model
-from moqa.profile.record import Fitted
 from moqa.progress import Report, quiet
 from moqa.runtime.load import load_packed
 
 DEFAULT_WINDOWS = 64
-
-
-class Quality(BaseModel, frozen=True):
-    """Scores of one model on one distribution; see `Score`."""
-
-    perplexity: float
-    bits_per_byte: float
-    kl_divergence: float | None
-    top1_agreement: float | None
-    tokens: int
 
 
 class Evaluation(BaseModel, frozen=True):
@@ -92,12 +81,12 @@ def evaluate(
     name = str(against) if against is not None else (packed.manifest.model if packed else str(model))
     return Evaluation(
         model=str(model), against=name if reference else None, **size, context=context,
-        distributions={name: Quality(**_rounded(score)) for name, score in result.items()},
+        distributions={name: _rounded(quality) for name, quality in result.items()},
     )  # fmt: skip
 
 
 def _refuse_fitted(packed: Checkpoint, distributions: Sequence[Distribution], cut: Sequence[Windows]) -> None:
-    fitted = {n: Fitted(digest=f.digest, shingles=f.shingles) for n, f in packed.manifest.fitted.items()}
+    fitted = packed.manifest.fitted
     for distribution, windows in zip(distributions, cut, strict=True):
         same = [name for name, text in fitted.items() if text.digest == distribution.digest]
         if same:
@@ -151,5 +140,6 @@ def _size_of_original(folder: Path, view: ModelView | None) -> dict:
     return {"bytes": size, "bits_per_weight": float(bits), "model_bits_per_weight": size * 8 / values}
 
 
-def _rounded(score: Score) -> dict:
-    return {k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in vars(score).items()}
+def _rounded(quality: Quality) -> Quality:
+    digits = {name: float(f"{value:.8g}") for name, value in quality if isinstance(value, float)}
+    return quality.model_copy(update=digits)

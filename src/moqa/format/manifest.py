@@ -1,7 +1,9 @@
 """The manifest of a checkpoint (`moqa.json`): what it was made from, how, and what every file must be."""
 
+import base64
 from typing import Annotated
 
+import numpy as np
 from pydantic import BaseModel, Field
 
 from moqa.format.scheme import Scheme
@@ -42,11 +44,20 @@ class StoredFile(BaseModel, frozen=True):
     sha256: str
 
 
-class FittedText(BaseModel, frozen=True):
-    """A text that a fitting step saw; no evaluation may run on it."""
+class Fitted(BaseModel, frozen=True):
+    """What identifies a text that a fitting step saw, so that no evaluation runs on it."""
 
-    digest: str = Field(description="sha256 of the whole text")
+    digest: str = Field(description="sha256 of the whole text that was given")
     shingles: str = Field(description="content hashes of the samples: little-endian uint64, base64")
+
+    @classmethod
+    def of(cls, digest: str, hashes: np.ndarray) -> "Fitted":
+        """Record of a text's digest and the hashes of its samples."""
+        return cls(digest=digest, shingles=base64.b64encode(hashes.astype("<u8").tobytes()).decode())
+
+    def hashes(self) -> np.ndarray:
+        """[hashes] uint64 of the samples."""
+        return np.frombuffer(base64.b64decode(self.shingles), "<u8").astype(np.uint64)
 
 
 class Manifest(BaseModel, frozen=True):
@@ -67,7 +78,7 @@ class Manifest(BaseModel, frozen=True):
     mixture: dict[str, float] = Field(
         description="share of each distribution in the fit; `self` is the model's own text"
     )
-    fitted: dict[str, FittedText] = Field(description="texts that the plan or the method saw")
+    fitted: dict[str, Fitted] = Field(description="texts that the plan or the method saw")
     units: dict[str, StoredUnit]
     kept: dict[str, StoredTensor]
     files: dict[str, StoredFile]

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ class Checkpoint:
     folder: Path
     manifest: Manifest
 
+    @cached_property
     def shards(self) -> list[Shard]:
         """Layout of all weight files that the manifest describes."""
         kept = {name: (_dtype(name, t.dtype), t.shape) for name, t in self.manifest.kept.items()}
@@ -59,7 +61,7 @@ class Checkpoint:
 
     def layer(self, index: int | None) -> dict[str, Tensor]:
         """Tensors of one decoder layer's units, or of all that is kept if `index` is None."""
-        shard = self.shards()[0 if index is None else index + 1]
+        shard = self.shards[0 if index is None else index + 1]
         with safe_open(self.folder / shard.file, framework="pt") as file:
             return {name: file.get_tensor(name) for name in shard.entries}
 
@@ -78,7 +80,7 @@ class Checkpoint:
         for name, unit in manifest.units.items():
             if unit.layer >= manifest.layers:
                 raise MoqaError(f"{MANIFEST}: {name} is in layer {unit.layer}", f"there are {manifest.layers} layers")
-        expected = self.shards()
+        expected = self.shards
         if sorted(self.manifest.files) != sorted(shard.file for shard in expected):
             raise MoqaError(f"{self.folder / MANIFEST} lists other files than its units need")
         for shard in expected:
@@ -114,7 +116,7 @@ class Checkpoint:
                 raise MoqaError(f"{self.folder}: {name} holds NaN, infinite or negative scales")
 
     def _scales(self) -> Iterator[tuple[str, Tensor]]:
-        for shard in self.shards()[1:]:
+        for shard in self.shards[1:]:
             try:
                 with safe_open(self.folder / shard.file, framework="pt") as file:
                     for name in shard.entries:

@@ -1,10 +1,8 @@
 """The profile's table of contents: what was measured, on which model, with which settings."""
 
-import base64
-
-import numpy as np
 from pydantic import BaseModel, Field
 
+from moqa.format.manifest import Fitted
 from moqa.models.units import Unit
 
 FORMAT = 1
@@ -33,22 +31,6 @@ class UnitRecord(BaseModel, frozen=True):
             name=unit.name, layer=unit.layer, role=unit.role, projection=unit.projection, expert=unit.expert,
             shape=unit.shape,
         )  # fmt: skip
-
-
-class Fitted(BaseModel, frozen=True):
-    """What identifies a text that a fitting step saw, so that no evaluation runs on it."""
-
-    digest: str = Field(description="sha256 of the whole text that was given")
-    shingles: str = Field(description="content hashes of the samples: little-endian uint64, base64")
-
-    @classmethod
-    def of(cls, digest: str, hashes: np.ndarray) -> "Fitted":
-        """Record of a text's digest and the hashes of its samples."""
-        return cls(digest=digest, shingles=base64.b64encode(hashes.astype("<u8").tobytes()).decode())
-
-    def hashes(self) -> np.ndarray:
-        """[hashes] uint64 of the samples."""
-        return np.frombuffer(base64.b64decode(self.shingles), "<u8").astype(np.uint64)
 
 
 class DistributionRecord(BaseModel, frozen=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 from moqa import __version__
 from moqa.data import Data, as_distributions, cut_windows
 from moqa.errors import MoqaError
+from moqa.format.manifest import Fitted
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.methods.registry import find_method
 from moqa.models import checkpoint
@@ -17,7 +18,7 @@ from moqa.models.experts import PROJECTIONS
 from moqa.models.load import load_tokenizer
 from moqa.models.view import ModelView, open_model
 from moqa.profile.measure import measure
-from moqa.profile.record import SELF, DistributionRecord, Fitted, ProfileRecord, Settings, UnitRecord
+from moqa.profile.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profile.selfsample import self_sample
 from moqa.profile.significance import expert_similarity
 from moqa.profile.store import RECORD, Profile, read_profile, write_profile

@@ -11,7 +11,7 @@ from torch import Tensor
 from moqa import __version__
 from moqa.errors import MoqaError
 from moqa.format.layout import shards
-from moqa.format.manifest import MANIFEST, FittedText, Manifest, StoredFile, StoredTensor, StoredUnit
+from moqa.format.manifest import MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
 from moqa.format.writer import check_free, finished_folder, write_manifest, write_shard
 from moqa.methods import Method
 from moqa.methods.inputs import Inputs, Part, gather_inputs
@@ -117,7 +117,7 @@ def _write(
         moqa=__version__, model=str(model), model_type=plan.model_type, fingerprint=plan.fingerprint,
         layers=len(view.layers), strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
         budget=plan.budget, method=method.name, seed=profile.record.settings.seed, mixture=plan.mixture,
-        fitted={name: FittedText(digest=f.digest, shingles=f.shingles) for name, f in fitted.items()},
+        fitted=fitted,
         units=units, kept={n: StoredTensor(dtype=str(t.dtype).removeprefix("torch."), shape=tuple(t.shape))
                            for n, t in kept.items()},
         files=files,

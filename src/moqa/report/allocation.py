@@ -77,8 +77,8 @@ def allocations(found: Artifacts) -> list[Allocation]:
         schemes = {name: stored.scheme for name, stored in m.units.items()}
         if _key(schemes) not in made:
             stored_bytes = sum(u.scheme.stored_bytes(u.shape) for u in m.units.values())
-            kept = sum(entry.size for entry in _kept(checkpoint.shards()[0].entries.values()))
-            values = sum(entry.values for entry in _kept(checkpoint.shards()[0].entries.values()))
+            kept = sum(entry.size for entry in _kept(checkpoint.shards[0].entries.values()))
+            values = sum(entry.values for entry in _kept(checkpoint.shards[0].entries.values()))
             account = Account(
                 units=stored_bytes, kept=kept, headers=checkpoint.bytes - stored_bytes - kept,
                 weights=checkpoint.unit_weights, kept_weights=values,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from moqa.evaluate.run import Evaluation, Quality
+from moqa.evaluate import Evaluation, Quality
 from moqa.report.gather import Artifacts
 
 MEBIBYTE = 2**20
