@@ -11,7 +11,7 @@ from hypothesis import settings
 from moqa.format.grid import fit_grid
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, Fitted, Manifest, StoredTensor, StoredUnit
-from moqa.format.planes import pack
+from moqa.format.planes import pack, tile_rows
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.format.writer import write_manifest, write_shard
 from moqa.profile import SELF, Profile, ProfileRecord, UnitRecord
@@ -28,7 +28,7 @@ settings.load_profile("moqa")
 def make_profile(folder: Path, moe: bool = True) -> Profile:
     """A profile of 3 layers x 8 experts (or of a dense model) with plausible random statistics."""
     generator = torch.Generator().manual_seed(7)
-    units, experts, hidden, inner = [], 8, 100, 40
+    units, experts, hidden, inner = [], 8, 100, 48
     for layer in range(3):
         path = f"model.layers.{layer}"
 
@@ -106,8 +106,8 @@ def stored_tensors(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str,
         return {f"{name}.weight": weight.bfloat16()}
     grid = fit_grid(weight, scheme)
     found = {f"{name}.p{index}": plane for index, plane in enumerate(pack(grid.encode(weight), scheme.width))}
-    found[f"{name}.scale"] = grid.scale
-    return found if grid.zero is None else found | {f"{name}.zero": grid.zero}
+    found[f"{name}.scale"] = tile_rows(grid.scale)
+    return found if grid.zero is None else found | {f"{name}.zero": tile_rows(grid.zero)}
 
 
 def make_checkpoint(folder: Path) -> Path:

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moqa.format.grid import fit_grid
+from moqa.format.planes import tile_rows, untile_rows
 from moqa.format.scheme import WIDTHS, Scheme
 
 schemes = st.builds(
-    Scheme, width=st.integers(2, 8), group_size=st.sampled_from([16, 32, 64]), symmetric=st.booleans(),
+    Scheme, width=st.integers(2, 8), group_size=st.sampled_from([32, 64, 96]), symmetric=st.booleans(),
     scale_dtype=st.sampled_from(["bfloat16", "float16"]),
 )  # fmt: skip
 
@@ -90,8 +91,10 @@ class TestGrid:
     def test_the_stored_dtypes_are_those_of_the_scheme(self, width):
         scheme = Scheme(width=width, scale_dtype="float16")
         grid, entries = fit_grid(random_weights(6, 100, 0), scheme), scheme.tensors((6, 100))
-        assert (grid.scale.dtype, tuple(grid.scale.shape)) == entries["scale"]
-        assert (grid.zero.dtype, tuple(grid.zero.shape)) == entries["zero"]
+        for suffix, values in {"scale": grid.scale, "zero": grid.zero}.items():
+            tiled = tile_rows(values)
+            assert (tiled.dtype, tuple(tiled.shape)) == entries[suffix]
+            assert torch.equal(untile_rows(tiled, 6), values)
 
     def test_every_width_of_a_stack_is_fitted_as_alone(self):
         weights = torch.stack([random_weights(4, 100, seed) for seed in range(len(WIDTHS))])
@@ -144,11 +147,11 @@ class TestEdges:
 
     @pytest.mark.parametrize("width", [2, 3, 4])
     def test_the_filling_of_a_short_group_costs_nothing(self, width):
-        weights = random_weights(8, 70, 0)
+        weights = random_weights(8, 72, 0)
         short = (rounded(weights, Scheme(width=width)) - weights)[:, 64:].square().sum(1)
-        # the same six weights four times over fill a group
+        # the same eight weights four times over fill a group
         full = weights[:, 64:].repeat(1, 4)
-        alone = (rounded(full, Scheme(width=width, group_size=24)) - full)[:, :6].square().sum(1)
+        alone = (rounded(full, Scheme(width=width, group_size=32)) - full)[:, :8].square().sum(1)
         assert torch.allclose(short, alone)
 
 

@@ -19,7 +19,7 @@ from moqa.format.writer import write_shard
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(lambda n: n != "__metadata__")
 entries = st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 9), max_size=3).map(tuple))
 schemes = st.one_of(
-    st.builds(Scheme, width=st.sampled_from(WIDTHS), group_size=st.sampled_from([8, 32, 64, 128])),
+    st.builds(Scheme, width=st.sampled_from(WIDTHS), group_size=st.sampled_from([32, 64, 96, 128])),
     st.builds(Scheme, width=st.integers(2, 8), symmetric=st.just(True), scale_dtype=st.just("float16")),
     st.just(Scheme(width=16)),
 )
@@ -61,15 +61,16 @@ class TestScheme:
         stored = {suffix: bytes_of(entry) for suffix, entry in scheme.tensors(shape).items()}
         assert scheme.stored_bytes(shape) == sum(tensor.nbytes for tensor in stored.values())
 
-    @given(st.sampled_from(WIDTHS), st.sampled_from([32, 64, 128]), st.integers(1, 50), st.integers(1, 4))
-    def test_bytes_of_full_blocks_follow_from_the_width(self, width, group_size, out, blocks):
-        features = 128 * blocks
+    @given(st.sampled_from(WIDTHS), st.sampled_from([32, 64, 128]), st.integers(1, 5), st.integers(1, 4))
+    def test_bytes_of_whole_tiles_follow_from_the_width(self, width, group_size, tiles, blocks):
+        out, features = 16 * tiles, 128 * blocks
         bits = width + (16 + 8) / group_size
         assert Scheme(width=width, group_size=group_size).stored_bytes((out, features)) == out * features * bits / 8
 
     @pytest.mark.parametrize(
         "fields",
         [{"width": 0}, {"width": 9}, {"width": 12}, {"width": 17}, {"width": 4, "group_size": 4},
+         {"width": 4, "group_size": 16}, {"width": 4, "group_size": 48},
          {"width": 1, "symmetric": True}, {"width": 4, "scale_dtype": "float64"}],
     )  # fmt: skip
     def test_what_is_not_stored_is_refused(self, fields):
@@ -124,7 +125,7 @@ class TestShards:
         found = shards(kept, 3, units)
         assert [shard.file for shard in found] == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
         assert found[0].entries == kept
-        assert list(found[1].entries) == [f"layers.0.proj.{suffix}" for suffix in ("scale", "p0", "p1", "zero")]
+        assert list(found[1].entries) == [f"layers.0.proj.{suffix}" for suffix in ("p0", "p1", "scale", "zero")]
         assert found[3].entries == {}
 
     def test_order_does_not_depend_on_the_order_given(self):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moqa.format.planes import pack, unpack
 from moqa.format.scheme import PLANES, WIDTHS, Scheme
 
-shapes = st.lists(st.integers(1, 4), max_size=2)
+leading = st.lists(st.integers(1, 3), max_size=1)
 
 
 def random_integers(shape, width, seed):
@@ -16,33 +16,36 @@ def random_integers(shape, width, seed):
     return torch.randint(0, 2**width, shape, dtype=torch.uint8, generator=generator)
 
 
-def slow_pack(row, width):
-    """Field k of byte j in a block of 64 weights holds weight 8 p k + j."""
-    row = row + [0] * (-len(row) % 64)
-    planes, shift = [], width
+def slow_pack(integers, width):
+    """Bytes of each plane as docs/format.md says where each weight is."""
+    out, features = integers.shape
+    tiles, blocks, planes, shift = -(-out // 16), -(-features // 32), [], width
     for bits in PLANES[width]:
         shift -= bits
-        plane = []
-        for start in range(0, len(row), 64):
-            for j in range(8 * bits):
-                fields = [row[start + 8 * bits * k + j] >> shift & 2**bits - 1 for k in range(8 // bits)]
-                plane.append(sum(field << bits * k for k, field in enumerate(fields)))
+        plane = [[[0] * (64 * bits) for _ in range(blocks)] for _ in range(tiles)]
+        for row in range(out):
+            for column in range(features):
+                vector, byte = column % 32 // 4, row % 16 * 4 + column % 4
+                field = int(integers[row, column]) >> shift & 2**bits - 1
+                place = vector // (8 // bits) * 64 + byte
+                plane[row // 16][column // 32][place] += field << vector % (8 // bits) * bits
         planes.append(plane)
     return planes
 
 
-@given(st.sampled_from(WIDTHS), shapes, st.integers(1, 200), st.integers(0, 10**6))
-def test_unpack_inverts_pack(width, leading, features, seed):
-    integers = random_integers((*leading, features), width, seed)
+@given(st.sampled_from(WIDTHS), leading, st.integers(1, 40), st.integers(1, 200), st.integers(0, 10**6))
+def test_unpack_inverts_pack(width, stack, out, features, seed):
+    integers = random_integers((*stack, out, features), width, seed)
     planes = pack(integers, width)
-    assert torch.equal(unpack(planes, width, features), integers)
+    assert torch.equal(unpack(planes, width, (out, features)), integers)
     assert all(plane.dtype == torch.uint8 for plane in planes)
 
 
-@given(st.sampled_from(WIDTHS), st.integers(1, 200), st.integers(0, 10**6))
-def test_layout_is_as_documented(width, features, seed):
-    integers = random_integers((features,), width, seed)
-    assert [plane.tolist() for plane in pack(integers, width)] == slow_pack(integers.tolist(), width)
+@settings(max_examples=30)
+@given(st.sampled_from(WIDTHS), st.integers(1, 40), st.integers(1, 100), st.integers(0, 10**6))
+def test_layout_is_as_documented(width, out, features, seed):
+    integers = random_integers((out, features), width, seed)
+    assert [plane.tolist() for plane in pack(integers, width)] == slow_pack(integers, width)
 
 
 @pytest.mark.parametrize("width", [width for width in WIDTHS if len(PLANES[width]) > 1])
@@ -52,7 +55,7 @@ def test_a_prefix_of_the_planes_is_a_coarser_version(width):
     for bits in reversed(PLANES[width][1:]):
         dropped += bits
         planes = planes[:-1]
-        assert torch.equal(unpack(planes, width, 100), integers >> dropped << dropped)
+        assert torch.equal(unpack(planes, width, (3, 100)), integers >> dropped << dropped)
 
 
 @given(st.sampled_from(WIDTHS), st.integers(1, 5), st.integers(1, 300))

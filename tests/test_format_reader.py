@@ -123,9 +123,9 @@ class TestDamagedFiles:
         ("old", "new"),
         [
             (b'"BF16"', b'"F16" '),
-            (b'"shape":[24,1]', b'"shape":[1,24]'),
-            (b'"shape":[24,1]', b'"shape":241   '),
-            (b'"shape":[24,1]', b'"shape":null  '),
+            (b'"shape":[2,1,16]', b'"shape":[1,2,16]'),
+            (b'"shape":[2,1,16]', b'"shape":2116    '),
+            (b'"shape":[2,1,16]', b'"shape":null    '),
             (b'"shape"', b'"shapf"'),
             (b'"data_offsets":[', b'"data_offsets":{'),
             (b'"data_offsets"', b'"__metadata__"'),
@@ -164,9 +164,9 @@ class TestDamagedFiles:
 
     @pytest.mark.parametrize("bits", [0x7FC0, 0x7F80, 0xBF80], ids=["nan", "infinite", "negative"])
     def test_bad_scales_with_a_sound_hash(self, checkpoint, bits):
-        # the largest element size comes first: scales of bfloat16 open the data
         def change(raw):
-            start = 8 + int.from_bytes(raw[:8], "little")
+            length = int.from_bytes(raw[:8], "little")
+            start = 8 + length + json.loads(raw[8 : 8 + length])[f"{UNIT}.scale"]["data_offsets"][0]
             return raw[:start] + bits.to_bytes(2, "little") + raw[start + 2 :]
 
         edit_file(checkpoint, "model-00002-of-00003.safetensors", change)
@@ -204,7 +204,7 @@ class TestHostileManifest:
             (("units", UNIT, "shape"), [-24, -40]),
             (("units", UNIT, "shape"), [0, 40]),
             (("units", UNIT, "shape"), [24, 40, 1]),
-            (("units", UNIT, "shape"), [25, 40]),
+            (("units", UNIT, "shape"), [33, 40]),
             (("units", UNIT, "shape"), [2**40, 2**40]),
             (("units", UNIT, "shape"), [10**30, 10**30]),
             (("units", UNIT, "layer"), 1),
@@ -253,7 +253,7 @@ class TestHostileManifest:
         edit_manifest(checkpoint, lambda data: data.update(format=2))
         refused(checkpoint, "upgrade moqa")
 
-    @pytest.mark.parametrize("group_size", [63, 65, 96])
+    @pytest.mark.parametrize("group_size", [96, 128])
     def test_another_group_size_of_equal_bytes_is_noticed(self, checkpoint, group_size):
         # as many scales, other groups: the weights would be wrong, and no shape tells
         def change(data):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moqa.format.planes import unpack
+from moqa.format.planes import unpack, untile_rows
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.methods import METHODS, Job
 from moqa.methods.gptq import damping
@@ -62,10 +62,9 @@ class TestEveryMethod:
         assert result.integers.dtype == torch.uint8
         assert result.integers.shape == job.weights.shape
         for entry, width in enumerate(WIDTHS):
-            entries = Scheme(width=width).tensors(shape)
             assert int(result.integers[entry].max()) < 2**width
-            assert (result.grid.scale.dtype, tuple(result.grid.scale[entry].shape)) == entries["scale"]
-            assert (result.grid.zero.dtype, tuple(result.grid.zero[entry].shape)) == entries["zero"]
+            assert (result.grid.scale.dtype, result.grid.zero.dtype) == (torch.bfloat16, torch.uint8)
+            assert result.grid.scale[entry].shape == result.grid.zero[entry].shape == (shape[0], -(-shape[1] // 64))
         assert result.decode().isfinite().all()
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -219,13 +218,13 @@ class TestUnits:
         found = layer.quantized(method, schemes, layer.inputs(500))
         for unit in layer.units:
             result = found[unit.name]
-            scheme, features = schemes[unit.name], unit.shape[1]
+            scheme, (out, features) = schemes[unit.name], unit.shape
             integers = unpack(
-                [result.tensors[k] for k in sorted(result.tensors) if k[0] == "p"], scheme.width, features
+                [result.tensors[k] for k in sorted(result.tensors) if k[0] == "p"], scheme.width, unit.shape
             )
             group = torch.arange(features) // scheme.group_size
-            offset = result.tensors["zero"].float()[:, group] * ((scheme.levels - 1) / 255)
-            decoded = result.tensors["scale"].float()[:, group] * (integers.float() - offset)
+            offset = untile_rows(result.tensors["zero"], out).float()[:, group] * ((scheme.levels - 1) / 255)
+            decoded = untile_rows(result.tensors["scale"], out).float()[:, group] * (integers.float() - offset)
             assert torch.allclose(decoded, result.dense, atol=1e-6)
 
     @pytest.mark.parametrize("tokens", [0, 1, 5, 30])

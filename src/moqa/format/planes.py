@@ -1,65 +1,88 @@
-"""Packing: b-bit integers as planes of 4, 2 and 1 bits, the most significant first."""
+"""Packing: matrices of b-bit integers as planes of 4, 2 and 1 bits, in the order in which a kernel reads them."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moqa.format.scheme import BLOCK, PLANES
+from moqa.format.scheme import BLOCK, PLANES, TILE
 
 
 def pack(integers: Tensor, width: int) -> list[Tensor]:
-    """Split integers of `width` bits in planes and pack each plane in bytes.
+    """Split a matrix of `width`-bit integers in planes, the most significant first, and pack each plane in tiles.
 
     >>> [plane.shape for plane in pack(torch.zeros(256, 128, dtype=torch.uint8), 3)]
-    [torch.Size([256, 32]), torch.Size([256, 16])]
+    [torch.Size([16, 4, 128]), torch.Size([16, 4, 64])]
 
-    A plane of p bits stores 64 consecutive weights of a row in 8 p bytes: bit field k of byte j holds weight
-    8 p k + j. So one load, a shift per lane and a mask give the 64 weights in order, whatever p is. Rows are filled up
-    with zeros to a multiple of 64.
+    A tile holds 16 rows and 32 inputs. Four neighbouring inputs of all its rows make a vector of 64 bytes: byte
+    4 r + i is input i of row r, which is what a product of bytes in 32-bit lanes takes. A plane of p bits stores the
+    eight vectors of a tile in p: bit field k of vector j holds vector (8 / p) j + k. So one load, a shift and a mask
+    give each of them, whatever p is. Matrices are filled up with zeros to whole tiles.
 
     Args:
-        integers: [..., in] uint8, each below 2^width.
+        integers: [..., out, in] uint8, each below 2^width.
         width: 1 to 8.
 
     Returns:
-        One [..., bytes] uint8 tensor per plane of `PLANES[width]`.
+        One [..., tiles, blocks, 64 p] uint8 tensor per plane of `PLANES[width]`.
     """
-    features = integers.shape[-1]
-    blocks = -(-features // BLOCK)
-    padded = pad(integers, (0, blocks * BLOCK - features)).unflatten(-1, (blocks, BLOCK))
+    out, features = integers.shape[-2:]
+    whole = pad(integers, (0, -features % BLOCK, 0, -out % TILE))
+    tiles = whole.unflatten(-1, (-1, 8, 4)).unflatten(-4, (-1, TILE)).movedim(-4, -2)
     planes, shift = [], width
     for bits in PLANES[width]:
         shift -= bits
-        field = (padded >> shift) & (2**bits - 1)
-        lanes = field.unflatten(-1, (8 // bits, 8 * bits))
-        shifts = (torch.arange(8 // bits, dtype=torch.uint8) * bits)[:, None]
-        planes.append((lanes << shifts).sum(-2, dtype=torch.uint8).flatten(-2))
+        fields = (tiles.flatten(-2) >> shift & (2**bits - 1)).unflatten(-2, (bits, 8 // bits))
+        planes.append((fields << _shifts(bits)).sum(-2, dtype=torch.uint8).flatten(-2))
     return planes
 
 
-def unpack(planes: list[Tensor], width: int, features: int) -> Tensor:
+def unpack(planes: list[Tensor], width: int, shape: tuple[int, int]) -> Tensor:
     """Integers of packed planes: the inverse of `pack`.
 
-    >>> integers = torch.randint(0, 8, (4, 100), dtype=torch.uint8)
-    >>> torch.equal(unpack(pack(integers, 3), 3, 100), integers)
+    >>> integers = torch.randint(0, 8, (24, 100), dtype=torch.uint8)
+    >>> torch.equal(unpack(pack(integers, 3), 3, (24, 100)), integers)
     True
 
     Args:
-        planes: one [..., bytes] uint8 tensor per plane; fewer than `PLANES[width]` has gives a coarser version whose
-            missing low bits are zero.
+        planes: one [..., tiles, blocks, 64 p] uint8 tensor per plane; fewer than `PLANES[width]` has gives a coarser
+            version whose missing low bits are zero.
         width: 1 to 8.
-        features: length of a row.
+        shape: (out, in) of the matrix.
 
     Returns:
-        [..., features] uint8.
+        [..., out, in] uint8.
     """
     total: Tensor | None = None
     shift = width
     for plane, bits in zip(planes, PLANES[width], strict=False):
         shift -= bits
-        lanes = plane.unflatten(-1, (-1, 1, 8 * bits))
-        shifts = (torch.arange(8 // bits, dtype=torch.uint8) * bits)[:, None]
-        part = (((lanes >> shifts) & (2**bits - 1)) << shift).flatten(-3)
+        vectors = plane.unflatten(-1, (bits, 1, 64))
+        part = (((vectors >> _shifts(bits)) & (2**bits - 1)) << shift).flatten(-3, -2)
         total = part if total is None else total | part
     assert total is not None
-    return total[..., :features]
+    tiles = total.unflatten(-1, (TILE, 4)).movedim(-2, -4)
+    return tiles.flatten(-3).flatten(-3, -2)[..., : shape[0], : shape[1]]
+
+
+def tile_rows(values: Tensor) -> Tensor:
+    """One value per row and group in the order of tiles.
+
+    >>> tile_rows(torch.ones(24, 3)).shape
+    torch.Size([2, 3, 16])
+
+    Args:
+        values: [..., out, groups].
+
+    Returns:
+        [..., tiles, groups, 16], zero where a tile has no row.
+    """
+    return pad(values, (0, 0, 0, -values.shape[-2] % TILE)).unflatten(-2, (-1, TILE)).mT.contiguous()
+
+
+def untile_rows(tiled: Tensor, out: int) -> Tensor:
+    """The inverse of `tile_rows` for a matrix of `out` rows."""
+    return tiled.mT.flatten(-3, -2)[..., :out, :]
+
+
+def _shifts(bits: int) -> Tensor:
+    return (torch.arange(8 // bits, dtype=torch.uint8) * bits)[:, None]

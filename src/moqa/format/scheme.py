@@ -6,7 +6,9 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, Field, model_validator
 
-BLOCK = 64
+# A tile of 16 rows by 32 inputs is what a kernel takes at once: a plane of p bits stores it in p vectors of 64 bytes.
+TILE = 16
+BLOCK = 32
 KEEP_WIDTH = 16
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 # Most significant plane first, so that dropping planes from the end leaves a coarser version of the same weights.
@@ -32,7 +34,9 @@ class Scheme(BaseModel, frozen=True):
     """
 
     width: int = Field(ge=1, le=16, description="bits of each stored integer; 16 is not quantized: 16-bit floats")
-    group_size: int = Field(default=64, ge=8, description="weights along the input dimension that share a scale")
+    group_size: int = Field(
+        default=64, ge=BLOCK, multiple_of=BLOCK, description="weights along the input dimension that share a scale"
+    )
     symmetric: bool = Field(default=False, description="no zero-point: the grid is centred on zero")
     scale_dtype: Literal["bfloat16", "float16"] = Field(default="bfloat16", description="dtype of the stored scales")
 
@@ -58,19 +62,19 @@ class Scheme(BaseModel, frozen=True):
         """Dtype and shape of every tensor that stores a unit of [out, in] weights, by suffix.
 
         >>> Scheme(width=3).tensors((256, 100))["p0"]
-        (torch.uint8, (256, 32))
+        (torch.uint8, (16, 4, 128))
         """
         out, features = shape
         if self.keeps:
             return {"weight": (torch.bfloat16, shape)}
-        blocks, groups = -(-features // BLOCK), -(-features // self.group_size)
+        tiles, blocks, groups = -(-out // TILE), -(-features // BLOCK), -(-features // self.group_size)
         stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            f"p{index}": (torch.uint8, (out, blocks * BLOCK * bits // 8))
+            f"p{index}": (torch.uint8, (tiles, blocks, TILE * BLOCK * bits // 8))
             for index, bits in enumerate(PLANES[self.width])
         }
-        stored["scale"] = (getattr(torch, self.scale_dtype), (out, groups))
+        stored["scale"] = (getattr(torch, self.scale_dtype), (tiles, groups, TILE))
         if not self.symmetric:
-            stored["zero"] = (torch.uint8, (out, groups))
+            stored["zero"] = (torch.uint8, (tiles, groups, TILE))
         return stored
 
     def stored_bytes(self, shape: tuple[int, int]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moqa.format.planes import pack
+from moqa.format.planes import pack, tile_rows
 from moqa.format.scheme import Scheme
 from moqa.methods import METHODS, Job, Method, Result
 from moqa.methods.inputs import Inputs
@@ -79,7 +79,7 @@ def output_error(error: Tensor, gram: Tensor) -> float:
 def _stored(result: Result, entry: int, rows: slice, width: int) -> dict[str, Tensor]:
     grid = result.grid
     tensors = {f"p{i}": plane for i, plane in enumerate(pack(result.integers[entry, rows], width))}
-    tensors["scale"] = grid.scale[entry, rows]
+    tensors["scale"] = tile_rows(grid.scale[entry, rows])
     if grid.zero is not None:
-        tensors["zero"] = grid.zero[entry, rows]
+        tensors["zero"] = tile_rows(grid.zero[entry, rows])
     return tensors

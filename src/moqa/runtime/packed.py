@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from moqa.format.grid import Grid
-from moqa.format.planes import unpack
+from moqa.format.planes import unpack, untile_rows
 from moqa.format.scheme import PLANES, Scheme
 from moqa.models.experts import projection_rows
 
@@ -39,11 +39,11 @@ class PackedMatrix(nn.Module):
         if self.scheme.keeps:
             return self.get_buffer("weight").float()
         planes = [self.get_buffer(f"p{index}") for index in range(len(PLANES[self.scheme.width]))]
-        zero = None if self.scheme.symmetric else self.get_buffer("zero")
-        scale = self.get_buffer("scale")
+        zero = None if self.scheme.symmetric else untile_rows(self.get_buffer("zero"), self.shape[0])
+        scale = untile_rows(self.get_buffer("scale"), self.shape[0])
         top = torch.tensor(float(self.scheme.levels - 1)).expand(scale.shape)
         grid = Grid(scale, zero, self.scheme.group_size, top)
-        return grid.decode(unpack(planes, self.scheme.width, self.shape[1]))
+        return grid.decode(unpack(planes, self.scheme.width, self.shape))
 
     def hold(self) -> None:
         """Keep the unpacked weights until `release`, for many products in a row."""
