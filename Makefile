@@ -12,11 +12,13 @@ export HF_HUB_OFFLINE ?= 1
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+NATIVE := CMakeLists.txt $(wildcard src/moqa/kernels/native/*)
+
+$(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moqa needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q torch==2.13.0
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt hatchling editables
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt cmake nanobind ninja scikit-build-core
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e '.[all,dev]'
 	touch $@
 

@@ -11,12 +11,12 @@ from moqa.errors import MoqaError
 from moqa.format.manifest import MANIFEST
 from moqa.format.reader import open_checkpoint
 from moqa.format.scheme import Scheme
+from moqa.kernels import PackedMatrix
 from moqa.models.view import open_model
 from moqa.plan import Budget, plan
 from moqa.profile import profile
 from moqa.quantize import METHODS, quantize
 from moqa.runtime.load import load
-from moqa.runtime.packed import PackedMatrix
 
 each_method = pytest.mark.parametrize("method", sorted(METHODS))
 
@@ -90,8 +90,10 @@ class TestCheckpoint:
             assert {unit.method for unit in quantized} == {manifest.method}
 
     def test_what_a_tokenizer_and_a_config_need_is_there(self, made, tiny_model):
-        for name in ("config.json", "tokenizer.json"):
-            assert (made / name).read_bytes() == (tiny_model / name).read_bytes()
+        assert (made / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
+        config = json.loads((made / "config.json").read_text())
+        assert config.pop("quantization_config") == {"quant_method": "moqa"}
+        assert config == json.loads((tiny_model / "config.json").read_text())
 
     def test_weights_are_close_to_the_original(self, made, view):
         opened = open_checkpoint(made)
@@ -107,7 +109,7 @@ class TestCheckpoint:
         opened, dense = open_checkpoint(made), open_model(tiny_model)
         for name, unit in dense.units.items():
             dense.set_weight(unit, dense_weight(opened, name))
-        model, tokenizer = load(made)
+        model, tokenizer = load(made, kernels="reference")
         tokens = torch.tensor([tokenizer("The history of the city is a long one, and")["input_ids"]])
         assert torch.allclose(model(tokens).logits, dense.model(tokens).logits, atol=1e-4)
 

@@ -15,14 +15,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moqa.errors import MoqaError
+from moqa.on_import import importer, on_import
 
 if TYPE_CHECKING:
     from moqa.runtime.load import load
 
 __version__ = "0.1.0"
-__all__ = ["MoqaError", "evaluate", "load", "plan", "profile", "quantize", "report"]
+__all__ = ["MoqaError", "evaluate", "generate", "load", "plan", "profile", "quantize", "report"]
 
-_FOLDERS = ("evaluate", "plan", "profile", "quantize", "report")
+_FOLDERS = ("evaluate", "generate", "plan", "profile", "quantize", "report")
+
+# from here on transformers' from_pretrained reads moqa's checkpoints
+on_import("transformers.quantizers.auto", importer("moqa.runtime.from_pretrained"))
 
 
 def __getattr__(name: str) -> Any:

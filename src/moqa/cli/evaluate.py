@@ -20,6 +20,9 @@ def evaluate(
     ] = None,
     context: ContextOption = 256,
     windows: Annotated[int, typer.Option("--windows", min=0, help="windows per distribution, 0 for all")] = 64,
+    kernels: Annotated[
+        str, typer.Option("--kernels", help="what a checkpoint computes with: reference, native or auto")
+    ] = "reference",
     json: JsonOption = None,
 ) -> None:
     """Measure perplexity, bits per byte, KL divergence and top-1 agreement from what is on disk."""
@@ -30,7 +33,7 @@ def evaluate(
 
     distributions = read_distributions(data, load_tokenizer(locate(model)))
     with progress() as report:
-        result = run(model, distributions, against, context, windows or None, report)
+        result = run(model, distributions, against, context, windows or None, report, kernels=kernels)
     print_evaluation(result)
     write_result(result, json)
 

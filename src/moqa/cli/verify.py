@@ -17,7 +17,7 @@ def verify(out: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint f
 
     try:
         checkpoint = open_checkpoint(out, verify=True)
-        load_packed(checkpoint)
+        load_packed(checkpoint, kernels="reference")
     except MoqaError as error:
         typer.echo(f"moqa: {error}", err=True)
         raise typer.Exit(1) from None

@@ -43,6 +43,7 @@ def evaluate(
     windows: int | None = DEFAULT_WINDOWS,
     report: Report = quiet,
     reference: Reference | None = None,
+    kernels: str = "reference",
 ) -> Evaluation:
     """Measure a model or checkpoint on held-out text, from what is on disk.
 
@@ -57,6 +58,7 @@ def evaluate(
         windows: per distribution, evenly spaced; None takes all of the text.
         report: called with what is done, how much of it, and of how much.
         reference: the original's answers on windows of these distributions, if they are known already.
+        kernels: what a checkpoint computes with (`moqa.load`); the reference adds no error of its own to the weights'.
 
     Raises:
         MoqaError: if something is missing or damaged, or a text overlaps what the checkpoint was fitted on.
@@ -73,7 +75,7 @@ def evaluate(
     if packed:
         _refuse_fitted(packed, distributions, cut)
     view = None if packed else open_model(folder)
-    module: nn.Module = load_packed(packed) if packed else view.model  # type: ignore[union-attr]
+    module: nn.Module = load_packed(packed, kernels=kernels) if packed else view.model  # type: ignore[union-attr]
     if reference is None:
         reference = _reference(model, against, packed, module, cut, report)
     result = scores(module, cut, reference, report)

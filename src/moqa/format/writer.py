@@ -1,6 +1,7 @@
 """Write a checkpoint: into a folder beside the target, renamed when it is whole."""
 
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.artifact import checksum, write_json
+from moqa.format.artifact import checksum, read_json, write_json
 from moqa.format.layout import Shard
-from moqa.format.manifest import Manifest, StoredFile
+from moqa.format.manifest import MANIFEST, Manifest, StoredFile
+from moqa.models.checkpoint import INDEX
 
 
 @contextmanager
@@ -98,6 +100,20 @@ def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> St
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write a checkpoint's manifest with its checksum, so that the reader can tell a changed one."""
     write_json(manifest.model_copy(update={"checksum": checksum(manifest.model_dump(mode="json"))}), path)
+
+
+def introduce(folder: Path) -> None:
+    """Tell transformers what a finished checkpoint is: `config.json` names moqa, the index lists the kept tensors.
+
+    The units are not in the index: moqa's quantizer for transformers maps them itself.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    write_json(config | {"quantization_config": {"quant_method": "moqa"}}, path)
+    manifest = read_json(Manifest, folder / MANIFEST)
+    first = min(manifest.files)
+    total = {"total_size": sum(file.bytes for file in manifest.files.values())}
+    write_json({"metadata": total, "weight_map": dict.fromkeys(manifest.kept, first)}, folder / INDEX)
 
 
 def _parts(shard: Shard, tensors: Mapping[str, Tensor]) -> Iterator[bytes]:

@@ -68,11 +68,12 @@ def slice_expert(module: Experts, stacked: Tensor, expert: int, projection: str)
     return matrix if projection == "down_proj" else matrix[projection_rows(module)[projection]]
 
 
-def projection_rows(module: Experts) -> dict[str, slice]:
-    """Where a family's gate and up rows stand in the product with `gate_up_proj`."""
+def projection_rows(module: Experts, width: int | None = None) -> dict[str, slice]:
+    """Where a family's gate and up rows stand in the product with `gate_up_proj`, or in one of 2 x `width` features."""
     if not module.is_concatenated:
         return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
-    width = module.gate_up_proj.shape[2 if module.is_transposed else 1] // 2
+    if width is None:
+        width = module.gate_up_proj.shape[2 if module.is_transposed else 1] // 2
     return {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
 
 
@@ -118,13 +119,16 @@ def observed(module: nn.Module, observer: ExpertsObserver) -> Iterator[None]:
 
 
 class ExpertWeights(Protocol):
-    """Where a layer's experts get their matrices from: the model's parameters or packed planes."""
+    """What a layer's experts multiply with: the model's parameters or packed planes."""
 
-    def gate_up(self, expert: int) -> Tensor:
-        """[2 * width, hidden] matrix in the family's own order of gate and up rows."""
+    def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+        """What `run_experts` returns, in one call; None if that must be put together from the products."""
 
-    def down(self, expert: int) -> Tensor:
-        """[hidden, width] matrix."""
+    def gate_up(self, expert: int, x: Tensor) -> Tensor:
+        """[tokens, 2 * width] product with the gate and up rows, in the family's own order."""
+
+    def down(self, expert: int, x: Tensor) -> Tensor:
+        """[tokens, hidden] product."""
 
 
 class ParameterWeights:
@@ -136,13 +140,17 @@ class ParameterWeights:
         self._down = module.down_proj.unbind(0)
         self._transposed = bool(module.is_transposed)
 
-    def gate_up(self, expert: int) -> Tensor:
+    def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:  # noqa: ARG002
         """See `ExpertWeights`."""
-        return self._gate_up[expert].T if self._transposed else self._gate_up[expert]
+        return None
 
-    def down(self, expert: int) -> Tensor:
+    def gate_up(self, expert: int, x: Tensor) -> Tensor:
         """See `ExpertWeights`."""
-        return self._down[expert].T if self._transposed else self._down[expert]
+        return x @ (self._gate_up[expert] if self._transposed else self._gate_up[expert].T)
+
+    def down(self, expert: int, x: Tensor) -> Tensor:
+        """See `ExpertWeights`."""
+        return x @ (self._down[expert] if self._transposed else self._down[expert].T)
 
 
 def run_experts(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -162,7 +170,11 @@ def run_experts(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor)
     """
     observer: ExpertsObserver | None = getattr(module, "moqa_observer", None)
     source: ExpertWeights = getattr(module, "moqa_weights", None) or ParameterWeights(module)
-    if observer is not None:
+    if observer is None:
+        whole = source.run(module, hidden, index, weights)
+        if whole is not None:
+            return whole
+    else:
         observer.routed(index, weights)
     tokens, top_k = index.shape
     order = index.reshape(-1).argsort(stable=True)
@@ -173,11 +185,11 @@ def run_experts(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor)
             outputs.append(hidden.new_zeros(len(slots), hidden.shape[1]))
         elif len(slots):
             x = hidden[slots // top_k]
-            gate_up = x @ source.gate_up(expert).T
+            gate_up = source.gate_up(expert, x)
             if module.has_bias:
                 gate_up = gate_up + module.gate_up_proj_bias[expert]
             inner = module._apply_gate(gate_up)
-            out = inner @ source.down(expert).T
+            out = source.down(expert, inner)
             if module.has_bias:
                 out = out + module.down_proj_bias[expert]
             if observer is not None:

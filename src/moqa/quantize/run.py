@@ -12,7 +12,7 @@ from moqa import __version__
 from moqa.errors import MoqaError
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
-from moqa.format.writer import check_free, finished_folder, write_manifest, write_shard
+from moqa.format.writer import check_free, finished_folder, introduce, write_manifest, write_shard
 from moqa.methods import Method
 from moqa.methods.inputs import Inputs, Part, gather_inputs
 from moqa.methods.registry import find_method
@@ -82,6 +82,7 @@ def quantize(
                 for path in sorted(folder.glob(pattern)):
                     if path.name != checkpoint.INDEX:
                         shutil.copyfile(path, target / path.name)
+            introduce(target)
     finally:
         for name, weight in original.items():
             view.set_weight(view.units[name], weight)

@@ -1,55 +1,87 @@
 """`moqa.load`: a checkpoint as a transformers model whose weights stay packed."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moqa.errors import MoqaError
 from moqa.format.reader import Checkpoint, open_checkpoint
+from moqa.kernels import KERNELS, Kernels, PackedMatrix, find_kernels
+from moqa.models.experts import Experts
 from moqa.models.load import load_tokenizer
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
-from moqa.runtime.packed import PackedExperts, PackedLinear, PackedMatrix
+from moqa.runtime.packed import KeptEmbedding, PackedExperts, PackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load(folder: str | Path, verify: bool = True) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def load(
+    folder: str | Path, verify: bool = True, dtype: torch.dtype = torch.float32, kernels: str = "auto"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a checkpoint.
 
     >>> model, tokenizer = moqa.load("runs/out")
     >>> model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=8)
 
+    Weights are mapped from the files, not copied: units stay packed, and embeddings as they are stored.
+
     Args:
         folder: of the checkpoint.
-        verify: compare the files' hashes first.
+        verify: compare the files' hashes first, which reads every byte.
+        dtype: of activations: float32 or bfloat16.
+        kernels: `native`, `reference`, or `auto`: the fastest that run here.
 
     Returns:
-        A transformers model in float32 whose units are packed, and its tokenizer.
+        A transformers model whose units are packed, and its tokenizer.
 
     Raises:
-        MoqaError: if the checkpoint is damaged or does not fit its own configuration.
+        MoqaError: if the checkpoint is damaged or does not fit its own configuration, or the kernels do not run here.
     """
     checkpoint = open_checkpoint(folder, verify)
-    return load_packed(checkpoint), load_tokenizer(checkpoint.folder)
+    return load_packed(checkpoint, dtype, kernels), load_tokenizer(checkpoint.folder)
 
 
-def load_packed(checkpoint: Checkpoint) -> "PreTrainedModel":
-    """The model of a checkpoint that has been checked."""
+def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, kernels: str = "auto") -> "PreTrainedModel":
+    """The model of a checkpoint that has been checked; see `load`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise MoqaError(f"activations of {dtype}", "choose float32 or bfloat16")
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, OSError, KeyError) as error:
         raise MoqaError(f"{checkpoint.folder} has no usable config.json", str(error).splitlines()[0]) from None
-    view = ModelView(model.eval())
+    found = choose_kernels(kernels)
+    install_units(model.eval(), checkpoint, found)
+    stored = checkpoint.layer(None)
+    report = model.load_state_dict(
+        {n: t.to(dtype) if t.is_floating_point() else t for n, t in stored.items()}, strict=False, assign=True
+    )
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if report.unexpected_keys or left:
+        name = (report.unexpected_keys or left)[0]
+        raise MoqaError(f"{checkpoint.folder}: {name} does not fit config.json", "one of the two was changed")
+    keep_as_stored(model, stored, found)
+    return model.requires_grad_(False)
+
+
+def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Kernels) -> None:
+    """Put a checkpoint's packed units in the place of a model's matrices.
+
+    Raises:
+        MoqaError: if the model has other units than the checkpoint.
+    """
+    view = ModelView(model)
     _check_units(view, checkpoint)
     for layer in range(len(view.layers)):
         tensors = checkpoint.layer(layer)
@@ -58,18 +90,32 @@ def load_packed(checkpoint: Checkpoint) -> "PreTrainedModel":
             scheme = checkpoint.manifest.units[unit.name].scheme
             stored = {suffix: tensors[f"{unit.name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
             matrices[unit.name] = PackedMatrix(scheme, unit.shape, stored)
-        _install(view, view.layer_units(layer), matrices)
-    kept = {n: t.float() if t.is_floating_point() else t for n, t in checkpoint.layer(None).items()}
-    report = model.load_state_dict(kept, strict=False, assign=True)
-    model.tie_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if report.unexpected_keys or left:
-        name = (report.unexpected_keys or left)[0]
-        raise MoqaError(f"{checkpoint.folder}: {name} does not fit config.json", "one of the two was changed")
-    return model.requires_grad_(False)
+        _install(view, view.layer_units(layer), matrices, kernels)
 
 
-def _install(view: ModelView, units: list[Unit], matrices: dict[str, PackedMatrix]) -> None:
+def keep_as_stored(model: "PreTrainedModel", stored: Mapping[str, Tensor], kernels: Kernels) -> None:
+    """Let the embedding and the head use their bfloat16 tables where the files are mapped, instead of a wider copy."""
+    names = {id(module): name for name, module in model.named_modules()}
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = stored.get(f"{names.get(id(table))}.weight")
+    tied = head is not None and head.weight is table.weight
+    own = stored.get(f"{names.get(id(head))}.weight", weight if tied else None)
+    if type(head) is nn.Linear and own is not None and own.dtype == torch.bfloat16:
+        model.set_output_embeddings(PackedLinear.of_kept(own, head.bias, kernels))
+    if type(table) is nn.Embedding and weight is not None:
+        model.set_input_embeddings(KeptEmbedding(weight, table.padding_idx, model.dtype))
+
+
+def choose_kernels(name: str) -> Kernels:
+    """Kernels by name, with a warning if `auto` finds only the slow reference."""
+    found = find_kernels(name)
+    if name == "auto" and found.name == "reference":
+        reason = KERNELS["native"].unusable(torch.device("cpu"))
+        warnings.warn(f"moqa computes with its slow reference, native kernels are missing: {reason}", stacklevel=2)
+    return found
+
+
+def _install(view: ModelView, units: list[Unit], matrices: dict[str, PackedMatrix], kernels: Kernels) -> None:
     stacks: dict[str, dict[tuple[int, str], PackedMatrix]] = {}
     for unit in units:
         if unit.expert is not None:
@@ -78,12 +124,12 @@ def _install(view: ModelView, units: list[Unit], matrices: dict[str, PackedMatri
         parent, _, child = unit.module.rpartition(".")
         linear = view.module(unit.module)
         assert isinstance(linear, nn.Linear)
-        packed = PackedLinear(matrices[unit.name], linear.bias)
-        setattr(view.module(parent), child, packed)
+        setattr(view.module(parent), child, PackedLinear(matrices[unit.name], linear.bias, kernels))
     for path, stacked in stacks.items():
-        experts = view.module(path)
-        experts.moqa_weights = PackedExperts(experts, stacked)
+        experts: Experts = view.module(path)
+        experts.moqa_weights = PackedExperts(experts, stacked, kernels)
         del experts.gate_up_proj, experts.down_proj
+        experts._is_hf_initialized = True  # transformers must not look for what is gone
 
 
 def _check_units(view: ModelView, checkpoint: Checkpoint) -> None:

@@ -1,104 +1,141 @@
-"""Packed modules in pure torch: weights stay planes and scales; a product unpacks what it needs."""
+"""Packed modules: what stands in a model where its matrices were."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding
 
-from moqa.format.grid import Grid
-from moqa.format.planes import unpack, untile_rows
-from moqa.format.scheme import PLANES, Scheme
-from moqa.models.experts import projection_rows
-
-
-class PackedMatrix(nn.Module):
-    """One unit as it is stored.
-
-    >>> PackedMatrix(scheme, (256, 256), tensors).dense().shape
-    torch.Size([256, 256])
-
-    Args:
-        scheme: how it is stored.
-        shape: (out, in).
-        tensors: by suffix, see `Scheme.tensors`.
-    """
-
-    def __init__(self, scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.scheme, self.shape = scheme, shape
-        for suffix, tensor in tensors.items():
-            self.register_buffer(suffix, tensor)
-        self._held: Tensor | None = None
-
-    def dense(self) -> Tensor:
-        """[out, in] weights, float32."""
-        if self._held is not None:
-            return self._held
-        if self.scheme.keeps:
-            return self.get_buffer("weight").float()
-        planes = [self.get_buffer(f"p{index}") for index in range(len(PLANES[self.scheme.width]))]
-        zero = None if self.scheme.symmetric else untile_rows(self.get_buffer("zero"), self.shape[0])
-        scale = untile_rows(self.get_buffer("scale"), self.shape[0])
-        top = torch.tensor(float(self.scheme.levels - 1)).expand(scale.shape)
-        grid = Grid(scale, zero, self.scheme.group_size, top)
-        return grid.decode(unpack(planes, self.scheme.width, self.shape))
-
-    def hold(self) -> None:
-        """Keep the unpacked weights until `release`, for many products in a row."""
-        self._held = self.dense()
-
-    def release(self) -> None:
-        """Forget the unpacked weights."""
-        self._held = None
+from moqa.format.scheme import KEEP_WIDTH, Scheme
+from moqa.kernels import ACTIVATIONS, ExpertStack, Kernels, PackedMatrix
+from moqa.kernels.reference import activate
+from moqa.models.experts import Experts, projection_rows
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight is packed."""
+    """A linear layer whose weight is packed.
 
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None) -> None:
+    >>> PackedLinear(matrix, None, find_kernels())(torch.randn(3, 256)).shape
+    torch.Size([3, 256])
+
+    Args:
+        matrix: the weight.
+        bias: [out] or None.
+        kernels: what multiplies.
+    """
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, kernels: Kernels) -> None:
         super().__init__()
-        self.matrix = matrix
+        self.matrix, self.kernels = matrix, kernels
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def of_kept(cls, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> "PackedLinear":
+        """A layer that keeps a [out, in] bfloat16 weight as it is stored, for inputs of any dtype."""
+        matrix = PackedMatrix(Scheme(width=KEEP_WIDTH), (weight.shape[0], weight.shape[1]), {"weight": weight})
+        return cls(matrix, bias, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        weight = self.matrix.dense().to(x.dtype)
-        return linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return self.kernels.linear(self.matrix, x, self.bias)
+
+
+class KeptEmbedding(nn.Module):
+    """An embedding whose table stays in the dtype in which it is stored; rows come out in the model's."""
+
+    def __init__(self, weight: Tensor, padding_idx: int | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.padding_idx, self.dtype = padding_idx, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] int64 -> [..., features]."""
+        return embedding(ids, self.weight, self.padding_idx).to(self.dtype)
 
 
 class PackedExperts(nn.Module):
-    """All routed experts of a layer, packed; stands in for the stacked parameters (`ExpertWeights`)."""
+    """All routed experts of a layer, packed; stands in for the stacked parameters (`ExpertWeights`).
 
-    def __init__(self, experts: nn.Module, matrices: Mapping[tuple[int, str], PackedMatrix]) -> None:
+    Args:
+        experts: the module whose parameters it replaces.
+        matrices: (expert, projection) -> matrix.
+        kernels: what multiplies.
+    """
+
+    def __init__(self, experts: Experts, matrices: Mapping[tuple[int, str], PackedMatrix], kernels: Kernels) -> None:
         super().__init__()
-        self._rows = projection_rows(experts)
+        self._rows, self._count = projection_rows(experts), experts.num_experts
+        self._activation = activation_of(experts)
+        self._stack: ExpertStack | None = None
+        self.kernels = kernels
         self.matrices = nn.ModuleDict({f"{e}:{projection}": matrix for (e, projection), matrix in matrices.items()})
 
-    def gate_up(self, expert: int) -> Tensor:
-        """[2 * width, hidden] matrix in the family's own order of gate and up rows."""
-        parts = {name: self._dense(expert, name) for name in self._rows}
+    def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+        """All experts in one call, or None if no kernel knows what this family does between the products."""
+        if self._activation is None:
+            return None
+        if self._stack is None:
+            self._stack = self._as_stack(module, self._activation)
+        return self.kernels.experts(self._stack, hidden, index, weights)
+
+    def gate_up(self, expert: int, x: Tensor) -> Tensor:
+        """See `ExpertWeights`."""
+        parts = {name: self.kernels.linear(self._matrix(expert, name), x) for name in self._rows}
         first = next(iter(parts.values()))
-        stacked = first.new_empty(2 * first.shape[0], first.shape[1])
+        stacked = first.new_empty(*first.shape[:-1], 2 * first.shape[-1])
         for name, rows in self._rows.items():
-            stacked[rows] = parts[name]
+            stacked[..., rows] = parts[name]
         return stacked
 
-    def down(self, expert: int) -> Tensor:
-        """[hidden, width] matrix."""
-        return self._dense(expert, "down_proj")
+    def down(self, expert: int, x: Tensor) -> Tensor:
+        """See `ExpertWeights`."""
+        return self.kernels.linear(self._matrix(expert, "down_proj"), x)
 
-    def _dense(self, expert: int, projection: str) -> Tensor:
+    def _matrix(self, expert: int, projection: str) -> PackedMatrix:
         matrix = self.matrices[f"{expert}:{projection}"]
         assert isinstance(matrix, PackedMatrix)
-        return matrix.dense()
+        return matrix
+
+    def _as_stack(self, module: Experts, activation: str) -> ExpertStack:
+        def all_of(projection: str) -> list[PackedMatrix]:
+            return [self._matrix(expert, projection) for expert in range(self._count)]
+
+        stack = ExpertStack(all_of("gate_proj"), all_of("up_proj"), all_of("down_proj"), activation)
+        if module.has_bias:
+            both = module.gate_up_proj_bias.float()
+            stack.gate_bias = both[:, self._rows["gate_proj"]].contiguous()
+            stack.up_bias = both[:, self._rows["up_proj"]].contiguous()
+            stack.down_bias = module.down_proj_bias.float().contiguous()
+        return stack
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._stack = None
+        return super()._apply(fn, recurse)
+
+
+def activation_of(experts: Experts) -> str | None:
+    """Which of the kernels' activations a family's experts compute: found by trying, not by names.
+
+    >>> activation_of(layer.mlp.experts)
+    'silu'
+    """
+    rows = projection_rows(experts, width=64)
+    with torch.device("cpu"):  # a model may be built where tensors have no values
+        gate, up = torch.linspace(-12, 12, 64), torch.linspace(9, -9, 64)
+        gate_up = torch.empty(1, 128)
+        gate_up[:, rows["gate_proj"]], gate_up[:, rows["up_proj"]] = gate, up
+        found = experts._apply_gate(gate_up)[0]
+        return next((name for name in ACTIVATIONS if torch.allclose(activate(name, gate, up), found, atol=1e-5)), None)
 
 
 @contextmanager
 def unpacked(module: nn.Module) -> Iterator[None]:
-    """Unpack every matrix below a module once, for a block that uses it many times."""
-    matrices = [m for m in module.modules() if isinstance(m, PackedMatrix)]
+    """Unpack every matrix below a module once, for a block in which the reference kernels use it many times."""
+    users = [m for m in module.modules() if isinstance(m, PackedLinear | PackedExperts)]
+    slow = [user for user in users if user.kernels.name == "reference"]
+    matrices = [m for user in slow for m in user.modules() if isinstance(m, PackedMatrix)]
     for matrix in matrices:
         matrix.hold()
     try:

@@ -1,0 +1,73 @@
+"""One packed unit as every kernel takes it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from moqa.format.grid import Grid
+from moqa.format.planes import unpack, untile_rows
+from moqa.format.scheme import PLANES, Scheme
+
+
+class PackedMatrix(nn.Module):
+    """One unit as it is stored.
+
+    >>> PackedMatrix(scheme, (256, 256), tensors).dense().shape
+    torch.Size([256, 256])
+
+    Args:
+        scheme: how it is stored.
+        shape: (out, in).
+        tensors: by suffix, see `Scheme.tensors`.
+
+    Raises:
+        ValueError: if a tensor has another dtype or shape than the scheme says, or is not contiguous.
+    """
+
+    def __init__(self, scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.scheme, self.shape = scheme, shape
+        for suffix, entry in scheme.tensors(shape).items():
+            tensor = tensors[suffix]
+            if (tensor.dtype, tuple(tensor.shape)) != entry or not tensor.is_contiguous():
+                raise ValueError(f"{suffix} is {tensor.dtype} {tuple(tensor.shape)}, not {entry}")
+            self.register_buffer(suffix, tensor)
+        # what a kernel made of this matrix, and the weights while they are held unpacked
+        self.prepared: Any = None
+        self._held: Tensor | None = None
+
+    @property
+    def planes(self) -> list[Tensor]:
+        """Planes of the integers, the most significant first."""
+        return [self.get_buffer(f"p{index}") for index in range(len(PLANES.get(self.scheme.width, ())))]
+
+    def dense(self) -> Tensor:
+        """[out, in] weights, float32."""
+        if self._held is not None:
+            return self._held
+        if self.scheme.keeps:
+            return self.get_buffer("weight").float()
+        zero = None if self.scheme.symmetric else untile_rows(self.get_buffer("zero"), self.shape[0])
+        scale = untile_rows(self.get_buffer("scale"), self.shape[0])
+        top = torch.tensor(float(self.scheme.levels - 1), device=scale.device).expand(scale.shape)
+        grid = Grid(scale, zero, self.scheme.group_size, top)
+        return grid.decode(unpack(self.planes, self.scheme.width, self.shape))
+
+    def hold(self) -> None:
+        """Keep the unpacked weights until `release`, for many products in a row."""
+        self._held = self.dense()
+
+    def release(self) -> None:
+        """Forget the unpacked weights."""
+        self._held = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # a model that is cast to another dtype keeps its scales as they are stored; only their device may change
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        self.prepared = None
+        return super()._apply(moved, recurse)

@@ -1,0 +1,111 @@
+"""The C++ kernels (`native/`): this file checks what it hands over, for there only addresses arrive.
+
+Activations are quantized to 8 bits per group of inputs; sums within a group are exact integers. A row's result depends
+neither on the number of threads nor on the rows beside it.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moqa.kernels.matrix import PackedMatrix
+from moqa.kernels.registry import ExpertStack
+
+try:
+    _native: Any = importlib.import_module("moqa.kernels._native")
+except ImportError as error:
+    _native, _missing = None, str(error)
+
+
+class NativeKernels:
+    """See the file. Runs on as many threads as torch does (`torch.set_num_threads`)."""
+
+    name = "native"
+
+    def unusable(self, device: torch.device) -> str | None:
+        """See `Kernels`."""
+        if _native is None:
+            return f"they were not built ({_missing}): install moqa where a C++ compiler is"
+        return None if device.type == "cpu" else "they are for the CPU"
+
+    def linear(self, matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Kernels`."""
+        prepared = matrix.prepared or _prepare(matrix)
+        x = _ready(x, matrix.shape[1])
+        y = x.new_empty(*x.shape[:-1], matrix.shape[0])
+        rows = y.numel() // matrix.shape[0]
+        if bias is not None:
+            bias = bias.float().contiguous()
+        _native.linear(
+            prepared, x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, rows, _address(bias),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def experts(self, stack: ExpertStack, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """See `Kernels`."""
+        prepared = _prepare_stack(stack) if stack.prepared is None else stack.prepared
+        x = _ready(x, stack.gate[0].shape[1])
+        if x.dim() != 2 or index.shape != weights.shape or index.shape[:1] != x.shape[:1] or index.dim() != 2:
+            raise ValueError(f"x {tuple(x.shape)}, index {tuple(index.shape)}, weights {tuple(weights.shape)}")
+        index, weights = index.to(torch.int64).contiguous(), weights.float().contiguous()
+        y = torch.empty_like(x)
+        _native.experts(
+            prepared, x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, *index.shape, index.data_ptr(),
+            weights.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+
+def paths() -> list[str]:
+    """Instruction sets that the kernels have code for and this processor runs, the fastest first.
+
+    >>> paths()
+    ['avx512', 'avx2', 'portable']
+    """
+    return _native.paths()
+
+
+def use_path(name: str) -> None:
+    """Run on the code for one instruction set, for tests and measurements; the fastest is the default."""
+    _native.set_path(name)
+
+
+def _ready(x: Tensor, features: int) -> Tensor:
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.shape[-1] != features or x.device.type != "cpu":
+        raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device}: a row has {features} float32 or bfloat16 inputs")
+    return x.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _prepare(matrix: PackedMatrix) -> Any:
+    scheme, (out, features) = matrix.scheme, matrix.shape
+    tensors = dict(matrix.named_buffers())
+    if any(tensor.device.type != "cpu" for tensor in tensors.values()):
+        raise ValueError("a matrix of the native kernels is on the CPU")
+    # kept units have no groups; any size that a scheme can have will do
+    matrix.prepared = _native.Matrix(
+        out, features, scheme.width, scheme.group_size, [plane.data_ptr() for plane in matrix.planes],
+        _address(tensors.get("scale")), _address(tensors.get("zero")), scheme.scale_dtype == "float16",
+        _address(tensors.get("weight")),
+    )  # fmt: skip
+    return matrix.prepared
+
+
+def _prepare_stack(stack: ExpertStack) -> Any:
+    groups = [[matrix.prepared or _prepare(matrix) for matrix in part] for part in (stack.gate, stack.up, stack.down)]
+    shapes = [{matrix.shape for matrix in part} for part in (stack.gate, stack.up, stack.down)]
+    if any(len(found) != 1 for found in shapes) or shapes[0] != shapes[1] or shapes[0] != {s[::-1] for s in shapes[2]}:
+        raise ValueError(f"experts of different shapes: {shapes}")
+    biases = []
+    for bias, part in zip((stack.gate_bias, stack.up_bias, stack.down_bias), groups, strict=True):
+        if bias is not None and (bias.dtype != torch.float32 or len(bias) != len(part) or not bias.is_contiguous()):
+            raise ValueError(f"a bias of {bias.dtype} {tuple(bias.shape)}: one float32 row per expert")
+        biases.append(_address(bias))
+    stack.prepared = _native.Experts(*groups, *biases, getattr(_native.Activation, stack.activation))
+    return stack.prepared

@@ -1,0 +1,89 @@
+// What Python sees: matrices by the addresses of tensors that the caller keeps alive. moqa/kernels/native.py checks
+// dtypes, shapes and strides before an address comes here.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <stdexcept>
+
+#include "ops.h"
+
+namespace nb = nanobind;
+using namespace moqa;
+
+namespace {
+
+const std::array<const Path*, 3> PATHS = {&avx512_path, &avx2_path, &portable_path};
+
+const Path& best() {
+    for (const Path* path : PATHS)
+        if (path->supported()) return *path;
+    return portable_path;
+}
+
+const Path* current = &best();
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void set_path(const std::string& name) {
+    for (const Path* path : PATHS)
+        if (path->name == name && path->supported()) {
+            current = path;
+            return;
+        }
+    throw std::invalid_argument("this processor has no path " + name);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    nb::enum_<Activation>(m, "Activation")
+        .value("silu", Activation::silu)
+        .value("gelu", Activation::gelu)
+        .value("gelu_tanh", Activation::gelu_tanh)
+        .value("swiglu_clamped", Activation::swiglu_clamped);
+
+    nb::class_<Matrix>(m, "Matrix")
+        .def("__init__",
+             [](Matrix* self, int out, int in, int width, int group, std::vector<uintptr_t> planes, uintptr_t scale,
+                uintptr_t zero, bool half, uintptr_t dense) {
+                 planes.resize(3);
+                 new (self) Matrix{out, in, width, group,
+                                   {at<uint8_t>(planes[0]), at<uint8_t>(planes[1]), at<uint8_t>(planes[2])},
+                                   at<uint16_t>(scale), at<uint8_t>(zero), half, at<uint16_t>(dense)};
+             });
+
+    nb::class_<Experts>(m, "Experts")
+        .def("__init__",
+             [](Experts* self, std::vector<const Matrix*> gate, std::vector<const Matrix*> up,
+                std::vector<const Matrix*> down, uintptr_t gate_bias, uintptr_t up_bias, uintptr_t down_bias,
+                Activation activation) {
+                 new (self) Experts{std::move(gate), std::move(up), std::move(down), at<float>(gate_bias),
+                                    at<float>(up_bias), at<float>(down_bias), activation};
+             },
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
+
+    m.def("linear", [](const Matrix& matrix, uintptr_t x, uintptr_t y, bool bfloat16, int rows, uintptr_t bias,
+                       int threads) {
+        nb::gil_scoped_release free;
+        linear(*current, matrix, {at<void>(x), bfloat16}, rows, at<float>(bias), {at<void>(y), bfloat16}, threads);
+    });
+    m.def("experts", [](const Experts& e, uintptr_t x, uintptr_t y, bool bfloat16, int tokens, int top_k,
+                        uintptr_t index, uintptr_t weights, int threads) {
+        nb::gil_scoped_release free;
+        experts(*current, e, {at<void>(x), bfloat16}, tokens, top_k, at<int64_t>(index), at<float>(weights),
+                {at<void>(y), bfloat16}, threads);
+    });
+    m.def("paths", [] {
+        std::vector<std::string> names;
+        for (const Path* path : PATHS)
+            if (path->supported()) names.push_back(path->name);
+        return names;
+    });
+    m.def("path", [] { return std::string(current->name); });
+    m.def("set_path", set_path);
+}

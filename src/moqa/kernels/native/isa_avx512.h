@@ -1,0 +1,66 @@
+// Vectors of AVX-512 with VNNI: 64 bytes in one register, a product of bytes in one instruction.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace moqa {
+
+struct Avx512 {
+    using Words = __m512i;
+    using Sums = __m512i;
+    using Floats = __m512;
+    static constexpr int FEW = 4;     // rows that the few-rows kernel takes at once
+    static constexpr int TILES = 4;   // tiles and rows of the register block of the many-rows kernel
+    static constexpr int TOKENS = 6;
+
+    static Words load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    static void store(uint8_t* p, Words x) { _mm512_storeu_si512(p, x); }
+    // Shifts right by S bits, left if S is negative; bits that cross a byte are masked by the caller.
+    template <int S>
+    static Words shift(Words x) {
+        if constexpr (S > 0) return _mm512_srli_epi16(x, S);
+        if constexpr (S < 0) return _mm512_slli_epi16(x, -S);
+        return x;
+    }
+    static Words mask(Words x, uint8_t m) { return _mm512_and_si512(x, _mm512_set1_epi8(char(m))); }
+    // total | (x & m)
+    static Words merge(Words total, Words x, uint8_t m) {
+        return _mm512_ternarylogic_epi64(total, x, _mm512_set1_epi8(char(m)), 0xF8);
+    }
+    static Sums no_sums() { return _mm512_setzero_si512(); }
+    static Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
+    template <int Width>
+    static Sums dot(Sums sums, Words w, int32_t quad) {
+        // said in assembly, since gcc copies each sum to another register before the intrinsic and back after it
+        asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(_mm512_set1_epi32(quad)));
+        return sums;
+    }
+    // x / 2^S for multiples of it, and x * 2^S
+    template <int S>
+    static Sums divide(Sums x) {
+        return _mm512_srai_epi32(x, S);
+    }
+    template <int S>
+    static Sums multiply_by(Sums x) {
+        return _mm512_slli_epi32(x, S);
+    }
+    static Floats to_float(Sums x) { return _mm512_cvtepi32_ps(x); }
+    static Floats all(float x) { return _mm512_set1_ps(x); }
+    static Floats load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+    static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static Floats add_product(Floats c, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, c); }
+    static Floats subtract_product(Floats c, Floats a, Floats b) { return _mm512_fnmadd_ps(a, b, c); }
+    static Floats scales(const uint16_t* p, bool half) {
+        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        if (half) return _mm512_cvtph_ps(raw);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+    }
+    static Floats bytes(const uint8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+};
+
+}  // namespace moqa

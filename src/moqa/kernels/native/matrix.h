@@ -1,0 +1,45 @@
+// A packed matrix and quantized rows: what every path computes with. Layout: docs/format.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moqa {
+
+constexpr int TILE = 16;    // rows of a tile
+constexpr int BLOCK = 32;   // inputs of a tile
+constexpr int VECTOR = 64;  // bytes of a vector: four inputs of each row of a tile
+
+// Bits of each plane by width, the most significant first.
+constexpr int PLANES[9][3] = {{0, 0, 0}, {1, 0, 0}, {2, 0, 0}, {2, 1, 0}, {4, 0, 0},
+                              {4, 1, 0}, {4, 2, 0}, {4, 2, 1}, {4, 4, 0}};
+
+struct Matrix {
+    int out, in, width, group;  // width 16: `dense` holds [out, in] bfloat16
+    const uint8_t* planes[3];
+    const uint16_t* scale;  // [tiles, groups, 16]
+    const uint8_t* zero;    // [tiles, groups, 16]; null if symmetric
+    bool half;              // scales are float16, not bfloat16
+    const uint16_t* dense;
+
+    int tiles() const { return (out + TILE - 1) / TILE; }
+    int blocks() const { return (in + BLOCK - 1) / BLOCK; }
+    int groups() const { return (in + group - 1) / group; }
+    // Weight zero lies at `zero * zero_step()`, or at half the grid if symmetric.
+    float zero_step() const { return float((1 << width) - 1) / 255.0f; }
+    float middle() const { return float(1 << (width - 1)); }
+    size_t row_bytes() const { return width == 16 ? size_t(in) * 2 : size_t(in) * width / 8; }
+};
+
+// Rows of activations, quantized group by group: value = scale * q with q in -127..127.
+struct Rows {
+    int count, in, group;
+    int8_t* q;      // [groups, count, group], zero beyond `in`
+    float* scale;   // [groups, count]
+    float* sum;     // [groups, count]: scale * (sum of q), what a zero-point multiplies
+    const float** values;  // [count] rows of `in` floats, for dense matrices
+
+    int groups() const { return (in + group - 1) / group; }
+};
+
+}  // namespace moqa

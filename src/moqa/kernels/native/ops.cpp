@@ -1,0 +1,258 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include "pool.h"
+#include "scratch.h"
+
+namespace moqa {
+namespace {
+
+constexpr int ITEM_TILES = 8;           // tiles of a piece of work
+constexpr size_t WAKE_BYTES = 1 << 17;  // smaller products are done before another thread is awake
+
+int pieces(int tiles) { return (tiles + ITEM_TILES - 1) / ITEM_TILES; }
+
+float to_float(uint16_t bits) {
+    const uint32_t whole = uint32_t(bits) << 16;
+    float x;
+    std::memcpy(&x, &whole, 4);
+    return x;
+}
+
+uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);  // NaN stays NaN
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Rows of an array as floats: its own memory, or a copy.
+const float* floats(Array x, size_t count, Scratch& memory) {
+    if (!x.bfloat16) return static_cast<const float*>(x.data);
+    float* copy = memory.get<float>(count);
+    const auto* from = static_cast<const uint16_t*>(x.data);
+    for (size_t i = 0; i < count; ++i) copy[i] = to_float(from[i]);
+    return copy;
+}
+
+void write(Array y, const float* from, size_t begin, size_t count) {
+    auto* to = static_cast<uint16_t*>(y.data) + begin;
+    for (size_t i = 0; i < count; ++i) to[i] = to_bfloat16(from[i]);
+}
+
+// Quantized rows with the memory that they live in.
+struct Quantized : Rows {
+    Scratch bytes, scales, sums, rows;
+
+    void shape(int new_count, int new_in, int new_group) {
+        count = new_count, in = new_in, group = new_group;
+        const size_t entries = size_t(groups()) * count;
+        q = bytes.get<int8_t>(entries * group);
+        scale = scales.get<float>(entries);
+        sum = sums.get<float>(entries);
+        values = rows.get<const float*>(count);
+    }
+};
+
+void add_bias(float* y, const float* bias, int first, int count) {
+    if (bias != nullptr)
+        for (int i = 0; i < count; ++i) y[i] += bias[first + i];
+}
+
+}  // namespace
+
+void linear(const Path& path, const Matrix& m, Array x, int rows, const float* bias, Array y, int threads) {
+    static thread_local Quantized quantized;
+    static thread_local Scratch copied, results;
+    const float* values = floats(x, size_t(rows) * m.in, copied);
+    quantized.shape(rows, m.in, m.group);
+    for (int row = 0; row < rows; ++row) quantized.values[row] = values + size_t(row) * m.in;
+    if (m.row_bytes() * m.out < WAKE_BYTES && rows < 16) threads = 1;
+    // thread-local names would mean another thread's in the pieces of work
+    const Rows& input = quantized;
+    if (m.width != 16) {
+        const int batch = 16;
+        parallel(threads, (rows + batch - 1) / batch, [&](int item) {
+            for (int row = item * batch; row < std::min(rows, (item + 1) * batch); ++row) path.quantize(input, row);
+        });
+    }
+    float* out = y.bfloat16 ? results.get<float>(size_t(rows) * m.out) : static_cast<float*>(y.data);
+    parallel(threads, pieces(m.tiles()), [&](int item) {
+        const int first = item * ITEM_TILES, last = std::min(m.tiles(), first + ITEM_TILES);
+        const int begin = first * TILE, width = std::min(m.out, last * TILE) - begin;
+        path.product(m, input, first, last, out + begin, m.out);
+        for (int row = 0; row < rows; ++row) {
+            const size_t at = size_t(row) * m.out + begin;
+            add_bias(out + at, bias, begin, width);
+            if (y.bfloat16) write(y, out + at, at, width);
+        }
+    });
+}
+
+namespace {
+
+// The tokens of one expert, in the order in which they came.
+struct Share {
+    int expert, begin, count;  // its slots are begin .. begin + count in the order by expert
+};
+
+// Everything that one call works on; kept between calls for its memory.
+struct Call {
+    Scratch copied, order_memory, token_memory, inner_memory, out_memory, gate_memory;
+    std::map<int, Quantized> tokens;            // by group size
+    std::vector<Quantized> inputs, inners;      // by share
+    std::vector<Share> shares;
+    std::vector<std::pair<int, int>> work;      // share and first tile
+};
+
+// Which tokens go to which expert: slots sorted by expert, and a token's place among them.
+void group_by_expert(Call& call, const int64_t* index, int slots, int experts, int* order, int* place) {
+    std::vector<int> counts(experts + 1, 0);
+    for (int slot = 0; slot < slots; ++slot)
+        if (index[slot] >= 0 && index[slot] < experts) ++counts[index[slot] + 1];
+    call.shares.clear();
+    for (int e = 0; e < experts; ++e) {
+        if (counts[e + 1] > 0) call.shares.push_back({e, counts[e], counts[e + 1]});
+        counts[e + 1] += counts[e];
+    }
+    for (int slot = 0; slot < slots; ++slot) {
+        const bool routed = index[slot] >= 0 && index[slot] < experts;
+        place[slot] = routed ? counts[index[slot]]++ : -1;
+        if (routed) order[place[slot]] = slot;
+    }
+}
+
+void list_work(Call& call, const std::vector<const Matrix*>& matrices) {
+    call.work.clear();
+    for (int s = 0; s < int(call.shares.size()); ++s)
+        for (int tile = 0; tile < matrices[call.shares[s].expert]->tiles(); tile += ITEM_TILES)
+            call.work.push_back({s, tile});
+}
+
+// A share's rows out of all tokens' rows.
+void gather(const Rows& all, const Share& share, const int* order, int top_k, Quantized& to) {
+    to.shape(share.count, all.in, all.group);
+    for (int i = 0; i < share.count; ++i) {
+        const int token = order[share.begin + i] / top_k;
+        to.values[i] = all.values[token];
+        for (int g = 0; g < all.groups(); ++g) {
+            const size_t from = size_t(g) * all.count + token, at = size_t(g) * share.count + i;
+            std::memcpy(to.q + at * all.group, all.q + from * all.group, all.group);
+            to.scale[at] = all.scale[from];
+            to.sum[at] = all.sum[from];
+        }
+    }
+}
+
+}  // namespace
+
+void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k, const int64_t* index,
+             const float* weights, Array y, int threads) {
+    static thread_local Call kept;
+    Call& call = kept;
+    const int slots = tokens * top_k, hidden = e.gate[0]->in, inner = e.gate[0]->out, out = e.down[0]->out;
+    int* order = call.order_memory.get<int>(2 * size_t(slots));
+    int* place = order + slots;
+    group_by_expert(call, index, slots, int(e.gate.size()), order, place);
+    const int shares = int(call.shares.size());
+    const float* values = floats(x, size_t(tokens) * hidden, call.copied);
+    float* middle = call.inner_memory.get<float>(size_t(slots) * inner);
+    float* results = call.out_memory.get<float>(size_t(slots) * out);
+
+    // every token once for each group size that a matrix of this layer has
+    std::vector<int> sizes;
+    for (const Share& share : call.shares)
+        for (const Matrix* m : {e.gate[share.expert], e.up[share.expert]})
+            if (std::find(sizes.begin(), sizes.end(), m->group) == sizes.end()) sizes.push_back(m->group);
+    for (int size : sizes) {
+        Quantized& rows = call.tokens[size];
+        rows.shape(tokens, hidden, size);
+        for (int t = 0; t < tokens; ++t) rows.values[t] = values + size_t(t) * hidden;
+        parallel(tokens < 16 ? 1 : threads, (tokens + 15) / 16, [&](int item) {
+            for (int t = item * 16; t < std::min(tokens, item * 16 + 16); ++t) path.quantize(rows, t);
+        });
+    }
+
+    // a share that takes every token as it came needs no copy; others get one per group size
+    if (int(call.inputs.size()) < 2 * shares) call.inputs.resize(2 * shares);
+    if (int(call.inners.size()) < shares) call.inners.resize(shares);
+    std::vector<const Rows*> gate_rows(shares), up_rows(shares);
+    parallel(tokens < 16 ? 1 : threads, shares, [&](int s) {
+        const Share& share = call.shares[s];
+        const auto rows_for = [&](const Matrix& m, Quantized& copy) -> const Rows* {
+            const Rows& all = call.tokens.at(m.group);
+            if (tokens == 1) return &all;
+            gather(all, share, order, top_k, copy);
+            return &copy;
+        };
+        const Matrix &gate = *e.gate[share.expert], &up = *e.up[share.expert];
+        gate_rows[s] = rows_for(gate, call.inputs[2 * s]);
+        up_rows[s] = up.group == gate.group ? gate_rows[s] : rows_for(up, call.inputs[2 * s + 1]);
+    });
+
+    list_work(call, e.gate);
+    parallel(threads, int(call.work.size()), [&](int item) {
+        static thread_local Scratch memory;
+        const auto [s, first] = call.work[item];
+        const Share& share = call.shares[s];
+        const Matrix &gate = *e.gate[share.expert], &up = *e.up[share.expert];
+        const int last = std::min(gate.tiles(), first + ITEM_TILES), begin = first * TILE;
+        const int width = std::min(inner, last * TILE) - begin;
+        float* ups = memory.get<float>(size_t(share.count) * width);
+        float* gates = middle + size_t(share.begin) * inner + begin;
+        path.product(gate, *gate_rows[s], first, last, gates, inner);
+        path.product(up, *up_rows[s], first, last, ups, width);
+        const size_t bias = size_t(share.expert) * inner;
+        for (int i = 0; i < share.count; ++i) {
+            add_bias(gates + size_t(i) * inner, e.gate_bias ? e.gate_bias + bias : nullptr, begin, width);
+            add_bias(ups + size_t(i) * width, e.up_bias ? e.up_bias + bias : nullptr, begin, width);
+            path.activate(e.activation, gates + size_t(i) * inner, ups + size_t(i) * width, width);
+        }
+    });
+
+    parallel(slots < 64 ? 1 : threads, shares, [&](int s) {
+        const Share& share = call.shares[s];
+        const Matrix& m = *e.down[share.expert];
+        Quantized& rows = call.inners[s];
+        rows.shape(share.count, inner, m.group);
+        for (int i = 0; i < share.count; ++i) {
+            rows.values[i] = middle + size_t(share.begin + i) * inner;
+            if (m.width != 16) path.quantize(rows, i);
+        }
+    });
+
+    list_work(call, e.down);
+    parallel(threads, int(call.work.size()), [&](int item) {
+        const auto [s, first] = call.work[item];
+        const Share& share = call.shares[s];
+        const Matrix& m = *e.down[share.expert];
+        const int last = std::min(m.tiles(), first + ITEM_TILES), begin = first * TILE;
+        float* to = results + size_t(share.begin) * out + begin;
+        path.product(m, call.inners[s], first, last, to, out);
+        if (e.down_bias)
+            for (int i = 0; i < share.count; ++i)
+                add_bias(to + size_t(i) * out, e.down_bias + size_t(share.expert) * out, begin,
+                         std::min(out, last * TILE) - begin);
+    });
+
+    // in the order of a token's own list, whatever the experts' order was
+    parallel(tokens < 16 ? 1 : threads, (tokens + 15) / 16, [&](int item) {
+        static thread_local Scratch memory;
+        for (int t = item * 16; t < std::min(tokens, item * 16 + 16); ++t) {
+            float* sum = y.bfloat16 ? memory.get<float>(out) : static_cast<float*>(y.data) + size_t(t) * out;
+            std::fill(sum, sum + out, 0.0f);
+            for (int k = 0; k < top_k; ++k) {
+                const int slot = t * top_k + k;
+                if (place[slot] < 0) continue;
+                const float* from = results + size_t(place[slot]) * out;
+                for (int i = 0; i < out; ++i) sum[i] += weights[slot] * from[i];
+            }
+            if (y.bfloat16) write(y, sum, size_t(t) * out, out);
+        }
+    });
+}
+
+}  // namespace moqa

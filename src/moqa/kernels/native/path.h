@@ -1,0 +1,23 @@
+// One way to compute on a processor. A path is compiled with its own instruction set; run time picks one.
+#pragma once
+
+#include "matrix.h"
+
+namespace moqa {
+
+enum class Activation { silu, gelu, gelu_tanh, swiglu_clamped };
+
+struct Path {
+    const char* name;
+    bool (*supported)();
+    // Quantizes row `index` of `rows` from rows.values[index].
+    void (*quantize)(const Rows& rows, int index);
+    // y[t * stride + r - 16 * first] = row r of the matrix times row t, for the rows r of tiles first..last.
+    void (*product)(const Matrix& matrix, const Rows& rows, int first, int last, float* y, size_t stride);
+    // gate[i] = activation(gate[i]) * up[i]
+    void (*activate)(Activation kind, float* gate, const float* up, int count);
+};
+
+extern const Path avx512_path, avx2_path, portable_path;
+
+}  // namespace moqa

@@ -1,0 +1,16 @@
+#include "isa_avx2.h"
+#include "kernel.h"
+
+namespace moqa {
+
+const Path avx2_path = {
+    "avx2",
+    [] {
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    },
+    quantize,
+    product<Avx2>,
+    activate,
+};
+
+}  // namespace moqa

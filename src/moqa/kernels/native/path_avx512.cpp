@@ -1,0 +1,17 @@
+#include "isa_avx512.h"
+#include "kernel.h"
+
+namespace moqa {
+
+const Path avx512_path = {
+    "avx512",
+    [] {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    },
+    quantize,
+    product<Avx512>,
+    activate,
+};
+
+}  // namespace moqa

@@ -1,0 +1,16 @@
+#include "isa_portable.h"
+#include "kernel.h"
+
+namespace moqa {
+
+const Path portable_path = {
+    "portable",
+    [] {
+        return true;
+    },
+    quantize,
+    product<Portable>,
+    activate,
+};
+
+}  // namespace moqa

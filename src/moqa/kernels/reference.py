@@ -1,0 +1,56 @@
+"""The reference: weights unpacked and multiplied by torch, on any device. Slow, exact, and short."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear, silu
+
+from moqa.kernels.matrix import PackedMatrix
+from moqa.kernels.registry import ExpertStack
+
+
+def activate(name: str, gate: Tensor, up: Tensor) -> Tensor:
+    """What joins the two first products of an expert.
+
+    >>> activate("silu", torch.zeros(2), torch.ones(2))
+    tensor([0., 0.])
+
+    Args:
+        name: one of `ACTIVATIONS`.
+        gate: [..., width].
+        up: [..., width].
+    """
+    if name == "silu":
+        return silu(gate) * up
+    if name == "swiglu_clamped":  # gpt_oss
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    return gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none") * up
+
+
+class ReferenceKernels:
+    """See the file."""
+
+    name = "reference"
+
+    def unusable(self, device: torch.device) -> str | None:  # noqa: ARG002
+        """See `Kernels`."""
+        return None
+
+    def linear(self, matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Kernels`."""
+        return linear(x, matrix.dense().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def experts(self, stack: ExpertStack, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """See `Kernels`."""
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        biases = (stack.gate_bias, stack.up_bias, stack.down_bias)
+        for expert in index.unique().tolist():
+            if expert >= len(stack.gate):
+                continue
+            tokens, places = (index == expert).nonzero(as_tuple=True)
+            gate_bias, up_bias, down_bias = (None if bias is None else bias[expert] for bias in biases)
+            gate = self.linear(stack.gate[expert], x[tokens], gate_bias)
+            up = self.linear(stack.up[expert], x[tokens], up_bias)
+            out = self.linear(stack.down[expert], activate(stack.activation, gate, up), down_bias)
+            total.index_add_(0, tokens, out.float() * weights[tokens, places, None].float())
+        return total.to(x.dtype)

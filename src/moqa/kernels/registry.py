@@ -1,0 +1,92 @@
+"""Kernels: ways to compute with packed weights, by name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moqa.errors import MoqaError
+from moqa.kernels.matrix import PackedMatrix
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_clamped")
+
+
+@dataclass
+class ExpertStack:
+    """The matrices of all routed experts of a layer.
+
+    Attributes:
+        gate: of each expert, [width, hidden].
+        up: of each expert, [width, hidden].
+        down: of each expert, [hidden, width].
+        activation: one of `ACTIVATIONS`: what joins the products with gate and up.
+        gate_bias: [experts, width] float32, or None.
+        up_bias: [experts, width] float32, or None.
+        down_bias: [experts, hidden] float32, or None.
+        prepared: what a kernel made of this stack.
+    """
+
+    gate: Sequence[PackedMatrix]
+    up: Sequence[PackedMatrix]
+    down: Sequence[PackedMatrix]
+    activation: str
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    prepared: Any = field(default=None, repr=False)
+
+
+class Kernels(Protocol):
+    """One implementation of the two products."""
+
+    name: str
+
+    def unusable(self, device: torch.device) -> str | None:
+        """Why it cannot run on a device of this machine; None if it can."""
+
+    def linear(self, matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., in] -> [..., out] in the dtype of x, float32 or bfloat16; bias is [out]."""
+
+    def experts(self, stack: ExpertStack, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Gate-weighted sum over the experts of each token.
+
+        Args:
+            stack: the experts.
+            x: [tokens, hidden] float32 or bfloat16.
+            index: [tokens, top_k] expert of each token, int64; an index past the last expert means none.
+            weights: [tokens, top_k] gate weights.
+
+        Returns:
+            [tokens, hidden] in the dtype of x.
+        """
+
+
+KERNELS: dict[str, Kernels] = {}
+
+
+def register(kernels: Kernels) -> Kernels:
+    """Add kernels to the registry."""
+    KERNELS[kernels.name] = kernels
+    return kernels
+
+
+def find_kernels(name: str = "auto", device: torch.device | str = "cpu") -> Kernels:
+    """Kernels by name; `auto` is the fastest that run on the device.
+
+    >>> find_kernels("reference").name
+    'reference'
+
+    Raises:
+        MoqaError: if there are none of that name, or they do not run here.
+    """
+    device = torch.device(device)
+    reasons = {found.name: found.unusable(device) for found in KERNELS.values()}
+    if name == "auto":
+        return next(KERNELS[found] for found, reason in reasons.items() if reason is None)
+    if name not in KERNELS:
+        raise MoqaError(f"there are no kernels named {name!r}", f"choose auto, {', '.join(KERNELS)}")
+    if reasons[name] is not None:
+        raise MoqaError(f"kernels {name!r} do not run on {device}", str(reasons[name]))
+    return KERNELS[name]

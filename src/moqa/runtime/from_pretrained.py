@@ -1,0 +1,77 @@
+"""`AutoModelForCausalLM.from_pretrained(OUT)`: the checkpoint's packed units behind transformers' own loader.
+
+The folder's index names only the kept tensors, which transformers loads as it loads any model's; the units go to their
+places here, mapped from their files. `import moqa` makes this file known to transformers (`moqa.on_import`), in the
+midst of transformers' own start: so nothing else of moqa is imported before a method runs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moqa.errors import MoqaError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config("moqa")
+class MoqaConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What `config.json` of a checkpoint says under `quantization_config`.
+
+    >>> AutoModelForCausalLM.from_pretrained("runs/out", quantization_config=MoqaConfig(kernels="reference"))
+
+    Args:
+        kernels: see `moqa.load`.
+        verify: compare the files' hashes first.
+    """
+
+    def __init__(self, kernels: str = "auto", verify: bool = True, **_: Any) -> None:
+        super().__init__(quant_method="moqa")
+        self.kernels, self.verify = kernels, verify
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a user may choose when loading."""
+        return {"kernels": self.kernels, "verify": self.verify}
+
+
+@register_quantizer("moqa")
+class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts packed units in the places of a model's matrices."""
+
+    quantization_config: MoqaConfig
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Activations are float32 or bfloat16."""
+        return dtype if dtype == torch.float32 else torch.bfloat16
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise MoqaError("a moqa checkpoint is loaded from its folder", "give from_pretrained the folder")
+        from moqa.format.reader import open_checkpoint
+        from moqa.runtime.load import choose_kernels, install_units
+
+        self._checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent, self.quantization_config.verify)
+        self._kernels = choose_kernels(self.quantization_config.kernels)
+        install_units(model, self._checkpoint, self._kernels)
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
+        from moqa.runtime.load import keep_as_stored
+
+        keep_as_stored(model, self._checkpoint.layer(None), self._kernels)
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` would write another format: copy the folder instead."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradients."""
+        return False
