@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow lint results clean
+.PHONY: setup demo test test-slow lint sanitize bench results clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,21 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python
+sanitize: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/native -B build/sanitize -G Ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+	build/sanitize/sanitize
+
+# llama.cpp is compiled for this machine: about 5 minutes, once
+$(VENV)/.bench: $(VENV)/.ready
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt gguf llama-cpp-python onnx onnxruntime
+	touch $@
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/kernel_speed.py
+	$(BIN)/python benchmarks/model_speed.py
 
 results: demo
 	cp runs/demo/main-job.md docs/results/main-job.md

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import EXPERTS, FAMILIES, TEXTS, VOCABULARY, random_model, save, train_tokenizer
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from moqa.data import Distribution
 from moqa.errors import MoqaError
@@ -20,11 +21,19 @@ from moqa.models.view import ModelView, open_model
 from moqa.plan import Budget, plan
 from moqa.profile import profile
 from moqa.quantize import quantize
+from moqa.runtime.decoder import FAMILIES as FUSED
+from moqa.runtime.decoder import FusedDecoder
 from moqa.runtime.load import load
 
 # Nats per token: more than 8 bits do, routing changed by them included, and less than one wrong unit does.
 CLOSE = 0.01
 KEPT = ("norm", "embed", "lm_head", "router", "gate.weight", "shared_expert_gate", "bias", "sinks", "conv.conv")
+
+
+def median_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Error of the logits relative to their spread, of the token in the middle."""
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+    return float(((found - expected).norm(dim=-1) / spread).median())
 
 
 @pytest.fixture(scope="session")
@@ -158,6 +167,28 @@ class TestEveryFamily:
         with torch.no_grad():
             torch.testing.assert_close(model(tokens).logits, dense.model(tokens).logits, rtol=1e-5, atol=1e-5)
             assert torch.equal(model(tokens).logits, load(made.gptq, kernels="reference")[0](tokens).logits)
+
+    def test_native_kernels_compute_the_same(self, family, quantized, tokens):
+        slow, fast = (load(quantized(family).rtn, kernels=kernels)[0] for kernels in ("reference", "native"))
+        # a router whose experts are nearly even turns any rounding into another choice: the median tells
+        assert median_error(fast(tokens).logits, slow(tokens).logits) < 0.06
+
+    def test_from_pretrained_gives_the_same_model(self, family, quantized, tokens):
+        folder = quantized(family).rtn
+        ours, theirs = load(folder)[0], AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+    def test_the_fused_decoder_computes_the_same_or_is_not_used(self, family, quantized, tokens):
+        model, _ = load(quantized(family).rtn)
+        decoder = FusedDecoder.of(model)
+        assert (decoder is not None) == (model.config.model_type in FUSED)
+        if decoder is not None:
+            cache, ids = decoder.cache(), tokens[:1, :300]
+            with torch.no_grad():
+                model(ids[:, :5], past_key_values=cache, use_cache=True)
+                found = torch.stack([decoder.step(int(token), cache) for token in ids[0, 5:]])
+                assert median_error(found, model(ids).logits[0, 5:]) < 0.01
+            assert cache.get_seq_length() == ids.shape[1]
 
     def test_generates(self, family, quantized, tokens):
         model, tokenizer = load(quantized(family).rtn)

@@ -18,7 +18,19 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: a mistake of the user's is one line and exit code 2, a bug keeps its traceback."""
-    from moqa.cli import evaluate, inspect, plan, profile, quantize, report, verify  # noqa: F401  (registers them)
+    from moqa.cli import (  # noqa: F401  (registers them)
+        bench,
+        chat,
+        evaluate,
+        generate,
+        inspect,
+        plan,
+        profile,
+        quantize,
+        report,
+        serve,
+        verify,
+    )  # fmt: skip
 
     try:
         app()

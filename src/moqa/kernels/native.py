@@ -73,6 +73,66 @@ def use_path(name: str) -> None:
     _native.set_path(name)
 
 
+def read(data: Tensor) -> int:
+    """Read every whole MiB of a tensor at the speed of memory; gives the XOR of its words, so that nothing is left out.
+
+    >>> read(torch.zeros(2**20, dtype=torch.uint8))
+    0
+    """
+    return _native.read(data.data_ptr(), data.nbytes, torch.get_num_threads())
+
+
+def layer(parts: dict[str, Any]) -> Any:
+    """A decoder layer for `decoder`, see `native/decoder.h`.
+
+    Args:
+        parts: name -> matrix, stack of experts, float32 tensor, number, or None where a layer has no such part.
+    """
+    found: dict[str, Any] = {"activation": _native.Activation.silu}
+    for name, part in parts.items():
+        if isinstance(part, PackedMatrix):
+            found[name] = part.prepared or _prepare(part)
+        elif isinstance(part, ExpertStack):
+            found[name] = part.prepared or _prepare_stack(part)
+        elif isinstance(part, Tensor):
+            if part.dtype != torch.float32 or not part.is_contiguous():
+                raise ValueError(f"{name} is {part.dtype}: parts of a layer are contiguous float32")
+            found[name] = part.data_ptr()
+        elif isinstance(part, str):
+            found[name] = getattr(_native.Activation, part)
+        elif part is not None:
+            found[name] = part
+    return _native.Layer(found)
+
+
+def decoder(layers: list[Any], norm: Tensor | None, epsilon: float, head: PackedMatrix) -> Any:
+    """All layers, the last norm and the head; whoever holds it keeps their tensors alive."""
+    return _native.Decoder(layers, _address(norm), epsilon, head.prepared or _prepare(head), head.shape[1])
+
+
+def past(keys: list[int], values: list[int], capacity: int) -> Any:
+    """Where each layer's [kv_heads, capacity, head_dim] float32 keys and values begin."""
+    return _native.Past(keys, values, capacity)
+
+
+def decode(model: Any, past: Any, embedding: Tensor, position: int, cos: Tensor, sin: Tensor, logits: Tensor) -> None:
+    """One token through a `decoder`: fills `logits`, and the past at `position`.
+
+    Args:
+        model: from `decoder`.
+        past: from `past`, with room for the position.
+        embedding: [hidden] of the token, float32.
+        position: of the token.
+        cos: [positions, rotated] float32.
+        sin: the same.
+        logits: [vocabulary] float32.
+    """
+    _native.decode(
+        model, past, embedding.data_ptr(), position, cos[position].data_ptr(), sin[position].data_ptr(),
+        cos.shape[1], logits.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def _ready(x: Tensor, features: int) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16) or x.shape[-1] != features or x.device.type != "cpu":
         raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device}: a row has {features} float32 or bfloat16 inputs")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -61,10 +62,16 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
         self._checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent, self.quantization_config.verify)
         self._kernels = choose_kernels(self.quantization_config.kernels)
         install_units(model, self._checkpoint, self._kernels)
+        # transformers fills whatever it does not find in the index with fresh memory: so packed tensors stay away
+        self._hidden = _hide_packed(model)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
         from moqa.runtime.load import keep_as_stored
 
+        for parent, name, packed in self._hidden:
+            if hasattr(packed, "bias"):
+                packed.bias = getattr(parent, name).bias
+            setattr(parent, name, packed)
         keep_as_stored(model, self._checkpoint.layer(None), self._kernels)
 
     def is_serializable(self) -> bool:
@@ -75,3 +82,21 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Packed weights have no gradients."""
         return False
+
+
+def _hide_packed(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Put empty modules, with the biases that are still to be loaded, in the places of packed ones."""
+    from moqa.runtime.packed import PackedExperts, PackedLinear
+
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, PackedLinear | PackedExperts)
+    ]
+    for parent, name, child in places:
+        empty = nn.Module()
+        if isinstance(child, PackedLinear):
+            empty.register_parameter("bias", child.bias)
+        setattr(parent, name, empty)
+    return places

@@ -47,12 +47,13 @@ class KeptEmbedding(nn.Module):
 
     def __init__(self, weight: Tensor, padding_idx: int | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        # no parameter: transformers takes a model's dtype from its first one
+        self.register_buffer("weight", weight)
         self.padding_idx, self.dtype = padding_idx, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] int64 -> [..., features]."""
-        return embedding(ids, self.weight, self.padding_idx).to(self.dtype)
+        return embedding(ids, self.get_buffer("weight"), self.padding_idx).to(self.dtype)
 
 
 class PackedExperts(nn.Module):
@@ -67,18 +68,23 @@ class PackedExperts(nn.Module):
     def __init__(self, experts: Experts, matrices: Mapping[tuple[int, str], PackedMatrix], kernels: Kernels) -> None:
         super().__init__()
         self._rows, self._count = projection_rows(experts), experts.num_experts
-        self._activation = activation_of(experts)
+        self.activation = activation_of(experts)
         self._stack: ExpertStack | None = None
         self.kernels = kernels
         self.matrices = nn.ModuleDict({f"{e}:{projection}": matrix for (e, projection), matrix in matrices.items()})
 
     def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
         """All experts in one call, or None if no kernel knows what this family does between the products."""
-        if self._activation is None:
+        if self.activation is None:
             return None
+        return self.kernels.experts(self.stack(module), hidden, index, weights)
+
+    def stack(self, module: Experts) -> ExpertStack:
+        """The matrices as kernels take them; only if `activation` is known."""
         if self._stack is None:
-            self._stack = self._as_stack(module, self._activation)
-        return self.kernels.experts(self._stack, hidden, index, weights)
+            assert self.activation is not None
+            self._stack = self._as_stack(module, self.activation)
+        return self._stack
 
     def gate_up(self, expert: int, x: Tensor) -> Tensor:
         """See `ExpertWeights`."""
@@ -122,11 +128,28 @@ def activation_of(experts: Experts) -> str | None:
     'silu'
     """
     rows = projection_rows(experts, width=64)
-    with torch.device("cpu"):  # a model may be built where tensors have no values
-        gate, up = torch.linspace(-12, 12, 64), torch.linspace(9, -9, 64)
+
+    def compute(gate: Tensor, up: Tensor) -> Tensor:
         gate_up = torch.empty(1, 128)
         gate_up[:, rows["gate_proj"]], gate_up[:, rows["up_proj"]] = gate, up
-        found = experts._apply_gate(gate_up)[0]
+        return experts._apply_gate(gate_up)[0]
+
+    return _name_of(compute)
+
+
+def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
+    """Which of the kernels' activations `function(gate) * up` is.
+
+    >>> activation_name(torch.nn.SiLU())
+    'silu'
+    """
+    return _name_of(lambda gate, up: function(gate) * up)
+
+
+def _name_of(compute: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+    with torch.device("cpu"):  # a model may be built where tensors have no values
+        gate, up = torch.linspace(-12, 12, 64), torch.linspace(9, -9, 64)
+        found = compute(gate, up)
         return next((name for name in ACTIVATIONS if torch.allclose(activate(name, gate, up), found, atol=1e-5)), None)
 
 

@@ -7,7 +7,7 @@
 #include <array>
 #include <stdexcept>
 
-#include "ops.h"
+#include "decoder.h"
 
 namespace nb = nanobind;
 using namespace moqa;
@@ -36,6 +36,30 @@ void set_path(const std::string& name) {
             return;
         }
     throw std::invalid_argument("this processor has no path " + name);
+}
+
+// A layer from a dictionary: what it lacks is null. Addresses are integers, matrices and experts objects.
+Layer layer_of(const nb::dict& d) {
+    const auto floats = [&](const char* name) -> const float* {
+        return d.contains(name) ? at<float>(nb::cast<uintptr_t>(d[name])) : nullptr;
+    };
+    const auto matrix = [&](const char* name) -> const Matrix* {
+        return d.contains(name) ? nb::cast<const Matrix*>(d[name]) : nullptr;
+    };
+    const auto number = [&](const char* name) { return d.contains(name) ? nb::cast<int>(d[name]) : 0; };
+    const float epsilon = nb::cast<float>(d["epsilon"]);
+    Layer l{};
+    l.before_attention = {floats("before_attention"), epsilon};
+    l.before_mlp = {floats("before_mlp"), epsilon};
+    l.attention = {matrix("q"),       matrix("k"),       matrix("v"),       matrix("o"),
+                   floats("q_bias"),  floats("k_bias"),  floats("v_bias"),  floats("o_bias"),
+                   {floats("q_norm"), epsilon},          {floats("k_norm"), epsilon},
+                   nb::cast<bool>(d["norm_heads"]),      number("heads"),   number("kv_heads"),
+                   number("head_dim"),                   nb::cast<float>(d["scale"])};
+    l.router = {floats("router"), number("experts_count"), number("top_k"), bool(number("normalize"))};
+    l.experts = d.contains("experts") ? nb::cast<const Experts*>(d["experts"]) : nullptr;
+    l.mlp = {matrix("gate"), matrix("up"), matrix("down"), floats("share"), nb::cast<Activation>(d["activation"])};
+    return l;
 }
 
 }  // namespace
@@ -67,6 +91,28 @@ NB_MODULE(_native, m) {
              },
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
 
+    nb::class_<Layer>(m, "Layer").def("__init__", [](Layer* self, nb::dict d) { new (self) Layer(layer_of(d)); });
+    nb::class_<Decoder>(m, "Decoder")
+        .def("__init__", [](Decoder* self, const std::vector<const Layer*>& layers, uintptr_t norm, float epsilon,
+                            const Matrix* head, int hidden) {
+            std::vector<Layer> copies;
+            for (const Layer* layer : layers) copies.push_back(*layer);
+            new (self) Decoder{std::move(copies), {at<float>(norm), epsilon}, head, hidden};
+        });
+    nb::class_<Past>(m, "Past")
+        .def("__init__", [](Past* self, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,
+                            int capacity) {
+            new (self) Past{{}, {}, capacity};
+            for (uintptr_t address : keys) self->keys.push_back(at<float>(address));
+            for (uintptr_t address : values) self->values.push_back(at<float>(address));
+        });
+    m.def("decode", [](const Decoder& decoder, const Past& past, uintptr_t embedding, int position, uintptr_t cos,
+                       uintptr_t sin, int rotated, uintptr_t logits, int threads) {
+        nb::gil_scoped_release free;
+        decode(*current, decoder, past, at<float>(embedding), position, at<float>(cos), at<float>(sin), rotated,
+               at<float>(logits), threads);
+    });
+
     m.def("linear", [](const Matrix& matrix, uintptr_t x, uintptr_t y, bool bfloat16, int rows, uintptr_t bias,
                        int threads) {
         nb::gil_scoped_release free;
@@ -77,6 +123,10 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release free;
         experts(*current, e, {at<void>(x), bfloat16}, tokens, top_k, at<int64_t>(index), at<float>(weights),
                 {at<void>(y), bfloat16}, threads);
+    });
+    m.def("read", [](uintptr_t data, size_t bytes, int threads) {
+        nb::gil_scoped_release free;
+        return read(*current, at<void>(data), bytes, threads);
     });
     m.def("paths", [] {
         std::vector<std::string> names;

@@ -29,8 +29,9 @@ MOQA_INLINE void times(F&& body) {
     each(std::make_integer_sequence<int, N>{}, body);
 }
 
-constexpr int plane_count(int width) { return (PLANES[width][0] > 0) + (PLANES[width][1] > 0) + (PLANES[width][2] > 0); }
-
+constexpr int plane_count(int width) {
+    return (PLANES[width][0] > 0) + (PLANES[width][1] > 0) + (PLANES[width][2] > 0);
+}
 
 // Bytes by which weights are asked for before they are used: the processor's own prefetching runs too short for
 // weights that are used as fast as they come.
@@ -180,7 +181,7 @@ void few_rows(const Matrix& m, const Rows& x, int first, int last, float* y, siz
     }
 }
 
-constexpr int CHUNK = 96;  // rows whose sums stay in the nearest cache
+constexpr int CHUNK = 128;  // rows whose sums stay in the nearest cache
 
 // Sums of Count rows and Tiles tiles over one group of unpacked weights.
 template <class Isa, int Width, int Tiles, int Count>
@@ -377,6 +378,56 @@ inline void activate(Activation kind, float* gate, const float* up, int count) {
             }
             break;
     }
+}
+
+MOQA_INLINE float dot_floats(const float* a, const float* b, int count) {
+    float lanes[LANES] = {}, total = 0;
+    const int whole = count / LANES * LANES;
+    for (int i = 0; i < whole; i += LANES)
+        for (int l = 0; l < LANES; ++l) lanes[l] += a[i + l] * b[i + l];
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+    for (int i = whole; i < count; ++i) total += a[i] * b[i];
+    return total + lanes[0];
+}
+
+inline void float_product(const float* weights, int rows, int in, const float* x, float* y) {
+    for (int r = 0; r < rows; ++r) y[r] = dot_floats(weights + size_t(r) * in, x, in);
+}
+
+inline void attend(const float* q, int heads, const float* keys, const float* values, int length, int dim, float scale,
+                   float* scores, float* y) {
+    // keys and values are read once for all heads that share them
+    for (int t = 0; t < length; ++t)
+        for (int h = 0; h < heads; ++h)
+            scores[size_t(h) * length + t] = scale * dot_floats(q + h * dim, keys + size_t(t) * dim, dim);
+    for (int h = 0; h < heads; ++h) {
+        float* row = scores + size_t(h) * length;
+        const float largest = *std::max_element(row, row + length);
+        float total = 0;
+        for (int t = 0; t < length; ++t) row[t] = exponential(row[t] - largest);
+        for (int t = 0; t < length; ++t) total += row[t];
+        for (int t = 0; t < length; ++t) row[t] /= total;
+    }
+    std::memset(y, 0, sizeof(float) * heads * dim);
+    for (int t = 0; t < length; ++t)
+        for (int h = 0; h < heads; ++h) {
+            const float weight = scores[size_t(h) * length + t];
+            const float* value = values + size_t(t) * dim;
+            for (int i = 0; i < dim; ++i) y[h * dim + i] += weight * value[i];
+        }
+}
+
+inline uint64_t read(const uint8_t* data, size_t bytes) {
+    constexpr size_t piece = 256;
+    uint64_t lanes[piece / 8] = {}, words[piece / 8], total = 0;
+    for (size_t at = 0; at + piece <= bytes; at += piece) {
+        for (size_t line = 0; line < piece; line += VECTOR) __builtin_prefetch(data + at + line + AHEAD);
+        std::memcpy(words, data + at, piece);
+        for (size_t i = 0; i < piece / 8; ++i) lanes[i] ^= words[i];
+    }
+    for (uint64_t lane : lanes) total ^= lane;
+    return total;
 }
 
 }  // namespace

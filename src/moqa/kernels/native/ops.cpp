@@ -43,20 +43,6 @@ void write(Array y, const float* from, size_t begin, size_t count) {
     for (size_t i = 0; i < count; ++i) to[i] = to_bfloat16(from[i]);
 }
 
-// Quantized rows with the memory that they live in.
-struct Quantized : Rows {
-    Scratch bytes, scales, sums, rows;
-
-    void shape(int new_count, int new_in, int new_group) {
-        count = new_count, in = new_in, group = new_group;
-        const size_t entries = size_t(groups()) * count;
-        q = bytes.get<int8_t>(entries * group);
-        scale = scales.get<float>(entries);
-        sum = sums.get<float>(entries);
-        values = rows.get<const float*>(count);
-    }
-};
-
 void add_bias(float* y, const float* bias, int first, int count) {
     if (bias != nullptr)
         for (int i = 0; i < count; ++i) y[i] += bias[first + i];
@@ -65,7 +51,7 @@ void add_bias(float* y, const float* bias, int first, int count) {
 }  // namespace
 
 void linear(const Path& path, const Matrix& m, Array x, int rows, const float* bias, Array y, int threads) {
-    static thread_local Quantized quantized;
+    static thread_local QuantizedRows quantized;
     static thread_local Scratch copied, results;
     const float* values = floats(x, size_t(rows) * m.in, copied);
     quantized.shape(rows, m.in, m.group);
@@ -92,6 +78,40 @@ void linear(const Path& path, const Matrix& m, Array x, int rows, const float* b
     });
 }
 
+void products(const Path& path, std::initializer_list<Product> list, const float* x, QuantizedRows& rows,
+              int threads) {
+    struct Piece {
+        const Product* product;
+        int first;
+    };
+    static thread_local std::vector<Piece> kept;
+    std::vector<Piece>& work = kept;
+    work.clear();
+    size_t bytes = 0;
+    int group = 0;
+    for (const Product& product : list) {
+        const Matrix& m = *product.matrix;
+        if (m.group != group && m.width != 16) group = group == 0 ? m.group : -1;
+        for (int tile = 0; tile < m.tiles(); tile += ITEM_TILES) work.push_back({&product, tile});
+        bytes += m.row_bytes() * m.out;
+    }
+    if (group < 0) {  // inputs are quantized by group: matrices of other group sizes go one by one
+        for (const Product& product : list) products(path, {product}, x, rows, threads);
+        return;
+    }
+    const Matrix& any = *list.begin()->matrix;
+    rows.shape(1, any.in, group == 0 ? any.group : group);
+    rows.values[0] = x;
+    if (group > 0) path.quantize(rows, 0);
+    parallel(bytes < WAKE_BYTES ? 1 : threads, int(work.size()), [&](int item) {
+        const auto [product, first] = work[item];
+        const Matrix& m = *product->matrix;
+        const int last = std::min(m.tiles(), first + ITEM_TILES), begin = first * TILE;
+        path.product(m, rows, first, last, product->y + begin, m.out);
+        add_bias(product->y + begin, product->bias, begin, std::min(m.out, last * TILE) - begin);
+    });
+}
+
 namespace {
 
 // The tokens of one expert, in the order in which they came.
@@ -102,8 +122,8 @@ struct Share {
 // Everything that one call works on; kept between calls for its memory.
 struct Call {
     Scratch copied, order_memory, token_memory, inner_memory, out_memory, gate_memory;
-    std::map<int, Quantized> tokens;            // by group size
-    std::vector<Quantized> inputs, inners;      // by share
+    std::map<int, QuantizedRows> tokens;            // by group size
+    std::vector<QuantizedRows> inputs, inners;      // by share
     std::vector<Share> shares;
     std::vector<std::pair<int, int>> work;      // share and first tile
 };
@@ -133,7 +153,7 @@ void list_work(Call& call, const std::vector<const Matrix*>& matrices) {
 }
 
 // A share's rows out of all tokens' rows.
-void gather(const Rows& all, const Share& share, const int* order, int top_k, Quantized& to) {
+void gather(const Rows& all, const Share& share, const int* order, int top_k, QuantizedRows& to) {
     to.shape(share.count, all.in, all.group);
     for (int i = 0; i < share.count; ++i) {
         const int token = order[share.begin + i] / top_k;
@@ -168,7 +188,7 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
         for (const Matrix* m : {e.gate[share.expert], e.up[share.expert]})
             if (std::find(sizes.begin(), sizes.end(), m->group) == sizes.end()) sizes.push_back(m->group);
     for (int size : sizes) {
-        Quantized& rows = call.tokens[size];
+        QuantizedRows& rows = call.tokens[size];
         rows.shape(tokens, hidden, size);
         for (int t = 0; t < tokens; ++t) rows.values[t] = values + size_t(t) * hidden;
         parallel(tokens < 16 ? 1 : threads, (tokens + 15) / 16, [&](int item) {
@@ -182,7 +202,7 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
     std::vector<const Rows*> gate_rows(shares), up_rows(shares);
     parallel(tokens < 16 ? 1 : threads, shares, [&](int s) {
         const Share& share = call.shares[s];
-        const auto rows_for = [&](const Matrix& m, Quantized& copy) -> const Rows* {
+        const auto rows_for = [&](const Matrix& m, QuantizedRows& copy) -> const Rows* {
             const Rows& all = call.tokens.at(m.group);
             if (tokens == 1) return &all;
             gather(all, share, order, top_k, copy);
@@ -216,7 +236,7 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
     parallel(slots < 64 ? 1 : threads, shares, [&](int s) {
         const Share& share = call.shares[s];
         const Matrix& m = *e.down[share.expert];
-        Quantized& rows = call.inners[s];
+        QuantizedRows& rows = call.inners[s];
         rows.shape(share.count, inner, m.group);
         for (int i = 0; i < share.count; ++i) {
             rows.values[i] = middle + size_t(share.begin + i) * inner;
@@ -253,6 +273,16 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
             if (y.bfloat16) write(y, sum, size_t(t) * out, out);
         }
     });
+}
+
+uint64_t read(const Path& path, const void* data, size_t bytes, int threads) {
+    constexpr size_t piece = 1 << 20;
+    const auto* all = static_cast<const uint8_t*>(data);
+    std::vector<uint64_t> sums(bytes / piece);
+    parallel(threads, int(sums.size()), [&](int item) { sums[item] = path.read(all + item * piece, piece); });
+    uint64_t total = 0;
+    for (uint64_t sum : sums) total ^= sum;
+    return total;
 }
 
 }  // namespace moqa

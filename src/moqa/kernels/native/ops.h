@@ -1,10 +1,11 @@
 // The two entry points: a linear layer, and all routed experts of a layer.
 #pragma once
 
-#include <optional>
+#include <initializer_list>
 #include <vector>
 
 #include "path.h"
+#include "scratch.h"
 
 namespace moqa {
 
@@ -17,6 +18,29 @@ struct Array {
 // y[rows, out] = x[rows, in] times the matrix, plus bias[out] if given.
 void linear(const Path& path, const Matrix& matrix, Array x, int rows, const float* bias, Array y, int threads);
 
+// Quantized rows with the memory that they live in.
+struct QuantizedRows : Rows {
+    Scratch bytes, scales, sums, rows;
+
+    void shape(int new_count, int new_in, int new_group) {
+        count = new_count, in = new_in, group = new_group;
+        const size_t entries = size_t(groups()) * count;
+        q = bytes.get<int8_t>(entries * group);
+        scale = scales.get<float>(entries);
+        sum = sums.get<float>(entries);
+        values = rows.get<const float*>(count);
+    }
+};
+
+// y[out] = matrix times x, plus bias[out] if given; several matrices for one row x[in], in one piece of work.
+struct Product {
+    const Matrix* matrix;
+    const float* bias;
+    float* y;
+};
+void products(const Path& path, std::initializer_list<Product> list, const float* x, QuantizedRows& rows,
+              int threads);
+
 // Matrices of a layer's experts. A bias is [experts, out] float32, or null.
 struct Experts {
     std::vector<const Matrix*> gate, up, down;
@@ -27,5 +51,8 @@ struct Experts {
 // y[t] = sum over k of weights[t, k] * expert index[t, k] of x[t]. An index past the last expert means none.
 void experts(const Path& path, const Experts& experts, Array x, int tokens, int top_k, const int64_t* index,
              const float* weights, Array y, int threads);
+
+// Reads every byte, as fast as this machine does: what a product that is limited by memory is measured against.
+uint64_t read(const Path& path, const void* data, size_t bytes, int threads);
 
 }  // namespace moqa

@@ -16,6 +16,13 @@ struct Path {
     void (*product)(const Matrix& matrix, const Rows& rows, int first, int last, float* y, size_t stride);
     // gate[i] = activation(gate[i]) * up[i]
     void (*activate)(Activation kind, float* gate, const float* up, int count);
+    // y[r] = row r of weights[rows, in] times x[in]
+    void (*float_product)(const float* weights, int rows, int in, const float* x, float* y);
+    // Attention of `heads` queries [heads, dim] to keys and values [length, dim]; scores is [heads, length] of memory.
+    void (*attend)(const float* q, int heads, const float* keys, const float* values, int length, int dim, float scale,
+                   float* scores, float* y);
+    // Reads every byte and gives the XOR of its words.
+    uint64_t (*read)(const uint8_t* data, size_t bytes);
 };
 
 extern const Path avx512_path, avx2_path, portable_path;

@@ -11,6 +11,9 @@ const Path avx2_path = {
     quantize,
     product<Avx2>,
     activate,
+    float_product,
+    attend,
+    read,
 };
 
 }  // namespace moqa

@@ -12,6 +12,9 @@ const Path avx512_path = {
     quantize,
     product<Avx512>,
     activate,
+    float_product,
+    attend,
+    read,
 };
 
 }  // namespace moqa

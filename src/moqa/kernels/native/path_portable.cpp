@@ -11,6 +11,9 @@ const Path portable_path = {
     quantize,
     product<Portable>,
     activate,
+    float_product,
+    attend,
+    read,
 };
 
 }  // namespace moqa

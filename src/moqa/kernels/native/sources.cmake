@@ -1,5 +1,6 @@
 # The kernels without Python: a library that the extension and the sanitizers' driver link.
 add_library(moqa_kernels STATIC
+  ${CMAKE_CURRENT_LIST_DIR}/decoder.cpp
   ${CMAKE_CURRENT_LIST_DIR}/ops.cpp
   ${CMAKE_CURRENT_LIST_DIR}/pool.cpp
   ${CMAKE_CURRENT_LIST_DIR}/path_avx512.cpp

@@ -1,0 +1,32 @@
+"""`moqa bench`: how fast a model runs here."""
+
+from typing import Annotated
+
+import typer
+
+from moqa.cli import app
+from moqa.cli.common import JsonOption, mib, print_table, write_result
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="checkpoint, or folder or Hub id of an original model")],
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="[default: all cores]")] = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="read at once")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="written one by one")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="the median counts")] = 5,
+    kernels: Annotated[str, typer.Option("--kernels", help="of a checkpoint: auto, native or reference")] = "auto",
+    json: JsonOption = None,
+) -> None:
+    """Measure load time, prefill and decode speed, and memory; an original runs in transformers, in bfloat16."""
+    from moqa.bench import bench as run
+
+    speed = run(model, threads, prompt_tokens, new_tokens, repeats, kernels)
+    print_table(
+        [f"{speed.engine}, {speed.threads} threads", "size", "load s", "prefill tok/s", "decode tok/s", "peak memory"],
+        [[
+            speed.model, mib(speed.bytes), f"{speed.load_seconds:.2f}", f"{speed.prefill_tokens_per_second:.0f}",
+            f"{speed.decode_tokens_per_second:.1f}", mib(speed.peak_bytes),
+        ]],
+    )  # fmt: skip
+    write_result(speed, json)

@@ -1,0 +1,66 @@
+// One token through all layers of a decoder in one call. At one token a framework's own work between the products
+// takes longer than the products.
+#pragma once
+
+#include <vector>
+
+#include "ops.h"
+
+namespace moqa {
+
+// y = x / rms(x) * weight
+struct Norm {
+    const float* weight;  // null: no norm
+    float epsilon;
+};
+
+struct Attention {
+    const Matrix *q, *k, *v, *o;
+    const float *q_bias, *k_bias, *v_bias, *o_bias;
+    Norm q_norm, k_norm;
+    bool norm_heads;  // each head apart, or all of them as one
+    int heads, kv_heads, head_dim;
+    float scale;
+};
+
+// gate, up and down of an MLP that every token visits; `share` is what its output is multiplied with, if it is learnt.
+struct Mlp {
+    const Matrix *gate, *up, *down;
+    const float* share;
+    Activation activation;
+};
+
+// The `top_k` largest of softmax(weight x), divided by their sum if `normalize`.
+struct Router {
+    const float* weight;  // [experts, hidden]; null: no routed experts
+    int experts, top_k;
+    bool normalize;
+};
+
+struct Layer {
+    Norm before_attention, before_mlp;
+    Attention attention;
+    Router router;
+    const Experts* experts;
+    Mlp mlp;  // gate null: none
+};
+
+struct Decoder {
+    std::vector<Layer> layers;
+    Norm norm;
+    const Matrix* head;
+    int hidden;
+};
+
+// Keys and values of what was read, [kv_heads, capacity, head_dim] for each layer.
+struct Past {
+    std::vector<float*> keys, values;
+    int capacity;
+};
+
+// Reads the embedding of the token at `position`, adds its keys and values to the past, and writes the [vocabulary]
+// logits of the next token. `cos` and `sin` are [rotated] for this position: the first features of a head are rotated.
+void decode(const Path& path, const Decoder& decoder, const Past& past, const float* embedding, int position,
+            const float* cos, const float* sin, int rotated, float* logits, int threads);
+
+}  // namespace moqa

@@ -1,0 +1,188 @@
+"""One token through the whole model in one native call, for decoders of the usual form.
+
+At one token the framework's work between the products takes longer than the products. Which models have the usual form
+is found by their parts and then by trying: a decoder is used only if it computes what transformers computes.
+"""
+
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from moqa.kernels import native
+from moqa.runtime.growing import GrowingCache, advance
+from moqa.runtime.packed import PackedExperts, PackedLinear, activation_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# families whose forward has been compared in the tests; what they share is that nothing else happens between the parts
+FAMILIES = ("llama", "mixtral", "olmoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
+TRIAL, CLOSE = 6, 0.03
+
+
+class FusedDecoder:
+    """A model that decodes one token per call.
+
+    >>> decoder = FusedDecoder.of(model)
+    >>> cache = decoder.cache()
+    >>> model(ids, past_key_values=cache, use_cache=True)
+    >>> decoder.step(token, cache).shape
+    torch.Size([8192])
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self._table: Any = model.get_input_embeddings()
+        base: Any = model.base_model
+        self._rotary = base.rotary_emb
+        # addresses go to native code: what they point to is kept here
+        self._alive: list[Any] = []
+        layers = [native.layer(self._describe(layer)) for layer in base.layers]
+        head: Any = model.get_output_embeddings()
+        self._decoder = native.decoder(layers, self._float(base.norm.weight), _epsilon(base.norm), head.matrix)
+        self._alive += [layers, head.matrix]
+        self._vocabulary = head.matrix.shape[0]
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._past: tuple[tuple[int, ...], Any] = ((), None)
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel") -> Optional["FusedDecoder"]:
+        """The decoder of a model; None if the model is of another form, or the two do not agree on a trial."""
+        found = model.__dict__.get("moqa_decoder", "untried")
+        if found == "untried":
+            found = cls(model) if _usual(model) else None
+            if found is not None and not found._agrees(model):
+                found = None
+            model.__dict__["moqa_decoder"] = found
+        return found
+
+    def cache(self) -> GrowingCache:
+        """An empty cache that `step` can write to."""
+        return GrowingCache(len(self._decoder_layers))
+
+    @torch.inference_mode()
+    def step(self, token: int, cache: GrowingCache) -> Tensor:
+        """Read one token.
+
+        Args:
+            token: its id.
+            cache: of all tokens before it, at least one; it remembers this one too.
+
+        Returns:
+            [vocabulary] logits of the next token, float32.
+        """
+        position = cache.get_seq_length()
+        cache.reserve(position + 1)
+        room = cache.layers[0].capacity
+        if self._angles is None or len(self._angles[0]) < room:
+            cos, sin = self._rotary(torch.empty(0), torch.arange(room)[None])
+            self._angles = cos[0].float().contiguous(), sin[0].float().contiguous()
+        cos, sin = self._angles
+        embedding = self._table(torch.tensor([token])).float()
+        logits = torch.empty(self._vocabulary)
+        native.decode(self._decoder, self._addresses(cache, room), embedding, position, cos, sin, logits)
+        advance(cache, position + 1)
+        return logits
+
+    def _addresses(self, cache: GrowingCache, room: int) -> Any:
+        places = tuple(address for layer in cache.layers for address in layer.addresses())
+        if self._past[0] != (*places, room):
+            self._past = ((*places, room), native.past(list(places[::2]), list(places[1::2]), room))
+        return self._past[1]
+
+    def _float(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        self._alive.append(tensor.detach().float().contiguous())
+        return self._alive[-1]
+
+    def _describe(self, layer: Any) -> dict[str, Any]:
+        """The parts of a layer as native code takes them."""
+        attention, mlp = layer.self_attn, layer.mlp
+        found: dict[str, Any] = {
+            "epsilon": _epsilon(layer.input_layernorm), "scale": attention.scaling, "head_dim": attention.head_dim,
+            "before_attention": self._float(layer.input_layernorm.weight),
+            "before_mlp": self._float(layer.post_attention_layernorm.weight),
+        }  # fmt: skip
+        for name in "qkvo":
+            linear = getattr(attention, f"{name}_proj")
+            found |= {name: linear.matrix, f"{name}_bias": self._float(linear.bias)}
+        found["heads"] = found["q"].shape[0] // attention.head_dim
+        found["kv_heads"] = found["k"].shape[0] // attention.head_dim
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(attention, name, None)
+            found[name] = None if norm is None else self._float(norm.weight)
+        found["norm_heads"] = found["q_norm"] is not None and len(found["q_norm"]) == attention.head_dim
+        dense = mlp
+        if hasattr(mlp, "experts"):
+            packed: PackedExperts = mlp.experts.moqa_weights
+            found |= {
+                "router": self._float(mlp.gate.weight), "experts": packed.stack(mlp.experts),
+                "experts_count": mlp.experts.num_experts, "top_k": mlp.gate.top_k,
+                "normalize": int(getattr(mlp.gate, "norm_topk_prob", True)),
+            }  # fmt: skip
+            dense = getattr(mlp, "shared_expert", None)
+            if dense is not None:
+                found["share"] = self._float(mlp.shared_expert_gate.weight)
+        if dense is not None:
+            found |= {name: getattr(dense, f"{name}_proj").matrix for name in ("gate", "up", "down")}
+            found["activation"] = activation_name(dense.act_fn)
+        self._alive.append(found)
+        return found
+
+    @property
+    def _decoder_layers(self) -> list[Any]:
+        return self._alive[-2]
+
+    @torch.inference_mode()
+    def _agrees(self, model: "PreTrainedModel") -> bool:
+        vocabulary = model.config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary, (1, TRIAL), generator=torch.Generator().manual_seed(0))
+        ours, theirs = self.cache(), self.cache()
+        model(ids[:, :3], past_key_values=ours, use_cache=True)
+        expected = model(ids, past_key_values=theirs, use_cache=True).logits[0, 3:].float()
+        found = torch.stack([self.step(int(token), ours) for token in ids[0, 3:]])
+        errors = (found - expected).norm(dim=1) / (expected - expected.mean(1, keepdim=True)).norm(dim=1)
+        # the median: a router whose experts are nearly even may choose another after any change of rounding
+        return bool(errors.median() < CLOSE)
+
+
+def _usual(model: "PreTrainedModel") -> bool:
+    config: Any = model.config
+    if config.model_type not in FAMILIES or model.dtype != torch.float32 or model.device.type != "cpu":
+        return False
+    if getattr(config, "clip_qkv", None) is not None or _rope_type(config) not in ROPES:
+        return False
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or (config.model_type != "qwen2" and getattr(config, "sliding_window", None)):
+        return False
+    base: Any = model.base_model
+    linears = [module for layer in base.layers for module in _linears(layer)]
+    linears.append(model.get_output_embeddings())
+    return all(isinstance(module, PackedLinear) and module.kernels.name == "native" for module in linears) and all(
+        _experts_known(layer.mlp) for layer in base.layers
+    )
+
+
+def _linears(layer: Any) -> list[nn.Module]:
+    found = [getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"]
+    dense = getattr(layer.mlp, "shared_expert", None) if hasattr(layer.mlp, "experts") else layer.mlp
+    return found + ([] if dense is None else [getattr(dense, f"{name}_proj") for name in ("gate", "up", "down")])
+
+
+def _experts_known(mlp: Any) -> bool:
+    dense = getattr(mlp, "shared_expert", None) if hasattr(mlp, "experts") else mlp
+    if dense is not None and activation_name(dense.act_fn) is None:
+        return False
+    packed = getattr(getattr(mlp, "experts", None), "moqa_weights", None)
+    return not hasattr(mlp, "experts") or (packed is not None and packed.activation is not None)
+
+
+def _rope_type(config: Any) -> str:
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return str(found.get("rope_type", "default"))
+
+
+def _epsilon(norm: Any) -> float:
+    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
