@@ -50,6 +50,7 @@ $(VENV)/.bench: $(VENV)/.ready
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/kernel_speed.py
 	$(BIN)/python benchmarks/model_speed.py
+	$(BIN)/python benchmarks/kernel_accuracy.py
 
 results: demo
 	cp runs/demo/main-job.md docs/results/main-job.md

@@ -72,7 +72,7 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
             if hasattr(packed, "bias"):
                 packed.bias = getattr(parent, name).bias
             setattr(parent, name, packed)
-        keep_as_stored(model, self._checkpoint.layer(None), self._kernels)
+        keep_as_stored(model, self._checkpoint.layer(None), model.dtype, self._kernels)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` would write another format: copy the folder instead."""

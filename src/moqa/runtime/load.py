@@ -63,15 +63,17 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, kern
     found = choose_kernels(kernels)
     install_units(model.eval(), checkpoint, found)
     stored = checkpoint.layer(None)
+    mapped = _tables(model, stored)
     report = model.load_state_dict(
-        {n: t.to(dtype) if t.is_floating_point() else t for n, t in stored.items()}, strict=False, assign=True
-    )
+        {n: t.to(dtype) if t.is_floating_point() and n not in mapped else t for n, t in stored.items()},
+        strict=False, assign=True,
+    )  # fmt: skip
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if report.unexpected_keys or left:
         name = (report.unexpected_keys or left)[0]
         raise MoqaError(f"{checkpoint.folder}: {name} does not fit config.json", "one of the two was changed")
-    keep_as_stored(model, stored, found)
+    keep_as_stored(model, stored, dtype, found)
     return model.requires_grad_(False)
 
 
@@ -93,17 +95,28 @@ def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Ker
         _install(view, view.layer_units(layer), matrices, kernels)
 
 
-def keep_as_stored(model: "PreTrainedModel", stored: Mapping[str, Tensor], kernels: Kernels) -> None:
-    """Let the embedding and the head use their bfloat16 tables where the files are mapped, instead of a wider copy."""
+def keep_as_stored(
+    model: "PreTrainedModel", stored: Mapping[str, Tensor], dtype: torch.dtype, kernels: Kernels
+) -> None:
+    """Let the embedding and the head use their tables where the files are mapped, instead of a wider copy."""
+    tables = _tables(model, stored)
+    for name, module in tables.items():
+        if isinstance(module, nn.Linear):
+            model.set_output_embeddings(PackedLinear.of_kept(stored[name], module.bias, kernels))
+    head = model.get_output_embeddings()
+    for name, module in tables.items():
+        if isinstance(module, nn.Embedding):
+            if isinstance(head, nn.Linear) and head.weight is module.weight:
+                model.set_output_embeddings(PackedLinear.of_kept(stored[name], head.bias, kernels))
+            model.set_input_embeddings(KeptEmbedding(stored[name], module.padding_idx, dtype))
+
+
+def _tables(model: "PreTrainedModel", stored: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Names of the embedding's and the head's own tables that are stored in bfloat16."""
     names = {id(module): name for name, module in model.named_modules()}
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weight = stored.get(f"{names.get(id(table))}.weight")
-    tied = head is not None and head.weight is table.weight
-    own = stored.get(f"{names.get(id(head))}.weight", weight if tied else None)
-    if type(head) is nn.Linear and own is not None and own.dtype == torch.bfloat16:
-        model.set_output_embeddings(PackedLinear.of_kept(own, head.bias, kernels))
-    if type(table) is nn.Embedding and weight is not None:
-        model.set_input_embeddings(KeptEmbedding(weight, table.padding_idx, model.dtype))
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    plain = {f"{names[id(end)]}.weight": end for end in ends if type(end) in (nn.Embedding, nn.Linear)}
+    return {n: end for n, end in plain.items() if n in stored and stored[n].dtype == torch.bfloat16}
 
 
 def choose_kernels(name: str) -> Kernels:
