@@ -3,18 +3,16 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moqa.errors import MoqaError
 from moqa.format.artifact import checksum, read_json
-from moqa.format.layout import DTYPES, Shard, shards
+from moqa.format.layout import DTYPES, Shard, entry_bytes, shards
 from moqa.format.manifest import FORMAT, MANIFEST, Manifest
 from moqa.models.checkpoint import read_header
 
@@ -60,10 +58,15 @@ class Checkpoint:
         return self.bytes * 8 / (self.unit_weights + kept)
 
     def layer(self, index: int | None) -> dict[str, Tensor]:
-        """Tensors of one decoder layer's units, or of all that is kept if `index` is None."""
+        """Tensors of one decoder layer's units, or of all that is kept if `index` is None, mapped and not copied."""
         shard = self.shards[0 if index is None else index + 1]
-        with safe_open(self.folder / shard.file, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in shard.entries}
+        data = torch.from_file(str(self.folder / shard.file), shared=False, size=shard.bytes, dtype=torch.uint8)
+        tensors, begin = {}, len(shard.header())
+        for name, entry in shard.entries.items():
+            end = begin + entry_bytes(entry)
+            tensors[name] = data[begin:end].view(entry[0]).view(entry[1])
+            begin = end
+        return tensors
 
     def check_files(self) -> None:
         """Compare every weight file with the layout that the manifest describes: names, dtypes, shapes, offsets.
@@ -111,19 +114,12 @@ class Checkpoint:
         Raises:
             MoqaError: naming the tensor.
         """
-        for name, scale in self._scales():
+        scales = (item for index in range(self.manifest.layers) for item in self.layer(index).items())
+        for name, scale in scales:
+            if not name.endswith(".scale"):
+                continue
             if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
                 raise MoqaError(f"{self.folder}: {name} holds NaN, infinite or negative scales")
-
-    def _scales(self) -> Iterator[tuple[str, Tensor]]:
-        for shard in self.shards[1:]:
-            try:
-                with safe_open(self.folder / shard.file, framework="pt") as file:
-                    for name in shard.entries:
-                        if name.endswith(".scale"):
-                            yield name, file.get_tensor(name)
-            except SafetensorError as error:
-                raise MoqaError(f"{self.folder / shard.file} is corrupted", str(error)) from None
 
 
 def is_checkpoint(folder: str | Path) -> bool:

@@ -74,6 +74,7 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, kern
         name = (report.unexpected_keys or left)[0]
         raise MoqaError(f"{checkpoint.folder}: {name} does not fit config.json", "one of the two was changed")
     keep_as_stored(model, stored, dtype, found)
+    _read_generation_config(model, checkpoint.folder)
     return model.requires_grad_(False)
 
 
@@ -117,6 +118,18 @@ def _tables(model: "PreTrainedModel", stored: Mapping[str, Tensor]) -> dict[str,
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     plain = {f"{names[id(end)]}.weight": end for end in ends if type(end) in (nn.Embedding, nn.Linear)}
     return {n: end for n, end in plain.items() if n in stored and stored[n].dtype == torch.bfloat16}
+
+
+def _read_generation_config(model: "PreTrainedModel", folder: Path) -> None:
+    """A model built from config.json alone does not know the further end tokens of chat models."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise MoqaError(f"{folder} has no usable generation_config.json", str(error).splitlines()[0]) from None
 
 
 def choose_kernels(name: str) -> Kernels:

@@ -1,0 +1,88 @@
+"""`moqa chat`: talk with a checkpoint."""
+
+import signal
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import typer
+
+from moqa.cli import app
+from moqa.cli.generate import (
+    MaxTokensOption,
+    OutArgument,
+    SamplingSeedOption,
+    StopOption,
+    TemperatureOption,
+    ThreadsOption,
+    TopKOption,
+    TopPOption,
+    sampling_of,
+    use_threads,
+)
+from moqa.errors import MoqaError
+
+if TYPE_CHECKING:
+    from moqa.generate import Chat
+
+
+@app.command()
+def chat(
+    out: OutArgument,
+    max_tokens: MaxTokensOption = 512,
+    temperature: TemperatureOption = 1.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    stop: StopOption = None,
+    seed: SamplingSeedOption = 0,
+    threads: ThreadsOption = None,
+) -> None:
+    """Talk with a checkpoint on a terminal, or line by line from stdin."""
+    from moqa.generate import Chat, load_any
+
+    sampling = sampling_of(max_tokens, temperature, top_p, top_k, stop, seed)
+    use_threads(threads)
+    talk = Chat(*load_any(out), sampling)
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (lets input() edit lines and recall earlier ones)
+
+        typer.echo("/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer", err=True)
+    while (line := _next_line()) != "/exit":
+        if line == "/reset":
+            talk.reset()
+        elif line:
+            _answer(talk, line)
+
+
+def _next_line() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        print(end="\n" if sys.stdin.isatty() else "")
+        return "/exit"
+    except KeyboardInterrupt:
+        print()
+        return ""
+
+
+def _answer(talk: "Chat", line: str) -> None:
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    # a signal between two tokens leaves what was read in order; one inside an operation would not
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with closing(talk.say(line)) as pieces:
+            for piece in pieces:
+                print(piece.text, end="", flush=True)
+                if stopped:
+                    break
+        print()
+    except MoqaError as error:
+        typer.echo(f"moqa: {error}; /reset begins anew", err=True)
+    finally:
+        signal.signal(signal.SIGINT, before)

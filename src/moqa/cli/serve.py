@@ -1,0 +1,37 @@
+"""`moqa serve`: an OpenAI-style server."""
+
+from typing import Annotated
+
+import typer
+
+from moqa.cli import app
+from moqa.cli.generate import OutArgument, ThreadsOption, use_threads
+from moqa.errors import MoqaError
+
+
+@app.command()
+def serve(
+    out: OutArgument,
+    host: Annotated[str, typer.Option("--host", help="address to listen at")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any that is free")] = 8000,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="texts that are written at once")] = 4,
+    queue: Annotated[int, typer.Option("--queue", min=0, help="texts that may wait before requests get a 429")] = 256,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="MOQA_API_KEY", help="what clients must send; others see it in `ps`"),
+    ] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Answer OpenAI-style requests until Ctrl-C or SIGTERM."""
+    from moqa.serve import serve as run
+
+    if api_key == "":
+        raise MoqaError("--api-key (or MOQA_API_KEY) is empty", "give a key, or leave it out")
+    if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
+        typer.echo(f"moqa: warning: --host {host} without --api-key: everyone who gets there may ask", err=True)
+    use_threads(threads)
+    run(
+        out, host=host, port=port, slots=slots, queue=queue, api_key=api_key,
+        ready=lambda url: typer.echo(f"moqa: {out} at {url}/v1, {slots} slots, queue of {queue}", err=True),
+    )  # fmt: skip
+    typer.echo("moqa: stopped", err=True)

@@ -1,0 +1,37 @@
+"""What a server counts, for Prometheus."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_NEXT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+
+class Metrics:
+    """Counters of one server in a registry of its own.
+
+    >>> metrics = Metrics()
+    >>> metrics.requests.labels("/v1/models", 200).inc()
+    """
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("moqa_requests", "answered requests", ("route", "status"), registry=registry)
+        self.prompt_tokens = Counter("moqa_prompt_tokens", "tokens of prompts that were read", registry=registry)
+        self.completion_tokens = Counter("moqa_completion_tokens", "tokens that were written", registry=registry)
+        self.waiting = Gauge("moqa_queue_length", "texts that wait for a slot", registry=registry)
+        self.active = Gauge("moqa_active_slots", "texts that are being written", registry=registry)
+        self.slots = Gauge("moqa_slots", "texts that can be written at once", registry=registry)
+        self.first_token = Histogram(
+            "moqa_time_to_first_token_seconds", "from request to first token, waiting included", buckets=_FIRST,
+            registry=registry,
+        )  # fmt: skip
+        self.next_token = Histogram(
+            "moqa_time_per_token_seconds", "from one token of a text to its next", buckets=_NEXT, registry=registry
+        )
+        self.seconds = Counter("moqa_busy_seconds", "time that the model worked", ("phase",), registry=registry)
+        for phase in ("prefill", "decode"):
+            self.seconds.labels(phase)
+
+    def page(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,119 @@
+"""`moqa serve`: from a folder to a server that answers until it is told to stop."""
+
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from moqa.errors import MoqaError
+from moqa.generate import load_any
+from moqa.serve.app import build_app
+from moqa.serve.service import Service
+
+GRACE = 3.0  # seconds for texts that are being written when the server is told to stop
+_BACKLOG = 2048  # connections that wait to be accepted
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with our way to stop.
+
+    Args:
+        service: whose scheduler runs.
+        api_key: what clients must send; None lets everyone in.
+    """
+
+    def __init__(self, service: Service, api_key: str | None) -> None:
+        self._scheduler = service.scheduler
+        config = uvicorn.Config(
+            build_app(service, api_key), http="h11", loop="asyncio", ws="none", lifespan="off", log_config=None,
+            access_log=False, server_header=False, proxy_headers=False,
+            # longer than clients keep theirs, so that none meets a connection that is just being closed
+            timeout_keep_alive=75, timeout_graceful_shutdown=int(GRACE) + 2,
+        )  # fmt: skip
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting; texts that are being written get some seconds."""
+        self._scheduler.stop(GRACE)
+        await super().shutdown(sockets)
+
+
+def serve(
+    model: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    slots: int = 4,
+    queue: int = 256,
+    api_key: str | None = None,
+    ready: Callable[[str], None] | None = None,
+) -> None:
+    """Answer OpenAI-style requests until SIGTERM or Ctrl-C.
+
+    >>> serve("runs/out", port=8000)
+
+    Args:
+        model: folder of a checkpoint or of an original model, or a Hub id.
+        host: address to listen at.
+        port: 0 for any that is free.
+        slots: texts that are written at once.
+        queue: texts that may wait; further requests get status 429.
+        api_key: what clients must send; None lets everyone in.
+        ready: called with the server's address before the first request is taken.
+
+    Raises:
+        MoqaError: if the model is missing or damaged, or the port is taken.
+    """
+    with _bound(host, port) as listener:
+        service = Service(*load_any(model), Path(model).resolve().name, slots, queue)
+        server = Server(service, api_key)
+
+        def stop(*_: object) -> None:
+            server.should_exit = True
+
+        # uvicorn passes a signal on when it is done; to the default handlers that would be death, not exit 0
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        service.scheduler.start()
+        try:
+            _listen(listener, host, port)
+            if ready:
+                ready(f"http://{_address(listener)}")
+            server.run([listener])
+        finally:
+            service.scheduler.stop(0)
+            service.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that is not open yet: who connects while the model loads is to be refused, not to wait."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise _no_port(host, port, error) from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise _no_port(host, port, error) from None
+    return listener
+
+
+def _listen(listener: socket.socket, host: str, port: int) -> None:
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:  # another server that was bound at the same time was faster
+        raise _no_port(host, port, error) from None
+
+
+def _no_port(host: str, port: int, error: Exception) -> MoqaError:
+    return MoqaError(f"cannot listen at --host {host} --port {port}", getattr(error, "strerror", None) or str(error))
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,160 @@
+"""One thread that owns the model and takes all texts forward in turns, a token each."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from moqa.generate import Piece, Sampling
+from moqa.serve.metrics import Metrics
+from moqa.serve.refusal import RefusalError
+
+
+@dataclass(eq=False)
+class Job:
+    """One text to be written.
+
+    Attributes:
+        ids: tokens of the prompt.
+        sampling: how to continue it.
+        deliver: called in the scheduler's thread with each piece that says something; an exception is the last.
+    """
+
+    ids: Sequence[int]
+    sampling: Sampling
+    deliver: Callable[[Piece | Exception], None]
+    cancelled: bool = False
+    pieces: Iterator[Piece] | None = None
+    last: float = field(default_factory=time.monotonic)  # when it came, then when its last token did
+    written: int = 0
+
+
+class Scheduler:
+    """Slots for texts that are written at once, and a queue of bounded length before them.
+
+    >>> scheduler = Scheduler(lambda job: generate(model, tokenizer, job.ids, job.sampling), 4, 256, Metrics())
+    >>> scheduler.start()
+    >>> scheduler.submit([job])
+
+    Each text is a generator with a cache and a random generator of its own, and every step belongs to one text only:
+    what is written does not depend on what else is.
+
+    Args:
+        begin: makes a job's generator; called in the scheduler's thread.
+        slots: texts that are written at once.
+        queue: texts that may wait.
+        metrics: to count in.
+    """
+
+    def __init__(self, begin: Callable[[Job], Iterator[Piece]], slots: int, queue: int, metrics: Metrics) -> None:
+        self._begin, self._slots, self._queue, self._metrics = begin, slots, queue, metrics
+        self._waiting: deque[Job] = deque()
+        self._active: list[Job] = []
+        self._deadline: float | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="moqa-model", daemon=True)
+        metrics.slots.set(slots)
+        metrics.waiting.set_function(lambda: len(self._waiting))
+        metrics.active.set_function(lambda: len(self._active))
+
+    @property
+    def room(self) -> int:
+        """Texts that fit at all, if there are no others."""
+        return self._slots + self._queue
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing new is taken."""
+        return self._deadline is not None
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue texts, all or none.
+
+        Raises:
+            RefusalError: 429 if the queue has no room for all of them, 503 if the server stops.
+        """
+        with self._changed:
+            if self.stopping:
+                raise _stopping()
+            if len(self._waiting) + len(self._active) + len(jobs) > self.room:
+                message = f"{self._slots} texts are being written and {len(self._waiting)} wait: try again later"
+                raise RefusalError(429, message, code="queue_full", headers={"Retry-After": "1"})
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Drop texts that nobody reads any more; those that are finished stay so."""
+        with self._changed:
+            for job in jobs:
+                job.cancelled = True
+                if job in self._waiting:
+                    self._waiting.remove(job)
+
+    def stop(self, seconds: float) -> None:
+        """Take nothing new, refuse what waits, cut what is not written after some time; does not wait."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
+            refused, self._waiting = list(self._waiting), deque()
+            self._changed.notify()
+        for job in refused:
+            job.deliver(_stopping())
+
+    def join(self) -> None:
+        """Wait until all is written or cut."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._active or self.stopping)
+                while self._waiting and len(self._active) < self._slots:
+                    self._active.append(self._waiting.popleft())
+            if not self._active:
+                return
+            for job in self._active.copy():
+                if not self._step(job):
+                    self._active.remove(job)
+
+    def _step(self, job: Job) -> bool:
+        """One chunk of a prompt or one token; whether there is more to do."""
+        if job.cancelled:
+            return False
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            job.deliver(_stopping())
+            return False
+        start = time.monotonic()
+        try:
+            if job.pieces is None:
+                job.pieces = self._begin(job)
+            piece = next(job.pieces)
+        except Exception as error:
+            # whatever went wrong is this text's problem, the others go on
+            job.deliver(error)
+            return False
+        self._count(job, piece, start)
+        if piece.text or piece.tokens or piece.finish:
+            job.deliver(piece)
+        return piece.finish is None
+
+    def _count(self, job: Job, piece: Piece, start: float) -> None:
+        now, metrics = time.monotonic(), self._metrics
+        metrics.seconds.labels("decode" if piece.completion_tokens > 1 else "prefill").inc(now - start)
+        if piece.completion_tokens == job.written:
+            return
+        if job.written == 0:
+            metrics.prompt_tokens.inc(len(job.ids))
+            metrics.first_token.observe(now - job.last)
+        else:
+            metrics.next_token.observe(now - job.last)
+        metrics.completion_tokens.inc()
+        job.written, job.last = piece.completion_tokens, now
+
+
+def _stopping() -> RefusalError:
+    return RefusalError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})

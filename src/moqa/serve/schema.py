@@ -1,0 +1,155 @@
+"""What may be asked for: OpenAI's fields, as far as they are kept; what would be ignored is refused."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)  # fmt: skip
+
+from moqa.generate.sampling import Sampling, first_problem
+from moqa.serve.refusal import RefusalError
+
+_T = TypeVar("_T")
+# without fail_fast a million numbers are a million complaints of the branch for texts
+_Many = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
+# no effect on any text
+_IGNORED = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+}  # fmt: skip
+# known to OpenAI's clients and not kept: only what changes nothing is taken
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "presence_penalty": (0,), "frequency_penalty": (0,),
+    "logit_bias": ({},), "response_format": ({"type": "text"},), "modalities": (["text"],), "tools": ([],),
+    "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
+    "function_call": ("none", "auto"), "name": (), "refusal": (), "annotations": ([],), "audio": (),
+    "tool_calls": ([],),
+}  # fmt: skip
+
+
+def _described(text: str) -> WrapValidator:
+    """One sentence instead of what each branch of a union would have liked."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"should be {text}") from None
+
+    return WrapValidator(check)
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_changes_nothing(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        left = {name: value for name, value in data.items() if name not in _IGNORED and value is not None}
+        for name in _NEUTRAL.keys() & left.keys() - cls.model_fields.keys():
+            if left[name] in _NEUTRAL[name]:
+                del left[name]
+        return left
+
+
+class StreamOptions(_Asked):
+    """Of a streamed answer."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class _Request(_Asked):
+    model: str | None = Field(None, description="the one that /v1/models names")
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: Annotated[str | list[str], _described("a text or a list of texts")] = []
+    repetition_penalty: float | None = None
+
+    def sampling(self, max_tokens: int | None, logprobs: int | None, stops: tuple[str, ...] = ()) -> Sampling:
+        """How to continue the text.
+
+        Args:
+            max_tokens: tokens to write at most.
+            logprobs: likeliest tokens to report.
+            stops: further stop strings.
+
+        Raises:
+            RefusalError: if a number is out of its range.
+        """
+        names = ("temperature", "top_p", "top_k", "seed", "repetition_penalty")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        own = [self.stop] if isinstance(self.stop, str) else self.stop
+        try:
+            sampling = Sampling(max_tokens=max_tokens, logprobs=logprobs, stop=tuple(own), **given)
+        except ValidationError as error:
+            field, problem = first_problem(error)
+            raise RefusalError(400, f"{field} {problem}", param=field) from None
+        return sampling.model_copy(update={"stop": sampling.stop + stops})
+
+
+class CompletionRequest(_Request):
+    """Body of `/v1/completions`."""
+
+    prompt: Annotated[
+        str | _Many[str] | _Many[int] | _Many[_Many[int]],
+        _described("a text, a list of texts, a list of token numbers or a list of such lists, none of them empty"),
+    ]
+    max_tokens: int = 16
+    logprobs: int | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One prompt for each text to be written."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class TextPart(_Asked):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Asked):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str | list[TextPart], _described("a text or a list of text parts; nothing else can be read")]
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates know it; they call a developer's message the system's."""
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        return {"role": "system" if self.role == "developer" else self.role, "content": "".join(parts)}
+
+
+class ChatRequest(_Request):
+    """Body of `/v1/chat/completions`."""
+
+    messages: _Many[ChatMessage]
+    max_completion_tokens: int | None = None
+    max_tokens: int | None = Field(None, description="the older name of max_completion_tokens")
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+    def asked_logprobs(self) -> int | None:
+        """Likeliest tokens to report beside each one; None for no log-probabilities.
+
+        Raises:
+            RefusalError: if a number is given without `logprobs`.
+        """
+        if not self.logprobs and self.top_logprobs is not None:
+            raise RefusalError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        return self.top_logprobs or 0 if self.logprobs else None

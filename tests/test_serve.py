@@ -1,0 +1,537 @@
+"""The server, as clients see it: a real one on a free port, asked by OpenAI's client and by hostile ones."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from moqa.errors import MoqaError
+from moqa.generate import Finish, Piece, Sampling, generate, load_any
+from moqa.serve import serve
+from moqa.serve.guard import BODY_LIMIT
+from moqa.serve.metrics import Metrics
+from moqa.serve.refusal import RefusalError
+from moqa.serve.run import GRACE, Server
+from moqa.serve.scheduler import Job, Scheduler
+from moqa.serve.service import Service
+
+GREEDY = {"temperature": 0, "max_tokens": 12}
+LONG = {"prompt": "The", "max_tokens": 20000, "temperature": 0}  # half a minute, and no end token; no test waits
+
+
+@contextmanager
+def running(tiny, slots=4, queue=256, api_key=None, begin=None):
+    """A server of a model in a thread, and where it answers."""
+    service = Service(*tiny, "tiny", slots, queue)
+    if begin:
+        service.scheduler._begin = begin(service.scheduler._begin)
+    server = Server(service, api_key)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    service.scheduler.start()
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(GRACE + 5)
+        service.scheduler.stop(0)
+        service.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model):
+    return load_any(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def url(tiny):
+    with running(tiny) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def http(url):
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def complete(http, **body):
+    return http.post("/v1/completions", json=body)
+
+
+def alone(tiny, prompt, **options):
+    pieces = list(generate(*tiny, prompt, Sampling(**options)))
+    return "".join(piece.text for piece in pieces), pieces[-1].finish
+
+
+def gauges(http):
+    families = text_string_to_metric_families(http.get("/metrics").text)
+    return {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+
+
+def until(http, seconds=5, **expected):
+    """Wait until gauges have some values."""
+    end = time.monotonic() + seconds
+    while True:
+        found = gauges(http)
+        if all(found[f"moqa_{name}",] == value for name, value in expected.items()):
+            return
+        assert time.monotonic() < end, found
+        time.sleep(0.02)
+
+
+def fails(response, status, param=None, word=""):
+    assert response.status_code == status, response.text[:300]
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"].endswith("_error")
+    assert error["param"] == param
+    assert word in error["message"]
+
+
+class TestAnswers:
+    def test_completion(self, client, tiny):
+        found = client.completions.create(model="tiny", prompt="The history of", **GREEDY)
+        text, finish = alone(tiny, "The history of", **GREEDY)
+        assert (found.object, found.model, found.choices[0].text) == ("text_completion", "tiny", text)
+        assert found.choices[0].finish_reason == finish.finish_reason == "length"
+        assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (3, 12, 15)
+
+    def test_streamed_completion(self, client, tiny):
+        options = {"prompt": "The history of", "seed": 3, "max_tokens": 12}
+        chunks = list(client.completions.create(model="tiny", stream=True, **options))
+        text, _ = alone(tiny, options.pop("prompt"), **options)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == text
+        assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+        assert all(chunk.usage is None for chunk in chunks)
+
+    def test_several_prompts(self, client, tiny):
+        prompts = ["The", "A", "In"]
+        found = client.completions.create(model="tiny", prompt=prompts, **GREEDY)
+        expected = [alone(tiny, prompt, **GREEDY)[0] for prompt in prompts]
+        assert [choice.text for choice in found.choices] == expected
+        assert found.usage.completion_tokens == 36
+        ids = [tiny[1](prompt)["input_ids"] for prompt in prompts]
+        assert [c.text for c in client.completions.create(model="tiny", prompt=ids, **GREEDY).choices] == expected
+        assert client.completions.create(model="tiny", prompt=ids[0], **GREEDY).choices[0].text == expected[0]
+        texts = ["", "", ""]
+        for chunk in client.completions.create(model="tiny", prompt=prompts, stream=True, **GREEDY):
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert texts == expected
+
+    def test_usage_of_a_stream(self, client):
+        options = {"include_usage": True}
+        *chunks, last = client.completions.create(
+            model="tiny", prompt="The", stream=True, stream_options=options, **GREEDY
+        )
+        assert all(chunk.usage is None for chunk in chunks)
+        assert last.choices == []
+        assert last.usage.completion_tokens == 12
+
+    def test_chat(self, client, tiny):
+        messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+        found = client.chat.completions.create(model="tiny", messages=messages, **GREEDY)
+        expected, finish = alone(tiny, "system: Be brief.\nuser: Hello\nassistant:", stop=("\nuser:",), **GREEDY)
+        assert found.choices[0].message.content == expected
+        assert found.choices[0].message.role == "assistant"
+        assert found.usage.prompt_tokens == finish.prompt_tokens
+        parts = [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]
+        again = client.chat.completions.create(model="tiny", messages=[messages[0], *parts], **GREEDY)
+        assert again.choices[0].message.content == expected
+        history = [*messages, found.choices[0].message, {"role": "user", "content": "And?"}]
+        assert client.chat.completions.create(model="tiny", messages=history, **GREEDY).usage.prompt_tokens > 20
+
+    def test_streamed_chat(self, client):
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "seed": 1}
+        whole = client.chat.completions.create(max_completion_tokens=12, **asked)
+        first, *chunks = client.chat.completions.create(max_tokens=12, stream=True, **asked)
+        assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+        assert chunks[-1].choices[0].finish_reason == "length"
+
+    def test_stop_strings(self, client, tiny):
+        text, _ = alone(tiny, "The", **GREEDY)
+        for stop in (text[5:8], ["never there", text[5:8]]):
+            found = client.completions.create(model="tiny", prompt="The", stop=stop, **GREEDY).choices[0]
+            assert (found.text, found.finish_reason) == (text[: text.index(text[5:8])], "stop")
+
+    def test_logprobs(self, client, tiny):
+        pieces = list(generate(*tiny, "The", Sampling(logprobs=3, seed=1, max_tokens=12)))
+        expected = [token for piece in pieces for token, _ in piece.tokens]
+        asked = {"model": "tiny", "seed": 1, "max_tokens": 12}
+        report = client.completions.create(prompt="The", logprobs=3, **asked).choices[0].logprobs
+        assert report.token_logprobs == [token.logprob for token in expected]
+        assert report.tokens == [tiny[1].decode([token.id]) for token in expected]
+        assert report.text_offset == [at for piece in pieces for _, at in piece.tokens]
+        assert [max(top.values()) for top in report.top_logprobs] == [token.top[0][1] for token in expected]
+        asked |= {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True}
+        whole = client.chat.completions.create(top_logprobs=3, **asked).choices[0].logprobs.content
+        chunks = client.chat.completions.create(stream=True, **asked)
+        streamed = [entry for chunk in chunks for entry in chunk.choices[0].logprobs.content]
+        assert [(e.token, e.logprob) for e in streamed] == [(e.token, e.logprob) for e in whole]
+        assert [len(entry.top_logprobs) for entry in whole] == [3] * 12
+        assert all(bytes(e.bytes).decode() == e.token for e in whole if e.bytes is not None)
+
+    def test_models(self, client):
+        assert [model.id for model in client.models.list()] == ["tiny"]
+        assert client.models.retrieve("tiny").object == "model"
+        with pytest.raises(openai.NotFoundError) as error:
+            client.completions.create(model="gpt", prompt="The")
+        assert error.value.code == "model_not_found"
+
+
+class TestLoad:
+    def test_loses_no_request_and_changes_no_text(self, tiny, url):
+        options = [{"prompt": f"The {n}", "seed": n, "max_tokens": 4 + n % 9} for n in range(200)]
+        expected = [alone(tiny, **one)[0] for one in options]
+
+        async def ask():
+            limits = httpx.Limits(max_connections=200)
+            async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+                return await asyncio.gather(*(client.post("/v1/completions", json=one) for one in options))
+
+        found = asyncio.run(ask())
+        assert [response.status_code for response in found] == [200] * 200
+        assert [response.json()["choices"][0]["text"] for response in found] == expected
+
+    def test_takes_turns(self, http, url):
+        with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as long:
+            lines = long.iter_lines()  # closes the connection when it is forgotten
+            assert next(lines)
+            start = time.monotonic()
+            assert complete(http, prompt="A", **GREEDY).status_code == 200
+            assert time.monotonic() - start < 5
+        until(http, active_slots=0)
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_client_that_leaves_frees_its_slot(self, http, url, stream):
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps({**LONG, "stream": stream, "prompt": ["The", "A"]})
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(f"{head}\r\n\r\n{body}".encode())
+            until(http, active_slots=2)
+        until(http, seconds=1, active_slots=0)
+
+    def test_a_client_that_leaves_frees_its_place_in_the_queue(self, tiny):
+        with running(tiny, slots=1, queue=1) as url, httpx.Client(base_url=url, timeout=60) as http:
+            with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as active:
+                lines = active.iter_lines()  # closes the connection when it is forgotten
+                assert next(lines)
+                with pytest.raises(httpx.ReadTimeout):
+                    httpx.post(f"{url}/v1/completions", json=LONG, timeout=0.2)
+                until(http, seconds=1, queue_length=0, active_slots=1)
+            until(http, seconds=1, active_slots=0)
+
+    def test_a_full_queue_is_a_429(self, tiny):
+        with running(tiny, slots=1, queue=1) as url, httpx.Client(base_url=url, timeout=60) as http:
+            fails(complete(http, **{**LONG, "prompt": ["a", "b", "c"]}), 400, "prompt", "at most 2")
+            with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as active:
+                lines = active.iter_lines()  # closes the connection when it is forgotten
+                assert next(lines)
+                refused = complete(http, **{**LONG, "prompt": ["a", "b"]})
+                fails(refused, 429, word="try again later")
+                assert int(refused.headers["retry-after"]) > 0
+                assert gauges(http)["moqa_queue_length",] == 0, "all texts of a request or none"
+            until(http, active_slots=0)
+            assert complete(http, prompt=["a", "b"], **GREEDY).status_code == 200
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("body", "param", "word"),
+        [
+            ({}, "prompt", "missing"),
+            ({"prompt": 5}, "prompt", "a list of texts"),
+            ({"prompt": []}, "prompt", "none of them empty"),
+            ({"prompt": [1, True]}, "prompt", "token numbers"),
+            ({"prompt": ""}, None, "no tokens"),
+            ({"prompt": [8192]}, None, "8192"),
+            ({"prompt": "a", "max_tokens": 40000}, None, "40001"),
+            ({"prompt": [5] * 32768}, None, "context"),
+            ({"prompt": "a", "max_tokens": "8"}, "max_tokens", "integer"),
+            ({"prompt": "a", "max_tokens": 0}, "max_tokens", "greater"),
+            ({"prompt": "a", "temperature": 3}, "temperature", "less than or equal to 2"),
+            ({"prompt": "a", "seed": 2**70}, "seed", "less"),
+            ({"prompt": "a", "stop": [""]}, "stop", "1 character"),
+            ({"prompt": "a", "stop": 5}, "stop", "a list of texts"),
+            ({"prompt": "a", "n": 2}, "n", "not supported"),
+            ({"prompt": "a", "echo": True}, "echo", "not supported"),
+            ({"prompt": "a", "temprature": 1}, "temprature", "not supported"),
+            ({"prompt": "a", "stream_options": 5}, "stream_options", "valid"),
+        ],
+    )
+    def test_of_completions(self, http, body, param, word):
+        fails(complete(http, **body), 400, param, word)
+
+    @pytest.mark.parametrize(
+        ("body", "param"),
+        [
+            ({"messages": []}, "messages"),
+            ({"messages": [{"role": "king", "content": "a"}]}, "messages"),
+            ({"messages": [{"role": "user"}]}, "messages"),
+            ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
+            ({**CHAT, "top_logprobs": 2}, "top_logprobs"),
+            ({**CHAT, "tools": [{"type": "function"}]}, "tools"),
+        ],
+    )
+    def test_of_chats(self, http, body, param):
+        fails(http.post("/v1/chat/completions", json=body), 400, param)
+
+    def test_what_changes_nothing_is_taken(self, http):
+        neutral = {"n": 1, "echo": False, "presence_penalty": 0, "logit_bias": None, "user": "me", "tools": []}
+        assert complete(http, prompt="a", **GREEDY, **neutral).status_code == 200
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"prompt": NaN}'])
+    def test_of_what_is_no_request(self, http, content):
+        kind = {"content-type": "application/json"}
+        fails(
+            http.post("/v1/completions", content=content, headers=kind), 400, *(["prompt"] if b"NaN" in content else [])
+        )
+
+    def test_of_other_content(self, http):
+        fails(http.post("/v1/completions", content=b"prompt=a"), 400, word="application/json")
+
+    def test_of_too_much(self, http):
+        fails(complete(http, prompt="a" * BODY_LIMIT), 413)
+        kind = {"content-type": "application/json"}
+        chunks = (b" " * 2**20 for _ in range(BODY_LIMIT // 2**20 + 2))
+        fails(http.post("/v1/completions", content=chunks, headers=kind), 413)
+        assert http.get("/health").json() == {"status": "ok"}
+
+    def test_of_other_routes(self, http):
+        fails(http.get("/"), 404)
+        fails(http.get("/v1/completions"), 405)
+        fails(http.post("/health"), 405)
+
+    json_values = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=6,
+    )
+    fields = st.sampled_from(
+        ["prompt", "messages", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "logprobs", "n", "model"]
+    )
+
+    @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.dictionaries(fields | st.text(max_size=4), json_values, max_size=4), st.sampled_from(["", "chat/"]))
+    def test_of_anything(self, http, body, kind):
+        body = {"max_tokens": 2, **body}
+        content = json.dumps(body).encode()
+        response = http.post(f"/v1/{kind}completions", content=content, headers={"content-type": "application/json"})
+        assert response.status_code in (200, 400, 404)
+        if response.status_code != 200:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+    @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.binary(max_size=60))
+    def test_of_any_bytes(self, http, content):
+        fails(http.post("/v1/completions", content=content, headers={"content-type": "application/json"}), 400)
+
+    def test_afterwards_it_still_serves(self, http, client):
+        until(http, active_slots=0, queue_length=0)
+        assert client.completions.create(model="tiny", prompt="The", **GREEDY).usage.completion_tokens == 12
+
+
+class TestFailures:
+    def test_of_one_text_leave_the_others_alone(self, tiny, caplog):
+        secret = "something"
+
+        def breaks(begin):
+            def broken(job):
+                for count, piece in enumerate(begin(job)):
+                    if job.ids[0] == 5 and count == job.ids[1]:
+                        raise RuntimeError(secret)
+                    yield piece
+
+            return broken
+
+        with (
+            running(tiny, begin=breaks) as url,
+            httpx.Client(base_url=url, timeout=60) as http,
+            caplog.at_level(logging.ERROR),
+        ):
+            with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as other:
+                lines = other.iter_lines()
+                assert next(lines)
+                for stream in (False, True):
+                    fails(complete(http, prompt=[5, 0], stream=stream), 500)
+                later = complete(http, prompt=[5, 3], stream=True)
+                events = [json.loads(line[6:]) for line in later.text.splitlines() if line]
+                assert [event["error"]["type"] for event in events if "error" in event] == ["server_error"]
+                assert "[DONE]" not in later.text
+                assert next(line for line in lines if line)
+            until(http, active_slots=0)
+            assert complete(http, prompt=[6, 0], **GREEDY).status_code == 200
+        assert "RuntimeError" in caplog.text
+        assert "broken" in caplog.text, "the log says where"
+        assert secret not in caplog.text
+
+    def test_nothing_of_a_prompt_is_logged(self, http, caplog):
+        with caplog.at_level(logging.DEBUG, logger="moqa"), caplog.at_level(logging.INFO, logger="uvicorn"):
+            complete(http, prompt="my secret", **GREEDY)
+            complete(http, prompt="my secret", temperature="my secret")
+        assert "secret" not in caplog.text
+
+
+class TestKeys:
+    def test_are_asked_for(self, tiny):
+        with running(tiny, api_key="right ü") as url, httpx.Client(base_url=url) as http:
+            for header in (None, "Bearer wrong", "right ü", "Bearer right"):
+                headers = {"authorization": header.encode()} if header else {}
+                fails(http.get("/v1/models", headers=headers), 401, word="Authorization")
+                fails(http.post("/v1/completions", content=b"{", headers=headers), 401)
+            right = {"authorization": "Bearer right ü".encode()}
+            assert http.get("/v1/models", headers=right).status_code == 200
+            assert http.get("/health").status_code == 200
+            assert gauges(http)["moqa_requests_total", "/v1/models", "401"] == 4
+
+
+class TestMetrics:
+    def test_count_what_happened(self, tiny):
+        with running(tiny, slots=3) as url, httpx.Client(base_url=url, timeout=60) as http:
+            complete(http, prompt="The history of", **GREEDY)
+            complete(http, prompt=["A", "In"], stream=True, **GREEDY)
+            complete(http, prompt=7)
+            http.get("/nowhere/1"), http.get("/nowhere/2")
+            found = gauges(http)
+        assert found["moqa_requests_total", "/v1/completions", "200"] == 2
+        assert found["moqa_requests_total", "/v1/completions", "400"] == 1
+        assert found["moqa_requests_total", "other", "404"] == 2
+        assert found["moqa_prompt_tokens_total",] == 5
+        assert found["moqa_completion_tokens_total",] == 36
+        assert found["moqa_time_to_first_token_seconds_count",] == 3
+        assert found["moqa_time_per_token_seconds_count",] == 33
+        assert found["moqa_slots",] == 3
+        assert found["moqa_queue_length",] == found["moqa_active_slots",] == 0
+        assert found["moqa_busy_seconds_total", "decode"] > found["moqa_busy_seconds_total", "prefill"] > 0
+
+
+class TestScheduler:
+    @staticmethod
+    def job(deliver=lambda event: None):
+        return Job([1], Sampling(), deliver)
+
+    def test_writes_texts_in_turns(self):
+        order, done = [], threading.Event()
+
+        def begin(job):
+            for count in range(1, 4):
+                order.append(job.ids[0])
+                yield Piece("x", completion_tokens=count, finish=self.finish if count == 3 else None)
+
+        scheduler = Scheduler(begin, 2, 9, Metrics())
+        jobs = [Job([n], Sampling(), lambda event, n=n: n == 3 and event.finish and done.set()) for n in (1, 2, 3)]
+        scheduler.submit(jobs)
+        scheduler.start()
+        assert done.wait(5)
+        scheduler.stop(0)
+        scheduler.join()
+        assert order == [1, 2, 1, 2, 1, 2, 3, 3, 3]
+
+    finish = Finish(
+        finish_reason="stop", prompt_tokens=1, cached_tokens=0, completion_tokens=3, prefill_seconds=0, decode_seconds=0
+    )
+
+    def test_stops_what_runs_and_what_waits(self):
+        events = []
+
+        def endless(job):
+            while True:
+                time.sleep(0.001)
+                yield Piece()
+
+        scheduler = Scheduler(endless, 1, 1, Metrics())
+        scheduler.submit([self.job(events.append), self.job(events.append)])
+        scheduler.start()
+        scheduler.stop(60)
+        scheduler.stop(0.1)
+        scheduler.join()
+        assert [event.status_code for event in events] == [503, 503]
+        with pytest.raises(RefusalError, match="stopping"):
+            scheduler.submit([self.job()])
+
+
+class TestCommand:
+    @staticmethod
+    def start(model, *options, **environment):
+        command = [sys.executable, "-m", "moqa", "serve", str(model), "--port", "0", "--threads", "1", *options]
+        server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+        line = server.stderr.readline()
+        assert " at http://127.0.0.1:" in line, line
+        return server, line.split(" at ")[1].split("/v1")[0]
+
+    def test_finishes_and_exits_0(self, tiny_model):
+        server, url = self.start(tiny_model, "--slots", "1")
+        with server, httpx.Client(base_url=url, timeout=60) as http:
+            assert complete(http, model=tiny_model.name, prompt="The", **GREEDY).status_code == 200
+            with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as cut:
+                lines = cut.iter_lines()
+                assert next(lines)
+                waits = threading.Thread(target=lambda: answers.append(complete(http, **LONG)))
+                answers = []
+                waits.start()
+                until(http, queue_length=1)
+                start = time.monotonic()
+                server.terminate()
+                last = [line for line in lines if line][-1]
+                waits.join()
+            assert server.wait(10) == 0
+            assert GRACE - 1 < time.monotonic() - start < GRACE + 4, "what runs gets some seconds"
+            assert json.loads(last[6:])["error"]["code"] == "stopping"
+            fails(answers[0], 503, word="stopping")
+            assert server.stderr.read() == "moqa: stopped\n"
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{url}/health")
+
+    def test_takes_a_key_from_the_environment(self, tiny_model):
+        server, url = self.start(tiny_model, MOQA_API_KEY="right")
+        with server:
+            assert httpx.get(f"{url}/v1/models").status_code == 401
+            assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer right"}).status_code == 200
+            server.send_signal(signal.SIGINT)
+            assert server.communicate(timeout=10)[1] == "moqa: stopped\n"
+        assert server.returncode == 0
+
+    def test_a_port_that_is_taken(self, tiny_model):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(MoqaError, match=f"--host 127.0.0.1 --port {port}: .*in use"):
+                serve(tiny_model, port=port)
+
+    def test_a_model_that_is_not_there(self, tmp_path):
+        with pytest.raises(MoqaError, match="no model at"):
+            serve(tmp_path / "none", port=0)
+
+    def test_names_the_extra_that_is_missing(self, tiny_model, monkeypatch):
+        monkeypatch.setitem(sys.modules, "uvicorn", None)
+        monkeypatch.delitem(sys.modules, "moqa.serve.run")
+        with pytest.raises(MoqaError, match=r"pip install 'moqa\[serve\]'"):
+            serve(tiny_model)
