@@ -53,6 +53,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """See `DynamicLayer`."""
         return self.length
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `DynamicLayer`: a negative number of tokens."""
+        self.length -= min(abs(tokens_to_remove), self.length)
+
     def reset(self) -> None:
         """See `DynamicLayer`."""
         self.length, self.is_initialized = 0, False
@@ -79,7 +83,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if old is None or old.data_ptr() != states.data_ptr() or old.shape[:-2] != states.shape[:-2]:
             self._buffers[name] = states.contiguous()
 
-    # transformers reads and sets them: crops, reorders and repeats along the batch
+    # transformers reads and sets them: reorders and repeats along the batch
     keys = property(lambda self: self._filled("keys"), lambda self, states: self._replace("keys", states))
     values = property(lambda self: self._filled("values"), lambda self, states: self._replace("values", states))
 

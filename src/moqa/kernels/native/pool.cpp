@@ -10,6 +10,14 @@
 namespace moqa {
 namespace {
 
+constexpr int LOOKS = 500;  // some ten microseconds
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
 class Pool {
   public:
     void run(int threads, int items, const std::function<void(int)>& work) {
@@ -26,8 +34,13 @@ class Pool {
         }
         start_.notify_all();
         take();
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            open_ = false;  // a helper that wakes only now is not waited for
+        }
+        // others are at their last items: sleeping would take longer than they do, unless they lost their core
+        for (int look = 0; look < LOOKS && active_ > 0; ++look) relax();
         std::unique_lock<std::mutex> lock(mutex_);
-        open_ = false;  // a helper that wakes only now is not waited for
         done_.wait(lock, [this] { return active_ == 0; });
     }
 
@@ -53,7 +66,8 @@ class Pool {
     std::condition_variable start_, done_;
     const std::function<void(int)>* work_ = nullptr;
     std::atomic<int> next_{0};
-    int items_ = 0, helpers_ = 0, active_ = 0, workers_ = 0;
+    std::atomic<int> active_{0};
+    int items_ = 0, helpers_ = 0, workers_ = 0;
     long round_ = 0;
     bool open_ = false;
 };

@@ -1,0 +1,191 @@
+"""Loading and decoding: mapped weights, transformers' own loader, growing cache, fused decoder, `moqa bench`."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer
+
+import moqa
+from moqa.cli import main
+from moqa.errors import MoqaError
+from moqa.kernels import PackedMatrix, native
+from moqa.plan import plan
+from moqa.profile import profile
+from moqa.quantize import quantize
+from moqa.runtime.decoder import FusedDecoder
+from moqa.runtime.growing import SMALLEST, GrowingCache, GrowingLayer
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_model, texts, tmp_path_factory):
+    """A checkpoint with experts of every width side by side."""
+    folder = tmp_path_factory.mktemp("runtime")
+    measured = profile(tiny_model, [texts["wiki"]], folder / "profile", samples=2, context=32, self_samples=1)
+    return quantize(tiny_model, plan(measured, "4.5bpw", strategy="random"), folder / "out", method="rtn")
+
+
+def run_python(script: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+class TestLoad:
+    def test_weights_are_mapped_not_copied(self, packed):
+        model, _ = moqa.load(packed)
+        folder = moqa.format.reader.open_checkpoint(packed)
+        sizes = {shard.bytes for shard in folder.shards}
+        matrices = [m for m in model.modules() if isinstance(m, PackedMatrix)]
+        # every tensor is a part of a whole file
+        assert {t.untyped_storage().nbytes() for m in matrices for t in m.buffers()} <= sizes
+
+    @pytest.mark.parametrize("order", [("moqa", "transformers"), ("transformers", "moqa")])
+    def test_from_pretrained_works_after_import_moqa(self, packed, order):
+        script = (
+            f"import sys, {order[0]}, {order[1]}, torch\n"
+            "from transformers import AutoModelForCausalLM\n"
+            "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+            "ours = moqa.load(sys.argv[1])[0]\n"
+            "ids = torch.arange(40)[None]\n"
+            "print(torch.equal(model(ids).logits, ours(ids).logits))"
+        )
+        assert run_python(script, packed).split()[-1] == "True"
+
+    def test_bfloat16_activations(self, packed):
+        model, _ = moqa.load(packed, dtype=torch.bfloat16)
+        exact, _ = moqa.load(packed)
+        ids = torch.arange(40)[None]
+        found, expected = model(ids).logits, exact(ids).logits
+        assert found.dtype == torch.bfloat16
+        assert float((found.float() - expected).norm() / expected.norm()) < 0.1
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"kernels": "fast"}, "no kernels named 'fast'"), ({"dtype": torch.float16}, "activations of torch.float16")],
+    )
+    def test_what_does_not_exist_is_refused(self, packed, options, message):
+        with pytest.raises(MoqaError, match=message):
+            moqa.load(packed, **options)
+
+    def test_the_slow_path_is_not_silent(self, packed, monkeypatch):
+        monkeypatch.setattr(native, "_native", None)
+        monkeypatch.setattr(native, "_missing", "No module named _native", raising=False)
+        with pytest.warns(UserWarning, match="slow reference, native kernels are missing: .*C\\+\\+ compiler"):
+            moqa.load(packed)
+        with pytest.raises(MoqaError, match="'native' do not run on cpu"):
+            moqa.load(packed, kernels="native")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            moqa.load(packed, kernels="reference")
+
+
+class TestGrowingCache:
+    @settings(max_examples=50)
+    @given(st.lists(st.one_of(st.integers(1, 300), st.integers(-200, -1)), max_size=8), st.integers(0, 1000))
+    def test_holds_what_a_dynamic_cache_holds(self, steps, seed):
+        random = torch.Generator().manual_seed(seed)
+        ours, theirs = GrowingLayer(), DynamicLayer()
+        for step in steps:
+            if step > 0:
+                states = torch.randn(2, 1, 2, step, 4, generator=random).unbind(0)
+                found, expected = ours.update(*states), theirs.update(*states)
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            elif ours.get_seq_length() > -step:
+                ours.crop(step)
+                theirs.crop(step)
+            assert ours.get_seq_length() == theirs.get_seq_length()
+            assert ours.capacity >= ours.get_seq_length()
+
+    def test_follows_changes_along_the_batch(self):
+        ours, theirs = GrowingLayer(), DynamicLayer()
+        for layer in (ours, theirs):
+            layer.update(torch.arange(24.0).reshape(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+            layer.batch_repeat_interleave(3)
+            layer.batch_select_indices(torch.tensor([2, 0]))
+            layer.update(torch.full((2, 2, 1, 4), 7.0), torch.zeros(2, 2, 1, 4))
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+
+    def test_grows_by_doubling(self):
+        layer, states = GrowingLayer(), torch.zeros(1, 1, 1, 2)
+        rooms = [layer.capacity for _ in range(3 * SMALLEST) if layer.update(states, states)]
+        assert sorted(set(rooms) | {layer.capacity}) == [SMALLEST, 2 * SMALLEST, 4 * SMALLEST]
+
+    def test_transformers_generates_with_it(self, packed):
+        model, _ = moqa.load(packed)
+        ids = torch.arange(5, 25)[None]
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        cache = GrowingCache(model.config.num_hidden_layers)
+        assert torch.equal(model.generate(ids, **options), model.generate(ids, past_key_values=cache, **options))
+
+
+class TestFusedDecoder:
+    def test_is_not_used_where_it_does_not_agree(self, packed, monkeypatch):
+        model, _ = moqa.load(packed)
+        describe = FusedDecoder._describe
+        monkeypatch.setattr(
+            FusedDecoder,
+            "_describe",
+            lambda self, layer: describe(self, layer) | {"scale": layer.self_attn.scaling * 3},
+        )
+        assert FusedDecoder.of(model) is None
+
+    def test_is_not_used_for_the_reference_or_bfloat16(self, packed):
+        assert FusedDecoder.of(moqa.load(packed, kernels="reference")[0]) is None
+        assert FusedDecoder.of(moqa.load(packed, dtype=torch.bfloat16)[0]) is None
+        assert FusedDecoder.of(moqa.load(packed)[0]) is not None
+
+    @torch.no_grad()
+    def test_goes_on_beyond_the_room_of_its_cache(self, packed):
+        model, _ = moqa.load(packed)
+        decoder = FusedDecoder.of(model)
+        ids = torch.randint(8192, (1, SMALLEST + 40), generator=torch.Generator().manual_seed(0))
+        cache = decoder.cache()
+        model(ids[:, : SMALLEST - 10], past_key_values=cache, use_cache=True)
+        for token in ids[0, SMALLEST - 10 :]:
+            logits = decoder.step(int(token), cache)
+        expected = model(ids).logits[0, -1]
+        assert float((logits - expected).norm() / expected.norm()) < 0.05
+
+    @torch.no_grad()
+    def test_the_number_of_threads_changes_nothing(self, packed):
+        model, _ = moqa.load(packed)
+        decoder, found = FusedDecoder.of(model), []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            cache = decoder.cache()
+            model(torch.arange(9)[None], past_key_values=cache, use_cache=True)
+            found.append(torch.stack([decoder.step(token, cache) for token in (5, 900, 31)]))
+        assert torch.equal(*found)
+
+
+class TestBench:
+    def test_measures_a_checkpoint_and_its_original(self, packed, tiny_model, tmp_path, capsys):
+        for model, engine in ((packed, "moqa"), (tiny_model, "transformers")):
+            path = tmp_path / f"{engine}.json"
+            arguments = ["bench", model, "--threads", 1, "--prompt-tokens", 9, "--new-tokens", 5, "--repeats", 1]
+            sys.argv = ["moqa", *map(str, arguments), "--json", str(path)]
+            with pytest.raises(SystemExit) as stopped:
+                main()
+            assert stopped.value.code == 0
+            found = json.loads(path.read_text())
+            assert (found["engine"], found["threads"], found["prompt_tokens"]) == (engine, 1, 9)
+            assert found["bytes"] == sum(file.stat().st_size for file in model.glob("*.safetensors"))
+            assert min(found["decode_tokens_per_second"], found["prefill_tokens_per_second"]) > 0
+            assert found["peak_bytes"] > 10**8
+            assert engine in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("model", "options", "message"),
+        [("nowhere", {}, "nowhere"), (None, {"prompt_tokens": 10**6}, "the context of the model holds")],
+    )
+    def test_mistakes_are_one_line(self, packed, model, options, message):
+        with pytest.raises(MoqaError, match=message):
+            moqa.bench(model or packed, **options)
