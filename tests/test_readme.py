@@ -1,12 +1,15 @@
 """The README's commands and Python, as they stand there."""
 
+import contextlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -31,8 +34,27 @@ def test_the_readme_runs_as_it_stands(tmp_path):
     scripts = [[sys.executable, "-c", code] for code in blocks("python")]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     for command in [[sys.executable, "-m", *command] for command in ours] + scripts:
+        if command[3:4] == ["serve"]:
+            serves(command, tmp_path, environment)
+            continue
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+
+
+def serves(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """The server answers, and ends well when it is told to."""
+    port = command[command.index("--port") + 1]
+    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(120):
+            time.sleep(0.5)
+            with contextlib.suppress(httpx.TransportError):
+                assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+                break
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
 
 
 def test_the_readme_names_targets_that_exist():
