@@ -1,5 +1,5 @@
 #include "isa_avx2.h"
-#include "kernel.h"
+#include "product.h"
 
 namespace moqa {
 

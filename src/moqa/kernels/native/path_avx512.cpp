@@ -1,5 +1,5 @@
 #include "isa_avx512.h"
-#include "kernel.h"
+#include "product.h"
 
 namespace moqa {
 

@@ -1,5 +1,5 @@
 #include "isa_portable.h"
-#include "kernel.h"
+#include "product.h"
 
 namespace moqa {
 
