@@ -4,7 +4,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <array>
 #include <stdexcept>
 
 #include "decoder.h"
@@ -14,15 +13,7 @@ using namespace moqa;
 
 namespace {
 
-const std::array<const Path*, 3> PATHS = {&avx512_path, &avx2_path, &portable_path};
-
-const Path& best() {
-    for (const Path* path : PATHS)
-        if (path->supported()) return *path;
-    return portable_path;
-}
-
-const Path* current = &best();
+const Path* current = supported_paths().front();
 
 template <class T>
 T* at(uintptr_t address) {
@@ -30,8 +21,8 @@ T* at(uintptr_t address) {
 }
 
 void set_path(const std::string& name) {
-    for (const Path* path : PATHS)
-        if (path->name == name && path->supported()) {
+    for (const Path* path : supported_paths())
+        if (path->name == name) {
             current = path;
             return;
         }
@@ -130,8 +121,7 @@ NB_MODULE(_native, m) {
     });
     m.def("paths", [] {
         std::vector<std::string> names;
-        for (const Path* path : PATHS)
-            if (path->supported()) names.push_back(path->name);
+        for (const Path* path : supported_paths()) names.push_back(path->name);
         return names;
     });
     m.def("path", [] { return std::string(current->name); });

@@ -10,10 +10,11 @@
 namespace moqa {
 namespace {
 
-constexpr int ITEM_TILES = 8;           // tiles of a piece of work
+constexpr int ITEM_TILES = 8;           // tiles of a piece of work, at least
 constexpr size_t WAKE_BYTES = 1 << 17;  // smaller products are done before another thread is awake
 
-int pieces(int tiles) { return (tiles + ITEM_TILES - 1) / ITEM_TILES; }
+// Tiles of a piece of a single product: eight pieces per thread even out, and longer ones read on where they prefetch.
+int item_tiles(int tiles, int threads) { return std::max(ITEM_TILES, tiles / (8 * threads)); }
 
 float to_float(uint16_t bits) {
     const uint32_t whole = uint32_t(bits) << 16;
@@ -66,8 +67,9 @@ void linear(const Path& path, const Matrix& m, Array x, int rows, const float* b
         });
     }
     float* out = y.bfloat16 ? results.get<float>(size_t(rows) * m.out) : static_cast<float*>(y.data);
-    parallel(threads, pieces(m.tiles()), [&](int item) {
-        const int first = item * ITEM_TILES, last = std::min(m.tiles(), first + ITEM_TILES);
+    const int size = item_tiles(m.tiles(), threads);
+    parallel(threads, (m.tiles() + size - 1) / size, [&](int item) {
+        const int first = item * size, last = std::min(m.tiles(), first + size);
         const int begin = first * TILE, width = std::min(m.out, last * TILE) - begin;
         path.product(m, input, first, last, out + begin, m.out);
         for (int row = 0; row < rows; ++row) {
@@ -82,7 +84,7 @@ void products(const Path& path, std::initializer_list<Product> list, const float
               int threads) {
     struct Piece {
         const Product* product;
-        int first;
+        int first, last;
     };
     static thread_local std::vector<Piece> kept;
     std::vector<Piece>& work = kept;
@@ -92,7 +94,8 @@ void products(const Path& path, std::initializer_list<Product> list, const float
     for (const Product& product : list) {
         const Matrix& m = *product.matrix;
         if (m.group != group && m.width != 16) group = group == 0 ? m.group : -1;
-        for (int tile = 0; tile < m.tiles(); tile += ITEM_TILES) work.push_back({&product, tile});
+        const int size = item_tiles(m.tiles(), threads);
+        for (int tile = 0; tile < m.tiles(); tile += size) work.push_back({&product, tile, std::min(m.tiles(), tile + size)});
         bytes += m.row_bytes() * m.out;
     }
     if (group < 0) {  // inputs are quantized by group: matrices of other group sizes go one by one
@@ -104,9 +107,9 @@ void products(const Path& path, std::initializer_list<Product> list, const float
     rows.values[0] = x;
     if (group > 0) path.quantize(rows, 0);
     parallel(bytes < WAKE_BYTES ? 1 : threads, int(work.size()), [&](int item) {
-        const auto [product, first] = work[item];
+        const auto [product, first, last] = work[item];
         const Matrix& m = *product->matrix;
-        const int last = std::min(m.tiles(), first + ITEM_TILES), begin = first * TILE;
+        const int begin = first * TILE;
         path.product(m, rows, first, last, product->y + begin, m.out);
         add_bias(product->y + begin, product->bias, begin, std::min(m.out, last * TILE) - begin);
     });

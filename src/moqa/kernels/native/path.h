@@ -1,6 +1,8 @@
 // One way to compute on a processor. A path is compiled with its own instruction set; run time picks one.
 #pragma once
 
+#include <vector>
+
 #include "matrix.h"
 
 namespace moqa {
@@ -26,5 +28,8 @@ struct Path {
 };
 
 extern const Path avx512_path, avx2_path, portable_path;
+
+// The paths that this processor runs, the fastest first.
+std::vector<const Path*> supported_paths();
 
 }  // namespace moqa
