@@ -12,4 +12,6 @@ class MoqaError(Exception):
     """
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        super().__init__(f"{what}: {remedy}" if remedy else what)
+        text = f"{what}: {remedy}" if remedy else what
+        # names out of damaged files may hold anything, and one line is one line
+        super().__init__(text.replace("\r", "\\r").replace("\n", "\\n"))

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from moqa.format.scheme import Scheme
 
 FORMAT = 1
-MANIFEST = "moqa.json"
+MANIFEST, CONFIG = "moqa.json", "config.json"
 
 Length = Annotated[int, Field(ge=0)]
 Side = Annotated[int, Field(ge=1)]
@@ -82,4 +82,5 @@ class Manifest(BaseModel, frozen=True):
     units: dict[str, StoredUnit]
     kept: dict[str, StoredTensor]
     files: dict[str, StoredFile]
+    config: str = Field("", description="sha256 of config.json, which says how the weights are computed with")
     checksum: str = Field("", description="sha256 of all other fields; files have their own in `files`")

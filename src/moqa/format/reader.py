@@ -13,7 +13,7 @@ from torch import Tensor
 from moqa.errors import MoqaError
 from moqa.format.artifact import checksum, read_json
 from moqa.format.layout import DTYPES, Shard, entry_bytes, shards
-from moqa.format.manifest import FORMAT, MANIFEST, Manifest
+from moqa.format.manifest import CONFIG, FORMAT, MANIFEST, Manifest
 from moqa.models.checkpoint import read_header
 
 
@@ -67,6 +67,21 @@ class Checkpoint:
             tensors[name] = data[begin:end].view(entry[0]).view(entry[1])
             begin = end
         return tensors
+
+    def check_config(self) -> None:
+        """Compare `config.json` with its recorded hash.
+
+        Raises:
+            MoqaError: if it is another.
+        """
+        path = self.folder / CONFIG
+        try:
+            # a pipe in its place would never end
+            digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        except OSError as error:
+            raise MoqaError(f"{path} cannot be read", error.strerror or str(error)) from None
+        if digest != self.manifest.config:
+            raise MoqaError(f"{path} was changed after it was written", "its sha256 differs from the manifest's")
 
     def check_files(self) -> None:
         """Compare every weight file with the layout that the manifest describes: names, dtypes, shapes, offsets.
@@ -149,6 +164,7 @@ def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
     if _checksum(folder / MANIFEST) != manifest.checksum or not manifest.checksum:
         raise MoqaError(f"{folder / MANIFEST} was changed after it was written", "its checksum differs")
     checkpoint = Checkpoint(folder, manifest)
+    checkpoint.check_config()
     checkpoint.check_files()
     if verify:
         checkpoint.check_hashes()

@@ -11,6 +11,8 @@ TILE = 16
 BLOCK = 32
 KEEP_WIDTH = 16
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+# products of 8 bits over a larger group would not fit in 32
+LARGEST_GROUP = 2**16
 # Most significant plane first, so that dropping planes from the end leaves a coarser version of the same weights.
 PLANES: dict[int, tuple[int, ...]] = {
     1: (1,),
@@ -35,8 +37,9 @@ class Scheme(BaseModel, frozen=True):
 
     width: int = Field(ge=1, le=16, description="bits of each stored integer; 16 is not quantized: 16-bit floats")
     group_size: int = Field(
-        default=64, ge=BLOCK, multiple_of=BLOCK, description="weights along the input dimension that share a scale"
-    )
+        default=64, ge=BLOCK, le=LARGEST_GROUP, multiple_of=BLOCK,
+        description="weights along the input dimension that share a scale",
+    )  # fmt: skip
     symmetric: bool = Field(default=False, description="no zero-point: the grid is centred on zero")
     scale_dtype: Literal["bfloat16", "float16"] = Field(default="bfloat16", description="dtype of the stored scales")
 

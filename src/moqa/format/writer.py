@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.artifact import checksum, read_json, write_json
+from moqa.format.artifact import checksum, write_json
 from moqa.format.layout import Shard
-from moqa.format.manifest import MANIFEST, Manifest, StoredFile
+from moqa.format.manifest import CONFIG, Manifest, StoredFile
 from moqa.models.checkpoint import INDEX
 
 
@@ -98,22 +98,24 @@ def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> St
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
-    """Write a checkpoint's manifest with its checksum, so that the reader can tell a changed one."""
+    """Write a checkpoint's manifest with its checksum and that of `config.json`: the reader can tell changed ones."""
+    config = path.with_name(CONFIG)
+    digest = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else ""
+    manifest = manifest.model_copy(update={"config": digest})
     write_json(manifest.model_copy(update={"checksum": checksum(manifest.model_dump(mode="json"))}), path)
 
 
 def introduce(folder: Path) -> None:
-    """Tell transformers what a finished checkpoint is: `config.json` names moqa, the index lists the kept tensors.
-
-    The units are not in the index: moqa's quantizer for transformers maps them itself.
-    """
-    path = folder / "config.json"
+    """Say in `config.json` that the checkpoint is moqa's, for transformers; before the manifest is written."""
+    path = folder / CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     write_json(config | {"quantization_config": {"quant_method": "moqa"}}, path)
-    manifest = read_json(Manifest, folder / MANIFEST)
-    first = min(manifest.files)
+
+
+def write_index(manifest: Manifest, folder: Path) -> None:
+    """List the kept tensors for transformers; moqa's quantizer maps the units itself."""
     total = {"total_size": sum(file.bytes for file in manifest.files.values())}
-    write_json({"metadata": total, "weight_map": dict.fromkeys(manifest.kept, first)}, folder / INDEX)
+    write_json({"metadata": total, "weight_map": dict.fromkeys(manifest.kept, min(manifest.files))}, folder / INDEX)
 
 
 def _parts(shard: Shard, tensors: Mapping[str, Tensor]) -> Iterator[bytes]:

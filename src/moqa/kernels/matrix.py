@@ -26,6 +26,9 @@ class PackedMatrix(nn.Module):
         ValueError: if a tensor has another dtype or shape than the scheme says, or is not contiguous.
     """
 
+    # how often any matrix got other tensors: what was made of several matrices is made again after that
+    changes = 0
+
     def __init__(self, scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.scheme, self.shape = scheme, shape
@@ -69,5 +72,24 @@ class PackedMatrix(nn.Module):
             new = fn(tensor)
             return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
+        changed = super()._apply(moved, recurse)
+        self._forget()
+        return changed
+
+    # what a kernel remembers are addresses: they end with the tensors they belong to
+
+    def _forget(self) -> None:
         self.prepared = None
-        return super()._apply(moved, recurse)
+        PackedMatrix.changes += 1
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor):
+            self._forget()
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"prepared": None, "_held": None}

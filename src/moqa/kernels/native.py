@@ -19,6 +19,9 @@ except ImportError as error:
     _native, _missing = None, str(error)
 
 
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
 class NativeKernels:
     """See the file. Runs on as many threads as torch does (`torch.set_num_threads`)."""
 
@@ -37,6 +40,8 @@ class NativeKernels:
         y = x.new_empty(*x.shape[:-1], matrix.shape[0])
         rows = y.numel() // matrix.shape[0]
         if bias is not None:
+            if bias.shape != matrix.shape[:1] or bias.device.type != "cpu":
+                raise ValueError(f"bias {tuple(bias.shape)} on {bias.device} for {matrix.shape[0]} outputs")
             bias = bias.float().contiguous()
         _native.linear(
             prepared, x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, rows, _address(bias),
@@ -46,10 +51,12 @@ class NativeKernels:
 
     def experts(self, stack: ExpertStack, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """See `Kernels`."""
-        prepared = _prepare_stack(stack) if stack.prepared is None else stack.prepared
+        prepared = _prepared_stack(stack)
         x = _ready(x, stack.gate[0].shape[1])
         if x.dim() != 2 or index.shape != weights.shape or index.shape[:1] != x.shape[:1] or index.dim() != 2:
             raise ValueError(f"x {tuple(x.shape)}, index {tuple(index.shape)}, weights {tuple(weights.shape)}")
+        if index.device.type != "cpu" or weights.device.type != "cpu":
+            raise ValueError(f"index on {index.device}, weights on {weights.device}: the kernels are for the CPU")
         index, weights = index.to(torch.int64).contiguous(), weights.float().contiguous()
         y = torch.empty_like(x)
         _native.experts(
@@ -93,7 +100,7 @@ def layer(parts: dict[str, Any]) -> Any:
         if isinstance(part, PackedMatrix):
             found[name] = part.prepared or _prepare(part)
         elif isinstance(part, ExpertStack):
-            found[name] = part.prepared or _prepare_stack(part)
+            found[name] = _prepared_stack(part)
         elif isinstance(part, Tensor):
             if part.dtype != torch.float32 or not part.is_contiguous():
                 raise ValueError(f"{name} is {part.dtype}: parts of a layer are contiguous float32")
@@ -134,7 +141,7 @@ def decode(model: Any, past: Any, embedding: Tensor, position: int, cos: Tensor,
 
 
 def _ready(x: Tensor, features: int) -> Tensor:
-    if x.dtype not in (torch.float32, torch.bfloat16) or x.shape[-1] != features or x.device.type != "cpu":
+    if x.dtype not in _DTYPES or x.shape[-1:] != (features,) or x.device.type != "cpu":
         raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device}: a row has {features} float32 or bfloat16 inputs")
     return x.contiguous()
 
@@ -157,15 +164,29 @@ def _prepare(matrix: PackedMatrix) -> Any:
     return matrix.prepared
 
 
+def _prepared_stack(stack: ExpertStack) -> Any:
+    if stack.prepared is None or stack.prepared[0] != PackedMatrix.changes:
+        stack.prepared = PackedMatrix.changes, _prepare_stack(stack)
+    return stack.prepared[1]
+
+
 def _prepare_stack(stack: ExpertStack) -> Any:
-    groups = [[matrix.prepared or _prepare(matrix) for matrix in part] for part in (stack.gate, stack.up, stack.down)]
-    shapes = [{matrix.shape for matrix in part} for part in (stack.gate, stack.up, stack.down)]
+    parts = (stack.gate, stack.up, stack.down)
+    shapes = [{matrix.shape for matrix in part} for part in parts]
     if any(len(found) != 1 for found in shapes) or shapes[0] != shapes[1] or shapes[0] != {s[::-1] for s in shapes[2]}:
         raise ValueError(f"experts of different shapes: {shapes}")
+    if len({len(part) for part in parts}) != 1:
+        raise ValueError(f"{', '.join(str(len(part)) for part in parts)} matrices of gate, up and down")
     biases = []
-    for bias, part in zip((stack.gate_bias, stack.up_bias, stack.down_bias), groups, strict=True):
-        if bias is not None and (bias.dtype != torch.float32 or len(bias) != len(part) or not bias.is_contiguous()):
-            raise ValueError(f"a bias of {bias.dtype} {tuple(bias.shape)}: one float32 row per expert")
+    for bias, part in zip((stack.gate_bias, stack.up_bias, stack.down_bias), parts, strict=True):
+        wanted = (len(part), part[0].shape[0])
+        if bias is not None and not _is_bias(bias, wanted):
+            raise ValueError(f"a bias of {bias.dtype} {tuple(bias.shape)} on {bias.device}, not float32 {wanted}")
         biases.append(_address(bias))
-    stack.prepared = _native.Experts(*groups, *biases, getattr(_native.Activation, stack.activation))
-    return stack.prepared
+    matrices = [[matrix.prepared or _prepare(matrix) for matrix in part] for part in parts]
+    return _native.Experts(*matrices, *biases, getattr(_native.Activation, stack.activation))
+
+
+def _is_bias(bias: Tensor, wanted: tuple[int, int]) -> bool:
+    kind = (bias.dtype, tuple(bias.shape), bias.device.type)
+    return kind == (torch.float32, wanted, "cpu") and bias.is_contiguous()

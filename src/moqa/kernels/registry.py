@@ -25,7 +25,7 @@ class ExpertStack:
         gate_bias: [experts, width] float32, or None.
         up_bias: [experts, width] float32, or None.
         down_bias: [experts, hidden] float32, or None.
-        prepared: what a kernel made of this stack.
+        prepared: what a kernel made of this stack; good until `PackedMatrix.changes`.
     """
 
     gate: Sequence[PackedMatrix]
@@ -35,7 +35,10 @@ class ExpertStack:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    prepared: Any = field(default=None, repr=False)
+    prepared: Any = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"prepared": None}
 
 
 class Kernels(Protocol):

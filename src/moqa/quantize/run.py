@@ -12,7 +12,7 @@ from moqa import __version__
 from moqa.errors import MoqaError
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
-from moqa.format.writer import check_free, finished_folder, introduce, write_manifest, write_shard
+from moqa.format.writer import check_free, finished_folder, introduce, write_index, write_manifest, write_shard
 from moqa.methods import Method
 from moqa.methods.inputs import Inputs, Part, gather_inputs
 from moqa.methods.registry import find_method
@@ -77,12 +77,12 @@ def quantize(
     original = {name: view.weight(unit).clone() for name, unit in view.units.items()}
     try:
         with torch.no_grad(), finished_folder(out, overwrite) as target:
-            _write(view, plan, how, profile, target, model, report)
             for pattern in _COMPANIONS:
                 for path in sorted(folder.glob(pattern)):
                     if path.name != checkpoint.INDEX:
                         shutil.copyfile(path, target / path.name)
             introduce(target)
+            _write(view, plan, how, profile, target, model, report)
     finally:
         for name, weight in original.items():
             view.set_weight(view.units[name], weight)
@@ -124,6 +124,7 @@ def _write(
         files=files,
     )  # fmt: skip
     write_manifest(manifest, target / MANIFEST)
+    write_index(manifest, target)
     report("quantize", len(view.layers), len(view.layers))
 
 

@@ -5,11 +5,12 @@ is found by their parts and then by trying: a decoder is used only if it compute
 """
 
 from typing import TYPE_CHECKING, Any, Optional
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from moqa.kernels import native
+from moqa.kernels import PackedMatrix, native
 from moqa.runtime.growing import GrowingCache, advance
 from moqa.runtime.packed import PackedExperts, PackedLinear, activation_name
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 FAMILIES = ("llama", "mixtral", "olmoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
 TRIAL, CLOSE = 6, 0.03
+
+
+# of each model, and `PackedMatrix.changes` when it was made: a decoder holds addresses of the model's tensors
+_DECODERS: WeakKeyDictionary[nn.Module, tuple[int, Optional["FusedDecoder"]]] = WeakKeyDictionary()
 
 
 class FusedDecoder:
@@ -49,13 +54,13 @@ class FusedDecoder:
     @classmethod
     def of(cls, model: "PreTrainedModel") -> Optional["FusedDecoder"]:
         """The decoder of a model; None if the model is of another form, or the two do not agree on a trial."""
-        found = model.__dict__.get("moqa_decoder", "untried")
-        if found == "untried":
+        known = _DECODERS.get(model)
+        if known is None or known[0] != PackedMatrix.changes:
             found = cls(model) if _usual(model) else None
             if found is not None and not found._agrees(model):
                 found = None
-            model.__dict__["moqa_decoder"] = found
-        return found
+            known = _DECODERS[model] = PackedMatrix.changes, found
+        return known[1]
 
     def cache(self) -> GrowingCache:
         """An empty cache that `step` can write to."""

@@ -58,11 +58,12 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, kern
         config = AutoConfig.from_pretrained(checkpoint.folder)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, OSError, KeyError) as error:
-        raise MoqaError(f"{checkpoint.folder} has no usable config.json", str(error).splitlines()[0]) from None
+    except Exception as error:  # transformers fails on a foreign configuration in any way
+        raise MoqaError(f"{checkpoint.folder} has no usable config.json", _reason(error)) from None
     found = choose_kernels(kernels)
     install_units(model.eval(), checkpoint, found)
     stored = checkpoint.layer(None)
+    _check_kept(model, stored, checkpoint.folder)
     mapped = _tables(model, stored)
     report = model.load_state_dict(
         {n: t.to(dtype) if t.is_floating_point() and n not in mapped else t for n, t in stored.items()},
@@ -128,8 +129,12 @@ def _read_generation_config(model: "PreTrainedModel", folder: Path) -> None:
         return
     try:
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise MoqaError(f"{folder} has no usable generation_config.json", str(error).splitlines()[0]) from None
+    except Exception as error:  # as above
+        raise MoqaError(f"{folder} has no usable generation_config.json", _reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def choose_kernels(name: str) -> Kernels:
@@ -159,15 +164,30 @@ def _install(view: ModelView, units: list[Unit], matrices: dict[str, PackedMatri
 
 
 def _check_units(view: ModelView, checkpoint: Checkpoint) -> None:
-    wanted = {name: unit.shape for name, unit in view.units.items()}
-    found = {name: unit.shape for name, unit in checkpoint.manifest.units.items()}
+    wanted = {name: (unit.shape, unit.layer) for name, unit in view.units.items()}
+    found = {name: (unit.shape, unit.layer) for name, unit in checkpoint.manifest.units.items()}
     different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if different:
         name = different[0]
         raise MoqaError(
-            f"{checkpoint.folder}: {name} is {found.get(name, 'missing')}",
-            f"config.json needs {wanted.get(name, 'no such unit')}",
+            f"{checkpoint.folder}: {name} is {_described(found, name)}", f"config.json needs {_described(wanted, name)}"
         )
+
+
+def _described(units: Mapping[str, tuple[tuple[int, int], int]], name: str) -> str:
+    return f"{units[name][0]} in layer {units[name][1]}" if name in units else "no such unit"
+
+
+def _check_kept(model: "PreTrainedModel", stored: Mapping[str, Tensor], folder: Path) -> None:
+    wanted = model.state_dict()
+    for name, tensor in stored.items():
+        other = wanted.get(name)
+        # a buffer that is made when the model is built may be stored too, in any floating type
+        if other is not None and (
+            other.shape != tensor.shape or other.is_floating_point() != tensor.is_floating_point()
+        ):
+            found, needed = (f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in (tensor, other))
+            raise MoqaError(f"{folder}: {name} is {found}", f"config.json needs {needed}")
 
 
 @contextmanager

@@ -77,7 +77,7 @@ MOQA_INLINE float exponential(float x) {
     const float f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
     const float series = ((((1.98756915e-4f * f + 1.39819995e-3f) * f + 8.33345191e-3f) * f + 4.16657960e-2f) * f +
                           1.66666655e-1f) * f + 5.0e-1f;
-    const float power = float_of((bits_of(shifted) - bits_of(12582912.0f) + 127) << 23);
+    const float power = float_of(int32_t(uint32_t(bits_of(shifted) - bits_of(12582912.0f) + 127) << 23));
     return (series * f * f + f + 1.0f) * power;
 }
 

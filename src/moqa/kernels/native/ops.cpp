@@ -95,7 +95,8 @@ void products(const Path& path, std::initializer_list<Product> list, const float
         const Matrix& m = *product.matrix;
         if (m.group != group && m.width != 16) group = group == 0 ? m.group : -1;
         const int size = item_tiles(m.tiles(), threads);
-        for (int tile = 0; tile < m.tiles(); tile += size) work.push_back({&product, tile, std::min(m.tiles(), tile + size)});
+        for (int tile = 0; tile < m.tiles(); tile += size)
+            work.push_back({&product, tile, std::min(m.tiles(), tile + size)});
         bytes += m.row_bytes() * m.out;
     }
     if (group < 0) {  // inputs are quantized by group: matrices of other group sizes go one by one
@@ -199,7 +200,7 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
         });
     }
 
-    // a share that takes every token as it came needs no copy; others get one per group size
+    // a single token needs no copy; others are gathered by share, once per group size
     if (int(call.inputs.size()) < 2 * shares) call.inputs.resize(2 * shares);
     if (int(call.inners.size()) < shares) call.inners.resize(shares);
     std::vector<const Rows*> gate_rows(shares), up_rows(shares);
@@ -207,7 +208,7 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
         const Share& share = call.shares[s];
         const auto rows_for = [&](const Matrix& m, QuantizedRows& copy) -> const Rows* {
             const Rows& all = call.tokens.at(m.group);
-            if (tokens == 1) return &all;
+            if (tokens == 1 && share.count == 1) return &all;
             gather(all, share, order, top_k, copy);
             return &copy;
         };
