@@ -10,13 +10,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "ops.h"
+#include "decoder.h"
 
 using namespace moqa;
 
@@ -374,6 +375,56 @@ void check_experts(int count, int hidden, int inner, int tokens, int top_k, Acti
     }
 }
 
+// Memory and threads of the decoder; that it computes what transformers does is tested in Python.
+void check_decoder(int hidden, int heads, int kv_heads, int head_dim, bool routed, int tokens) {
+    const int width = random_int(1, 70), count = 3, vocabulary = random_int(1, 90), rotated = head_dim / 2 * 2;
+    std::deque<Stored> matrices;
+    std::deque<Buffer<float>> kept;
+    const auto matrix = [&](int out, int in) {
+        matrices.push_back(random_matrix(out, in, one_of({2, 3, 4, 8, 16}), one_of({32, 64})));
+        return &matrices.back().matrix;
+    };
+    const auto floats = [&](size_t size) {
+        kept.push_back(random_floats(size, true));
+        return kept.back().get();
+    };
+    Experts e{};
+    for (int i = 0; i < count; ++i) {
+        e.gate.push_back(matrix(width, hidden)), e.up.push_back(matrix(width, hidden));
+        e.down.push_back(matrix(hidden, width));
+    }
+    Layer layer{};
+    layer.before_attention = {floats(hidden), 1e-6f}, layer.before_mlp = {floats(hidden), 1e-6f};
+    const int queries = heads * head_dim, keys = kv_heads * head_dim;
+    const bool norm_heads = coin();
+    layer.attention = {matrix(queries, hidden), matrix(keys, hidden), matrix(keys, hidden), matrix(hidden, queries),
+                       floats(queries), floats(keys), nullptr, floats(hidden),
+                       {floats(norm_heads ? head_dim : queries), 1e-6f}, {floats(norm_heads ? head_dim : keys), 1e-6f},
+                       norm_heads, heads, kv_heads, head_dim, 0.3f};
+    if (routed) layer.router = {floats(size_t(count) * hidden), count, 2, coin()}, layer.experts = &e;
+    if (!routed || coin())
+        layer.mlp = {matrix(width, hidden), matrix(width, hidden), matrix(hidden, width),
+                     routed ? floats(hidden) : nullptr, Activation::silu};
+    const Decoder decoder{{layer, layer}, {floats(hidden), 1e-6f}, matrix(vocabulary, hidden), hidden};
+    const Buffer<float> embedding = random_floats(hidden, true), angles = random_floats(rotated, true);
+    for (const Path* path : PATHS) {
+        std::vector<Buffer<float>> found;
+        for (int threads : {1, 3}) {
+            std::vector<Buffer<float>> past;
+            for (int i = 0; i < 4; ++i) past.emplace_back(size_t(keys) * tokens);
+            const Past places{{past[0].get(), past[1].get()}, {past[2].get(), past[3].get()}, tokens};
+            found.emplace_back(vocabulary);
+            for (int position = 0; position < tokens; ++position)
+                decode(*path, decoder, places, embedding.get(), position, angles.get(), angles.get(), rotated,
+                       found.back().get(), threads);
+        }
+        ++cases;
+        for (int i = 0; i < vocabulary; ++i)
+            if (!std::isfinite(found[0][i]) || found[0][i] != found[1][i])
+                return fail(std::string(path->name) + " decoder: not finite, or depends on the number of threads");
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -400,6 +451,10 @@ int main(int argc, char** argv) {
         }
     check_experts(4, 150, 300, 130, 2, Activation::silu);
     check_experts(2, 10, 20, 0, 2, Activation::silu);
+    for (int round = 0; round < 6; ++round) {
+        check_decoder(random_int(1, 100), 4, 2, random_int(1, 20), round % 2 == 0, random_int(1, 9));
+        check_decoder(64, 3, 1, 16, round % 2 == 1, 40);
+    }
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     std::string names;
     for (const Path* path : PATHS) names += std::string(" ") + path->name;
