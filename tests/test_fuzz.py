@@ -4,6 +4,7 @@ Every seed is one mutation, the same on every run: `python tests/test_fuzz.py sh
 They run in processes of their own, so that a crash or a hang is seen and its seed known.
 """
 
+import dataclasses
 import faulthandler
 import hashlib
 import json
@@ -18,7 +19,6 @@ import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"
 SIDES = [CONFIG, INDEX, *TOKENIZER]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Allowed:
     """What a mutated checkpoint may do besides being refused.
 
@@ -42,11 +42,13 @@ class Allowed:
         load: whether moqa may load it at all.
         differ: the loaders with which its logits may be others.
         infinite: whether its logits may be NaN or infinite.
+        fail: whether its forward may raise, once it is loaded.
     """
 
     load: bool = True
     differ: tuple[str, ...] = ()
     infinite: bool = False
+    fail: bool = False
 
 
 VERIFIED, UNVERIFIED, TRANSFORMERS = LOADERS = ("verified", "unverified", "transformers")
@@ -446,7 +448,9 @@ def _rebuild(victim: Victim, data: dict) -> None:
         raw = victim.read(name)
         old |= {key: raw[start + e["data_offsets"][0] : start + e["data_offsets"][1]] for key, e in entries.items()}
     kept = {name: (getattr(torch, t["dtype"]), tuple(t["shape"])) for name, t in data["kept"].items()}
-    units = {n: (u["layer"], tuple(u["shape"]), Scheme.model_construct(**u["scheme"])) for n, u in data["units"].items()}
+    # not validated: an attacker's tools are not
+    schemes = {name: Scheme.model_construct(**unit["scheme"]) for name, unit in data["units"].items()}
+    units = {name: (u["layer"], tuple(u["shape"]), schemes[name]) for name, u in data["units"].items()}
     data["files"] = {}
     for shard in shards(kept, data["layers"], units):
         content = shard.header()
@@ -474,8 +478,8 @@ def rebuilt_units(victim: Victim) -> Allowed:
         unit = data["units"][name]
         width = pick([1, 2, 3, 4, 5, 6, 7, 8, 16])
         unit["scheme"] = {
-            "width": width, "group_size": pick([32, 64, 96, 4096, 2**20, 2**31, 2**40]), "symmetric": width > 1 and pick([True, False]),
-            "scale_dtype": pick(["bfloat16", "float16"]),
+            "width": width, "group_size": pick([32, 64, 96, 4096, 2**20, 2**31, 2**40]),
+            "symmetric": width > 1 and pick([True, False]), "scale_dtype": pick(["bfloat16", "float16"]),
         }  # fmt: skip
         change = pick(["scheme", "scheme", "scheme", "shape", "layer", "drop", "add", "rename", "layers"])
         fits &= change in ("scheme", "layers")  # one more layer's file may be empty
@@ -625,7 +629,11 @@ def config_edits(victim: Victim) -> Allowed:
         )  # fmt: skip
         config[key] = value
     victim.write_json(CONFIG, config)
-    return HARMLESS
+    if victim.random.random() < 0.5:
+        return HARMLESS
+    digest = hashlib.sha256(victim.read(CONFIG)).hexdigest()
+    victim.write_manifest(victim.json(MANIFEST) | {"config": digest})
+    return dataclasses.replace(SEALED, fail=True)
 
 
 # --- running them ------------------------------------------------------------------------------------------------
@@ -638,11 +646,11 @@ def mutate(sound: Path, folder: Path, seed: str) -> tuple[str, Allowed]:
     return function.__name__, function(Victim(sound, folder, seed))
 
 
-def logits_of(load: Callable, folder: Path):
+def logits_of(model):
     import torch
 
     with torch.no_grad():
-        return load(folder)(torch.arange(12)[None] * 531 % 8192).logits
+        return model(torch.arange(12)[None] * 531 % 8192).logits
 
 
 def loaders() -> dict[str, Callable]:
@@ -664,15 +672,17 @@ def problem(name: str, load: Callable, folder: Path, allowed: Allowed, sound) ->
 
     from moqa import MoqaError
 
+    model = None
     try:
-        found = logits_of(load, folder)
+        model = load(folder)
+        found = logits_of(model)
     except MoqaError as error:
         one_line = "\n" not in str(error) and len(str(error)) < 2000
         return "refused", None if one_line else f"a message of many lines: {error!r:.300}"
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of Rust is no Exception
-        if name == TRANSFORMERS:
+        if name == TRANSFORMERS or (allowed.fail and model is not None):
             return "refused", None
         frames = traceback.extract_tb(error.__traceback__)
         at = next((frame for frame in reversed(frames) if "/moqa/" in frame.filename), frames[-1])
@@ -697,7 +707,7 @@ def run(sound: Path, names: list[str], seeds: list[str]) -> None:
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     known, seen = loaders(), Counter()
-    wanted = {name: logits_of(known[name], sound) for name in names}
+    wanted = {name: logits_of(known[name](sound)) for name in names}
     with tempfile.TemporaryDirectory(dir=sound.parent) as parent:
         for seed in seeds:
             print(f"seed {seed}", flush=True)

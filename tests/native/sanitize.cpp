@@ -5,6 +5,7 @@
 //   sanitize [seed]
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -15,6 +16,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "decoder.h"
@@ -326,8 +328,8 @@ void check_experts(int count, int hidden, int inner, int tokens, int top_k, Acti
     std::string name = " experts";
     for (int p = 0; p < 3; ++p) {
         for (int i = 0; i < count; ++i)
-            parts[p].push_back(random_matrix(p == 2 ? hidden : inner, p == 2 ? inner : hidden, one_of({2, 3, 4, 5, 8, 16}),
-                                             one_of({32, 64, 64, 128})));
+            parts[p].push_back(random_matrix(p == 2 ? hidden : inner, p == 2 ? inner : hidden,
+                                             one_of({2, 3, 4, 5, 8, 16}), one_of({32, 64, 64, 128})));
         for (const Stored& m : parts[p]) lists[p]->push_back(&m.matrix), name += " " + describe(m.matrix);
     }
     const Buffer<float> biases[] = {random_floats(size_t(count) * inner, coin()),
@@ -338,7 +340,8 @@ void check_experts(int count, int hidden, int inner, int tokens, int top_k, Acti
     Buffer<int64_t> index(size_t(tokens) * top_k);
     Buffer<float> weights(index.size);
     for (size_t slot = 0; slot < index.size; ++slot) {
-        index[slot] = random_int(0, 9) == 0 ? one_of<int64_t>({count, count + 7, int64_t(1) << 40}) : random_int(0, count - 1);
+        const bool none = random_int(0, 9) == 0;
+        index[slot] = none ? one_of<int64_t>({count, count + 7, int64_t(1) << 40}) : random_int(0, count - 1);
         weights[slot] = float(random_real(0, 1));
     }
     std::vector<Bounded> wanted;
@@ -373,6 +376,49 @@ void check_experts(int count, int hidden, int inner, int tokens, int top_k, Acti
         experts(*path, e, x.array(), tokens, top_k, index.get(), weights.get(), again.array(), threads % 3 + 1);
         if (!same(first, again)) fail(std::string(path->name) + " " + name + ": depends on the number of threads");
     }
+}
+
+// Several matrices for one row, as a decoder needs them.
+void check_products(int in, bool mixed) {
+    std::vector<Stored> parts;
+    for (int i = 0; i < 3; ++i)
+        parts.push_back(random_matrix(random_int(1, 200), in, one_of({2, 3, 4, 8, 16}), mixed ? one_of({32, 64}) : 64));
+    const Inputs x(1, in, false, false);
+    std::vector<Buffer<float>> biases;
+    for (const Stored& m : parts) biases.push_back(random_floats(m.matrix.out, coin()));
+    for (const Path* path : PATHS) {
+        std::vector<Outputs> found;
+        for (const Stored& m : parts) found.emplace_back(m.matrix.out, false);
+        QuantizedRows rows;
+        const auto part = [&](int i) {
+            return Product{&parts[i].matrix, biases[i].get(), static_cast<float*>(found[i].array().data)};
+        };
+        products(*path, {part(0), part(1), part(2)}, x.floats.get(), rows, random_int(1, 3));
+        for (int i = 0; i < 3; ++i)
+            compare(found[i], {product(parts[i], x.rows[0], biases[i].get())},
+                    std::string(path->name) + " products " + describe(parts[i].matrix));
+    }
+}
+
+// Callers on threads of their own share the pool, and nothing else.
+void check_callers() {
+    const Stored m = random_matrix(300, 200, 4, 64);
+    const Inputs x(40, 200, true, false);
+    const auto compute = [&] {
+        Outputs y(40 * 300, true);
+        linear(*PATHS[0], m.matrix, x.array(), 40, nullptr, y.array(), 3);
+        return y;
+    };
+    const Outputs wanted = compute();
+    std::vector<std::thread> callers;
+    std::atomic<int> wrong{0};
+    for (int i = 0; i < 4; ++i)
+        callers.emplace_back([&] {
+            for (int round = 0; round < 10; ++round) wrong += !same(compute(), wanted);
+        });
+    for (std::thread& caller : callers) caller.join();
+    ++cases;
+    if (wrong > 0) fail("callers on several threads disturb each other");
 }
 
 // Memory and threads of the decoder; that it computes what transformers does is tested in Python.
@@ -443,8 +489,9 @@ int main(int argc, char** argv) {
         }
     // large enough for several threads on a single row
     for (int width : {3, 8, 16}) check_linear(700, 530, width, 64, 1);
+    const auto kinds = {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::swiglu_clamped};
     for (int round = 0; round < 8; ++round)
-        for (Activation kind : {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::swiglu_clamped}) {
+        for (Activation kind : kinds) {
             for (int tokens : {1, 2, 5, 16, 40})
                 check_experts(random_int(1, 9), random_int(1, 100), random_int(1, 100), tokens, random_int(1, 4), kind);
             check_experts(3, 60, 150, 20, 2, kind, true);
@@ -455,6 +502,9 @@ int main(int argc, char** argv) {
         check_decoder(random_int(1, 100), 4, 2, random_int(1, 20), round % 2 == 0, random_int(1, 9));
         check_decoder(64, 3, 1, 16, round % 2 == 1, 40);
     }
+    for (int in : {1, 33, 200})
+        for (bool mixed : {false, true}) check_products(in, mixed);
+    check_callers();
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     std::string names;
     for (const Path* path : PATHS) names += std::string(" ") + path->name;
