@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 def load(
-    folder: str | Path, verify: bool = True, dtype: torch.dtype = torch.float32, kernels: str = "auto"
+    folder: str | Path,
+    verify: bool = True,
+    dtype: torch.dtype = torch.float32,
+    kernels: str = "auto",
+    device: str | torch.device = "cpu",
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a checkpoint.
 
@@ -36,7 +40,8 @@ def load(
         folder: of the checkpoint.
         verify: compare the files' hashes first, which reads every byte.
         dtype: of activations: float32 or bfloat16.
-        kernels: `native`, `reference`, or `auto`: the fastest that run here.
+        kernels: `native`, `triton`, `reference`, or `auto`: the fastest that run on the device.
+        device: where to compute; on another than the CPU, weights are copied there.
 
     Returns:
         A transformers model whose units are packed, and its tokenizer.
@@ -45,10 +50,15 @@ def load(
         MoqaError: if the checkpoint is damaged or does not fit its own configuration, or the kernels do not run here.
     """
     checkpoint = open_checkpoint(folder, verify)
-    return load_packed(checkpoint, dtype, kernels), load_tokenizer(checkpoint.folder)
+    return load_packed(checkpoint, dtype, kernels, device), load_tokenizer(checkpoint.folder)
 
 
-def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, kernels: str = "auto") -> "PreTrainedModel":
+def load_packed(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    kernels: str = "auto",
+    device: str | torch.device = "cpu",
+) -> "PreTrainedModel":
     """The model of a checkpoint that has been checked; see `load`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,7 +70,7 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, kern
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # transformers fails on a foreign configuration in any way
         raise MoqaError(f"{checkpoint.folder} has no usable config.json", _reason(error)) from None
-    found = choose_kernels(kernels)
+    found = choose_kernels(kernels, device)
     install_units(model.eval(), checkpoint, found)
     stored = checkpoint.layer(None)
     _check_kept(model, stored, checkpoint.folder)
@@ -76,7 +86,7 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, kern
         raise MoqaError(f"{checkpoint.folder}: {name} does not fit config.json", "one of the two was changed")
     keep_as_stored(model, stored, dtype, found)
     _read_generation_config(model, checkpoint.folder)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False).to(device)
 
 
 def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Kernels) -> None:
@@ -137,12 +147,14 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def choose_kernels(name: str) -> Kernels:
+def choose_kernels(name: str, device: str | torch.device = "cpu") -> Kernels:
     """Kernels by name, with a warning if `auto` finds only the slow reference."""
-    found = find_kernels(name)
+    device = torch.device(device)
+    found = find_kernels(name, device)
     if name == "auto" and found.name == "reference":
-        reason = KERNELS["native"].unusable(torch.device("cpu"))
-        warnings.warn(f"moqa computes with its slow reference, native kernels are missing: {reason}", stacklevel=2)
+        fast = "native" if device.type == "cpu" else "triton"
+        reason = KERNELS[fast].unusable(device)
+        warnings.warn(f"moqa computes with its slow reference, {fast} kernels are missing: {reason}", stacklevel=2)
     return found
 
 
