@@ -111,6 +111,14 @@ class Victim:
         self.seal()
         return sealed
 
+    def unsealed_manifest(self) -> Allowed:
+        """What an edited manifest with its old checksum may do: nothing, unless it still says the same."""
+        try:
+            same = self.json(MANIFEST) == json.loads((self.sound / MANIFEST).read_bytes())
+        except (ValueError, RecursionError):
+            same = False
+        return HARMLESS if same else REFUSED
+
     def some(self, suffixes: Iterable[str]) -> tuple[str, int, int]:
         """A tensor of a unit with one of these suffixes: its file and where its bytes are."""
         found = []
@@ -182,7 +190,7 @@ def flip_a_byte(victim: Victim) -> Allowed:
     place = victim.random.randrange(min(len(raw), victim.random.choice([8, 100, 8000, len(raw)])))
     raw[place] ^= victim.random.randrange(1, 256)
     victim.write(name, bytes(raw))
-    return HARMLESS if name == MANIFEST else victim.maybe_seal()
+    return victim.unsealed_manifest() if name == MANIFEST else victim.maybe_seal()
 
 
 @mutation
@@ -353,9 +361,30 @@ def manifest_fields(victim: Victim) -> Allowed:
         parent[key] = victim.random.choice(NASTY)
     if victim.random.random() < 0.2:
         victim.write_json(MANIFEST, data)
-        return HARMLESS
+        return victim.unsealed_manifest()
     victim.write_manifest(data)
     return SEALED
+
+
+@mutation
+def plausible_manifest_fields(victim: Victim) -> Allowed:
+    data = victim.json(MANIFEST)
+    while True:
+        parent, key = _somewhere(victim, data)
+        value = parent[key]
+        if isinstance(value, bool):
+            parent[key] = not value
+        elif isinstance(value, int):
+            parent[key] = victim.random.choice([value + 1, value + 32, 2 * value + 1])
+        elif isinstance(value, float):
+            parent[key] = value / 2 + 0.25
+        elif isinstance(value, str):
+            parent[key] = value[:-1] + chr(ord(value[-1:] or "a") ^ 1)
+        else:
+            continue
+        break
+    victim.write_json(MANIFEST, data)
+    return victim.unsealed_manifest()
 
 
 @mutation
@@ -419,7 +448,7 @@ def manifest_text(victim: Victim) -> Allowed:
             ]
         ),
     )  # fmt: skip
-    return HARMLESS
+    return victim.unsealed_manifest()
 
 
 @mutation

@@ -240,6 +240,14 @@ def _tile_of_kind(
 
 
 @triton.jit
+def _add_dot(total, w, x, EMULATED: tl.constexpr):
+    if EMULATED:  # the interpreter has no products of bfloat16
+        return tl.dot(w.to(tl.float32), tl.trans(x.to(tl.float32)), acc=total)
+    else:
+        return tl.dot(w, tl.trans(x), acc=total)
+
+
+@triton.jit
 def _tile_of_kept(
     entry, first, rows, live, values, features, out, OUT: tl.constexpr, ROWS: tl.constexpr, EMULATED: tl.constexpr
 ):
@@ -253,18 +261,16 @@ def _tile_of_kept(
         w = tl.load(weight + row.to(tl.int64)[:, None] * features + inputs[None, :], mask=stored, other=0.0)
         given = live[:, None] & (inputs < features)[None, :]
         x = tl.load(values + (rows.to(tl.int64) * features)[:, None] + inputs[None, :], mask=given, other=0.0)
-        if EMULATED:  # the interpreter has no products of bfloat16
-            total = tl.dot(w.to(tl.float32), tl.trans(x.to(tl.float32)), acc=total)
-        elif x.dtype == tl.bfloat16:
-            total = tl.dot(w, tl.trans(x), acc=total)
+        if x.dtype == tl.bfloat16:
+            total = _add_dot(total, w, x, EMULATED)
         else:
             high = x.to(tl.bfloat16)
             x -= high.to(tl.float32)
             middle = x.to(tl.bfloat16)
             low = (x - middle.to(tl.float32)).to(tl.bfloat16)
-            total = tl.dot(w, tl.trans(low), acc=total)
-            total = tl.dot(w, tl.trans(middle), acc=total)
-            total = tl.dot(w, tl.trans(high), acc=total)
+            total = _add_dot(total, w, low, EMULATED)
+            total = _add_dot(total, w, middle, EMULATED)
+            total = _add_dot(total, w, high, EMULATED)
     return total
 
 
