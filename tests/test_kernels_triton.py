@@ -104,7 +104,7 @@ schemes = st.builds(
 
 @runs_here
 class TestLinear:
-    @settings(max_examples=20, phases=PHASES)
+    @settings(max_examples=16, phases=PHASES)
     @given(
         schemes, st.integers(1, 40), st.integers(1, 300), st.sampled_from((1, 2, 3, 8, 11, 17, 40)), st.booleans(),
         st.booleans(), st.integers(0, 10**6),
@@ -195,7 +195,7 @@ def expected_experts(stack, x, index, weights):
 
 @runs_here
 class TestExperts:
-    @settings(max_examples=8, phases=PHASES)
+    @settings(max_examples=6, phases=PHASES)
     @given(
         st.lists(schemes, min_size=1, max_size=4), st.sampled_from(ACTIVATIONS), st.integers(1, 3), st.integers(1, 32),
         st.integers(1, 40), st.sampled_from((1, 7)), st.integers(1, 3), st.booleans(), st.booleans(),

@@ -45,7 +45,7 @@ class ReferenceKernels:
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         biases = (stack.gate_bias, stack.up_bias, stack.down_bias)
         for expert in index.unique().tolist():
-            if expert >= len(stack.gate):
+            if not 0 <= expert < len(stack.gate):
                 continue
             tokens, places = (index == expert).nonzero(as_tuple=True)
             gate_bias, up_bias, down_bias = (None if bias is None else bias[expert] for bias in biases)

@@ -58,7 +58,7 @@ class Kernels(Protocol):
         Args:
             stack: the experts.
             x: [tokens, hidden] float32 or bfloat16.
-            index: [tokens, top_k] expert of each token, int64; an index past the last expert means none.
+            index: [tokens, top_k] expert of each token, int64; an index that no expert has means none.
             weights: [tokens, top_k] gate weights.
 
         Returns:

@@ -5,6 +5,9 @@
 All of them do the arithmetic of the C++ kernels in one order: integers within a group, then one fused step per group,
 the groups of a slice from left to right, then the slices from left to right. Nothing is fused that is not written so
 (`enable_fp_fusion=False`). So a row's result depends neither on the rows beside it nor on which kernel computed it.
+
+`KINDS` are what a table's matrices are, four numbers for each: width, group size, symmetric, float16 scales. A width's
+planes have B0, B1 and B2 bits. Only what every Triton since 3.4 compiles is used: that is what torch 2.8 comes with.
 """
 
 import triton
@@ -18,7 +21,10 @@ BLOCK = tl.constexpr(32)
 
 @triton.jit
 def quantize(x, q, steps, features, q_stride, stride, SIZES: tl.constexpr, COUNT: tl.constexpr):
-    """Rows to 8 bits, once for every group size: value = scale * q. A step is the sum of q above the scale's bits."""
+    """Rows to 8 bits, once for every group size: value = scale * q. A step is the sum of q above the scale's bits.
+
+    SIZES: every group size, each followed by the power of two that holds it.
+    """
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     q += row * q_stride
@@ -54,7 +60,8 @@ def _pointer(field, DTYPE: tl.constexpr):
 def _offsets(zeros, at, mask, WIDTH: tl.constexpr, SYMMETRIC: tl.constexpr):
     if SYMMETRIC:
         return tl.full(at.shape, 2.0 ** (WIDTH - 1), tl.float32)
-    return tl.load(zeros + at, mask=mask, other=0).to(tl.float32) * ((2.0**WIDTH - 1) / 255)
+    else:
+        return tl.load(zeros + at, mask=mask, other=0).to(tl.float32) * ((2.0**WIDTH - 1) / 255)
 
 
 @triton.jit

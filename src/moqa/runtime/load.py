@@ -66,6 +66,9 @@ def load_packed(
         raise MoqaError(f"activations of {dtype}", "choose float32 or bfloat16")
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
+        depth = config.get_text_config().num_hidden_layers
+        if depth != checkpoint.manifest.layers:  # before a model of any depth is built
+            raise ValueError(f"{depth} layers, the manifest has {checkpoint.manifest.layers}")
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # transformers fails on a foreign configuration in any way

@@ -70,6 +70,7 @@ class PackedExperts(nn.Module):
         self._rows, self._count = projection_rows(experts), experts.num_experts
         self.activation = activation_of(experts)
         self._stack: ExpertStack | None = None
+        self._biases: tuple[Tensor, ...] = ()  # of the module that the stack was made for
         self.kernels = kernels
         self.matrices = nn.ModuleDict({f"{e}:{projection}": matrix for (e, projection), matrix in matrices.items()})
 
@@ -81,9 +82,10 @@ class PackedExperts(nn.Module):
 
     def stack(self, module: Experts) -> ExpertStack:
         """The matrices as kernels take them; only if `activation` is known."""
-        if self._stack is None:
+        biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else ()
+        if self._stack is None or any(now is not then for now, then in zip(biases, self._biases, strict=True)):
             assert self.activation is not None
-            self._stack = self._as_stack(module, self.activation)
+            self._stack, self._biases = self._as_stack(module, self.activation), biases
         return self._stack
 
     def gate_up(self, expert: int, x: Tensor) -> Tensor:
