@@ -57,7 +57,7 @@ def unpack(planes: list[Tensor], width: int, shape: tuple[int, int]) -> Tensor:
     for plane, bits in zip(planes, PLANES[width], strict=False):
         shift -= bits
         vectors = plane.unflatten(-1, (bits, 1, 64))
-        part = (((vectors >> _shifts(bits)) & (2**bits - 1)) << shift).flatten(-3, -2)
+        part = (((vectors >> _shifts(bits).to(plane.device)) & (2**bits - 1)) << shift).flatten(-3, -2)
         total = part if total is None else total | part
     assert total is not None
     tiles = total.unflatten(-1, (TILE, 4)).movedim(-2, -4)
