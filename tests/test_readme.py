@@ -44,7 +44,7 @@ def test_the_readme_runs_as_it_stands(tmp_path):
 def serves(command: list[str], folder: Path, environment: dict[str, str]) -> None:
     """The server answers, and ends well when it is told to."""
     port = command[command.index("--port") + 1]
-    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
     try:
         for _ in range(120):
             time.sleep(0.5)
