@@ -73,6 +73,8 @@ FAMILIES: dict[str, Family] = {
         }
     ),
     "llama": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
+    "qwen2": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
+    "qwen3": Family({"intermediate_size": 96, "head_dim": 16}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moqa.errors import MoqaError
-from moqa.on_import import importer, on_import
+from moqa.on_import import on_import
 
 if TYPE_CHECKING:
     from moqa.runtime.load import load
@@ -26,7 +26,7 @@ __all__ = ["MoqaError", "bench", "evaluate", "generate", "load", "plan", "profil
 _FOLDERS = ("bench", "evaluate", "generate", "plan", "profile", "quantize", "report")
 
 # from here on transformers' from_pretrained reads moqa's checkpoints
-on_import("transformers.quantizers.auto", importer("moqa.runtime.from_pretrained"))
+on_import("transformers.quantizers.auto", "moqa.runtime.from_pretrained")
 
 
 def __getattr__(name: str) -> Any:

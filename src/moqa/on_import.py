@@ -1,28 +1,28 @@
-"""Run something once another package is imported, without importing it."""
+"""Import a module once another is imported, without importing that one."""
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
 
-def on_import(name: str, action: Callable[[], object]) -> None:
-    """Call `action` after the module `name` is imported; at once if it is already.
+def on_import(name: str, follower: str) -> None:
+    """Import the module `follower` after the module `name` is imported; at once if it is already.
 
-    >>> on_import("transformers.quantizers.auto", lambda: print("transformers is here"))
+    >>> on_import("transformers.quantizers.auto", "moqa.runtime.from_pretrained")
     """
     if name in sys.modules:
-        action()
+        importlib.import_module(follower)
     else:
-        sys.meta_path.insert(0, _Watcher(name, action))
+        sys.meta_path.insert(0, _Watcher(name, follower))
 
 
 class _Watcher(MetaPathFinder):
-    def __init__(self, name: str, action: Callable[[], object]) -> None:
-        self._name, self._action = name, action
+    def __init__(self, name: str, follower: str) -> None:
+        self._name, self._follower = name, follower
 
     def find_spec(
         self,
@@ -35,20 +35,15 @@ class _Watcher(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            _act_after(spec.loader, self._action)
+            _import_after(spec.loader, self._follower)
         return spec
 
 
-def _act_after(loader: Loader, action: Callable[[], object]) -> None:
+def _import_after(loader: Loader, follower: str) -> None:
     execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
         execute(module)
-        action()
+        importlib.import_module(follower)
 
     loader.exec_module = exec_module  # type: ignore[method-assign]
-
-
-def importer(name: str) -> Callable[[], object]:
-    """A function that imports a module."""
-    return lambda: importlib.import_module(name)

@@ -922,6 +922,15 @@ def test_callers_on_several_threads_do_not_disturb_each_other(work):
         assert all(same(found, wanted) for found in pool.map(lambda _: work.do(), range(40)))
 
 
+@each_quantizing
+def test_idle_threads_use_no_processor(work):
+    work.do()
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.05
+
+
 def _in_child(send, work: Work) -> None:
     torch.set_num_threads(2)
     send.send([tensor.tolist() for tensor in work.do()])

@@ -22,13 +22,13 @@ def measure(
     """What `Speed` holds, but the model's name."""
     torch.set_num_threads(threads)
     packed = is_checkpoint(folder)
-    files = [folder / name for name in open_checkpoint(folder).manifest.files] if packed else weight_files(folder)
-    for path in files:
-        path.read_bytes()  # into the page cache: what is measured is the loading, not the disk
-    started = time.perf_counter()
+    # both checks read every byte, into the page cache: what is measured is the loading, not the disk
     if packed:
+        files = [folder / name for name in open_checkpoint(folder).manifest.files]
+        started = time.perf_counter()
         model = load_packed(open_checkpoint(folder), kernels=kernels)
     else:
+        files = weight_files(folder)
         check_finite(folder)
         started = time.perf_counter()
         model = load_original(folder, torch.bfloat16)

@@ -32,7 +32,7 @@ def pack(integers: Tensor, width: int) -> list[Tensor]:
     for bits in PLANES[width]:
         shift -= bits
         fields = (tiles.flatten(-2) >> shift & (2**bits - 1)).unflatten(-2, (bits, 8 // bits))
-        planes.append((fields << _shifts(bits)).sum(-2, dtype=torch.uint8).flatten(-2))
+        planes.append((fields << _shifts(bits, fields.device)).sum(-2, dtype=torch.uint8).flatten(-2))
     return planes
 
 
@@ -57,7 +57,7 @@ def unpack(planes: list[Tensor], width: int, shape: tuple[int, int]) -> Tensor:
     for plane, bits in zip(planes, PLANES[width], strict=False):
         shift -= bits
         vectors = plane.unflatten(-1, (bits, 1, 64))
-        part = (((vectors >> _shifts(bits).to(plane.device)) & (2**bits - 1)) << shift).flatten(-3, -2)
+        part = (((vectors >> _shifts(bits, plane.device)) & (2**bits - 1)) << shift).flatten(-3, -2)
         total = part if total is None else total | part
     assert total is not None
     tiles = total.unflatten(-1, (TILE, 4)).movedim(-2, -4)
@@ -84,5 +84,5 @@ def untile_rows(tiled: Tensor, out: int) -> Tensor:
     return tiled.mT.flatten(-3, -2)[..., :out, :]
 
 
-def _shifts(bits: int) -> Tensor:
-    return (torch.arange(8 // bits, dtype=torch.uint8) * bits)[:, None]
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return (torch.arange(8 // bits, dtype=torch.uint8, device=device) * bits)[:, None]

@@ -72,11 +72,16 @@ class PackedMatrix(nn.Module):
             new = fn(tensor)
             return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
-        changed = super()._apply(moved, recurse)
-        self._forget()
-        return changed
+        before = self._places()
+        super()._apply(moved, recurse)
+        if self._places() != before:
+            self._forget()
+        return self
 
     # what a kernel remembers are addresses: they end with the tensors they belong to
+
+    def _places(self) -> list[tuple[torch.device, int]]:
+        return [(tensor.device, tensor.data_ptr()) for tensor in self.buffers()]
 
     def _forget(self) -> None:
         self.prepared = None

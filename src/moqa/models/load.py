@@ -28,7 +28,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare exceptions, transformers all kinds
-        raise MoqaError(f"{folder} has no tokenizer that transformers can read", _one_line(error)) from None
+        raise MoqaError(f"{folder} has no tokenizer that transformers can read", one_line(error)) from None
 
 
 def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
@@ -49,7 +49,7 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
                 folder, config=config, dtype=dtype, output_loading_info=True
             )
     except wrong as error:
-        problem = _difference(folder, config) or _one_line(error)
+        problem = _difference(folder, config) or one_line(error)
         raise MoqaError(f"{folder} cannot be loaded as {config.model_type}", problem) from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
@@ -67,7 +67,7 @@ def _load_config(folder: Path) -> "PretrainedConfig":
         with _quiet():
             config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise MoqaError(f"{folder} has a config.json that transformers cannot read", _one_line(error)) from None
+        raise MoqaError(f"{folder} has a config.json that transformers cannot read", one_line(error)) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise MoqaError(f"{folder} is a {config.model_type}", "moqa works on causal language models of transformers")
     quantized = getattr(config, "quantization_config", None)
@@ -117,7 +117,12 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What a foreign error says, in one line.
+
+    >>> one_line(ValueError("a first line\\nand a second"))
+    'a first line'
+    """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moqa.kernels import PackedMatrix, native
-from moqa.runtime.growing import GrowingCache, advance
+from moqa.runtime.growing import GrowingCache
 from moqa.runtime.packed import PackedExperts, PackedLinear, activation_name
 
 if TYPE_CHECKING:
@@ -41,12 +41,13 @@ class FusedDecoder:
         self._table: Any = model.get_input_embeddings()
         base: Any = model.base_model
         self._rotary = base.rotary_emb
-        # addresses go to native code: what they point to is kept here
+        # native code has addresses: the tensors that they point to are kept here
         self._alive: list[Any] = []
         layers = [native.layer(self._describe(layer)) for layer in base.layers]
         head: Any = model.get_output_embeddings()
         self._decoder = native.decoder(layers, self._float(base.norm.weight), _epsilon(base.norm), head.matrix)
-        self._alive += [layers, head.matrix]
+        self._alive.append(head.matrix)
+        self._depth = len(layers)
         self._vocabulary = head.matrix.shape[0]
         self._angles: tuple[Tensor, Tensor] | None = None
         self._past: tuple[tuple[int, ...], Any] = ((), None)
@@ -64,7 +65,7 @@ class FusedDecoder:
 
     def cache(self) -> GrowingCache:
         """An empty cache that `step` can write to."""
-        return GrowingCache(len(self._decoder_layers))
+        return GrowingCache(self._depth)
 
     @torch.inference_mode()
     def step(self, token: int, cache: GrowingCache) -> Tensor:
@@ -87,7 +88,7 @@ class FusedDecoder:
         embedding = self._table(torch.tensor([token])).float()
         logits = torch.empty(self._vocabulary)
         native.decode(self._decoder, self._addresses(cache, room), embedding, position, cos, sin, logits)
-        advance(cache, position + 1)
+        cache.advance(position + 1)
         return logits
 
     def _addresses(self, cache: GrowingCache, room: int) -> Any:
@@ -136,10 +137,6 @@ class FusedDecoder:
         self._alive.append(found)
         return found
 
-    @property
-    def _decoder_layers(self) -> list[Any]:
-        return self._alive[-2]
-
     @torch.inference_mode()
     def _agrees(self, model: "PreTrainedModel") -> bool:
         vocabulary = model.config.get_text_config().vocab_size
@@ -160,7 +157,7 @@ def _usual(model: "PreTrainedModel") -> bool:
     if getattr(config, "clip_qkv", None) is not None or _rope_type(config) not in ROPES:
         return False
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or (config.model_type != "qwen2" and getattr(config, "sliding_window", None)):
+    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
         return False
     base: Any = model.base_model
     linears = [module for layer in base.layers for module in _linears(layer)]

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -102,9 +101,7 @@ class GrowingCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.reserve(length)
 
-
-@torch.no_grad()
-def advance(cache: GrowingCache, length: int) -> None:
-    """Say that every layer now holds so many tokens, written by a kernel."""
-    for layer in cache.layers:
-        layer.length = length
+    def advance(self, length: int) -> None:
+        """Say that every layer now holds so many tokens, written by a kernel."""
+        for layer in self.layers:
+            layer.length = length

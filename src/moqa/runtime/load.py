@@ -13,7 +13,7 @@ from moqa.errors import MoqaError
 from moqa.format.reader import Checkpoint, open_checkpoint
 from moqa.kernels import KERNELS, Kernels, PackedMatrix, find_kernels
 from moqa.models.experts import Experts
-from moqa.models.load import load_tokenizer
+from moqa.models.load import load_tokenizer, one_line
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.runtime.packed import KeptEmbedding, PackedExperts, PackedLinear
@@ -72,7 +72,7 @@ def load_packed(
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # transformers fails on a foreign configuration in any way
-        raise MoqaError(f"{checkpoint.folder} has no usable config.json", _reason(error)) from None
+        raise MoqaError(f"{checkpoint.folder} has no usable config.json", one_line(error)) from None
     found = choose_kernels(kernels, device)
     install_units(model.eval(), checkpoint, found)
     stored = checkpoint.layer(None)
@@ -143,11 +143,7 @@ def _read_generation_config(model: "PreTrainedModel", folder: Path) -> None:
     try:
         model.generation_config = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # as above
-        raise MoqaError(f"{folder} has no usable generation_config.json", _reason(error)) from None
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise MoqaError(f"{folder} has no usable generation_config.json", one_line(error)) from None
 
 
 def choose_kernels(name: str, device: str | torch.device = "cpu") -> Kernels:

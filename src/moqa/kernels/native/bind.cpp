@@ -82,14 +82,16 @@ NB_MODULE(_native, m) {
              },
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
 
-    nb::class_<Layer>(m, "Layer").def("__init__", [](Layer* self, nb::dict d) { new (self) Layer(layer_of(d)); });
+    // a layer points to the matrices and experts in its dictionary, a decoder to those of its layers and to its head
+    nb::class_<Layer>(m, "Layer")
+        .def("__init__", [](Layer* self, nb::dict d) { new (self) Layer(layer_of(d)); }, nb::keep_alive<1, 2>());
     nb::class_<Decoder>(m, "Decoder")
         .def("__init__", [](Decoder* self, const std::vector<const Layer*>& layers, uintptr_t norm, float epsilon,
                             const Matrix* head, int hidden) {
             std::vector<Layer> copies;
             for (const Layer* layer : layers) copies.push_back(*layer);
             new (self) Decoder{std::move(copies), {at<float>(norm), epsilon}, head, hidden};
-        });
+        }, nb::keep_alive<1, 2>(), nb::keep_alive<1, 5>());
     nb::class_<Past>(m, "Past")
         .def("__init__", [](Past* self, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,
                             int capacity) {
