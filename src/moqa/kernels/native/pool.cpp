@@ -6,16 +6,24 @@
 #include <condition_variable>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 namespace moqa {
 namespace {
 
-constexpr int LOOKS = 500;  // some ten microseconds
+// Waking a sleeping thread takes some ten microseconds, as long as a tenth of a small product. So a thread that has
+// nothing to do looks for about as long whether something comes, and only then sleeps.
+constexpr int LOOKS = 500;
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #endif
+}
+
+template <class Condition>
+void look(Condition holds) {
+    for (int looked = 0; looked < LOOKS && !holds(); ++looked) relax();
 }
 
 class Pool {
@@ -26,37 +34,51 @@ class Pool {
             const std::lock_guard<std::mutex> lock(mutex_);
             for (; workers_ < threads - 1; ++workers_) std::thread([this, id = workers_] { serve(id); }).detach();
             work_ = &work;
-            items_ = items;
-            next_ = 0;
             helpers_ = threads - 1;
+            if (int(shares_.size()) < threads) shares_ = std::vector<Share>(threads);
+            for (int t = 0; t < threads; ++t) {
+                shares_[t].next = int64_t(items) * t / threads;
+                shares_[t].end = int64_t(items) * (t + 1) / threads;
+            }
             open_ = true;
             ++round_;
         }
         start_.notify_all();
-        take();
+        take(0);
         {
             const std::lock_guard<std::mutex> lock(mutex_);
             open_ = false;  // a helper that wakes only now is not waited for
         }
-        // others are at their last items: sleeping would take longer than they do, unless they lost their core
-        for (int look = 0; look < LOOKS && active_ > 0; ++look) relax();
+        look([this] { return active_ == 0; });
         std::unique_lock<std::mutex> lock(mutex_);
         done_.wait(lock, [this] { return active_ == 0; });
     }
 
   private:
-    void take() {
-        for (int item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*work_)(item);
+    // Items side by side, which a thread takes one after the other: what it has asked of the memory ahead is its own
+    // next item. Who is done with his share helps with the others'.
+    struct alignas(64) Share {
+        std::atomic<int> next{0};
+        int end = 0;
+    };
+
+    void take(int thread) {
+        const int threads = helpers_ + 1;
+        for (int t = 0; t < threads; ++t) {
+            Share& share = shares_[(thread + t) % threads];
+            for (int item; (item = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) (*work_)(item);
+        }
     }
 
     void serve(int id) {
         for (long seen = 0;;) {
+            look([&] { return round_ != seen; });
             std::unique_lock<std::mutex> lock(mutex_);
             start_.wait(lock, [&] { return open_ && round_ != seen && id < helpers_; });
             seen = round_;
             ++active_;
             lock.unlock();
-            take();
+            take(id + 1);
             lock.lock();
             if (--active_ == 0) done_.notify_one();
         }
@@ -65,10 +87,10 @@ class Pool {
     std::mutex callers_, mutex_;
     std::condition_variable start_, done_;
     const std::function<void(int)>* work_ = nullptr;
-    std::atomic<int> next_{0};
+    std::vector<Share> shares_;
     std::atomic<int> active_{0};
-    int items_ = 0, helpers_ = 0, workers_ = 0;
-    long round_ = 0;
+    std::atomic<long> round_{0};
+    int helpers_ = 0, workers_ = 0;
     bool open_ = false;
 };
 

@@ -6,8 +6,8 @@
 namespace moqa {
 
 // Calls work(0) ... work(items - 1) on up to `threads` threads, this one included, and returns when all are done.
-// Which thread takes an item must not matter to its result. Threads without work sleep; only the caller looks for some
-// ten microseconds whether the others' last items are done, before it sleeps too.
+// Which thread takes an item must not matter to its result. A thread without work looks for some ten microseconds
+// whether more comes, then sleeps until it does.
 void parallel(int threads, int items, const std::function<void(int)>& work);
 
 }  // namespace moqa
