@@ -87,10 +87,11 @@ struct Stored {
                 weights[i] = from_bfloat16(dense[i]);
                 terms.push_back(std::fabs(weights[i]));
             }
-            matrix.dense = dense.get();
+            matrix.dense = dense.get(), matrix.stride = in;
             return;
         }
         terms.resize(weights.size());
+        matrix.stride = matrix.blocks();
         const int tiles = matrix.tiles(), blocks = matrix.blocks(), groups = matrix.groups(), top = (1 << width) - 1;
         scale = Buffer<uint16_t>(size_t(tiles) * groups * TILE);
         if (!symmetric) zero = Buffer<uint8_t>(scale.size);
@@ -117,6 +118,7 @@ struct Stored {
     }
 
     void pack(const std::vector<uint8_t>& integers) {
+        matrix.stride = matrix.blocks();
         const int tiles = matrix.tiles(), blocks = matrix.blocks();
         int shift = matrix.width;
         for (int n = 0; n < 3 && PLANES[matrix.width][n] > 0; ++n) {

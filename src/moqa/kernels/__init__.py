@@ -2,6 +2,7 @@
 
 from moqa.kernels.matrix import PackedMatrix
 from moqa.kernels.native import NativeKernels
+from moqa.kernels.patch import Channels, Patch
 from moqa.kernels.reference import ReferenceKernels
 from moqa.kernels.registry import ACTIVATIONS, KERNELS, ExpertStack, Kernels, find_kernels, register
 from moqa.kernels.triton import TritonKernels
@@ -10,4 +11,4 @@ register(NativeKernels())
 register(TritonKernels())
 register(ReferenceKernels())
 
-__all__ = ["ACTIVATIONS", "KERNELS", "ExpertStack", "Kernels", "PackedMatrix", "find_kernels"]
+__all__ = ["ACTIVATIONS", "KERNELS", "Channels", "ExpertStack", "Kernels", "PackedMatrix", "Patch", "find_kernels"]

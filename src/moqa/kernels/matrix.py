@@ -58,9 +58,9 @@ class PackedMatrix(nn.Module):
         grid = Grid(scale, zero, self.scheme.group_size, top)
         return grid.decode(unpack(self.planes, self.scheme.width, self.shape))
 
-    def hold(self) -> None:
-        """Keep the unpacked weights until `release`, for many products in a row."""
-        self._held = self.dense()
+    def hold(self, weights: Tensor | None = None) -> None:
+        """Let `dense` give the unpacked weights, or others in their place, without unpacking until `release`."""
+        self._held = self.dense() if weights is None else weights
 
     def release(self) -> None:
         """Forget the unpacked weights."""
@@ -89,7 +89,7 @@ class PackedMatrix(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and name != "_held":
             self._forget()
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moqa.kernels.matrix import PackedMatrix
+from moqa.kernels.patch import Channels, Patch
 from moqa.kernels.registry import ExpertStack
 
 try:
@@ -26,6 +27,7 @@ class NativeKernels:
     """See the file. Runs on as many threads as torch does (`torch.set_num_threads`)."""
 
     name = "native"
+    takes_patches = True
 
     def unusable(self, device: torch.device) -> str | None:
         """See `Kernels`."""
@@ -117,6 +119,11 @@ def decoder(layers: list[Any], norm: Tensor | None, epsilon: float, head: Packed
     return _native.Decoder(layers, _address(norm), epsilon, head.prepared or _prepare(head), head.shape[1])
 
 
+def use_experts(model: Any, layer: int, stack: ExpertStack) -> None:
+    """Let a layer of a `decoder` compute with other experts; whoever holds it keeps them alive."""
+    _native.use_experts(model, layer, _prepared_stack(stack))
+
+
 def past(keys: list[int], values: list[int], capacity: int) -> Any:
     """Where each layer's [kv_heads, capacity, head_dim] float32 keys and values begin."""
     return _native.Past(keys, values, capacity)
@@ -184,7 +191,38 @@ def _prepare_stack(stack: ExpertStack) -> Any:
             raise ValueError(f"a bias of {bias.dtype} {tuple(bias.shape)} on {bias.device}, not float32 {wanted}")
         biases.append(_address(bias))
     matrices = [[matrix.prepared or _prepare(matrix) for matrix in part] for part in parts]
-    return _native.Experts(*matrices, *biases, getattr(_native.Activation, stack.activation))
+    patches = [_prepare_patch(patch, stack) for patch in stack.patches]
+    return _native.Experts(*matrices, *biases, getattr(_native.Activation, stack.activation), patches)
+
+
+def _prepare_patch(patch: Patch, stack: ExpertStack) -> Any:
+    if patch.prepared is None or patch.prepared[0] != PackedMatrix.changes:
+        width, hidden = stack.gate[0].shape
+        parts = [_prepare_channels(part, len(stack.gate), width, hidden, part is patch.down)
+                 for part in (patch.gate, patch.up, patch.down)]  # fmt: skip
+        patch.prepared = PackedMatrix.changes, _native.Patch(*parts, patch.replaces)
+    return patch.prepared[1]
+
+
+def _prepare_channels(channels: Channels | None, experts: int, width: int, hidden: int, columns: bool) -> Any:
+    if channels is None:
+        return _native.Channels(None, [], [], [])
+    count, scheme = len(channels.channel), channels.matrix.scheme
+    wanted = (hidden, count) if columns else (count, hidden)
+    if channels.matrix.shape != wanted or channels.expert.shape != (count,):
+        raise ValueError(f"{count} channels in a matrix of {channels.matrix.shape}, {wanted} is needed")
+    if columns and not scheme.keeps and scheme.group_size < count:
+        raise ValueError(f"columns in groups of {scheme.group_size}: {count} of them are one group")
+    places = channels.expert * width + channels.channel
+    inside = count == 0 or (int(places[0]) >= 0 and int(places[-1]) < experts * width)
+    if not inside or not bool((places.diff() > 0).all()) or not bool((channels.channel < width).all()):
+        raise ValueError(f"channels that are not ascending, or outside of {experts} experts of {width}")
+    scale = [] if channels.scale is None else channels.scale.tolist()
+    if len(scale) != (count if columns else 0):
+        raise ValueError(f"{len(scale)} scales for {count} channels")
+    begin = torch.searchsorted(channels.expert, torch.arange(experts + 1)).tolist()
+    matrix = channels.matrix.prepared or _prepare(channels.matrix)
+    return _native.Channels(matrix, begin, channels.channel.tolist(), scale)
 
 
 def _is_bias(bias: Tensor, wanted: tuple[int, int]) -> bool:

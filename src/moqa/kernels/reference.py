@@ -1,10 +1,13 @@
 """The reference: weights unpacked and multiplied by torch, on any device. Slow, exact, and short."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 
 from moqa.kernels.matrix import PackedMatrix
+from moqa.kernels.patch import patched_down
 from moqa.kernels.registry import ExpertStack
 
 
@@ -31,6 +34,7 @@ class ReferenceKernels:
     """See the file."""
 
     name = "reference"
+    takes_patches = True
 
     def unusable(self, device: torch.device) -> str | None:  # noqa: ARG002
         """See `Kernels`."""
@@ -49,8 +53,14 @@ class ReferenceKernels:
                 continue
             tokens, places = (index == expert).nonzero(as_tuple=True)
             gate_bias, up_bias, down_bias = (None if bias is None else bias[expert] for bias in biases)
-            gate = self.linear(stack.gate[expert], x[tokens], gate_bias)
-            up = self.linear(stack.up[expert], x[tokens], up_bias)
-            out = self.linear(stack.down[expert], activate(stack.activation, gate, up), down_bias)
+            rows = x[tokens]
+            gate, up = self.linear(stack.gate[expert], rows), self.linear(stack.up[expert], rows)
+            for patch in stack.patches:
+                gate = patch.join(patch.gate, expert, rows, gate, self.linear)
+                up = patch.join(patch.up, expert, rows, up, self.linear)
+            gate, up = (p if b is None else p + b.to(p.dtype) for p, b in ((gate, gate_bias), (up, up_bias)))
+            inner = activate(stack.activation, gate, up)
+            out = patched_down(stack.patches, expert, inner, partial(self.linear, stack.down[expert]), self.linear)
+            out = out if down_bias is None else out + down_bias.to(out.dtype)
             total.index_add_(0, tokens, out.float() * weights[tokens, places, None].float())
         return total.to(x.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moqa.errors import MoqaError
 from moqa.kernels.matrix import PackedMatrix
+from moqa.kernels.patch import Patch
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_clamped")
 
@@ -25,6 +26,7 @@ class ExpertStack:
         gate_bias: [experts, width] float32, or None.
         up_bias: [experts, width] float32, or None.
         down_bias: [experts, hidden] float32, or None.
+        patches: channels with bits of their own, in the order in which they count.
         prepared: what a kernel made of this stack; good until `PackedMatrix.changes`.
     """
 
@@ -35,6 +37,7 @@ class ExpertStack:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    patches: Sequence[Patch] = ()
     prepared: Any = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,6 +48,7 @@ class Kernels(Protocol):
     """One implementation of the two products."""
 
     name: str
+    takes_patches: bool  # in `experts`; what does not is computed product by product where a layer has patches
 
     def unusable(self, device: torch.device) -> str | None:
         """Why it cannot run on a device of this machine; None if it can."""

@@ -103,6 +103,7 @@ class TritonKernels:
     """See the file. Where Triton interprets (TRITON_INTERPRET=1), they run on the CPU instead, for tests."""
 
     name = "triton"
+    takes_patches = False
 
     def unusable(self, device: torch.device) -> str | None:
         """See `Kernels`."""

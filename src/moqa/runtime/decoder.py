@@ -43,6 +43,8 @@ class FusedDecoder:
         self._rotary = base.rotary_emb
         # native code has addresses: the tensors that they point to are kept here
         self._alive: list[Any] = []
+        self._experts = [(i, layer.mlp.experts) for i, layer in enumerate(base.layers) if hasattr(layer.mlp, "experts")]
+        self._switches = PackedExperts.switches
         layers = [native.layer(self._describe(layer)) for layer in base.layers]
         head: Any = model.get_output_embeddings()
         self._decoder = native.decoder(layers, self._float(base.norm.weight), _epsilon(base.norm), head.matrix)
@@ -78,6 +80,8 @@ class FusedDecoder:
         Returns:
             [vocabulary] logits of the next token, float32.
         """
+        if self._switches != PackedExperts.switches:
+            self._follow()
         position = cache.get_seq_length()
         cache.reserve(position + 1)
         room = cache.layers[0].capacity
@@ -90,6 +94,12 @@ class FusedDecoder:
         native.decode(self._decoder, self._addresses(cache, room), embedding, position, cos, sin, logits)
         cache.advance(position + 1)
         return logits
+
+    def _follow(self) -> None:
+        """Take the experts that the model has now, those of an adjustment or the checkpoint's."""
+        for layer, experts in self._experts:
+            native.use_experts(self._decoder, layer, experts.moqa_weights.stack(experts))
+        self._switches = PackedExperts.switches
 
     def _addresses(self, cache: GrowingCache, room: int) -> Any:
         places = tuple(address for layer in cache.layers for address in layer.addresses())

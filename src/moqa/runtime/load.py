@@ -16,6 +16,7 @@ from moqa.models.experts import Experts
 from moqa.models.load import load_tokenizer, one_line
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
+from moqa.runtime.adjusted import make_adjustable
 from moqa.runtime.packed import KeptEmbedding, PackedExperts, PackedLinear
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Ker
     """
     view = ModelView(model)
     _check_units(view, checkpoint)
+    experts: dict[int, PackedExperts] = {}
     for layer in range(len(view.layers)):
         tensors = checkpoint.layer(layer)
         matrices: dict[str, PackedMatrix] = {}
@@ -107,7 +109,9 @@ def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Ker
             scheme = checkpoint.manifest.units[unit.name].scheme
             stored = {suffix: tensors[f"{unit.name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
             matrices[unit.name] = PackedMatrix(scheme, unit.shape, stored)
-        _install(view, view.layer_units(layer), matrices, kernels)
+        for packed in _install(view, view.layer_units(layer), matrices, kernels):
+            experts[layer] = packed
+    make_adjustable(model, checkpoint, experts)
 
 
 def keep_as_stored(
@@ -157,7 +161,10 @@ def choose_kernels(name: str, device: str | torch.device = "cpu") -> Kernels:
     return found
 
 
-def _install(view: ModelView, units: list[Unit], matrices: dict[str, PackedMatrix], kernels: Kernels) -> None:
+def _install(
+    view: ModelView, units: list[Unit], matrices: dict[str, PackedMatrix], kernels: Kernels
+) -> Iterator[PackedExperts]:
+    """Put a layer's matrices in their places; gives its stacks of experts."""
     stacks: dict[str, dict[tuple[int, str], PackedMatrix]] = {}
     for unit in units:
         if unit.expert is not None:
@@ -172,6 +179,7 @@ def _install(view: ModelView, units: list[Unit], matrices: dict[str, PackedMatri
         experts.moqa_weights = PackedExperts(experts, stacked, kernels)
         del experts.gate_up_proj, experts.down_proj
         experts._is_hf_initialized = True  # transformers must not look for what is gone
+        yield experts.moqa_weights
 
 
 def _check_units(view: ModelView, checkpoint: Checkpoint) -> None:

@@ -1,7 +1,9 @@
 """Packed modules: what stands in a model where its matrices were."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from moqa.format.scheme import KEEP_WIDTH, Scheme
-from moqa.kernels import ACTIVATIONS, ExpertStack, Kernels, PackedMatrix
+from moqa.kernels import ACTIVATIONS, ExpertStack, Kernels, PackedMatrix, Patch
+from moqa.kernels.patch import patched_down
 from moqa.kernels.reference import activate
 from moqa.models.experts import Experts, projection_rows
 
@@ -56,6 +59,27 @@ class KeptEmbedding(nn.Module):
         return embedding(ids, self.get_buffer("weight"), self.padding_idx).to(self.dtype)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What an adjustment changes in a layer's experts.
+
+    Attributes:
+        patches: channels with bits of their own.
+        matrices: (expert, projection) -> what stands in the place of a packed matrix.
+    """
+
+    patches: Sequence[Patch] = ()
+    matrices: Mapping[tuple[int, str], PackedMatrix] = field(default_factory=dict)
+
+    def parts(self) -> list[PackedMatrix]:
+        """All matrices."""
+        channels = [part for patch in self.patches for part in (patch.gate, patch.up, patch.down) if part is not None]
+        return [*self.matrices.values(), *(part.matrix for part in channels)]
+
+
+BASE = Variant()
+
+
 class PackedExperts(nn.Module):
     """All routed experts of a layer, packed; stands in for the stacked parameters (`ExpertWeights`).
 
@@ -65,32 +89,61 @@ class PackedExperts(nn.Module):
         kernels: what multiplies.
     """
 
+    # how often the experts of any layer were changed for others: what refers to a stack looks for it anew after that
+    switches = 0
+
     def __init__(self, experts: Experts, matrices: Mapping[tuple[int, str], PackedMatrix], kernels: Kernels) -> None:
         super().__init__()
         self._rows, self._count = projection_rows(experts), experts.num_experts
         self.activation = activation_of(experts)
-        self._stack: ExpertStack | None = None
+        self._variants: dict[str | None, Variant] = {None: BASE}
+        self._variant: str | None = None
+        self._stacks: dict[str | None, ExpertStack] = {}
         self._biases: tuple[Tensor, ...] = ()  # of the module that the stack was made for
         self.kernels = kernels
         self.matrices = nn.ModuleDict({f"{e}:{projection}": matrix for (e, projection), matrix in matrices.items()})
 
+    def hold(self, name: str, variant: Variant) -> None:
+        """Keep a variant at hand for `use`."""
+        self._variants[name] = variant
+
+    def drop(self, name: str) -> None:
+        """Forget a variant that is not in use."""
+        del self._variants[name]
+        self._stacks.pop(name, None)
+
+    def use(self, name: str | None) -> None:
+        """Compute with a variant from now on; None is the checkpoint as it is."""
+        self._variant = name
+        PackedExperts.switches += 1
+
+    @property
+    def variant(self) -> Variant:
+        """The one in use."""
+        return self._variants[self._variant]
+
     def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
         """All experts in one call, or None if no kernel knows what this family does between the products."""
-        if self.activation is None:
+        if self.activation is None or (self.variant.patches and not self.kernels.takes_patches):
             return None
         return self.kernels.experts(self.stack(module), hidden, index, weights)
 
     def stack(self, module: Experts) -> ExpertStack:
         """The matrices as kernels take them; only if `activation` is known."""
         biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else ()
-        if self._stack is None or any(now is not then for now, then in zip(biases, self._biases, strict=True)):
+        if len(biases) != len(self._biases) or any(a is not b for a, b in zip(biases, self._biases, strict=True)):
+            self._stacks, self._biases = {}, biases
+        if self._variant not in self._stacks:
             assert self.activation is not None
-            self._stack, self._biases = self._as_stack(module, self.activation), biases
-        return self._stack
+            self._stacks[self._variant] = self._as_stack(module, self.activation)
+        return self._stacks[self._variant]
 
     def gate_up(self, expert: int, x: Tensor) -> Tensor:
         """See `ExpertWeights`."""
         parts = {name: self.kernels.linear(self._matrix(expert, name), x) for name in self._rows}
+        for patch in self.variant.patches:
+            for name, channels in (("gate_proj", patch.gate), ("up_proj", patch.up)):
+                parts[name] = patch.join(channels, expert, x, parts[name], self.kernels.linear)
         first = next(iter(parts.values()))
         stacked = first.new_empty(*first.shape[:-1], 2 * first.shape[-1])
         for name, rows in self._rows.items():
@@ -99,10 +152,11 @@ class PackedExperts(nn.Module):
 
     def down(self, expert: int, x: Tensor) -> Tensor:
         """See `ExpertWeights`."""
-        return self.kernels.linear(self._matrix(expert, "down_proj"), x)
+        base = partial(self.kernels.linear, self._matrix(expert, "down_proj"))
+        return patched_down(self.variant.patches, expert, x, base, self.kernels.linear)
 
     def _matrix(self, expert: int, projection: str) -> PackedMatrix:
-        matrix = self.matrices[f"{expert}:{projection}"]
+        matrix = self.variant.matrices.get((expert, projection)) or self.matrices[f"{expert}:{projection}"]
         assert isinstance(matrix, PackedMatrix)
         return matrix
 
@@ -110,7 +164,8 @@ class PackedExperts(nn.Module):
         def all_of(projection: str) -> list[PackedMatrix]:
             return [self._matrix(expert, projection) for expert in range(self._count)]
 
-        stack = ExpertStack(all_of("gate_proj"), all_of("up_proj"), all_of("down_proj"), activation)
+        parts = (all_of("gate_proj"), all_of("up_proj"), all_of("down_proj"))
+        stack = ExpertStack(*parts, activation, patches=self.variant.patches)
         if module.has_bias:
             both = module.gate_up_proj_bias.float()
             stack.gate_bias = both[:, self._rows["gate_proj"]].contiguous()
@@ -119,7 +174,10 @@ class PackedExperts(nn.Module):
         return stack
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._stack = None
+        self._stacks = {}
+        for variant in self._variants.values():
+            for matrix in variant.parts():
+                matrix._apply(fn)
         return super()._apply(fn, recurse)
 
 
@@ -161,6 +219,7 @@ def unpacked(module: nn.Module) -> Iterator[None]:
     users = [m for m in module.modules() if isinstance(m, PackedLinear | PackedExperts)]
     slow = [user for user in users if user.kernels.name == "reference"]
     matrices = [m for user in slow for m in user.modules() if isinstance(m, PackedMatrix)]
+    matrices += [m for user in slow if isinstance(user, PackedExperts) for m in user.variant.parts()]
     for matrix in matrices:
         matrix.hold()
     try:

@@ -69,18 +69,33 @@ NB_MODULE(_native, m) {
                  planes.resize(3);
                  new (self) Matrix{out, in, width, group,
                                    {at<uint8_t>(planes[0]), at<uint8_t>(planes[1]), at<uint8_t>(planes[2])},
-                                   at<uint16_t>(scale), at<uint8_t>(zero), half, at<uint16_t>(dense)};
+                                   at<uint16_t>(scale), at<uint8_t>(zero), half, at<uint16_t>(dense),
+                                   width == 16 ? in : (in + BLOCK - 1) / BLOCK};
              });
+
+    nb::class_<Channels>(m, "Channels")
+        .def("__init__",
+             [](Channels* self, const Matrix* matrix, std::vector<int> begin, std::vector<int> channel,
+                std::vector<float> scale) {
+                 new (self) Channels{matrix, std::move(begin), std::move(channel), std::move(scale)};
+             },
+             nb::arg("matrix").none(), nb::arg(), nb::arg(), nb::arg(), nb::keep_alive<1, 2>());
+    nb::class_<Patch>(m, "Patch")
+        .def("__init__",
+             [](Patch* self, const Channels& gate, const Channels& up, const Channels& down, bool replaces) {
+                 new (self) Patch{gate, up, down, replaces};
+             },
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
 
     nb::class_<Experts>(m, "Experts")
         .def("__init__",
              [](Experts* self, std::vector<const Matrix*> gate, std::vector<const Matrix*> up,
                 std::vector<const Matrix*> down, uintptr_t gate_bias, uintptr_t up_bias, uintptr_t down_bias,
-                Activation activation) {
+                Activation activation, std::vector<const Patch*> patches) {
                  new (self) Experts{std::move(gate), std::move(up), std::move(down), at<float>(gate_bias),
-                                    at<float>(up_bias), at<float>(down_bias), activation};
+                                    at<float>(up_bias), at<float>(down_bias), activation, std::move(patches)};
              },
-             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 9>());
 
     // a layer points to the matrices and experts in its dictionary, a decoder to those of its layers and to its head
     nb::class_<Layer>(m, "Layer")
@@ -92,6 +107,9 @@ NB_MODULE(_native, m) {
             for (const Layer* layer : layers) copies.push_back(*layer);
             new (self) Decoder{std::move(copies), {at<float>(norm), epsilon}, head, hidden};
         }, nb::keep_alive<1, 2>(), nb::keep_alive<1, 5>());
+    m.def("use_experts", [](Decoder& decoder, int layer, const Experts* experts) {
+        decoder.layers.at(layer).experts = experts;
+    });
     nb::class_<Past>(m, "Past")
         .def("__init__", [](Past* self, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,
                             int capacity) {

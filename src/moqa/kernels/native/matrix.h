@@ -21,6 +21,7 @@ struct Matrix {
     const uint8_t* zero;    // [tiles, groups, 16]; null if symmetric
     bool half;              // scales are float16, not bfloat16
     const uint16_t* dense;
+    int stride;  // from a tile to the next in blocks, or from a row of `dense` to the next in inputs
 
     int tiles() const { return (out + TILE - 1) / TILE; }
     int blocks() const { return (in + BLOCK - 1) / BLOCK; }

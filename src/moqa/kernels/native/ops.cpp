@@ -125,10 +125,11 @@ struct Share {
 
 // Everything that one call works on; kept between calls for its memory.
 struct Call {
-    Scratch copied, order_memory, token_memory, inner_memory, out_memory, gate_memory;
+    Scratch copied, order_memory, inner_memory, out_memory;
     std::map<int, QuantizedRows> tokens;            // by group size
     std::vector<QuantizedRows> inputs, inners;      // by share
     std::vector<Share> shares;
+    std::vector<PatchedShare> patched;          // by share and patch
     std::vector<std::pair<int, int>> work;      // share and first tile
 };
 
@@ -217,6 +218,16 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
         up_rows[s] = up.group == gate.group ? gate_rows[s] : rows_for(up, call.inputs[2 * s + 1]);
     });
 
+    const int patches = int(e.patches.size());
+    if (int(call.patched.size()) < shares * patches) call.patched.resize(shares * patches);
+    parallel(threads, shares * patches, [&](int item) {
+        static thread_local std::vector<const float*> rows;
+        const Share& share = call.shares[item / patches];
+        rows.resize(share.count);
+        for (int i = 0; i < share.count; ++i) rows[i] = values + size_t(order[share.begin + i] / top_k) * hidden;
+        call.patched[item].first(path, *e.patches[item % patches], share.expert, share.count, rows.data());
+    });
+
     list_work(call, e.gate);
     parallel(threads, int(call.work.size()), [&](int item) {
         static thread_local Scratch memory;
@@ -231,6 +242,8 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
         path.product(up, *up_rows[s], first, last, ups, width);
         const size_t bias = size_t(share.expert) * inner;
         for (int i = 0; i < share.count; ++i) {
+            for (int p = 0; p < patches; ++p)
+                call.patched[s * patches + p].join(i, begin, width, gates + size_t(i) * inner, ups + size_t(i) * width);
             add_bias(gates + size_t(i) * inner, e.gate_bias ? e.gate_bias + bias : nullptr, begin, width);
             add_bias(ups + size_t(i) * width, e.up_bias ? e.up_bias + bias : nullptr, begin, width);
             path.activate(e.activation, gates + size_t(i) * inner, ups + size_t(i) * width, width);
@@ -241,6 +254,8 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
         const Share& share = call.shares[s];
         const Matrix& m = *e.down[share.expert];
         QuantizedRows& rows = call.inners[s];
+        for (int p = 0; p < patches; ++p)
+            call.patched[s * patches + p].choose(path, middle + size_t(share.begin) * inner, inner);
         rows.shape(share.count, inner, m.group);
         for (int i = 0; i < share.count; ++i) {
             rows.values[i] = middle + size_t(share.begin + i) * inner;
@@ -256,6 +271,7 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
         const int last = std::min(m.tiles(), first + ITEM_TILES), begin = first * TILE;
         float* to = results + size_t(share.begin) * out + begin;
         path.product(m, call.inners[s], first, last, to, out);
+        for (int p = 0; p < patches; ++p) call.patched[s * patches + p].second(path, first, last, to, out);
         if (e.down_bias)
             for (int i = 0; i < share.count; ++i)
                 add_bias(to + size_t(i) * out, e.down_bias + size_t(share.expert) * out, begin,

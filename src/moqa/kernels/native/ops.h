@@ -4,8 +4,7 @@
 #include <initializer_list>
 #include <vector>
 
-#include "path.h"
-#include "scratch.h"
+#include "patch.h"
 
 namespace moqa {
 
@@ -17,20 +16,6 @@ struct Array {
 
 // y[rows, out] = x[rows, in] times the matrix, plus bias[out] if given.
 void linear(const Path& path, const Matrix& matrix, Array x, int rows, const float* bias, Array y, int threads);
-
-// Quantized rows with the memory that they live in.
-struct QuantizedRows : Rows {
-    Scratch bytes, scales, sums, rows;
-
-    void shape(int new_count, int new_in, int new_group) {
-        count = new_count, in = new_in, group = new_group;
-        const size_t entries = size_t(groups()) * count;
-        q = bytes.get<int8_t>(entries * group);
-        scale = scales.get<float>(entries);
-        sum = sums.get<float>(entries);
-        values = rows.get<const float*>(count);
-    }
-};
 
 // y[out] = matrix times x, plus bias[out] if given; several matrices for one row x[in], in one piece of work.
 struct Product {
@@ -46,6 +31,7 @@ struct Experts {
     std::vector<const Matrix*> gate, up, down;
     const float *gate_bias, *up_bias, *down_bias;
     Activation activation;
+    std::vector<const Patch*> patches;
 };
 
 // y[t] = sum over k of weights[t, k] * expert index[t, k] of x[t]. An index past the last expert means none.

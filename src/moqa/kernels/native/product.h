@@ -183,7 +183,7 @@ template <int Count>
 void dense_rows(const Matrix& m, const Rows& x, int row, int first, int last, float* y, size_t stride) {
     const int whole = m.in / LANES * LANES;
     for (int r = first * TILE; r < std::min(last * TILE, m.out); ++r) {
-        const uint16_t* w = m.dense + size_t(r) * m.in;
+        const uint16_t* w = m.dense + size_t(r) * m.stride;
         float sums[Count][LANES] = {};
         for (int i = 0; i < whole; i += LANES)
             for (int t = 0; t < Count; ++t)

@@ -40,7 +40,7 @@ struct Place {
 template <int Width>
 MOQA_INLINE Place place_of(const Matrix& m, int tile, int block) {
     Place place{};
-    const size_t index = size_t(tile) * m.blocks() + block;
+    const size_t index = size_t(tile) * m.stride + block;
     for (int n = 0; n < plane_count(Width); ++n) place.planes[n] = m.planes[n] + index * VECTOR * PLANES[Width][n];
     return place;
 }

@@ -1,0 +1,260 @@
+"""An adjustment on disk: a record, and one file of channels and units with bits of their own."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from moqa.errors import MoqaError
+from moqa.format.artifact import checksum, read_json, write_json
+from moqa.format.layout import Entry, Shard, entry_bytes
+from moqa.format.manifest import Fitted, Length, Side, StoredFile
+from moqa.format.scheme import Scheme
+from moqa.format.writer import finished_folder, write_shard
+
+FORMAT = 1
+RECORD, WEIGHTS = "adjustment.json", "adjustment.safetensors"
+ROWS, COLUMNS = ("gate_proj", "up_proj"), "down_proj"
+
+
+class Channels(BaseModel, frozen=True):
+    """Rows of one projection, or columns of `down_proj`, of experts of all layers, stored in one scheme."""
+
+    projection: str
+    scheme: Scheme
+    replaces: bool = Field(description="they stand in the place of the packed ones, else they are added to them")
+    counts: tuple[Length, ...] = Field(description="channels of each decoder layer")
+
+    def bytes(self, sizes: "Sizes") -> int:
+        """Bytes of its matrices: of each layer in turn the tensors of its scheme, padded to whole tiles."""
+        return sum(self.scheme.stored_bytes(self.shape(count, sizes)) for count in self.counts if count)
+
+    def shape(self, count: int, sizes: "Sizes") -> tuple[int, int]:
+        """(out, in) of a layer's matrix."""
+        return (sizes.hidden, count) if self.projection == COLUMNS else (count, sizes.hidden)
+
+
+class Sizes(BaseModel, frozen=True):
+    """What all layers of experts have in common."""
+
+    experts: Side
+    hidden: Side
+    width: Side = Field(le=2**15, description="channels of an expert")
+
+
+class Replaced(BaseModel, frozen=True):
+    """A unit that stands in the place of the checkpoint's."""
+
+    shape: tuple[Side, Side]
+    scheme: Scheme
+
+
+class AdjustmentRecord(BaseModel, frozen=True):
+    """What `adjustment.json` says."""
+
+    format: int = FORMAT
+    moqa: str = Field(description="version that wrote it")
+    checkpoint: str = Field(description="checksum of the checkpoint's manifest: it fits no other")
+    name: str = Field(description="the novel distribution")
+    mode: str
+    rule: str = Field(description="by which channels were chosen")
+    budget: float = Field(description="bytes it may add, as a share of the checkpoint's")
+    samples: int
+    tokens: int
+    seed: int
+    expected: float = Field(description="by how much KL divergence should fall on the samples, nats per token")
+    fitted: dict[str, Fitted] = Field(description="texts that it was fitted on")
+    sizes: Sizes
+    channels: tuple[Channels, ...]
+    units: dict[str, Replaced]
+    extra_bytes: int = Field(description="by which the weights in use grow: its own less those it stands for")
+    weights: StoredFile
+    checksum: str = ""
+
+    def shard(self) -> Shard:
+        """Layout of the weight file."""
+        return layout(self.sizes, self.channels, self.units)
+
+
+def layout(sizes: Sizes, channels: tuple[Channels, ...], units: Mapping[str, Replaced]) -> Shard:
+    """Layout of an adjustment's weight file.
+
+    >>> layout(sizes, channels, {}).bytes
+    129472
+    """
+    # few tensors, since each takes a place in the header: what lies in them follows from the record
+    entries: dict[str, Entry] = {}
+    if channels:
+        total = sum(sum(part.counts) for part in channels)
+        columns = sum(sum(part.counts) for part in channels if part.projection == COLUMNS)
+        entries["experts"] = (torch.int16, (len(channels), len(channels[0].counts), sizes.experts))
+        entries["channel"] = (torch.int16, (total,))
+        entries["factor"] = (torch.bfloat16, (columns,))
+        entries |= {f"matrices.{i}": (torch.uint8, (part.bytes(sizes),)) for i, part in enumerate(channels)}
+    for name, unit in units.items():
+        entries |= {f"{name}.{suffix}": entry for suffix, entry in unit.scheme.tensors(unit.shape).items()}
+    order = sorted(entries.items(), key=lambda item: (-math.gcd(entry_bytes(item[1]), 64), item[0]))
+    return Shard(WEIGHTS, dict(order))
+
+
+@dataclass(frozen=True)
+class LayerChannels:
+    """One layer's part of `Channels`, mapped from the file.
+
+    Attributes:
+        projection: which.
+        scheme: of the matrix.
+        shape: (out, in) of the matrix.
+        replaces: see `Channels`.
+        tensors: of the matrix, by suffix.
+        expert: [channels] int64.
+        channel: [channels] int64.
+        factor: [channels] float32; None for rows.
+    """
+
+    projection: str
+    scheme: Scheme
+    shape: tuple[int, int]
+    replaces: bool
+    tensors: dict[str, Tensor]
+    expert: Tensor
+    channel: Tensor
+    factor: Tensor | None
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """An adjustment that was read and checked.
+
+    >>> adjustment = read_adjustment("runs/german")
+    >>> adjustment.record.name, adjustment.record.mode
+    ('german', 'residual')
+    """
+
+    folder: Path
+    record: AdjustmentRecord
+
+    @cached_property
+    def _mapped(self) -> dict[str, Tensor]:
+        shard = self.record.shard()
+        data = torch.from_file(str(self.folder / WEIGHTS), shared=False, size=shard.bytes, dtype=torch.uint8)
+        found, begin = {}, len(shard.header())
+        for name, entry in shard.entries.items():
+            end = begin + entry_bytes(entry)
+            found[name] = data[begin:end].view(entry[0]).view(entry[1])
+            begin = end
+        return found
+
+    def unit(self, name: str) -> dict[str, Tensor]:
+        """Tensors of a unit that stands in the place of the checkpoint's, by suffix."""
+        unit = self.record.units[name]
+        return {suffix: self._mapped[f"{name}.{suffix}"] for suffix in unit.scheme.tensors(unit.shape)}
+
+    def layer(self, layer: int) -> Iterator[LayerChannels]:
+        """What it has for one decoder layer's experts."""
+        sizes, begin, column = self.record.sizes, 0, 0
+        for number, part in enumerate(self.record.channels):
+            count, before = part.counts[layer], sum(part.counts[:layer])
+            at = slice(begin + before, begin + before + count)
+            columns = slice(column + before, column + before + count)
+            begin += sum(part.counts)
+            column += sum(part.counts) if part.projection == COLUMNS else 0
+            if not count:
+                continue
+            yield LayerChannels(
+                part.projection, part.scheme, part.shape(count, sizes), part.replaces, self._matrix(number, layer),
+                expert=torch.arange(sizes.experts).repeat_interleave(self._mapped["experts"][number, layer].long()),
+                channel=self._mapped["channel"][at].long(),
+                factor=self._mapped["factor"][columns].float() if part.projection == COLUMNS else None,
+            )  # fmt: skip
+
+    def _matrix(self, number: int, layer: int) -> dict[str, Tensor]:
+        """Tensors of a part's matrix in a layer, by suffix."""
+        part, sizes, tensors = self.record.channels[number], self.record.sizes, {}
+        begin = sum(part.scheme.stored_bytes(part.shape(n, sizes)) for n in part.counts[:layer] if n)
+        for suffix, entry in part.scheme.tensors(part.shape(part.counts[layer], sizes)).items():
+            end = begin + entry_bytes(entry)
+            tensors[suffix] = self._mapped[f"matrices.{number}"][begin:end].view(entry[0]).view(entry[1])
+            begin = end
+        return tensors
+
+    def check_values(self) -> None:
+        """Look for channels that do not exist and for scales that are no numbers.
+
+        Raises:
+            MoqaError: naming the part.
+        """
+        sizes = self.record.sizes
+        for number, part in enumerate(self.record.channels):
+            counts = self._mapped["experts"][number]
+            if counts.sum(1).tolist() != list(part.counts) or bool((counts < 0).any()):
+                raise MoqaError(f"{self.folder}: part {number} has other channels than its experts")
+        for layer in range(len(self.record.channels[0].counts) if self.record.channels else 0):
+            for found in self.layer(layer):
+                places = found.expert * sizes.width + found.channel
+                inside = bool((found.channel >= 0).all()) and bool((found.channel < sizes.width).all())
+                if not inside or not bool((places.diff() > 0).all()):
+                    raise MoqaError(f"{self.folder}: layer {layer} has channels that do not exist or do not ascend")
+                for suffix in found.tensors.keys() & {"scale", "weight"}:
+                    self._check_finite(f"a {suffix} of layer {layer}", found.tensors[suffix])
+                if found.factor is not None:
+                    self._check_finite(f"a factor of layer {layer}", found.factor)
+        for name in self.record.units:
+            for suffix, tensor in self.unit(name).items():
+                if suffix in ("scale", "weight"):
+                    self._check_finite(f"{name}.{suffix}", tensor)
+
+    def _check_finite(self, what: str, tensor: Tensor) -> None:
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise MoqaError(f"{self.folder}: {what} is NaN or infinite")
+
+
+def write_adjustment(record: AdjustmentRecord, tensors: Mapping[str, Tensor], out: Path, overwrite: bool) -> Adjustment:
+    """Write an adjustment, whole or not at all.
+
+    Args:
+        record: all of it but `weights` and `checksum`.
+        tensors: by the names of its layout.
+        out: folder to make.
+        overwrite: replace one that is there.
+    """
+    with finished_folder(out, overwrite) as folder:
+        stored = write_shard(folder, record.shard(), tensors)
+        record = record.model_copy(update={"weights": stored})
+        record = record.model_copy(update={"checksum": checksum(record.model_dump(mode="json"))})
+        write_json(record, folder / RECORD)
+    return Adjustment(out, record)
+
+
+def read_adjustment(folder: str | Path) -> Adjustment:
+    """Read an adjustment and check all of it.
+
+    Raises:
+        MoqaError: if it is none, from a newer format, truncated or changed.
+    """
+    folder = Path(folder)
+    record = read_json(AdjustmentRecord, folder / RECORD)
+    if record.format > FORMAT:
+        raise MoqaError(
+            f"{folder} has adjustment format {record.format}", f"this moqa reads up to {FORMAT}: upgrade moqa"
+        )
+    if checksum(json.loads((folder / RECORD).read_text(encoding="utf-8"))) != record.checksum:
+        raise MoqaError(f"{folder / RECORD} was changed after it was written", "its checksum differs")
+    path, shard = folder / WEIGHTS, record.shard()
+    if not path.is_file():
+        raise MoqaError(f"{folder} lacks {WEIGHTS}")
+    if path.stat().st_size != shard.bytes:
+        raise MoqaError(f"{path} has {path.stat().st_size} bytes", f"{shard.bytes} were written")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != record.weights.sha256:
+            raise MoqaError(f"{path} is corrupted", f"its sha256 differs from that in {RECORD}")
+    adjustment = Adjustment(folder, record)
+    adjustment.check_values()
+    return adjustment

@@ -1,0 +1,165 @@
+"""Adjustments on a loaded model: put on and taken off in milliseconds, several at hand, one in use."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moqa.errors import MoqaError
+from moqa.format.adjustment import COLUMNS, Adjustment, LayerChannels, read_adjustment
+from moqa.format.reader import Checkpoint
+from moqa.kernels import Channels, PackedMatrix, Patch
+from moqa.runtime.packed import PackedExperts, Variant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Adjustments:
+    """The adjustments of one model (`model.adjustments`).
+
+    >>> model, tokenizer = moqa.load("runs/out")
+    >>> model.apply("runs/german")
+    >>> model.revert()
+
+    A checkpoint's files and tensors stay as they are: after `revert` a model computes what it computed before, bit for
+    bit.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, experts: dict[int, PackedExperts]) -> None:
+        self._checkpoint, self._experts = checkpoint, experts
+        self._held: dict[str, Adjustment] = {}
+        self.current: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Those at hand."""
+        return list(self._held)
+
+    def hold(self, adjustment: str | Path | Adjustment, name: str | None = None) -> str:
+        """Keep an adjustment at hand for `switch`.
+
+        Args:
+            adjustment: its folder, or one that was read.
+            name: to call it by; None means the name of its distribution.
+
+        Raises:
+            MoqaError: if it is damaged, or was made for another checkpoint, or the name is taken by another.
+        """
+        found = adjustment if isinstance(adjustment, Adjustment) else read_adjustment(adjustment)
+        record, manifest = found.record, self._checkpoint.manifest
+        if record.checkpoint != manifest.checksum:
+            raise MoqaError(
+                f"{found.folder} was made for another checkpoint ({record.checkpoint[:8]})",
+                f"{self._checkpoint.folder} is {manifest.checksum[:8]}",
+            )
+        name = name or record.name
+        if name in self._held:
+            if self._held[name].record != record:
+                raise MoqaError(f"another adjustment named {name} is held", "give one of them another name")
+            return name
+        if any(len(part.counts) != manifest.layers for part in record.channels) or not record.units.keys() <= set(
+            manifest.units
+        ):
+            raise MoqaError(f"{found.folder} does not fit {self._checkpoint.folder}", "it has other layers or units")
+        variants = {layer: self._variant(found, layer) for layer in self._experts}
+        for layer, variant in variants.items():
+            self._experts[layer].hold(name, variant)
+        self._held[name] = found
+        return name
+
+    def drop(self, name: str) -> None:
+        """Forget an adjustment that is not in use.
+
+        Raises:
+            MoqaError: if it is in use, or none of that name is held.
+        """
+        self._check(name)
+        if name == self.current:
+            raise MoqaError(f"adjustment {name} is in use", "revert it first")
+        for experts in self._experts.values():
+            experts.drop(name)
+        del self._held[name]
+
+    def switch(self, name: str | None) -> None:
+        """Compute with another adjustment that is held, or with none.
+
+        Raises:
+            MoqaError: if none of that name is held.
+        """
+        if name is not None:
+            self._check(name)
+        if name != self.current:
+            for experts in self._experts.values():
+                experts.use(name)
+            self.current = name
+
+    def apply(self, adjustment: str | Path | Adjustment) -> None:
+        """Compute with an adjustment until `revert`.
+
+        Raises:
+            MoqaError: as `hold` does, or if one is applied already; the model then stays as it was.
+        """
+        if self.current is not None:
+            raise MoqaError(f"adjustment {self.current} is applied already", "revert it first, or switch")
+        self.switch(self.hold(adjustment))
+
+    def revert(self) -> None:
+        """Compute with the checkpoint as it is.
+
+        Raises:
+            MoqaError: if no adjustment is applied.
+        """
+        if self.current is None:
+            raise MoqaError("no adjustment is applied", "there is nothing to revert")
+        self.switch(None)
+
+    def extra_bytes(self, name: str) -> int:
+        """By how many bytes the weights in use grow with an adjustment."""
+        self._check(name)
+        return self._held[name].record.extra_bytes
+
+    def record(self, name: str) -> Adjustment:
+        """One that is held."""
+        self._check(name)
+        return self._held[name]
+
+    def _check(self, name: str) -> None:
+        if name not in self._held:
+            held = ", ".join(self._held) or "none"
+            raise MoqaError(f"no adjustment named {name!r} is held", f"held: {held}")
+
+    def _variant(self, adjustment: Adjustment, layer: int) -> Variant:
+        patches = [_patch(channels) for channels in adjustment.layer(layer)]
+        units, matrices = self._checkpoint.manifest.units, {}
+        for name, replaced in adjustment.record.units.items():
+            if units[name].layer == layer:
+                head, _, projection = name.rpartition(".")
+                expert = int(head.rpartition(".")[2])
+                matrices[expert, projection] = PackedMatrix(replaced.scheme, replaced.shape, adjustment.unit(name))
+        return Variant(patches, matrices)
+
+
+def _patch(found: LayerChannels) -> Patch:
+    matrix = PackedMatrix(found.scheme, found.shape, found.tensors)
+    channels = Channels(matrix, found.expert, found.channel, found.factor)
+    parts = {"gate_proj": None, "up_proj": None, COLUMNS: None, found.projection: channels}
+    return Patch(parts["gate_proj"], parts["up_proj"], parts[COLUMNS], found.replaces)
+
+
+def make_adjustable(model: "PreTrainedModel", checkpoint: Checkpoint, experts: dict[int, PackedExperts]) -> None:
+    """Give a model `adjustments`, and `apply` and `revert` as short ways to them."""
+    model.adjustments = Adjustments(checkpoint, experts)
+    model.apply = _Apply(model)
+    model.revert = model.adjustments.revert
+
+
+class _Apply:
+    """`model.apply`: of an adjustment, or of a function to every module as `torch.nn.Module.apply` does."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self._model = model
+
+    def __call__(self, what: Any) -> "PreTrainedModel":
+        if isinstance(what, str | Path | Adjustment):
+            self._model.adjustments.apply(what)
+            return self._model
+        return type(self._model).apply(self._model, what)
