@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from moqa.runtime.load import load
 
 __version__ = "0.1.0"
-__all__ = ["MoqaError", "bench", "evaluate", "generate", "load", "plan", "profile", "quantize", "report"]
+__all__ = ["MoqaError", "adjust", "bench", "evaluate", "generate", "load", "plan", "profile", "quantize", "report"]
 
-_FOLDERS = ("bench", "evaluate", "generate", "plan", "profile", "quantize", "report")
+_FOLDERS = ("adjust", "bench", "evaluate", "generate", "plan", "profile", "quantize", "report")
 
 # from here on transformers' from_pretrained reads moqa's checkpoints
 on_import("transformers.quantizers.auto", "moqa.runtime.from_pretrained")

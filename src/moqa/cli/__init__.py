@@ -19,6 +19,7 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: a mistake of the user's is one line and exit code 2, a bug keeps its traceback."""
     from moqa.cli import (  # noqa: F401  (registers them)
+        adjust,
         bench,
         chat,
         evaluate,

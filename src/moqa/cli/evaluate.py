@@ -1,5 +1,6 @@
 """`moqa evaluate`: quality of a model or checkpoint on held-out text."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +24,9 @@ def evaluate(
     kernels: Annotated[
         str, typer.Option("--kernels", help="what a checkpoint computes with: reference, native or auto")
     ] = "reference",
+    adjustment: Annotated[
+        Path | None, typer.Option("--adjustment", metavar="ADJ", help="adjustment to apply to the checkpoint")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Measure perplexity, bits per byte, KL divergence and top-1 agreement from what is on disk."""
@@ -33,7 +37,9 @@ def evaluate(
 
     distributions = read_distributions(data, load_tokenizer(locate(model)))
     with progress() as report:
-        result = run(model, distributions, against, context, windows or None, report, kernels=kernels)
+        result = run(
+            model, distributions, against, context, windows or None, report, kernels=kernels, adjustment=adjustment
+        )
     print_evaluation(result)
     write_result(result, json)
 
@@ -52,6 +58,10 @@ def print_evaluation(result: "Evaluation") -> None:
         for name, q in result.distributions.items()
     ]  # fmt: skip
     title = f"{result.model}: {mib(result.bytes)}, {result.bits_per_weight:.3f} bits/weight of units"
+    if result.adjustment is not None:
+        title += f"; adjusted by {result.adjustment}: {100 * result.adjustment_bytes / result.bytes:+.2f} % bytes"
+    if result.cache_bytes:
+        title += f"; cache beside it: {mib(result.cache_bytes)}"
     print_table(["distribution", "perplexity", "bits/byte", "KL", "top-1", "tokens"], rows, title)
     if result.against is None:
         typer.echo("moqa: warning: no divergence without the original: give --against MODEL", err=True)

@@ -38,6 +38,7 @@ class Wish:
     self_samples: int | None
     group_size: int
     symmetric: bool
+    cache: str | None
     proof: bool
     overwrite: bool
     seed: int
@@ -73,7 +74,7 @@ def fulfil(wish: Wish) -> None:
             measured, budget, wish.strategy, wish.ties, known=[d.name for d in fitted], widths=wish.widths,
             hedge=wish.hedge, objective=wish.objective, scope=wish.scope, seed=wish.seed,
         )  # fmt: skip
-        quantize(wish.model, chosen, wish.out, wish.method, wish.overwrite, report, measured, view)
+        quantize(wish.model, chosen, wish.out, wish.method, wish.overwrite, report, measured, view, wish.cache)
         write_json(for_file(chosen, wish.out / "plan.json"), wish.out / "plan.json")
         warn_starved(measured)
         if not wish.proof:

@@ -63,6 +63,10 @@ def quantize(
     self_samples: SelfSamplesOption = None,
     group_size: GroupOption = 64,
     symmetric: SymmetricOption = False,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", metavar="SHARE", help="keep for `moqa adjust`: 1% of the channels, or full"),
+    ] = None,
     proof: Annotated[
         bool, typer.Option("--proof/--no-proof", help="evaluate beside plain plans on held-out text")
     ] = True,
@@ -87,7 +91,8 @@ def quantize(
 
         chosen = read_plan(plan)
         with progress() as report:
-            run(model, chosen, out, method, overwrite, report, profile=read_profile(profile) if profile else None)
+            known = read_profile(profile) if profile else None
+            run(model, chosen, out, method, overwrite, report, profile=known, cache=cache)
         warn_starved(read_profile(profile or chosen.profile))
         print_checkpoint(out, json)
         return
@@ -100,8 +105,8 @@ def quantize(
             model=model, out=out, data=data, held_out=held_out or [], bpw=bpw, size=size, strategy=strategy, ties=ties,
             method=method, widths=widths_of(widths), hedge=hedge, objective=objective, scope=scope,
             profile=profile or out.with_name(out.name + ".profile"), samples=samples, context=context,
-            self_samples=self_samples, group_size=group_size, symmetric=symmetric, proof=proof, overwrite=overwrite,
-            seed=seed, json=json,
+            self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
+            overwrite=overwrite, seed=seed, json=json,
         )
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """`moqa.evaluate`: perplexity and divergence of a model or checkpoint on held-out text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, Field
@@ -9,6 +9,9 @@ from torch import nn
 from moqa.data import Data, Distribution, Windows, as_distributions, cut_windows, refuse_overlap
 from moqa.errors import MoqaError
 from moqa.evaluate.measure import Quality, Reference, scores
+from moqa.format.adjustment import read_adjustment
+from moqa.format.cache import has_cache, open_cache
+from moqa.format.manifest import Fitted
 from moqa.format.reader import Checkpoint, is_checkpoint, open_checkpoint
 from moqa.models import checkpoint as original
 from moqa.models.load import load_tokenizer
@@ -31,6 +34,9 @@ class Evaluation(BaseModel, frozen=True):
     bytes: int = Field(description="all weight files")
     bits_per_weight: float = Field(description="stored bits per weight of the units")
     model_bits_per_weight: float = Field(description="stored bits per weight of the whole model")
+    cache_bytes: int = Field(0, description="of the original's channels kept beside the checkpoint")
+    adjustment: str | None = Field(None, description="as the user gave it")
+    adjustment_bytes: int = Field(0, description="by which the weights in use grow with it")
     context: int
     distributions: dict[str, Quality]
 
@@ -44,6 +50,7 @@ def evaluate(
     report: Report = quiet,
     reference: Reference | None = None,
     kernels: str = "reference",
+    adjustment: str | Path | None = None,
 ) -> Evaluation:
     """Measure a model or checkpoint on held-out text, from what is on disk.
 
@@ -59,11 +66,15 @@ def evaluate(
         report: called with what is done, how much of it, and of how much.
         reference: the original's answers on windows of these distributions, if they are known already.
         kernels: what a checkpoint computes with (`moqa.load`); the reference adds no error of its own to the weights'.
+        adjustment: folder of one that is applied to the checkpoint.
 
     Raises:
         MoqaError: if something is missing or damaged, or a text overlaps what the checkpoint was fitted on.
     """
     packed = open_checkpoint(model) if is_checkpoint(model) else None
+    adjusted = None if adjustment is None else read_adjustment(adjustment)
+    if adjusted and not packed:
+        raise MoqaError(f"{model} is no checkpoint", f"an adjustment such as {adjustment} fits a checkpoint")
     folder = packed.folder if packed else original.locate(model)
     tokenizer = load_tokenizer(folder)
     distributions = as_distributions(data, tokenizer)
@@ -73,9 +84,13 @@ def evaluate(
     if [w.name for w in cut] != [d.name for d in distributions]:
         raise ValueError("the reference was made for other distributions")
     if packed:
-        _refuse_fitted(packed, distributions, cut)
+        _refuse_fitted(str(packed.folder), packed.manifest.fitted, distributions, cut)
+    if adjusted:
+        _refuse_fitted(str(adjusted.folder), adjusted.record.fitted, distributions, cut)
     view = None if packed else open_model(folder)
     module: nn.Module = load_packed(packed, kernels=kernels) if packed else view.model  # type: ignore[union-attr]
+    if adjusted:
+        module.apply(adjusted)  # type: ignore[arg-type]
     if reference is None:
         reference = _reference(model, against, packed, module, cut, report)
     result = scores(module, cut, reference, report)
@@ -83,17 +98,20 @@ def evaluate(
     name = str(against) if against is not None else (packed.manifest.model if packed else str(model))
     return Evaluation(
         model=str(model), against=name if reference else None, **size, context=context,
+        adjustment=None if adjustment is None else str(adjustment),
+        adjustment_bytes=adjusted.record.extra_bytes if adjusted else 0,
         distributions={name: _rounded(quality) for name, quality in result.items()},
     )  # fmt: skip
 
 
-def _refuse_fitted(packed: Checkpoint, distributions: Sequence[Distribution], cut: Sequence[Windows]) -> None:
-    fitted = packed.manifest.fitted
+def _refuse_fitted(
+    what: str, fitted: Mapping[str, Fitted], distributions: Sequence[Distribution], cut: Sequence[Windows]
+) -> None:
     for distribution, windows in zip(distributions, cut, strict=True):
         same = [name for name, text in fitted.items() if text.digest == distribution.digest]
         if same:
             raise MoqaError(
-                f"{distribution.name}={distribution.origin} is the text that {packed.folder} was fitted on ({same[0]})",
+                f"{distribution.name}={distribution.origin} is the text that {what} was fitted on ({same[0]})",
                 "evaluate on held-out text",
             )
         refuse_overlap(distribution.name, windows.shingles, {name: text.hashes() for name, text in fitted.items()})
@@ -127,6 +145,7 @@ def _size_of_checkpoint(packed: Checkpoint) -> dict:
         "hedge": None if hedge is None else float(hedge),
         "fitted_on": tuple(manifest.fitted),
         "bytes": packed.bytes,
+        "cache_bytes": open_cache(packed.folder, manifest.fingerprint).bytes if has_cache(packed.folder) else 0,
         "bits_per_weight": packed.bits_per_weight,
         "model_bits_per_weight": packed.model_bits_per_weight,
     }

@@ -12,6 +12,25 @@ _FACTORS = {
 }  # fmt: skip
 
 
+def parse_share(text: str | float) -> float:
+    """A share of a checkpoint's bytes.
+
+    >>> parse_share("1%"), parse_share(0.03)
+    (0.01, 0.03)
+
+    Raises:
+        MoqaError: if it is none, or not between 0 and 1.
+    """
+    typed = str(text).strip()
+    try:
+        share = float(typed.removesuffix("%")) / (100 if typed.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise MoqaError(f"--bytes {text} is no share of the checkpoint's bytes", "give e.g. 1%")
+    return share
+
+
 @dataclass(frozen=True)
 class Budget:
     """A limit in bytes, on the units alone or on all weight files.

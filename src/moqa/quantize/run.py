@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moqa import __version__
 from moqa.errors import MoqaError
+from moqa.format.cache import write_cache
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
 from moqa.format.writer import check_free, finished_folder, introduce, write_index, write_manifest, write_shard
@@ -23,6 +24,7 @@ from moqa.plan import Plan
 from moqa.profile import Profile, read_profile
 from moqa.profile.measure import batches
 from moqa.progress import Report, quiet
+from moqa.quantize.cache import cache_layers, parse_cache
 from moqa.quantize.layer import Quantized, quantize_units
 
 # one window in this many decides between methods and is not fitted on
@@ -40,6 +42,7 @@ def quantize(
     report: Report = quiet,
     profile: Profile | None = None,
     view: ModelView | None = None,
+    cache: str | None = None,
 ) -> Path:
     """Quantize a model by a plan and write it as a checkpoint.
 
@@ -55,12 +58,14 @@ def quantize(
         report: called with what is done, how much of it, and of how much.
         profile: the plan's profile, which holds the samples; None reads it from where the plan says.
         view: the model, if it is open already; its weights are overwritten and restored.
+        cache: what to keep of the original for adjustments: a share of the channels such as `1%`, or `full`.
 
     Raises:
         MoqaError: if the plan is for another model, the method unknown, the samples are missing, or `out` is taken.
     """
     out = Path(out)
     how = find_method(method)
+    share = None if cache is None else parse_cache(cache)
     check_free(out, overwrite)
     folder = checkpoint.locate(model)
     fingerprint = checkpoint.fingerprint(folder)
@@ -82,6 +87,9 @@ def quantize(
                     if path.name != checkpoint.INDEX:
                         shutil.copyfile(path, target / path.name)
             introduce(target)
+            if cache is not None:
+                report("cache", 0, 1)
+                write_cache(target, plan.fingerprint, share, cache_layers(view, profile, plan.known, share))
             _write(view, plan, how, profile, target, model, report)
     finally:
         for name, weight in original.items():

@@ -1,0 +1,200 @@
+"""What every cached channel would bring on some samples if it were exact."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moqa.adjust.originals import LayerOriginals
+from moqa.models.experts import PROJECTIONS, ExpertRun, observed, projection_rows
+from moqa.models.stages import Stages
+from moqa.profile.selfsample import draw
+from moqa.progress import Report
+from moqa.runtime.packed import unpacked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# tokens that go through a layer together, and through the head
+BATCH_TOKENS, HEAD_TOKENS = 8192, 2048
+Open = Callable[[int], LayerOriginals]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the samples say.
+
+    Attributes:
+        gains: by layer and projection, [experts, width]: by how much the KL divergence from the original falls, to
+            first order, if a channel's row or column were exact; nats per token. -inf where the cache lacks a channel.
+        significance: by layer, [experts, width] (`LayerStatistics.channel`), of the samples.
+        stages: of the checkpoint's model.
+        hidden: by layer, its [batch, context, hidden] inputs.
+        divergence: KL divergence of the samples now, nats per token; None without the whole original.
+        tokens: in the samples.
+    """
+
+    gains: list[dict[str, Tensor]]
+    significance: list[Tensor | None]
+    stages: Stages
+    hidden: list[list[Tensor]]
+    divergence: float | None
+    tokens: int
+
+
+def measure(
+    model: "PreTrainedModel", open_layer: Open, tokens: Tensor, whole: bool, seed: int, report: Report
+) -> Measured:
+    """Run samples forward and back through a checkpoint, one layer at a time.
+
+    With the whole original, the gradient is that of the KL divergence between the original and the checkpoint, which
+    knows how errors of different units add up. Without, it is that of labels drawn from the checkpoint's own
+    predictions, and a channel's gain is half its squared effect (as in `moqa.profile.sensitivity`).
+
+    Args:
+        model: of the checkpoint, with the reference kernels.
+        open_layer: a layer beside its cache.
+        tokens: [windows, context] samples.
+        whole: whether the cache holds the whole original.
+        seed: of the labels.
+        report: called per layer.
+    """
+    stages, parts = Stages(model), tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
+    steps = 2 * stages.depth
+    hidden: list[list[Tensor]] = [[stages.embed(batch) for batch in parts]]
+    original = list(hidden[0]) if whole else []
+    with torch.no_grad():
+        for layer in range(stages.depth):
+            report("samples", layer, steps)
+            if whole:
+                with open_layer(layer).as_original():
+                    original = [stages.layer(layer, part) for part in original]
+            with unpacked(stages.layers[layer]):
+                hidden.append([stages.layer(layer, part) for part in hidden[layer]])
+    generator = torch.Generator().manual_seed(seed)
+    divergence, gradients = 0.0, []
+    for index, part in enumerate(hidden.pop()):
+        pieces = []
+        for begin in range(0, len(part), windows := max(1, HEAD_TOKENS // tokens.shape[1])):
+            some = slice(begin, begin + windows)
+            pieces.append(_gradient(stages, part[some], original[index][some] if whole else None, generator))
+        divergence += sum(loss for loss, _ in pieces)
+        gradients.append(torch.cat([gradient for _, gradient in pieces]))
+    gains: list[dict[str, Tensor]] = []
+    significance: list[Tensor | None] = []
+    for layer in reversed(range(stages.depth)):
+        report("samples", steps - 1 - layer, steps)
+        found = _backward(stages, layer, open_layer(layer), hidden[layer], gradients, whole)
+        gains.insert(0, {p: gain / tokens.numel() for p, gain in found.gains.items()})
+        significance.insert(0, found.significance)
+    return Measured(gains, significance, stages, hidden, divergence / tokens.numel() if whole else None, tokens.numel())
+
+
+def _gradient(
+    stages: Stages, part: Tensor, original: Tensor | None, generator: torch.Generator
+) -> tuple[float, Tensor]:
+    """The loss and its gradient for the last layer's output."""
+    hidden = part.detach().requires_grad_(True)
+    logits = stages.head(hidden)
+    with torch.no_grad():
+        own = logits.float().flatten(0, 1).log_softmax(-1)
+        if original is None:
+            labels = draw(own, generator)[:, None]
+            loss = -float(own.gather(1, labels).sum())
+            slope = own.exp_().scatter_add_(1, labels, torch.full(labels.shape, -1.0))
+        else:
+            true = stages.head(original).float().flatten(0, 1).log_softmax(-1)
+            likely = true.exp()
+            loss = float(torch.linalg.vecdot(likely, true.sub_(own)).sum())
+            slope = own.exp_().sub_(likely)
+    return loss, torch.autograd.grad(logits, hidden, slope.view_as(logits).to(logits.dtype))[0]
+
+
+class _Observer:
+    """Collects gains and significance of a layer's experts while gradients flow back."""
+
+    def __init__(self, originals: LayerOriginals, rows: dict[str, slice], width: int, first_order: bool) -> None:
+        self._errors, self._rows, self._first_order = originals.missing(), rows, first_order
+        self._norms = [originals.matrices[originals.name(e, "down_proj")].dense().norm(dim=0)
+                       for e in range(originals.experts)]  # fmt: skip
+        shape = (originals.experts, width)
+        self.gains = {p: torch.full(shape, -torch.inf) for p in PROJECTIONS}
+        for expert, errors in self._errors.items():
+            for gain in self.gains.values():
+                gain[expert, errors.channels] = 0.0
+        self.significance: Tensor | None = torch.zeros(shape)
+
+    def routed(self, index: Tensor, weights: Tensor) -> None:
+        """Routing shows in the runs."""
+
+    def expert(self, run: ExpertRun) -> None:
+        """Wait for the gradients of one expert's two products."""
+        inner, x = run.inner.detach(), run.x.detach()
+        assert self.significance is not None
+        self.significance[run.expert] += (inner.abs() * run.gate.detach()).sum(0) * self._norms[run.expert]
+        if run.expert not in self._errors:
+            return
+
+        def back_gate_up(gradient: Tensor) -> None:
+            for projection, rows in self._rows.items():
+                self._add(run.expert, projection, gradient[:, rows], x)
+
+        def back_down(gradient: Tensor) -> None:
+            self._add(run.expert, "down_proj", inner, gradient)
+
+        run.gate_up.register_hook(back_gate_up)
+        run.out.register_hook(back_down)
+
+    def _add(self, expert: int, projection: str, of_channels: Tensor, others: Tensor) -> None:
+        """Add the effects of what rows or columns miss, from [tokens, width] and [tokens, hidden] at their two ends."""
+        errors = self._errors[expert]
+        missing = errors.missing[projection]
+        of_channels = of_channels if len(errors.channels) == of_channels.shape[1] else of_channels[:, errors.channels]
+        if self._first_order:
+            # what is missing moves the loss by its product with the weights' gradient
+            gain = -((of_channels.mT @ others.to(of_channels.dtype)).float() * missing).sum(1)
+        else:
+            gain = 0.5 * (of_channels * (others @ missing.T.to(others.dtype))).float().square().sum(0)
+        self.gains[projection][expert, errors.channels] += gain
+
+
+@dataclass(frozen=True)
+class _Found:
+    gains: dict[str, Tensor]
+    significance: Tensor | None
+
+
+def _backward(
+    stages: Stages,
+    layer: int,
+    originals: LayerOriginals,
+    hidden: Sequence[Tensor],
+    gradients: list[Tensor],
+    whole: bool,
+) -> _Found:
+    """Run a layer again with gradients; replaces the gradients by those of the layer's inputs."""
+    module = None if originals.module is None else stages.model.get_submodule(originals.module)
+    with unpacked(stages.layers[layer]):
+        if module is None:
+            _flow(stages, layer, hidden, gradients)
+            return _Found({}, None)
+        width = originals.matrices[originals.name(0, "down_proj")].shape[1]
+        observer = _Observer(originals, projection_rows(module, width), width, whole)
+        with observed(module, observer):
+            _flow(stages, layer, hidden, gradients)
+    return _Found(observer.gains, observer.significance)
+
+
+def _flow(stages: Stages, layer: int, hidden: Sequence[Tensor], gradients: list[Tensor]) -> None:
+    for index, part in enumerate(hidden):
+        inputs = part.detach().requires_grad_(True)
+        with in_half():
+            out = stages.layer(layer, inputs)
+        gradients[index] = torch.autograd.grad(out, inputs, gradients[index])[0]
+
+
+def in_half() -> torch.autocast:
+    """Products in bfloat16: three times as fast, and exact enough for slopes and sums of squares."""
+    return torch.autocast("cpu", torch.bfloat16)

@@ -1,0 +1,180 @@
+"""Modes: what an adjustment spends its bytes on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moqa.adjust.choose import LEFT, Choice, Evidence, Scores, allocate, describe
+from moqa.adjust.fit import Fitted, Grams, fit_layer
+from moqa.adjust.measure import in_half
+from moqa.adjust.originals import LayerOriginals
+from moqa.errors import MoqaError
+from moqa.format.adjustment import Channels, Replaced, Sizes
+from moqa.format.reader import Checkpoint
+from moqa.format.scheme import KEEP_WIDTH
+from moqa.models.experts import observed
+from moqa.progress import Report
+from moqa.runtime.packed import unpacked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RESIDUAL_WIDTHS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything that a mode decides from.
+
+    Attributes:
+        packed: the checkpoint.
+        model: loaded from it, with the reference kernels.
+        open_layer: a layer beside its cache.
+        evidence: what the samples say.
+        rule: ranks channels.
+        sizes: of the layers of experts.
+        limit: bytes that may be added.
+    """
+
+    packed: Checkpoint
+    model: "PreTrainedModel"
+    open_layer: Callable[[int], LayerOriginals]
+    evidence: Evidence
+    rule: Callable[[Evidence], Scores]
+    sizes: Sizes
+    limit: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a mode decided.
+
+    Attributes:
+        channels: parts with bits of their own.
+        tensors: of the adjustment's weight file, by name.
+        expected: by how much KL divergence should fall on the samples, nats per token.
+        units: units that stand in the place of the checkpoint's.
+    """
+
+    channels: tuple[Channels, ...]
+    tensors: dict[str, Tensor]
+    expected: float
+    units: dict[str, Replaced] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One mode.
+
+    Attributes:
+        name: as users type it.
+        needs_whole: whether a cache of some channels is not enough.
+        run: the function.
+    """
+
+    name: str
+    needs_whole: bool
+    run: Callable[[Situation, Report], Change]
+
+
+MODES: dict[str, Mode] = {}
+
+
+def mode(name: str, needs_whole: bool = False) -> Callable[[Callable[[Situation, Report], Change]], Callable]:
+    """Register a mode."""
+
+    def register(run: Callable[[Situation, Report], Change]) -> Callable:
+        MODES[name] = Mode(name, needs_whole, run)
+        return run
+
+    return register
+
+
+def find_mode(name: str) -> Mode:
+    """A mode by the name that the user typed.
+
+    Raises:
+        MoqaError: if there is none.
+    """
+    if name not in MODES:
+        raise MoqaError(f"--mode {name} is unknown", f"there are {', '.join(MODES)}")
+    return MODES[name]
+
+
+@mode("residual")
+def residual(situation: Situation, report: Report) -> Change:
+    """A few bits on top of the packed ones, for as many channels as fit."""
+    return add_bits(situation, RESIDUAL_WIDTHS, situation.limit, report)
+
+
+@mode("fp16")
+def fp16(situation: Situation, report: Report) -> Change:
+    """What is missing in 16 bits: MoQa's channels that compute in half precision (v2)."""
+    return add_bits(situation, (KEEP_WIDTH,), situation.limit, report)
+
+
+def add_bits(situation: Situation, widths: tuple[int, ...], limit: int, report: Report) -> Change:
+    """Residuals of these widths for the channels that a rule puts first."""
+    choice = allocate(situation.rule(situation.evidence), situation.sizes, widths, limit)
+    fitted = fit_choice(situation, choice, report)
+    channels = describe(choice, replaces=False)
+    return Change(channels, tensors_of(channels, fitted, situation.sizes), expected_gain(situation, choice))
+
+
+def fit_choice(situation: Situation, choice: Choice, report: Report) -> list[list[Fitted]]:
+    """By layer, the residuals of the chosen channels."""
+    stages = situation.evidence.measured.stages
+    found: list[list[Fitted]] = []
+    for layer, wanted in enumerate(choice):
+        report("fit", layer, len(choice))
+        if not any(wanted.values()):
+            found.append([])
+            continue
+        originals = situation.open_layer(layer)
+        assert originals.module is not None
+        places = [place for by_width in wanted.values() for place in by_width.values()]
+        grams = Grams(torch.cat(places)[:, 0].unique().tolist())
+        experts = situation.model.get_submodule(originals.module)
+        with torch.no_grad(), in_half(), unpacked(stages.layers[layer]), observed(experts, grams):
+            for part in situation.evidence.measured.hidden[layer]:
+                stages.layer(layer, part)
+        found.append(fit_layer(wanted, originals.missing(), grams))
+    return found
+
+
+def tensors_of(channels: tuple[Channels, ...], fitted: list[list[Fitted]], sizes: Sizes) -> dict[str, Tensor]:
+    """Tensors of the weight file: part by part, and in a part layer by layer."""
+    experts, places, factors, tensors = [], [], [], {}
+    for number, part in enumerate(channels):
+        stored = []
+        for layer in fitted:
+            mine = [f for f in layer if (f.projection, f.width) == (part.projection, part.scheme.width)]
+            counts = torch.zeros(sizes.experts, dtype=torch.int64)
+            for found in mine:
+                counts += found.places[:, 0].bincount(minlength=sizes.experts)
+                places.append(found.places[:, 1])
+                factors += [] if found.factor is None else [found.factor]
+                stored += [found.tensors[suffix].contiguous().view(torch.uint8).flatten() for suffix in
+                           part.scheme.tensors(part.shape(len(found.places), sizes))]  # fmt: skip
+            experts.append(counts)
+        tensors[f"matrices.{number}"] = torch.cat(stored)
+    shape = (len(channels), len(fitted), sizes.experts)
+    return tensors | {
+        "experts": torch.stack(experts).view(shape).to(torch.int16),
+        "channel": torch.cat(places).to(torch.int16),
+        "factor": torch.cat(factors) if factors else torch.zeros(0, dtype=torch.bfloat16),
+    }
+
+
+def expected_gain(situation: Situation, choice: Choice) -> float:
+    """First-order fall of the divergence: what it would be if nothing else mattered."""
+    total = 0.0
+    for gains, wanted in zip(situation.evidence.measured.gains, choice, strict=True):
+        for projection, by_width in wanted.items():
+            for width, places in by_width.items():
+                gain = gains[projection][places[:, 0], places[:, 1]].sum()
+                total += float(gain) * (1 - LEFT[width])
+    return total

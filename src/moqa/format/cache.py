@@ -1,0 +1,153 @@
+"""The original's channels beside a checkpoint, so that an adjustment can give them more bits later."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from moqa.errors import MoqaError
+from moqa.format.artifact import checksum, read_json, write_json
+from moqa.format.layout import DTYPES, Entry, Shard, entry_bytes
+from moqa.format.manifest import StoredFile
+from moqa.format.writer import write_shard
+
+FOLDER, RECORD = "cache", "cache.json"
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class CacheRecord(BaseModel, frozen=True):
+    """What `cache/cache.json` says."""
+
+    fingerprint: str = Field(description="of the original model")
+    share: float | None = Field(description="of the channels; None: the whole original")
+    layers: tuple[dict[str, tuple[str, tuple[int, ...]]], ...] = Field(
+        description="of each decoder layer: tensor name -> dtype and shape"
+    )
+    files: dict[str, StoredFile]
+    checksum: str = ""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The cache of a checkpoint.
+
+    >>> open_cache("runs/out", manifest.fingerprint).bytes
+    37781504
+    """
+
+    folder: Path
+    record: CacheRecord
+
+    @property
+    def whole(self) -> bool:
+        """Whether it holds all of the original."""
+        return self.record.share is None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.bytes for file in self.record.files.values())
+
+    @cached_property
+    def _shards(self) -> list[Shard]:
+        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+        count = len(self.record.layers)
+        return [
+            _shard(i, count, {name: (dtypes[dtype], shape) for name, (dtype, shape) in tensors.items()})
+            for i, tensors in enumerate(self.record.layers)
+        ]
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """A decoder layer's tensors, mapped and not copied.
+
+        A whole original has its units by name. A part of it has `channel` [channels, 2] int32 (expert, channel), and
+        [channels, hidden] rows of `gate_proj` and `up_proj` and columns of `down_proj`. Both have the channels'
+        `significance` [experts, width] on the known distributions, in layers with experts.
+        """
+        shard = self._shards[index]
+        data = torch.from_file(str(self.folder / shard.file), shared=False, size=shard.bytes, dtype=torch.uint8)
+        tensors, begin = {}, len(shard.header())
+        for name, entry in shard.entries.items():
+            end = begin + entry_bytes(entry)
+            tensors[name] = data[begin:end].view(entry[0]).view(entry[1])
+            begin = end
+        return tensors
+
+    def check(self) -> None:
+        """Compare its files with the record: lengths and headers, and the hashes of all but a whole original.
+
+        Raises:
+            MoqaError: naming the file that differs.
+        """
+        for shard in self._shards:
+            path, recorded = self.folder / shard.file, self.record.files.get(shard.file)
+            if recorded is None or not path.is_file() or path.stat().st_size != shard.bytes:
+                raise MoqaError(f"{path} is missing or truncated", f"{shard.bytes} bytes were written")
+            with path.open("rb") as file:
+                if file.read(len(shard.header())) != shard.header():
+                    raise MoqaError(f"{path} has another header than was written")
+                # a whole original may be larger than memory, and is mapped for the few channels that are needed
+                if not self.whole:
+                    file.seek(0)
+                    if hashlib.file_digest(file, "sha256").hexdigest() != recorded.sha256:
+                        raise MoqaError(f"{path} is corrupted", "its sha256 differs from the record's")
+
+
+def _shard(layer: int, layers: int, entries: Mapping[str, Entry]) -> Shard:
+    """A layer's file: the widest numbers first, so that each tensor begins at a multiple of its element size."""
+    ordered = sorted(entries.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
+    return Shard(f"cache-{layer + 1:05d}-of-{layers:05d}.safetensors", dict(ordered))
+
+
+def write_cache(
+    folder: Path, fingerprint: str, share: float | None, layers: Sequence[Mapping[str, Tensor]]
+) -> CacheRecord:
+    """Write a checkpoint's cache.
+
+    Args:
+        folder: of the checkpoint, still being written.
+        fingerprint: of the original model.
+        share: of the channels; None for the whole original.
+        layers: tensors of each decoder layer, see `Cache.layer`.
+    """
+    target = folder / FOLDER
+    target.mkdir()
+    described, files = [], {}
+    for index, tensors in enumerate(layers):
+        entries: dict[str, Entry] = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        shard = _shard(index, len(layers), entries)
+        files[shard.file] = write_shard(target, shard, tensors)
+        described.append({n: (str(dtype).removeprefix("torch."), shape) for n, (dtype, shape) in entries.items()})
+    record = CacheRecord(fingerprint=fingerprint, share=share, layers=tuple(described), files=files)
+    record = record.model_copy(update={"checksum": checksum(record.model_dump(mode="json"))})
+    write_json(record, target / RECORD)
+    return record
+
+
+def has_cache(folder: str | Path) -> bool:
+    """Whether a checkpoint has a cache."""
+    return (Path(folder) / FOLDER / RECORD).is_file()
+
+
+def open_cache(folder: str | Path, fingerprint: str) -> Cache:
+    """Open the cache of a checkpoint, made from the original with this fingerprint, and check it.
+
+    Raises:
+        MoqaError: if the checkpoint has none, or it is damaged.
+    """
+    path = Path(folder) / FOLDER
+    if not has_cache(folder):
+        raise MoqaError(f"{folder} has no channel cache", "quantize with --cache 1% or --cache full")
+    record = read_json(CacheRecord, path / RECORD)
+    if checksum(record.model_dump(mode="json")) != record.checksum:
+        raise MoqaError(f"{path / RECORD} was changed after it was written", "its checksum differs")
+    if record.fingerprint != fingerprint:
+        raise MoqaError(f"{path} is of another model ({record.fingerprint[:8]})", f"{folder} is of {fingerprint[:8]}")
+    cache = Cache(path, record)
+    cache.check()
+    return cache
