@@ -34,9 +34,9 @@ LONG = {"prompt": "The", "max_tokens": 20000, "temperature": 0}  # half a minute
 
 
 @contextmanager
-def running(tiny, slots=4, queue=256, api_key=None, begin=None):
+def running(tiny, slots=4, queue=256, api_key=None, begin=None, adjusting=None):
     """A server of a model in a thread, and where it answers."""
-    service = Service(*tiny, "tiny", slots, queue)
+    service = Service(*tiny, "tiny", slots, queue, adjusting)
     if begin:
         service.scheduler._begin = begin(service.scheduler._begin)
     server = Server(service, api_key)

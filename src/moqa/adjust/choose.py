@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moqa.adjust.measure import Measured
 from moqa.errors import MoqaError
-from moqa.format.adjustment import COLUMNS, Channels, Sizes, layout
+from moqa.format.adjustment import COLUMNS, Channels, Replaced, Sizes, layout
 from moqa.format.scheme import BLOCK, KEEP_WIDTH, LARGEST_GROUP, TILE, Scheme
 from moqa.models.experts import PROJECTIONS
 
@@ -76,7 +76,9 @@ def find_rule(name: str) -> Callable[[Evidence], Scores]:
     return RULES[name]
 
 
-def allocate(scores: Scores, sizes: Sizes, widths: tuple[int, ...], limit: int) -> Choice:
+def allocate(
+    scores: Scores, sizes: Sizes, widths: tuple[int, ...], limit: int, units: Mapping[str, Replaced] | None = None
+) -> Choice:
     """The channels and widths that are worth most together, within a number of bytes on disk.
 
     A channel gets the width whose gain is furthest above its price; the price of a byte is raised until all fit. A
@@ -87,6 +89,7 @@ def allocate(scores: Scores, sizes: Sizes, widths: tuple[int, ...], limit: int) 
         sizes: of the layers.
         widths: candidates.
         limit: bytes of the adjustment's weight file.
+        units: that lie in the file too.
 
     Raises:
         MoqaError: if not even one tile fits.
@@ -97,10 +100,10 @@ def allocate(scores: Scores, sizes: Sizes, widths: tuple[int, ...], limit: int) 
         raise MoqaError("no channel would be better with more bits", "the samples show no loss: nothing to adjust")
     low, high = 0.0, float(max(values)) / min(row_bytes(p, widths[0], sizes) for p in PROJECTIONS)
     best: Choice | None = None
-    for _ in range(40):
+    for _ in range(30):
         price = (low + high) / 2
         choice = [{p: r.at(price, p, widths, sizes) for p, r in layer.items()} for layer in ranked]
-        if layout(sizes, describe(choice, False), {}).bytes <= limit:
+        if layout(sizes, describe(choice, replaces=False), units or {}).bytes <= limit:
             best, high = choice, price
         else:
             low = price

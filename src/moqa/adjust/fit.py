@@ -1,6 +1,6 @@
 """Residuals: what is missing from the chosen channels, rounded so that the samples' outputs come out right."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +8,9 @@ from torch import Tensor
 
 from moqa.adjust.choose import scheme_of
 from moqa.adjust.originals import ExpertErrors
-from moqa.format.adjustment import COLUMNS
-from moqa.format.grid import fit_grid
+from moqa.format.adjustment import COLUMNS, MIDDLE
 from moqa.format.planes import pack, tile_rows
-from moqa.format.scheme import BLOCK, KEEP_WIDTH, Scheme
+from moqa.format.scheme import KEEP_WIDTH, Scheme
 from moqa.methods import METHODS, Job
 from moqa.methods.inputs import Inputs
 from moqa.models.experts import ExpertRun
@@ -43,7 +42,7 @@ class Fitted:
 class Grams:
     """Observer of the inputs of a layer's experts, each counted by its gate weight."""
 
-    def __init__(self, experts: Sequence[int]) -> None:
+    def __init__(self, experts: Collection[int]) -> None:
         self._wanted = set(experts)
         self.inputs: dict[int, Inputs] = {}
         self.inner: dict[int, Inputs] = {}
@@ -76,9 +75,19 @@ def fit_layer(choice: dict[str, dict[int, Tensor]], missing: dict[int, ExpertErr
             *_fit_columns(choice.get(COLUMNS, {}), missing, grams)]  # fmt: skip
 
 
+def fit_unit(weight: Tensor, name: str, scheme: Scheme, grams: Grams) -> dict[str, Tensor]:
+    """A whole unit in another scheme, by suffix: gptq on the samples' inputs, as far as they reach it."""
+    _, expert, projection = name.rsplit(".", 2)
+    seen = (grams.inner if projection == COLUMNS else grams.inputs).get(int(expert))
+    widths = torch.full((1, len(weight)), scheme.width)
+    result = METHODS["gptq"].run(Job(weight[None], widths, [seen or Inputs.zeros(weight.shape[1])], scheme))
+    tensors = _planes(result.integers[0], scheme.width) | {"scale": tile_rows(result.grid.scale[0])}
+    return tensors if result.grid.zero is None else tensors | {"zero": tile_rows(result.grid.zero[0])}
+
+
 def _fit_rows(choice: dict[str, dict[int, Tensor]], missing: dict[int, ExpertErrors], grams: Grams) -> list[Fitted]:
     wanted = [(p, w, places) for p, by_width in choice.items() for w, places in by_width.items()]
-    found = {(p, w): _lacking(missing, places, p) for p, w, places in wanted}
+    found = {(p, w): lacking(missing, places, p) for p, w, places in wanted}
     narrow = [(p, w, places) for p, w, places in wanted if w != KEEP_WIDTH]
     fitted = [Fitted(p, w, places, {"weight": found[p, w].bfloat16()}) for p, w, places in wanted if w == KEEP_WIDTH]
     if not narrow:
@@ -101,7 +110,7 @@ def _fit_rows(choice: dict[str, dict[int, Tensor]], missing: dict[int, ExpertErr
     zero, begin = result.grid.zero[entry, slot], 0
     for p, w, places in narrow:
         rows = slice(begin, begin + len(places))
-        fitted.append(Fitted(p, w, places, _packed(integers[rows], w, scale[rows], zero[rows])))
+        fitted.append(Fitted(p, w, places, pack_rows(integers[rows], w, scale[rows], zero[rows])))
         begin += len(places)
     return fitted
 
@@ -118,22 +127,13 @@ def _fit_columns(by_width: dict[int, Tensor], missing: dict[int, ExpertErrors], 
             at, after = (torch.searchsorted(channels, p[p[:, 0] == expert, 1].sort().values) for p in (places, later))
             wanted.append(_taking_over(left[expert], at, after, channels, grams.inner.get(expert)))
         target = torch.cat(wanted)
-        factor = target.norm(dim=1).clamp_min(1e-12).bfloat16()
-        columns = (target / factor.float()[:, None]).T.contiguous()
         if width == KEEP_WIDTH:
-            stored, tensors, factor = (
-                target.bfloat16().float(),
-                {"weight": target.T.bfloat16()},
-                torch.ones_like(factor),
-            )
+            factor, stored = torch.ones(len(target), dtype=torch.bfloat16), target.bfloat16().float()
+            tensors = {"weight": target.bfloat16().T.contiguous()}
         else:
-            # one group of all columns, without the padding of the largest
-            whole = Scheme(width=width, group_size=-(-len(places) // BLOCK) * BLOCK)
-            grid = fit_grid(columns[None], whole, torch.full((1, len(columns)), width))
-            integers = grid.encode(columns[None])
-            stored = grid.decode(integers)[0].T * factor.float()[:, None]
-            assert grid.zero is not None
-            tensors = _packed(integers[0], width, grid.scale[0], grid.zero[0])
+            factor, integers = round_columns(target, width)
+            stored = factor.float()[:, None] * (integers - MIDDLE * (2**width - 1) / 255)
+            tensors = pack_columns(integers, width)
         fitted.append(Fitted(COLUMNS, width, places, tensors, factor))
         for expert in places[:, 0].unique().tolist():
             mine = places[:, 0] == expert
@@ -162,7 +162,7 @@ def _taking_over(missing: Tensor, at: Tensor, after: Tensor, channels: Tensor, i
     return missing[at] + taken[torch.searchsorted(after, at)]
 
 
-def _lacking(missing: dict[int, ExpertErrors], places: Tensor, projection: str) -> Tensor:
+def lacking(missing: dict[int, ExpertErrors], places: Tensor, projection: str) -> Tensor:
     """[channels, hidden] what is missing from rows or columns, in their order."""
     parts = []
     for expert in places[:, 0].unique().tolist():
@@ -172,6 +172,41 @@ def _lacking(missing: dict[int, ExpertErrors], places: Tensor, projection: str) 
     return torch.cat(parts)
 
 
-def _packed(integers: Tensor, width: int, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
-    planes = {f"p{i}": plane for i, plane in enumerate(pack(integers, width))}
-    return planes | {"scale": tile_rows(scale), "zero": tile_rows(zero)}
+def round_columns(columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Columns on a grid around zero, each with the step that leaves the least squared error.
+
+    >>> factor, integers = round_columns(torch.randn(5, 256), 2)
+
+    Args:
+        columns: [channels, hidden] float32.
+        width: bits.
+
+    Returns:
+        [channels] bfloat16 steps and [channels, hidden] uint8 integers; zero lies at MIDDLE of 255 of the grid.
+    """
+    top = 2**width - 1
+    zero, widest = MIDDLE * top / 255, columns.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    best, least = widest.clone(), torch.full_like(widest, torch.inf)
+    for clip in torch.linspace(0.15, 1.0, 18).tolist():
+        integers = (columns / (2 * widest * clip / top) + zero).round().clamp(0, top)
+        # the best step for these integers
+        levels = integers - zero
+        step = (columns * levels).sum(1, keepdim=True) / levels.square().sum(1, keepdim=True)
+        error = (columns - step * levels).square().sum(1, keepdim=True)
+        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+    factor = best[:, 0].bfloat16()
+    return factor, (columns / factor.float()[:, None] + zero).round().clamp(0, top).to(torch.uint8)
+
+
+def pack_columns(integers: Tensor, width: int) -> dict[str, Tensor]:
+    """[channels, hidden] integers of columns as they are stored, by suffix."""
+    return _planes(integers.T.contiguous(), width)
+
+
+def _planes(integers: Tensor, width: int) -> dict[str, Tensor]:
+    return {f"p{i}": plane for i, plane in enumerate(pack(integers, width))}
+
+
+def pack_rows(integers: Tensor, width: int, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+    """[channels, hidden] integers of rows with [channels, groups] scales and zero-points as they are stored."""
+    return _planes(integers, width) | {"scale": tile_rows(scale), "zero": tile_rows(zero)}

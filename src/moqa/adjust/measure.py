@@ -17,6 +17,12 @@ from moqa.runtime.packed import unpacked
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# One window in this many is weighed; all of them say what the residuals are fitted to. What a channel is worth needs
+# less text than how it is to be rounded (docs/results/adjust.md).
+EVERY = 2
+# Weight of a channel's squared effects beside its mean effect, scaled to the same total: the mean alone is noise for
+# the many channels that matter little.
+SQUARES = 0.8
 # tokens that go through a layer together, and through the head
 BATCH_TOKENS, HEAD_TOKENS = 8192, 2048
 Open = Callable[[int], LayerOriginals]
@@ -27,13 +33,12 @@ class Measured:
     """What the samples say.
 
     Attributes:
-        gains: by layer and projection, [experts, width]: by how much the KL divergence from the original falls, to
-            first order, if a channel's row or column were exact; nats per token. -inf where the cache lacks a channel.
+        gains: by layer and projection, [experts, width]: by how much the KL divergence from the original falls if a
+            channel's row or column were exact; nats per token. -inf where the cache lacks a channel.
         significance: by layer, [experts, width] (`LayerStatistics.channel`), of the samples.
         stages: of the checkpoint's model.
         hidden: by layer, its [batch, context, hidden] inputs.
         divergence: KL divergence of the samples now, nats per token; None without the whole original.
-        tokens: in the samples.
     """
 
     gains: list[dict[str, Tensor]]
@@ -41,7 +46,6 @@ class Measured:
     stages: Stages
     hidden: list[list[Tensor]]
     divergence: float | None
-    tokens: int
 
 
 def measure(
@@ -61,10 +65,12 @@ def measure(
         seed: of the labels.
         report: called per layer.
     """
-    stages, parts = Stages(model), tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
-    steps = 2 * stages.depth
-    hidden: list[list[Tensor]] = [[stages.embed(batch) for batch in parts]]
-    original = list(hidden[0]) if whole else []
+    stages, size = Stages(model), max(1, BATCH_TOKENS // tokens.shape[1])
+    steps, weighed = 2 * stages.depth, tokens[::EVERY]
+    parts = weighed.split(size)
+    rest = [part for part in tokens[torch.arange(len(tokens)) % EVERY > 0].split(size) if len(part)]
+    hidden: list[list[Tensor]] = [[stages.embed(batch) for batch in (*parts, *rest)]]
+    original = hidden[0][: len(parts)] if whole else []
     with torch.no_grad():
         for layer in range(stages.depth):
             report("samples", layer, steps)
@@ -75,7 +81,7 @@ def measure(
                 hidden.append([stages.layer(layer, part) for part in hidden[layer]])
     generator = torch.Generator().manual_seed(seed)
     divergence, gradients = 0.0, []
-    for index, part in enumerate(hidden.pop()):
+    for index, part in enumerate(hidden.pop()[: len(parts)]):
         pieces = []
         for begin in range(0, len(part), windows := max(1, HEAD_TOKENS // tokens.shape[1])):
             some = slice(begin, begin + windows)
@@ -83,13 +89,18 @@ def measure(
         divergence += sum(loss for loss, _ in pieces)
         gradients.append(torch.cat([gradient for _, gradient in pieces]))
     gains: list[dict[str, Tensor]] = []
+    squares: list[dict[str, Tensor]] = []
     significance: list[Tensor | None] = []
     for layer in reversed(range(stages.depth)):
         report("samples", steps - 1 - layer, steps)
-        found = _backward(stages, layer, open_layer(layer), hidden[layer], gradients, whole)
-        gains.insert(0, {p: gain / tokens.numel() for p, gain in found.gains.items()})
-        significance.insert(0, found.significance)
-    return Measured(gains, significance, stages, hidden, divergence / tokens.numel() if whole else None, tokens.numel())
+        observer = _backward(stages, layer, open_layer(layer), hidden[layer][: len(parts)], gradients)
+        gains.insert(0, {} if observer is None else observer.gains)
+        squares.insert(0, {} if observer is None else observer.squares)
+        significance.insert(0, None if observer is None else observer.significance)
+    count = weighed.numel()
+    return Measured(
+        _combined(gains, squares, count, whole), significance, stages, hidden, divergence / count if whole else None
+    )
 
 
 def _gradient(
@@ -112,19 +123,38 @@ def _gradient(
     return loss, torch.autograd.grad(logits, hidden, slope.view_as(logits).to(logits.dtype))[0]
 
 
-class _Observer:
-    """Collects gains and significance of a layer's experts while gradients flow back."""
+def _combined(
+    gains: list[dict[str, Tensor]], squares: list[dict[str, Tensor]], tokens: int, first_order: bool
+) -> list[dict[str, Tensor]]:
+    """What channels are worth, from summed effects and half their squares, per token."""
+    if not first_order:
+        return [{p: square / tokens for p, square in layer.items()} for layer in squares]
+    total, energy = (
+        sum(float(table.clamp_min(0).sum()) for layer in layers for table in layer.values())
+        for layers in (gains, squares)
+    )
+    share = SQUARES * max(total, 1e-30) / max(energy, 1e-30)
+    return [
+        {p: (gain[p].clamp_min(0) + share * square[p]) / tokens for p in gain}
+        for gain, square in zip(gains, squares, strict=True)
+    ]
 
-    def __init__(self, originals: LayerOriginals, rows: dict[str, slice], width: int, first_order: bool) -> None:
-        self._errors, self._rows, self._first_order = originals.missing(), rows, first_order
+
+class _Observer:
+    """Collects the effects of what channels miss, and their significance, while gradients flow back."""
+
+    def __init__(self, originals: LayerOriginals, rows: dict[str, slice], width: int) -> None:
+        self._errors, self._rows = originals.missing(), rows
         self._norms = [originals.matrices[originals.name(e, "down_proj")].dense().norm(dim=0)
                        for e in range(originals.experts)]  # fmt: skip
         shape = (originals.experts, width)
+        # -inf where the cache lacks a channel
         self.gains = {p: torch.full(shape, -torch.inf) for p in PROJECTIONS}
         for expert, errors in self._errors.items():
             for gain in self.gains.values():
                 gain[expert, errors.channels] = 0.0
-        self.significance: Tensor | None = torch.zeros(shape)
+        self.squares = {p: gain.clone() for p, gain in self.gains.items()}
+        self.significance = torch.zeros(shape)
 
     def routed(self, index: Tensor, weights: Tensor) -> None:
         """Routing shows in the runs."""
@@ -132,7 +162,6 @@ class _Observer:
     def expert(self, run: ExpertRun) -> None:
         """Wait for the gradients of one expert's two products."""
         inner, x = run.inner.detach(), run.x.detach()
-        assert self.significance is not None
         self.significance[run.expert] += (inner.abs() * run.gate.detach()).sum(0) * self._norms[run.expert]
         if run.expert not in self._errors:
             return
@@ -141,50 +170,32 @@ class _Observer:
             for projection, rows in self._rows.items():
                 self._add(run.expert, projection, gradient[:, rows], x)
 
-        def back_down(gradient: Tensor) -> None:
-            self._add(run.expert, "down_proj", inner, gradient)
-
         run.gate_up.register_hook(back_gate_up)
-        run.out.register_hook(back_down)
+        run.out.register_hook(lambda gradient: self._add(run.expert, "down_proj", inner, gradient))
 
     def _add(self, expert: int, projection: str, of_channels: Tensor, others: Tensor) -> None:
-        """Add the effects of what rows or columns miss, from [tokens, width] and [tokens, hidden] at their two ends."""
+        """Add what rows or columns would do, from [tokens, width] and [tokens, hidden] at their two ends."""
         errors = self._errors[expert]
-        missing = errors.missing[projection]
-        of_channels = of_channels if len(errors.channels) == of_channels.shape[1] else of_channels[:, errors.channels]
-        if self._first_order:
-            # what is missing moves the loss by its product with the weights' gradient
-            gain = -((of_channels.mT @ others.to(of_channels.dtype)).float() * missing).sum(1)
-        else:
-            gain = 0.5 * (of_channels * (others @ missing.T.to(others.dtype))).float().square().sum(0)
-        self.gains[projection][expert, errors.channels] += gain
-
-
-@dataclass(frozen=True)
-class _Found:
-    gains: dict[str, Tensor]
-    significance: Tensor | None
+        channels = slice(None) if len(errors.channels) == of_channels.shape[1] else errors.channels
+        effect = of_channels[:, channels] * (others @ errors.missing[projection].T.to(others.dtype))
+        self.gains[projection][expert, channels] -= effect.sum(0, dtype=torch.float32)
+        self.squares[projection][expert, channels] += 0.5 * effect.square_().sum(0, dtype=torch.float32)
 
 
 def _backward(
-    stages: Stages,
-    layer: int,
-    originals: LayerOriginals,
-    hidden: Sequence[Tensor],
-    gradients: list[Tensor],
-    whole: bool,
-) -> _Found:
+    stages: Stages, layer: int, originals: LayerOriginals, hidden: Sequence[Tensor], gradients: list[Tensor]
+) -> _Observer | None:
     """Run a layer again with gradients; replaces the gradients by those of the layer's inputs."""
     module = None if originals.module is None else stages.model.get_submodule(originals.module)
     with unpacked(stages.layers[layer]):
         if module is None:
             _flow(stages, layer, hidden, gradients)
-            return _Found({}, None)
+            return None
         width = originals.matrices[originals.name(0, "down_proj")].shape[1]
-        observer = _Observer(originals, projection_rows(module, width), width, whole)
+        observer = _Observer(originals, projection_rows(module, width), width)
         with observed(module, observer):
             _flow(stages, layer, hidden, gradients)
-    return _Found(observer.gains, observer.significance)
+    return observer
 
 
 def _flow(stages: Stages, layer: int, hidden: Sequence[Tensor], gradients: list[Tensor]) -> None:

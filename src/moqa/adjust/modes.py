@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moqa.adjust.choose import LEFT, Choice, Evidence, Scores, allocate, describe
-from moqa.adjust.fit import Fitted, Grams, fit_layer
+from moqa.adjust.fit import Fitted, Grams, fit_layer, fit_unit
 from moqa.adjust.measure import in_half
 from moqa.adjust.originals import LayerOriginals
 from moqa.errors import MoqaError
@@ -22,7 +22,7 @@ from moqa.runtime.packed import unpacked
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RESIDUAL_WIDTHS = (1, 2, 3, 4)
+RESIDUAL_WIDTHS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -119,30 +119,37 @@ def fp16(situation: Situation, report: Report) -> Change:
 def add_bits(situation: Situation, widths: tuple[int, ...], limit: int, report: Report) -> Change:
     """Residuals of these widths for the channels that a rule puts first."""
     choice = allocate(situation.rule(situation.evidence), situation.sizes, widths, limit)
-    fitted = fit_choice(situation, choice, report)
+    fitted = fit_choice(situation, choice, {}, report)[0]
     channels = describe(choice, replaces=False)
     return Change(channels, tensors_of(channels, fitted, situation.sizes), expected_gain(situation, choice))
 
 
-def fit_choice(situation: Situation, choice: Choice, report: Report) -> list[list[Fitted]]:
-    """By layer, the residuals of the chosen channels."""
+def fit_choice(
+    situation: Situation, choice: Choice, units: dict[str, Replaced], report: Report
+) -> tuple[list[list[Fitted]], dict[str, dict[str, Tensor]]]:
+    """By layer, the residuals of the chosen channels; and units in other schemes, by name and suffix."""
     stages = situation.evidence.measured.stages
     found: list[list[Fitted]] = []
+    solved: dict[str, dict[str, Tensor]] = {}
     for layer, wanted in enumerate(choice):
         report("fit", layer, len(choice))
-        if not any(wanted.values()):
+        originals = situation.open_layer(layer)
+        mine = {name: unit for name, unit in units.items() if name in originals.matrices}
+        experts = {
+            int(expert) for by_width in wanted.values() for p in by_width.values() for expert in p[:, 0].unique()
+        }
+        experts |= {int(name.rsplit(".", 2)[1]) for name in mine}
+        if not experts or originals.module is None:
             found.append([])
             continue
-        originals = situation.open_layer(layer)
-        assert originals.module is not None
-        places = [place for by_width in wanted.values() for place in by_width.values()]
-        grams = Grams(torch.cat(places)[:, 0].unique().tolist())
-        experts = situation.model.get_submodule(originals.module)
-        with torch.no_grad(), in_half(), unpacked(stages.layers[layer]), observed(experts, grams):
+        grams = Grams(experts)
+        module = situation.model.get_submodule(originals.module)
+        with torch.no_grad(), in_half(), unpacked(stages.layers[layer]), observed(module, grams):
             for part in situation.evidence.measured.hidden[layer]:
                 stages.layer(layer, part)
         found.append(fit_layer(wanted, originals.missing(), grams))
-    return found
+        solved |= {name: fit_unit(originals.original(name), name, unit.scheme, grams) for name, unit in mine.items()}
+    return found, solved
 
 
 def tensors_of(channels: tuple[Channels, ...], fitted: list[list[Fitted]], sizes: Sizes) -> dict[str, Tensor]:
@@ -158,7 +165,7 @@ def tensors_of(channels: tuple[Channels, ...], fitted: list[list[Fitted]], sizes
                 places.append(found.places[:, 1])
                 factors += [] if found.factor is None else [found.factor]
                 stored += [found.tensors[suffix].contiguous().view(torch.uint8).flatten() for suffix in
-                           part.scheme.tensors(part.shape(len(found.places), sizes))]  # fmt: skip
+                           part.stored(len(found.places), sizes)]  # fmt: skip
             experts.append(counts)
         tensors[f"matrices.{number}"] = torch.cat(stored)
     shape = (len(channels), len(fitted), sizes.experts)

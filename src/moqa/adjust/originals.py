@@ -75,6 +75,15 @@ class LayerOriginals:
                 found[expert] = ExpertErrors(channels, {p: rows[p] - base[p][channels] for p in PROJECTIONS})
         return found
 
+    def packed_rows(self, projection: str, places: Tensor) -> Tensor:
+        """[channels, hidden] packed weights of [channels, 2] (expert, channel); columns of `down_proj` as rows."""
+        parts = []
+        for expert in places[:, 0].unique().tolist():
+            dense = self.matrices[self.name(expert, projection)].dense()
+            dense = dense.T if projection == "down_proj" else dense
+            parts.append(dense[places[places[:, 0] == expert, 1]])
+        return torch.cat(parts)
+
     @contextmanager
     def as_original(self) -> Iterator[None]:
         """Let the layer compute with the original weights for a block; only of a whole original."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from moqa import __version__
+from moqa.adjust import requant, swap  # noqa: F401  (registers them)
 from moqa.adjust.choose import Evidence, find_rule
 from moqa.adjust.measure import Measured, measure
 from moqa.adjust.modes import Change, Situation, find_mode

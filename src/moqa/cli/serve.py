@@ -20,6 +20,10 @@ def serve(
         str | None,
         typer.Option("--api-key", envvar="MOQA_API_KEY", help="what clients must send; others see it in `ps`"),
     ] = None,
+    adjust: Annotated[
+        list[str] | None,
+        typer.Option("--adjust", metavar="ADJ", help="adjustment folder (repeat for more), auto, or off"),
+    ] = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Answer OpenAI-style requests until Ctrl-C or SIGTERM."""
@@ -29,9 +33,12 @@ def serve(
         raise MoqaError("--api-key (or MOQA_API_KEY) is empty", "give a key, or leave it out")
     if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
         typer.echo(f"moqa: warning: --host {host} without --api-key: everyone who gets there may ask", err=True)
+    given = adjust or ["off"]
+    if len(given) > 1 and {"auto", "off"} & set(given):
+        raise MoqaError(f"--adjust {' --adjust '.join(given)}", "give auto, off, or folders of adjustments")
     use_threads(threads)
     run(
-        out, host=host, port=port, slots=slots, queue=queue, api_key=api_key,
+        out, host=host, port=port, slots=slots, queue=queue, api_key=api_key, adjust=[] if given == ["off"] else given,
         ready=lambda url: typer.echo(f"moqa: {out} at {url}/v1, {slots} slots, queue of {queue}", err=True),
     )  # fmt: skip
     typer.echo("moqa: stopped", err=True)

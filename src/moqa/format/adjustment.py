@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -16,12 +16,15 @@ from moqa.errors import MoqaError
 from moqa.format.artifact import checksum, read_json, write_json
 from moqa.format.layout import Entry, Shard, entry_bytes
 from moqa.format.manifest import Fitted, Length, Side, StoredFile
-from moqa.format.scheme import Scheme
+from moqa.format.scheme import TILE, Scheme
 from moqa.format.writer import finished_folder, write_shard
 
 FORMAT = 1
 RECORD, WEIGHTS = "adjustment.json", "adjustment.safetensors"
 ROWS, COLUMNS = ("gate_proj", "up_proj"), "down_proj"
+GRID = ("scale", "zero")
+# zero-point of columns: the middle of their grid, as near as a stored byte comes to it
+MIDDLE = 127
 
 
 class Channels(BaseModel, frozen=True):
@@ -33,8 +36,17 @@ class Channels(BaseModel, frozen=True):
     counts: tuple[Length, ...] = Field(description="channels of each decoder layer")
 
     def bytes(self, sizes: "Sizes") -> int:
-        """Bytes of its matrices: of each layer in turn the tensors of its scheme, padded to whole tiles."""
-        return sum(self.scheme.stored_bytes(self.shape(count, sizes)) for count in self.counts if count)
+        """Bytes of its matrices: of each layer in turn what it stores, padded to whole tiles."""
+        return sum(entry_bytes(entry) for n in self.counts for entry in self.stored(n, sizes).values())
+
+    def stored(self, count: int, sizes: "Sizes") -> dict[str, Entry]:
+        """Dtype and shape of what is stored of a layer's matrix, by suffix.
+
+        Columns have factors of their own and the same grid everywhere, which is not stored.
+        """
+        entries = self.scheme.tensors(self.shape(count, sizes)) if count else {}
+        constant = GRID if self.projection == COLUMNS else ()
+        return {suffix: entry for suffix, entry in entries.items() if suffix not in constant}
 
     def shape(self, count: int, sizes: "Sizes") -> tuple[int, int]:
         """(out, in) of a layer's matrix."""
@@ -102,6 +114,13 @@ def layout(sizes: Sizes, channels: tuple[Channels, ...], units: Mapping[str, Rep
         entries |= {f"{name}.{suffix}": entry for suffix, entry in unit.scheme.tensors(unit.shape).items()}
     order = sorted(entries.items(), key=lambda item: (-math.gcd(entry_bytes(item[1]), 64), item[0]))
     return Shard(WEIGHTS, dict(order))
+
+
+@cache
+def column_grid(hidden: int) -> dict[str, Tensor]:
+    """Scales of 1 and zero-points in the middle, which all matrices of columns share."""
+    shape = (-(-hidden // TILE), 1, TILE)
+    return {"scale": torch.ones(shape, dtype=torch.bfloat16), "zero": torch.full(shape, MIDDLE, dtype=torch.uint8)}
 
 
 @dataclass(frozen=True)
@@ -178,11 +197,13 @@ class Adjustment:
     def _matrix(self, number: int, layer: int) -> dict[str, Tensor]:
         """Tensors of a part's matrix in a layer, by suffix."""
         part, sizes, tensors = self.record.channels[number], self.record.sizes, {}
-        begin = sum(part.scheme.stored_bytes(part.shape(n, sizes)) for n in part.counts[:layer] if n)
-        for suffix, entry in part.scheme.tensors(part.shape(part.counts[layer], sizes)).items():
+        begin = sum(entry_bytes(entry) for n in part.counts[:layer] for entry in part.stored(n, sizes).values())
+        for suffix, entry in part.stored(part.counts[layer], sizes).items():
             end = begin + entry_bytes(entry)
             tensors[suffix] = self._mapped[f"matrices.{number}"][begin:end].view(entry[0]).view(entry[1])
             begin = end
+        if part.projection == COLUMNS and not part.scheme.keeps:
+            tensors |= column_grid(sizes.hidden)
         return tensors
 
     def check_values(self) -> None:

@@ -119,9 +119,22 @@ def decoder(layers: list[Any], norm: Tensor | None, epsilon: float, head: Packed
     return _native.Decoder(layers, _address(norm), epsilon, head.prepared or _prepare(head), head.shape[1])
 
 
-def use_experts(model: Any, layer: int, stack: ExpertStack) -> None:
-    """Let a layer of a `decoder` compute with other experts; whoever holds it keeps them alive."""
-    _native.use_experts(model, layer, _prepared_stack(stack))
+def use_experts(model: Any, layer: int, stack: ExpertStack, counts: Tensor | None) -> Any:
+    """Let a layer of a `decoder` compute with other experts; whoever holds it keeps what this gives and counts alive.
+
+    Args:
+        model: from `decoder`.
+        layer: its number.
+        stack: the experts.
+        counts: [experts] int64 to add to for every token that an expert gets; None: not counted.
+    """
+    if counts is not None:
+        wanted = (torch.int64, (len(stack.gate),), "cpu")
+        if (counts.dtype, tuple(counts.shape), counts.device.type) != wanted or not counts.is_contiguous():
+            raise ValueError(f"counts of {counts.dtype} {tuple(counts.shape)} on {counts.device}, not {wanted}")
+    prepared = _prepared_stack(stack)
+    _native.use_experts(model, layer, prepared, _address(counts))
+    return prepared
 
 
 def past(keys: list[int], values: list[int], capacity: int) -> Any:

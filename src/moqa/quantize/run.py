@@ -26,6 +26,7 @@ from moqa.profile.measure import batches
 from moqa.progress import Report, quiet
 from moqa.quantize.cache import cache_layers, parse_cache
 from moqa.quantize.layer import Quantized, quantize_units
+from moqa.quantize.routing import describe_routing
 
 # one window in this many decides between methods and is not fitted on
 _CHECK_EVERY = 8
@@ -90,6 +91,7 @@ def quantize(
             if cache is not None:
                 report("cache", 0, 1)
                 write_cache(target, plan.fingerprint, share, cache_layers(view, profile, plan.known, share))
+            describe_routing(target, profile, plan.known)
             _write(view, plan, how, profile, target, model, report)
     finally:
         for name, weight in original.items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moqa.kernels import PackedMatrix, native
 from moqa.runtime.growing import GrowingCache
 from moqa.runtime.packed import PackedExperts, PackedLinear, activation_name
+from moqa.runtime.routing import uncounted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,8 +44,9 @@ class FusedDecoder:
         self._rotary = base.rotary_emb
         # native code has addresses: the tensors that they point to are kept here
         self._alive: list[Any] = []
+        self._in_use: dict[int, tuple[Any, Tensor | None]] = {}
         self._experts = [(i, layer.mlp.experts) for i, layer in enumerate(base.layers) if hasattr(layer.mlp, "experts")]
-        self._switches = PackedExperts.switches
+        self._switches = -1  # experts and counts are handed over at the first step
         layers = [native.layer(self._describe(layer)) for layer in base.layers]
         head: Any = model.get_output_embeddings()
         self._decoder = native.decoder(layers, self._float(base.norm.weight), _epsilon(base.norm), head.matrix)
@@ -60,8 +62,9 @@ class FusedDecoder:
         known = _DECODERS.get(model)
         if known is None or known[0] != PackedMatrix.changes:
             found = cls(model) if _usual(model) else None
-            if found is not None and not found._agrees(model):
-                found = None
+            with uncounted(model):
+                if found is not None and not found._agrees(model):
+                    found = None
             known = _DECODERS[model] = PackedMatrix.changes, found
         return known[1]
 
@@ -96,9 +99,11 @@ class FusedDecoder:
         return logits
 
     def _follow(self) -> None:
-        """Take the experts that the model has now, those of an adjustment or the checkpoint's."""
+        """Take the experts that the model has now, those of an adjustment or the checkpoint's, and their counts."""
         for layer, experts in self._experts:
-            native.use_experts(self._decoder, layer, experts.moqa_weights.stack(experts))
+            packed: PackedExperts = experts.moqa_weights
+            prepared = native.use_experts(self._decoder, layer, packed.stack(experts), packed.counts)
+            self._in_use[layer] = prepared, packed.counts
         self._switches = PackedExperts.switches
 
     def _addresses(self, cache: GrowingCache, room: int) -> Any:

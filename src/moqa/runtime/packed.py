@@ -89,7 +89,7 @@ class PackedExperts(nn.Module):
         kernels: what multiplies.
     """
 
-    # how often the experts of any layer were changed for others: what refers to a stack looks for it anew after that
+    # how often the experts or counts of any layer were changed for others: what refers to them looks anew after that
     switches = 0
 
     def __init__(self, experts: Experts, matrices: Mapping[tuple[int, str], PackedMatrix], kernels: Kernels) -> None:
@@ -100,8 +100,14 @@ class PackedExperts(nn.Module):
         self._variant: str | None = None
         self._stacks: dict[str | None, ExpertStack] = {}
         self._biases: tuple[Tensor, ...] = ()  # of the module that the stack was made for
+        self.counts: Tensor | None = None
         self.kernels = kernels
         self.matrices = nn.ModuleDict({f"{e}:{projection}": matrix for (e, projection), matrix in matrices.items()})
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self._count
 
     def hold(self, name: str, variant: Variant) -> None:
         """Keep a variant at hand for `use`."""
@@ -117,6 +123,11 @@ class PackedExperts(nn.Module):
         self._variant = name
         PackedExperts.switches += 1
 
+    def count_in(self, counts: Tensor | None) -> None:
+        """Add to [experts] int64 on the CPU for every token that an expert gets from now on; None counts nothing."""
+        self.counts = counts
+        PackedExperts.switches += 1
+
     @property
     def variant(self) -> Variant:
         """The one in use."""
@@ -124,6 +135,9 @@ class PackedExperts(nn.Module):
 
     def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
         """All experts in one call, or None if no kernel knows what this family does between the products."""
+        if self.counts is not None:
+            # an index past the last expert means none
+            self.counts += torch.bincount(index.flatten().cpu(), minlength=self._count)[: self._count]
         if self.activation is None or (self.variant.patches and not self.kernels.takes_patches):
             return None
         return self.kernels.experts(self.stack(module), hidden, index, weights)

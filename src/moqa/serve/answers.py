@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moqa.generate import Finish, Piece, Token
@@ -30,11 +30,12 @@ class Answer:
         self._tokenizer, self._logprobs = tokenizer, logprobs
         self._base = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, texts: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+    def whole(self, texts: Sequence[Sequence[Piece]], note: Mapping[str, Any]) -> dict[str, Any]:
         """One answer for all that was asked.
 
         Args:
             texts: pieces of each text, up to its end.
+            note: further fields beside the usage.
         """
         choices = []
         for index, pieces in enumerate(texts):
@@ -42,7 +43,7 @@ class Answer:
             joined = Piece("".join(piece.text for piece in pieces), tuple(tokens), finish=pieces[-1].finish)
             choices.append(self._choice(index, joined, self._message(joined.text)))
         finishes = [piece.finish for pieces in texts for piece in pieces if piece.finish]
-        return {**self._base, "object": self.whole_object, "choices": choices, "usage": usage(finishes)}
+        return {**self._base, "object": self.whole_object, "choices": choices, "usage": usage(finishes), **note}
 
     def first(self, texts: int) -> list[dict[str, Any]]:
         """Chunks before all others, for some number of texts."""

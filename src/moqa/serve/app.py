@@ -1,8 +1,9 @@
 """Routes of the server."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -63,7 +64,7 @@ def build_app(service: Service, api_key: str | None = None) -> FastAPI:
         _check_model(service, body.model)
         texts = await service.texts(body.prompts(), body.sampling(body.max_tokens, body.logprobs))
         answer = Answer(service.name, service.tokenizer, body.logprobs is not None)
-        return await _answer(request, service, texts, answer, body.stream, body.stream_options.include_usage)
+        return await _answer(request, service, texts, answer, body)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -73,7 +74,7 @@ def build_app(service: Service, api_key: str | None = None) -> FastAPI:
         messages = [message.plain() for message in body.messages]
         texts = await service.conversation(messages, lambda stops: body.sampling(limit, logprobs, stops))
         answer = ChatAnswer(service.name, service.tokenizer, body.logprobs)
-        return await _answer(request, service, texts, answer, body.stream, body.stream_options.include_usage)
+        return await _answer(request, service, texts, answer, body)
 
     return app
 
@@ -84,16 +85,19 @@ def _check_model(service: Service, name: str | None) -> None:
 
 
 async def _answer(
-    request: Request, service: Service, texts: Sequence[Text], answer: Answer, stream: bool, count: bool
+    request: Request, service: Service, texts: Sequence[Text], answer: Answer, body: CompletionRequest | ChatRequest
 ) -> Response:
-    running = service.start(texts)
+    running = service.start(texts, service.adjusting.choose(body.adjustment, body.chooses))
+    note = partial(service.note, running.chosen)
     try:
-        if not stream:
-            return JSONResponse(answer.whole(await _unless_gone(request, _collect(running))))
+        if not body.stream:
+            found = await _unless_gone(request, _collect(running))
+            return JSONResponse(answer.whole(found, note()))
         pieces = running.pieces()
         # what fails before the first piece still gets a status of its own
         first = await _unless_gone(request, anext(pieces))
-        return _Events(running, _chunks(answer, running.count, first, pieces, count))
+        count = body.stream_options.include_usage
+        return _Events(running, _chunks(answer, running.count, first, pieces, count, note))
     except BaseException:
         running.cancel()
         raise
@@ -112,6 +116,7 @@ async def _chunks(
     first: tuple[int, Piece],
     pieces: AsyncIterator[tuple[int, Piece]],
     count: bool,
+    note: Callable[[], dict[str, Any]],
 ) -> AsyncIterator[str]:
     finishes: list[Finish] = []
 
@@ -119,7 +124,9 @@ async def _chunks(
         if piece.finish:
             finishes.append(piece.finish)
         data = answer.chunk(index, piece)
-        return event({**data, "usage": None} if count else data)
+        if count:
+            return event({**data, "usage": None})
+        return event({**data, **note()} if len(finishes) == texts else data)
 
     try:
         for data in answer.first(texts):
@@ -131,7 +138,7 @@ async def _chunks(
         yield event(refusal_of(error).body())
         return
     if count:
-        yield event(answer.last(finishes))
+        yield event({**answer.last(finishes), **note()})
     yield event("[DONE]")
 
 

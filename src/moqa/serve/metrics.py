@@ -1,6 +1,10 @@
 """What a server counts, for Prometheus."""
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from moqa.adjust.drift import STATES, State
 
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _NEXT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -31,6 +35,21 @@ class Metrics:
         self.seconds = Counter("moqa_busy_seconds", "time that the model worked", ("phase",), registry=registry)
         for phase in ("prefill", "decode"):
             self.seconds.labels(phase)
+
+        self.adjustments = Gauge("moqa_adjustments", "adjustments that are held", registry=registry)
+        self.adjusted = Counter(
+            "moqa_adjusted_requests", "requests by the adjustment they are written with", ("adjustment",),
+            registry=registry,
+        )  # fmt: skip
+        self.adjustment_seconds = Gauge("moqa_adjustment_seconds", "time that the last one took", registry=registry)
+        self.failures = Counter("moqa_adjustment_failures", "adjustments that could not be made", registry=registry)
+
+    def watch(self, state: Callable[[], State], divergence: Callable[[], float]) -> None:
+        """Show what a drift detector says."""
+        shown = Gauge("moqa_drift_state", "0 known, 1 drifting, 2 novel", registry=self.registry)
+        shown.set_function(lambda: STATES.index(state()))
+        bits = Gauge("moqa_drift_divergence_bits", "routing, from known distributions", registry=self.registry)
+        bits.set_function(divergence)
 
     def page(self) -> bytes:
         """All of it in Prometheus' text format."""

@@ -2,17 +2,22 @@
 
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 
 from moqa.errors import MoqaError
 from moqa.generate import load_any
+from moqa.serve.adjusting import Adjusting
 from moqa.serve.app import build_app
+from moqa.serve.auto import AutoAdjusting
+from moqa.serve.metrics import Metrics
 from moqa.serve.service import Service
 
 GRACE = 3.0  # seconds for texts that are being written when the server is told to stop
+AUTO = "auto"
 _BACKLOG = 2048  # connections that wait to be accepted
 
 
@@ -47,6 +52,7 @@ def serve(
     slots: int = 4,
     queue: int = 256,
     api_key: str | None = None,
+    adjust: Sequence[str | Path] = (),
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Answer OpenAI-style requests until SIGTERM or Ctrl-C.
@@ -60,13 +66,20 @@ def serve(
         slots: texts that are written at once.
         queue: texts that may wait; further requests get status 429.
         api_key: what clients must send; None lets everyone in.
+        adjust: folders of adjustments, the first for requests that name none; or `auto` alone, to make them when text
+            is novel.
         ready: called with the server's address before the first request is taken.
 
     Raises:
-        MoqaError: if the model is missing or damaged, or the port is taken.
+        MoqaError: if the model or an adjustment is missing or damaged, or the port is taken.
     """
     with _bound(host, port) as listener:
-        service = Service(*load_any(model), Path(model).resolve().name, slots, queue)
+        loaded, tokenizer = load_any(model)
+        if list(adjust) == [AUTO]:
+            adjusting: Callable[[Metrics], Adjusting] = partial(AutoAdjusting, loaded, tokenizer, model)
+        else:
+            adjusting = partial(Adjusting, loaded, folders=adjust)
+        service = Service(loaded, tokenizer, Path(model).resolve().name, slots, queue, adjusting)
         server = Server(service, api_key)
 
         def stop(*_: object) -> None:

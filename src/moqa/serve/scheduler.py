@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moqa.generate import Piece, Sampling
+from moqa.serve.adjusting import Chosen
 from moqa.serve.metrics import Metrics
 from moqa.serve.refusal import RefusalError
 
@@ -19,11 +20,13 @@ class Job:
         ids: tokens of the prompt.
         sampling: how to continue it.
         deliver: called in the scheduler's thread with each piece that says something; an exception is the last.
+        chosen: the adjustment to write it with.
     """
 
     ids: Sequence[int]
     sampling: Sampling
     deliver: Callable[[Piece | Exception], None]
+    chosen: Chosen = field(default_factory=Chosen)
     cancelled: bool = False
     pieces: Iterator[Piece] | None = None
     last: float = field(default_factory=time.monotonic)  # when it came, then when its last token did

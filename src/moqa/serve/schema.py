@@ -31,6 +31,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
 }  # fmt: skip
 
+# where null says something else than nothing
+_SAYING = {"adjustment"}
+
 
 def _described(text: str) -> WrapValidator:
     """One sentence instead of what each branch of a union would have liked."""
@@ -52,7 +55,7 @@ class _Asked(BaseModel):
     def _drop_what_changes_nothing(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        left = {name: value for name, value in data.items() if name not in _IGNORED and value is not None}
+        left = {n: value for n, value in data.items() if n not in _IGNORED and (value is not None or n in _SAYING)}
         for name in _NEUTRAL.keys() & left.keys() - cls.model_fields.keys():
             if left[name] in _NEUTRAL[name]:
                 del left[name]
@@ -76,6 +79,12 @@ class _Request(_Asked):
     seed: int | None = None
     stop: Annotated[str | list[str], _described("a text or a list of texts")] = []
     repetition_penalty: float | None = None
+    adjustment: str | None = Field(None, description="one that is held; null for the checkpoint as it is")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it says which adjustment to use."""
+        return "adjustment" in self.model_fields_set
 
     def sampling(self, max_tokens: int | None, logprobs: int | None, stops: tuple[str, ...] = ()) -> Sampling:
         """How to continue the text.

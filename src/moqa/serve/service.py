@@ -1,12 +1,14 @@
 """A loaded model and its scheduler: what routes work with."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moqa.generate import Piece, Sampling, chat_prompt, check_room, encode, generate
+from moqa.serve.adjusting import Adjusting, Chosen
 from moqa.serve.metrics import Metrics
 from moqa.serve.refusal import RefusalError
 from moqa.serve.scheduler import Job, Scheduler
@@ -30,16 +32,26 @@ class Service:
         name: by which clients ask for it.
         slots: texts that are written at once.
         queue: texts that may wait.
+        adjusting: makes what chooses adjustments; None: there are none.
     """
 
     def __init__(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str, slots: int, queue: int
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        name: str,
+        slots: int,
+        queue: int,
+        adjusting: Callable[[Metrics], Adjusting] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.metrics = Metrics()
-        self.scheduler = Scheduler(
-            lambda job: generate(model, tokenizer, job.ids, job.sampling), slots, queue, self.metrics
-        )
+        self.adjusting = (adjusting or partial(Adjusting, model))(self.metrics)
+
+        def begin(job: Job) -> Iterator[Piece]:
+            return self.adjusting.written(job, generate(model, tokenizer, job.ids, job.sampling))
+
+        self.scheduler = Scheduler(begin, slots, queue, self.metrics)
         # a long prompt must not hold up the answers of others; one thread, so that it cannot take every core either
         self._encoder = ThreadPoolExecutor(1, "moqa-encode")
         # tokenizers drop a truncation of their own at the first use, which must not happen in two threads at once
@@ -82,17 +94,24 @@ class Service:
 
         return await self._in_encoder(work)
 
-    def start(self, texts: Sequence[Text]) -> "Running":
-        """Queue texts.
+    def start(self, texts: Sequence[Text], chosen: Chosen) -> "Running":
+        """Queue texts, all to be written with one adjustment.
 
         Raises:
             RefusalError: 429 if there is no room, 503 if the server stops.
         """
-        return Running(self.scheduler, texts)
+        running = Running(self.scheduler, texts, chosen)
+        self.adjusting.count(chosen)
+        return running
+
+    def note(self, chosen: Chosen) -> dict[str, Any]:
+        """What an answer says beside its usage."""
+        return {"adjustment": chosen.name, "drift": self.adjusting.drift}
 
     def close(self) -> None:
         """Let go of the threads, once the scheduler stops."""
         self.scheduler.join()
+        self.adjusting.close()
         self._encoder.shutdown()
 
     def _checked(self, ids: Sequence[int], sampling: Sampling) -> Text:
@@ -109,10 +128,11 @@ class Running:
     Args:
         scheduler: that writes them.
         texts: tokens and sampling of each.
+        chosen: the adjustment to write them with.
     """
 
-    def __init__(self, scheduler: Scheduler, texts: Sequence[Text]) -> None:
-        self.count = len(texts)
+    def __init__(self, scheduler: Scheduler, texts: Sequence[Text], chosen: Chosen) -> None:
+        self.count, self.chosen = len(texts), chosen
         self._scheduler = scheduler
         self._events: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -124,7 +144,7 @@ class Running:
 
             return deliver
 
-        self._jobs = [Job(ids, sampling, deliverer(index)) for index, (ids, sampling) in enumerate(texts)]
+        self._jobs = [Job(ids, sampling, deliverer(index), chosen) for index, (ids, sampling) in enumerate(texts)]
         scheduler.submit(self._jobs)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:

@@ -107,8 +107,9 @@ NB_MODULE(_native, m) {
             for (const Layer* layer : layers) copies.push_back(*layer);
             new (self) Decoder{std::move(copies), {at<float>(norm), epsilon}, head, hidden};
         }, nb::keep_alive<1, 2>(), nb::keep_alive<1, 5>());
-    m.def("use_experts", [](Decoder& decoder, int layer, const Experts* experts) {
+    m.def("use_experts", [](Decoder& decoder, int layer, const Experts* experts, uintptr_t counts) {
         decoder.layers.at(layer).experts = experts;
+        decoder.layers.at(layer).router.counts = at<int64_t>(counts);
     });
     nb::class_<Past>(m, "Past")
         .def("__init__", [](Past* self, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,

@@ -139,6 +139,8 @@ void decode(const Path& path, const Decoder& decoder, const Past& past, const fl
             std::vector<int64_t> index(l.router.top_k);
             std::vector<float> weights(l.router.top_k);
             route(path, l.router, x, hidden, index.data(), weights.data(), scores);
+            if (l.router.counts != nullptr)
+                for (const int64_t expert : index) ++l.router.counts[expert];
             experts(path, *l.experts, {x, false}, 1, l.router.top_k, index.data(), weights.data(), {y, false}, threads);
             add();
         }

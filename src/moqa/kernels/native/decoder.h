@@ -2,6 +2,7 @@
 // takes longer than the products.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "ops.h"
@@ -35,6 +36,7 @@ struct Router {
     const float* weight;  // [experts, hidden]; null: no routed experts
     int experts, top_k;
     bool normalize;
+    int64_t* counts = nullptr;  // [experts] how many tokens each got, to be added to; null: not counted
 };
 
 struct Layer {

@@ -1,0 +1,66 @@
+"""Which experts the known distributions use, beside a checkpoint: what live traffic is compared with."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from moqa.errors import MoqaError
+from moqa.format.artifact import checksum, read_json, write_json
+
+ROUTING = "routing.json"
+DIGITS = 6
+_CLOSE = 1e-3  # to 1, of shares that were rounded
+
+Shares = tuple[tuple[Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)], ...], ...]
+
+
+class Routing(BaseModel, frozen=True):
+    """What `routing.json` says."""
+
+    fingerprint: str = Field(description="of the original model")
+    top_k: int = Field(ge=1, description="experts of each token")
+    layers: tuple[int, ...] = Field(min_length=1, description="decoder layers with routed experts, ascending")
+    known: dict[str, Shares] = Field(
+        min_length=1, description="of each known distribution: for each of these layers, the share of each expert"
+    )
+    checksum: str = ""
+
+    @model_validator(mode="after")
+    def _shares_are_shares(self) -> Self:
+        for name, shares in self.known.items():
+            if len(shares) != len(self.layers) or any(abs(math.fsum(layer) - 1) > _CLOSE for layer in shares):
+                raise ValueError(f"{name} does not have shares of sum 1 for {len(self.layers)} layers")
+        if len({tuple(map(len, shares)) for shares in self.known.values()}) > 1:
+            raise ValueError("the distributions differ in their numbers of experts")
+        return self
+
+
+def write_routing(folder: Path, routing: Routing) -> None:
+    """Write the routing of the known distributions into a checkpoint's folder."""
+    whole = routing.model_copy(update={"checksum": checksum(routing.model_dump(mode="json"))})
+    write_json(whole, folder / ROUTING)
+
+
+def read_routing(folder: str | Path, fingerprint: str) -> Routing:
+    """Read the routing of the known distributions of a checkpoint, made from the original with this fingerprint.
+
+    >>> read_routing("runs/out", manifest.fingerprint).known.keys()
+    dict_keys(['wiki', 'novels'])
+
+    Raises:
+        MoqaError: if the checkpoint has none, or it was changed, or is of another model.
+    """
+    path = Path(folder) / ROUTING
+    if not path.is_file():
+        raise MoqaError(
+            f"{folder} does not say how its known texts are routed ({ROUTING} is missing)",
+            "quantize a model with routed experts again with this moqa, or do not watch for drift",
+        )
+    routing = read_json(Routing, path)
+    if checksum(routing.model_dump(mode="json")) != routing.checksum:
+        raise MoqaError(f"{path} was changed after it was written", "its checksum differs")
+    if routing.fingerprint != fingerprint:
+        raise MoqaError(f"{path} is of another model ({routing.fingerprint[:8]})", f"{folder} is of {fingerprint[:8]}")
+    return routing
