@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow lint sanitize bench results clean
+.PHONY: setup demo test test-slow lint sanitize bench adjust-study results clean
 
 setup: $(VENV)/.ready
 
@@ -51,6 +51,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/kernel_speed.py
 	$(BIN)/python benchmarks/model_speed.py
 	$(BIN)/python benchmarks/kernel_accuracy.py
+
+adjust-study: setup
+	$(BIN)/python benchmarks/adjust_study.py
+	$(BIN)/python benchmarks/drift_detector.py
 
 results: demo
 	cp runs/demo/main-job.md docs/results/main-job.md

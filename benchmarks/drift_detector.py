@@ -1,6 +1,6 @@
 """The drift detector on streams that switch between the six texts: delay, false alarms, and what watching costs.
 
-Needs the profile of benchmarks/demo.py. Writes runs/adjust/drift.json and docs/results/drift-detector.md.
+Needs the profile of benchmarks/adjust_study.py. Writes runs/adjust/drift.json and docs/results/drift-detector.md.
 """
 
 import json
@@ -21,7 +21,7 @@ from moqa.runtime.decoder import FusedDecoder
 from moqa.runtime.routing import RoutingCounts
 
 ROOT = Path(__file__).parents[1]
-OUT, PROFILE = ROOT / "runs" / "adjust", ROOT / "runs" / "demo" / "profile"
+OUT, PROFILE = ROOT / "runs" / "adjust", ROOT / "runs" / "adjust" / "profile"
 PAGE = ROOT / "docs" / "results" / "drift-detector.md"
 MODEL, TEXT = ROOT / "reference" / "model", ROOT / "reference" / "text"
 KNOWN, NOVEL = ("wiki", "novels"), ("python", "math", "german", "french")
@@ -33,7 +33,7 @@ BLOCK, ROUNDS = 64, 150
 def checkpoint() -> Path:
     out = OUT / "drift-checkpoint"
     profile = read_profile(PROFILE)
-    moqa.quantize(MODEL, moqa.plan(profile, "3bpw"), out, overwrite=True, profile=profile, cache="full")
+    moqa.quantize(MODEL, moqa.plan(profile, "3bpw", known=KNOWN), out, overwrite=True, profile=profile, cache="full")
     return out
 
 

@@ -323,6 +323,49 @@ Bounded activated(Activation kind, const Bounded& gate, const Bounded& up) {
     return inner;
 }
 
+// Some rows of gate or up, or columns of down, of all experts; sometimes none.
+struct RandomChannels {
+    std::vector<Stored> matrix;
+    Channels channels{};
+
+    RandomChannels(int experts, int inner, int hidden, bool columns) {
+        const double share = one_of({0.0, 0.05, 0.3, 1.0});
+        for (int e = 0; e < experts; ++e) {
+            channels.begin.push_back(int(channels.channel.size()));
+            for (int c = 0; c < inner; ++c)
+                if (random_real(0, 1) < share) channels.channel.push_back(c);
+        }
+        const int count = int(channels.channel.size());
+        channels.begin.push_back(count);
+        if (count == 0) return;
+        const int width = one_of({1, 2, 3, 4, 8, 16});
+        if (columns) {
+            matrix.push_back(random_matrix(hidden, count, width, 1 << 16));
+            for (int i = 0; i < count; ++i) channels.scale.push_back(float(random_real(0.5, 2)));
+        } else {
+            matrix.push_back(random_matrix(count, hidden, width, one_of({32, 64, 256})));
+        }
+        channels.matrix = &matrix[0].matrix;
+    }
+};
+
+// An adjustment's channels: their numbers are checked from Python, here that they touch no memory of others.
+void check_patched(const Path& path, Experts e, int inner, int hidden, const Inputs& x, int tokens, int top_k,
+                   const Buffer<int64_t>& index, const Buffer<float>& weights, const std::string& name) {
+    const int count = int(e.gate.size());
+    std::vector<std::unique_ptr<RandomChannels>> parts;
+    std::vector<Patch> patches;
+    for (int p = 0; p < 2; ++p) {
+        for (int i = 0; i < 3; ++i) parts.push_back(std::make_unique<RandomChannels>(count, inner, hidden, i == 2));
+        patches.push_back({parts[3 * p]->channels, parts[3 * p + 1]->channels, parts[3 * p + 2]->channels, p == 1});
+    }
+    for (const Patch& patch : patches) e.patches.push_back(&patch);
+    Outputs first(size_t(tokens) * hidden, x.bfloat16), again(size_t(tokens) * hidden, x.bfloat16);
+    experts(path, e, x.array(), tokens, top_k, index.get(), weights.get(), first.array(), 1);
+    experts(path, e, x.array(), tokens, top_k, index.get(), weights.get(), again.array(), 3);
+    if (!same(first, again)) fail(name + ": patched, depends on the number of threads");
+}
+
 void check_experts(int count, int hidden, int inner, int tokens, int top_k, Activation kind, bool broken = false) {
     std::vector<Stored> parts[3];
     Experts e{};
@@ -377,6 +420,7 @@ void check_experts(int count, int hidden, int inner, int tokens, int top_k, Acti
         Outputs again(size_t(tokens) * hidden, x.bfloat16);
         experts(*path, e, x.array(), tokens, top_k, index.get(), weights.get(), again.array(), threads % 3 + 1);
         if (!same(first, again)) fail(std::string(path->name) + " " + name + ": depends on the number of threads");
+        check_patched(*path, e, inner, hidden, x, tokens, top_k, index, weights, std::string(path->name) + " " + name);
     }
 }
 

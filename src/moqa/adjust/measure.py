@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 # One window in this many is weighed; all of them say what the residuals are fitted to. What a channel is worth needs
 # less text than how it is to be rounded (docs/results/adjust.md).
-EVERY = 2
+EVERY = 3
 # Weight of a channel's squared effects beside its mean effect, scaled to the same total: the mean alone is noise for
 # the many channels that matter little.
-SQUARES = 0.8
+SQUARES = 1.5
 # tokens that go through a layer together, and through the head
 BATCH_TOKENS, HEAD_TOKENS = 8192, 2048
 Open = Callable[[int], LayerOriginals]
@@ -78,7 +78,10 @@ def measure(
                 with open_layer(layer).as_original():
                     original = [stages.layer(layer, part) for part in original]
             with unpacked(stages.layers[layer]):
-                hidden.append([stages.layer(layer, part) for part in hidden[layer]])
+                exact = [stages.layer(layer, part) for part in hidden[layer][: len(parts)]]
+                with in_half():
+                    others = [stages.layer(layer, part).float() for part in hidden[layer][len(parts) :]]
+            hidden.append([*exact, *others])
     generator = torch.Generator().manual_seed(seed)
     divergence, gradients = 0.0, []
     for index, part in enumerate(hidden.pop()[: len(parts)]):

@@ -78,8 +78,11 @@ def quantize(
     from moqa.format.writer import check_free
     from moqa.methods.registry import find_method
     from moqa.quantize import quantize as run
+    from moqa.quantize.cache import parse_cache
 
     find_method(method)
+    if cache is not None:
+        parse_cache(cache)
     check_free(out, overwrite)
     if plan is not None:
         if data or held_out or bpw is not None or size is not None:
