@@ -54,6 +54,8 @@ bench: $(VENV)/.bench
 
 adjust-study: setup
 	$(BIN)/python benchmarks/adjust_study.py
+	$(BIN)/python benchmarks/adjust_speed.py
+	$(BIN)/python benchmarks/adjust_ablation.py
 	$(BIN)/python benchmarks/drift_detector.py
 
 results: demo

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import moqa
+from moqa.adjust import Search
 from moqa.data import cut_windows
 from moqa.evaluate.measure import Reference
 from moqa.models.load import load_tokenizer
@@ -26,7 +27,7 @@ from adjust_page import write_page
 from demo import KNOWN, MODEL, NOVEL, ROOT, texts
 
 RUNS = ROOT / "runs" / "adjust"
-WINDOWS = 64
+WINDOWS = 32
 CURVE = ("0.25%", "0.5%", "2%", "5%")
 
 
@@ -83,11 +84,10 @@ class Study:
         )
         return row
 
-    def adjusted(self, case: dict[str, Any], kind: str, folder: Path, **options: Any) -> None:
-        """Make an adjustment, time it on and off a loaded model, and measure it."""
-        novel, out = case["novel"], RUNS / "adjustment"
-        # the same text as in its calibration split, which no row is measured on
-        made = moqa.adjust(folder, texts("calib", (novel,)), out, overwrite=True, **options)
+    def adjusted(self, case: dict[str, Any], kind: str, folder: Path, search: Search, **options: Any) -> None:
+        """Make an adjustment, time putting it on a loaded model, and measure it."""
+        out = RUNS / "adjustment"
+        made = search.make(out, overwrite=True, **options)
         model, _ = moqa.load(folder, verify=False)
         started = time.perf_counter()
         model.apply(out)
@@ -103,12 +103,13 @@ class Study:
         folder, share = self.checkpoint(bits, hedge, KNOWN)
         case = {"novel": novel, "bits": bits, "hedge": share}
         self.add(case, "base", folder)
+        search = Search(folder, texts("calib", (novel,)))
         for budget in ("1%", "3%", *(CURVE if curve else ())):
-            self.adjusted(case, "adjusted", folder, budget=budget)
-        self.adjusted(case, "random-channels", folder, rule="random")
-        self.adjusted(case, "paper-rule", folder, mode="fp16", rule="dynamics")
-        self.adjusted(case, "paper-rule", folder, mode="requant", rule="dynamics")
-        self.adjusted(case, "swap", folder, mode="swap")
+            self.adjusted(case, "adjusted", folder, search, budget=budget)
+        self.adjusted(case, "random-channels", folder, search, rule="random")
+        self.adjusted(case, "paper-rule", folder, search, mode="fp16", rule="dynamics")
+        self.adjusted(case, "paper-rule", folder, search, mode="requant", rule="dynamics")
+        self.adjusted(case, "swap", folder, search, mode="swap")
         fitted, _ = self.checkpoint(bits, hedge, (novel,))
         self.add(case, "requantized-for-it", fitted)
 

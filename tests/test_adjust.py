@@ -382,3 +382,23 @@ class TestCommand:
         assert code == 2
         assert f"--cache {cache} is no share" in err
         assert not (tmp_path / "out").exists()
+
+
+class TestShown:
+    def test_inspect(self, python, command):
+        code, shown, _ = command("inspect", python)
+        assert code == 0
+        assert "residual for python, by gain" in shown
+
+    def test_report(self, made, python, command, tiny_model, tmp_path):
+        held_out = f"python={REFERENCE / 'text' / 'python.test.txt'}"
+        options = ("--data", held_out, "--against", tiny_model, "--windows", "2", "--context", "32")
+        command("evaluate", made / "full", *options, "--json", tmp_path / "a.json")
+        command("evaluate", made / "full", *options, "--adjustment", python, "--json", tmp_path / "b.json")
+        shutil.copytree(python, tmp_path / "python")
+        code, _, err = command("report", tmp_path, "-o", tmp_path / "page.html")
+        assert code == 0, err
+        page = (tmp_path / "page.html").read_text()
+        assert "Adjustments to novel texts" in page
+        assert "Before and after" in page
+        assert page.count('id="adjustments"') == 1

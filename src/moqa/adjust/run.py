@@ -1,6 +1,7 @@
 """`moqa.adjust`: fit a checkpoint to a novel distribution from a few samples, without quantizing it again."""
 
 import time
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import BaseModel, Field
@@ -8,7 +9,7 @@ from pydantic import BaseModel, Field
 from moqa import __version__
 from moqa.adjust import requant, swap  # noqa: F401  (registers them)
 from moqa.adjust.choose import Evidence, find_rule
-from moqa.adjust.measure import Measured, measure
+from moqa.adjust.measure import measure
 from moqa.adjust.modes import Change, Situation, find_mode
 from moqa.adjust.originals import LayerOriginals
 from moqa.data import Data, as_distributions, cut_windows
@@ -72,7 +73,7 @@ def adjust(
         samples: windows of 256 tokens to look at.
         budget: bytes it may add, as a share of the checkpoint's; mode `swap` adds none and takes its bytes from units
             that the samples do not need.
-        mode: one of `residual` (2 or so bits on top of the packed ones for many channels), `fp16` (16 bits for few),
+        mode: one of `residual` (1 to 3 bits on top of the packed ones for many channels), `fp16` (16 bits for few),
             `requant` (MoQa's: cached channels of experts whose class changed take the class's width) and `swap`.
         rule: by which channels are chosen: `gain` (ours), `dynamics` (MoQa's) or `random` (the control).
         seed: of the choice of windows, and of what is drawn.
@@ -83,42 +84,95 @@ def adjust(
         MoqaError: if the checkpoint has no cache, or only a part of it where the mode needs all, the samples are too
             few, or the bytes hold nothing.
     """
-    out, packed = Path(out), open_checkpoint(checkpoint)
-    how, ranks, share = find_mode(mode), find_rule(rule), parse_share(budget)
-    check_free(out, overwrite)
-    cache = open_cache(packed.folder, packed.manifest.fingerprint)
-    if how.needs_whole and not cache.whole:
-        raise MoqaError(f"--mode {mode} needs the whole original", "quantize with --cache full")
-    tokenizer = load_tokenizer(packed.folder)
-    distributions = as_distributions(data, tokenizer)
-    if len(distributions) != 1:
-        raise MoqaError(f"{len(distributions)} distributions to adjust to", "give one --data NAME=FILE")
-    novel = distributions[0]
-    windows = cut_windows(novel, tokenizer, CONTEXT, samples, seed)
-    if len(windows.tokens) < FEWEST:
-        raise MoqaError(
-            f"{novel.name}={novel.origin} gives {len(windows.tokens)} samples of {CONTEXT} tokens",
-            f"an adjustment needs at least {FEWEST}: {FEWEST * CONTEXT} tokens of text",
+    find_mode(mode)
+    find_rule(rule)
+    parse_share(budget)
+    check_free(Path(out), overwrite)
+    return Search(checkpoint, data, samples, seed, report).make(out, budget, mode, rule, overwrite)
+
+
+class Search:
+    """Samples of a novel distribution in a checkpoint: measured once, good for any number of adjustments.
+
+    >>> search = Search("runs/out", {"german": "german.txt"})
+    >>> search.make("runs/german-1", "1%"), search.make("runs/german-3", "3%")
+
+    Args:
+        checkpoint: as for `adjust`.
+        data: likewise.
+        samples: likewise.
+        seed: likewise.
+        report: likewise.
+
+    Raises:
+        MoqaError: if the checkpoint has no cache, or the samples are too few.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        data: Data,
+        samples: int = DEFAULT_SAMPLES,
+        seed: int = 0,
+        report: Report = quiet,
+    ) -> None:
+        self._packed, self._seed, self._report = open_checkpoint(checkpoint), seed, report
+        self._cache = open_cache(self._packed.folder, self._packed.manifest.fingerprint)
+        self._sizes = sizes_of(self._packed)
+        tokenizer = load_tokenizer(self._packed.folder)
+        distributions = as_distributions(data, tokenizer)
+        if len(distributions) != 1:
+            raise MoqaError(f"{len(distributions)} distributions to adjust to", "give one --data NAME=FILE")
+        self._novel = distributions[0]
+        self._windows = cut_windows(self._novel, tokenizer, CONTEXT, samples, seed)
+        count = len(self._windows.tokens)
+        if count < FEWEST:
+            raise MoqaError(
+                f"{self._novel.name}={self._novel.origin} gives {count} samples of {CONTEXT} tokens",
+                f"an adjustment needs at least {FEWEST}: {FEWEST * CONTEXT} tokens of text",
+            )
+        self._model = load_packed(self._packed, kernels="reference")
+
+    def make(
+        self,
+        out: str | Path,
+        budget: str | float = "1%",
+        mode: str = "residual",
+        rule: str = "gain",
+        overwrite: bool = False,
+    ) -> Adjusted:
+        """Make an adjustment; see `adjust`."""
+        how, ranks, share = find_mode(mode), find_rule(rule), parse_share(budget)
+        if how.needs_whole and not self._cache.whole:
+            raise MoqaError(f"--mode {mode} needs the whole original", "quantize with --cache full")
+        evidence, measured_in = self._evidence
+        started, packed, windows = time.perf_counter(), self._packed, self._windows
+        situation = Situation(
+            packed, self._model, self._open_layer, evidence, ranks, self._sizes, int(share * packed.bytes)
         )
-    model, sizes = load_packed(packed, kernels="reference"), sizes_of(packed)
+        change = how.run(situation, self._report)
+        record = AdjustmentRecord(
+            moqa=__version__, checkpoint=packed.manifest.checksum, name=self._novel.name, mode=mode, rule=rule,
+            budget=share, samples=len(windows.tokens), tokens=windows.tokens.numel(), seed=self._seed,
+            expected=change.expected, fitted={self._novel.name: Fitted.of(self._novel.digest, windows.shingles)},
+            sizes=self._sizes, channels=change.channels, units=change.units,
+            extra_bytes=_extra_bytes(packed, self._sizes, change), weights=StoredFile(bytes=0, sha256=""),
+        )  # fmt: skip
+        written = write_adjustment(record, change.tensors, Path(out), overwrite)
+        seconds = measured_in + time.perf_counter() - started
+        return _summary(written, packed, evidence.measured.divergence, seconds)
 
-    def open_layer(layer: int) -> LayerOriginals:
-        return LayerOriginals(model, packed.manifest, cache, layer)
+    @cached_property
+    def _evidence(self) -> tuple[Evidence, float]:
+        """What the samples say, and how long it took to ask them."""
+        started = time.perf_counter()
+        cache, layers = self._cache, self._packed.manifest.layers
+        measured = measure(self._model, self._open_layer, self._windows.tokens, cache.whole, self._seed, self._report)
+        known = [cache.layer(layer).get("significance") for layer in range(layers)]
+        return Evidence(measured, known, self._seed), time.perf_counter() - started
 
-    started = time.perf_counter()
-    measured = measure(model, open_layer, windows.tokens, cache.whole, seed, report)
-    known = [cache.layer(layer).get("significance") for layer in range(packed.manifest.layers)]
-    evidence = Evidence(measured, known, seed)
-    situation = Situation(packed, model, open_layer, evidence, ranks, sizes, int(share * packed.bytes))
-    change = how.run(situation, report)
-    record = AdjustmentRecord(
-        moqa=__version__, checkpoint=packed.manifest.checksum, name=novel.name, mode=mode, rule=rule, budget=share,
-        samples=len(windows.tokens), tokens=windows.tokens.numel(), seed=seed, expected=change.expected,
-        fitted={novel.name: Fitted.of(novel.digest, windows.shingles)}, sizes=sizes, channels=change.channels,
-        units=change.units, extra_bytes=_extra_bytes(packed, sizes, change), weights=StoredFile(bytes=0, sha256=""),
-    )  # fmt: skip
-    written = write_adjustment(record, change.tensors, out, overwrite)
-    return _summary(written, packed, measured, time.perf_counter() - started)
+    def _open_layer(self, layer: int) -> LayerOriginals:
+        return LayerOriginals(self._model, self._packed.manifest, self._cache, layer)
 
 
 def sizes_of(packed: Checkpoint) -> Sizes:
@@ -145,13 +199,13 @@ def _extra_bytes(packed: Checkpoint, sizes: Sizes, change: Change) -> int:
     return layout(sizes, change.channels, change.units).bytes - instead
 
 
-def _summary(written: Adjustment, packed: Checkpoint, measured: Measured, seconds: float) -> Adjusted:
+def _summary(written: Adjustment, packed: Checkpoint, divergence: float | None, seconds: float) -> Adjusted:
     record = written.record
     return Adjusted(
         adjustment=str(written.folder), checkpoint=str(packed.folder), name=record.name, mode=record.mode,
         rule=record.rule, samples=record.samples, tokens=record.tokens,
         channels=sum(sum(part.counts) for part in record.channels), units=len(record.units),
         bytes=record.weights.bytes, extra_bytes=record.extra_bytes,
-        extra_bytes_percent=100 * record.extra_bytes / packed.bytes, divergence=measured.divergence,
+        extra_bytes_percent=100 * record.extra_bytes / packed.bytes, divergence=divergence,
         expected=record.expected, search_seconds=seconds,
     )  # fmt: skip

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="profile, plan, checkpoint or model folder")],
+    path: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="profile, plan, checkpoint, adjustment or model folder")
+    ],
     json: JsonOption = None,
 ) -> None:
-    """Show what a profile, plan, checkpoint or original model holds."""
+    """Show what a profile, plan, checkpoint, adjustment or original model holds."""
     if path.is_file():
         from moqa.cli.plan import print_plan
         from moqa.plan import read_plan
@@ -37,10 +39,12 @@ def inspect(
         write_result(profile.record, json)
     elif (path / "moqa.json").is_file():
         _checkpoint(path, json)
+    elif (path / "adjustment.json").is_file():
+        _adjustment(path, json)
     elif path.is_dir():
         _model(path, json)
     else:
-        raise MoqaError(f"nothing at {path}", "give a profile, plan, checkpoint or model folder")
+        raise MoqaError(f"nothing at {path}", "give a profile, plan, checkpoint, adjustment or model folder")
 
 
 def _drift(profile: "Profile") -> None:
@@ -79,6 +83,31 @@ def _checkpoint(path: Path, json: Path | None) -> None:
     )
     print_table(["layer", *(f"{w} bits" for w in widths), "units"], rows, title)
     write_result(manifest, json)
+
+
+def _adjustment(path: Path, json: Path | None) -> None:
+    """Rows and columns with bits of their own by layer and width, and the experts that have most."""
+    from moqa.format.adjustment import read_adjustment
+
+    adjustment = read_adjustment(path)
+    record = adjustment.record
+    widths = sorted({part.scheme.width for part in record.channels})
+    rows = []
+    for layer in range(len(record.channels[0].counts) if record.channels else 0):
+        found, experts = Counter[int](), Counter[int]()
+        for part in adjustment.layer(layer):
+            found[part.scheme.width] += len(part.channel)
+            experts.update(part.expert.tolist())
+        units = sum(f".layers.{layer}." in name for name in record.units)
+        most = ", ".join(f"{expert} ({count})" for expert, count in experts.most_common(5))
+        rows.append([str(layer), *(str(found[w] or "") for w in widths), str(units or ""), most])
+    title = (
+        f"{path}: {record.mode} for {record.name}, by {record.rule}; {record.extra_bytes:+,} bytes; "
+        f"for checkpoint {record.checkpoint[:8]}"
+    )
+    headings = ["layer", *(f"{w} bits" for w in widths), "units with fewer", "experts with most rows and columns"]
+    print_table(headings, rows, title)
+    write_result(record, json)
 
 
 def _model(path: Path, json: Path | None) -> None:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from moqa.errors import MoqaError
 from moqa.evaluate.run import Evaluation
+from moqa.format import adjustment
+from moqa.format.adjustment import Adjustment, read_adjustment
 from moqa.format.artifact import read_json
 from moqa.format.manifest import FORMAT, MANIFEST, Manifest
 from moqa.format.reader import Checkpoint
@@ -18,7 +20,8 @@ from moqa.profile.store import RECORD, Profile, read_profile
 
 SUMMARY = "summary.json"
 KINDS = (
-    f"a profile folder ({RECORD}), a plan, a checkpoint folder ({MANIFEST}), an evaluation, a {SUMMARY}, "
+    f"a profile folder ({RECORD}), a plan, a checkpoint folder ({MANIFEST}), an evaluation, "
+    f"an adjustment folder ({adjustment.RECORD}), a {SUMMARY}, "
     "or a folder that holds such"
 )
 
@@ -43,6 +46,7 @@ class Artifacts:
     plans: dict[str, Plan] = field(default_factory=dict)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    adjustments: list[Adjustment] = field(default_factory=list)
     roles: dict[str, Literal["known", "novel"]] = field(default_factory=dict)
 
     @property
@@ -80,7 +84,7 @@ def gather(paths: Sequence[str | Path]) -> Artifacts:
             seen.add(path.resolve())
             if not _take(path, found):
                 raise MoqaError(f"{path} is no artifact", f"a report is made from {KINDS}")
-    if not (found.profiles or found.plans or found.checkpoints or found.evaluations):
+    if not (found.profiles or found.plans or found.checkpoints or found.evaluations or found.adjustments):
         raise MoqaError(f"no artifact in {', '.join(map(str, paths)) or 'nothing'}", f"a report is made from {KINDS}")
     return found
 
@@ -91,6 +95,8 @@ def _take(file: Path, found: Artifacts) -> bool:
         found.profiles.append(read_profile(file.parent))
     elif file.name == MANIFEST:
         found.checkpoints.append(_checkpoint(file.parent))
+    elif file.name == adjustment.RECORD:
+        found.adjustments.append(read_adjustment(file.parent))
     else:
         return _take_record(file, found)
     return True

@@ -14,6 +14,7 @@ from moqa.profile.store import Profile
 from moqa.report import palette
 from moqa.report.account import account_section, provenance_section
 from moqa.report.activation import activation_section
+from moqa.report.adjustments import adjustments_section
 from moqa.report.allocation import Allocation, allocations
 from moqa.report.bits import bits_section
 from moqa.report.blocks import Section, number
@@ -43,6 +44,7 @@ def render(found: Artifacts) -> str:
         significance_section(profile) if profile else None,
         bits_section(made, _first(made, judged)),
         activation_section(profile) if profile else None,
+        adjustments_section(found),
         account_section(made),
         provenance_section(found, made, rows),
     ]

@@ -68,7 +68,8 @@ def make_rows(found: Artifacts) -> list[Row]:
 
     A distribution is known if any evaluated checkpoint was fitted on it or a summary says so, otherwise novel.
     """
-    evaluations = found.evaluations
+    # those with an adjustment are compared with themselves without it, in a section of their own
+    evaluations = [e for e in found.evaluations if e.adjustment is None]
     names = list(dict.fromkeys(name for e in evaluations for name in e.distributions))
     fitted = {name for e in evaluations for name in e.fitted_on}
     known = tuple(n for n in names if n in fitted or found.roles.get(n) == "known")
