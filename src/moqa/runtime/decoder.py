@@ -62,9 +62,9 @@ class FusedDecoder:
         known = _DECODERS.get(model)
         if known is None or known[0] != PackedMatrix.changes:
             found = cls(model) if _usual(model) else None
-            with uncounted(model):
-                if found is not None and not found._agrees(model):
-                    found = None
+            if found is not None:
+                with uncounted(model):
+                    found = found if found._agrees(model) else None
             known = _DECODERS[model] = PackedMatrix.changes, found
         return known[1]
 
