@@ -12,11 +12,11 @@ from moqa.format.adjustment import COLUMNS, Channels, Replaced, Sizes, layout
 from moqa.format.scheme import BLOCK, KEEP_WIDTH, LARGEST_GROUP, TILE, Scheme
 from moqa.models.experts import PROJECTIONS
 
-# rows share a scale in groups of so many inputs: more of them cost more than they bring (docs/results/adjust.md)
+# rows share a scale in groups of so many inputs
 ROW_GROUP = 256
-# Share of a row's error that is left after a residual of so many bits, fitted to the samples' inputs: measured on the
-# reference model (benchmarks/adjust_study.py prints it).
-LEFT = {1: 0.37, 2: 0.12, 3: 0.035, 4: 0.01, KEEP_WIDTH: 0.0}
+# Share of a row's error that is left after a residual of so many bits: what the best grids of so many levels leave of
+# normally distributed errors.
+LEFT = {1: 0.37, 2: 0.12, 3: 0.035, KEEP_WIDTH: 0.0}
 
 # by layer and projection, [experts, width] what a channel is worth
 Scores = list[dict[str, Tensor]]

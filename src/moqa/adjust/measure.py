@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # One window in this many is weighed; all of them say what the residuals are fitted to. What a channel is worth needs
-# less text than how it is to be rounded (docs/results/adjust.md).
+# less text than how it is to be rounded (docs/methods/adjust.md).
 EVERY = 3
 # Weight of a channel's squared effects beside its mean effect, scaled to the same total: the mean alone is noise for
 # the many channels that matter little.

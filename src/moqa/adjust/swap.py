@@ -12,7 +12,7 @@ from moqa.progress import Report
 MOVED = (0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.11)
 # What a unit does for the known distributions counts so much, as if they were as far from the original as the samples
 # are and shared by significance. Without it, experts that only known texts visit would lose all they can; with much of
-# it, the few bytes that then move bring the novel text as much (docs/results/adjust.md).
+# it, the few bytes that then move bring the novel text as much (docs/methods/adjust.md).
 CARE = 20.0
 # A bit less makes a unit's error four times as large; a unit's part in the divergence grows with it.
 WORSE = 4.0

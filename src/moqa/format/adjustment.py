@@ -162,14 +162,7 @@ class Adjustment:
 
     @cached_property
     def _mapped(self) -> dict[str, Tensor]:
-        shard = self.record.shard()
-        data = torch.from_file(str(self.folder / WEIGHTS), shared=False, size=shard.bytes, dtype=torch.uint8)
-        found, begin = {}, len(shard.header())
-        for name, entry in shard.entries.items():
-            end = begin + entry_bytes(entry)
-            found[name] = data[begin:end].view(entry[0]).view(entry[1])
-            begin = end
-        return found
+        return self.record.shard().mapped(self.folder)
 
     def unit(self, name: str) -> dict[str, Tensor]:
         """Tensors of a unit that stands in the place of the checkpoint's, by suffix."""

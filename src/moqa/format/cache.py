@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
 from moqa.errors import MoqaError
 from moqa.format.artifact import checksum, read_json, write_json
-from moqa.format.layout import DTYPES, Entry, Shard, entry_bytes
+from moqa.format.layout import DTYPES, Entry, Shard
 from moqa.format.manifest import StoredFile
 from moqa.format.writer import write_shard
 
 FOLDER, RECORD = "cache", "cache.json"
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class CacheRecord(BaseModel, frozen=True):
@@ -69,14 +67,7 @@ class Cache:
         [channels, hidden] rows of `gate_proj` and `up_proj` and columns of `down_proj`. Both have the channels'
         `significance` [experts, width] on the known distributions, in layers with experts.
         """
-        shard = self._shards[index]
-        data = torch.from_file(str(self.folder / shard.file), shared=False, size=shard.bytes, dtype=torch.uint8)
-        tensors, begin = {}, len(shard.header())
-        for name, entry in shard.entries.items():
-            end = begin + entry_bytes(entry)
-            tensors[name] = data[begin:end].view(entry[0]).view(entry[1])
-            begin = end
-        return tensors
+        return self._shards[index].mapped(self.folder)
 
     def check(self) -> None:
         """Compare its files with the record: lengths and headers, and the hashes of all but a whole original.

@@ -4,8 +4,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moqa.format.scheme import Scheme
 
@@ -43,6 +45,16 @@ class Shard:
             offset = end
         text = b"".join(parts)[:-1] + b"}"
         return len(text).to_bytes(8, "little") + text
+
+    def mapped(self, folder: Path) -> dict[str, Tensor]:
+        """Its tensors where the file in a folder has them, mapped and not copied."""
+        data = torch.from_file(str(folder / self.file), shared=False, size=self.bytes, dtype=torch.uint8)
+        tensors, begin = {}, len(self.header())
+        for name, entry in self.entries.items():
+            end = begin + entry_bytes(entry)
+            tensors[name] = data[begin:end].view(entry[0]).view(entry[1])
+            begin = end
+        return tensors
 
     @property
     def bytes(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moqa.errors import MoqaError
 from moqa.format.artifact import checksum, read_json
-from moqa.format.layout import DTYPES, Shard, entry_bytes, shards
+from moqa.format.layout import DTYPES, Shard, shards
 from moqa.format.manifest import CONFIG, FORMAT, MANIFEST, Manifest
 from moqa.models.checkpoint import read_header
 
@@ -59,14 +59,7 @@ class Checkpoint:
 
     def layer(self, index: int | None) -> dict[str, Tensor]:
         """Tensors of one decoder layer's units, or of all that is kept if `index` is None, mapped and not copied."""
-        shard = self.shards[0 if index is None else index + 1]
-        data = torch.from_file(str(self.folder / shard.file), shared=False, size=shard.bytes, dtype=torch.uint8)
-        tensors, begin = {}, len(shard.header())
-        for name, entry in shard.entries.items():
-            end = begin + entry_bytes(entry)
-            tensors[name] = data[begin:end].view(entry[0]).view(entry[1])
-            begin = end
-        return tensors
+        return self.shards[0 if index is None else index + 1].mapped(self.folder)
 
     def check_config(self) -> None:
         """Compare `config.json` with its recorded hash.

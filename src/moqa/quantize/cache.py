@@ -47,7 +47,7 @@ def cache_layers(
         known: their names.
         share: of all channels; None for the whole original.
     """
-    names = [*known, *(SELF for _ in (0,) if SELF in profile.statistics)]
+    names = [*known, SELF] if SELF in profile.statistics else [*known]
     layers: list[dict[str, Tensor]] = []
     dynamics: dict[int, Tensor] = {}
     for layer in range(len(view.layers)):
