@@ -12,7 +12,7 @@ from moqa.adjust.fit import Fitted, Grams, fit_layer, fit_unit
 from moqa.adjust.measure import in_half
 from moqa.adjust.originals import LayerOriginals
 from moqa.errors import MoqaError
-from moqa.format.adjustment import Channels, Replaced, Sizes
+from moqa.format.adjustment import Channels, Replaced, Sizes, index_dtype
 from moqa.format.reader import Checkpoint
 from moqa.format.scheme import KEEP_WIDTH
 from moqa.models.experts import observed
@@ -171,7 +171,7 @@ def tensors_of(channels: tuple[Channels, ...], fitted: list[list[Fitted]], sizes
     shape = (len(channels), len(fitted), sizes.experts)
     return tensors | {
         "experts": torch.stack(experts).view(shape).to(torch.int16),
-        "channel": torch.cat(places).to(torch.int16),
+        "channel": torch.cat(places).to(index_dtype(sizes)),
         "factor": torch.cat(factors) if factors else torch.zeros(0, dtype=torch.bfloat16),
     }
 

@@ -107,13 +107,18 @@ def layout(sizes: Sizes, channels: tuple[Channels, ...], units: Mapping[str, Rep
         total = sum(sum(part.counts) for part in channels)
         columns = sum(sum(part.counts) for part in channels if part.projection == COLUMNS)
         entries["experts"] = (torch.int16, (len(channels), len(channels[0].counts), sizes.experts))
-        entries["channel"] = (torch.int16, (total,))
+        entries["channel"] = (index_dtype(sizes), (total,))
         entries["factor"] = (torch.bfloat16, (columns,))
         entries |= {f"matrices.{i}": (torch.uint8, (part.bytes(sizes),)) for i, part in enumerate(channels)}
     for name, unit in units.items():
         entries |= {f"{name}.{suffix}": entry for suffix, entry in unit.scheme.tensors(unit.shape).items()}
     order = sorted(entries.items(), key=lambda item: (-math.gcd(entry_bytes(item[1]), 64), item[0]))
     return Shard(WEIGHTS, dict(order))
+
+
+def index_dtype(sizes: Sizes) -> torch.dtype:
+    """The smaller of two that can tell an expert's channels apart."""
+    return torch.uint8 if sizes.width <= 2**8 else torch.int16
 
 
 @cache
