@@ -18,6 +18,9 @@ ROW_GROUP = 256
 # normally distributed errors.
 LEFT = {1: 0.37, 2: 0.12, 3: 0.035, KEEP_WIDTH: 0.0}
 
+# prices of a byte, as shares of the price at which most bytes are spent, at which the last ones are
+LEFTOVER = (0.97, 0.9, 0.8)
+
 # by layer and projection, [experts, width] what a channel is worth
 Scores = list[dict[str, Tensor]]
 # by layer and projection: width -> [channels, 2] int64 (expert, channel), ascending
@@ -94,6 +97,10 @@ def allocate(
     Raises:
         MoqaError: if not even one tile fits.
     """
+
+    def fits(choice: Choice) -> bool:
+        return layout(sizes, describe(choice, replaces=False), units or {}).bytes <= limit
+
     ranked = [{p: _Ranked(score) for p, score in layer.items()} for layer in scores]
     values = [r.scores[0] for layer in ranked for r in layer.values() if len(r.scores)]
     if not values:
@@ -103,7 +110,7 @@ def allocate(
     for _ in range(30):
         price = (low + high) / 2
         choice = [{p: r.at(price, p, widths, sizes) for p, r in layer.items()} for layer in ranked]
-        if layout(sizes, describe(choice, replaces=False), units or {}).bytes <= limit:
+        if fits(choice):
             best, high = choice, price
         else:
             low = price
@@ -111,6 +118,13 @@ def allocate(
         raise MoqaError(
             f"{limit} bytes hold no channel of this model", f"give at least {smallest(sizes, widths, len(scores))}"
         )
+    # whole tiles leave some bytes over: as if a byte were a little cheaper for one projection of one layer at a time
+    for cheaper in LEFTOVER:
+        for layer, projections in enumerate(ranked):
+            for p, r in projections.items():
+                more = best[layer] | {p: r.at(high * cheaper, p, widths, sizes)}
+                choice = [*best[:layer], more, *best[layer + 1 :]]
+                best = choice if fits(choice) else best
     return best
 
 

@@ -154,9 +154,8 @@ def fit_choice(
 
 def tensors_of(channels: tuple[Channels, ...], fitted: list[list[Fitted]], sizes: Sizes) -> dict[str, Tensor]:
     """Tensors of the weight file: part by part, and in a part layer by layer."""
-    experts, places, factors, tensors = [], [], [], {}
-    for number, part in enumerate(channels):
-        stored = []
+    experts, places, factors, stored = [], [], [], []
+    for part in channels:
         for layer in fitted:
             mine = [f for f in layer if (f.projection, f.width) == (part.projection, part.scheme.width)]
             counts = torch.zeros(sizes.experts, dtype=torch.int64)
@@ -167,9 +166,9 @@ def tensors_of(channels: tuple[Channels, ...], fitted: list[list[Fitted]], sizes
                 stored += [found.tensors[suffix].contiguous().view(torch.uint8).flatten() for suffix in
                            part.stored(len(found.places), sizes)]  # fmt: skip
             experts.append(counts)
-        tensors[f"matrices.{number}"] = torch.cat(stored)
     shape = (len(channels), len(fitted), sizes.experts)
-    return tensors | {
+    return {
+        "matrices": torch.cat(stored),
         "experts": torch.stack(experts).view(shape).to(torch.int16),
         "channel": torch.cat(places).to(index_dtype(sizes)),
         "factor": torch.cat(factors) if factors else torch.zeros(0, dtype=torch.bfloat16),

@@ -109,7 +109,7 @@ def layout(sizes: Sizes, channels: tuple[Channels, ...], units: Mapping[str, Rep
         entries["experts"] = (torch.int16, (len(channels), len(channels[0].counts), sizes.experts))
         entries["channel"] = (index_dtype(sizes), (total,))
         entries["factor"] = (torch.bfloat16, (columns,))
-        entries |= {f"matrices.{i}": (torch.uint8, (part.bytes(sizes),)) for i, part in enumerate(channels)}
+        entries["matrices"] = (torch.uint8, (sum(part.bytes(sizes) for part in channels),))
     for name, unit in units.items():
         entries |= {f"{name}.{suffix}": entry for suffix, entry in unit.scheme.tensors(unit.shape).items()}
     order = sorted(entries.items(), key=lambda item: (-math.gcd(entry_bytes(item[1]), 64), item[0]))
@@ -194,11 +194,12 @@ class Adjustment:
 
     def _matrix(self, number: int, layer: int) -> dict[str, Tensor]:
         """Tensors of a part's matrix in a layer, by suffix."""
-        part, sizes, tensors = self.record.channels[number], self.record.sizes, {}
-        begin = sum(entry_bytes(entry) for n in part.counts[:layer] for entry in part.stored(n, sizes).values())
+        parts, sizes, tensors = self.record.channels, self.record.sizes, {}
+        part, begin = parts[number], sum(before.bytes(sizes) for before in parts[:number])
+        begin += sum(entry_bytes(entry) for n in part.counts[:layer] for entry in part.stored(n, sizes).values())
         for suffix, entry in part.stored(part.counts[layer], sizes).items():
             end = begin + entry_bytes(entry)
-            tensors[suffix] = self._mapped[f"matrices.{number}"][begin:end].view(entry[0]).view(entry[1])
+            tensors[suffix] = self._mapped["matrices"][begin:end].view(entry[0]).view(entry[1])
             begin = end
         if part.projection == COLUMNS and not part.scheme.keeps:
             tensors |= column_grid(sizes.hidden)
