@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moqa.cli import app
-from moqa.cli.common import DataOption, JsonOption, OverwriteOption, SeedOption, print_table, progress, write_result
+from moqa.cli.common import DataOption, JsonOption, OverwriteOption, SeedOption, print_table, write_result
+from moqa.cli.progress import LogOption, logged, progress
 
 if TYPE_CHECKING:
     from moqa.adjust import Adjusted
 
 
 @app.command()
+@logged
 def adjust(
     checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint, made with --cache")],
     data: DataOption,
@@ -26,6 +28,7 @@ def adjust(
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
     json: JsonOption = None,
+    log_json: LogOption = None,
 ) -> None:
     """Fit a checkpoint to texts it was not made for: a small file, applied and taken off in milliseconds."""
     from moqa.adjust import adjust as run
@@ -33,7 +36,7 @@ def adjust(
     from moqa.models.load import load_tokenizer
 
     distributions = read_distributions(data, load_tokenizer(checkpoint))
-    with progress() as report:
+    with progress(log_json) as report:
         result = run(
             checkpoint, distributions, out, samples=samples, budget=budget, mode=mode, rule=rule, seed=seed,
             overwrite=overwrite, report=report,

@@ -1,21 +1,18 @@
-"""What several commands share: options, progress, output for machines."""
+"""What several commands share: options, tables, output for machines."""
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moqa.errors import MoqaError
 from moqa.format.artifact import write_json
-from moqa.progress import Report
 
 DataOption = Annotated[
     list[str],
@@ -52,33 +49,6 @@ GroupOption = Annotated[int, typer.Option("--group-size", min=8, help="weights t
 SymmetricOption = Annotated[bool, typer.Option("--symmetric", help="grids without a zero-point")]
 
 console = Console(stderr=True)
-
-
-@contextmanager
-def progress() -> Iterator[Report]:
-    """A progress bar on stderr; plain lines where that is no terminal."""
-    if not console.is_terminal:
-        last: list[str] = []
-
-        def line(step: str, *_: int) -> None:
-            if last != [step]:
-                last[:] = [step]
-                print(f"moqa: {step}", file=sys.stderr, flush=True)
-
-        yield line
-        return
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, int] = {}
-
-        def bar(step: str, done: int, total: int) -> None:
-            if step not in tasks:
-                for task in tasks.values():
-                    bars.update(task, visible=False)  # type: ignore[arg-type]
-                tasks[step] = bars.add_task(step, total=total)
-            bars.update(tasks[step], completed=done, total=total, visible=True)  # type: ignore[arg-type]
-
-        yield bar
 
 
 def write_result(result: BaseModel | dict, path: Path | None) -> None:

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moqa.cli import app
-from moqa.cli.common import ContextOption, DataOption, JsonOption, mib, print_table, progress, write_result
+from moqa.cli.common import ContextOption, DataOption, JsonOption, mib, print_table, write_result
+from moqa.cli.progress import LogOption, logged, progress
 
 if TYPE_CHECKING:
     from moqa.evaluate import Evaluation
 
 
 @app.command()
+@logged
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_OUT", help="original model or checkpoint")],
     data: DataOption,
@@ -28,6 +30,7 @@ def evaluate(
         Path | None, typer.Option("--adjustment", metavar="ADJ", help="adjustment to apply to the checkpoint")
     ] = None,
     json: JsonOption = None,
+    log_json: LogOption = None,
 ) -> None:
     """Measure perplexity, bits per byte, KL divergence and top-1 agreement from what is on disk."""
     from moqa.data import read_distributions
@@ -36,7 +39,7 @@ def evaluate(
     from moqa.models.load import load_tokenizer
 
     distributions = read_distributions(data, load_tokenizer(locate(model)))
-    with progress() as report:
+    with progress(log_json) as report:
         result = run(
             model, distributions, against, context, windows or None, report, kernels=kernels, adjustment=adjustment
         )

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moqa.cli.common import mib, print_table, progress, write_result
+from moqa.cli.common import mib, print_table, write_result
 from moqa.cli.profile import warn_starved
+from moqa.cli.progress import Log, progress
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Wish:
     overwrite: bool
     seed: int
     json: Path | None
+    log_json: Log | None
 
 
 def fulfil(wish: Wish) -> None:
@@ -64,7 +66,7 @@ def fulfil(wish: Wish) -> None:
     view = open_model(wish.model)
     assert view.folder is not None
     fitted, held_out = _texts(wish, view.folder)
-    with progress() as report:
+    with progress(wish.log_json) as report:
         measured = profile(
             wish.model, fitted, wish.profile, samples=wish.samples, context=wish.context,
             self_samples=wish.self_samples, group_size=wish.group_size, symmetric=wish.symmetric,

@@ -17,15 +17,16 @@ from moqa.cli.common import (
     SelfSamplesOption,
     SymmetricOption,
     print_table,
-    progress,
     write_result,
 )
+from moqa.cli.progress import LogOption, logged, progress
 
 if TYPE_CHECKING:
     from moqa.profile import Profile
 
 
 @app.command()
+@logged
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of the original model")],
     data: DataOption,
@@ -38,6 +39,7 @@ def profile(
     method: MethodOption = "gptq",
     seed: SeedOption = 0,
     json: JsonOption = None,
+    log_json: LogOption = None,
 ) -> None:
     """Measure what every expert and channel contributes, and what losing precision costs, on each distribution."""
     from moqa.data import read_distributions
@@ -46,7 +48,7 @@ def profile(
     from moqa.profile import profile as run
 
     distributions = read_distributions(data, load_tokenizer(locate(model)))
-    with progress() as report:
+    with progress(log_json) as report:
         result = run(
             model, distributions, out, samples=samples, context=context, self_samples=self_samples,
             group_size=group_size, symmetric=symmetric, method=method, seed=seed, report=report,

@@ -26,15 +26,16 @@ from moqa.cli.common import (
     WidthsOption,
     mib,
     print_table,
-    progress,
     widths_of,
     write_result,
 )  # fmt: skip
 from moqa.cli.profile import warn_starved
+from moqa.cli.progress import LogOption, logged, progress
 from moqa.errors import MoqaError
 
 
 @app.command()
+@logged
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of the original model")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="checkpoint folder to make")],
@@ -73,6 +74,7 @@ def quantize(
     overwrite: OverwriteOption = False,
     seed: SeedOption = 0,
     json: JsonOption = None,
+    log_json: LogOption = None,
 ) -> None:
     """Quantize a model: from a plan, or from the texts it will see and a size, with proof on held-out text."""
     from moqa.format.writer import check_free
@@ -93,7 +95,7 @@ def quantize(
         from moqa.profile import read_profile
 
         chosen = read_plan(plan)
-        with progress() as report:
+        with progress(log_json) as report:
             known = read_profile(profile) if profile else None
             run(model, chosen, out, method, overwrite, report, profile=known, cache=cache)
         warn_starved(read_profile(profile or chosen.profile))
@@ -109,7 +111,7 @@ def quantize(
             method=method, widths=widths_of(widths), hedge=hedge, objective=objective, scope=scope,
             profile=profile or out.with_name(out.name + ".profile"), samples=samples, context=context,
             self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
-            overwrite=overwrite, seed=seed, json=json,
+            overwrite=overwrite, seed=seed, json=json, log_json=log_json,
         )
     )  # fmt: skip
 

@@ -180,7 +180,7 @@ class AutoAdjusting(Adjusting):
     def _make(self, made: _Made, texts: Sequence[str]) -> None:
         """In a thread of its own."""
 
-        def report(*_: object) -> None:
+        def report(*_: object, **_facts: object) -> None:
             if self._stopping.is_set():
                 raise _StoppedError
 

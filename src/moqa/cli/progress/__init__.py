@@ -1,0 +1,30 @@
+"""What long work shows while it runs: a live view or plain lines on stderr, and a log for machines."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from moqa.cli.common import console
+from moqa.cli.progress.lines import Lines
+from moqa.cli.progress.log import Log, LogOption, logged
+from moqa.cli.progress.steps import Steps, View
+from moqa.cli.progress.terminal import Terminal
+from moqa.progress import Report
+
+__all__ = ["Log", "LogOption", "logged", "progress"]
+
+
+@contextmanager
+def progress(log: Log | None = None) -> Iterator[Report]:
+    """Show the work of a block: live on a terminal, in plain lines elsewhere, and in a log if there is one.
+
+    >>> with progress(log) as report:
+    ...     report("quantize", 0, 24, layer=0)
+
+    Args:
+        log: what `--log-json` gave to a command that is `logged`.
+    """
+    shown: AbstractContextManager[View] = Terminal(console) if console.is_interactive else nullcontext(Lines())
+    with shown as view:
+        steps = Steps([view] if log is None else [view, log])
+        yield steps
+        steps.end()

@@ -1,0 +1,50 @@
+"""Plain lines on stderr, where that is no terminal."""
+
+import sys
+import time
+
+from moqa.cli.progress.steps import Clock, Step
+from moqa.cli.progress.words import facts, gib, memory, span
+
+EVERY = 10.0  # seconds
+
+
+class Lines:
+    """A line when a step begins, one every ten seconds while it reports, and one when it ends.
+
+    >>> Lines().show(step)
+    moqa: quantize
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._step: Step | None = None
+        self._last = 0.0
+
+    def show(self, step: Step) -> None:
+        """A line, if it is time for one."""
+        now = self._clock()
+        if step is not self._step:
+            _write(step.name)
+        elif now - self._last >= EVERY and step.done < step.total:
+            left = "" if step.seconds_left is None else f", {span(step.seconds_left)} left"
+            _write(f"{_told(step)}, {span(step.seconds)} so far{left}")
+        else:
+            return
+        self._step, self._last = step, now
+
+    def end(self, step: Step) -> None:
+        """What it was and took."""
+        _write(f"{_told(step)}, took {span(step.seconds)}")
+
+
+def _told(step: Step) -> str:
+    now, peak = memory()
+    return ", ".join([f"{step.name} {step.done}/{step.total}", *facts(step), f"{gib(now)} GiB (peak {gib(peak)})"])
+
+
+def _write(text: str) -> None:
+    print(f"moqa: {text}", file=sys.stderr, flush=True)
