@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow lint sanitize bench adjust-study results clean
+.PHONY: setup demo test test-slow lint sanitize bench peers adjust-study results clean
 
 setup: $(VENV)/.ready
 
@@ -52,6 +52,15 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/model_speed.py
 	$(BIN)/python benchmarks/kernel_accuracy.py
 
+# other quantizers, in environments of their own: 3 GB of packages, then hours on one thread
+.peers/%/.ready: benchmarks/peers/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --disable-pip-version-check -q -c $< torch $*
+	touch $@
+
+peers: setup .peers/llmcompressor/.ready .peers/gptqmodel/.ready
+	$(BIN)/python benchmarks/peers.py --llmcompressor .peers/llmcompressor/bin/python --gptqmodel .peers/gptqmodel/bin/python
+
 adjust-study: setup
 	$(BIN)/python benchmarks/adjust_study.py
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/adjust_speed.py # alone, as a user's command runs
@@ -65,4 +74,4 @@ results: demo
 	$(BIN)/python benchmarks/cost.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .peers runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
