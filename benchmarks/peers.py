@@ -28,8 +28,8 @@ from torch import Tensor
 import moqa
 from moqa.data import cut_windows, read_distribution
 from moqa.models.load import load_tokenizer
+from moqa.models.stages import BATCH_TOKENS
 from moqa.plan.problem import FLOOR
-from moqa.profile.measure import BATCH_TOKENS
 
 RUNS = ROOT / "runs" / "scale"
 RESULTS = RUNS / "peers.json"

@@ -147,7 +147,7 @@ class TestWeights:
     def test_missing_expert(self, folder):
         names = [f"model.layers.1.mlp.experts.5.{projection}_proj.weight" for projection in ("down", "gate", "up")]
         change(folder, lambda tensors: [tensors.pop(name) for name in names])
-        expected = f"MODEL cannot be loaded as qwen3_moe: it lacks {names[0]} [72, 40], and 2 more like it"
+        expected = f"MODEL is not what its config.json says: it lacks {names[0]} [72, 40], and 2 more like it"
         assert refusal(folder) == expected
 
     def test_unknown(self, folder):
@@ -162,7 +162,7 @@ class TestWeights:
     @pytest.mark.parametrize("name", [UP, "model.norm.weight"])
     def test_wrong_shape(self, folder, name):
         change(folder, lambda tensors: tensors.update({name: tensors[name][:3].clone()}))
-        assert refusal(folder).startswith(f"MODEL cannot be loaded as qwen3_moe: {name} is [3")
+        assert refusal(folder).startswith(f"MODEL is not what its config.json says: {name} is [3")
 
 
 class TestShards:

@@ -41,7 +41,7 @@ def tiny(tiny_model, texts, tmp_path):
     def make(*names, model=tiny_model, **options):
         steps = []
 
-        def report(step, done, total):
+        def report(step, done, total, **_):
             steps.append(step)
 
         chosen = [texts[name] for name in names]

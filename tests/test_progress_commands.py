@@ -50,7 +50,7 @@ class TestCommands:
         assert (start["event"], start["command"]) == ("start", "profile")
         assert (end["event"], end["ok"], end["error"]) == ("end", True, None)
         steps = list(dict.fromkeys(line["step"] for line in reports))
-        assert steps == ["self-sampling", "activation", "labels", "sensitivity", "rounding"]
+        assert steps == ["self-sampling", "activation", "sensitivity"]
         for line in reports:
             assert 0 <= line["done"] <= line["total"]
             assert 50e6 < line["memory_bytes"] <= line["peak_bytes"]
@@ -80,7 +80,7 @@ class TestCommands:
             assert (stop.value.code, start["command"], end["ok"]) == (0, typed[0], True)
             steps[name] = list(dict.fromkeys(line["step"] for line in reports))
         assert steps == {
-            "whole": ["activation", "labels", "sensitivity", "rounding", "cache", "quantize"],
+            "whole": ["activation", "sensitivity", "cache", "quantize"],
             "plan": ["quantize"],
             "adjust": ["samples", "fit"],
         }

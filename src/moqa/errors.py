@@ -15,3 +15,7 @@ class MoqaError(Exception):
         text = f"{what}: {remedy}" if remedy else what
         # names out of damaged files may hold anything, and one line is one line
         super().__init__(text.replace("\r", "\\r").replace("\n", "\\n"))
+
+
+class Stopped(Exception):  # noqa: N818  (nothing went wrong)
+    """Work stopped on purpose before its end; what is done stays, and the same command goes on."""

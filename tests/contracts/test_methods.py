@@ -1,10 +1,13 @@
 """What every quantization method must do, whoever adds it, with plenty of data, little, none and degenerate data."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from moqa.format.planes import unpack, untile_rows
 from moqa.format.scheme import WIDTHS, Scheme
+from moqa.kernels import PackedMatrix
 from moqa.methods import METHODS, Job
 from moqa.methods.gptq import damping
 from moqa.methods.inputs import Inputs, input_space
@@ -186,7 +189,12 @@ class Layer:
 
     def quantized(self, method, schemes, inputs):
         found = quantize_units(self, self.units, schemes, METHODS[method], inputs)
-        return {unit.name: result for unit, result in found}
+        return {
+            unit.name: SimpleNamespace(
+                **vars(result), dense=PackedMatrix(schemes[unit.name], unit.shape, result.tensors).dense()
+            )
+            for unit, result in found
+        }
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """The command line: one file per command; each parses, calls the library and prints."""
 
+import os
 import sys
 
 import typer
 
-from moqa.errors import MoqaError
+from moqa.errors import MoqaError, Stopped
 
 app = typer.Typer(
     name="moqa",
@@ -38,6 +39,9 @@ def main() -> None:
     except MoqaError as error:
         print(f"moqa: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(f"moqa: {stop}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         print("moqa: interrupted", file=sys.stderr)
         sys.exit(130)

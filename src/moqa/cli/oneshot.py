@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from moqa.cli.common import mib, print_table, write_result
+from moqa.cli.plan import print_fit
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import Log, progress
+from moqa.cli.progress.limits import time_limited
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
     from moqa.data import Distribution
     from moqa.evaluate.proof import Proof
+    from moqa.models.memory import Memory
+    from moqa.plan import Budget, Plan
+
+
+WINDOW = 256  # tokens
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class Wish:
     held_out: list[str]
     bpw: float | None
     size: str | None
+    fit: str | None
+    batch: int
     strategy: str
     ties: Any
     method: str
@@ -35,7 +44,7 @@ class Wish:
     scope: Any
     profile: Path
     samples: int
-    context: int
+    context: int | None
     self_samples: int | None
     group_size: int
     symmetric: bool
@@ -43,8 +52,17 @@ class Wish:
     proof: bool
     overwrite: bool
     seed: int
+    dry_run: bool
+    memory: "Memory | None"
+    time_limit: str | None
+    restart: bool
     json: Path | None
     log_json: Log | None
+
+    @property
+    def window(self) -> int:
+        """Tokens of a calibration window: with `fit`, `context` are those of a conversation."""
+        return min(self.context or WINDOW, WINDOW) if self.fit else self.context or WINDOW
 
 
 def fulfil(wish: Wish) -> None:
@@ -55,30 +73,45 @@ def fulfil(wish: Wish) -> None:
     """
     from moqa.evaluate.proof import Bench, prove
     from moqa.format.artifact import write_json
+    from moqa.models.checkpoint import locate
+    from moqa.models.memory import Memory
     from moqa.models.view import open_model
-    from moqa.plan import Budget, for_file, plan
+    from moqa.plan import Budget, Fit, fit, for_file, plan
     from moqa.profile import profile
     from moqa.quantize import quantize
 
-    budget = Budget.parse(wish.bpw, wish.size)
+    budget = fit(wish.model, wish.fit, wish.context, wish.batch) if wish.fit else Budget.parse(wish.bpw, wish.size)
+    if isinstance(budget, Fit):
+        budget.check(wish.widths, wish.group_size, wish.symmetric)
     if budget is None and wish.strategy not in ("moqa", "moqa-v1", "uniform"):
-        raise MoqaError(f"--strategy {wish.strategy} needs a budget", "give --bpw or --size")
-    view = open_model(wish.model)
-    assert view.folder is not None
-    fitted, held_out = _texts(wish, view.folder)
-    with progress(wish.log_json) as report:
+        raise MoqaError(f"--strategy {wish.strategy} needs a budget", "give --bpw, --size or --fit")
+    memory = wish.memory or Memory.free()
+    folder = locate(wish.model)
+    fitted, held_out = _texts(wish, folder)
+    if wish.dry_run:
+        _preview(wish, budget, [distribution.name for distribution in fitted], memory)
+        return
+    view = open_model(folder, keep=memory.holds(folder))
+    with progress(wish.log_json) as shown:
+        report = time_limited(shown, wish.time_limit)
         measured = profile(
-            wish.model, fitted, wish.profile, samples=wish.samples, context=wish.context,
+            wish.model, fitted, wish.profile, samples=wish.samples, context=wish.window,
             self_samples=wish.self_samples, group_size=wish.group_size, symmetric=wish.symmetric,
-            method=wish.method, seed=wish.seed, report=report, view=view,
+            method=wish.method, seed=wish.seed, report=report, view=view, memory=memory, restart=wish.restart,
         )  # fmt: skip
         chosen = plan(
             measured, budget, wish.strategy, wish.ties, known=[d.name for d in fitted], widths=wish.widths,
             hedge=wish.hedge, objective=wish.objective, scope=wish.scope, seed=wish.seed,
         )  # fmt: skip
-        quantize(wish.model, chosen, wish.out, wish.method, wish.overwrite, report, measured, view, wish.cache)
+        if wish.overwrite or not _is_there(wish, chosen):
+            quantize(
+                wish.model, chosen, wish.out, wish.method, wish.overwrite, report, measured, view, wish.cache, memory,
+                wish.restart,
+            )  # fmt: skip
         write_json(for_file(chosen, wish.out / "plan.json"), wish.out / "plan.json")
         warn_starved(measured)
+        if isinstance(budget, Fit):
+            print_fit(budget, chosen.account)
         if not wish.proof:
             typer.echo(
                 f"{wish.out}: {mib(chosen.account.checkpoint)}, {chosen.account.bits_per_weight:.3f} bits/weight"
@@ -109,8 +142,57 @@ def _texts(wish: Wish, folder: Path) -> "tuple[list[Distribution], list[Distribu
         fitted, held_out = [first for first, _ in pairs], [second for _, second in pairs]
     for distribution in held_out:
         # a text too short for the proof is better found now than when the checkpoint is written
-        cut_windows(distribution, tokenizer, wish.context, 1)
+        cut_windows(distribution, tokenizer, wish.window, 1)
     return fitted, held_out
+
+
+def _preview(wish: Wish, budget: "Budget | None", names: list[str], memory: "Memory") -> None:
+    """What the wish would cost: with the profile that is there, or before there is one."""
+    from moqa.cli.quantize import print_estimate
+    from moqa.models.checkpoint import fingerprint, locate
+    from moqa.models.view import open_model
+    from moqa.plan import plan
+    from moqa.profile import read_profile
+    from moqa.profile.blank import blank_profile
+    from moqa.profile.record import Settings
+    from moqa.profile.store import RECORD
+    from moqa.quantize.estimate import estimate
+
+    there = (wish.profile / RECORD).is_file()
+    if there:
+        measured = read_profile(wish.profile)
+    else:
+        settings = Settings(
+            context=wish.window, samples=wish.samples, seed=wish.seed, group_size=wish.group_size,
+            symmetric=wish.symmetric, method=wish.method,
+        )  # fmt: skip
+        folder, own = locate(wish.model), wish.samples if wish.self_samples is None else wish.self_samples
+        view = open_model(folder, keep=False)
+        measured = blank_profile(view, wish.model, fingerprint(folder), names, settings, own)
+    chosen = plan(
+        measured, budget, wish.strategy, wish.ties, known=names, widths=wish.widths, hedge=wish.hedge,
+        objective=wish.objective, scope=wish.scope, seed=wish.seed,
+    )  # fmt: skip
+    cost = estimate(wish.model, chosen, measured, wish.method, wish.cache, memory, profiled=there)
+    print_estimate(cost, chosen, wish.json)
+
+
+def unproven(out: Path) -> bool:
+    """Whether a run that was killed during its proof has left a checkpoint that is whole but without a proof."""
+    return (out / "moqa.json").is_file() and not (out / "proof.json").is_file()
+
+
+def _is_there(wish: Wish, chosen: "Plan") -> bool:
+    """Whether the checkpoint that is wished for is there, but for its proof."""
+    from moqa.format.cache import has_cache
+    from moqa.format.reader import open_checkpoint
+
+    if not unproven(wish.out):
+        return False
+    manifest = open_checkpoint(wish.out).manifest
+    schemes = {name: unit.scheme for name, unit in manifest.units.items()}
+    found = (manifest.fingerprint, manifest.method, schemes, has_cache(wish.out))
+    return found == (chosen.fingerprint, wish.method, chosen.units, wish.cache is not None)
 
 
 def _report(wish: Wish) -> None:

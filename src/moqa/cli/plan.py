@@ -23,9 +23,18 @@ from moqa.cli.common import (
     widths_of,
     write_result,
 )  # fmt: skip
+from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
-    from moqa.plan import Plan
+    from moqa.plan import Account, Fit, Plan
+
+FitOption = Annotated[
+    str | None,
+    typer.Option("--fit", metavar="SIZE", help="budget: all memory of the served model, e.g. 8GiB; auto: what is free"),
+]
+BatchOption = Annotated[
+    int | None, typer.Option("--batch", min=1, help="with --fit: conversations that are served at once [default: 1]")
+]
 
 
 @app.command()
@@ -34,6 +43,12 @@ def plan(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="plan file to write")],
     bpw: BpwOption = None,
     size: SizeOption = None,
+    fit: FitOption = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=1, help="with --fit: tokens of a conversation [default: 8192, or the model's]"),
+    ] = None,
+    batch: BatchOption = None,
     strategy: StrategyOption = "moqa-budget",
     ties: TiesOption = "unit",
     known: Annotated[str | None, typer.Option("--known", help="distributions to fit on [default: all]")] = None,
@@ -46,18 +61,41 @@ def plan(
 ) -> None:
     """Choose a width for every unit from a profile."""
     from moqa.format.artifact import write_json
-    from moqa.plan import Budget, for_file
+    from moqa.plan import Budget, Fit, for_file
+    from moqa.plan import fit as fitted
     from moqa.plan import plan as run
     from moqa.profile import read_profile
 
+    check_budgets(bpw, size, fit, context, batch)
+    measured = read_profile(profile)
+    budget = Budget.parse(bpw, size) if fit is None else fitted(measured, fit, context, batch or 1)
     result = run(
-        read_profile(profile), Budget.parse(bpw, size), strategy, ties,  # type: ignore[arg-type]
+        measured, budget, strategy, ties,  # type: ignore[arg-type]
         known=known.split(",") if known else None, widths=widths_of(widths), hedge=hedge,
         objective=objective, scope=scope, seed=seed,  # type: ignore[arg-type]
     )  # fmt: skip
     write_json(for_file(result, out), out)
     print_plan(result)
+    if isinstance(budget, Fit):
+        print_fit(budget, result.account)
     write_result(for_file(result, out), json)
+
+
+def check_budgets(bpw: float | None, size: str | None, fit: str | None, context: int | None, batch: int | None) -> None:
+    """Refuse more than one budget, and what belongs to `--fit` without it.
+
+    Raises:
+        MoqaError: naming the options.
+    """
+    given = {"--bpw": bpw, "--size": size, "--fit": fit}
+    typed = [f"{option} {value}" for option, value in given.items() if value is not None]
+    if len(typed) > 1 and fit is not None:
+        raise MoqaError(
+            f"{' and '.join(typed)} are {'two' if len(typed) == 2 else 'three'} budgets", "give one of them"
+        )
+    for option, value in {"--context": context, "--batch": batch}.items():
+        if value is not None and fit is None:
+            raise MoqaError(f"{option} {value} needs --fit", "it is for a budget of memory, e.g. --fit 8GiB")
 
 
 def print_plan(result: "Plan") -> None:
@@ -70,3 +108,11 @@ def print_plan(result: "Plan") -> None:
     counts = Counter(scheme.width for scheme in result.units.values())
     print_table(["width", *map(str, sorted(counts))], [["units", *(str(counts[w]) for w in sorted(counts))]])
     print_table(["expected KL", *result.predicted], [["", *(f"{value:.4f}" for value in result.predicted.values())]])
+
+
+def print_fit(fit: "Fit", account: "Account") -> None:
+    """How the memory of the served model divides."""
+    parts = {"weights": account.checkpoint, "cache": fit.cache, "overhead": fit.overhead}
+    sizes = [*parts.values(), sum(parts.values()), fit.memory]
+    label = f"{fit.batch} x {fit.context} tokens"
+    print_table(["memory when served", *parts, "total", "limit"], [[label, *map(mib, sizes)]])

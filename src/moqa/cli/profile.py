@@ -20,6 +20,7 @@ from moqa.cli.common import (
     write_result,
 )
 from moqa.cli.progress import LogOption, logged, progress
+from moqa.cli.progress.limits import MemoryOption, RestartOption, TimeOption, time_limited
 
 if TYPE_CHECKING:
     from moqa.profile import Profile
@@ -38,6 +39,9 @@ def profile(
     symmetric: SymmetricOption = False,
     method: MethodOption = "gptq",
     seed: SeedOption = 0,
+    max_memory: MemoryOption = None,
+    time_limit: TimeOption = None,
+    restart: RestartOption = False,
     json: JsonOption = None,
     log_json: LogOption = None,
 ) -> None:
@@ -45,13 +49,16 @@ def profile(
     from moqa.data import read_distributions
     from moqa.models.checkpoint import locate
     from moqa.models.load import load_tokenizer
+    from moqa.models.memory import Memory
     from moqa.profile import profile as run
 
     distributions = read_distributions(data, load_tokenizer(locate(model)))
     with progress(log_json) as report:
         result = run(
             model, distributions, out, samples=samples, context=context, self_samples=self_samples,
-            group_size=group_size, symmetric=symmetric, method=method, seed=seed, report=report,
+            group_size=group_size, symmetric=symmetric, method=method, seed=seed,
+            report=time_limited(report, time_limit), memory=Memory.parse(max_memory) if max_memory else None,
+            restart=restart,
         )  # fmt: skip
     print_profile(result)
     write_result(result.record, json)

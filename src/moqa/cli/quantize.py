@@ -1,14 +1,13 @@
 """`moqa quantize`: apply a plan, or do the whole job from texts and a size."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moqa.cli import app
 from moqa.cli.common import (
     BpwOption,
-    ContextOption,
     GroupOption,
     HedgeOption,
     JsonOption,
@@ -29,9 +28,15 @@ from moqa.cli.common import (
     widths_of,
     write_result,
 )  # fmt: skip
+from moqa.cli.plan import BatchOption, FitOption, check_budgets
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import LogOption, logged, progress
+from moqa.cli.progress.limits import MemoryOption, RestartOption, TimeOption, time_limited
 from moqa.errors import MoqaError
+
+if TYPE_CHECKING:
+    from moqa.plan import Plan
+    from moqa.quantize.estimate import Estimate
 
 
 @app.command()
@@ -49,6 +54,8 @@ def quantize(
     ] = None,
     bpw: BpwOption = None,
     size: SizeOption = None,
+    fit: FitOption = None,
+    batch: BatchOption = None,
     strategy: StrategyOption = "moqa-budget",
     ties: TiesOption = "unit",
     method: MethodOption = "gptq",
@@ -60,7 +67,15 @@ def quantize(
         Path | None, typer.Option("--profile", help="profile folder to reuse or make [default: OUT.profile]")
     ] = None,
     samples: SamplesOption = 64,
-    context: ContextOption = 256,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            min=2,
+            help="tokens in a window [default: 256]; with --fit: of a served conversation [default: 8192, or the "
+            "model's], windows then have as many but at most 256",
+        ),
+    ] = None,
     self_samples: SelfSamplesOption = None,
     group_size: GroupOption = 64,
     symmetric: SymmetricOption = False,
@@ -73,47 +88,79 @@ def quantize(
     ] = True,
     overwrite: OverwriteOption = False,
     seed: SeedOption = 0,
+    max_memory: MemoryOption = None,
+    time_limit: TimeOption = None,
+    restart: RestartOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what it costs in bytes, memory, disk and time, and do nothing")
+    ] = False,
     json: JsonOption = None,
     log_json: LogOption = None,
 ) -> None:
     """Quantize a model: from a plan, or from the texts it will see and a size, with proof on held-out text."""
+    from moqa.cli.oneshot import Wish, fulfil, unproven
     from moqa.format.writer import check_free
     from moqa.methods.registry import find_method
+    from moqa.models.memory import Memory
     from moqa.quantize import quantize as run
     from moqa.quantize.cache import parse_cache
 
     find_method(method)
     if cache is not None:
         parse_cache(cache)
-    check_free(out, overwrite)
+    memory = Memory.parse(max_memory) if max_memory else None
+    if plan is not None or not (proof and unproven(out)):
+        check_free(out, overwrite)
     if plan is not None:
-        if data or held_out or bpw is not None or size is not None:
+        if data or held_out or any(option is not None for option in (bpw, size, fit, batch)):
             raise MoqaError(
-                f"--plan {plan} already holds texts and budget", "leave out --data, --held-out, --bpw, --size"
+                f"--plan {plan} already holds texts and budget",
+                "leave out --data, --held-out, --bpw, --size, --fit, --batch",
             )
         from moqa.plan import read_plan
         from moqa.profile import read_profile
 
         chosen = read_plan(plan)
+        if dry_run:
+            from moqa.quantize.estimate import estimate
+
+            measured = read_profile(profile or chosen.profile)
+            print_estimate(estimate(model, chosen, measured, method, cache, memory), chosen, json)
+            return
         with progress(log_json) as report:
             known = read_profile(profile) if profile else None
-            run(model, chosen, out, method, overwrite, report, profile=known, cache=cache)
+            run(
+                model, chosen, out, method, overwrite, time_limited(report, time_limit), profile=known, cache=cache,
+                memory=memory, restart=restart,
+            )  # fmt: skip
         warn_starved(read_profile(profile or chosen.profile))
         print_checkpoint(out, json)
         return
     if not data:
-        raise MoqaError("moqa quantize needs --plan FILE, or --data NAME=SOURCE with --bpw or --size")
-    from moqa.cli.oneshot import Wish, fulfil
-
+        raise MoqaError("moqa quantize needs --plan FILE, or --data NAME=SOURCE with --bpw, --size or --fit")
+    check_budgets(bpw, size, fit, None, batch)
     fulfil(
         Wish(
-            model=model, out=out, data=data, held_out=held_out or [], bpw=bpw, size=size, strategy=strategy, ties=ties,
-            method=method, widths=widths_of(widths), hedge=hedge, objective=objective, scope=scope,
-            profile=profile or out.with_name(out.name + ".profile"), samples=samples, context=context,
+            model=model, out=out, data=data, held_out=held_out or [], bpw=bpw, size=size, fit=fit, batch=batch or 1,
+            strategy=strategy, ties=ties, method=method, widths=widths_of(widths), hedge=hedge, objective=objective,
+            scope=scope, profile=profile or out.with_name(out.name + ".profile"), samples=samples, context=context,
             self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
-            overwrite=overwrite, seed=seed, json=json, log_json=log_json,
+            overwrite=overwrite, seed=seed, dry_run=dry_run, memory=memory, time_limit=time_limit, restart=restart,
+            json=json, log_json=log_json,
         )
     )  # fmt: skip
+
+
+def print_estimate(cost: "Estimate", plan: "Plan", json: Path | None) -> None:
+    """What a run would cost."""
+    counts: dict[int, list[int]] = {}
+    for scheme in plan.units.values():
+        counts.setdefault(scheme.width, []).append(1)
+    widths = ", ".join(f"{sum(found)} at {width}" for width, found in sorted(counts.items()))
+    minutes = f"{cost.seconds / 60:.1f} min" if cost.seconds >= 100 else f"{cost.seconds:.0f} s"
+    rows = [[mib(cost.checkpoint_bytes), mib(cost.peak_bytes), mib(cost.disk_bytes), minutes, widths]]
+    print_table(["checkpoint", "peak memory", "disk", "time", "units at bits"], rows)
+    write_result(cost, json)
 
 
 def print_checkpoint(out: Path, json: Path | None) -> None:

@@ -8,8 +8,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from moqa.data import Windows
-from moqa.models.stages import Stages
-from moqa.profile.measure import batches
+from moqa.models.stages import Stages, batches
 from moqa.progress import Report
 from moqa.runtime.packed import unpacked
 

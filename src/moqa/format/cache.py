@@ -1,7 +1,7 @@
 """The original's channels beside a checkpoint, so that an adjustment can give them more bits later."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +96,7 @@ def _shard(layer: int, layers: int, entries: Mapping[str, Entry]) -> Shard:
 
 
 def write_cache(
-    folder: Path, fingerprint: str, share: float | None, layers: Sequence[Mapping[str, Tensor]]
+    folder: Path, fingerprint: str, share: float | None, depth: int, layers: Iterable[Mapping[str, Tensor]]
 ) -> CacheRecord:
     """Write a checkpoint's cache.
 
@@ -104,14 +104,15 @@ def write_cache(
         folder: of the checkpoint, still being written.
         fingerprint: of the original model.
         share: of the channels; None for the whole original.
-        layers: tensors of each decoder layer, see `Cache.layer`.
+        depth: number of decoder layers.
+        layers: tensors of each of them, see `Cache.layer`.
     """
     target = folder / FOLDER
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     described, files = [], {}
     for index, tensors in enumerate(layers):
         entries: dict[str, Entry] = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-        shard = _shard(index, len(layers), entries)
+        shard = _shard(index, depth, entries)
         files[shard.file] = write_shard(target, shard, tensors)
         described.append({n: (str(dtype).removeprefix("torch."), shape) for n, (dtype, shape) in entries.items()})
     record = CacheRecord(fingerprint=fingerprint, share=share, layers=tuple(described), files=files)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -40,20 +41,38 @@ def finished_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
     try:
         yield folder
-        folder.chmod(0o755)
-        old = folder.with_suffix(".replaced")
-        if out.exists():
-            out.rename(old)
-        try:
-            folder.rename(out)
-        except BaseException:
-            if old.exists():
-                old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Make a whole folder the result, in the place of one that may be there."""
+    for path in folder.rglob("*"):
+        sync(path)
+    folder.chmod(0o755)
+    old = out.with_name(f".{out.name}.replaced")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    try:
+        folder.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+    sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk when this returns."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def check_free(out: Path, overwrite: bool) -> None:
@@ -92,6 +111,8 @@ def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> St
             digest.update(part)
             length += len(part)
             file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
     if length != shard.bytes:
         raise ValueError(f"{shard.file} has {length} bytes, {shard.bytes} were planned")
     return StoredFile(bytes=length, sha256=digest.hexdigest())

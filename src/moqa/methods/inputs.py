@@ -1,12 +1,13 @@
 """What the units of a layer are multiplied with: weighted Gram matrices of their inputs."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from moqa.models.experts import ExpertRun
+from moqa.format.unfinished import Unfinished
+from moqa.models.experts import Experts, ParameterWeights, weights_from, with_bias
 from moqa.models.stages import Stages
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
@@ -57,26 +58,6 @@ class Part:
     check: bool = False
 
 
-class _Observer:
-    """Collects the inputs of a layer's experts, each counted by the gate weight that its output gets."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.inputs: dict[str, Inputs] = {}
-        self.part: Part | None = None
-
-    def add(self, name: str, x: Tensor) -> None:
-        assert self.part is not None
-        self.inputs.setdefault(name, Inputs.zeros(x.shape[1])).add(x, self.part.share, self.part.check)
-
-    def routed(self, index: Tensor, weights: Tensor) -> None:
-        """Routing shows in the inputs."""
-
-    def expert(self, run: ExpertRun) -> None:
-        self.add(f"{self._path}.{run.expert}.in", run.x * run.gate)
-        self.add(f"{self._path}.{run.expert}.inner", run.inner * run.gate)
-
-
 def input_space(unit: Unit) -> str:
     """Name of what a unit is multiplied with; an expert's gate and up projection share theirs."""
     if unit.expert is not None:
@@ -84,25 +65,86 @@ def input_space(unit: Unit) -> str:
     return unit.name
 
 
-@torch.no_grad()
-def gather_inputs(view: ModelView, stages: Stages, layer: int, parts: Iterable[Part]) -> dict[str, Inputs]:
-    """Inputs of all units of a layer, by input space; spaces that no token reached are absent.
+class LayerInputs:
+    """What all units of a decoder layer are multiplied with; of its experts, some at a time.
 
-    >>> gather_inputs(view, stages, 0, [Part(stages.embed(tokens))])["model.layers.0.self_attn.q_proj"].tokens
+    >>> inputs = LayerInputs(view, stages, 0, [Part(stages.embed(tokens))], work)
+    >>> inputs.linear["model.layers.0.self_attn.q_proj"].tokens
     2048
+    >>> inputs.experts([7])["model.layers.0.mlp.experts.7.in"].tokens
+    262
 
     Args:
         view: the model.
         stages: of the same model.
         layer: index of the decoder layer, with the weights that inputs are wanted for.
-        parts: samples, at the layer's input.
+        parts: samples, at the layer's input; they are gone through once.
+        work: where the experts' own inputs are put aside until `drop`.
     """
-    observer = _Observer(view.experts_path(layer) or "")
 
-    def linear(unit: Unit, x: Tensor, _: Tensor) -> None:
-        observer.add(input_space(unit), x.flatten(0, -2))
+    def __init__(self, view: ModelView, stages: Stages, layer: int, parts: Iterable[Part], work: Unfinished) -> None:
+        self._path = view.experts_path(layer)
+        self._module: Experts = None if self._path is None else view.module(self._path)
+        self._work, self._parts = work, list[Part]()
+        self.linear: dict[str, Inputs] = {}
+        view.need(layer)
+        recorder = None if self._path is None else _Recorder(self._module, self._add)
+        later = False
 
-    with watching(view, layer, observer, linear):
-        for observer.part in parts:
-            stages.layer(layer, observer.part.hidden)
-    return observer.inputs
+        def linear(unit: Unit, x: Tensor, _: Tensor) -> None:
+            nonlocal later
+            part, flat = self._parts[-1], x.flatten(0, -2)
+            found = self.linear.setdefault(input_space(unit), Inputs.zeros(flat.shape[1]))
+            found.add(flat, part.share, part.check)
+            later |= recorder is not None and recorder.called
+
+        with torch.no_grad(), watching(view, layer, None, linear), weights_from(self._module, recorder):
+            for part in parts:
+                self._parts.append(replace(part, hidden=part.hidden[:0]))
+                stages.layer(layer, part.hidden)
+                if recorder is not None:
+                    # nothing but the output of the layer, which nobody wants here, may depend on its experts
+                    recorder.exact, recorder.called = later, False
+
+    def _add(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        self._work.keep(f"experts-{len(self._parts) - 1}", {"x": hidden, "index": index, "gate": weights})
+
+    @torch.no_grad()
+    def experts(self, which: Sequence[int]) -> dict[str, Inputs]:
+        """Inputs of some experts, by input space; those that no token reached have none.
+
+        Each input is counted by the gate weight that its output gets.
+        """
+        found: dict[str, Inputs] = {}
+        weights = ParameterWeights(self._module)
+        for number, part in enumerate(self._parts):
+            call = self._work.kept(f"experts-{number}")
+            for expert in which:
+                tokens, places = (call["index"] == expert).nonzero(as_tuple=True)
+                if not len(tokens):
+                    continue
+                x, gate = call["x"][tokens], call["gate"][tokens, places, None]
+                gate_up = with_bias(self._module, "gate_up_proj", expert, weights.gate_up(expert, x))
+                inner = self._module._apply_gate(gate_up)
+                for space, seen in (("in", x), ("inner", inner)):
+                    name = f"{self._path}.{expert}.{space}"
+                    found.setdefault(name, Inputs.zeros(seen.shape[1])).add(seen * gate, part.share, part.check)
+        return found
+
+    def drop(self) -> None:
+        """Remove what was put aside."""
+        self._work.drop("experts-*")
+
+
+class _Recorder(ParameterWeights):
+    """Stands in for a layer's experts and records what they are called with."""
+
+    def __init__(self, module: Experts, add: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        super().__init__(module)
+        self._add, self.exact, self.called = add, True, False
+
+    def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Nothing instead of the experts' output, unless something depends on it."""
+        self._add(hidden, index, weights)
+        self.called = True
+        return None if self.exact else torch.zeros_like(hidden)

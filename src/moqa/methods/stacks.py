@@ -12,7 +12,7 @@ from moqa.models.units import Unit
 from moqa.models.view import ModelView
 
 # weights of one stack; larger stacks gain no speed and cost memory
-_STACK_WEIGHTS = 2**22
+STACK_WEIGHTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def stacks(
     for (_, scheme), sharing in spaces.items():
         alike.setdefault((scheme, tuple(unit.shape for unit in sharing)), []).append(sharing)
     for (scheme, shapes), entries in alike.items():
-        size = max(1, _STACK_WEIGHTS // (copies * sum(out * features for out, features in shapes)))
+        size = max(1, STACK_WEIGHTS // (copies * sum(out * features for out, features in shapes)))
         for start in range(0, len(entries), size):
             part = entries[start : start + size]
             weights = torch.stack([torch.cat([view.weight(unit).float() for unit in sharing]) for sharing in part])

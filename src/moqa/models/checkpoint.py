@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import operator
 import struct
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from moqa.errors import MoqaError
 
@@ -16,6 +18,14 @@ INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # Enough of every tensor to tell two trainings of one architecture apart without reading a checkpoint whole.
 _FINGERPRINT_BYTES = 4096
+# values that are looked at together for NaN
+_CHECKED = 2**22
+# safetensors' names of dtypes
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
 
 
 def locate(model: str | Path) -> Path:
@@ -120,7 +130,16 @@ def headers(folder: Path) -> dict[str, dict]:
     return found
 
 
-def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def values(folder: Path) -> int:
+    """How many numbers a checkpoint holds.
+
+    >>> values(Path("reference/model"))
+    22179328
+    """
+    return sum(math.prod(entry["shape"]) for entry in headers(folder).values())
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint with its name on disk, one at a time, in the order of files and names.
 
     >>> sum(tensor.numel() for _, tensor in tensors(Path("reference/model")))
@@ -148,10 +167,19 @@ def check_finite(folder: Path) -> None:
         MoqaError: naming the first such tensor and how many of its values are bad.
     """
     for name, tensor in tensors(folder):
-        if tensor.is_floating_point() and tensor.element_size() > 1:
-            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-            if bad:
-                raise MoqaError(f"{folder}: tensor {name} has {bad} NaN or infinite values of {tensor.numel()}")
+        refuse_bad(f"{folder}: tensor {name}", tensor)
+
+
+def refuse_bad(what: str, tensor: Tensor) -> None:
+    """Refuse a tensor with NaN or infinite values.
+
+    Raises:
+        MoqaError: naming it and how many there are.
+    """
+    if tensor.is_floating_point() and tensor.element_size() > 1:
+        bad = sum(len(part) - int(torch.isfinite(part).sum()) for part in tensor.flatten().split(_CHECKED))
+        if bad:
+            raise MoqaError(f"{what} has {bad} NaN or infinite values of {tensor.numel()}")
 
 
 def fingerprint(folder: Path) -> str:

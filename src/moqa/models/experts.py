@@ -118,6 +118,24 @@ def observed(module: nn.Module, observer: ExpertsObserver) -> Iterator[None]:
         del module.moqa_observer
 
 
+@contextmanager
+def weights_from(module: Experts, source: "ExpertWeights | None") -> Iterator[None]:
+    """Let a stack of experts multiply with other weights than its parameters for a block; None changes nothing."""
+    if source is None:
+        yield
+        return
+    module.moqa_weights = source
+    try:
+        yield
+    finally:
+        del module.moqa_weights
+
+
+def with_bias(module: Experts, parameter: str, expert: int, product: Tensor) -> Tensor:
+    """One expert's product with its bias, in families that have one."""
+    return product + getattr(module, f"{parameter}_bias")[expert] if module.has_bias else product
+
+
 class ExpertWeights(Protocol):
     """What a layer's experts multiply with: the model's parameters or packed planes."""
 
@@ -146,11 +164,28 @@ class ParameterWeights:
 
     def gate_up(self, expert: int, x: Tensor) -> Tensor:
         """See `ExpertWeights`."""
-        return x @ (self._gate_up[expert] if self._transposed else self._gate_up[expert].T)
+        return _product(x, self._gate_up[expert] if self._transposed else self._gate_up[expert].T)
 
     def down(self, expert: int, x: Tensor) -> Tensor:
         """See `ExpertWeights`."""
-        return x @ (self._down[expert] if self._transposed else self._down[expert].T)
+        return _product(x, self._down[expert] if self._transposed else self._down[expert].T)
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    return x @ matrix if x.dtype == matrix.dtype else _NarrowProduct.apply(x, matrix)
+
+
+class _NarrowProduct(torch.autograd.Function):
+    """Product with a matrix that is widened when it is needed, for the gradient a second time, and not kept."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        context.matrix = matrix
+        return x @ matrix.to(x.dtype)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ context.matrix.to(gradient.dtype).T, None
 
 
 def run_experts(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -185,13 +220,9 @@ def run_experts(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor)
             outputs.append(hidden.new_zeros(len(slots), hidden.shape[1]))
         elif len(slots):
             x = hidden[slots // top_k]
-            gate_up = source.gate_up(expert, x)
-            if module.has_bias:
-                gate_up = gate_up + module.gate_up_proj_bias[expert]
+            gate_up = with_bias(module, "gate_up_proj", expert, source.gate_up(expert, x))
             inner = module._apply_gate(gate_up)
-            out = source.down(expert, inner)
-            if module.has_bias:
-                out = out + module.down_proj_bias[expert]
+            out = with_bias(module, "down_proj", expert, source.down(expert, inner))
             if observer is not None:
                 gate = weights.reshape(-1)[slots, None]
                 observer.expert(ExpertRun(expert, x, gate_up, inner, out, gate))

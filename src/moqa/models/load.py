@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from moqa.errors import MoqaError
 from moqa.models import checkpoint
@@ -41,30 +42,58 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
-    config = _load_config(folder)
+    config = read_config(folder)
     wrong = (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, StrictDataclassError)
     try:
-        with _quiet():
+        with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype, output_loading_info=True
             )
     except wrong as error:
-        problem = _difference(folder, config) or one_line(error)
+        problem = difference(folder, config) or one_line(error)
         raise MoqaError(f"{folder} cannot be loaded as {config.model_type}", problem) from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             name = sorted(str(key) for key in report[kind])[0]
-            problem = _difference(folder, config) or f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {name}"
+            problem = difference(folder, config) or f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {name}"
             raise MoqaError(f"{folder} is not what its config.json says", problem)
     return model.eval().requires_grad_(False)
 
 
-def _load_config(folder: Path) -> "PretrainedConfig":
+def empty_model(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
+    """A model without memory for its parameters; buffers are made for real, no checkpoint holds all of them.
+
+    >>> next(empty_model(config, torch.float32).parameters()).is_meta
+    True
+    """
+    from transformers import AutoModelForCausalLM
+
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        with quiet():
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def read_config(folder: Path) -> "PretrainedConfig":
+    """Configuration of a model folder that moqa can work on.
+
+    Raises:
+        MoqaError: if transformers cannot read it, or it is no causal language model or quantized already.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise MoqaError(f"{folder} has a config.json that transformers cannot read", one_line(error)) from None
@@ -77,13 +106,13 @@ def _load_config(folder: Path) -> "PretrainedConfig":
     return config
 
 
-def _difference(folder: Path, config: "PretrainedConfig") -> str | None:
+def difference(folder: Path, config: "PretrainedConfig") -> str | None:
     """The first difference between a folder's tensors and those that its architecture has, with names as on disk."""
     from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception:  # whatever is wrong with the configuration, the caller knows a first error already
         return None
@@ -104,7 +133,7 @@ def _more(names: list[str]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own reports: what is wrong becomes an error of ours."""
     from transformers.utils import logging
 

@@ -29,6 +29,15 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise MoqaError(f"{type(model).__name__} has no decoder layers", f"looked for `layers` among {children}")
 
 
+# tokens that go through a layer together
+BATCH_TOKENS = 2048
+
+
+def batches(tokens: Tensor) -> tuple[Tensor, ...]:
+    """[windows, context] tokens in batches of about BATCH_TOKENS tokens."""
+    return tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
+
+
 class Stages:
     """The three stages of a forward pass: embed, each layer, head.
 
@@ -84,7 +93,9 @@ class Stages:
         # only the first layer really runs: it shows whether this family's layers return a tuple
         if index == 0:
             layer = self.layers[0]
-            self._tuple = isinstance(type(layer).forward(layer, hidden, *args, **kwargs), tuple)
+            stub = vars(layer).pop("forward")
+            self._tuple = isinstance(layer(hidden, *args, **kwargs), tuple)
+            layer.forward = stub
         return hidden
 
     @contextmanager

@@ -1,6 +1,7 @@
 """One family-independent view of a transformers model: decoder layers, experts, units and what is kept."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,9 @@ from moqa.models.experts import (
     is_experts,
     parameter_of,
 )
-from moqa.models.load import load_original
+from moqa.models.load import empty_model, one_line, read_config
 from moqa.models.names import DiskSlice, find_disk_slices
+from moqa.models.pieces import ENDS, Pieces
 from moqa.models.stages import decoder_layers
 from moqa.models.units import Role, Unit
 
@@ -45,6 +47,7 @@ class ModelView:
         self.folder = folder
         self.layers = decoder_layers(model)
         self._modules = dict(model.named_modules())
+        self._pieces: Pieces | None = None
         self._disk_slices: dict[int, dict[str, DiskSlice]] = {}
         self.units: dict[str, Unit] = {unit.name: unit for unit in self._find_units()}
         if not self.units:
@@ -84,6 +87,7 @@ class ModelView:
 
     def weight(self, unit: Unit) -> Tensor:
         """View of a unit's matrix, [out, in]; writing to it changes the model."""
+        self.need(unit.layer)
         module = self.module(unit.module)
         if unit.expert is not None:
             return expert_matrix(module, unit.expert, unit.projection)
@@ -93,18 +97,77 @@ class ModelView:
         """Overwrite a unit's matrix with [out, in] values."""
         self.weight(unit).copy_(matrix)
 
+    def itemsize(self, unit: Unit) -> int:
+        """Bytes of one of a unit's weights, as they are read."""
+        return self.module(unit.module).get_parameter(unit.parameter).dtype.itemsize
+
+    def ends_bytes(self) -> int:
+        """Bytes of the embedding and the head, as they are read."""
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        tied = self.model.all_tied_weights_keys and self.model.config.get_text_config().tie_word_embeddings
+        sizes = [end.weight.numel() * end.weight.dtype.itemsize for end in ends if end is not None]
+        return max(sizes) if tied else sum(sizes)
+
+    def need(self, piece: int) -> None:
+        """Have a decoder layer's weights, or those of both `ENDS`, in memory."""
+        if self._pieces is not None:
+            self._pieces.need(piece)
+
+    def forget(self) -> None:
+        """Give back the memory of weights that can be read again."""
+        if self._pieces is not None:
+            self._pieces.forget()
+
+    @contextmanager
+    def without(self, layer: int) -> Iterator[None]:
+        """A block in which others stand in for a layer's units; those that can be read again are forgotten."""
+        if self._pieces is None:
+            yield
+            return
+        with self._pieces.without(layer):
+            yield
+
+    def read_from_disk(self, keep: bool) -> None:
+        """Fill a model that has no weights yet from its folder: all of it, or each piece when it is used."""
+        assert self.folder is not None
+        ends = {"embedding": self.model.get_input_embeddings(), "head": self.model.get_output_embeddings()}
+        paths = {id(module): path for path, module in self._modules.items()}
+        owners = {f"{paths[id(end)]}.weight": ENDS for end in ends.values() if end is not None}
+        owners |= {f"{unit.module}.{unit.parameter}": unit.layer for unit in self.units.values()}
+        experts = {f"{unit.module}.{unit.parameter}" for unit in self.units.values() if unit.expert is not None}
+        self._pieces = Pieces(self.model, self.folder, owners, keep, set() if keep else experts)
+        for end in ends.values():
+            if end is not None:
+                self._pieces.read_when_called(end, ENDS)
+        for index, layer in enumerate(self.layers):
+            self._pieces.read_when_called(layer, index)
+        if keep:
+            for piece in (ENDS, *range(len(self.layers))):
+                self.need(piece)
+
     def unit_parameters(self) -> set[str]:
         """Names of the parameters that are covered by units."""
         return {f"{unit.module}.{unit.parameter}" for unit in self.units.values()}
 
     def kept(self) -> dict[str, Tensor]:
         """State-dict entries that no unit covers, tied copies left out: what a checkpoint stores unchanged."""
+        self.need(ENDS)
         covered, tied = self.unit_parameters(), set(getattr(self.model, "all_tied_weights_keys", None) or {})
         return {k: v for k, v in self.model.state_dict().items() if k not in covered and k not in tied}
 
     def kept_on_disk(self) -> dict[str, Tensor]:
         """Kept tensors as a checkpoint stores them: floating point in the narrowest dtype that loses nothing."""
         return {name: narrowest(tensor) for name, tensor in self.kept().items()}
+
+    def kept_entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtypes and shapes of `kept_on_disk`, told without reading the ends: they take the dtype of the original."""
+        assert self._pieces is not None
+        covered, tied = self.unit_parameters(), set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        kept = {k: v for k, v in self.model.state_dict().items() if k not in covered and k not in tied}
+        return {
+            name: (self._pieces.stored_dtype(name) if tensor.is_meta else narrowest(tensor).dtype, tuple(tensor.shape))
+            for name, tensor in kept.items()
+        }
 
     def disk_name(self, unit: Unit) -> DiskSlice:
         """Where a unit's matrix lies in the original checkpoint.
@@ -196,8 +259,8 @@ def _layers_path(model: nn.Module, layers: nn.ModuleList) -> str:
     return next(path for path, module in model.named_modules() if module is layers)
 
 
-def open_model(model: str | Path, dtype: torch.dtype = torch.float32) -> ModelView:
-    """Load a model folder or Hub id and look at it as units.
+def open_model(model: str | Path, dtype: torch.dtype = torch.float32, keep: bool = True) -> ModelView:
+    """Open a model folder or Hub id and look at it as units.
 
     >>> open_model("reference/model").model.config.model_type
     'qwen3_moe'
@@ -205,6 +268,8 @@ def open_model(model: str | Path, dtype: torch.dtype = torch.float32) -> ModelVi
     Args:
         model: folder or Hub id of a causal language model in safetensors.
         dtype: dtype to compute in.
+        keep: whether the whole model is read; else a decoder layer is read when it is used, its experts in the dtype
+            in which they are stored, and forgotten when another one is.
 
     Raises:
         MoqaError: if it is missing, corrupted, has NaN or infinite weights, lacks tensors that its architecture needs,
@@ -213,7 +278,13 @@ def open_model(model: str | Path, dtype: torch.dtype = torch.float32) -> ModelVi
     folder = checkpoint.locate(model)
     if (folder / "moqa.json").is_file():
         raise MoqaError(f"{model} is already a moqa checkpoint", "give the original model")
-    checkpoint.check_finite(folder)
-    view = ModelView(load_original(folder, dtype), folder)
+    config = read_config(folder)
+    checkpoint.headers(folder)
+    try:
+        empty = empty_model(config, dtype)
+    except Exception as error:  # transformers fails on a wrong configuration in any way
+        raise MoqaError(f"{folder} cannot be loaded as {config.model_type}", one_line(error)) from None
+    view = ModelView(empty, folder)
     view.check_complete()
+    view.read_from_disk(keep)
     return view

@@ -1,15 +1,10 @@
 """Budgets as users type them: `--bpw 2.5`, `--size 12MiB`."""
 
-import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moqa.errors import MoqaError
-
-_FACTORS = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
-    "TIB": 2**40,
-}  # fmt: skip
+from moqa.models.memory import parse_size
 
 
 def parse_share(text: str | float) -> float:
@@ -45,6 +40,9 @@ class Budget:
     bits_per_weight: float | None = None
     bytes: int | None = None
 
+    # whether far more than the largest plan takes is a slip of the pen
+    fills: ClassVar[bool] = True
+
     @classmethod
     def parse(cls, bpw: float | None = None, size: str | int | None = None) -> "Budget | None":
         """Budget from the command line's options; None if neither is given.
@@ -64,10 +62,7 @@ class Budget:
             return cls(f"--bpw {bpw:g}", bits_per_weight=bpw)
         if size is None:
             return None
-        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-        if match is None or match[2].upper() not in _FACTORS:
-            raise MoqaError(f"--size {size} is no size", "give bytes or e.g. 12MiB, 3.5GB")
-        return cls(f"--size {size}", bytes=int(float(match[1]) * _FACTORS[match[2].upper()]))
+        return cls(f"--size {size}", bytes=parse_size(size, "--size"))
 
     @classmethod
     def of(cls, text: str) -> "Budget":
@@ -102,3 +97,12 @@ class Budget:
         while limit * 8 / weights > bits:
             limit -= 1
         return limit
+
+    def below(self, smallest: int, reachable: str) -> MoqaError:  # noqa: ARG002
+        """The refusal of a limit that no plan keeps.
+
+        Args:
+            smallest: bytes of the weight files of the smallest plan.
+            reachable: the range of all plans, in words.
+        """
+        return MoqaError(f"{self.typed} is below the smallest plan of this profile", reachable)

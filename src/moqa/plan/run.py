@@ -136,9 +136,10 @@ def _check_reachable(problem: Problem, budget: Budget | None) -> None:
     if budget is None or problem.limit is None:
         return
     if problem.bytes(problem.smallest()) > problem.limit:
-        raise MoqaError(f"{budget.typed} is below the smallest plan of this profile", _reachable(problem))
+        smallest = _account(problem.profile, _schemes(problem, problem.smallest()))
+        raise budget.below(smallest.checkpoint, _reachable(problem))
     # a budget far above the widest plan is a slip of the pen; one slightly above it is a wish for the best
-    if problem.limit > problem.bytes(problem.widest()) * 1.05:
+    if budget.fills and problem.limit > problem.bytes(problem.widest()) * 1.05:
         raise MoqaError(f"{budget.typed} is above the largest plan of this profile", _reachable(problem))
 
 

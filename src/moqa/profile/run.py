@@ -1,10 +1,7 @@
 """`moqa.profile`: measure a model on distributions, reusing what the folder already holds."""
 
-import contextlib
-import shutil
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from moqa import __version__
@@ -12,15 +9,16 @@ from moqa.data import Data, as_distributions, cut_windows
 from moqa.errors import MoqaError
 from moqa.format.manifest import Fitted
 from moqa.format.scheme import WIDTHS, Scheme
+from moqa.format.unfinished import Unfinished, unfinished
 from moqa.methods.registry import find_method
 from moqa.models import checkpoint
-from moqa.models.experts import PROJECTIONS
 from moqa.models.load import load_tokenizer
+from moqa.models.memory import Memory
 from moqa.models.view import ModelView, open_model
-from moqa.profile.measure import measure
+from moqa.profile.measure import Measurement
 from moqa.profile.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
+from moqa.profile.room import Room
 from moqa.profile.selfsample import self_sample
-from moqa.profile.significance import expert_similarity
 from moqa.profile.store import RECORD, Profile, read_profile, write_profile
 from moqa.progress import Report, quiet
 
@@ -41,6 +39,8 @@ def profile(
     seed: int = 0,
     report: Report = quiet,
     view: ModelView | None = None,
+    memory: Memory | None = None,
+    restart: bool = False,
 ) -> Profile:
     """Measure what every expert and channel contributes, and what losing precision costs, on each distribution.
 
@@ -60,6 +60,8 @@ def profile(
         seed: of the choice of windows, the labels and the model's own text.
         report: called with what is done, how much of it, and of how much.
         view: the model, if it is open already.
+        memory: what the process may take; None means all that is free.
+        restart: begin anew, whatever an earlier run has finished.
 
     Raises:
         MoqaError: if the model or a text is unusable, or `out` holds a profile of another model or other settings.
@@ -95,37 +97,43 @@ def profile(
     missing = [name for name, record in records.items() if old is None or not _same(old, name, record)]
     if old is not None and not missing:
         return old
-    view = view or open_model(folder)
-    tokens: dict[str, Tensor] = {}
-    for name in missing:
-        if name == SELF:
-            report("self-sampling", 0, 1)
-        tokens[name] = self_sample(view, wanted, context, seed) if name == SELF else cut[name].tokens
-    scheme = Scheme(width=8, group_size=group_size, symmetric=symmetric)
-    widths = tuple(w for w in WIDTHS if not (symmetric and w == 1))
-    measured, rounding = measure(view, tokens, scheme, widths, how, seed, report)
-    statistics = {name: {**stats, "samples": tokens[name].int()} for name, stats in measured.items()}
-    if old is not None:
-        statistics = {**old.statistics, **statistics}
-        records = {**old.record.distributions, **records}
-    kept = view.kept_on_disk()
-    record = ProfileRecord(
-        moqa=__version__, model=str(model), model_type=view.model.config.model_type, fingerprint=fingerprint,
-        kept={name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in kept.items()},
-        layers=len(view.layers), top_k=view.top_k, settings=settings, widths=widths,
-        units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
-        distributions={name: records[name] for name in statistics},
-    )  # fmt: skip
-    result = Profile(record, out, statistics, {"rounding": rounding, **_similarities(view)})
-    fresh = not out.exists()
-    try:
-        write_profile(result)
-    except BaseException:
-        if fresh:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(out)
-        raise
-    return result
+    limits = memory or Memory.free()
+    view = view or open_model(folder, keep=limits.holds(folder))
+    job = {"moqa": __version__, "model": fingerprint, **settings.model_dump(mode="json"),
+           "texts": {name: records[name].model_dump(mode="json") for name in missing}}  # fmt: skip
+    room = Room.within(limits, view, how)
+    with unfinished(out, job, overwrite=True, restart=restart) as work:
+        tokens = {name: cut[name].tokens for name in missing if name != SELF}
+        if SELF in missing:
+            tokens[SELF] = _own_text(view, wanted, settings, work, report)
+        scheme = Scheme(width=8, group_size=group_size, symmetric=symmetric)
+        widths = tuple(w for w in WIDTHS if not (symmetric and w == 1))
+        measurement = Measurement(view, tokens, scheme, widths, how, seed, work, room.experts)
+        measured = measurement.run(report)
+        statistics = {name: {**measured.statistics[name], "samples": tokens[name].int()} for name in missing}
+        if old is not None:
+            statistics = {**old.statistics, **statistics}
+            records = {**old.record.distributions, **records}
+        kept = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in view.kept_on_disk().items()}
+        record = ProfileRecord(
+            moqa=__version__, model=str(model), model_type=view.model.config.model_type, fingerprint=fingerprint,
+            kept=kept, layers=len(view.layers), top_k=view.top_k, settings=settings, widths=widths,
+            units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
+            distributions={name: records[name] for name in statistics},
+        )  # fmt: skip
+        write_profile(Profile(record, work.result, statistics, measured.weights))
+        work.note("profile", {})
+    return Profile(record, out, statistics, measured.weights)
+
+
+def _own_text(view: ModelView, windows: int, settings: Settings, work: Unfinished, report: Report) -> Tensor:
+    """[windows, context] that the model writes itself, or wrote before a kill."""
+    if work.noted("self") is None:
+        report("self-sampling", 0, 1)
+        work.keep("self", {"tokens": self_sample(view, windows, settings.context, settings.seed)})
+        report("self-sampling", 1, 1)
+        work.note("self", {})
+    return work.kept("self")["tokens"]
 
 
 def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None:
@@ -149,15 +157,3 @@ def _same(old: Profile, name: str, record: DistributionRecord) -> bool:
     if there is None:
         return False
     return there.fitted == record.fitted and there.samples == record.samples
-
-
-def _similarities(view: ModelView) -> dict[str, Tensor]:
-    found = {}
-    for layer in range(len(view.layers)):
-        units = [unit for unit in view.layer_units(layer) if unit.role == "expert"]
-        if units:
-            matrices = {(u.expert, u.projection): view.weight(u).float().flatten() for u in units}
-            experts = sorted({u.expert for u in units if u.expert is not None})
-            stacked = torch.stack([torch.cat([matrices[e, p] for p in PROJECTIONS]) for e in experts])
-            found[f"layer.{layer}.similarity"] = expert_similarity(stacked[:, None])
-    return found

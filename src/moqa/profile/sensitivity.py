@@ -16,6 +16,8 @@ from moqa.models.view import ModelView
 
 # the errors are a profile's largest memory and products; in bfloat16 a sensitivity changes by below 1 %
 _DTYPE = torch.bfloat16
+# weights of a unit by which its relative rounding errors are told: enough for a percent
+_LOOKED_AT = 2**17
 
 
 # Widths whose errors are really made and measured; a coarser or finer one is reached from the nearest of them by the
@@ -62,10 +64,11 @@ class LayerErrors:
 
 
 def relative_errors(view: ModelView, units: Sequence[Unit], scheme: Scheme, widths: Sequence[int]) -> Tensor:
-    """[units, widths] squared error of plain rounding over squared weights, float32."""
+    """[units, widths] squared error of plain rounding over squared weights, float32; of large units on some rows."""
     rows = []
     for unit in units:
-        weight = view.weight(unit).float()
+        weight = view.weight(unit)
+        weight = weight[:: max(1, weight.numel() // _LOOKED_AT)].float()
         stacked = weight.expand(len(widths), -1, -1)
         grid = fit_grid(stacked, scheme, torch.tensor(widths))
         error = grid.decode(grid.encode(stacked)) - stacked
@@ -127,6 +130,9 @@ class LayerObserver:
     def expert(self, run: ExpertRun) -> None:
         """Wait for the gradients of one expert's two products."""
         name, x, inner = f"{self._path}.{run.expert}", run.x.detach(), run.inner.detach()
+
+        if f"{name}.down_proj" not in self._sensitivity.sums:
+            return
 
         def back_gate_up(gradient: Tensor) -> None:
             for projection, rows in self._rows.items():

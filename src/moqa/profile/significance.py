@@ -1,10 +1,16 @@
 """What a layer's experts and channels contribute on a distribution, and which experts resemble each other."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from moqa.models.experts import ExpertRun
+from moqa.models.experts import PROJECTIONS, ExpertRun
+from moqa.models.view import ModelView
+
+# rows of all experts' matrices that are compared at a time
+_ROWS = 64
 
 
 class LayerStatistics:
@@ -73,18 +79,33 @@ def expert_significance(channel: Tensor) -> Tensor:
     return channel.sum(1) / total if total > 0 else torch.full((len(channel),), 1.0 / len(channel))
 
 
-def expert_similarity(matrices: Tensor) -> Tensor:
+def expert_similarity(parts: Iterable[Tensor]) -> Tensor:
     """Cosine between the weights of every two experts of a layer.
 
-    >>> expert_similarity(torch.eye(2).reshape(2, 1, 2))
+    >>> expert_similarity([torch.eye(2)])
     tensor([[1., 0.],
             [0., 1.]])
 
     Args:
-        matrices: [experts, rows, columns] all projections of each expert, stacked.
+        parts: of the experts' weights, each [experts, weights].
 
     Returns:
-        [experts, experts] in -1 to 1.
+        [experts, experts] in -1 to 1, float32.
     """
-    flat = torch.nn.functional.normalize(matrices.flatten(1), dim=1)
-    return flat @ flat.T
+    products: Tensor = sum(part.float() @ part.float().T for part in parts)  # type: ignore[assignment]
+    norms = products.diagonal().sqrt().clamp_min(1e-12)
+    return products / norms[:, None] / norms
+
+
+def layer_similarity(view: ModelView, layer: int) -> Tensor:
+    """`expert_similarity` of a decoder layer, some rows of all experts at a time."""
+
+    def parts() -> Iterator[Tensor]:
+        for projection in PROJECTIONS:
+            matrices = [
+                view.weight(u) for u in view.layer_units(layer) if u.expert is not None and u.projection == projection
+            ]
+            for rows in range(0, matrices[0].shape[0], _ROWS):
+                yield torch.stack([matrix[rows : rows + _ROWS].flatten() for matrix in matrices])
+
+    return expert_similarity(parts())

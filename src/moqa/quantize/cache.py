@@ -1,6 +1,6 @@
 """What a checkpoint keeps of the original for later adjustments."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def parse_cache(text: str) -> float | None:
 
 def cache_layers(
     view: ModelView, profile: Profile, known: tuple[str, ...], share: float | None
-) -> list[dict[str, Tensor]]:
+) -> Iterator[dict[str, Tensor]]:
     """Tensors of every decoder layer for `moqa.format.cache.write_cache`.
 
     Of a part, the channels whose share of their layer's significance changes most between distributions (MoQa's ~1 %;
@@ -48,20 +48,21 @@ def cache_layers(
         share: of all channels; None for the whole original.
     """
     names = [*known, SELF] if SELF in profile.statistics else [*known]
-    layers: list[dict[str, Tensor]] = []
-    dynamics: dict[int, Tensor] = {}
+    shares = {
+        layer: torch.stack([_shares(profile.layer(name, layer, "channel")) for name in names])
+        for layer in profile.expert_layers
+    }
+    places: dict[int, Tensor] = {}
+    if share is not None:
+        places = _most_dynamic({n: found.max(0).values - found.min(0).values for n, found in shares.items()}, share)
     for layer in range(len(view.layers)):
         units = view.layer_units(layer)
         stored = {unit.name: narrowest(view.weight(unit)).contiguous() for unit in units} if share is None else {}
-        if any(unit.role == "expert" for unit in units):
-            found = torch.stack([_shares(profile.layer(name, layer, "channel")) for name in names])
-            stored["significance"] = found[: len(known)].mean(0)
-            dynamics[layer] = found.max(0).values - found.min(0).values
-        layers.append(stored)
-    if share is not None:
-        for layer, channel in _most_dynamic(dynamics, share).items():
-            layers[layer] |= _rows(view, layer, channel)
-    return layers
+        if layer in shares:
+            stored["significance"] = shares[layer][: len(known)].mean(0)
+        if layer in places:
+            stored |= _rows(view, layer, places[layer])
+        yield stored
 
 
 def _shares(channel: Tensor) -> Tensor:

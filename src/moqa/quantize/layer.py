@@ -1,6 +1,7 @@
-"""Quantize the units of one decoder layer and keep the better result of each."""
+"""Quantize the units of one decoder layer, keep the better result of each, and let the layer run with them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +9,14 @@ from torch import Tensor
 
 from moqa.format.planes import pack, tile_rows
 from moqa.format.scheme import Scheme
+from moqa.kernels import PackedMatrix, find_kernels
 from moqa.methods import METHODS, Job, Method, Result
 from moqa.methods.inputs import Inputs
 from moqa.methods.stacks import Stack, stacks
+from moqa.models.experts import weights_from
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
+from moqa.runtime.packed import PackedExperts, PackedLinear, unpacked
 
 
 @dataclass(frozen=True)
@@ -21,13 +25,11 @@ class Quantized:
 
     Attributes:
         tensors: by suffix, see `Scheme.tensors`.
-        dense: [out, in] weights as they will be read back, float32.
         method: the method whose result this is.
         error: squared output error over squared output on the check samples; None without data.
     """
 
     tensors: dict[str, Tensor]
-    dense: Tensor
     method: str
     error: float | None
 
@@ -46,14 +48,14 @@ def quantize_units(
     """
     for unit in units:
         if schemes[unit.name].keeps:
-            stored = view.weight(unit).to(torch.bfloat16)
-            yield unit, Quantized({"weight": stored}, stored.float(), "none", None)
+            yield unit, Quantized({"weight": view.weight(unit).to(torch.bfloat16).contiguous()}, "none", None)
     narrow = [unit for unit in units if not schemes[unit.name].keeps]
     for stack in stacks(view, narrow, schemes, inputs):
-        yield from _solve(stack, schemes, method)
+        yield from solve(stack, schemes, method)
 
 
-def _solve(stack: Stack, schemes: Mapping[str, Scheme], method: Method) -> Iterator[tuple[Unit, Quantized]]:
+def solve(stack: Stack, schemes: Mapping[str, Scheme], method: Method) -> Iterator[tuple[Unit, Quantized]]:
+    """Quantize a stack, and for each of its units keep the better of the method and plain rounding."""
     widths = [[schemes[unit.name].width for unit in sharing for _ in range(unit.shape[0])] for sharing in stack.entries]
     job = Job(stack.weights, torch.tensor(widths), stack.inputs if method.needs_data else [], stack.scheme)
     results = {method.name: method.run(job)}
@@ -68,7 +70,7 @@ def _solve(stack: Stack, schemes: Mapping[str, Scheme], method: Method) -> Itera
         total = output_error(weight, check)
         error = errors[best] / total if method.needs_data and total > 0 else None
         tensors = _stored(results[best], entry, rows, schemes[unit.name].width)
-        yield unit, Quantized(tensors, dense[best][entry, rows], best, error)
+        yield unit, Quantized(tensors, best, error)
 
 
 def output_error(error: Tensor, gram: Tensor) -> float:
@@ -83,3 +85,38 @@ def _stored(result: Result, entry: int, rows: slice, width: int) -> dict[str, Te
     if grid.zero is not None:
         tensors["zero"] = tile_rows(grid.zero[entry, rows])
     return tensors
+
+
+@contextmanager
+def quantized(
+    view: ModelView, layer: int, done: Mapping[str, Quantized], schemes: Mapping[str, Scheme], hold: bool
+) -> Iterator[None]:
+    """Let a decoder layer compute with its quantized units for a block, exactly as the checkpoint will.
+
+    Args:
+        view: the model; the layer's own weights are forgotten, if they can be read again.
+        layer: index of the layer.
+        done: result of every unit of the layer.
+        schemes: unit name -> scheme.
+        hold: whether all units are unpacked at once, instead of whenever one is used.
+    """
+    kernels = find_kernels("reference")
+    experts: dict[tuple[int, str], PackedMatrix] = {}
+    with ExitStack() as stack:
+        stack.enter_context(view.without(layer))
+        for unit in view.layer_units(layer):
+            matrix = PackedMatrix(schemes[unit.name], unit.shape, done[unit.name].tensors)
+            if unit.expert is not None:
+                experts[unit.expert, unit.projection] = matrix
+                continue
+            parent, _, child = unit.module.rpartition(".")
+            owner, linear = view.module(parent), view.module(unit.module)
+            setattr(owner, child, PackedLinear(matrix, linear.bias, kernels))  # type: ignore[arg-type]
+            stack.callback(setattr, owner, child, linear)
+        path = view.experts_path(layer)
+        if path is not None:
+            module = view.module(path)
+            stack.enter_context(weights_from(module, PackedExperts(module, experts, kernels)))
+        if hold:
+            stack.enter_context(unpacked(view.layers[layer]))
+        yield

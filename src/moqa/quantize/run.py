@@ -1,8 +1,8 @@
 """`moqa.quantize`: apply a plan, layer by layer, and write the checkpoint."""
 
+import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,25 +11,25 @@ from torch import Tensor
 from moqa import __version__
 from moqa.errors import MoqaError
 from moqa.format.cache import write_cache
-from moqa.format.layout import shards
+from moqa.format.layout import Shard, shards
 from moqa.format.manifest import MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
-from moqa.format.writer import check_free, finished_folder, introduce, write_index, write_manifest, write_shard
+from moqa.format.unfinished import Unfinished, unfinished
+from moqa.format.writer import check_free, introduce, write_index, write_manifest, write_shard
 from moqa.methods import Method
-from moqa.methods.inputs import Inputs, Part, gather_inputs
 from moqa.methods.registry import find_method
 from moqa.models import checkpoint
-from moqa.models.stages import Stages
+from moqa.models.memory import Memory
 from moqa.models.view import ModelView, open_model
 from moqa.plan import Plan
+from moqa.plan.run import kept_entries
 from moqa.profile import Profile, read_profile
-from moqa.profile.measure import batches
 from moqa.progress import Report, quiet
 from moqa.quantize.cache import cache_layers, parse_cache
+from moqa.quantize.flow import Flow
 from moqa.quantize.layer import Quantized, quantize_units
+from moqa.quantize.room import Room
 from moqa.quantize.routing import describe_routing
 
-# one window in this many decides between methods and is not fitted on
-_CHECK_EVERY = 8
 # small files of the original that a transformers model needs beside its weights
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 
@@ -44,11 +44,15 @@ def quantize(
     profile: Profile | None = None,
     view: ModelView | None = None,
     cache: str | None = None,
+    memory: Memory | None = None,
+    restart: bool = False,
 ) -> Path:
-    """Quantize a model by a plan and write it as a checkpoint.
+    """Quantize a model by a plan and write it as a checkpoint, one decoder layer at a time.
 
     >>> moqa.quantize("reference/model", plan, "runs/out", method="gptq")
     PosixPath('runs/out')
+
+    A run that was killed goes on from the last finished layer when it is started again; the bytes are the same.
 
     Args:
         model: folder or Hub id of the original model, the one that the plan was made for.
@@ -58,11 +62,14 @@ def quantize(
         overwrite: replace a checkpoint that is there.
         report: called with what is done, how much of it, and of how much.
         profile: the plan's profile, which holds the samples; None reads it from where the plan says.
-        view: the model, if it is open already; its weights are overwritten and restored.
+        view: the model, if it is open already.
         cache: what to keep of the original for adjustments: a share of the channels such as `1%`, or `full`.
+        memory: what the process may take; None means all that is free.
+        restart: begin anew, whatever an earlier run has finished.
 
     Raises:
-        MoqaError: if the plan is for another model, the method unknown, the samples are missing, or `out` is taken.
+        MoqaError: if the plan is for another model, the method unknown, the samples are missing, the memory is too
+            small, or `out` is taken or holds an unfinished run with other options.
     """
     out = Path(out)
     how = find_method(method)
@@ -78,11 +85,12 @@ def quantize(
     # also a method that needs no data comes from a plan that was fitted on texts: their hashes go into the manifest
     profile = profile or _profile_of(plan)
     _check_profile(profile, plan)
-    view = view or open_model(folder)
+    view = view or open_model(folder, keep=False)
     _check_units(view, plan)
-    original = {name: view.weight(unit).clone() for name, unit in view.units.items()}
-    try:
-        with torch.no_grad(), finished_folder(out, overwrite) as target:
+    room = Room.within(memory or Memory.free(), view, how)
+    with torch.no_grad(), unfinished(out, _job(plan, profile, how, cache), overwrite, restart) as work:
+        target = work.result
+        if work.noted("start") is None:
             for pattern in _COMPANIONS:
                 for path in sorted(folder.glob(pattern)):
                     if path.name != checkpoint.INDEX:
@@ -90,95 +98,102 @@ def quantize(
             introduce(target)
             if cache is not None:
                 report("cache", 0, 1)
-                write_cache(target, plan.fingerprint, share, cache_layers(view, profile, plan.known, share))
+                layers = cache_layers(view, profile, plan.known, share)
+                write_cache(target, plan.fingerprint, share, len(view.layers), layers)
+                report("cache", 1, 1)
             describe_routing(target, profile, plan.known)
-            _write(view, plan, how, profile, target, model, report)
-    finally:
-        for name, weight in original.items():
-            view.set_weight(view.units[name], weight)
+            work.note("start", {})
+        _write(view, plan, how, profile, work, room, model, report)
     return out
 
 
+def _job(plan: Plan, profile: Profile, method: Method, cache: str | None) -> dict:
+    """All that a checkpoint's bytes depend on."""
+    digest = hashlib.sha256(plan.model_dump_json(exclude={"profile", "model"}).encode())
+    for name in sorted(plan.mixture):
+        digest.update(profile.statistics[name]["samples"].contiguous().numpy().tobytes())
+    return {"moqa": __version__, "model": plan.fingerprint, "plan and samples": digest.hexdigest(),
+            "method": method.name, "cache": cache}  # fmt: skip
+
+
 def _write(
-    view: ModelView, plan: Plan, method: Method, profile: Profile, target: Path, model: str | Path, report: Report
-) -> None:
-    kept = view.kept_on_disk()
+    view: ModelView, plan: Plan, method: Method, profile: Profile, work: Unfinished, room: Room, model: str | Path,
+    report: Report,
+) -> None:  # fmt: skip
+    kept, depth = kept_entries(profile), len(view.layers)
     layout = shards(
-        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in kept.items()},
-        len(view.layers),
-        {name: (unit.layer, unit.shape, plan.units[name]) for name, unit in view.units.items()},
+        kept, depth, {name: (unit.layer, unit.shape, plan.units[name]) for name, unit in view.units.items()}
     )
-    files: dict[str, StoredFile] = {layout[0].file: write_shard(target, layout[0], kept)}
+    if (ends := work.noted("kept")) is None:
+        ends = write_shard(work.result, layout[0], view.kept_on_disk()).model_dump()
+        work.note("kept", ends)
+    files = {layout[0].file: StoredFile.model_validate(ends)}
     units: dict[str, StoredUnit] = {}
-    flow = _Flow(view, plan, profile) if method.needs_data else None
-    for layer in range(len(view.layers)):
-        report("quantize", layer, len(view.layers))
-        shard, done = layout[layer + 1], _quantize_layer(view, plan, method, flow, layer)
-        files[shard.file] = write_shard(target, shard, _tensors(done))
-        for name, result in done.items():
-            unit = view.units[name]
-            units[name] = StoredUnit(
-                layer=layer, role=unit.role, shape=unit.shape, scheme=plan.units[name], method=result.method,
-                error=None if result.error is None else float(f"{result.error:.6g}"),
-            )  # fmt: skip
+    flow = Flow(view, plan, profile, work) if method.needs_data else None
+    for layer in range(depth):
+        report("quantize", layer, depth)
+        if (done := work.noted(f"layer-{layer}")) is None:
+            done = _layer(view, plan, method, flow, layer, room, layout[layer + 1], work, report)
+        files[layout[layer + 1].file] = StoredFile.model_validate(done["file"])
+        units |= {name: StoredUnit.model_validate(unit) for name, unit in done["units"].items()}
     if sum(file.bytes for file in files.values()) != plan.account.checkpoint:
         raise RuntimeError(f"wrote {sum(f.bytes for f in files.values())} bytes, planned {plan.account.checkpoint}")
     fitted = {n: r.fitted for n, r in profile.record.distributions.items() if n in plan.known and r.fitted is not None}
     manifest = Manifest(
         moqa=__version__, model=str(model), model_type=plan.model_type, fingerprint=plan.fingerprint,
-        layers=len(view.layers), strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
+        layers=depth, strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
         budget=plan.budget, method=method.name, seed=profile.record.settings.seed, mixture=plan.mixture,
         fitted=fitted,
-        units=units, kept={n: StoredTensor(dtype=str(t.dtype).removeprefix("torch."), shape=tuple(t.shape))
-                           for n, t in kept.items()},
+        units=units, kept={n: StoredTensor(dtype=str(dtype).removeprefix("torch."), shape=shape)
+                           for n, (dtype, shape) in kept.items()},
         files=files,
     )  # fmt: skip
-    write_manifest(manifest, target / MANIFEST)
-    write_index(manifest, target)
-    report("quantize", len(view.layers), len(view.layers))
+    write_manifest(manifest, work.result / MANIFEST)
+    write_index(manifest, work.result)
+    report("quantize", depth, depth)
 
 
-def _quantize_layer(
-    view: ModelView, plan: Plan, method: Method, flow: "_Flow | None", layer: int
-) -> dict[str, Quantized]:
-    units = view.layer_units(layer)
-    inputs = flow.inputs(layer) if flow else {}
-    done = {unit.name: result for unit, result in quantize_units(view, units, plan.units, method, inputs)}
-    for unit in units:
-        view.set_weight(unit, done[unit.name].dense)
+def _layer(
+    view: ModelView, plan: Plan, method: Method, flow: Flow | None, layer: int, room: Room, shard: Shard,
+    work: Unfinished, report: Report,
+) -> dict:  # fmt: skip
+    """Quantize a decoder layer, write it and put the hidden states behind it aside; gives what is noted of it."""
+    done: dict[str, Quantized] = {}
+    inputs = flow.inputs(layer) if flow else None
+    dense = [unit for unit in view.layer_units(layer) if unit.expert is None]
+    routed = [unit for unit in view.layer_units(layer) if unit.expert is not None]
+    experts = sorted({unit.expert for unit in routed if unit.expert is not None})
+    for begin in range(0, len(experts), room.experts) if routed else ():
+        some = experts[begin : begin + room.experts]
+        report("quantize", layer, len(view.layers), layer=layer, expert=some[0], error=_error(done))
+        seen = inputs.experts(some) if inputs else {}
+        mine = [unit for unit in routed if unit.expert in some]
+        done |= {unit.name: result for unit, result in quantize_units(view, mine, plan.units, method, seen)}
+        del seen  # before the next ones are summed up
+    seen = inputs.linear if inputs else {}
+    done |= {unit.name: result for unit, result in quantize_units(view, dense, plan.units, method, seen)}
+    if inputs:
+        inputs.drop()
+    file = write_shard(work.result, shard, _tensors(done))
     if flow and layer + 1 < len(view.layers):
-        flow.advance(layer)
-    return done
+        flow.advance(layer, done, plan.units, room.unpacked)
+    stored = {
+        unit.name: StoredUnit(
+            layer=layer, role=unit.role, shape=unit.shape, scheme=plan.units[unit.name], method=done[unit.name].method,
+            error=None if done[unit.name].error is None else float(f"{done[unit.name].error:.6g}"),
+        ).model_dump(mode="json")
+        for unit in view.layer_units(layer)
+    }  # fmt: skip
+    facts = {"file": file.model_dump(mode="json"), "units": stored}
+    work.note(f"layer-{layer}", facts)
+    work.drop(f"hidden-{layer}-*")
+    return facts
 
 
-class _Flow:
-    """The samples' hidden states on their way through the model, quantized as far as it is."""
-
-    def __init__(self, view: ModelView, plan: Plan, profile: Profile) -> None:
-        self._view, self._stages = view, Stages(view.model)
-        self._parts: list[Part] = []
-        # in an order that a plan read from a file has too: sums of floats depend on it
-        for name, share in sorted(plan.mixture.items()):
-            tokens = profile.samples(name)
-            check = _held_out(len(tokens))
-            for held, windows in ((False, tokens[~check]), (True, tokens[check])):
-                for batch in batches(windows) if len(windows) else ():
-                    # every distribution counts by its share, however many samples it has
-                    self._parts.append(Part(self._stages.embed(batch), share / windows.numel(), held))
-
-    def inputs(self, layer: int) -> dict[str, Inputs]:
-        """Inputs of all units of a layer; the layer's weights are still the original ones."""
-        return gather_inputs(self._view, self._stages, layer, self._parts)
-
-    def advance(self, layer: int) -> None:
-        """Move the hidden states past a layer that is quantized now."""
-        self._parts = [replace(part, hidden=self._stages.layer(layer, part.hidden)) for part in self._parts]
-
-
-def _held_out(windows: int) -> Tensor:
-    """[windows] which windows are not fitted on: one in eight, and one of fewer; a single one is fitted on."""
-    every = min(_CHECK_EVERY, windows)
-    return torch.arange(windows) % every == every - 1 if windows > 1 else torch.zeros(windows, dtype=torch.bool)
+def _error(done: Mapping[str, Quantized]) -> float:
+    """Mean relative output error so far."""
+    errors = [result.error for result in done.values() if result.error is not None]
+    return sum(errors) / max(len(errors), 1)
 
 
 def _tensors(done: Mapping[str, Quantized]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from moqa.errors import MoqaError
 from moqa.format.reader import Checkpoint, open_checkpoint
 from moqa.kernels import KERNELS, Kernels, PackedMatrix, find_kernels
 from moqa.models.experts import Experts
-from moqa.models.load import load_tokenizer, one_line
+from moqa.models.load import empty_model, load_tokenizer, one_line
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.runtime.adjusted import make_adjustable
@@ -61,7 +60,7 @@ def load_packed(
     device: str | torch.device = "cpu",
 ) -> "PreTrainedModel":
     """The model of a checkpoint that has been checked; see `load`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if dtype not in (torch.float32, torch.bfloat16):
         raise MoqaError(f"activations of {dtype}", "choose float32 or bfloat16")
@@ -70,12 +69,11 @@ def load_packed(
         depth = config.get_text_config().num_hidden_layers
         if depth != checkpoint.manifest.layers:  # before a model of any depth is built
             raise ValueError(f"{depth} layers, the manifest has {checkpoint.manifest.layers}")
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = empty_model(config, dtype)
     except Exception as error:  # transformers fails on a foreign configuration in any way
         raise MoqaError(f"{checkpoint.folder} has no usable config.json", one_line(error)) from None
     found = choose_kernels(kernels, device)
-    install_units(model.eval(), checkpoint, found)
+    install_units(model, checkpoint, found)
     stored = checkpoint.layer(None)
     _check_kept(model, stored, checkpoint.folder)
     mapped = _tables(model, stored)
@@ -207,20 +205,3 @@ def _check_kept(model: "PreTrainedModel", stored: Mapping[str, Tensor], folder: 
         ):
             found, needed = (f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in (tensor, other))
             raise MoqaError(f"{folder}: {name} is {found}", f"config.json needs {needed}")
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Build a model without memory for its parameters; buffers are made for real, no checkpoint holds all of them."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

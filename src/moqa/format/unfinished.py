@@ -1,0 +1,175 @@
+"""Long work that survives a kill: what is done lies beside the result, and the same command goes on from there."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moqa.errors import MoqaError, Stopped
+from moqa.format.writer import check_free, put_in_place, sync
+
+_JOB, _LOCK, _RESULT, _STEPS = "job.json", "lock", "result", "steps"
+
+
+class Unfinished:
+    """A folder on its way to be whole.
+
+    >>> with unfinished(Path("out"), {"model": "..."}) as work:
+    ...     if work.noted("layer-0") is None:
+    ...         work.keep("hidden-1", {"x": torch.ones(3)})
+    ...         work.note("layer-0", {"error": 0.1})
+
+    Attributes:
+        result: folder that becomes the result.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._steps, self.result = folder / _STEPS, folder / _RESULT
+        self._fresh: list[Path] = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether any step is done."""
+        return any(self._steps.glob("*.json"))
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors aside; they are safe once a later `note` is made."""
+        path = self._steps / f"{name}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+        self._fresh.append(path)
+
+    def kept(self, name: str) -> dict[str, Tensor]:
+        """Tensors that were put aside.
+
+        Raises:
+            MoqaError: if they are damaged.
+        """
+        path = self._steps / f"{name}.safetensors"
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise MoqaError(f"{path} is damaged ({error})", "begin anew with --restart") from None
+
+    def drop(self, name: str) -> None:
+        """Remove tensors that are needed no more; a pattern removes several."""
+        for path in self._steps.glob(f"{name}.safetensors"):
+            path.unlink()
+
+    def note(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Record that a step is done: all that was put aside before is on the disk when this returns."""
+        for path in self._fresh:
+            if path.is_file():
+                sync(path)
+        self._fresh = []
+        _write_whole(self._steps / f"{name}.json", facts)
+
+    def noted(self, name: str) -> dict[str, Any] | None:
+        """What was recorded of a step; None if it is not done."""
+        return _read(self._steps / f"{name}.json")
+
+
+@contextmanager
+def unfinished(
+    out: Path, job: Mapping[str, Any], overwrite: bool = False, restart: bool = False
+) -> Iterator[Unfinished]:
+    """Work on a folder that becomes `out` if the block ends well.
+
+    After a kill, a stop, or trouble with the disk or the memory, the steps that are done stay beside `out`
+    for the next time; after any other error nothing does.
+
+    Args:
+        out: the folder to make.
+        job: all that the result depends on, as JSON.
+        overwrite: replace a folder that is there.
+        restart: forget earlier work.
+
+    Raises:
+        MoqaError: if `out` may not be replaced or cannot be written, another process is at it, or earlier work on it
+            was another job.
+    """
+    check_free(out, overwrite)
+    folder = out.with_name(f".{out.name}.partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder, out)
+    except OSError as error:
+        raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
+    with lock:
+        _same_job(folder, job, out, restart)
+        work = Unfinished(folder)
+        keep = False
+        try:
+            for path in (folder / _STEPS, work.result):
+                path.mkdir(exist_ok=True)
+            yield work
+            put_in_place(work.result, out)
+        except (OSError, SafetensorError) as error:
+            keep = work.begun
+            raise MoqaError(
+                f"{out} could not be written: {error}",
+                "run the same command again to go on" if keep else "nothing was kept",
+            ) from None
+        except (KeyboardInterrupt, SystemExit, MemoryError, Stopped):
+            keep = work.begun
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(folder: Path, out: Path) -> IO[str]:
+    """The folder's lock, held until it is closed or the process ends."""
+    while True:
+        lock = (folder / _LOCK).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise MoqaError(f"{out} is being written by another process", "wait for it, or choose another -o") from None
+        # the process that held it may have removed the folder meanwhile
+        if (folder / _LOCK).exists() and os.path.samestat(os.fstat(lock.fileno()), (folder / _LOCK).stat()):
+            return lock
+        lock.close()
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _same_job(folder: Path, job: Mapping[str, Any], out: Path, restart: bool) -> None:
+    """Go on with earlier work on the same job, or clear the folder for this one."""
+    wanted, old = json.loads(json.dumps(job)), _read(folder / _JOB)
+    if old == wanted and not restart:
+        return
+    if old is not None and Unfinished(folder).begun and not restart:
+        key = next(key for key in sorted(old.keys() | wanted.keys()) if old.get(key) != wanted.get(key))
+        raise MoqaError(
+            f"{out} has an unfinished run with {key} {_short(old.get(key))}, this one has {_short(wanted.get(key))}",
+            "finish that one with its own command, or begin anew with --restart",
+        )
+    for path in (folder / _STEPS, folder / _RESULT):
+        shutil.rmtree(path, ignore_errors=True)
+    _write_whole(folder / _JOB, wanted)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _write_whole(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write JSON that is either there or not."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(facts), encoding="utf-8")
+    sync(fresh)
+    fresh.rename(path)
+    sync(path.parent)

@@ -1,0 +1,97 @@
+"""What is worked on at a time, so that a process stays within its memory."""
+
+from dataclasses import dataclass
+
+from moqa.errors import MoqaError
+from moqa.methods.inputs import input_space
+from moqa.methods.stacks import STACK_WEIGHTS
+from moqa.models.memory import Memory, resident, return_large_blocks
+from moqa.models.stages import BATCH_TOKENS
+from moqa.models.view import ModelView
+
+# float32 copies of a stack of matrices that solving it takes, and float64 ones of the statistics of their inputs
+_COPIES, _SQUARES = 10, 4
+# what the C library keeps of small blocks, as a factor
+_SLACK = 1.06
+# copies of a batch's outputs of all its experts
+_OUTPUTS = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that parts of a model take, of decoder layers those of the largest.
+
+    >>> Sizes.of(view).layer
+    5505024
+
+    Attributes:
+        base: what the process has now.
+        ends: the embedding and the head, to compute with.
+        logits: of a batch, and what makes a gradient of them.
+        layer: a layer's units, as they are read.
+        weights: number of weights in them.
+        batch: what goes through a layer together.
+        linear: statistics of the inputs of units that are no experts.
+        expert: statistics of one expert's inputs.
+        matrices: number of weights of one expert, or of the largest units that share an input.
+        features: of their inputs.
+        experts: how many a layer has.
+    """
+
+    base: int
+    ends: int
+    logits: int
+    layer: int
+    weights: int
+    batch: int
+    linear: int
+    expert: int
+    matrices: int
+    features: int
+    experts: int
+
+    @classmethod
+    def of(cls, view: ModelView) -> "Sizes":
+        """Of a model; from now on the process takes no more than it uses."""
+        return_large_blocks()
+        layer = weights = linear = expert = matrices = features = experts = 0
+        for index in range(len(view.layers)):
+            units = view.layer_units(index)
+            layer = max(layer, sum(unit.weights * view.itemsize(unit) for unit in units))
+            weights = max(weights, sum(unit.weights for unit in units))
+            spaces: dict[str, list[int]] = {}
+            for unit in units:
+                spaces.setdefault(input_space(unit), [unit.shape[1]]).append(unit.weights)
+            squares = {name: 4 * sizes[0] ** 2 for name, sizes in spaces.items()}
+            routed = {input_space(unit) for unit in units if unit.expert is not None}
+            count = len({unit.expert for unit in units if unit.expert is not None})
+            linear = max(linear, sum(size for name, size in squares.items() if name not in routed))
+            expert = max(expert, sum(size for name, size in squares.items() if name in routed) // max(count, 1))
+            matrices = max(matrices, *(sum(sizes[1:]) for sizes in spaces.values()))
+            features = max(features, *(sizes[0] for sizes in spaces.values()))
+            experts = max(experts, count)
+        table = view.model.get_input_embeddings().weight
+        outputs = _OUTPUTS * max(view.top_k, 1) + 8
+        return cls(
+            base=resident(), ends=view.ends_bytes(), logits=4 * 4 * BATCH_TOKENS * table.shape[0], layer=layer,
+            weights=weights, batch=BATCH_TOKENS * table.shape[1] * 4 * outputs, linear=linear, expert=expert,
+            matrices=matrices, features=features, experts=experts,
+        )  # fmt: skip
+
+    def solving(self, copies: int = 1) -> int:
+        """While a method works on one stack of matrices, each so many times."""
+        stack = max(self.matrices * copies, min(STACK_WEIGHTS, self.weights))
+        return 4 * _COPIES * stack + 8 * _SQUARES * self.features**2
+
+
+def as_many(memory: Memory, fixed: int, each: int, count: int, least: int) -> int:
+    """How many of something fit beside what is fixed.
+
+    Raises:
+        MoqaError: if not one does; says how much memory would do.
+    """
+    smallest = int(max(fixed + each, least) * _SLACK)
+    if memory.limit < smallest:
+        typed = f"--max-memory {memory.typed}" if memory.typed else f"{memory.limit / 2**30:.2f} GiB of free memory"
+        raise MoqaError(f"{typed} holds no decoder layer of this model", f"at least {smallest / 2**30:.2f} GiB do")
+    return max(1, min(count, int(memory.limit / _SLACK - fixed) // max(each, 1)))

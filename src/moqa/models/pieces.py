@@ -1,0 +1,260 @@
+"""A model's weights piece by piece: each decoder layer, and both ends, read from disk when they are used."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from moqa.errors import MoqaError
+from moqa.models import checkpoint
+from moqa.models.load import difference, quiet
+from moqa.models.memory import give_back
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# number of the piece that holds the embedding and the head; decoder layers have theirs
+ENDS = -1
+# experts that are read at a time
+_TOGETHER = 8
+
+
+class Pieces:
+    """Reads parameters of a model that was built without memory for them.
+
+    >>> pieces = Pieces(model, Path("reference/model"), {"model.layers.3.self_attn.q_proj.weight": 3}, False, ())
+    >>> pieces.need(3)
+
+    What no piece owns is read at once and stays. A decoder layer or an end that is called reads its piece itself.
+
+    Args:
+        model: with parameters on the meta device, in the dtypes that they are wanted in.
+        folder: of the original checkpoint.
+        owners: parameter -> number of its piece.
+        keep: whether pieces stay once they are read; else one is forgotten when another is needed.
+        narrow: parameters that are wanted in the dtype in which they are stored.
+
+    Raises:
+        MoqaError: if the folder holds other tensors than the model, or a value that is no number.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        folder: Path,
+        owners: Mapping[str, int],
+        keep: bool,
+        narrow: Collection[str],
+    ) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self._model, self._folder, self._keep = model, folder, keep
+        self._mapping = get_model_conversion_mapping(model)
+        self._files = {name: path for path in checkpoint.weight_files(folder) for name in checkpoint.read_header(path)}
+        headers = checkpoint.headers(folder)
+        self._names: dict[int | None, list[str]] = {None: []}
+        self._stacks: dict[int | None, list[_Stack]] = {}
+        stacks: dict[str, _Stack] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        for name, (target, pattern, converter) in _targets(model, self._mapping, list(headers)).items():
+            self._dtypes[target] = _dtype(headers[name])
+            if target in narrow and pattern is not None:
+                stacks.setdefault(target, _Stack(target, converter)).add(name, pattern, headers[name]["dtype"])
+            self._names.setdefault(owners.get(target), []).append(name)
+        for target, stack in stacks.items():
+            if len(stack.dtypes) == 1:
+                _empty(model, target, checkpoint.DTYPES[next(iter(stack.dtypes))])
+            if stack.holds(len(model.get_parameter(target))):
+                self._stacks.setdefault(owners.get(target), []).append(stack)
+        self._there: dict[int, list[str]] = {}
+        self._without: int | None = None
+        _check(model, folder, self._mapping, headers)
+        self._read(None)
+
+    def need(self, piece: int) -> None:
+        """Have a piece in memory."""
+        if piece in self._there or piece not in self._names or piece == self._without:
+            return
+        if not self._keep:
+            self.forget()
+        self._there[piece] = self._read(piece)
+
+    def stored_dtype(self, target: str) -> torch.dtype:
+        """Dtype in which a parameter that becomes one tensor lies on disk."""
+        return self._dtypes[target]
+
+    def forget(self) -> None:
+        """Give back the memory of all pieces."""
+        for names in self._there.values():
+            for name in names:
+                _empty(self._model, name)
+        if ENDS in self._there:
+            self._model.tie_weights()
+        if self._there:
+            self._there = {}
+            give_back()
+
+    @contextmanager
+    def without(self, piece: int) -> Iterator[None]:
+        """A block in which nobody needs a piece."""
+        if not self._keep:
+            self.forget()
+        self._without = piece
+        try:
+            yield
+        finally:
+            self._without = None
+
+    def read_when_called(self, module: nn.Module, piece: int) -> None:
+        """Let a module's call need its piece."""
+
+        def read(called: nn.Module, *_: object) -> None:
+            # one whose forward stands for another (`Stages`) does not use its weights
+            if "forward" not in vars(called):
+                self.need(piece)
+
+        module.register_forward_pre_hook(read)
+
+    def _read(self, piece: int | None) -> list[str]:
+        """Read a piece's tensors into the model; gives the names of the parameters that they became."""
+        before = {name: id(parameter) for name, parameter in self._model.named_parameters(remove_duplicate=False)}
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+
+            def on_disk(name: str) -> _OnDisk:
+                path = self._files[name]
+                if path not in opened:
+                    # mapped pages would count as memory of this process
+                    opened[path] = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+                return _OnDisk(f"{self._folder}: tensor {name}", opened[path].get_slice(name))
+
+            stacks = self._stacks.get(piece, [])
+            for found in stacks:
+                _put(self._model, found.target, found.read(self._model, on_disk))
+            stacked = {name for found in stacks for name in found.names}
+            rest = {name: on_disk(name) for name in self._names[piece] if name not in stacked}
+            result = _convert(self._model, rest, self._mapping, "cpu")
+        if result.conversion_errors:
+            name, error = next(iter(result.conversion_errors.items()))
+            raise MoqaError(f"{self._folder}: {name} cannot be read", error.strip().splitlines()[-1])
+        if piece in (None, ENDS):
+            self._model.tie_weights()
+        self._model.requires_grad_(False)
+        return [name for name, p in self._model.named_parameters(remove_duplicate=False) if id(p) != before[name]]
+
+
+class _Stack:
+    """A stack of experts that lie on disk one by one; read some at a time, since all at once take three times as much.
+
+    Args:
+        target: parameter that they become.
+        converter: transformers' own description of how.
+    """
+
+    def __init__(self, target: str, converter: Any) -> None:
+        self.target, self._converter = target, converter
+        self.dtypes: set[str] = set()
+        self._sources: dict[str, list[str]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Tensors on disk."""
+        return [name for names in self._sources.values() for name in names]
+
+    def add(self, name: str, pattern: str, dtype: str) -> None:
+        """Add the next expert's tensor of one kind."""
+        self._sources.setdefault(pattern, []).append(name)
+        self.dtypes.add(dtype)
+
+    def holds(self, experts: int) -> bool:
+        """Whether there is one tensor of each kind for every expert."""
+        return len(self.dtypes) == 1 and {len(names) for names in self._sources.values()} == {experts}
+
+    def read(self, model: "PreTrainedModel", on_disk: Callable[[str], "_OnDisk"]) -> Tensor:
+        """All experts."""
+        empty = model.get_parameter(self.target)
+        whole = torch.empty(empty.shape, dtype=empty.dtype)
+        for begin in range(0, len(whole), _TOGETHER):
+            converter = deepcopy(self._converter)
+            for pattern, names in self._sources.items():
+                for name in names[begin : begin + _TOGETHER]:
+                    converter.add_tensor(self.target, name, pattern, on_disk(name)[...])
+            found = converter.convert(self.target, model=model, config=model.config)[self.target]
+            whole[begin : begin + _TOGETHER] = found[0] if isinstance(found, list) else found
+        return whole
+
+
+class _OnDisk:
+    """A tensor of the original that is read, and looked at for NaN, when transformers asks for it."""
+
+    def __init__(self, what: str, place: Any) -> None:
+        self._what, self._place = what, place
+
+    def __getitem__(self, index: Any) -> Tensor:
+        tensor = self._place[index]
+        checkpoint.refuse_bad(self._what, tensor)
+        return tensor
+
+
+def _targets(
+    model: "PreTrainedModel", mapping: Sequence[Any], names: Sequence[str]
+) -> dict[str, tuple[str, str | None, Any]]:
+    """For tensors on disk, in the order in which transformers takes them: the first of the parameters or buffers that
+    each becomes, and the pattern and converter that apply to it, if any; without those that the model ignores."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    wanted, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = rename_source_key(name, [], [], prefix, wanted)
+        if target in wanted:
+            found[name] = (target, pattern, by_pattern.get(pattern))
+    return found
+
+
+def _check(model: "PreTrainedModel", folder: Path, mapping: Sequence[Any], headers: Mapping[str, dict]) -> None:
+    """Send all tensors through the conversion without their values, and refuse what does not come out right."""
+    state = {name: torch.empty(entry["shape"], dtype=_dtype(entry), device="meta") for name, entry in headers.items()}
+    found = _convert(model, state, mapping, "meta")
+    model._adjust_missing_and_unexpected_keys(found)
+    missing = found.missing_keys - set(model.all_tied_weights_keys or {})
+    wrong = [*sorted(found.conversion_errors), *sorted(str(key) for key in found.mismatched_keys), *sorted(missing)]
+    wrong += sorted(found.unexpected_keys)
+    if wrong:
+        problem = difference(folder, model.config) or f"{len(wrong)} tensors do not fit, e.g. {wrong[0]}"
+        raise MoqaError(f"{folder} is not what its config.json says", problem)
+
+
+def _convert(model: "PreTrainedModel", state: Mapping[str, Any], mapping: Sequence[Any], device: str) -> Any:
+    """Let transformers turn tensors of a checkpoint into a model's parameters."""
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    with quiet():
+        config = LoadStateDictConfig(weight_mapping=list(mapping), device_map={"": device})
+        return convert_and_load_state_dict_in_model(model, dict(state), config)[0]
+
+
+def _dtype(entry: Mapping[str, Any]) -> torch.dtype:
+    return checkpoint.DTYPES[entry["dtype"]]
+
+
+def _empty(model: "PreTrainedModel", name: str, dtype: torch.dtype | None = None) -> None:
+    """Put a parameter without memory in the place of another."""
+    old = model.get_parameter(name)
+    _put(model, name, torch.empty(old.shape, dtype=dtype or old.dtype, device="meta"))
+
+
+def _put(model: "PreTrainedModel", name: str, value: Tensor) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)

@@ -1,0 +1,196 @@
+"""What a run of `moqa.quantize` will cost, before it reads a weight."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, Field
+
+from moqa.format.scheme import Scheme
+from moqa.kernels import PackedMatrix
+from moqa.methods import Method
+from moqa.methods.inputs import Inputs, input_space
+from moqa.methods.registry import find_method
+from moqa.methods.stacks import STACK_WEIGHTS, Stack
+from moqa.models import checkpoint
+from moqa.models.memory import Memory
+from moqa.models.stages import BATCH_TOKENS
+from moqa.models.units import Unit
+from moqa.models.view import ModelView, open_model
+from moqa.plan import Plan
+from moqa.profile import SELF, Profile
+from moqa.profile.room import Room as ProfileRoom
+from moqa.profile.sensitivity import PROBES
+from moqa.quantize.layer import solve
+from moqa.quantize.room import Room
+
+# bytes a second that storage reads and writes at least: an ordinary solid-state disk
+_STORAGE = 500e6
+# likewise of weights that are in memory, with the arithmetic of a few tokens
+_MEMORY = 4e9
+
+
+class Estimate(BaseModel, frozen=True):
+    """Cost of a run."""
+
+    checkpoint_bytes: int = Field(description="of the weight files, exactly")
+    peak_bytes: int = Field(description="largest resident memory of the process")
+    disk_bytes: int = Field(description="checkpoint, cache and what is put aside, at the fullest moment")
+    seconds: float = Field(description="on this machine, from a calibration of a few seconds")
+
+
+def estimate(
+    model: str | Path, plan: Plan, profile: Profile, method: str = "gptq", cache: str | None = None,
+    memory: Memory | None = None, profiled: bool = True,
+) -> Estimate:  # fmt: skip
+    """Cost of quantizing a model by a plan.
+
+    >>> estimate("reference/model", plan, profile).checkpoint_bytes
+    12922880
+
+    Args:
+        model: folder or Hub id of the original; its headers, routers and norms are read.
+        plan: scheme of every unit.
+        profile: the plan's, for the number of samples.
+        method: as for `moqa.quantize`.
+        cache: likewise.
+        memory: likewise.
+        profiled: whether the profile is there; else making it is part of the run.
+
+    Raises:
+        MoqaError: if the model is unusable or the memory too small.
+    """
+    how, folder = find_method(method), checkpoint.locate(model)
+    view = open_model(folder, keep=False)
+    room = Room.within(memory or Memory.free(), view, how)
+    tokens = sum(profile.record.distributions[name].tokens for name in plan.mixture) if how.needs_data else 0
+    hidden = tokens * view.model.get_input_embeddings().weight.shape[1] * 4
+    original = sum(unit.weights * view.itemsize(unit) for unit in view.units.values())
+    kept = original if cache == "full" else 0 if cache is None else round(original * float(cache.strip(" %")) / 100)
+    clock = _Clock(how)
+    seconds = sum(clock.layer(view, layer, plan, tokens, room) for layer in range(len(view.layers)))
+    peak, put_aside = room.peak, 3 * hidden
+    if not profiled:
+        limits = memory or Memory.free()
+        before, holds = ProfileRoom.within(limits, view, how), limits.holds(folder)
+        whole = 4 * checkpoint.values(folder) if holds else 0
+        counts = {name: entry.tokens for name, entry in profile.record.distributions.items()}
+        seconds += clock.profile(view, plan, counts, profile.record.settings.context, before.experts, holds)
+        # hidden states at all layers, for the way back
+        put_aside, peak = max(put_aside, hidden * (len(view.layers) + 2)), max(peak, before.peak + whole)
+    # hidden states before and behind a layer, and what its experts are called with
+    return Estimate(
+        checkpoint_bytes=plan.account.checkpoint, peak_bytes=peak,
+        disk_bytes=plan.account.checkpoint + kept + put_aside, seconds=round(seconds, 1),
+    )  # fmt: skip
+
+
+class _Clock:
+    """Times one piece of each kind of work, with random numbers of the right shapes."""
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self._found: dict[tuple, float] = {}
+
+    def layer(self, view: ModelView, layer: int, plan: Plan, tokens: int, room: Room) -> float:
+        """Seconds that a decoder layer takes."""
+        units = view.layer_units(layer)
+        spaces: dict[str, list[Unit]] = {}
+        for unit in units:
+            spaces.setdefault(input_space(unit), []).append(unit)
+        experts = max(1, len({unit.expert for unit in units if unit.expert is not None}))
+        read = sum(unit.weights * view.itemsize(unit) for unit in units)
+        written = sum(plan.units[unit.name].stored_bytes(unit.shape) for unit in units)
+        seconds = (read + written) / _STORAGE
+        times = 1 if room.unpacked else -(-tokens // BATCH_TOKENS)
+        for sharing in spaces.values():
+            scheme, features = plan.units[sharing[0].name], sharing[0].shape[1]
+            if scheme.keeps:
+                continue
+            rows = sum(unit.shape[0] for unit in sharing)
+            seconds += self._solved(rows, features, scheme)
+            if self._method.needs_data:
+                seen = tokens * max(view.top_k, 1) / experts if sharing[0].expert is not None else tokens
+                # inputs are summed up and multiplied for the layer as it was, and multiplied for the quantized one
+                seconds += seen * (self._summed(features) + 2 * self._multiplied(rows, features))
+                seconds += times * self._unpacked(rows, features, scheme)
+        return seconds
+
+    def profile(
+        self, view: ModelView, plan: Plan, tokens: dict[str, int], context: int, together: int, whole: bool
+    ) -> float:
+        """Seconds of the plan's profile.
+
+        Args:
+            view: the model.
+            plan: schemes of the units.
+            tokens: distribution -> how many there are.
+            context: tokens of a window: the model writes its own text in as many steps.
+            together: experts that are measured together.
+            whole: whether the model is in memory while it writes its own text.
+        """
+        seconds, everything, probes = 0.0, sum(tokens.values()), len(PROBES)
+        for layer in range(len(view.layers)):
+            units = view.layer_units(layer)
+            experts = max(1, len({unit.expert for unit in units if unit.expert is not None}))
+            slices = -(-experts // together) if view.top_k else 1
+            for unit in units:
+                seen = everything * (view.top_k / experts if unit.expert is not None else 1)
+                rows, features = unit.shape
+                # forward; then back, again for every slice, on half of the tokens; and errors at all probed widths
+                seconds += seen * self._multiplied(rows, features) * (1 + 3 * slices / 2 + probes / 2)
+                if self._method.needs_data:
+                    seconds += len(tokens) * self._solved(probes * rows, features, plan.units[unit.name]) / 2
+            seconds += 3 * sum(unit.weights * view.itemsize(unit) for unit in units) / _STORAGE
+        if SELF in tokens:
+            weights = sum(unit.weights * view.itemsize(unit) for unit in view.units.values())
+            seconds += context * weights / (_MEMORY if whole else _STORAGE)
+        return seconds
+
+    def _solved(self, rows: int, features: int, scheme: Scheme) -> float:
+        """Seconds to quantize [rows, features], as a share of the stack in which that happens."""
+        count = max(1, STACK_WEIGHTS // (rows * features)) if self._method.needs_data else 1
+
+        def work() -> None:
+            found = [Inputs.zeros(features) for _ in range(count)]
+            for inputs in found:
+                x = torch.randn(64, features)
+                inputs.add(x, 1.0, check=False)
+                inputs.add(x, 1.0, check=True)
+            units = [Unit(f"{n}", 0, "expert", "", n, (rows, features), "", "") for n in range(count)]
+            stack = Stack([[unit] for unit in units], torch.randn(count, rows, features), found, scheme)
+            list(solve(stack, {unit.name: scheme for unit in units}, self._method))
+
+        return self._once(("solve", rows, features, scheme), work) / count
+
+    def _summed(self, features: int) -> float:
+        x, inputs = torch.randn(256, features), Inputs.zeros(features)
+        return self._once(("sum", features), lambda: inputs.add(x, 1.0, check=False)) / 256
+
+    def _multiplied(self, rows: int, features: int) -> float:
+        return self._once(("product", rows, features), _product(rows, features)) / 256
+
+    def _unpacked(self, rows: int, features: int, scheme: Scheme) -> float:
+        def work() -> None:
+            matrix.dense()
+
+        tensors = {n: torch.zeros(shape, dtype=dtype) for n, (dtype, shape) in scheme.tensors((rows, features)).items()}
+        matrix = PackedMatrix(scheme, (rows, features), tensors)
+        return self._once(("unpack", rows, features, scheme), work)
+
+    def _once(self, key: tuple, work: Callable[[], object]) -> float:
+        """Seconds of a piece of work; a short one is done again, since the first time finds cold caches."""
+        if key not in self._found:
+            for _ in range(3):
+                began = time.perf_counter()
+                work()
+                self._found[key] = time.perf_counter() - began
+                if self._found[key] > 0.2:
+                    break
+        return self._found[key]
+
+
+def _product(rows: int, features: int) -> Callable[[], object]:
+    x, matrix = torch.randn(256, features), torch.randn(rows, features)
+    return lambda: x @ matrix.T

@@ -1,0 +1,74 @@
+"""The samples' hidden states on their way through the model, quantized as far as it is."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from moqa.format.scheme import Scheme
+from moqa.format.unfinished import Unfinished
+from moqa.methods.inputs import LayerInputs, Part
+from moqa.models.stages import Stages, batches
+from moqa.models.view import ModelView
+from moqa.plan import Plan
+from moqa.profile import Profile
+from moqa.quantize.layer import Quantized, quantized
+
+# one window in this many decides between methods and is not fitted on
+_CHECK_EVERY = 8
+
+
+class Flow:
+    """Samples in front of the decoder layer whose turn it is; they lie on disk, and pass through memory in batches.
+
+    Args:
+        view: the model.
+        plan: names the distributions and their shares.
+        profile: holds the samples.
+        work: where hidden states are put aside.
+    """
+
+    def __init__(self, view: ModelView, plan: Plan, profile: Profile, work: Unfinished) -> None:
+        self._view, self._work, self._stages = view, work, Stages(view.model)
+        self._parts: list[tuple[float, bool, Tensor]] = []  # share, whether it is kept from fitting, tokens
+        # in an order that a plan read from a file has too: sums of floats depend on it
+        for name, share in sorted(plan.mixture.items()):
+            tokens = profile.samples(name)
+            check = _held_out(len(tokens))
+            for held, windows in ((False, tokens[~check]), (True, tokens[check])):
+                for batch in batches(windows) if len(windows) else ():
+                    # every distribution counts by its share, however many samples it has
+                    self._parts.append((share / windows.numel(), held, batch))
+        embedded, shapes = work.noted("embedded") is not None, set()
+        for number, (_, _, tokens) in enumerate(self._parts):
+            # masks and positions of every layer are made with the embedding, whatever the tokens are
+            if not embedded or tokens.shape not in shapes:
+                work.keep(f"hidden-0-{number}", {"x": self._stages.embed(tokens)})
+                shapes.add(tokens.shape)
+        if not embedded:
+            work.note("embedded", {})
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return sum(tokens.numel() for _, _, tokens in self._parts)
+
+    def inputs(self, layer: int) -> LayerInputs:
+        """Inputs of all units of a layer; the layer's weights are still the original ones."""
+        return LayerInputs(self._view, self._stages, layer, self._at(layer), self._work)
+
+    def advance(self, layer: int, done: Mapping[str, Quantized], schemes: Mapping[str, Scheme], hold: bool) -> None:
+        """Move the hidden states past a layer that is quantized now."""
+        with quantized(self._view, layer, done, schemes, hold):
+            for number, part in enumerate(self._at(layer)):
+                self._work.keep(f"hidden-{layer + 1}-{number}", {"x": self._stages.layer(layer, part.hidden)})
+
+    def _at(self, layer: int) -> Iterator[Part]:
+        for number, (share, held, _) in enumerate(self._parts):
+            yield Part(self._work.kept(f"hidden-{layer}-{number}")["x"], share, held)
+
+
+def _held_out(windows: int) -> Tensor:
+    """[windows] which windows are not fitted on: one in eight, and one of fewer; a single one is fitted on."""
+    every = min(_CHECK_EVERY, windows)
+    return torch.arange(windows) % every == every - 1 if windows > 1 else torch.zeros(windows, dtype=torch.bool)

@@ -1,0 +1,49 @@
+"""What a run of `moqa.quantize` does at a time."""
+
+from dataclasses import dataclass
+
+from moqa.methods import Method
+from moqa.methods.room import Sizes, as_many
+from moqa.models.memory import Memory
+from moqa.models.view import ModelView
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much of a decoder layer is worked on at a time.
+
+    >>> Room.within(Memory.parse("4GiB"), view, METHODS["gptq"]).experts
+    34
+
+    Attributes:
+        experts: whose statistics are held together.
+        unpacked: whether a quantized layer is unpacked as a whole, which is faster.
+        peak: bytes that will be resident at most.
+    """
+
+    experts: int
+    unpacked: bool
+    peak: int
+
+    @classmethod
+    def within(cls, memory: Memory, view: ModelView, method: Method) -> "Room":
+        """As much at a time as the memory holds.
+
+        Raises:
+            MoqaError: if it does not hold one expert at a time; says what would do.
+        """
+        sizes = Sizes.of(view)
+        # half as much again: the ends as they are stored, beside the ends as they compute
+        ends = sizes.base + sizes.ends * 3 // 2
+        fixed = sizes.base + sizes.layer + sizes.weights + sizes.solving()
+        each = 2 * sizes.expert if method.needs_data else 0
+        if not method.needs_data:
+            experts = as_many(memory, fixed, 0, sizes.experts, ends)
+            return cls(experts, unpacked=False, peak=max(ends, fixed))
+        fixed += 2 * sizes.linear
+        running = sizes.base + sizes.weights + sizes.batch
+        least = max(ends, sizes.base + sizes.layer + sizes.batch, running)
+        experts = as_many(memory, fixed, each, sizes.experts, least)
+        unpacked = running + 4 * sizes.weights <= memory.limit
+        peak = max(least, fixed + each * experts, (running + 4 * sizes.weights) if unpacked else 0)
+        return cls(experts, unpacked, peak)

@@ -1,0 +1,184 @@
+"""Models larger than memory: a layer at a time, within a limit, at a cost that is known beforehand."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moqa.errors import MoqaError
+from moqa.methods import METHODS
+from moqa.methods.room import as_many
+from moqa.models.checkpoint import tensors
+from moqa.models.memory import Memory, resident
+from moqa.models.stages import Stages
+from moqa.models.view import open_model
+from moqa.plan import plan
+from moqa.profile import profile
+from moqa.profile.room import Room as ProfileRoom
+from moqa.quantize import quantize
+from moqa.quantize import run as driver
+from moqa.quantize.estimate import estimate
+from moqa.quantize.room import Room
+
+MODEL = "reference/model"
+
+
+@pytest.fixture(scope="module")
+def streamed(tiny_model):
+    return open_model(tiny_model, keep=False)
+
+
+@pytest.fixture(scope="module")
+def profiled(tiny_model, texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("profile") / "tiny"
+    return profile(tiny_model, [texts["wiki"]], out, samples=6, context=32, self_samples=2)
+
+
+def there(view):
+    """Decoder layers that have memory."""
+    return [n for n, layer in enumerate(view.layers) if not any(p.is_meta for p in layer.parameters())]
+
+
+class TestPieces:
+    def test_a_layer_is_read_when_it_is_used(self, streamed):
+        stages = Stages(streamed.model)
+        hidden = stages.embed(torch.arange(8)[None])
+        assert there(streamed) == []
+        for layer in range(stages.depth):
+            hidden = stages.layer(layer, hidden)
+            assert there(streamed) == [layer]
+        stages.head(hidden)
+        assert there(streamed) == []
+
+    def test_computes_what_the_whole_model_does(self, tiny_model, streamed):
+        whole, tokens = open_model(tiny_model), torch.arange(24).view(2, 12)
+        assert torch.equal(streamed.model(tokens).logits, whole.model(tokens).logits)
+        assert all(torch.equal(streamed.weight(u).float(), whole.weight(u)) for u in whole.units.values())
+        ours, expected = streamed.kept_on_disk(), whole.kept_on_disk()
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+    def test_gradients_are_those_of_the_whole_model(self, tiny_model, streamed):
+        found = []
+        for view in (streamed, open_model(tiny_model)):
+            stages = Stages(view.model)
+            hidden = stages.embed(torch.arange(16)[None]).requires_grad_(True)
+            found.append(torch.autograd.grad(stages.layer(1, hidden).square().sum(), hidden)[0])
+        assert torch.equal(*found)
+
+    def test_experts_stay_in_the_dtype_of_the_file(self, tiny_model, streamed):
+        stored = {tensor.dtype for name, tensor in tensors(tiny_model) if ".experts." in name}
+        streamed.need(1)
+        assert {streamed.experts(1).down_proj.dtype, streamed.experts(1).gate_up_proj.dtype} == stored
+
+    def test_kept_entries_are_told_without_reading_the_ends(self, tiny_model):
+        view = open_model(tiny_model, keep=False)
+        entries = view.kept_entries()
+        assert entries == {name: (t.dtype, tuple(t.shape)) for name, t in view.kept_on_disk().items()}
+
+
+class TestMemory:
+    @pytest.mark.parametrize(
+        ("text", "limit"), [("4GiB", 2**32), ("1.5 GiB", 3 * 2**29), ("800MB", 800 * 10**6), ("123", 123)]
+    )
+    def test_sizes(self, text, limit):
+        assert Memory.parse(text).limit == limit
+
+    @pytest.mark.parametrize("text", ["", "much", "-1GiB", "4 GiB or so", "1.2.3G"])
+    def test_no_sizes(self, text):
+        with pytest.raises(MoqaError, match=r"--max-memory .* is no size"):
+            Memory.parse(text)
+
+    def test_free_memory_holds_a_small_model(self, tiny_model):
+        assert Memory.free().holds(tiny_model)
+        assert not Memory(resident()).holds(tiny_model)
+
+    @pytest.mark.parametrize("kind", [Room, ProfileRoom])
+    def test_too_little_is_refused_with_what_would_do(self, kind, streamed):
+        with pytest.raises(MoqaError, match=r"--max-memory 10MiB holds no decoder layer .* at least [0-9.]+ GiB do"):
+            kind.within(Memory.parse("10MiB"), streamed, METHODS["gptq"])
+
+    @pytest.mark.parametrize("kind", [Room, ProfileRoom])
+    def test_enough_memory_holds_all_experts(self, kind, streamed):
+        room = kind.within(Memory.free(), streamed, METHODS["gptq"])
+        assert room.experts == 6
+        assert room.peak > resident() // 2
+
+    def test_less_memory_means_fewer_experts(self):
+        found = [as_many(Memory(size), fixed=500, each=100, count=8, least=0) for size in (640, 1000, 10_000)]
+        assert found == [1, 4, 8]
+
+    def test_slices_of_experts_change_nothing(self, tiny_model, profiled, tmp_path, monkeypatch):
+        chosen = plan(profiled, strategy="uniform", widths=(3,))
+        whole = quantize(tiny_model, chosen, tmp_path / "whole", profile=profiled)
+        room = Room(experts=3, unpacked=False, peak=0)
+        monkeypatch.setattr(driver.Room, "within", lambda *_: room)
+        sliced = quantize(tiny_model, chosen, tmp_path / "sliced", profile=profiled)
+        for path in whole.glob("*.safetensors"):
+            assert path.read_bytes() == (sliced / path.name).read_bytes()
+
+    def test_a_profile_in_slices_is_the_same(self, tiny_model, texts, profiled, tmp_path, monkeypatch):
+        monkeypatch.setattr(ProfileRoom, "within", lambda *_: ProfileRoom(experts=3, peak=0))
+        sliced = profile(tiny_model, [texts["wiki"]], tmp_path / "tiny", samples=6, context=32, self_samples=2)
+        for name in ("wiki", "self"):
+            assert torch.allclose(sliced.sensitivity(name), profiled.sensitivity(name), rtol=1e-3, atol=1e-9)
+
+
+class TestEstimate:
+    def test_bytes_are_exact(self, tiny_model, profiled, tmp_path):
+        chosen = plan(profiled, strategy="uniform", widths=(3,))
+        cost = estimate(tiny_model, chosen, profiled)
+        out = quantize(tiny_model, chosen, tmp_path / "out", profile=profiled)
+        assert cost.checkpoint_bytes == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        assert cost.seconds > 0
+        assert cost.peak_bytes > resident() // 2
+
+    def test_before_there_is_a_profile(self, tiny_model, tmp_path):
+        text = tmp_path / "text.txt"
+        text.write_text("The cat sat on the mat. " * 4000)
+        command = [
+            sys.executable, "-m", "moqa", "quantize", str(tiny_model), "--data", f"t={text}", "--strategy", "uniform",
+            "--widths", "3", "--samples", "4", "--context", "32", "--self-samples", "0", "--no-proof", "-o",
+            str(tmp_path / "out"),
+        ]  # fmt: skip
+        dry = [*command, "--dry-run", "--json", str(tmp_path / "dry.json")]
+        subprocess.run(dry, check=True, capture_output=True)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["dry.json", "text.txt"]
+        cost = json.loads((tmp_path / "dry.json").read_text())
+        assert sorted(cost) == ["checkpoint_bytes", "disk_bytes", "peak_bytes", "seconds"]
+        subprocess.run(command, check=True, capture_output=True)
+        written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+        assert cost["checkpoint_bytes"] == written
+
+
+class TestCommand:
+    def quantize(self, tiny_model, profiled, tmp_path, *options):
+        command = [
+            sys.executable, "-m", "moqa", "quantize", str(tiny_model), "--plan", str(tmp_path / "plan.json"),
+            "--profile", str(profiled.folder), "-o", str(tmp_path / "out"), *options,
+        ]  # fmt: skip
+        (tmp_path / "plan.json").write_text(plan(profiled, strategy="uniform", widths=(3,)).model_dump_json())
+        return subprocess.run(command, check=False, capture_output=True, text=True)
+
+    def test_a_time_limit_stops_between_layers_and_the_same_command_goes_on(self, tiny_model, profiled, tmp_path):
+        limited = self.quantize(tiny_model, profiled, tmp_path, "--time-limit", "0.000001s")
+        assert limited.returncode == 75
+        assert "the same command goes on" in limited.stderr
+        assert not (tmp_path / "out").exists()
+        assert self.quantize(tiny_model, profiled, tmp_path).returncode == 0
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (("--max-memory", "10MiB"), "--max-memory 10MiB holds no decoder layer of this model"),
+            (("--max-memory", "lots"), "--max-memory lots is no size"),
+            (("--time-limit", "soon"), "--time-limit soon is no time"),
+        ],
+    )
+    def test_mistakes(self, options, said, tiny_model, profiled, tmp_path):
+        found = self.quantize(tiny_model, profiled, tmp_path, *options)
+        assert found.returncode == 2
+        assert said in found.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json"]
