@@ -72,6 +72,36 @@ FAMILIES: dict[str, Family] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         }
     ),
+    "dots1": Family(
+        {**_ROUTED, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 16, "n_group": 1, "topk_group": 1},
+        roles=_DENSE_FIRST, layers=3,
+    ),
+    "hunyuan_v1_moe": Family(
+        {"num_experts": EXPERTS, "moe_topk": [2, 2], "intermediate_size": 48, "head_dim": 16}, roles=_SHARED
+    ),
+    "flex_olmo": Family({"num_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 48}),
+    "jamba": Family(
+        {
+            "num_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 48, "attn_layer_period": 2,
+            "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8,
+            "mamba_dt_rank": 8, "use_mamba_kernels": False,
+        },
+        moe_layers=1, roles=frozenset({"expert", "attention", "mlp"}),
+    ),
+    "exaone_moe": Family(
+        {
+            **_SMALL, "num_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 16, "n_group": 1,
+            "topk_group": 1,
+        },
+        roles=_DENSE_FIRST, layers=3,
+    ),
+    "granitemoehybrid": Family(
+        {
+            **_LOCAL, "intermediate_size": 48, "shared_intermediate_size": 40, "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1,
+        },
+        roles=_SHARED,
+    ),
     "llama": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
     "qwen2": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
     "qwen3": Family({"intermediate_size": 96, "head_dim": 16}, moe_layers=0, roles=frozenset({"attention", "mlp"})),

@@ -61,15 +61,18 @@ class Pieces:
         self._stacks: dict[int | None, list[_Stack]] = {}
         stacks: dict[str, _Stack] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        mixed: set[str] = set()
         for name, (target, pattern, converter) in _targets(model, self._mapping, list(headers)).items():
-            self._dtypes[target] = _dtype(headers[name])
+            dtype = _dtype(headers[name])
+            if self._dtypes.setdefault(target, dtype) != dtype:
+                mixed.add(target)
             if target in narrow and pattern is not None:
-                stacks.setdefault(target, _Stack(target, converter)).add(name, pattern, headers[name]["dtype"])
+                stacks.setdefault(target, _Stack(target, converter)).add(name, pattern)
             self._names.setdefault(owners.get(target), []).append(name)
+        for target in (self._dtypes.keys() & set(narrow)) - mixed:
+            _empty(model, target, self._dtypes[target])
         for target, stack in stacks.items():
-            if len(stack.dtypes) == 1:
-                _empty(model, target, checkpoint.DTYPES[next(iter(stack.dtypes))])
-            if stack.holds(len(model.get_parameter(target))):
+            if target not in mixed and stack.holds(len(model.get_parameter(target))):
                 self._stacks.setdefault(owners.get(target), []).append(stack)
         self._there: dict[int, list[str]] = {}
         self._without: int | None = None
@@ -158,7 +161,6 @@ class _Stack:
 
     def __init__(self, target: str, converter: Any) -> None:
         self.target, self._converter = target, converter
-        self.dtypes: set[str] = set()
         self._sources: dict[str, list[str]] = {}
 
     @property
@@ -166,14 +168,13 @@ class _Stack:
         """Tensors on disk."""
         return [name for names in self._sources.values() for name in names]
 
-    def add(self, name: str, pattern: str, dtype: str) -> None:
+    def add(self, name: str, pattern: str) -> None:
         """Add the next expert's tensor of one kind."""
         self._sources.setdefault(pattern, []).append(name)
-        self.dtypes.add(dtype)
 
     def holds(self, experts: int) -> bool:
         """Whether there is one tensor of each kind for every expert."""
-        return len(self.dtypes) == 1 and {len(names) for names in self._sources.values()} == {experts}
+        return {len(names) for names in self._sources.values()} == {experts}
 
     def read(self, model: "PreTrainedModel", on_disk: Callable[[str], "_OnDisk"]) -> Tensor:
         """All experts."""

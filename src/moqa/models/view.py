@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,12 @@ class ModelView:
     @property
     def top_k(self) -> int:
         """Experts per token (0 for a dense model)."""
-        return int(getattr(self.model.config, "num_experts_per_tok", 0) or 0) if self.has_experts else 0
+        if not self.has_experts:
+            return 0
+        config = self.model.config
+        # some families name a number for every layer
+        chosen: Any = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", 0)
+        return max(chosen) if isinstance(chosen, list) else int(chosen)
 
     def module(self, path: str) -> nn.Module:
         """Module at a path of the model."""
