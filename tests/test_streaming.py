@@ -152,6 +152,16 @@ class TestEstimate:
         written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
         assert cost["checkpoint_bytes"] == written
 
+    def test_of_a_plan_that_is_not_written(self, profiled, tmp_path):
+        command = [
+            sys.executable, "-m", "moqa", "plan", str(profiled.folder), "--strategy", "uniform", "--widths", "3", "-o",
+            str(tmp_path / "plan.json"), "--dry-run", "--json", "-",
+        ]  # fmt: skip
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        expected = plan(profiled, strategy="uniform", widths=(3,)).account.checkpoint
+        assert json.loads(said[said.index("{") :])["checkpoint_bytes"] == expected
+        assert list(tmp_path.iterdir()) == []
+
 
 class TestCommand:
     def quantize(self, tiny_model, profiled, tmp_path, *options):

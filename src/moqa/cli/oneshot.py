@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from moqa.cli.common import mib, print_table, write_result
-from moqa.cli.plan import print_fit
+from moqa.cli.plan import print_estimate, print_fit
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import Log, progress
 from moqa.cli.progress.limits import time_limited
@@ -148,7 +148,6 @@ def _texts(wish: Wish, folder: Path) -> "tuple[list[Distribution], list[Distribu
 
 def _preview(wish: Wish, budget: "Budget | None", names: list[str], memory: "Memory") -> None:
     """What the wish would cost: with the profile that is there, or before there is one."""
-    from moqa.cli.quantize import print_estimate
     from moqa.models.checkpoint import fingerprint, locate
     from moqa.models.view import open_model
     from moqa.plan import plan
@@ -174,7 +173,7 @@ def _preview(wish: Wish, budget: "Budget | None", names: list[str], memory: "Mem
         objective=wish.objective, scope=wish.scope, seed=wish.seed,
     )  # fmt: skip
     cost = estimate(wish.model, chosen, measured, wish.method, wish.cache, memory, profiled=there)
-    print_estimate(cost, chosen, wish.json)
+    print_estimate(cost, chosen, measured, wish.json)
 
 
 def unproven(out: Path) -> bool:

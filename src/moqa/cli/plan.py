@@ -27,6 +27,8 @@ from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
     from moqa.plan import Account, Fit, Plan
+    from moqa.profile import Profile
+    from moqa.quantize.estimate import Estimate
 
 FitOption = Annotated[
     str | None,
@@ -57,6 +59,9 @@ def plan(
     objective: ObjectiveOption = "mean",
     scope: ScopeOption = "global",
     seed: SeedOption = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what quantizing by the plan costs, and write nothing")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Choose a width for every unit from a profile."""
@@ -74,6 +79,11 @@ def plan(
         known=known.split(",") if known else None, widths=widths_of(widths), hedge=hedge,
         objective=objective, scope=scope, seed=seed,  # type: ignore[arg-type]
     )  # fmt: skip
+    if dry_run:
+        from moqa.quantize.estimate import estimate
+
+        print_estimate(estimate(measured.record.model, result, measured), result, measured, json)
+        return
     write_json(for_file(result, out), out)
     print_plan(result)
     if isinstance(budget, Fit):
@@ -108,6 +118,21 @@ def print_plan(result: "Plan") -> None:
     counts = Counter(scheme.width for scheme in result.units.values())
     print_table(["width", *map(str, sorted(counts))], [["units", *(str(counts[w]) for w in sorted(counts))]])
     print_table(["expected KL", *result.predicted], [["", *(f"{value:.4f}" for value in result.predicted.values())]])
+
+
+def print_estimate(cost: "Estimate", plan: "Plan", profile: "Profile", json: Path | None) -> None:
+    """What quantizing by a plan would cost, and what every width takes."""
+    time = f"{cost.seconds / 60:.1f} min" if cost.seconds >= 100 else f"{cost.seconds:.0f} s"
+    rows = [[mib(cost.checkpoint_bytes), mib(cost.peak_bytes), mib(cost.disk_bytes), time]]
+    print_table(["checkpoint", "peak memory", "disk", "time"], rows)
+    units, sizes = Counter[int](), Counter[int]()
+    for unit in profile.record.units:
+        scheme = plan.units[unit.name]
+        units[scheme.width] += 1
+        sizes[scheme.width] += scheme.stored_bytes(unit.shape)
+    widths = [[str(width), str(units[width]), mib(sizes[width])] for width in sorted(units)]
+    print_table(["width", "units", "size"], widths)
+    write_result(cost, json)
 
 
 def print_fit(fit: "Fit", account: "Account") -> None:

@@ -1,7 +1,7 @@
 """`moqa quantize`: apply a plan, or do the whole job from texts and a size."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -28,15 +28,11 @@ from moqa.cli.common import (
     widths_of,
     write_result,
 )  # fmt: skip
-from moqa.cli.plan import BatchOption, FitOption, check_budgets
+from moqa.cli.plan import BatchOption, FitOption, check_budgets, print_estimate
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import LogOption, logged, progress
 from moqa.cli.progress.limits import MemoryOption, RestartOption, TimeOption, time_limited
 from moqa.errors import MoqaError
-
-if TYPE_CHECKING:
-    from moqa.plan import Plan
-    from moqa.quantize.estimate import Estimate
 
 
 @app.command()
@@ -125,7 +121,7 @@ def quantize(
             from moqa.quantize.estimate import estimate
 
             measured = read_profile(profile or chosen.profile)
-            print_estimate(estimate(model, chosen, measured, method, cache, memory), chosen, json)
+            print_estimate(estimate(model, chosen, measured, method, cache, memory), chosen, measured, json)
             return
         with progress(log_json) as report:
             known = read_profile(profile) if profile else None
@@ -149,18 +145,6 @@ def quantize(
             json=json, log_json=log_json,
         )
     )  # fmt: skip
-
-
-def print_estimate(cost: "Estimate", plan: "Plan", json: Path | None) -> None:
-    """What a run would cost."""
-    counts: dict[int, list[int]] = {}
-    for scheme in plan.units.values():
-        counts.setdefault(scheme.width, []).append(1)
-    widths = ", ".join(f"{sum(found)} at {width}" for width, found in sorted(counts.items()))
-    minutes = f"{cost.seconds / 60:.1f} min" if cost.seconds >= 100 else f"{cost.seconds:.0f} s"
-    rows = [[mib(cost.checkpoint_bytes), mib(cost.peak_bytes), mib(cost.disk_bytes), minutes, widths]]
-    print_table(["checkpoint", "peak memory", "disk", "time", "units at bits"], rows)
-    write_result(cost, json)
 
 
 def print_checkpoint(out: Path, json: Path | None) -> None:

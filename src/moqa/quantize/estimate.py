@@ -82,7 +82,7 @@ def estimate(
     # hidden states before and behind a layer, and what its experts are called with
     return Estimate(
         checkpoint_bytes=plan.account.checkpoint, peak_bytes=peak,
-        disk_bytes=plan.account.checkpoint + kept + put_aside, seconds=round(seconds, 1),
+        disk_bytes=plan.account.checkpoint + kept + put_aside, seconds=float(f"{seconds:.3g}"),
     )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ class _Clock:
             if scheme.keeps:
                 continue
             rows = sum(unit.shape[0] for unit in sharing)
-            seconds += self._solved(rows, features, scheme)
+            seconds += self._solved(rows, features, scheme, experts if sharing[0].expert is not None else 1)
             if self._method.needs_data:
                 seen = tokens * max(view.top_k, 1) / experts if sharing[0].expert is not None else tokens
                 # inputs are summed up and multiplied for the layer as it was, and multiplied for the quantized one
@@ -141,16 +141,16 @@ class _Clock:
                 # forward; then back, again for every slice, on half of the tokens; and errors at all probed widths
                 seconds += seen * self._multiplied(rows, features) * (1 + 3 * slices / 2 + probes / 2)
                 if self._method.needs_data:
-                    seconds += len(tokens) * self._solved(probes * rows, features, plan.units[unit.name]) / 2
+                    seconds += len(tokens) * self._solved(probes * rows, features, plan.units[unit.name], 1) / 2
             seconds += 3 * sum(unit.weights * view.itemsize(unit) for unit in units) / _STORAGE
         if SELF in tokens:
             weights = sum(unit.weights * view.itemsize(unit) for unit in view.units.values())
             seconds += context * weights / (_MEMORY if whole else _STORAGE)
         return seconds
 
-    def _solved(self, rows: int, features: int, scheme: Scheme) -> float:
+    def _solved(self, rows: int, features: int, scheme: Scheme, alike: int) -> float:
         """Seconds to quantize [rows, features], as a share of the stack in which that happens."""
-        count = max(1, STACK_WEIGHTS // (rows * features)) if self._method.needs_data else 1
+        count = max(1, min(alike, STACK_WEIGHTS // (rows * features)))
 
         def work() -> None:
             found = [Inputs.zeros(features) for _ in range(count)]
