@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from moqa.format.grid import fit_grid
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, Fitted, Manifest, StoredTensor, StoredUnit
 from moqa.format.planes import pack, tile_rows
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.format.writer import write_manifest, write_shard
+from moqa.methods.grid import fit_grid
 from moqa.profile import SELF, Profile, ProfileRecord, UnitRecord
 from moqa.profile.record import DistributionRecord, Settings
 
@@ -104,7 +104,7 @@ def stored_tensors(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str,
     """What a unit rounded to nearest is stored as."""
     if scheme.keeps:
         return {f"{name}.weight": weight.bfloat16()}
-    grid = fit_grid(weight, scheme)
+    grid = fit_grid(weight, scheme).grid
     found = {f"{name}.p{index}": plane for index, plane in enumerate(pack(grid.encode(weight), scheme.width))}
     found[f"{name}.scale"] = tile_rows(grid.scale)
     return found if grid.zero is None else found | {f"{name}.zero": tile_rows(grid.zero)}

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moqa.format.grid import fit_grid
 from moqa.format.planes import tile_rows, untile_rows
 from moqa.format.scheme import WIDTHS, Scheme
+from moqa.methods.grid import fit_grid
 
 schemes = st.builds(
     Scheme, width=st.integers(2, 8), group_size=st.sampled_from([32, 64, 96]), symmetric=st.booleans(),
@@ -24,7 +24,7 @@ def random_weights(rows, features, seed, heavy=False):
 
 
 def rounded(weights, scheme, **options):
-    grid = fit_grid(weights, scheme, **options)
+    grid = fit_grid(weights, scheme, **options).grid
     return grid.decode(grid.encode(weights))
 
 
@@ -81,7 +81,7 @@ class TestGrid:
     @given(schemes, st.integers(1, 150), st.integers(0, 10**6))
     def test_integers_are_in_range_and_grid_values_are_fixed_points(self, scheme, features, seed):
         weights = random_weights(3, features, seed)
-        grid = fit_grid(weights, scheme)
+        grid = fit_grid(weights, scheme).grid
         integers = grid.encode(weights)
         assert integers.dtype == torch.uint8
         assert int(integers.max()) < scheme.levels
@@ -90,7 +90,7 @@ class TestGrid:
     @pytest.mark.parametrize("width", WIDTHS)
     def test_the_stored_dtypes_are_those_of_the_scheme(self, width):
         scheme = Scheme(width=width, scale_dtype="float16")
-        grid, entries = fit_grid(random_weights(6, 100, 0), scheme), scheme.tensors((6, 100))
+        grid, entries = fit_grid(random_weights(6, 100, 0), scheme).grid, scheme.tensors((6, 100))
         for suffix, values in {"scale": grid.scale, "zero": grid.zero}.items():
             tiled = tile_rows(values)
             assert (tiled.dtype, tuple(tiled.shape)) == entries[suffix]
@@ -111,7 +111,7 @@ class TestGrid:
 
     def test_an_index_selects_a_matrix(self):
         weights = torch.stack([random_weights(4, 64, seed) for seed in range(2)])
-        grid = fit_grid(weights, Scheme(width=3))
+        grid = fit_grid(weights, Scheme(width=3)).grid
         assert torch.equal(grid[1].decode(grid[1].encode(weights[1])), grid.decode(grid.encode(weights))[1])
 
 

@@ -15,12 +15,13 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from moqa.format.grid import fit_grid, to_groups
+from moqa.format.grid import to_groups
 from moqa.format.planes import pack, tile_rows
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.kernels import ACTIVATIONS, ExpertStack, PackedMatrix
 from moqa.kernels.reference import activate
 from moqa.kernels.triton import TritonKernels
+from moqa.methods.grid import fit_grid
 
 kernels = TritonKernels()
 # no search for a smaller example: interpreted, it takes minutes
@@ -61,7 +62,7 @@ def make(shape, scheme, scale=1.0):
     weight = torch.randn(shape) * scale
     if scheme.keeps:
         return PackedMatrix(scheme, shape, {"weight": weight.bfloat16()})
-    grid = fit_grid(weight, scheme)
+    grid = fit_grid(weight, scheme).grid
     tensors = {f"p{index}": plane for index, plane in enumerate(pack(grid.encode(weight), scheme.width))}
     tensors["scale"] = tile_rows(grid.scale)
     return PackedMatrix(scheme, shape, tensors if grid.zero is None else tensors | {"zero": tile_rows(grid.zero)})

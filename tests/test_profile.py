@@ -10,8 +10,8 @@ import torch
 from scipy.stats import spearmanr
 
 from moqa.errors import MoqaError
-from moqa.format.grid import fit_grid
 from moqa.format.scheme import WIDTHS, Scheme
+from moqa.methods.grid import fit_grid
 from moqa.models.view import open_model
 from moqa.profile import SELF, profile, read_profile
 from moqa.profile.run import quiet
@@ -145,7 +145,7 @@ class TestSensitivity:
         real, units = [], list(view.units.values())
         for row in rows:
             kept = view.weight(units[row]).clone()
-            grid = fit_grid(kept, Scheme(width=2))
+            grid = fit_grid(kept, Scheme(width=2)).grid
             view.set_weight(units[row], grid.decode(grid.encode(kept)))
             logp = view.model(tokens).logits.log_softmax(-1)
             view.set_weight(units[row], kept)

@@ -517,12 +517,56 @@ void check_decoder(int hidden, int heads, int kv_heads, int head_dim, bool route
     }
 }
 
+// Memory and threads of the loops of quantization; what they find is tested in Python.
+void check_solving(int matrices, int rows, int in, int group, bool symmetric, bool half, bool weighted) {
+    const int groups = (in + group - 1) / group;
+    const size_t all_rows = size_t(matrices) * rows, weights = all_rows * in, scales = all_rows * groups;
+    const Buffer<float> values = random_floats(weights, true);
+    Buffer<float> importance = random_floats(size_t(matrices) * in, true);
+    for (int i = 0; i < matrices * in; ++i) importance[i] = std::fabs(importance[i]);
+    Buffer<uint8_t> width(all_rows);
+    for (size_t i = 0; i < all_rows; ++i) width[i] = uint8_t(random_int(1, 8));
+    const Buffer<float> factor = random_floats(size_t(matrices) * in * in, true);
+    const Buffer<float> tables = random_floats(3 * scales, true);
+    Buffer<int64_t> order(size_t(matrices) * in);
+    for (int i = 0; i < matrices * in; ++i) order[i] = in - 1 - i % in;
+    for (const Path* path : PATHS) {
+        std::vector<Buffer<uint8_t>> found;
+        for (int threads : {1, 3}) {
+            Buffer<uint16_t> scale(scales);
+            Buffer<uint8_t> zero(scales);
+            Buffer<float> error(scales);
+            found.emplace_back(weights);
+            fit(*path, {matrices, rows, in, group, symmetric, half, values.get(), width.get(),
+                        weighted ? importance.get() : nullptr, scale.get(), symmetric ? nullptr : zero.get(),
+                        error.get(), found.back().get()}, threads);
+            Buffer<float> work = random_floats(weights, true);
+            Buffer<uint8_t> integers(weights);
+            for (int first = 0; first < in; first += 64) {
+                const int columns = std::min(64, in - first);
+                const Buffer<float> now = random_floats(all_rows * columns, true);
+                round(*path, {matrices, rows, in, group, groups, first, columns, now.get(), work.get(), factor.get(),
+                              order.get(), tables.get(), tables.get() + scales, tables.get() + 2 * scales,
+                              integers.get()}, threads);
+            }
+        }
+        ++cases;
+        for (size_t i = 0; i < weights; ++i)
+            if (found[0][i] != found[1][i] || found[0][i] > 255 >> (8 - width[i / in]))
+                return fail(std::string(path->name) + " fit: outside of the grid, or depends on the number of threads");
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     source.seed(argc > 1 ? unsigned(std::atoi(argv[1])) : 1u);
     const auto start = std::chrono::steady_clock::now();
     const int shapes[][2] = {{1, 1}, {16, 32}, {15, 31}, {17, 33}, {40, 100}, {3, 130}, {64, 64}, {130, 65}};
+    for (int group : {32, 64, 96})
+        for (const auto& shape : shapes)
+            for (int kind = 0; kind < 8; ++kind)
+                check_solving(random_int(1, 3), shape[0], shape[1], group, kind & 1, kind & 2, kind & 4);
     for (int width : {1, 2, 3, 4, 5, 6, 7, 8, 16})
         for (int group : {32, 64, 128}) {
             for (const auto& shape : shapes)

@@ -9,7 +9,7 @@ from moqa.adjust.fit import Fitted, lacking, pack_columns, pack_rows, round_colu
 from moqa.adjust.modes import Change, Situation, mode, tensors_of
 from moqa.errors import MoqaError
 from moqa.format.adjustment import COLUMNS, layout
-from moqa.format.grid import fit_grid
+from moqa.methods.grid import fit_grid
 from moqa.models.experts import PROJECTIONS
 from moqa.plan.clustering import fuzzy_c_means
 from moqa.plan.strategies.moqa import CLASSES, low_precision_first
@@ -100,8 +100,8 @@ def _round_layer(
                 factor, integers = round_columns(rows, width)
                 found.append(Fitted(projection, width, places, pack_columns(integers, width), factor))
                 continue
-            grid = fit_grid(rows[None], scheme_of(projection, width), torch.full((1, len(rows)), width))
-            assert grid.zero is not None
-            tensors = pack_rows(grid.encode(rows[None])[0], width, grid.scale[0], grid.zero[0])
+            rounded = fit_grid(rows, scheme_of(projection, width))
+            assert rounded.grid.zero is not None
+            tensors = pack_rows(rounded.integers, width, rounded.grid.scale, rounded.grid.zero)
             found.append(Fitted(projection, width, places, tensors))
     return found

@@ -1,5 +1,6 @@
 """Products with packed weights: the reference in torch, and kernels that give the same numbers faster."""
 
+from moqa.kernels.fitting import Columns, Rounded
 from moqa.kernels.matrix import PackedMatrix
 from moqa.kernels.native import NativeKernels
 from moqa.kernels.patch import Channels, Patch
@@ -11,4 +12,7 @@ register(NativeKernels())
 register(TritonKernels())
 register(ReferenceKernels())
 
-__all__ = ["ACTIVATIONS", "KERNELS", "Channels", "ExpertStack", "Kernels", "PackedMatrix", "Patch", "find_kernels"]
+__all__ = [
+    "ACTIVATIONS", "KERNELS", "Channels", "Columns", "ExpertStack", "Kernels", "PackedMatrix", "Patch", "Rounded",
+    "find_kernels",
+]  # fmt: skip

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moqa.format.grid import Grid
+from moqa.format.scheme import Scheme
+from moqa.kernels.fitting import Columns, Rounded
 from moqa.kernels.matrix import PackedMatrix
 from moqa.kernels.patch import Channels, Patch
 from moqa.kernels.registry import ExpertStack
@@ -66,6 +69,49 @@ class NativeKernels:
             weights.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y
+
+    def fit_grid(self, weights: Tensor, widths: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
+        """See `Kernels`."""
+        weights = _floats(weights)
+        count, out, features = weights.shape
+        bits = widths.expand(count, out).to(torch.uint8).contiguous()
+        weight = None if importance is None else _floats(importance)
+        if weight is not None and weight.shape != (count, features):
+            raise ValueError(f"importance {tuple(weight.shape)} for weights {tuple(weights.shape)}")
+        groups = -(-features // scheme.group_size)
+        scale = torch.empty(count, out, groups, dtype=getattr(torch, scheme.scale_dtype))
+        zero = None if scheme.symmetric else torch.empty(count, out, groups, dtype=torch.uint8)
+        error, integers = torch.empty(count, out, groups), torch.empty(weights.shape, dtype=torch.uint8)
+        _native.fit(
+            count, out, features, scheme.group_size, scheme.symmetric, scale.dtype == torch.float16,
+            weights.data_ptr(), bits.data_ptr(), _address(weight), scale.data_ptr(), _address(zero), error.data_ptr(),
+            integers.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        top = (2.0 ** bits[..., None] - 1).expand(scale.shape)
+        return Rounded(Grid(scale, zero, scheme.group_size, top), integers, error)
+
+    def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
+        """See `Kernels`."""
+        c, values = columns, _floats(values)
+        count, features, out = c.work.shape
+        groups, block = -(-features // c.group_size), values.shape[1]
+        wanted = {
+            "order": (count, features), "work": (count, features, out), "factor": (count, features, features),
+            "scale": (count, groups, out), "offset": (count, groups, out), "top": (count, out),
+            "integers": (count, features, out),
+        }  # fmt: skip
+        kinds = {"order": torch.int64, "integers": torch.uint8}
+        for name, shape in wanted.items():
+            part, kind = getattr(c, name), kinds.get(name, torch.float32)
+            if (part.dtype, tuple(part.shape), part.device.type) != (kind, shape, "cpu") or not part.is_contiguous():
+                raise ValueError(f"{name} is {part.dtype} {tuple(part.shape)} on {part.device}, not {kind} {shape}")
+        if values.shape != (count, block, out) or not 0 <= first <= features - block:
+            raise ValueError(f"values {tuple(values.shape)} from column {first} of {tuple(c.work.shape)}")
+        _native.round(
+            count, out, features, c.group_size, groups, first, block, values.data_ptr(), c.work.data_ptr(),
+            c.factor.data_ptr(), c.order.data_ptr(), c.scale.data_ptr(), c.offset.data_ptr(), c.top.data_ptr(),
+            c.integers.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
 
 
 def paths() -> list[str]:
@@ -164,6 +210,12 @@ def _ready(x: Tensor, features: int) -> Tensor:
     if x.dtype not in _DTYPES or x.shape[-1:] != (features,) or x.device.type != "cpu":
         raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device}: a row has {features} float32 or bfloat16 inputs")
     return x.contiguous()
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise ValueError(f"{tensor.dtype} on {tensor.device}: the kernels take float32 on the CPU")
+    return tensor.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

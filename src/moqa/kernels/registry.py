@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from moqa.errors import MoqaError
+from moqa.format.scheme import Scheme
+from moqa.kernels.fitting import Columns, Rounded
 from moqa.kernels.matrix import PackedMatrix
 from moqa.kernels.patch import Patch
 
@@ -45,7 +47,7 @@ class ExpertStack:
 
 
 class Kernels(Protocol):
-    """One implementation of the two products."""
+    """One implementation of the two products, and of the two loops of quantization."""
 
     name: str
     takes_patches: bool  # in `experts`; what does not is computed product by product where a layer has patches
@@ -67,6 +69,25 @@ class Kernels(Protocol):
 
         Returns:
             [tokens, hidden] in the dtype of x.
+        """
+
+    def fit_grid(self, weights: Tensor, widths: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
+        """Grids with the smallest (weighted) squared rounding error per group.
+
+        Args:
+            weights: [matrices, out, in] float32.
+            widths: [matrices, out] bits of each row, int.
+            scheme: group size, symmetry and scale dtype.
+            importance: [matrices, in] weight of each input feature's squared error, float32; None means equal.
+        """
+
+    def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
+        """Round a block of columns; errors made in it go into its later columns.
+
+        Args:
+            columns: the stack, which is changed.
+            values: [matrices, block, out] float32, what the columns `first`, ... of the order are by now.
+            first: where in the order the block begins.
         """
 
 

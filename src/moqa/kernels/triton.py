@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moqa.format.scheme import BLOCK, KEEP_WIDTH, TILE
+from moqa.format.scheme import BLOCK, KEEP_WIDTH, TILE, Scheme
+from moqa.kernels.fitting import Columns, Rounded, fit_in_torch, round_in_torch
 from moqa.kernels.matrix import PackedMatrix
 from moqa.kernels.registry import ExpertStack
 
@@ -155,6 +156,14 @@ class TritonKernels:
             grid = (tokens, -(-hidden // 512))
             _ops().combine[grid](y, parts, index, weights, route.experts, hidden, top_k, SIZE=512, **_options())
         return y
+
+    def fit_grid(self, weights: Tensor, widths: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
+        """See `Kernels`."""
+        return fit_in_torch(weights, widths, scheme, importance)
+
+    def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
+        """See `Kernels`."""
+        round_in_torch(columns, values, first)
 
 
 def _ready(x: Tensor, packed: _Packed) -> Tensor:

@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
-from moqa.format.grid import Grid, fit_grid
+from moqa.format.grid import Grid
+from moqa.kernels import Columns, find_kernels
+from moqa.methods.grid import fit_grid
 from moqa.methods.inputs import Inputs
 from moqa.methods.registry import Job, Result, method
 
 DAMPING = 0.01
-_BLOCK = 16
+# columns that are rounded before all later ones learn of their errors
+_BLOCK = 64
 
 
 @method("gptq", needs_data=True)
@@ -21,7 +24,7 @@ def gptq(job: Job) -> Result:
     GPTQ (arXiv 2210.17323), algorithm 1; the batch over experts and the damping by token count are ours.
     """
     energy = torch.stack([inputs.fit.diagonal() for inputs in job.inputs])
-    grid = fit_grid(job.weights, job.scheme, job.widths, energy)
+    grid = fit_grid(job.weights, job.scheme, job.widths, energy).grid
     order = energy.argsort(dim=1, descending=True, stable=True)
     factor = torch.stack([_factor(inputs, columns) for inputs, columns in zip(job.inputs, order, strict=True)])
     integers = _round(job.weights, grid, order, factor)
@@ -38,41 +41,36 @@ def damping(features: int, tokens: int) -> float:
 
 
 def _factor(inputs: Inputs, order: Tensor) -> Tensor:
-    """[in, in] upper Cholesky factor of the inverse of the damped Gram matrix, columns in the given order."""
+    """[in, in] share of an earlier column's error (row) that a later one takes, columns in the given order.
+
+    GPTQ's updates by the Cholesky factor U of the inverse Gram matrix add up to this: with R R^T the Gram matrix, R
+    upper triangular and U = R^-1, the weight that column k is rounded from is its own plus the sum over earlier
+    columns j of their error times R[j, k] / R[k, k]. So neither an inverse nor U is needed.
+    """
     features = len(inputs.fit)
     mean = inputs.fit.diagonal().mean()
     if inputs.tokens == 0 or mean <= 0:
         return torch.eye(features)
-    gram = inputs.fit[order][:, order].double() / mean
+    backwards = order.flip(0)
+    gram = inputs.fit[backwards][:, backwards].double() / mean
     gram.diagonal().add_(damping(features, inputs.tokens))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor = torch.linalg.cholesky(gram).flip(0, 1)
+    return (factor / factor.diagonal()).float()
 
 
 def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor:
-    """[n, rows, in] integers; every rounding error is pushed into the columns that come later in `order`."""
+    """[n, rows, in] integers; every column is rounded from its weight and the errors of those before it in `order`."""
     n, rows, features = weights.shape
-
-    # columns are worked on one by one: each of them lies in one piece here, [n, in, rows]
-    def columns_of(table: Tensor, index: Tensor) -> Tensor:
-        return table.mT.gather(1, index[:, :, None].expand(n, features, rows))
-
-    work = columns_of(weights, order)
-    group = order // grid.group_size
-    scale, offset = columns_of(grid.scale.float(), group), columns_of(grid.offset(), group)
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    top = grid.top[..., 0].expand(n, rows)
-    rounded = torch.empty(n, features, rows, dtype=torch.uint8)
-    for start in range(0, features, _BLOCK):
-        stop = min(start + _BLOCK, features)
-        errors = torch.empty(n, stop - start, rows)
-        for at in range(start, stop):
-            value = work[:, at]
-            integer = (value * inverse[:, at]).add_(offset[:, at]).round_().clamp_(min=0).minimum(top)
-            rounded[:, at] = integer
-            error = (value - scale[:, at] * (integer - offset[:, at])).div_(factor[:, at, at, None])
-            errors[:, at - start] = error
-            work[:, at + 1 : stop].sub_(factor[:, at, at + 1 : stop, None] * error[:, None])
-        work[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
-    back = order.argsort(1)
-    return rounded.gather(1, back[:, :, None].expand(n, features, rows)).mT.contiguous()
+    kernels = find_kernels("auto", weights.device)
+    columns = Columns(
+        # columns are worked on one by one: each of them lies in one piece, [n, in, rows]
+        order=order, work=weights.mT.gather(1, order[:, :, None].expand(n, features, rows)), factor=factor,
+        scale=grid.scale.float().mT.contiguous(), offset=grid.offset().mT.contiguous(),
+        top=grid.top[..., 0].expand(n, rows).contiguous(),
+        integers=torch.empty(n, features, rows, dtype=torch.uint8), group_size=grid.group_size,
+    )  # fmt: skip
+    for first in range(0, features, _BLOCK):
+        last = min(first + _BLOCK, features)
+        values = torch.baddbmm(columns.work[:, first:last], factor[:, :first, first:last].mT, columns.work[:, :first])
+        kernels.round_columns(columns, values, first)
+    return columns.integers.mT.contiguous()

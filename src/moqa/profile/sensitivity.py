@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moqa.format.grid import fit_grid
 from moqa.format.scheme import Scheme
 from moqa.methods import Job, Method
+from moqa.methods.grid import fit_grid
 from moqa.methods.inputs import Inputs
 from moqa.methods.stacks import stacks
 from moqa.models.experts import ExpertRun
@@ -70,9 +70,8 @@ def relative_errors(view: ModelView, units: Sequence[Unit], scheme: Scheme, widt
         weight = view.weight(unit)
         weight = weight[:: max(1, weight.numel() // _LOOKED_AT)].float()
         stacked = weight.expand(len(widths), -1, -1)
-        grid = fit_grid(stacked, scheme, torch.tensor(widths))
-        error = grid.decode(grid.encode(stacked)) - stacked
-        rows.append(error.square().sum((1, 2)) / weight.square().sum().clamp_min(1e-30))
+        error = fit_grid(stacked, scheme, torch.tensor(widths)).error
+        rows.append(error.sum((1, 2)) / weight.square().sum().clamp_min(1e-30))
     return torch.stack(rows)
 
 

@@ -140,6 +140,22 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release free;
         return read(*current, at<void>(data), bytes, threads);
     });
+    m.def("fit", [](int matrices, int rows, int in, int group, bool symmetric, bool half, uintptr_t weights,
+                    uintptr_t width, uintptr_t importance, uintptr_t scale, uintptr_t zero, uintptr_t error,
+                    uintptr_t integers, int threads) {
+        nb::gil_scoped_release free;
+        fit(*current, {matrices, rows, in, group, symmetric, half, at<float>(weights), at<uint8_t>(width),
+                       at<float>(importance), at<uint16_t>(scale), at<uint8_t>(zero), at<float>(error),
+                       at<uint8_t>(integers)}, threads);
+    });
+    m.def("round", [](int matrices, int rows, int in, int group, int groups, int first, int columns, uintptr_t values,
+                      uintptr_t work, uintptr_t factor, uintptr_t order, uintptr_t scale, uintptr_t offset,
+                      uintptr_t top, uintptr_t integers, int threads) {
+        nb::gil_scoped_release free;
+        round(*current, {matrices, rows, in, group, groups, first, columns, at<float>(values), at<float>(work),
+                         at<float>(factor), at<int64_t>(order), at<float>(scale), at<float>(offset), at<float>(top),
+                         at<uint8_t>(integers)}, threads);
+    });
     m.def("paths", [] {
         std::vector<std::string> names;
         for (const Path* path : supported_paths()) names.push_back(path->name);

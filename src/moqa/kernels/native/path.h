@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "matrix.h"
+#include "solve.h"
 
 namespace moqa {
 
@@ -25,6 +26,9 @@ struct Path {
                    float* scores, float* y);
     // Reads every byte and gives the XOR of its words.
     uint64_t (*read)(const uint8_t* data, size_t bytes);
+    // See solve.h: a tile of rows of one matrix, and `ROUND_ROWS` of them.
+    void (*fit)(const Fitting& fitting, int matrix, int tile);
+    void (*round)(const Rounding& rounding, int matrix, int item);
 };
 
 extern const Path avx512_path, avx2_path, portable_path;

@@ -1,3 +1,4 @@
+#include "grid.h"
 #include "isa_avx2.h"
 #include "product.h"
 
@@ -14,6 +15,8 @@ const Path avx2_path = {
     float_product,
     attend,
     read,
+    fit,
+    round,
 };
 
 }  // namespace moqa

@@ -1,3 +1,4 @@
+#include "grid.h"
 #include "isa_avx512.h"
 #include "product.h"
 
@@ -15,6 +16,8 @@ const Path avx512_path = {
     float_product,
     attend,
     read,
+    fit,
+    round,
 };
 
 }  // namespace moqa

@@ -1,3 +1,4 @@
+#include "grid.h"
 #include "isa_portable.h"
 #include "product.h"
 
@@ -14,6 +15,8 @@ const Path portable_path = {
     float_product,
     attend,
     read,
+    fit,
+    round,
 };
 
 }  // namespace moqa

@@ -5,13 +5,14 @@ add_library(moqa_kernels STATIC
   ${CMAKE_CURRENT_LIST_DIR}/patch.cpp
   ${CMAKE_CURRENT_LIST_DIR}/pool.cpp
   ${CMAKE_CURRENT_LIST_DIR}/path.cpp
-  ${CMAKE_CURRENT_LIST_DIR}/path_portable.cpp)
+  ${CMAKE_CURRENT_LIST_DIR}/path_portable.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/solve.cpp)
 set_target_properties(moqa_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_STANDARD 17 CXX_STANDARD_REQUIRED ON
                       CXX_VISIBILITY_PRESET hidden)
 target_include_directories(moqa_kernels PUBLIC ${CMAKE_CURRENT_LIST_DIR})
 target_link_libraries(moqa_kernels PUBLIC Threads::Threads)
 # errno and traps would keep loops from becoming vectors
-target_compile_options(moqa_kernels PRIVATE -O3 -Wall -Wextra -fno-math-errno -fno-trapping-math
+target_compile_options(moqa_kernels PRIVATE -O3 -Wall -Wextra -fno-math-errno -fno-trapping-math -Wno-psabi
   $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   target_sources(moqa_kernels PRIVATE ${CMAKE_CURRENT_LIST_DIR}/path_avx512.cpp ${CMAKE_CURRENT_LIST_DIR}/path_avx2.cpp)

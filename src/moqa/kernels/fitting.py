@@ -1,0 +1,145 @@
+"""The two loops of quantization in torch, on any device: the grid of each group of weights, and GPTQ's columns."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moqa.format.grid import ZERO_STEPS, Grid, nearest, to_groups
+from moqa.format.scheme import Scheme
+
+# twice as many gain nothing below 4 bits, where the refits do the rest, and 1 % at 4
+_SHRINKS = (1.0, 0.95, 0.9, 0.82, 0.72, 0.6)
+_REFITS = 3
+# a fit passes over its weights dozens of times: pieces that stay in the cache are ten times faster than whole stacks
+_CHUNK_WEIGHTS = 2**18
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Weights rounded to the nearest on the grid that suits them best.
+
+    Attributes:
+        grid: scales and zero-points, as they are stored.
+        integers: [matrices, out, in] uint8.
+        error: [matrices, out, groups] (weighted) squared error, float32.
+    """
+
+    grid: Grid
+    integers: Tensor
+    error: Tensor
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A stack of matrices whose columns are rounded one after the other.
+
+    Attributes:
+        order: [matrices, in] columns of the matrices in the order of rounding, int64.
+        work: [matrices, in, out] weights in that order, float32; what is stored is subtracted as they are rounded.
+        factor: [matrices, in, in] share of an earlier column's error (row) that a later one takes, float32.
+        scale: [matrices, groups, out] float32.
+        offset: [matrices, groups, out] position of weight zero, float32.
+        top: [matrices, out] largest integer, float32.
+        integers: [matrices, in, out] uint8, columns as in the matrices: the result.
+        group_size: columns of the matrices that share a scale.
+    """
+
+    order: Tensor
+    work: Tensor
+    factor: Tensor
+    scale: Tensor
+    offset: Tensor
+    top: Tensor
+    integers: Tensor
+    group_size: int
+
+
+def fit_in_torch(weights: Tensor, widths: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
+    """See `Kernels.fit_grid`."""
+    step = max(1, _CHUNK_WEIGHTS * weights.shape[1] // max(weights.numel(), 1))
+    parts = [
+        _fit(weights[:, i : i + step], scheme, widths[:, i : i + step], importance)
+        for i in range(0, weights.shape[1], step)
+    ]
+    scale, top, error = (torch.cat(found, 1) for found in zip(*((g.scale, g.top, e) for g, e in parts), strict=True))
+    zero = None if scheme.symmetric else torch.cat([grid.zero for grid, _ in parts if grid.zero is not None], 1)
+    grid = Grid(scale, zero, scheme.group_size, top)
+    return Rounded(grid, grid.encode(weights), error)
+
+
+def round_in_torch(columns: Columns, values: Tensor, first: int) -> None:
+    """See `Kernels.round_columns`."""
+    c, stacked = columns, torch.arange(len(values), device=values.device)
+    for at in range(first, first + values.shape[1]):
+        earlier = c.factor[:, first:at, at, None] * c.work[:, first:at]
+        value = values[:, at - first] + earlier.sum(1)
+        group = c.order[:, at] // c.group_size
+        scale, offset = c.scale[stacked, group], c.offset[stacked, group]
+        integer = nearest(value[..., None], scale[..., None], offset[..., None], c.top[..., None])[..., 0]
+        c.integers[stacked, c.order[:, at]] = integer.to(torch.uint8)
+        c.work[:, at] -= scale * (integer - offset)
+
+
+def _fit(weights: Tensor, scheme: Scheme, widths: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:
+    groups = to_groups(weights, scheme.group_size)
+    # what a short last group is filled up with is not stored and must not count
+    weight = to_groups(torch.ones(weights.shape[-1], device=weights.device), scheme.group_size)
+    if importance is not None:
+        given = to_groups(importance, scheme.group_size)[:, None]
+        # a group whose inputs were never active has no preference; equal weights keep its fit sane
+        weight = weight * (given + given.mean(-1, keepdim=True).clamp_min(1e-12) * 1e-2)
+    top = (2.0 ** widths[..., None] - 1).expand(groups.shape[:-1])
+    low = groups.amin(-1).clamp_max(0.0)
+    high = groups.amax(-1).clamp_min(0.0)
+    if scheme.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high * (top + 1) / (top - 1).clamp_min(1)
+    best, error = None, None
+    for shrink in _SHRINKS:
+        grid = _stored((high - low) * (shrink / top), low * shrink, scheme, top)
+        best, error = _better(groups, weight, grid, best, error)
+    assert best is not None
+    assert error is not None
+    for _ in range(_REFITS):
+        best, error = _better(groups, weight, _refit(groups, weight, best, scheme), best, error)
+    return best, error
+
+
+def _stored(scale: Tensor, low: Tensor, scheme: Scheme, top: Tensor) -> Grid:
+    stored = scale.to(getattr(torch, scheme.scale_dtype))
+    if scheme.symmetric:
+        return Grid(stored, None, scheme.group_size, top)
+    used = stored.float()
+    offset = torch.where(used > 0, -low / used, 0.0)
+    zero = (offset * (ZERO_STEPS / top)).round().clamp(0, ZERO_STEPS).to(torch.uint8)
+    return Grid(stored, zero, scheme.group_size, top)
+
+
+def _better(groups: Tensor, weight: Tensor, grid: Grid, best: Grid | None, error: Tensor | None) -> tuple[Grid, Tensor]:
+    scale, offset = grid.scale.float()[..., None], grid.offset()[..., None]
+    rounded = scale * (nearest(groups, scale, offset, grid.top[..., None]) - offset)
+    new = ((rounded - groups).square_() * weight).sum(-1)
+    if best is None or error is None:
+        return grid, new
+    win = new < error
+    zero = None if grid.zero is None or best.zero is None else torch.where(win, grid.zero, best.zero)
+    return Grid(torch.where(win, grid.scale, best.scale), zero, grid.group_size, grid.top), torch.where(win, new, error)
+
+
+def _refit(groups: Tensor, weight: Tensor, grid: Grid, scheme: Scheme) -> Grid:
+    """Least-squares scale, and offset if there is one, for the integers that the present grid chooses."""
+    scale, offset = grid.scale.float()[..., None], grid.offset()[..., None]
+    integers = nearest(groups, scale, offset, grid.top[..., None])
+    weight = weight.expand_as(groups)
+    if scheme.symmetric:
+        steps = integers - offset
+        spread = (weight * steps.square()).sum(-1)
+        slope = torch.where(spread > 0, (weight * steps * groups).sum(-1) / spread, grid.scale.float()).clamp_min(0)
+        return _stored(slope, slope, scheme, grid.top)
+    total = weight.sum(-1)
+    mean_q, mean_w = (weight * integers).sum(-1) / total, (weight * groups).sum(-1) / total
+    centred = integers - mean_q[..., None]
+    spread = (weight * centred.square()).sum(-1)
+    slope = torch.where(spread > 0, (weight * centred * groups).sum(-1) / spread, grid.scale.float()).clamp_min(0)
+    return _stored(slope, mean_w - slope * mean_q, scheme, grid.top)

@@ -1,0 +1,18 @@
+#include "solve.h"
+
+#include "path.h"
+#include "pool.h"
+
+namespace moqa {
+
+void fit(const Path& path, const Fitting& f, int threads) {
+    const int tiles = (f.rows + TILE - 1) / TILE;
+    parallel(threads, f.matrices * tiles, [&](int item) { path.fit(f, item / tiles, item % tiles); });
+}
+
+void round(const Path& path, const Rounding& r, int threads) {
+    const int items = (r.rows + ROUND_ROWS - 1) / ROUND_ROWS;
+    parallel(threads, r.matrices * items, [&](int item) { path.round(r, item / items, item % items); });
+}
+
+}  // namespace moqa

@@ -1,0 +1,44 @@
+// The two loops of quantization over a stack of matrices of one shape.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moqa {
+
+struct Path;
+
+constexpr int ROUND_ROWS = 64;  // rows of a piece of work of `round`
+
+// Grids with the least weighted squared error for [matrices, rows, in] weights.
+struct Fitting {
+    int matrices, rows, in, group;
+    bool symmetric, half;      // half: scales are float16, not bfloat16
+    const float* weights;      // [matrices, rows, in]
+    const uint8_t* width;      // [matrices, rows]
+    const float* importance;   // [matrices, in], or null: all count the same
+    uint16_t* scale;           // [matrices, rows, groups]
+    uint8_t* zero;             // [matrices, rows, groups], or null if symmetric
+    float* error;              // [matrices, rows, groups] that squared error
+    uint8_t* integers;         // [matrices, rows, in]
+
+    int groups() const { return (in + group - 1) / group; }
+};
+
+// One block of GPTQ's columns, in its order. Weight = scale * (integer - offset).
+struct Rounding {
+    int matrices, rows, in, group, groups, first, columns;
+    const float* values;   // [matrices, columns, rows] what the block's weights are by now
+    float* work;           // [matrices, in, rows] weights, which become weight minus stored weight
+    const float* factor;   // [matrices, in, in] share of an earlier column's error (row) that a later one takes
+    const int64_t* order;  // [matrices, in] columns of the matrix
+    const float* scale;    // [matrices, groups, rows]
+    const float* offset;   // [matrices, groups, rows]
+    const float* top;      // [matrices, rows] the largest integer
+    uint8_t* integers;     // [matrices, in, rows], columns as in the matrix
+};
+
+void fit(const Path& path, const Fitting& fitting, int threads);
+void round(const Path& path, const Rounding& rounding, int threads);
+
+}  // namespace moqa

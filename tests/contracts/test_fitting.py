@@ -1,0 +1,149 @@
+"""What all kernels must do in the two loops of quantization, whoever adds them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moqa.format.grid import to_groups
+from moqa.format.scheme import WIDTHS, Scheme
+from moqa.kernels import KERNELS, Columns, native
+
+CPU = torch.device("cpu")
+
+
+def runners():
+    for kernels in KERNELS.values():
+        if kernels.unusable(CPU) is None:
+            for path in native.paths() if kernels.name == "native" else [None]:
+                yield pytest.param((kernels, path), id=kernels.name if path is None else f"{kernels.name}-{path}")
+
+
+@pytest.fixture(params=list(runners()), scope="module")
+def kernels(request):
+    found, path = request.param
+    if path is not None:
+        native.use_path(path)
+    yield found
+    if path is not None:
+        native.use_path(native.paths()[0])
+
+
+schemes = st.builds(
+    Scheme, width=st.just(8), group_size=st.sampled_from([32, 64, 96]), symmetric=st.booleans(),
+    scale_dtype=st.sampled_from(["bfloat16", "float16"]),
+)  # fmt: skip
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 150))
+
+
+def random_problem(shape, seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    weights = size * torch.randn(shape, generator=generator)
+    widths = torch.randint(1, 9, shape[:2], generator=generator)
+    importance = torch.rand(shape[0], shape[2], generator=generator) ** 4
+    importance[:, : shape[2] // 3] *= torch.randint(0, 2, (1,), generator=generator)
+    return weights, widths, importance
+
+
+class TestFitGrid:
+    @settings(max_examples=60, deadline=None)
+    @given(schemes, shapes, st.integers(0, 10**6), st.sampled_from([1e-3, 1.0, 30.0]), st.booleans())
+    def test_finds_what_the_reference_finds(self, kernels, scheme, shape, seed, size, weighted):
+        weights, widths, importance = random_problem(shape, seed, size)
+        importance = importance if weighted else None
+        found = kernels.fit_grid(weights, widths, scheme, importance)
+        wanted = KERNELS["reference"].fit_grid(weights, widths, scheme, importance)
+        # ties and roundings may be decided otherwise: the result is then as good
+        assert found.error.sum() <= wanted.error.sum() * 1.001 + 1e-30
+        assert (found.error <= wanted.error * 1.1 + 1e-6 * size**2).all()
+
+    @settings(max_examples=40, deadline=None)
+    @given(schemes, shapes, st.integers(0, 10**6), st.booleans())
+    def test_integers_and_errors_are_those_of_the_grid(self, kernels, scheme, shape, seed, weighted):
+        weights, widths, importance = random_problem(shape, seed, 1.0)
+        found = kernels.fit_grid(weights, widths, scheme, importance if weighted else None)
+        assert (found.integers < 2 ** widths[..., None]).all()
+        off = (found.grid.decode(found.integers) - weights).double()
+        nearest = (found.grid.decode(found.grid.encode(weights)) - weights).double()
+        assert torch.allclose(off.abs(), nearest.abs(), rtol=1e-4, atol=1e-5)
+        weight = torch.ones(shape[0], shape[2])
+        if weighted:
+            given = to_groups(importance, scheme.group_size)
+            weight = (given + given.mean(-1, keepdim=True).clamp_min(1e-12) * 1e-2).flatten(1)[:, : shape[2]]
+        squared = to_groups(off.square() * weight[:, None], scheme.group_size).sum(-1)
+        assert torch.allclose(found.error.double(), squared, rtol=1e-3, atol=1e-7)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 1e-30, -1e-30, 1e-42, 1e4, -1e4, 1e30])
+    @pytest.mark.parametrize("symmetric", [False, True])
+    def test_strange_weights_stay_on_the_grid(self, kernels, value, symmetric, dtype):
+        scheme = Scheme(width=4, symmetric=symmetric, scale_dtype=dtype)
+        weights = torch.full((1, 17, 70), value)
+        weights[0, 3] = torch.linspace(-abs(value), abs(value), 70)
+        found = kernels.fit_grid(weights, torch.full((1, 17), 4), scheme, None)
+        assert int(found.integers.max()) < 16
+        if 1e-6 < abs(value) < 1e5:
+            back = found.grid.decode(found.integers)[0, 0]
+            assert torch.allclose(back, weights[0, 0], rtol=0.02)
+
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_a_row_does_not_depend_on_others_or_on_threads(self, kernels, width):
+        weights = torch.randn(2, 50, 100, generator=torch.Generator().manual_seed(width))
+        widths, scheme = torch.full((2, 50), width), Scheme(width=width)
+        whole = kernels.fit_grid(weights, widths, scheme, None)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1 if before > 1 else 3)
+        part = kernels.fit_grid(weights[1:, 20:30], widths[1:, 20:30], scheme, None)
+        torch.set_num_threads(before)
+        assert torch.equal(whole.integers[1:, 20:30], part.integers)
+        assert torch.equal(whole.grid.scale[1:, 20:30], part.grid.scale)
+
+
+class TestRoundColumns:
+    @settings(max_examples=40, deadline=None)
+    @given(schemes, shapes, st.integers(1, 70), st.integers(0, 10**6))
+    def test_every_column_is_rounded_from_its_weight_and_earlier_errors(self, kernels, scheme, shape, block, seed):
+        weights, widths, _ = random_problem(shape, seed, 1.0)
+        n, rows, features = shape
+        grid = KERNELS["reference"].fit_grid(weights, widths, scheme, None).grid
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.stack([torch.randperm(features, generator=generator) for _ in range(n)])
+        factor = 0.2 * torch.randn(n, features, features, generator=generator)
+        start = weights.mT.gather(1, order[:, :, None].expand(n, features, rows))
+        columns = Columns(
+            order=order, work=start.clone(), factor=factor, scale=grid.scale.float().mT.contiguous(),
+            offset=grid.offset().mT.contiguous(), top=grid.top[..., 0].contiguous(),
+            integers=torch.zeros(n, features, rows, dtype=torch.uint8), group_size=scheme.group_size,
+        )  # fmt: skip
+        for first in range(0, features, block):
+            last = min(first + block, features)
+            earlier = factor[:, :first, first:last].mT @ columns.work[:, :first]
+            kernels.round_columns(columns, columns.work[:, first:last] + earlier, first)
+        # what is left in `work` is the error of the integers
+        stored = grid.decode(columns.integers.mT).mT.gather(1, order[:, :, None].expand(n, features, rows))
+        assert torch.allclose(columns.work, start - stored, atol=1e-4)
+        # and every integer is the nearest to what it was rounded from
+        errors = (start - stored).double()
+        share = factor.double().triu(1).mT @ errors
+        wanted = start.double() + share
+        group = (order // scheme.group_size)[:, :, None].expand(n, features, rows)
+        scale, offset = columns.scale.gather(1, group).double(), columns.offset.gather(1, group).double()
+        at = torch.where(scale > 0, wanted / scale, 0) + offset
+        integers = columns.integers.gather(1, order[:, :, None].expand(n, features, rows)).double()
+        clamped = at.clamp(min=0).minimum(columns.top[:, None].double())
+        slack = 0.5 + 1e-3 * (1 + at.abs() * 1e-2)
+        assert ((integers - clamped).abs() <= slack).all()
+
+    def test_what_does_not_fit_is_refused(self):
+        if KERNELS["native"].unusable(CPU):
+            pytest.skip("the native kernels were not built")
+        ones = torch.ones(1, 4, 3)
+        columns = Columns(
+            order=torch.arange(4)[None], work=ones, factor=torch.eye(4)[None], scale=torch.ones(1, 1, 3),
+            offset=torch.ones(1, 1, 3), top=torch.ones(1, 3), integers=torch.zeros(1, 4, 3, dtype=torch.uint8),
+            group_size=32,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="from column 3"):
+            KERNELS["native"].round_columns(columns, ones[:, :2], 3)
+        with pytest.raises(ValueError, match="importance"):
+            KERNELS["native"].fit_grid(ones, torch.full((1, 4), 2), Scheme(width=2), torch.ones(1, 5))
