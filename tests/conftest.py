@@ -1,13 +1,16 @@
 """Shared fixtures: synthetic profiles and checkpoints in memory, a tiny random model, and the reference model."""
 
+import io
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from moqa.cli import main
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, Fitted, Manifest, StoredTensor, StoredUnit
 from moqa.format.planes import pack, tile_rows
@@ -184,3 +187,23 @@ def texts():
         return Distribution(name, (text,), f"{name}.calib.txt")
 
     return {name: read(name) for name in ("wiki", "novels", "python")}
+
+
+@pytest.fixture
+def moqa_command(monkeypatch, capfd):
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def run(*args, stdin=""):
+        typed = io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())
+        capfd.readouterr()
+        code = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["moqa", *map(str, args)])
+            patch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code or 0
+        return code, *capfd.readouterr()
+
+    return run

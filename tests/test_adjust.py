@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import moqa
 from moqa.adjust.choose import RULES
 from moqa.adjust.fit import round_columns
 from moqa.adjust.modes import MODES
-from moqa.cli import main
 from moqa.data import Distribution
 from moqa.errors import MoqaError
 from moqa.format.adjustment import MIDDLE, RECORD, WEIGHTS, read_adjustment
@@ -294,27 +292,13 @@ def _flip(path):
     path.write_bytes(data)
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["moqa", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
-
-
 PYTHON = f"python={REFERENCE / 'text' / 'python.calib.txt'}"
 
 
 class TestCommand:
-    def test_adjust_and_evaluate(self, made, command, tmp_path, tiny_model):
+    def test_adjust_and_evaluate(self, made, moqa_command, tmp_path, tiny_model):
         out = tmp_path / "adj"
-        code, _, _ = command(
+        code, _, _ = moqa_command(
             "adjust", made / "full", "--data", PYTHON, "--bytes", SHARE, "--samples", "8", "-o", out,
             "--json", tmp_path / "adj.json",
         )  # fmt: skip
@@ -322,7 +306,7 @@ class TestCommand:
         found = json.loads((tmp_path / "adj.json").read_text())
         assert found["extra_bytes_percent"] <= 20
         held_out = f"python={REFERENCE / 'text' / 'python.test.txt'}"
-        code, shown, _ = command(
+        code, shown, _ = moqa_command(
             "evaluate", made / "full", "--adjustment", out, "--data", held_out, "--against", tiny_model,
             "--windows", "4", "--context", "64", "--json", tmp_path / "e.json",
         )  # fmt: skip
@@ -343,39 +327,39 @@ class TestCommand:
             ("full", ("--data", PYTHON.replace("python", "math")), "2 distributions to adjust to"),
         ],
     )
-    def test_one_line_for_every_mistake(self, made, command, tmp_path, checkpoint, options, said):
-        code, _, err = command("adjust", made / checkpoint, "--data", PYTHON, *options, "-o", tmp_path / "adj")
+    def test_one_line_for_every_mistake(self, made, moqa_command, tmp_path, checkpoint, options, said):
+        code, _, err = moqa_command("adjust", made / checkpoint, "--data", PYTHON, *options, "-o", tmp_path / "adj")
         assert code == 2
         assert said in err
         assert err.strip().splitlines()[-1].startswith("moqa: ")
         assert not (tmp_path / "adj").exists()
 
-    def test_a_short_text(self, made, command, tmp_path):
+    def test_a_short_text(self, made, moqa_command, tmp_path):
         (tmp_path / "short.txt").write_text("A few words. " * 100)
-        code, _, err = command(
+        code, _, err = moqa_command(
             "adjust", made / "full", "--data", f"short={tmp_path / 'short.txt'}", "-o", tmp_path / "adj"
         )
         assert code == 2
         assert "needs at least 8" in err
 
-    def test_a_damaged_cache(self, made, command, tmp_path):
+    def test_a_damaged_cache(self, made, moqa_command, tmp_path):
         folder = shutil.copytree(made / "part", tmp_path / "out")
         _flip(next((folder / "cache").glob("*.safetensors")))
-        code, _, err = command("adjust", folder, "--data", PYTHON, "-o", tmp_path / "adj")
+        code, _, err = moqa_command("adjust", folder, "--data", PYTHON, "-o", tmp_path / "adj")
         assert code == 2
         assert "corrupted" in err
 
-    def test_a_cache_of_another_model(self, made, command, tmp_path):
+    def test_a_cache_of_another_model(self, made, moqa_command, tmp_path):
         folder = shutil.copytree(made / "full", tmp_path / "out")
         path = folder / "cache" / "cache.json"
         path.write_text(path.read_text().replace("fingerprint", "fingerprimt"))
-        code, _, err = command("adjust", folder, "--data", PYTHON, "-o", tmp_path / "adj")
+        code, _, err = moqa_command("adjust", folder, "--data", PYTHON, "-o", tmp_path / "adj")
         assert code == 2
         assert "cache.json" in err
 
     @pytest.mark.parametrize("cache", ["half", "0%", "200%", "1"])
-    def test_what_is_no_cache(self, tiny_model, made, command, tmp_path, cache):
-        code, _, err = command(
+    def test_what_is_no_cache(self, tiny_model, made, moqa_command, tmp_path, cache):
+        code, _, err = moqa_command(
             "quantize", tiny_model, "--profile", made / "profile", "--data", PYTHON, "--bpw", "3", "--cache", cache,
             "-o", tmp_path / "out",
         )  # fmt: skip
@@ -385,18 +369,18 @@ class TestCommand:
 
 
 class TestShown:
-    def test_inspect(self, python, command):
-        code, shown, _ = command("inspect", python)
+    def test_inspect(self, python, moqa_command):
+        code, shown, _ = moqa_command("inspect", python)
         assert code == 0
         assert "residual for python, by gain" in shown
 
-    def test_report(self, made, python, command, tiny_model, tmp_path):
+    def test_report(self, made, python, moqa_command, tiny_model, tmp_path):
         held_out = f"python={REFERENCE / 'text' / 'python.test.txt'}"
         options = ("--data", held_out, "--against", tiny_model, "--windows", "2", "--context", "32")
-        command("evaluate", made / "full", *options, "--json", tmp_path / "a.json")
-        command("evaluate", made / "full", *options, "--adjustment", python, "--json", tmp_path / "b.json")
+        moqa_command("evaluate", made / "full", *options, "--json", tmp_path / "a.json")
+        moqa_command("evaluate", made / "full", *options, "--adjustment", python, "--json", tmp_path / "b.json")
         shutil.copytree(python, tmp_path / "python")
-        code, _, err = command("report", tmp_path, "-o", tmp_path / "page.html")
+        code, _, err = moqa_command("report", tmp_path, "-o", tmp_path / "page.html")
         assert code == 0, err
         page = (tmp_path / "page.html").read_text()
         assert "Adjustments to novel texts" in page

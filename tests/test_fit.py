@@ -15,7 +15,6 @@ import pytest
 import torch
 from families import FAMILIES, random_model
 
-from moqa.cli import main
 from moqa.errors import MoqaError
 from moqa.generate.loop import CHUNK
 from moqa.models.free import free_memory
@@ -170,26 +169,10 @@ def fitting(measured, left: int, context: int = 512, batch: int = 1) -> Fit:
     return fit(measured, str(found.memory - found.bytes + left), context, batch)
 
 
-@pytest.fixture
-def moqa(monkeypatch, capsys):
-    """Run a command in this process: exit code, stdout, stderr."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["moqa", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
-
-
 class TestCommands:
-    def test_plan_shows_how_memory_divides(self, moqa, measured, tmp_path):
+    def test_plan_shows_how_memory_divides(self, moqa_command, measured, tmp_path):
         options = ("--fit", "600MiB", "--context", "1024", "--batch", "2", "-o", tmp_path / "plan.json")
-        code, out, err = moqa("plan", measured.folder, *options, "--json", "-")
+        code, out, err = moqa_command("plan", measured.folder, *options, "--json", "-")
         assert code == 0, err
         row = next(line for line in out.splitlines() if line.startswith("2 x 1024 tokens"))
         weights, cache, overhead, total, limit = (float(size) for size in re.findall(r"([\d.]+) MiB", row))
@@ -220,46 +203,50 @@ class TestCommands:
             ),
         ],
     )
-    def test_mistakes(self, moqa, measured, tmp_path, options, parts):
+    def test_mistakes(self, moqa_command, measured, tmp_path, options, parts):
         both = (
             ("plan", measured.folder, "-o", tmp_path / "out"),
             ("quantize", MODEL, "--data", f"wiki={WIKI}", "-o", tmp_path / "out"),
         )
         for command in both:
-            code, _, err = moqa(*command, *options)
+            code, _, err = moqa_command(*command, *options)
             assert code == 2, err
             assert "Traceback" not in err
             assert all(part in err.splitlines()[-1] for part in parts), err
             assert list(tmp_path.iterdir()) == []
 
-    def test_context_of_a_plan_needs_a_fit(self, moqa, measured, tmp_path):
-        code, _, err = moqa("plan", measured.folder, "--bpw", "3", "--context", "512", "-o", tmp_path / "plan.json")
+    def test_context_of_a_plan_needs_a_fit(self, moqa_command, measured, tmp_path):
+        code, _, err = moqa_command(
+            "plan", measured.folder, "--bpw", "3", "--context", "512", "-o", tmp_path / "plan.json"
+        )
         assert (code, err) == (2, "moqa: --context 512 needs --fit: it is for a budget of memory, e.g. --fit 8GiB\n")
 
     @pytest.mark.parametrize("option", [("--fit", "8GiB"), ("--batch", "2")])
-    def test_a_plan_holds_its_budget(self, moqa, tmp_path, option):
-        code, _, err = moqa("quantize", MODEL, "--plan", tmp_path / "plan.json", *option, "-o", tmp_path / "out")
+    def test_a_plan_holds_its_budget(self, moqa_command, tmp_path, option):
+        code, _, err = moqa_command(
+            "quantize", MODEL, "--plan", tmp_path / "plan.json", *option, "-o", tmp_path / "out"
+        )
         assert code == 2
         assert "already holds texts and budget" in err
         assert "--fit" in err
 
-    def test_widths_that_cannot_be_stored(self, moqa, tmp_path):
+    def test_widths_that_cannot_be_stored(self, moqa_command, tmp_path):
         data = ("--data", f"wiki={WIKI}", "-o", tmp_path / "out")
-        code, _, err = moqa("quantize", MODEL, "--fit", "8GiB", "--widths", "2,9", *data)
+        code, _, err = moqa_command("quantize", MODEL, "--fit", "8GiB", "--widths", "2,9", *data)
         assert (code, "--widths 2,9 cannot be planned" in err) == (2, True)
 
-    def test_a_model_that_has_moved(self, moqa, measured, tmp_path):
+    def test_a_model_that_has_moved(self, moqa_command, measured, tmp_path):
         folder = tmp_path / "profile"
         folder.mkdir()
         for file in measured.folder.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
         record = json.loads((folder / "profile.json").read_text())
         (folder / "profile.json").write_text(json.dumps(record | {"model": str(tmp_path / "gone")}))
-        code, _, err = moqa("plan", folder, "--fit", "8GiB", "-o", tmp_path / "plan.json")
+        code, _, err = moqa_command("plan", folder, "--fit", "8GiB", "-o", tmp_path / "plan.json")
         assert code == 2
         assert err.startswith(f"moqa: --fit 8GiB needs the configuration of {tmp_path / 'gone'}")
         random_model("qwen3_moe").config.save_pretrained(tmp_path / "gone")
-        code, _, err = moqa("plan", folder, "--fit", "8GiB", "-o", tmp_path / "plan.json")
+        code, _, err = moqa_command("plan", folder, "--fit", "8GiB", "-o", tmp_path / "plan.json")
         assert (code, "is not the model of" in err) == (2, True)
 
 

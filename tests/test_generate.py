@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TopPLogitsWarper
 
 import moqa
-from moqa.cli import main
 from moqa.errors import MoqaError
 from moqa.generate import Chat, ContextError, Memory, Sampling, chat_prompt, generate, load_any, loop, tokens
 from moqa.generate.nucleus import Nucleus
@@ -395,31 +394,6 @@ class TestChat:
         assert (tokenizer.decode(ids), stops) == ("<user>Hi<assistant>", ())
         with pytest.raises(MoqaError, match="refuses these messages: no system"):
             chat_prompt(tokenizer, [{"role": "system", "content": "Hi"}])
-
-
-@pytest.fixture
-def moqa_command(monkeypatch, capfd):
-    """Run a command in this process: exit code, stdout, stderr."""
-
-    def run(*args, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["moqa", *map(str, args)])
-        capfd.readouterr()
-        code = 0
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdin", open_text(stdin))
-            try:
-                main()
-            except SystemExit as stop:
-                code = stop.code or 0
-        return code, *capfd.readouterr()
-
-    return run
-
-
-def open_text(text):
-    import io
-
-    return io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode()), encoding="utf-8")
 
 
 class TestCommands:

@@ -89,7 +89,7 @@ def fulfil(wish: Wish) -> None:
     folder = locate(wish.model)
     fitted, held_out = _texts(wish, folder)
     if wish.dry_run:
-        _preview(wish, budget, [distribution.name for distribution in fitted], memory)
+        _preview(wish, folder, budget, [distribution.name for distribution in fitted], memory)
         return
     view = open_model(folder, keep=memory.holds(folder))
     with progress(wish.log_json) as shown:
@@ -146,9 +146,9 @@ def _texts(wish: Wish, folder: Path) -> "tuple[list[Distribution], list[Distribu
     return fitted, held_out
 
 
-def _preview(wish: Wish, budget: "Budget | None", names: list[str], memory: "Memory") -> None:
+def _preview(wish: Wish, folder: Path, budget: "Budget | None", names: list[str], memory: "Memory") -> None:
     """What the wish would cost: with the profile that is there, or before there is one."""
-    from moqa.models.checkpoint import fingerprint, locate
+    from moqa.models.checkpoint import fingerprint
     from moqa.models.view import open_model
     from moqa.plan import plan
     from moqa.profile import read_profile
@@ -157,7 +157,7 @@ def _preview(wish: Wish, budget: "Budget | None", names: list[str], memory: "Mem
     from moqa.profile.store import RECORD
     from moqa.quantize.estimate import estimate
 
-    there = (wish.profile / RECORD).is_file()
+    there, view = (wish.profile / RECORD).is_file(), None
     if there:
         measured = read_profile(wish.profile)
     else:
@@ -165,14 +165,14 @@ def _preview(wish: Wish, budget: "Budget | None", names: list[str], memory: "Mem
             context=wish.window, samples=wish.samples, seed=wish.seed, group_size=wish.group_size,
             symmetric=wish.symmetric, method=wish.method,
         )  # fmt: skip
-        folder, own = locate(wish.model), wish.samples if wish.self_samples is None else wish.self_samples
+        own = wish.samples if wish.self_samples is None else wish.self_samples
         view = open_model(folder, keep=False)
         measured = blank_profile(view, wish.model, fingerprint(folder), names, settings, own)
     chosen = plan(
         measured, budget, wish.strategy, wish.ties, known=names, widths=wish.widths, hedge=wish.hedge,
         objective=wish.objective, scope=wish.scope, seed=wish.seed,
     )  # fmt: skip
-    cost = estimate(wish.model, chosen, measured, wish.method, wish.cache, memory, profiled=there)
+    cost = estimate(folder, chosen, measured, wish.method, wish.cache, memory, there, view)
     print_estimate(cost, chosen, measured, wish.json)
 
 

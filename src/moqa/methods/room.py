@@ -1,12 +1,14 @@
 """What is worked on at a time, so that a process stays within its memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moqa.errors import MoqaError
-from moqa.methods.inputs import input_space
+from moqa.methods.inputs import by_input
 from moqa.methods.stacks import STACK_WEIGHTS
 from moqa.models.memory import Memory, resident, return_large_blocks
 from moqa.models.stages import BATCH_TOKENS
+from moqa.models.units import Unit
 from moqa.models.view import ModelView
 
 # float32 copies of a stack of matrices that solving it takes, and float64 ones of the statistics of their inputs
@@ -59,16 +61,14 @@ class Sizes:
             units = view.layer_units(index)
             layer = max(layer, sum(unit.weights * view.itemsize(unit) for unit in units))
             weights = max(weights, sum(unit.weights for unit in units))
-            spaces: dict[str, list[int]] = {}
-            for unit in units:
-                spaces.setdefault(input_space(unit), [unit.shape[1]]).append(unit.weights)
-            squares = {name: 4 * sizes[0] ** 2 for name, sizes in spaces.items()}
-            routed = {input_space(unit) for unit in units if unit.expert is not None}
+            spaces = list(by_input(units).values())
+            routed = [sharing for sharing in spaces if sharing[0].expert is not None]
+            dense = [sharing for sharing in spaces if sharing[0].expert is None]
             count = len({unit.expert for unit in units if unit.expert is not None})
-            linear = max(linear, sum(size for name, size in squares.items() if name not in routed))
-            expert = max(expert, sum(size for name, size in squares.items() if name in routed) // max(count, 1))
-            matrices = max(matrices, *(sum(sizes[1:]) for sizes in spaces.values()))
-            features = max(features, *(sizes[0] for sizes in spaces.values()))
+            linear = max(linear, _squares(dense))
+            expert = max(expert, _squares(routed) // max(count, 1))
+            matrices = max(matrices, *(sum(unit.weights for unit in sharing) for sharing in spaces))
+            features = max(features, *(unit.shape[1] for unit in units))
             experts = max(experts, count)
         table = view.model.get_input_embeddings().weight
         outputs = _OUTPUTS * max(view.top_k, 1) + 8
@@ -78,10 +78,21 @@ class Sizes:
             matrices=matrices, features=features, experts=experts,
         )  # fmt: skip
 
+    @property
+    def reading_ends(self) -> int:
+        """While the ends are read."""
+        # half as much again: the ends as they are stored, beside the ends as they compute
+        return self.base + self.ends * 3 // 2
+
     def solving(self, copies: int = 1) -> int:
         """While a method works on one stack of matrices, each so many times."""
         stack = max(self.matrices * copies, min(STACK_WEIGHTS, self.weights))
         return 4 * _COPIES * stack + 8 * _SQUARES * self.features**2
+
+
+def _squares(spaces: Sequence[Sequence[Unit]]) -> int:
+    """Bytes of one statistic of each space's inputs."""
+    return sum(4 * sharing[0].shape[1] ** 2 for sharing in spaces)
 
 
 def as_many(memory: Memory, fixed: int, each: int, count: int, least: int) -> int:

@@ -109,23 +109,23 @@ def read_header(path: Path) -> dict[str, dict]:
 
 
 def headers(folder: Path) -> dict[str, dict]:
-    """Headers of all files of a checkpoint in one, checked against its index.
+    """Headers of all files of a checkpoint in one, each entry with its `file`, checked against its index.
 
-    >>> headers(Path("reference/model"))["model.norm.weight"]["dtype"]
-    'BF16'
+    >>> entry = headers(Path("reference/model"))["model.norm.weight"]
+    >>> entry["dtype"], entry["file"]
+    ('BF16', 'model.safetensors')
 
     Raises:
         MoqaError: if a file is corrupted, a name occurs twice, or a tensor is not where the index says.
     """
     found: dict[str, dict] = {}
-    where: dict[str, str] = {}
     for path in weight_files(folder):
         for name, entry in read_header(path).items():
-            if name in where:
-                raise MoqaError(f"{folder} holds {name} twice", f"in {where[name]} and {path.name}")
-            found[name], where[name] = entry, path.name
+            if name in found:
+                raise MoqaError(f"{folder} holds {name} twice", f"in {found[name]['file']} and {path.name}")
+            found[name] = {**entry, "file": path.name}
     for name, file in (_read_index(folder) or {}).items():
-        if where.get(name) != file:
+        if name not in found or found[name]["file"] != file:
             raise MoqaError(f"{folder / file} lacks {name}", f"{INDEX} says that it lies there")
     return found
 

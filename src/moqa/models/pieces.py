@@ -27,7 +27,8 @@ _TOGETHER = 8
 class Pieces:
     """Reads parameters of a model that was built without memory for them.
 
-    >>> pieces = Pieces(model, Path("reference/model"), {"model.layers.3.self_attn.q_proj.weight": 3}, False, ())
+    >>> owners = {"model.layers.3.self_attn.q_proj.weight": 3}
+    >>> pieces = Pieces(model, folder, checkpoint.headers(folder), owners, False, ())
     >>> pieces.need(3)
 
     What no piece owns is read at once and stays. A decoder layer or an end that is called reads its piece itself.
@@ -35,6 +36,7 @@ class Pieces:
     Args:
         model: with parameters on the meta device, in the dtypes that they are wanted in.
         folder: of the original checkpoint.
+        headers: of its files (`checkpoint.headers`).
         owners: parameter -> number of its piece.
         keep: whether pieces stay once they are read; else one is forgotten when another is needed.
         narrow: parameters that are wanted in the dtype in which they are stored.
@@ -47,6 +49,7 @@ class Pieces:
         self,
         model: "PreTrainedModel",
         folder: Path,
+        headers: Mapping[str, dict],
         owners: Mapping[str, int],
         keep: bool,
         narrow: Collection[str],
@@ -55,8 +58,7 @@ class Pieces:
 
         self._model, self._folder, self._keep = model, folder, keep
         self._mapping = get_model_conversion_mapping(model)
-        self._files = {name: path for path in checkpoint.weight_files(folder) for name in checkpoint.read_header(path)}
-        headers = checkpoint.headers(folder)
+        self._files = {name: folder / entry["file"] for name, entry in headers.items()}
         self._names: dict[int | None, list[str]] = {None: []}
         self._stacks: dict[int | None, list[_Stack]] = {}
         stacks: dict[str, _Stack] = {}

@@ -1,6 +1,6 @@
 """One family-independent view of a transformers model: decoder layers, experts, units and what is kept."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,20 +108,14 @@ class ModelView:
 
     def ends_bytes(self) -> int:
         """Bytes of the embedding and the head, as they are read."""
-        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         tied = self.model.all_tied_weights_keys and self.model.config.get_text_config().tie_word_embeddings
-        sizes = [end.weight.numel() * end.weight.dtype.itemsize for end in ends if end is not None]
+        sizes = [end.weight.numel() * end.weight.dtype.itemsize for end in self._ends()]
         return max(sizes) if tied else sum(sizes)
 
     def need(self, piece: int) -> None:
         """Have a decoder layer's weights, or those of both `ENDS`, in memory."""
         if self._pieces is not None:
             self._pieces.need(piece)
-
-    def forget(self) -> None:
-        """Give back the memory of weights that can be read again."""
-        if self._pieces is not None:
-            self._pieces.forget()
 
     @contextmanager
     def without(self, layer: int) -> Iterator[None]:
@@ -132,18 +126,21 @@ class ModelView:
         with self._pieces.without(layer):
             yield
 
-    def read_from_disk(self, keep: bool) -> None:
-        """Fill a model that has no weights yet from its folder: all of it, or each piece when it is used."""
+    def read_from_disk(self, headers: Mapping[str, dict], keep: bool) -> None:
+        """Fill a model that has no weights yet from its folder: all of it, or each piece when it is used.
+
+        Args:
+            headers: of the folder (`checkpoint.headers`).
+            keep: whether all of it is read now, and stays.
+        """
         assert self.folder is not None
-        ends = {"embedding": self.model.get_input_embeddings(), "head": self.model.get_output_embeddings()}
         paths = {id(module): path for path, module in self._modules.items()}
-        owners = {f"{paths[id(end)]}.weight": ENDS for end in ends.values() if end is not None}
+        owners = {f"{paths[id(end)]}.weight": ENDS for end in self._ends()}
         owners |= {f"{unit.module}.{unit.parameter}": unit.layer for unit in self.units.values()}
         experts = {f"{unit.module}.{unit.parameter}" for unit in self.units.values() if unit.expert is not None}
-        self._pieces = Pieces(self.model, self.folder, owners, keep, set() if keep else experts)
-        for end in ends.values():
-            if end is not None:
-                self._pieces.read_when_called(end, ENDS)
+        self._pieces = Pieces(self.model, self.folder, headers, owners, keep, set() if keep else experts)
+        for end in self._ends():
+            self._pieces.read_when_called(end, ENDS)
         for index, layer in enumerate(self.layers):
             self._pieces.read_when_called(layer, index)
         if keep:
@@ -157,8 +154,7 @@ class ModelView:
     def kept(self) -> dict[str, Tensor]:
         """State-dict entries that no unit covers, tied copies left out: what a checkpoint stores unchanged."""
         self.need(ENDS)
-        covered, tied = self.unit_parameters(), set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        return {k: v for k, v in self.model.state_dict().items() if k not in covered and k not in tied}
+        return self._uncovered()
 
     def kept_on_disk(self) -> dict[str, Tensor]:
         """Kept tensors as a checkpoint stores them: floating point in the narrowest dtype that loses nothing."""
@@ -167,11 +163,9 @@ class ModelView:
     def kept_entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtypes and shapes of `kept_on_disk`, told without reading the ends: they take the dtype of the original."""
         assert self._pieces is not None
-        covered, tied = self.unit_parameters(), set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        kept = {k: v for k, v in self.model.state_dict().items() if k not in covered and k not in tied}
         return {
             name: (self._pieces.stored_dtype(name) if tensor.is_meta else narrowest(tensor).dtype, tuple(tensor.shape))
-            for name, tensor in kept.items()
+            for name, tensor in self._uncovered().items()
         }
 
     def disk_name(self, unit: Unit) -> DiskSlice:
@@ -207,6 +201,16 @@ class ModelView:
                 raise MoqaError(f"{name} has {parameter.numel()} weights, units cover {count}")
             if names.setdefault(id(parameter), name) != name:
                 raise MoqaError(f"{name} and {names[id(parameter)]} are one parameter", "shared weights are no units")
+
+    def _ends(self) -> list[Any]:
+        """The embedding, and the head if there is one."""
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return [end for end in ends if end is not None]
+
+    def _uncovered(self) -> dict[str, Tensor]:
+        """Kept tensors; those of the ends may be on the meta device."""
+        covered, tied = self.unit_parameters(), set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        return {k: v for k, v in self.model.state_dict().items() if k not in covered and k not in tied}
 
     def _find_units(self) -> Iterator[Unit]:
         prefix = _layers_path(self.model, self.layers)
@@ -284,12 +288,12 @@ def open_model(model: str | Path, dtype: torch.dtype = torch.float32, keep: bool
     if (folder / "moqa.json").is_file():
         raise MoqaError(f"{model} is already a moqa checkpoint", "give the original model")
     config = read_config(folder)
-    checkpoint.headers(folder)
+    headers = checkpoint.headers(folder)
     try:
         empty = empty_model(config, dtype)
     except Exception as error:  # transformers fails on a wrong configuration in any way
         raise MoqaError(f"{folder} cannot be loaded as {config.model_type}", one_line(error)) from None
     view = ModelView(empty, folder)
     view.check_complete()
-    view.read_from_disk(keep)
+    view.read_from_disk(headers, keep)
     return view

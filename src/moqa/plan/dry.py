@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from moqa.errors import MoqaError
 from moqa.generate.loop import CHUNK
-from moqa.models.experts import Experts, is_experts
+from moqa.models.experts import Experts, is_experts, weights_from
 
 FIRST = 8  # tokens that are read to make a cache; for all others before the last chunk it is only lengthened
 LARGE = 32 * 2**20  # bytes of a block from which on glibc gives it back to the system at once
@@ -90,14 +90,12 @@ def _more(states: Tensor, tokens: int, dim: int) -> Tensor:
 @contextmanager
 def _without_experts(model: nn.Module) -> Iterator[None]:
     """Skip the experts: which of them a token visits depends on values, and what they take is known without."""
-    stacks: list[Any] = [module for module in model.modules() if is_experts(module)]
-    for module in stacks:
-        module.moqa_weights = _Skipped()
-    try:
+    skipped: Any = _Skipped()  # products are never asked for
+    with ExitStack() as stack:
+        for module in model.modules():
+            if is_experts(module):
+                stack.enter_context(weights_from(module, skipped))
         yield
-    finally:
-        for module in stacks:
-            del module.moqa_weights
 
 
 class _Skipped:

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from moqa.format.scheme import Scheme
 from moqa.format.unfinished import Unfinished
 from moqa.methods import Method
+from moqa.methods.hidden import HiddenStates
 from moqa.methods.inputs import LayerInputs, Part
 from moqa.models.experts import projection_rows
 from moqa.models.stages import Stages, batches
@@ -102,7 +103,7 @@ class Measurement:
         for name, flow in self._flows.items():
             statistics = LayerStatistics(norms) if norms is not None else None
             with watching(view, layer, statistics):
-                flow.advance(self._stages, layer)
+                flow.hidden.advance(layer)
             self._work.keep(f"statistics-{layer}-{name}", statistics.tensors() if statistics else {})
         weights = {"rounding": relative_errors(view, units, self._scheme, self._widths)}
         if down:
@@ -155,41 +156,22 @@ class _Flow:
         # measured on the rest.
         first, second = (tokens[0::2], tokens[1::2]) if len(tokens) > 1 else (tokens, tokens)
         self._name, self._work, self.tokens = name, work, second.numel()
-        self._batches = [*batches(first), *batches(second)]
+        every = [*batches(first), *batches(second)]
         self._calibrate = len(batches(first))
-        embedded, shapes = work.noted(f"embedded-{name}") is not None, set()
-        for number, batch in enumerate(self._batches):
-            # masks and positions of every layer are made with the embedding, whatever the tokens are
-            if not embedded or batch.shape not in shapes:
-                self._put(0, number, stages.embed(batch))
-                shapes.add(batch.shape)
-        if not embedded:
-            work.note(f"embedded-{name}", {})
-
-    def advance(self, stages: Stages, layer: int) -> None:
-        """Move all windows past a layer."""
-        for number in range(len(self._batches)):
-            self._put(layer + 1, number, stages.layer(layer, self._hidden(layer, number)))
+        self.hidden = HiddenStates(stages, work, name, every)
+        # numbers of the batches that are measured on
+        self.measured = range(self._calibrate, len(every))
 
     def draw_labels(self, stages: Stages, generator: torch.Generator) -> None:
         """Gradients of the measured windows' log-likelihood, of labels drawn from the model."""
         for number in self.measured:
-            gradient = _label_gradient(stages, self._hidden(stages.depth, number), generator)
+            gradient = _label_gradient(stages, self.hidden.at(stages.depth, number), generator)
             self.put_gradient(stages.depth, number, gradient)
-
-    @property
-    def measured(self) -> range:
-        """Numbers of the batches that are measured on."""
-        return range(self._calibrate, len(self._batches))
 
     def calibration(self, layer: int) -> Iterator[Part]:
         """The windows that errors are made on."""
         for number in range(self._calibrate):
-            yield Part(self._hidden(layer, number))
-
-    def hidden(self, layer: int, number: int) -> Tensor:
-        """A batch at the input of a layer."""
-        return self._hidden(layer, number)
+            yield Part(self.hidden.at(layer, number))
 
     def gradient(self, layer: int, number: int) -> Tensor:
         """Gradient of a batch at the input of a layer."""
@@ -201,14 +183,8 @@ class _Flow:
 
     def forget(self, layer: int) -> None:
         """Remove what nobody needs once a layer's sensitivity is known."""
-        self._work.drop(f"hidden-{layer + 1}-{self._name}-*")
+        self.hidden.forget(layer + 1)
         self._work.drop(f"gradient-{layer + 1}-{self._name}-*")
-
-    def _hidden(self, layer: int, number: int) -> Tensor:
-        return self._work.kept(f"hidden-{layer}-{self._name}-{number}")["x"]
-
-    def _put(self, layer: int, number: int, hidden: Tensor) -> None:
-        self._work.keep(f"hidden-{layer}-{self._name}-{number}", {"x": hidden})
 
 
 def _label_gradient(stages: Stages, hidden: Tensor, generator: torch.Generator) -> Tensor:
@@ -234,7 +210,7 @@ def _run_back(
 
     with watching(view, layer, observer, linear):
         for number in flow.measured:
-            hidden = flow.hidden(layer, number).requires_grad_(True)
+            hidden = flow.hidden.at(layer, number).requires_grad_(True)
             gradient = flow.gradient(layer + 1, number)
             gradient = torch.autograd.grad(stages.layer(layer, hidden), hidden, gradient)[0]
             if keep:

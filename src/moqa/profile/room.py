@@ -37,6 +37,6 @@ class Room:
         each = errors + (sizes.expert if method.needs_data else 0)
         # backwards, a batch's outputs and their gradients are there
         fixed = sizes.base + sizes.layer + sizes.linear + sizes.solving(probes) + 2 * sizes.batch
-        least = max(sizes.base + sizes.ends * 3 // 2, sizes.base + sizes.ends + sizes.logits)
+        least = max(sizes.reading_ends, sizes.base + sizes.ends + sizes.logits)
         experts = as_many(memory, fixed, each, sizes.experts, least)
         return cls(experts, max(least, fixed + each * experts))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix
 from moqa.methods import Method
-from moqa.methods.inputs import Inputs, input_space
+from moqa.methods.inputs import Inputs, by_input
 from moqa.methods.registry import find_method
 from moqa.methods.stacks import STACK_WEIGHTS, Stack
 from moqa.models import checkpoint
@@ -22,6 +22,7 @@ from moqa.plan import Plan
 from moqa.profile import SELF, Profile
 from moqa.profile.room import Room as ProfileRoom
 from moqa.profile.sensitivity import PROBES
+from moqa.quantize.cache import parse_cache
 from moqa.quantize.layer import solve
 from moqa.quantize.room import Room
 
@@ -42,7 +43,7 @@ class Estimate(BaseModel, frozen=True):
 
 def estimate(
     model: str | Path, plan: Plan, profile: Profile, method: str = "gptq", cache: str | None = None,
-    memory: Memory | None = None, profiled: bool = True,
+    memory: Memory | None = None, profiled: bool = True, view: ModelView | None = None,
 ) -> Estimate:  # fmt: skip
     """Cost of quantizing a model by a plan.
 
@@ -57,22 +58,24 @@ def estimate(
         cache: likewise.
         memory: likewise.
         profiled: whether the profile is there; else making it is part of the run.
+        view: the model, if it is open already.
 
     Raises:
-        MoqaError: if the model is unusable or the memory too small.
+        MoqaError: if the model is unusable, the cache unknown or the memory too small.
     """
     how, folder = find_method(method), checkpoint.locate(model)
-    view = open_model(folder, keep=False)
-    room = Room.within(memory or Memory.free(), view, how)
+    # `parse_cache` tells of no share where the whole original is kept
+    share = 0.0 if cache is None else parse_cache(cache) or 1.0
+    view = view or open_model(folder, keep=False)
+    limits = memory or Memory.free()
+    room = Room.within(limits, view, how)
     tokens = sum(profile.record.distributions[name].tokens for name in plan.mixture) if how.needs_data else 0
     hidden = tokens * view.model.get_input_embeddings().weight.shape[1] * 4
     original = sum(unit.weights * view.itemsize(unit) for unit in view.units.values())
-    kept = original if cache == "full" else 0 if cache is None else round(original * float(cache.strip(" %")) / 100)
     clock = _Clock(how)
     seconds = sum(clock.layer(view, layer, plan, tokens, room) for layer in range(len(view.layers)))
     peak, put_aside = room.peak, 3 * hidden
     if not profiled:
-        limits = memory or Memory.free()
         before, holds = ProfileRoom.within(limits, view, how), limits.holds(folder)
         whole = 4 * checkpoint.values(folder) if holds else 0
         counts = {name: entry.tokens for name, entry in profile.record.distributions.items()}
@@ -82,7 +85,7 @@ def estimate(
     # hidden states before and behind a layer, and what its experts are called with
     return Estimate(
         checkpoint_bytes=plan.account.checkpoint, peak_bytes=peak,
-        disk_bytes=plan.account.checkpoint + kept + put_aside, seconds=float(f"{seconds:.3g}"),
+        disk_bytes=plan.account.checkpoint + round(original * share) + put_aside, seconds=float(f"{seconds:.3g}"),
     )  # fmt: skip
 
 
@@ -96,15 +99,12 @@ class _Clock:
     def layer(self, view: ModelView, layer: int, plan: Plan, tokens: int, room: Room) -> float:
         """Seconds that a decoder layer takes."""
         units = view.layer_units(layer)
-        spaces: dict[str, list[Unit]] = {}
-        for unit in units:
-            spaces.setdefault(input_space(unit), []).append(unit)
         experts = max(1, len({unit.expert for unit in units if unit.expert is not None}))
         read = sum(unit.weights * view.itemsize(unit) for unit in units)
         written = sum(plan.units[unit.name].stored_bytes(unit.shape) for unit in units)
         seconds = (read + written) / _STORAGE
         times = 1 if room.unpacked else -(-tokens // BATCH_TOKENS)
-        for sharing in spaces.values():
+        for sharing in by_input(units).values():
             scheme, features = plan.units[sharing[0].name], sharing[0].shape[1]
             if scheme.keeps:
                 continue

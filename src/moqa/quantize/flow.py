@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moqa.format.scheme import Scheme
 from moqa.format.unfinished import Unfinished
+from moqa.methods.hidden import HiddenStates
 from moqa.methods.inputs import LayerInputs, Part
 from moqa.models.stages import Stages, batches
 from moqa.models.view import ModelView
@@ -30,7 +31,8 @@ class Flow:
 
     def __init__(self, view: ModelView, plan: Plan, profile: Profile, work: Unfinished) -> None:
         self._view, self._work, self._stages = view, work, Stages(view.model)
-        self._parts: list[tuple[float, bool, Tensor]] = []  # share, whether it is kept from fitting, tokens
+        self._parts: list[tuple[float, bool]] = []  # of each batch: share, whether it is kept from fitting
+        found: list[Tensor] = []
         # in an order that a plan read from a file has too: sums of floats depend on it
         for name, share in sorted(plan.mixture.items()):
             tokens = profile.samples(name)
@@ -38,20 +40,9 @@ class Flow:
             for held, windows in ((False, tokens[~check]), (True, tokens[check])):
                 for batch in batches(windows) if len(windows) else ():
                     # every distribution counts by its share, however many samples it has
-                    self._parts.append((share / windows.numel(), held, batch))
-        embedded, shapes = work.noted("embedded") is not None, set()
-        for number, (_, _, tokens) in enumerate(self._parts):
-            # masks and positions of every layer are made with the embedding, whatever the tokens are
-            if not embedded or tokens.shape not in shapes:
-                work.keep(f"hidden-0-{number}", {"x": self._stages.embed(tokens)})
-                shapes.add(tokens.shape)
-        if not embedded:
-            work.note("embedded", {})
-
-    @property
-    def tokens(self) -> int:
-        """How many there are."""
-        return sum(tokens.numel() for _, _, tokens in self._parts)
+                    self._parts.append((share / windows.numel(), held))
+                    found.append(batch)
+        self._hidden = HiddenStates(self._stages, work, "samples", found)
 
     def inputs(self, layer: int) -> LayerInputs:
         """Inputs of all units of a layer; the layer's weights are still the original ones."""
@@ -60,12 +51,15 @@ class Flow:
     def advance(self, layer: int, done: Mapping[str, Quantized], schemes: Mapping[str, Scheme], hold: bool) -> None:
         """Move the hidden states past a layer that is quantized now."""
         with quantized(self._view, layer, done, schemes, hold):
-            for number, part in enumerate(self._at(layer)):
-                self._work.keep(f"hidden-{layer + 1}-{number}", {"x": self._stages.layer(layer, part.hidden)})
+            self._hidden.advance(layer)
+
+    def forget(self, layer: int) -> None:
+        """Remove what lies in front of a layer that is done."""
+        self._hidden.forget(layer)
 
     def _at(self, layer: int) -> Iterator[Part]:
-        for number, (share, held, _) in enumerate(self._parts):
-            yield Part(self._work.kept(f"hidden-{layer}-{number}")["x"], share, held)
+        for number, (share, held) in enumerate(self._parts):
+            yield Part(self._hidden.at(layer, number), share, held)
 
 
 def _held_out(windows: int) -> Tensor:

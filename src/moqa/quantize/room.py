@@ -33,16 +33,14 @@ class Room:
             MoqaError: if it does not hold one expert at a time; says what would do.
         """
         sizes = Sizes.of(view)
-        # half as much again: the ends as they are stored, beside the ends as they compute
-        ends = sizes.base + sizes.ends * 3 // 2
         fixed = sizes.base + sizes.layer + sizes.weights + sizes.solving()
         each = 2 * sizes.expert if method.needs_data else 0
         if not method.needs_data:
-            experts = as_many(memory, fixed, 0, sizes.experts, ends)
-            return cls(experts, unpacked=False, peak=max(ends, fixed))
+            experts = as_many(memory, fixed, 0, sizes.experts, sizes.reading_ends)
+            return cls(experts, unpacked=False, peak=max(sizes.reading_ends, fixed))
         fixed += 2 * sizes.linear
         running = sizes.base + sizes.weights + sizes.batch
-        least = max(ends, sizes.base + sizes.layer + sizes.batch, running)
+        least = max(sizes.reading_ends, sizes.base + sizes.layer + sizes.batch, running)
         experts = as_many(memory, fixed, each, sizes.experts, least)
         unpacked = running + 4 * sizes.weights <= memory.limit
         peak = max(least, fixed + each * experts, (running + 4 * sizes.weights) if unpacked else 0)

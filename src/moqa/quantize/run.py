@@ -186,7 +186,8 @@ def _layer(
     }  # fmt: skip
     facts = {"file": file.model_dump(mode="json"), "units": stored}
     work.note(f"layer-{layer}", facts)
-    work.drop(f"hidden-{layer}-*")
+    if flow:
+        flow.forget(layer)
     return facts
 
 
