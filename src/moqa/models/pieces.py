@@ -1,19 +1,20 @@
 """A model's weights piece by piece: each decoder layer, and both ends, read from disk when they are used."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from moqa.errors import MoqaError
 from moqa.models import checkpoint
 from moqa.models.load import difference, quiet
 from moqa.models.memory import give_back
+from moqa.models.stored import Stored
+from moqa.models.stored.folder import OnDisk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,8 +56,8 @@ class Pieces:
 
         self._model, self._folder, self._keep = model, folder, keep
         self._mapping = get_model_conversion_mapping(model)
-        self._files = {name: path for path in checkpoint.weight_files(folder) for name in checkpoint.read_header(path)}
-        headers = checkpoint.headers(folder)
+        self._stored = Stored(folder)
+        headers = self._stored.headers
         self._names: dict[int | None, list[str]] = {None: []}
         self._stacks: dict[int | None, list[_Stack]] = {}
         stacks: dict[str, _Stack] = {}
@@ -126,16 +127,7 @@ class Pieces:
     def _read(self, piece: int | None) -> list[str]:
         """Read a piece's tensors into the model; gives the names of the parameters that they became."""
         before = {name: id(parameter) for name, parameter in self._model.named_parameters(remove_duplicate=False)}
-        with ExitStack() as stack:
-            opened: dict[Path, Any] = {}
-
-            def on_disk(name: str) -> _OnDisk:
-                path = self._files[name]
-                if path not in opened:
-                    # mapped pages would count as memory of this process
-                    opened[path] = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
-                return _OnDisk(f"{self._folder}: tensor {name}", opened[path].get_slice(name))
-
+        with self._stored.opened() as on_disk:
             stacks = self._stacks.get(piece, [])
             for found in stacks:
                 _put(self._model, found.target, found.read(self._model, on_disk))
@@ -176,7 +168,7 @@ class _Stack:
         """Whether there is one tensor of each kind for every expert."""
         return {len(names) for names in self._sources.values()} == {experts}
 
-    def read(self, model: "PreTrainedModel", on_disk: Callable[[str], "_OnDisk"]) -> Tensor:
+    def read(self, model: "PreTrainedModel", on_disk: Callable[[str], OnDisk]) -> Tensor:
         """All experts."""
         empty = model.get_parameter(self.target)
         whole = torch.empty(empty.shape, dtype=empty.dtype)
@@ -188,18 +180,6 @@ class _Stack:
             found = converter.convert(self.target, model=model, config=model.config)[self.target]
             whole[begin : begin + _TOGETHER] = found[0] if isinstance(found, list) else found
         return whole
-
-
-class _OnDisk:
-    """A tensor of the original that is read, and looked at for NaN, when transformers asks for it."""
-
-    def __init__(self, what: str, place: Any) -> None:
-        self._what, self._place = what, place
-
-    def __getitem__(self, index: Any) -> Tensor:
-        tensor = self._place[index]
-        checkpoint.refuse_bad(self._what, tensor)
-        return tensor
 
 
 def _targets(

@@ -24,6 +24,7 @@ from moqa.models.load import empty_model, one_line, read_config
 from moqa.models.names import DiskSlice, find_disk_slices
 from moqa.models.pieces import ENDS, Pieces
 from moqa.models.stages import decoder_layers
+from moqa.models.stored import Stored
 from moqa.models.units import Role, Unit
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def open_model(model: str | Path, dtype: torch.dtype = torch.float32, keep: bool
     'qwen3_moe'
 
     Args:
-        model: folder or Hub id of a causal language model in safetensors.
+        model: folder or Hub id of a causal language model in safetensors: plain, or in a format of `models.stored`.
         dtype: dtype to compute in.
         keep: whether the whole model is read; else a decoder layer is read when it is used, its experts in the dtype
             in which they are stored, and forgotten when another one is.
@@ -284,7 +285,7 @@ def open_model(model: str | Path, dtype: torch.dtype = torch.float32, keep: bool
     if (folder / "moqa.json").is_file():
         raise MoqaError(f"{model} is already a moqa checkpoint", "give the original model")
     config = read_config(folder)
-    checkpoint.headers(folder)
+    Stored(folder)  # is refused before a model of any size is built
     try:
         empty = empty_model(config, dtype)
     except Exception as error:  # transformers fails on a wrong configuration in any way
