@@ -266,6 +266,15 @@ class TestRefusals:
         with pytest.raises(MoqaError, match=r"model.layers.1.mlp.up_proj.weight \(Doubling, \[96, 64\]\)"):
             ModelView(model)
 
+    def test_a_linear_layer_in_groups(self):
+        changes = {
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 1,
+            "head_dim": 32, "q_lora_rank": 24, "o_groups": 2, "o_lora_rank": 16, "index_n_heads": 2,
+            "index_head_dim": 16, "mlp_layer_types": ["moe", "moe"],
+        }  # fmt: skip
+        with pytest.raises(MoqaError, match=r"o_a_proj.weight \(DeepseekV4GroupedLinear, \[32, 64\]\) holds weights"):
+            ModelView(random_model("deepseek_v4", **changes))
+
     def test_a_matrix_outside_any_linear_layer(self):
         model = random_model("llama")
         model.model.layers[0].mixing = nn.Parameter(torch.ones(64, 64))

@@ -15,6 +15,7 @@ from moqa.format.manifest import Fitted
 from moqa.format.reader import Checkpoint, is_checkpoint, open_checkpoint
 from moqa.models import checkpoint as original
 from moqa.models.load import load_tokenizer
+from moqa.models.stored import Stored
 from moqa.models.view import ModelView, open_model
 from moqa.progress import Report, quiet
 from moqa.runtime.load import load_packed
@@ -154,11 +155,12 @@ def _size_of_checkpoint(packed: Checkpoint) -> dict:
 def _size_of_original(folder: Path, view: ModelView | None) -> dict:
     assert view is not None
     size = sum(path.stat().st_size for path in original.weight_files(folder))
-    values = sum(tensor.numel() for _, tensor in original.tensors(folder))
+    stored = Stored(folder)
     units = sum(unit.weights for unit in view.units.values())
     unit_bytes = size - sum(t.numel() * t.element_size() for t in view.kept_on_disk().values())
-    bits = round(unit_bytes * 8 / units)
-    return {"bytes": size, "bits_per_weight": float(bits), "model_bits_per_weight": size * 8 / values}
+    # headers count as units' bytes: of plain weights the width is known to be whole
+    bits = round(unit_bytes * 8 / units, 0 if stored.is_plain else 2)
+    return {"bytes": size, "bits_per_weight": bits, "model_bits_per_weight": size * 8 / stored.values}
 
 
 def _rounded(quality: Quality) -> Quality:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import operator
 import struct
 from collections.abc import Iterator
@@ -128,15 +127,6 @@ def headers(folder: Path) -> dict[str, dict]:
         if name not in found or found[name]["file"] != file:
             raise MoqaError(f"{folder / file} lacks {name}", f"{INDEX} says that it lies there")
     return found
-
-
-def values(folder: Path) -> int:
-    """How many numbers a checkpoint holds.
-
-    >>> values(Path("reference/model"))
-    22179328
-    """
-    return sum(math.prod(entry["shape"]) for entry in headers(folder).values())
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

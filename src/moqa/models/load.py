@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moqa.errors import MoqaError
-from moqa.models import checkpoint
+from moqa.models.stored import Stored, find_format
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,19 +36,25 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """Original model of a folder, ready to evaluate.
 
     Raises:
-        MoqaError: if it is no causal language model, is quantized already, lacks tensors that its architecture needs,
-            or holds ones that it does not know.
+        MoqaError: if it is no causal language model, is quantized in a format that is not read, lacks tensors that its
+            architecture needs, or holds ones that it does not know.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    config = read_config(folder)
+    config, stored = read_config(folder), Stored(folder)
     wrong = (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, StrictDataclassError)
     try:
         with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True
-            )
+            options = {"config": config, "dtype": dtype, "output_loading_info": True}
+            if stored.is_plain:
+                model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+            else:
+                with stored.opened() as on_disk:
+                    state = {name: on_disk(name) for name in stored.headers}
+                    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+                    model, report = family.from_pretrained(None, state_dict=state, **options)
+                read_generation_config(model, folder)
     except wrong as error:
         problem = difference(folder, config) or one_line(error)
         raise MoqaError(f"{folder} cannot be loaded as {config.model_type}", problem) from None
@@ -87,7 +93,8 @@ def read_config(folder: Path) -> "PretrainedConfig":
     """Configuration of a model folder that moqa can work on.
 
     Raises:
-        MoqaError: if transformers cannot read it, or it is no causal language model or quantized already.
+        MoqaError: if transformers cannot read it, or it is no causal language model or quantized in a format that is
+            not read.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
@@ -99,11 +106,29 @@ def read_config(folder: Path) -> "PretrainedConfig":
         raise MoqaError(f"{folder} has a config.json that transformers cannot read", one_line(error)) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise MoqaError(f"{folder} is a {config.model_type}", "moqa works on causal language models of transformers")
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized.quant_method
-        raise MoqaError(f"{folder} is quantized already ({method})", "give the original in 16 or 32 bits")
+    if quantized := getattr(config, "quantization_config", None):
+        find_format(folder, quantized if isinstance(quantized, dict) else quantized.to_dict())
+        # weights are plain when they are read
+        del config.quantization_config
     return config
+
+
+def read_generation_config(model: "PreTrainedModel", folder: Path) -> None:
+    """Tell a model that was not loaded by its folder's name what the folder says of generation.
+
+    A model built from config.json alone does not know the further end tokens of chat models.
+
+    Raises:
+        MoqaError: if the file is unusable.
+    """
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # transformers fails on a foreign configuration in any way
+        raise MoqaError(f"{folder} has no usable generation_config.json", one_line(error)) from None
 
 
 def difference(folder: Path, config: "PretrainedConfig") -> str | None:
@@ -118,7 +143,7 @@ def difference(folder: Path, config: "PretrainedConfig") -> str | None:
         return None
     state = {k: v for k, v in model.state_dict().items() if k not in (model.all_tied_weights_keys or {})}
     wanted = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
-    found = {name: list(entry["shape"]) for name, entry in checkpoint.headers(folder).items()}
+    found = {name: list(entry["shape"]) for name, entry in Stored(folder).headers.items()}
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     other = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
     if missing:

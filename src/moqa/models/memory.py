@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moqa.errors import MoqaError
-from moqa.models import checkpoint
 from moqa.models.free import free_on_machine
+from moqa.models.stored import Stored
 
 # number of the C library's option, and the bytes from which a block is large
 _MMAP_THRESHOLD, _LARGE = -3, 4 * 2**20
@@ -49,7 +49,7 @@ class Memory:
 
     def holds(self, folder: Path) -> bool:
         """Whether it holds a whole original in float32, and half of it for what works with it."""
-        return resident() + checkpoint.values(folder) * 6 <= self.limit
+        return resident() + Stored(folder).values * 6 <= self.limit
 
 
 def parse_size(text: str | int, option: str) -> int:

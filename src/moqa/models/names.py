@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.models import checkpoint
 from moqa.models.experts import slice_expert
+from moqa.models.stored import Stored
 from moqa.models.units import Unit
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DiskSlice:
-    """A unit's matrix inside a tensor of the original checkpoint.
+    """A unit's matrix inside a tensor of the original checkpoint, which is plain or appears so (`Stored`).
 
     >>> place = view.disk_name(unit)
     >>> torch.equal(place.read(dict(tensors(folder))[place.tensor]), view.weight(unit))
@@ -123,7 +123,7 @@ def _fits(place: DiskSlice, tensor: Tensor) -> bool:
 
 def _check_on_disk(view: "ModelView", expected: dict[str, tuple[int, ...]]) -> None:
     assert view.folder is not None
-    found = {name: tuple(entry["shape"]) for name, entry in checkpoint.headers(view.folder).items()}
+    found = {name: tuple(entry["shape"]) for name, entry in Stored(view.folder).headers.items()}
     for name, shape in expected.items():
         if found.get(name) != shape:
             holds = list(found[name]) if name in found else "no such tensor"

@@ -1,19 +1,20 @@
 """A model's weights piece by piece: each decoder layer, and both ends, read from disk when they are used."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from moqa.errors import MoqaError
 from moqa.models import checkpoint
 from moqa.models.load import difference, quiet
 from moqa.models.memory import give_back
+from moqa.models.stored import Stored
+from moqa.models.stored.folder import OnDisk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,15 +29,14 @@ class Pieces:
     """Reads parameters of a model that was built without memory for them.
 
     >>> owners = {"model.layers.3.self_attn.q_proj.weight": 3}
-    >>> pieces = Pieces(model, folder, checkpoint.headers(folder), owners, False, ())
+    >>> pieces = Pieces(model, Stored(folder), owners, False, ())
     >>> pieces.need(3)
 
     What no piece owns is read at once and stays. A decoder layer or an end that is called reads its piece itself.
 
     Args:
         model: with parameters on the meta device, in the dtypes that they are wanted in.
-        folder: of the original checkpoint.
-        headers: of its files (`checkpoint.headers`).
+        stored: tensors of the original checkpoint.
         owners: parameter -> number of its piece.
         keep: whether pieces stay once they are read; else one is forgotten when another is needed.
         narrow: parameters that are wanted in the dtype in which they are stored.
@@ -48,17 +48,16 @@ class Pieces:
     def __init__(
         self,
         model: "PreTrainedModel",
-        folder: Path,
-        headers: Mapping[str, dict],
+        stored: Stored,
         owners: Mapping[str, int],
         keep: bool,
         narrow: Collection[str],
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        self._model, self._folder, self._keep = model, folder, keep
+        self._model, self._folder, self._keep = model, stored.folder, keep
         self._mapping = get_model_conversion_mapping(model)
-        self._files = {name: folder / entry["file"] for name, entry in headers.items()}
+        self._stored, headers = stored, stored.headers
         self._names: dict[int | None, list[str]] = {None: []}
         self._stacks: dict[int | None, list[_Stack]] = {}
         stacks: dict[str, _Stack] = {}
@@ -78,7 +77,7 @@ class Pieces:
                 self._stacks.setdefault(owners.get(target), []).append(stack)
         self._there: dict[int, list[str]] = {}
         self._without: int | None = None
-        _check(model, folder, self._mapping, headers)
+        _check(model, stored.folder, self._mapping, headers)
         self._read(None)
 
     def need(self, piece: int) -> None:
@@ -128,16 +127,7 @@ class Pieces:
     def _read(self, piece: int | None) -> list[str]:
         """Read a piece's tensors into the model; gives the names of the parameters that they became."""
         before = {name: id(parameter) for name, parameter in self._model.named_parameters(remove_duplicate=False)}
-        with ExitStack() as stack:
-            opened: dict[Path, Any] = {}
-
-            def on_disk(name: str) -> _OnDisk:
-                path = self._files[name]
-                if path not in opened:
-                    # mapped pages would count as memory of this process
-                    opened[path] = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
-                return _OnDisk(f"{self._folder}: tensor {name}", opened[path].get_slice(name))
-
+        with self._stored.opened() as on_disk:
             stacks = self._stacks.get(piece, [])
             for found in stacks:
                 _put(self._model, found.target, found.read(self._model, on_disk))
@@ -178,7 +168,7 @@ class _Stack:
         """Whether there is one tensor of each kind for every expert."""
         return {len(names) for names in self._sources.values()} == {experts}
 
-    def read(self, model: "PreTrainedModel", on_disk: Callable[[str], "_OnDisk"]) -> Tensor:
+    def read(self, model: "PreTrainedModel", on_disk: Callable[[str], OnDisk]) -> Tensor:
         """All experts."""
         empty = model.get_parameter(self.target)
         whole = torch.empty(empty.shape, dtype=empty.dtype)
@@ -190,18 +180,6 @@ class _Stack:
             found = converter.convert(self.target, model=model, config=model.config)[self.target]
             whole[begin : begin + _TOGETHER] = found[0] if isinstance(found, list) else found
         return whole
-
-
-class _OnDisk:
-    """A tensor of the original that is read, and looked at for NaN, when transformers asks for it."""
-
-    def __init__(self, what: str, place: Any) -> None:
-        self._what, self._place = what, place
-
-    def __getitem__(self, index: Any) -> Tensor:
-        tensor = self._place[index]
-        checkpoint.refuse_bad(self._what, tensor)
-        return tensor
 
 
 def _targets(

@@ -1,6 +1,6 @@
 """One family-independent view of a transformers model: decoder layers, experts, units and what is kept."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from moqa.models.load import empty_model, one_line, read_config
 from moqa.models.names import DiskSlice, find_disk_slices
 from moqa.models.pieces import ENDS, Pieces
 from moqa.models.stages import decoder_layers
+from moqa.models.stored import Stored
 from moqa.models.units import Role, Unit
 
 if TYPE_CHECKING:
@@ -126,19 +127,18 @@ class ModelView:
         with self._pieces.without(layer):
             yield
 
-    def read_from_disk(self, headers: Mapping[str, dict], keep: bool) -> None:
+    def read_from_disk(self, stored: Stored, keep: bool) -> None:
         """Fill a model that has no weights yet from its folder: all of it, or each piece when it is used.
 
         Args:
-            headers: of the folder (`checkpoint.headers`).
+            stored: tensors of the folder.
             keep: whether all of it is read now, and stays.
         """
-        assert self.folder is not None
         paths = {id(module): path for path, module in self._modules.items()}
         owners = {f"{paths[id(end)]}.weight": ENDS for end in self._ends()}
         owners |= {f"{unit.module}.{unit.parameter}": unit.layer for unit in self.units.values()}
         experts = {f"{unit.module}.{unit.parameter}" for unit in self.units.values() if unit.expert is not None}
-        self._pieces = Pieces(self.model, self.folder, headers, owners, keep, set() if keep else experts)
+        self._pieces = Pieces(self.model, stored, owners, keep, set() if keep else experts)
         for end in self._ends():
             self._pieces.read_when_called(end, ENDS)
         for index, layer in enumerate(self.layers):
@@ -275,7 +275,7 @@ def open_model(model: str | Path, dtype: torch.dtype = torch.float32, keep: bool
     'qwen3_moe'
 
     Args:
-        model: folder or Hub id of a causal language model in safetensors.
+        model: folder or Hub id of a causal language model in safetensors: plain, or in a format of `models.stored`.
         dtype: dtype to compute in.
         keep: whether the whole model is read; else a decoder layer is read when it is used, its experts in the dtype
             in which they are stored, and forgotten when another one is.
@@ -288,12 +288,12 @@ def open_model(model: str | Path, dtype: torch.dtype = torch.float32, keep: bool
     if (folder / "moqa.json").is_file():
         raise MoqaError(f"{model} is already a moqa checkpoint", "give the original model")
     config = read_config(folder)
-    headers = checkpoint.headers(folder)
+    stored = Stored(folder)
     try:
         empty = empty_model(config, dtype)
     except Exception as error:  # transformers fails on a wrong configuration in any way
         raise MoqaError(f"{folder} cannot be loaded as {config.model_type}", one_line(error)) from None
     view = ModelView(empty, folder)
     view.check_complete()
-    view.read_from_disk(headers, keep)
+    view.read_from_disk(stored, keep)
     return view

@@ -16,6 +16,7 @@ from moqa.methods.stacks import STACK_WEIGHTS, Stack
 from moqa.models import checkpoint
 from moqa.models.memory import Memory
 from moqa.models.stages import BATCH_TOKENS
+from moqa.models.stored import Stored
 from moqa.models.units import Unit
 from moqa.models.view import ModelView, open_model
 from moqa.plan import Plan
@@ -77,7 +78,7 @@ def estimate(
     peak, put_aside = room.peak, 3 * hidden
     if not profiled:
         before, holds = ProfileRoom.within(limits, view, how), limits.holds(folder)
-        whole = 4 * checkpoint.values(folder) if holds else 0
+        whole = 4 * Stored(folder).values if holds else 0
         counts = {name: entry.tokens for name, entry in profile.record.distributions.items()}
         seconds += clock.profile(view, plan, counts, profile.record.settings.context, before.experts, holds)
         # hidden states at all layers, for the way back

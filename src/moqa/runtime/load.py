@@ -12,7 +12,7 @@ from moqa.errors import MoqaError
 from moqa.format.reader import Checkpoint, open_checkpoint
 from moqa.kernels import KERNELS, Kernels, PackedMatrix, find_kernels
 from moqa.models.experts import Experts
-from moqa.models.load import empty_model, load_tokenizer, one_line
+from moqa.models.load import empty_model, load_tokenizer, one_line, read_generation_config
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.runtime.adjusted import make_adjustable
@@ -87,7 +87,7 @@ def load_packed(
         name = (report.unexpected_keys or left)[0]
         raise MoqaError(f"{checkpoint.folder}: {name} does not fit config.json", "one of the two was changed")
     keep_as_stored(model, stored, dtype, found)
-    _read_generation_config(model, checkpoint.folder)
+    read_generation_config(model, checkpoint.folder)
     return model.requires_grad_(False).to(device)
 
 
@@ -134,18 +134,6 @@ def _tables(model: "PreTrainedModel", stored: Mapping[str, Tensor]) -> dict[str,
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     plain = {f"{names[id(end)]}.weight": end for end in ends if type(end) in (nn.Embedding, nn.Linear)}
     return {n: end for n, end in plain.items() if n in stored and stored[n].dtype == torch.bfloat16}
-
-
-def _read_generation_config(model: "PreTrainedModel", folder: Path) -> None:
-    """A model built from config.json alone does not know the further end tokens of chat models."""
-    from transformers import GenerationConfig
-
-    if not (folder / "generation_config.json").is_file():
-        return
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # as above
-        raise MoqaError(f"{folder} has no usable generation_config.json", one_line(error)) from None
 
 
 def choose_kernels(name: str, device: str | torch.device = "cpu") -> Kernels:

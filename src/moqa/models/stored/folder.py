@@ -1,0 +1,138 @@
+"""A model folder's tensors, as if all of them were plain."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from moqa.errors import MoqaError
+from moqa.models import checkpoint
+from moqa.models.stored.blocks import Blocks, Part
+from moqa.models.stored.fp8 import find_fp8
+from moqa.models.stored.mxfp4 import find_mxfp4
+
+Find = Callable[[Path, Mapping[str, dict], Mapping[str, Any]], dict[str, Blocks]]
+# `quant_method` of config.json -> what finds the tensors that are stored so
+FORMATS: dict[str, Find] = {"fp8": find_fp8, "mxfp4": find_mxfp4}
+
+
+def find_format(folder: Path, options: Mapping[str, Any]) -> Find:
+    """What reads a format that is named in `quantization_config`.
+
+    >>> find_format(folder, {"quant_method": "mxfp4"}).__name__
+    'find_mxfp4'
+
+    Raises:
+        MoqaError: if it is not read as input.
+    """
+    method = str(options.get("quant_method", "unknown"))
+    if method not in FORMATS:
+        formats = " or ".join(FORMATS)
+        raise MoqaError(f"{folder} is quantized already ({method})", f"give the original: 16 or 32 bits, {formats}")
+    return FORMATS[method]
+
+
+class Stored:
+    """Tensors of a model folder: those that are stored in blocks appear as the plain tensors that they stand for.
+
+    >>> Stored(Path("openai/gpt-oss-20b")).headers["model.layers.0.mlp.experts.down_proj"]
+    {'dtype': 'BF16', 'shape': [32, 2880, 2880]}
+
+    Attributes:
+        folder: where they lie.
+        headers: tensor name -> dtype and shape, as safetensors name them.
+
+    Raises:
+        MoqaError: if a file is corrupted, the format is not read, or its parts do not fit each other.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        raw = checkpoint.headers(folder)
+        self._files = {name: folder / entry["file"] for name, entry in raw.items()}
+        self._blocks = _find_blocks(folder, raw)
+        parts = {part for blocks in self._blocks.values() for part in blocks.parts}
+        self.headers = {name: entry for name, entry in raw.items() if name not in parts}
+        for name, blocks in self._blocks.items():
+            if name in self.headers:
+                raise MoqaError(f"{folder} holds {name} twice", f"plain, and as {blocks.parts[0]}")
+            self.headers[name] = {"dtype": "BF16", "shape": list(blocks.shape)}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all tensors lie there as they are."""
+        return not self._blocks
+
+    @property
+    def values(self) -> int:
+        """How many numbers the tensors hold."""
+        return sum(math.prod(entry["shape"]) for entry in self.headers.values())
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[str], "OnDisk"]]:
+        """A block in which tensors can be read by name.
+
+        >>> with Stored(Path("reference/model")).opened() as on_disk:
+        ...     on_disk("model.norm.weight")[...].dtype
+        torch.bfloat16
+        """
+        with ExitStack() as stack:
+            files: dict[Path, Any] = {}
+
+            def part(name: str) -> Any:
+                path = self._files[name]
+                if path not in files:
+                    # mapped pages would count as memory of this process
+                    files[path] = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+                return OnDisk(f"{self.folder}: tensor {name}", files[path].get_slice(name))
+
+            def on_disk(name: str) -> OnDisk:
+                if name not in self._blocks:
+                    return part(name)
+                return OnDisk(f"{self.folder}: tensor {name}", _Joined(self._blocks[name], part))
+
+            yield on_disk
+
+
+class OnDisk:
+    """A tensor of the original that is read, and looked at for NaN, when it is indexed."""
+
+    def __init__(self, what: str, place: Any) -> None:
+        self._what, self._place = what, place
+
+    def __getitem__(self, index: Any) -> Tensor:
+        tensor = self._place[index]
+        checkpoint.refuse_bad(self._what, tensor)
+        return tensor
+
+
+class _Joined:
+    """A tensor that is put together from its parts when it is indexed."""
+
+    def __init__(self, blocks: Blocks, part: Part) -> None:
+        # files are opened here: transformers may index in several threads
+        self._blocks, self._parts = blocks, {name: part(name) for name in blocks.parts}
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._blocks.read(self._parts.__getitem__)[index]
+
+
+def _find_blocks(folder: Path, headers: Mapping[str, dict]) -> dict[str, Blocks]:
+    try:
+        options = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (ValueError, OSError, AttributeError) as error:
+        raise MoqaError(f"{folder} has a config.json that cannot be read", str(error)) from None
+    if not options:
+        return {}
+    if not isinstance(options, dict):
+        raise MoqaError(f"{folder} has a quantization_config of {options}", "config.json has an object there")
+    found = find_format(folder, options)(folder, headers, options)
+    if not found:
+        method = options["quant_method"]
+        raise MoqaError(f"{folder} has no tensor in {method}", "take quantization_config out of its config.json")
+    return found
