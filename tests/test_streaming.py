@@ -113,7 +113,7 @@ class TestMemory:
     def test_slices_of_experts_change_nothing(self, tiny_model, profiled, tmp_path, monkeypatch):
         chosen = plan(profiled, strategy="uniform", widths=(3,))
         whole = quantize(tiny_model, chosen, tmp_path / "whole", profile=profiled)
-        room = Room(experts=3, unpacked=False, peak=0)
+        room = Room(experts=3, peak=0)
         monkeypatch.setattr(driver.Room, "within", lambda *_: room)
         sliced = quantize(tiny_model, chosen, tmp_path / "sliced", profile=profiled)
         for path in whole.glob("*.safetensors"):

@@ -12,7 +12,7 @@ from moqa.methods import METHODS, Job
 from moqa.methods.gptq import damping
 from moqa.methods.inputs import Inputs, input_space
 from moqa.models.units import Unit
-from moqa.quantize.layer import output_error, quantize_units
+from moqa.quantize.layer import quantize_units
 
 SHAPES = [(40, 100), (16, 64), (3, 130)]
 each_method = pytest.mark.parametrize("method", sorted(METHODS))
@@ -31,7 +31,7 @@ def correlated(tokens, features, seed, rank=None):
 
 
 def inputs_of(tokens, features, seed=0, rank=None, check=2000):
-    seen = Inputs.zeros(features)
+    seen = Inputs(features)
     if tokens:
         seen.add(correlated(tokens, features, seed, rank), 1 / tokens, check=False)
     if check:
@@ -108,14 +108,15 @@ class TestEveryMethod:
         job, features = make_job((16, 64), tokens=500, rank=3 if case == "rank 3" else None), 64
         for seen in job.inputs:
             if case in ("none", "zero"):
-                seen.fit.zero_()
+                seen.fit = torch.zeros_like(seen.fit)
                 seen.tokens = 0 if case == "none" else 500
             elif case == "one token":
                 x = correlated(1, features, 0)
                 seen.fit, seen.tokens = x.T @ x, 1
             elif case == "dead features":
-                seen.fit[:40] = 0
-                seen.fit[:, :40] = 0
+                gram = seen.fit
+                gram[:40] = gram[:, :40] = 0
+                seen.fit = gram
             elif case == "tiny":
                 seen.fit *= 1e-30
             elif case == "huge":
@@ -139,7 +140,7 @@ def test_data_lowers_the_output_error_on_other_samples(method, width, shape):
 
     def error(name):
         difference = run(name, job).decode() - job.weights
-        return sum(output_error(d, seen.check) for d, seen in zip(difference, job.inputs, strict=True))
+        return sum(seen.check.error(d) for d, seen in zip(difference, job.inputs, strict=True))
 
     assert error(method) < 0.8 * error("rtn")
 
@@ -243,9 +244,7 @@ class TestUnits:
         found, plain = (layer.quantized(name, schemes, inputs) for name in (method, "rtn"))
         for unit in layer.units:
             check = inputs[input_space(unit)].check
-            ours, rounded = (
-                output_error(result[unit.name].dense - layer.weight(unit), check) for result in (found, plain)
-            )
+            ours, rounded = (check.error(result[unit.name].dense - layer.weight(unit)) for result in (found, plain))
             assert ours <= rounded
 
     def test_units_that_nothing_reached_are_rounded(self, method, layer):
@@ -264,6 +263,6 @@ def test_the_stored_error_is_that_of_the_check_samples(method, layer):
     found = layer.quantized(method, mixed_schemes(layer, widths=(3,)), inputs)
     for unit in layer.units:
         result = found[unit.name]
-        weight, x = layer.weight(unit), torch.linalg.cholesky(inputs[input_space(unit)].check.double()).float()
+        weight, x = layer.weight(unit), torch.linalg.cholesky(inputs[input_space(unit)].check.gram.double()).float()
         expected = ((result.dense - weight) @ x).square().sum() / (weight @ x).square().sum()
         assert result.error == pytest.approx(float(expected), rel=1e-3)

@@ -56,7 +56,7 @@ class Grams:
             return
         with torch.autocast("cpu", enabled=False):
             for seen, x in ((self.inputs, run.x), (self.inner, run.inner)):
-                seen.setdefault(run.expert, Inputs.zeros(x.shape[1])).add((x * run.gate).float(), 1.0, check=False)
+                seen.setdefault(run.expert, Inputs(x.shape[1])).add((x * run.gate).float(), 1.0, check=False)
 
 
 def fit_layer(choice: dict[str, dict[int, Tensor]], missing: dict[int, ExpertErrors], grams: Grams) -> list[Fitted]:
@@ -80,7 +80,7 @@ def fit_unit(weight: Tensor, name: str, scheme: Scheme, grams: Grams) -> dict[st
     _, expert, projection = name.rsplit(".", 2)
     seen = (grams.inner if projection == COLUMNS else grams.inputs).get(int(expert))
     widths = torch.full((1, len(weight)), scheme.width)
-    result = METHODS["gptq"].run(Job(weight[None], widths, [seen or Inputs.zeros(weight.shape[1])], scheme))
+    result = METHODS["gptq"].run(Job(weight[None], widths, [seen or Inputs(weight.shape[1])], scheme))
     tensors = _planes(result.integers[0], scheme.width) | {"scale": tile_rows(result.grid.scale[0])}
     return tensors if result.grid.zero is None else tensors | {"zero": tile_rows(result.grid.zero[0])}
 
@@ -103,7 +103,7 @@ def _fit_rows(choice: dict[str, dict[int, Tensor]], missing: dict[int, ExpertErr
     weights = torch.zeros(len(experts), int(counts.max()), everything.shape[1])
     widths = torch.full(weights.shape[:2], int(width.max()))
     weights[entry, slot], widths[entry, slot] = everything, width
-    inputs = [grams.inputs.get(e) or Inputs.zeros(everything.shape[1]) for e in experts.tolist()]
+    inputs = [grams.inputs.get(e) or Inputs(everything.shape[1]) for e in experts.tolist()]
     result = METHODS["gptq"].run(Job(weights, widths, inputs, scheme_of(ROWS[0], 8)))
     integers, scale = result.integers[entry, slot], result.grid.scale[entry, slot]
     assert result.grid.zero is not None

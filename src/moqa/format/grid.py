@@ -40,8 +40,8 @@ class Grid:
 
     def decode(self, integers: Tensor) -> Tensor:
         """Weights of [..., out, in] grid integers, float32."""
-        groups = to_groups(integers.float(), self.group_size)
-        values = self.scale.float()[..., None] * (groups - self.offset()[..., None])
+        values = to_groups(integers.float(), self.group_size)
+        values.sub_(self.offset()[..., None]).mul_(self.scale.float()[..., None])
         return from_groups(values, integers.shape[-1])
 
     def __getitem__(self, index: object) -> "Grid":

@@ -23,7 +23,7 @@ def gptq(job: Job) -> Result:
 
     GPTQ (arXiv 2210.17323), algorithm 1; the batch over experts and the damping by token count are ours.
     """
-    energy = torch.stack([inputs.fit.diagonal() for inputs in job.inputs])
+    energy = torch.stack([inputs.energy for inputs in job.inputs])
     grid = fit_grid(job.weights, job.scheme, job.widths, energy).grid
     order = energy.argsort(dim=1, descending=True, stable=True)
     factor = torch.stack([_factor(inputs, columns) for inputs, columns in zip(job.inputs, order, strict=True)])
@@ -47,15 +47,14 @@ def _factor(inputs: Inputs, order: Tensor) -> Tensor:
     upper triangular and U = R^-1, the weight that column k is rounded from is its own plus the sum over earlier
     columns j of their error times R[j, k] / R[k, k]. So neither an inverse nor U is needed.
     """
-    features = len(inputs.fit)
-    mean = inputs.fit.diagonal().mean()
+    features, mean = len(inputs.energy), inputs.energy.mean()
     if inputs.tokens == 0 or mean <= 0:
         return torch.eye(features)
     backwards = order.flip(0)
-    gram = inputs.fit[backwards][:, backwards].double() / mean
+    gram = inputs.fit.index_select(0, backwards).index_select(1, backwards).double().div_(mean)
     gram.diagonal().add_(damping(features, inputs.tokens))
-    factor = torch.linalg.cholesky(gram).flip(0, 1)
-    return (factor / factor.diagonal()).float()
+    factor = torch.linalg.cholesky(gram)
+    return factor.div_(factor.diagonal().clone()).float().flip(0, 1)
 
 
 def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor:

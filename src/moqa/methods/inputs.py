@@ -1,46 +1,122 @@
 """What the units of a layer are multiplied with: weighted Gram matrices of their inputs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moqa.format.unfinished import Unfinished
 from moqa.models.experts import Experts, ParameterWeights, weights_from, with_bias
+from moqa.models.narrow import in_stored_precision
 from moqa.models.stages import Stages
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.models.watch import watching
 
+# features of a block of a Gram matrix: smaller ones leave more of it out, larger ones multiply faster
+_BLOCK = 512
 
-@dataclass
+
 class Inputs:
     """What the units of one input space were multiplied with.
 
+    >>> inputs = Inputs(1024)
+    >>> inputs.add(torch.randn(256, 1024), share=1.0, check=False)
+    >>> inputs.energy.shape, inputs.tokens
+    (torch.Size([1024]), 256)
+
+    Args:
+        features: of an input.
+
     Attributes:
-        fit: [in, in] sum of x x^T over samples that may be fitted on, float32.
-        check: [in, in] the same over other samples, by which results are compared.
-        tokens: how many inputs `fit` saw.
+        check: other samples, by which results are compared.
+        tokens: how many inputs may be fitted on.
     """
 
-    fit: Tensor
-    check: Tensor
-    tokens: int = 0
+    def __init__(self, features: int) -> None:
+        # the triangle below the diagonal, in blocks
+        self._sum, self.check, self.tokens = torch.zeros(features, features), Check(features), 0
 
-    @classmethod
-    def zeros(cls, features: int) -> "Inputs":
-        """No input seen yet."""
-        return cls(torch.zeros(features, features), torch.zeros(features, features))
+    @property
+    def fit(self) -> Tensor:
+        """[in, in] sum of x x^T over samples that may be fitted on, float32."""
+        return self._sum.tril() + self._sum.tril(-1).T
+
+    @fit.setter
+    def fit(self, gram: Tensor) -> None:
+        self._sum = gram
+
+    @property
+    def energy(self) -> Tensor:
+        """[in] the diagonal of `fit`."""
+        return self._sum.diagonal()
 
     def add(self, x: Tensor, share: float, check: bool) -> None:
         """Add [tokens, in] inputs whose squares count `share` each."""
-        gram = x.T @ x
         if check:
-            self.check.add_(gram, alpha=share)
+            self.check.add(x, share)
         else:
-            self.fit.add_(gram, alpha=share)
+            _add_squares(self._sum, x, share)
             self.tokens += len(x)
+
+
+class Check:
+    """Inputs that nothing is fitted on: as they are while they are few, then their squares.
+
+    Args:
+        features: of an input.
+    """
+
+    def __init__(self, features: int) -> None:
+        self._features, self._rows = features, list[Tensor]()
+        self._sum: Tensor | None = None
+
+    def add(self, x: Tensor, share: float) -> None:
+        """Add [tokens, in] inputs whose squares count `share` each."""
+        self._rows.append(x * share**0.5)
+        if self._sum is not None or sum(map(len, self._rows)) > self._features:
+            self._sum = torch.zeros(self._features, self._features) if self._sum is None else self._sum
+            for rows in self._rows:
+                _add_squares(self._sum, rows, 1.0)
+            self._rows = []
+
+    @property
+    def gram(self) -> Tensor:
+        """[in, in] sum of their x x^T, float32."""
+        if self._sum is not None:
+            return self._sum.tril() + self._sum.tril(-1).T
+        rows = torch.cat([torch.zeros(0, self._features), *self._rows])
+        return rows.T @ rows
+
+    def error(self, difference: Tensor) -> float:
+        """Squared norm of what a difference [out, in] in the weights makes in the outputs for these inputs."""
+        if self._sum is None:
+            return sum(float((rows @ difference.T).square().sum()) for rows in self._rows)
+        with _fast_sums():
+            return float(((difference @ self.gram) * difference).sum())
+
+
+def _add_squares(total: Tensor, x: Tensor, share: float) -> None:
+    """Add x^T x to the blocks of [in, in] that hold its triangle below the diagonal."""
+    with _fast_sums():
+        for begin in range(0, total.shape[1], _BLOCK):
+            block = slice(begin, begin + _BLOCK)
+            total[begin:, block].add_(x[:, begin:].T @ x[:, block], alpha=share)
+
+
+@contextmanager
+def _fast_sums() -> Iterator[None]:
+    """Products of float32 by the library that is fastest; it may round both sides to bfloat16, and sums in float32."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @dataclass(frozen=True)
@@ -95,28 +171,37 @@ class LayerInputs:
     """
 
     def __init__(self, view: ModelView, stages: Stages, layer: int, parts: Iterable[Part], work: Unfinished) -> None:
-        self._path = view.experts_path(layer)
+        self._view, self._layer, self._path = view, layer, view.experts_path(layer)
         self._module: Experts = None if self._path is None else view.module(self._path)
         self._work, self._parts = work, list[Part]()
         self.linear: dict[str, Inputs] = {}
         view.need(layer)
-        recorder = None if self._path is None else _Recorder(self._module, self._add)
         later = False
+        # of the samples on their way: input -> the space that it is counted for; q, k and v mostly share theirs
+        shared: list[tuple[Tensor, str]] = []
 
         def linear(unit: Unit, x: Tensor, _: Tensor) -> None:
             nonlocal later
-            part, flat = self._parts[-1], x.flatten(0, -2)
-            found = self.linear.setdefault(input_space(unit), Inputs.zeros(flat.shape[1]))
-            found.add(flat, part.share, part.check)
+            part, space = self._parts[-1], input_space(unit)
+            counted = next((name for seen, name in shared if seen is x), space)
+            found = self.linear.setdefault(space, self.linear.get(counted) or Inputs(x.shape[-1]))
+            if counted == space:
+                found.add(x.flatten(0, -2), part.share, part.check)
+                shared.append((x, space))
+            elif found is not self.linear[counted]:
+                raise RuntimeError(f"{space} shares its input with {counted} for some samples only")
             later |= recorder is not None and recorder.called
 
-        with torch.no_grad(), watching(view, layer, None, linear), weights_from(self._module, recorder):
-            for part in parts:
-                self._parts.append(replace(part, hidden=part.hidden[:0]))
-                stages.layer(layer, part.hidden)
-                if recorder is not None:
-                    # nothing but the output of the layer, which nobody wants here, may depend on its experts
-                    recorder.exact, recorder.called = later, False
+        with torch.no_grad(), in_stored_precision(view, layer), watching(view, layer, None, linear):
+            recorder = None if self._path is None else _Recorder(self._module, self._add)
+            with weights_from(self._module, recorder):
+                for part in parts:
+                    self._parts.append(replace(part, hidden=part.hidden[:0]))
+                    stages.layer(layer, part.hidden)
+                    shared.clear()
+                    if recorder is not None:
+                        # nothing but the output of the layer, which nobody wants here, may depend on its experts
+                        recorder.exact, recorder.called = later, False
 
     def _add(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
         self._work.keep(f"experts-{len(self._parts) - 1}", {"x": hidden, "index": index, "gate": weights})
@@ -128,7 +213,8 @@ class LayerInputs:
         Each input is counted by the gate weight that its output gets.
         """
         found: dict[str, Inputs] = {}
-        weights = ParameterWeights(self._module)
+        with in_stored_precision(self._view, self._layer):
+            weights = ParameterWeights(self._module)
         for number, part in enumerate(self._parts):
             call = self._work.kept(f"experts-{number}")
             for expert in which:
@@ -140,7 +226,7 @@ class LayerInputs:
                 inner = self._module._apply_gate(gate_up)
                 for space, seen in (("in", x), ("inner", inner)):
                     name = f"{self._path}.{expert}.{space}"
-                    found.setdefault(name, Inputs.zeros(seen.shape[1])).add(seen * gate, part.share, part.check)
+                    found.setdefault(name, Inputs(seen.shape[1])).add(seen * gate, part.share, part.check)
         return found
 
     def drop(self) -> None:

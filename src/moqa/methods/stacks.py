@@ -67,5 +67,5 @@ def stacks(
         for start in range(0, len(entries), size):
             part = entries[start : start + size]
             weights = torch.stack([torch.cat([view.weight(unit).float() for unit in sharing]) for sharing in part])
-            seen = [inputs.get(input_space(sharing[0])) or Inputs.zeros(weights.shape[2]) for sharing in part]
+            seen = [inputs.get(input_space(sharing[0])) or Inputs(weights.shape[2]) for sharing in part]
             yield Stack(part, weights, seen, scheme)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moqa.errors import MoqaError
+from moqa.models.narrow import product
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 IMPLEMENTATION = "moqa"
@@ -157,6 +158,7 @@ class ParameterWeights:
         self._gate_up = module.gate_up_proj.unbind(0)
         self._down = module.down_proj.unbind(0)
         self._transposed = bool(module.is_transposed)
+        self._dtype: torch.dtype | None = getattr(module, "moqa_dtype", None)
 
     def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:  # noqa: ARG002
         """See `ExpertWeights`."""
@@ -164,28 +166,11 @@ class ParameterWeights:
 
     def gate_up(self, expert: int, x: Tensor) -> Tensor:
         """See `ExpertWeights`."""
-        return _product(x, self._gate_up[expert] if self._transposed else self._gate_up[expert].T)
+        return product(x, self._gate_up[expert] if self._transposed else self._gate_up[expert].T, self._dtype)
 
     def down(self, expert: int, x: Tensor) -> Tensor:
         """See `ExpertWeights`."""
-        return _product(x, self._down[expert] if self._transposed else self._down[expert].T)
-
-
-def _product(x: Tensor, matrix: Tensor) -> Tensor:
-    return x @ matrix if x.dtype == matrix.dtype else _NarrowProduct.apply(x, matrix)
-
-
-class _NarrowProduct(torch.autograd.Function):
-    """Product with a matrix that is widened when it is needed, for the gradient a second time, and not kept."""
-
-    @staticmethod
-    def forward(context: Any, x: Tensor, matrix: Tensor) -> Tensor:
-        context.matrix = matrix
-        return x @ matrix.to(x.dtype)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ context.matrix.to(gradient.dtype).T, None
+        return product(x, self._down[expert] if self._transposed else self._down[expert].T, self._dtype)
 
 
 def run_experts(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

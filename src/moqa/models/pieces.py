@@ -67,6 +67,7 @@ class Pieces:
             dtype = _dtype(headers[name])
             if self._dtypes.setdefault(target, dtype) != dtype:
                 mixed.add(target)
+                self._dtypes[target] = torch.promote_types(self._dtypes[target], dtype)
             if target in narrow and pattern is not None:
                 stacks.setdefault(target, _Stack(target, converter)).add(name, pattern)
             self._names.setdefault(owners.get(target), []).append(name)
@@ -89,8 +90,9 @@ class Pieces:
         self._there[piece] = self._read(piece)
 
     def stored_dtype(self, target: str) -> torch.dtype:
-        """Dtype in which a parameter that becomes one tensor lies on disk."""
-        return self._dtypes[target]
+        """Dtype in which a parameter lies on disk, one that holds all its parts if they differ."""
+        # of a tensor that becomes several parameters only the first is known
+        return self._dtypes.get(target) or self._model.get_parameter(target).dtype
 
     def forget(self) -> None:
         """Give back the memory of all pieces."""

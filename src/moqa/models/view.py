@@ -107,6 +107,11 @@ class ModelView:
         """Bytes of one of a unit's weights, as they are read."""
         return self.module(unit.module).get_parameter(unit.parameter).dtype.itemsize
 
+    def stored_dtype(self, unit: Unit) -> torch.dtype:
+        """Dtype in which a unit lies on disk, or in memory if it was never on disk."""
+        name = f"{unit.module}.{unit.parameter}"
+        return self.model.get_parameter(name).dtype if self._pieces is None else self._pieces.stored_dtype(name)
+
     def ends_bytes(self) -> int:
         """Bytes of the embedding and the head, as they are read."""
         tied = self.model.all_tied_weights_keys and self.model.config.get_text_config().tie_word_embeddings

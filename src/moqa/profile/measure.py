@@ -13,6 +13,7 @@ from moqa.methods import Method
 from moqa.methods.hidden import HiddenStates
 from moqa.methods.inputs import LayerInputs, Part
 from moqa.models.experts import projection_rows
+from moqa.models.narrow import in_stored_precision
 from moqa.models.stages import Stages, batches
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
@@ -102,7 +103,7 @@ class Measurement:
         norms = torch.stack([matrix.float().norm(dim=0) for matrix in down]) if down else None
         for name, flow in self._flows.items():
             statistics = LayerStatistics(norms) if norms is not None else None
-            with watching(view, layer, statistics):
+            with in_stored_precision(view, layer), watching(view, layer, statistics):
                 flow.hidden.advance(layer)
             self._work.keep(f"statistics-{layer}-{name}", statistics.tensors() if statistics else {})
         weights = {"rounding": relative_errors(view, units, self._scheme, self._widths)}
@@ -208,7 +209,7 @@ def _run_back(
         if unit.name in sensitivity.sums:
             out.register_hook(lambda gradient: sensitivity.add(unit.name, flat, gradient.flatten(0, -2)))
 
-    with watching(view, layer, observer, linear):
+    with in_stored_precision(view, layer), watching(view, layer, observer, linear):
         for number in flow.measured:
             hidden = flow.hidden.at(layer, number).requires_grad_(True)
             gradient = flow.gradient(layer + 1, number)

@@ -8,14 +8,14 @@ import torch
 from pydantic import BaseModel, Field
 
 from moqa.format.scheme import Scheme
-from moqa.kernels import PackedMatrix
+from moqa.kernels import PackedMatrix, find_kernels
 from moqa.methods import Method
 from moqa.methods.inputs import Inputs, by_input
 from moqa.methods.registry import find_method
 from moqa.methods.stacks import STACK_WEIGHTS, Stack
 from moqa.models import checkpoint
 from moqa.models.memory import Memory
-from moqa.models.stages import BATCH_TOKENS
+from moqa.models.narrow import fast_dtype, product
 from moqa.models.stored import Stored
 from moqa.models.units import Unit
 from moqa.models.view import ModelView, open_model
@@ -74,7 +74,7 @@ def estimate(
     hidden = tokens * view.model.get_input_embeddings().weight.shape[1] * 4
     original = sum(unit.weights * view.itemsize(unit) for unit in view.units.values())
     clock = _Clock(how)
-    seconds = sum(clock.layer(view, layer, plan, tokens, room) for layer in range(len(view.layers)))
+    seconds = sum(clock.layer(view, layer, plan, tokens) for layer in range(len(view.layers)))
     peak, put_aside = room.peak, 3 * hidden
     if not profiled:
         before, holds = ProfileRoom.within(limits, view, how), limits.holds(folder)
@@ -97,25 +97,25 @@ class _Clock:
         self._method = method
         self._found: dict[tuple, float] = {}
 
-    def layer(self, view: ModelView, layer: int, plan: Plan, tokens: int, room: Room) -> float:
+    def layer(self, view: ModelView, layer: int, plan: Plan, tokens: int) -> float:
         """Seconds that a decoder layer takes."""
         units = view.layer_units(layer)
         experts = max(1, len({unit.expert for unit in units if unit.expert is not None}))
         read = sum(unit.weights * view.itemsize(unit) for unit in units)
         written = sum(plan.units[unit.name].stored_bytes(unit.shape) for unit in units)
         seconds = (read + written) / _STORAGE
-        times = 1 if room.unpacked else -(-tokens // BATCH_TOKENS)
         for sharing in by_input(units).values():
-            scheme, features = plan.units[sharing[0].name], sharing[0].shape[1]
+            unit = sharing[0]
+            scheme, features = plan.units[unit.name], unit.shape[1]
             if scheme.keeps:
                 continue
-            rows = sum(unit.shape[0] for unit in sharing)
-            seconds += self._solved(rows, features, scheme, experts if sharing[0].expert is not None else 1)
+            rows = sum(other.shape[0] for other in sharing)
+            seconds += self._solved(rows, features, scheme, experts if unit.expert is not None else 1)
             if self._method.needs_data:
-                seen = tokens * max(view.top_k, 1) / experts if sharing[0].expert is not None else tokens
+                seen = tokens * max(view.top_k, 1) / experts if unit.expert is not None else tokens
                 # inputs are summed up and multiplied for the layer as it was, and multiplied for the quantized one
-                seconds += seen * (self._summed(features) + 2 * self._multiplied(rows, features))
-                seconds += times * self._unpacked(rows, features, scheme)
+                seconds += seen * (self._summed(features) + self._multiplied(rows, features, view.stored_dtype(unit)))
+                seconds += seen * self._quantized(rows, features, scheme)
         return seconds
 
     def profile(
@@ -140,7 +140,9 @@ class _Clock:
                 seen = everything * (view.top_k / experts if unit.expert is not None else 1)
                 rows, features = unit.shape
                 # forward; then back, again for every slice, on half of the tokens; and errors at all probed widths
-                seconds += seen * self._multiplied(rows, features) * (1 + 3 * slices / 2 + probes / 2)
+                seconds += (
+                    seen * self._multiplied(rows, features, view.stored_dtype(unit)) * (1 + 3 * slices / 2 + probes / 2)
+                )
                 if self._method.needs_data:
                     seconds += len(tokens) * self._solved(probes * rows, features, plan.units[unit.name], 1) / 2
             seconds += 3 * sum(unit.weights * view.itemsize(unit) for unit in units) / _STORAGE
@@ -154,7 +156,7 @@ class _Clock:
         count = max(1, min(alike, STACK_WEIGHTS // (rows * features)))
 
         def work() -> None:
-            found = [Inputs.zeros(features) for _ in range(count)]
+            found = [Inputs(features) for _ in range(count)]
             for inputs in found:
                 x = torch.randn(64, features)
                 inputs.add(x, 1.0, check=False)
@@ -166,19 +168,17 @@ class _Clock:
         return self._once(("solve", rows, features, scheme), work) / count
 
     def _summed(self, features: int) -> float:
-        x, inputs = torch.randn(256, features), Inputs.zeros(features)
+        x, inputs = torch.randn(256, features), Inputs(features)
         return self._once(("sum", features), lambda: inputs.add(x, 1.0, check=False)) / 256
 
-    def _multiplied(self, rows: int, features: int) -> float:
-        return self._once(("product", rows, features), _product(rows, features)) / 256
+    def _multiplied(self, rows: int, features: int, dtype: torch.dtype) -> float:
+        x, matrix = torch.randn(256, features), torch.randn(features, rows).to(dtype)
+        return self._once(("product", rows, features, dtype), lambda: product(x, matrix, fast_dtype(dtype))) / 256
 
-    def _unpacked(self, rows: int, features: int, scheme: Scheme) -> float:
-        def work() -> None:
-            matrix.dense()
-
+    def _quantized(self, rows: int, features: int, scheme: Scheme) -> float:
         tensors = {n: torch.zeros(shape, dtype=dtype) for n, (dtype, shape) in scheme.tensors((rows, features)).items()}
-        matrix = PackedMatrix(scheme, (rows, features), tensors)
-        return self._once(("unpack", rows, features, scheme), work)
+        matrix, x = PackedMatrix(scheme, (rows, features), tensors), torch.randn(256, features)
+        return self._once(("packed", rows, features, scheme), lambda: find_kernels().linear(matrix, x)) / 256
 
     def _once(self, key: tuple, work: Callable[[], object]) -> float:
         """Seconds of a piece of work; a short one is done again, since the first time finds cold caches."""
@@ -190,8 +190,3 @@ class _Clock:
                 if self._found[key] > 0.2:
                     break
         return self._found[key]
-
-
-def _product(rows: int, features: int) -> Callable[[], object]:
-    x, matrix = torch.randn(256, features), torch.randn(rows, features)
-    return lambda: x @ matrix.T

@@ -48,9 +48,9 @@ class Flow:
         """Inputs of all units of a layer; the layer's weights are still the original ones."""
         return LayerInputs(self._view, self._stages, layer, self._at(layer), self._work)
 
-    def advance(self, layer: int, done: Mapping[str, Quantized], schemes: Mapping[str, Scheme], hold: bool) -> None:
+    def advance(self, layer: int, done: Mapping[str, Quantized], schemes: Mapping[str, Scheme]) -> None:
         """Move the hidden states past a layer that is quantized now."""
-        with quantized(self._view, layer, done, schemes, hold):
+        with quantized(self._view, layer, done, schemes):
             self._hidden.advance(layer)
 
     def forget(self, layer: int) -> None:

@@ -16,7 +16,7 @@ from moqa.methods.stacks import Stack, stacks
 from moqa.models.experts import weights_from
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
-from moqa.runtime.packed import PackedExperts, PackedLinear, unpacked
+from moqa.runtime.packed import PackedExperts, PackedLinear
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,13 @@ def solve(stack: Stack, schemes: Mapping[str, Scheme], method: Method) -> Iterat
     dense = {name: result.decode() for name, result in results.items()}
     for unit, entry, rows in stack.places():
         weight, check = stack.weights[entry, rows], stack.inputs[entry].check
-        errors = {name: output_error(found[entry, rows] - weight, check) for name, found in dense.items()}
+        errors = {name: check.error(found[entry, rows] - weight) for name, found in dense.items()}
         # an expert that no sample reached gives no reason to prefer the method that fits samples
         best = min(errors, key=lambda name: (errors[name], name != "rtn"))
-        total = output_error(weight, check)
+        total = check.error(weight)
         error = errors[best] / total if method.needs_data and total > 0 else None
         tensors = _stored(results[best], entry, rows, schemes[unit.name].width)
         yield unit, Quantized(tensors, best, error)
-
-
-def output_error(error: Tensor, gram: Tensor) -> float:
-    """Squared norm of what a weight error [out, in] adds to the output, for inputs with a Gram matrix [in, in]."""
-    return float(((error @ gram) * error).sum())
 
 
 def _stored(result: Result, entry: int, rows: slice, width: int) -> dict[str, Tensor]:
@@ -89,7 +84,7 @@ def _stored(result: Result, entry: int, rows: slice, width: int) -> dict[str, Te
 
 @contextmanager
 def quantized(
-    view: ModelView, layer: int, done: Mapping[str, Quantized], schemes: Mapping[str, Scheme], hold: bool
+    view: ModelView, layer: int, done: Mapping[str, Quantized], schemes: Mapping[str, Scheme]
 ) -> Iterator[None]:
     """Let a decoder layer compute with its quantized units for a block, exactly as the checkpoint will.
 
@@ -98,9 +93,8 @@ def quantized(
         layer: index of the layer.
         done: result of every unit of the layer.
         schemes: unit name -> scheme.
-        hold: whether all units are unpacked at once, instead of whenever one is used.
     """
-    kernels = find_kernels("reference")
+    kernels = find_kernels()
     experts: dict[tuple[int, str], PackedMatrix] = {}
     with ExitStack() as stack:
         stack.enter_context(view.without(layer))
@@ -117,6 +111,4 @@ def quantized(
         if path is not None:
             module = view.module(path)
             stack.enter_context(weights_from(module, PackedExperts(module, experts, kernels)))
-        if hold:
-            stack.enter_context(unpacked(view.layers[layer]))
         yield

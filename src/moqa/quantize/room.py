@@ -17,12 +17,10 @@ class Room:
 
     Attributes:
         experts: whose statistics are held together.
-        unpacked: whether a quantized layer is unpacked as a whole, which is faster.
         peak: bytes that will be resident at most.
     """
 
     experts: int
-    unpacked: bool
     peak: int
 
     @classmethod
@@ -37,11 +35,9 @@ class Room:
         each = 2 * sizes.expert if method.needs_data else 0
         if not method.needs_data:
             experts = as_many(memory, fixed, 0, sizes.experts, sizes.reading_ends)
-            return cls(experts, unpacked=False, peak=max(sizes.reading_ends, fixed))
+            return cls(experts, peak=max(sizes.reading_ends, fixed))
         fixed += 2 * sizes.linear
         running = sizes.base + sizes.weights + sizes.batch
         least = max(sizes.reading_ends, sizes.base + sizes.layer + sizes.batch, running)
         experts = as_many(memory, fixed, each, sizes.experts, least)
-        unpacked = running + 4 * sizes.weights <= memory.limit
-        peak = max(least, fixed + each * experts, (running + 4 * sizes.weights) if unpacked else 0)
-        return cls(experts, unpacked, peak)
+        return cls(experts, max(least, fixed + each * experts))

@@ -176,7 +176,7 @@ def _layer(
         inputs.drop()
     file = write_shard(work.result, shard, _tensors(done))
     if flow and layer + 1 < len(view.layers):
-        flow.advance(layer, done, plan.units, room.unpacked)
+        flow.advance(layer, done, plan.units)
     stored = {
         unit.name: StoredUnit(
             layer=layer, role=unit.role, shape=unit.shape, scheme=plan.units[unit.name], method=done[unit.name].method,
