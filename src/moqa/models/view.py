@@ -106,6 +106,11 @@ class ModelView:
         """Bytes of one of a unit's weights, as they are read."""
         return self.module(unit.module).get_parameter(unit.parameter).dtype.itemsize
 
+    def stored_bytes(self, unit: Unit) -> int:
+        """Bytes of a unit's weights in the original's own dtype, two or four for each."""
+        narrow = self._pieces is not None and self._pieces.stored_dtype(f"{unit.module}.{unit.parameter}").itemsize <= 2
+        return unit.weights * (2 if narrow else 4)
+
     def ends_bytes(self) -> int:
         """Bytes of the embedding and the head, as they are read."""
         ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())

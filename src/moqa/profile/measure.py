@@ -74,8 +74,8 @@ class Measurement:
         """Measure what is not measured yet."""
         depth, work = self._stages.depth, self._work
         for layer in range(depth):
-            report("activation", layer, depth, layer=layer)
             if work.noted(f"forward-{layer}") is None:
+                report("activation", layer, depth, layer=layer)
                 self._forward(layer)
                 work.note(f"forward-{layer}", {})
         report("activation", depth, depth)
@@ -85,8 +85,8 @@ class Measurement:
                 flow.draw_labels(self._stages, generator)
             work.note("labels", {})
         for layer in reversed(range(depth)):
-            report("sensitivity", depth - 1 - layer, depth, layer=layer)
             if work.noted(f"backward-{layer}") is None:
+                report("sensitivity", depth - 1 - layer, depth, layer=layer)
                 self._backward(layer)
                 work.note(f"backward-{layer}", {})
                 for flow in self._flows.values():
