@@ -17,5 +17,9 @@ class MoqaError(Exception):
         super().__init__(text.replace("\r", "\\r").replace("\n", "\\n"))
 
 
+class UnreadableError(MoqaError):
+    """A file of the original that cannot be read: if long work is under way, what is done of it stays."""
+
+
 class Stopped(Exception):  # noqa: N818  (nothing went wrong)
     """Work stopped on purpose before its end; what is done stays, and the same command goes on."""

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from moqa.data import Distribution
     from moqa.evaluate.proof import Proof
     from moqa.models.memory import Memory
+    from moqa.models.view import ModelView
     from moqa.plan import Budget, Plan
+    from moqa.profile import Profile
 
 
 WINDOW = 256  # tokens
@@ -73,12 +75,16 @@ def fulfil(wish: Wish) -> None:
     """
     from moqa.evaluate.proof import Bench, prove
     from moqa.format.artifact import write_json
+    from moqa.format.space import check_space
+    from moqa.methods.registry import find_method
     from moqa.models.checkpoint import locate
     from moqa.models.memory import Memory
     from moqa.models.view import open_model
     from moqa.plan import Budget, Fit, fit, for_file, plan
     from moqa.profile import profile
+    from moqa.profile.store import RECORD
     from moqa.quantize import quantize
+    from moqa.quantize.disk import disk_bytes
 
     budget = fit(wish.model, wish.fit, wish.context, wish.batch) if wish.fit else Budget.parse(wish.bpw, wish.size)
     if isinstance(budget, Fit):
@@ -92,6 +98,10 @@ def fulfil(wish: Wish) -> None:
         _preview(wish, folder, budget, [distribution.name for distribution in fitted], memory)
         return
     view = open_model(folder, keep=memory.holds(folder))
+    if not (wish.profile / RECORD).is_file() and (budget is not None or wish.strategy == "uniform"):
+        # after hours of measuring it would be late to find that the disk is too small
+        expected, likely = _expected(wish, view, folder, budget, [distribution.name for distribution in fitted])
+        check_space(wish.out, disk_bytes(view, likely, expected, find_method(wish.method), wish.cache))
     with progress(wish.log_json) as shown:
         report = time_limited(shown, wish.time_limit)
         measured = profile(
@@ -148,17 +158,28 @@ def _texts(wish: Wish, folder: Path) -> "tuple[list[Distribution], list[Distribu
 
 def _preview(wish: Wish, folder: Path, budget: "Budget | None", names: list[str], memory: "Memory") -> None:
     """What the wish would cost: with the profile that is there, or before there is one."""
-    from moqa.models.checkpoint import fingerprint
     from moqa.models.view import open_model
+    from moqa.profile.store import RECORD
+    from moqa.quantize.estimate import estimate
+
+    view, there = open_model(folder, keep=False), (wish.profile / RECORD).is_file()
+    measured, chosen = _expected(wish, view, folder, budget, names)
+    cost = estimate(folder, chosen, measured, wish.method, wish.cache, memory, there, view)
+    print_estimate(cost, chosen, measured, wish.json)
+
+
+def _expected(
+    wish: Wish, view: "ModelView", folder: Path, budget: "Budget | None", names: list[str]
+) -> "tuple[Profile, Plan]":  # fmt: skip
+    """The profile that is there, or one of the same size that says nothing, and a plan from it."""
+    from moqa.models.checkpoint import fingerprint
     from moqa.plan import plan
     from moqa.profile import read_profile
     from moqa.profile.blank import blank_profile
     from moqa.profile.record import Settings
     from moqa.profile.store import RECORD
-    from moqa.quantize.estimate import estimate
 
-    there, view = (wish.profile / RECORD).is_file(), None
-    if there:
+    if (wish.profile / RECORD).is_file():
         measured = read_profile(wish.profile)
     else:
         settings = Settings(
@@ -166,14 +187,12 @@ def _preview(wish: Wish, folder: Path, budget: "Budget | None", names: list[str]
             symmetric=wish.symmetric, method=wish.method,
         )  # fmt: skip
         own = wish.samples if wish.self_samples is None else wish.self_samples
-        view = open_model(folder, keep=False)
         measured = blank_profile(view, wish.model, fingerprint(folder), names, settings, own)
     chosen = plan(
         measured, budget, wish.strategy, wish.ties, known=names, widths=wish.widths, hedge=wish.hedge,
         objective=wish.objective, scope=wish.scope, seed=wish.seed,
     )  # fmt: skip
-    cost = estimate(folder, chosen, measured, wish.method, wish.cache, memory, there, view)
-    print_estimate(cost, chosen, measured, wish.json)
+    return measured, chosen
 
 
 def unproven(out: Path) -> bool:

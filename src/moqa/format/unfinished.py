@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moqa.errors import MoqaError, Stopped
+from moqa.errors import MoqaError, Stopped, UnreadableError
 from moqa.format.writer import check_free, put_in_place, sync
 
 _JOB, _LOCK, _RESULT, _STEPS = "job.json", "lock", "result", "steps"
@@ -96,33 +96,48 @@ def unfinished(
             was another job.
     """
     check_free(out, overwrite)
-    folder = out.with_name(f".{out.name}.partial")
+    folder = folder_beside(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder, out)
     except OSError as error:
         raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
     with lock:
-        _same_job(folder, job, out, restart)
+        try:
+            _same_job(folder, job, out, restart)
+        except OSError as error:
+            raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
         work = Unfinished(folder)
         keep = False
         try:
             for path in (folder / _STEPS, work.result):
                 path.mkdir(exist_ok=True)
             yield work
+            if not _holds(lock, folder):
+                raise _removed(out, folder)
             put_in_place(work.result, out)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, MoqaError) as error:
+            if not _holds(lock, folder):
+                raise _removed(out, folder) from None
+            if isinstance(error, MoqaError) and not isinstance(error, UnreadableError):
+                raise
             keep = work.begun
-            raise MoqaError(
-                f"{out} could not be written: {error}",
-                "run the same command again to go on" if keep else "nothing was kept",
-            ) from None
+            again = "run the same command again to go on"
+            if isinstance(error, UnreadableError):
+                raise MoqaError(str(error), f"{again} once it can be" if keep else "") from None
+            raise MoqaError(f"{out} could not be written: {error}", again if keep else "nothing was kept") from None
         except (KeyboardInterrupt, SystemExit, MemoryError, Stopped):
             keep = work.begun
             raise
         finally:
-            if not keep:
+            # where the folder was removed, another process may have begun anew
+            if not keep and (_holds(lock, folder) or not (folder / _LOCK).exists()):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def folder_beside(out: Path) -> Path:
+    """Where work on `out` lies until it is whole."""
+    return out.with_name(f".{out.name}.partial")
 
 
 def _locked(folder: Path, out: Path) -> IO[str]:
@@ -135,18 +150,28 @@ def _locked(folder: Path, out: Path) -> IO[str]:
             lock.close()
             raise MoqaError(f"{out} is being written by another process", "wait for it, or choose another -o") from None
         # the process that held it may have removed the folder meanwhile
-        if (folder / _LOCK).exists() and os.path.samestat(os.fstat(lock.fileno()), (folder / _LOCK).stat()):
+        if _holds(lock, folder):
             return lock
         lock.close()
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def _holds(lock: IO[str], folder: Path) -> bool:
+    """Whether the folder's lock is still this one."""
+    path = folder / _LOCK
+    return path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
+
+
+def _removed(out: Path, folder: Path) -> MoqaError:
+    return MoqaError(f"{out} could not be written: somebody removed {folder}", "run the same command again")
+
+
 def _same_job(folder: Path, job: Mapping[str, Any], out: Path, restart: bool) -> None:
     """Go on with earlier work on the same job, or clear the folder for this one."""
     wanted, old = json.loads(json.dumps(job)), _read(folder / _JOB)
-    if old == wanted and not restart:
+    if old == wanted and not restart and (folder / _RESULT).is_dir():
         return
-    if old is not None and Unfinished(folder).begun and not restart:
+    if old is not None and old != wanted and Unfinished(folder).begun and not restart:
         key = next(key for key in sorted(old.keys() | wanted.keys()) if old.get(key) != wanted.get(key))
         raise MoqaError(
             f"{out} has an unfinished run with {key} {_short(old.get(key))}, this one has {_short(wanted.get(key))}",

@@ -81,12 +81,26 @@ def check_free(out: Path, overwrite: bool) -> None:
     Raises:
         MoqaError: naming the folder.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not is_taken(out):
         return
     if not overwrite:
         raise MoqaError(f"{out} exists", "choose another -o, or give --overwrite")
     if not out.is_dir() or not any((out / name).is_file() for name in ("moqa.json", "profile.json", "adjustment.json")):
         raise MoqaError(f"{out} exists and was not written by moqa", "--overwrite does not replace it")
+
+
+def is_taken(out: Path) -> bool:
+    """Whether something is there already; an empty folder is nothing.
+
+    Raises:
+        MoqaError: if nothing can be made there.
+    """
+    if out.name in ("", ".."):
+        raise MoqaError(f"{out} is no name of a folder to make", "give its name, or its path")
+    try:
+        return out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
 
 
 def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> StoredFile:

@@ -1,8 +1,6 @@
 """A model folder as it lies on disk: its files, their tensors, and what identifies it."""
 
 import hashlib
-import json
-import operator
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moqa.errors import MoqaError
+from moqa.errors import MoqaError, UnreadableError
+from moqa.models.header import described_bytes, parse_unique
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -82,26 +81,30 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """Header of one safetensors file: tensor name -> dtype, shape, data_offsets; the file's length is checked.
+    """Header of one safetensors file: tensor name -> dtype, shape, data_offsets; all of it is checked.
 
     >>> read_header(Path("reference/model/model.safetensors"))["model.norm.weight"]["shape"]
     [256]
 
     Raises:
-        MoqaError: if the file is truncated or its header is not one.
+        MoqaError: if the file is truncated, or its header is not one; names the first tensor that cannot be right.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            raise MoqaError(f"{path} is truncated or not safetensors", f"{size} bytes cannot hold its header")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((operator.index(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise MoqaError(f"{path} has a corrupted header", str(error)) from None
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if length > size - 8:
+                raise MoqaError(f"{path} is truncated or not safetensors", f"{size} bytes cannot hold its header")
+            text = file.read(length)
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read", error.strerror or str(error)) from None
+    try:
+        header = parse_unique(text)
+        header.pop("__metadata__", None)
+        end = described_bytes(header, DTYPES)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise MoqaError(f"{path} has a corrupted header", str(error)) from None
     if size != 8 + length + end:
         raise MoqaError(f"{path} is truncated or padded", f"{size} bytes, its header describes {8 + length + end}")
     return header
@@ -115,7 +118,7 @@ def headers(folder: Path) -> dict[str, dict]:
     ('BF16', 'model.safetensors')
 
     Raises:
-        MoqaError: if a file is corrupted, a name occurs twice, or a tensor is not where the index says.
+        MoqaError: if a file is corrupted, a name occurs twice, or the index and the files do not name the same.
     """
     found: dict[str, dict] = {}
     for path in weight_files(folder):
@@ -123,9 +126,14 @@ def headers(folder: Path) -> dict[str, dict]:
             if name in found:
                 raise MoqaError(f"{folder} holds {name} twice", f"in {found[name]['file']} and {path.name}")
             found[name] = {**entry, "file": path.name}
-    for name, file in (_read_index(folder) or {}).items():
+    index = _read_index(folder)
+    for name, file in (index or {}).items():
         if name not in found or found[name]["file"] != file:
             raise MoqaError(f"{folder / file} lacks {name}", f"{INDEX} says that it lies there")
+    for name, entry in found.items():
+        if index is not None and name not in index:
+            file = entry["file"]
+            raise MoqaError(f"{folder / file} holds {name}, and {INDEX} does not name it", "get both from one source")
     return found
 
 
@@ -144,8 +152,8 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(path, framework="pt") as file:
                 for name in sorted(file.keys()):
                     yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise MoqaError(f"{path} is corrupted", str(error)) from None
+        except (SafetensorError, OSError) as error:
+            raise UnreadableError(f"{path} cannot be read", str(error)) from None
 
 
 def check_finite(folder: Path) -> None:
@@ -192,9 +200,9 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     if (folder / _SINGLE).is_file() or not path.is_file():
         return None
     try:
-        index = json.loads(path.read_text())["weight_map"]
+        index = parse_unique(path.read_bytes())["weight_map"]
         if not all(isinstance(file, str) and Path(file).name == file for file in index.values()):
             raise ValueError("weight_map names files outside the folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise MoqaError(f"{path} is not a safetensors index", str(error)) from None
     return dict(index)

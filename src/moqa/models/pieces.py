@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from moqa.errors import MoqaError
+from moqa.errors import MoqaError, UnreadableError
 from moqa.models import checkpoint
 from moqa.models.load import difference, quiet
 from moqa.models.memory import give_back
@@ -63,8 +64,14 @@ class Pieces:
         stacks: dict[str, _Stack] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         mixed: set[str] = set()
+        wanted = model.state_dict()
         for name, (target, pattern, converter) in _targets(model, self._mapping, list(headers)).items():
             dtype = _dtype(headers[name])
+            if wanted[target].is_floating_point() and not dtype.is_floating_point:
+                kind = headers[name]["dtype"]
+                raise MoqaError(
+                    f"{stored.folder}: tensor {name} holds {kind}", "weights must be floating-point numbers"
+                )
             if self._dtypes.setdefault(target, dtype) != dtype:
                 mixed.add(target)
                 self._dtypes[target] = torch.promote_types(self._dtypes[target], dtype)
@@ -74,7 +81,7 @@ class Pieces:
         for target in (self._dtypes.keys() & set(narrow)) - mixed:
             _empty(model, target, self._dtypes[target])
         for target, stack in stacks.items():
-            if target not in mixed and stack.holds(len(model.get_parameter(target))):
+            if stack.holds(len(model.get_parameter(target))):
                 self._stacks.setdefault(owners.get(target), []).append(stack)
         self._there: dict[int, list[str]] = {}
         self._without: int | None = None
@@ -87,7 +94,10 @@ class Pieces:
             return
         if not self._keep:
             self.forget()
-        self._there[piece] = self._read(piece)
+        try:
+            self._there[piece] = self._read(piece)
+        except (OSError, SafetensorError) as error:
+            raise self._lost(error) from None
 
     def stored_dtype(self, target: str) -> torch.dtype:
         """Dtype in which a parameter lies on disk, one that holds all its parts if they differ."""
@@ -125,6 +135,14 @@ class Pieces:
                 self.need(piece)
 
         module.register_forward_pre_hook(read)
+
+    def _lost(self, error: Exception) -> UnreadableError:
+        """What became of the files since they were opened first."""
+        try:
+            checkpoint.headers(self._folder)
+        except MoqaError as found:
+            error = found
+        return UnreadableError(f"the original can be read no more: {error}")
 
     def _read(self, piece: int | None) -> list[str]:
         """Read a piece's tensors into the model; gives the names of the parameters that they became."""
@@ -178,7 +196,8 @@ class _Stack:
             converter = deepcopy(self._converter)
             for pattern, names in self._sources.items():
                 for name in names[begin : begin + _TOGETHER]:
-                    converter.add_tensor(self.target, name, pattern, on_disk(name)[...])
+                    # experts may differ in dtype; the stack then has the one that is computed in
+                    converter.add_tensor(self.target, name, pattern, on_disk(name)[...].to(whole.dtype))
             found = converter.convert(self.target, model=model, config=model.config)[self.target]
             whole[begin : begin + _TOGETHER] = found[0] if isinstance(found, list) else found
         return whole

@@ -112,6 +112,10 @@ class ModelView:
         name = f"{unit.module}.{unit.parameter}"
         return self.model.get_parameter(name).dtype if self._pieces is None else self._pieces.stored_dtype(name)
 
+    def stored_bytes(self, unit: Unit) -> int:
+        """Bytes of a unit's weights in the original's own dtype, two or four for each."""
+        return unit.weights * (2 if self.stored_dtype(unit).itemsize <= 2 else 4)
+
     def ends_bytes(self) -> int:
         """Bytes of the embedding and the head, as they are read."""
         tied = self.model.all_tied_weights_keys and self.model.config.get_text_config().tie_word_embeddings

@@ -33,12 +33,13 @@ def blank_profile(
     rounding = torch.tensor([4.0**-width for width in widths]).expand(len(units), -1).contiguous()
     sensitivity = rounding * torch.tensor([float(unit.weights) for unit in units])[:, None]
     windows = dict.fromkeys(names, settings.samples) | ({SELF: own} if own else {})
-    statistics, records = {}, {}
+    statistics, records, weights = {}, {}, {"rounding": rounding}
     for name, count in windows.items():
         tables = {"sensitivity": sensitivity, "samples": torch.zeros(count, settings.context, dtype=torch.int32)}
         for layer in range(len(view.layers)):
             down = [u for u in view.layer_units(layer) if u.role == "expert" and u.projection == "down_proj"]
             if down:
+                weights[f"layer.{layer}.similarity"] = torch.eye(len(down))
                 tables |= {
                     f"layer.{layer}.tokens": torch.ones(len(down), dtype=torch.int64),
                     f"layer.{layer}.gate_mass": torch.ones(len(down)),
@@ -55,4 +56,4 @@ def blank_profile(
         layers=len(view.layers), top_k=view.top_k, settings=settings, widths=widths,
         units=tuple(UnitRecord.of(unit) for unit in units), distributions=records,
     )  # fmt: skip
-    return Profile(record, Path(), statistics, {"rounding": rounding})
+    return Profile(record, Path(), statistics, weights)

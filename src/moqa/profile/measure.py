@@ -76,8 +76,8 @@ class Measurement:
         """Measure what is not measured yet."""
         depth, work = self._stages.depth, self._work
         for layer in range(depth):
-            report("activation", layer, depth, layer=layer)
             if work.noted(f"forward-{layer}") is None:
+                report("activation", layer, depth, layer=layer)
                 self._forward(layer)
                 work.note(f"forward-{layer}", {})
         report("activation", depth, depth)
@@ -87,8 +87,8 @@ class Measurement:
                 flow.draw_labels(self._stages, generator)
             work.note("labels", {})
         for layer in reversed(range(depth)):
-            report("sensitivity", depth - 1 - layer, depth, layer=layer)
             if work.noted(f"backward-{layer}") is None:
+                report("sensitivity", depth - 1 - layer, depth, layer=layer)
                 self._backward(layer)
                 work.note(f"backward-{layer}", {})
                 for flow in self._flows.values():
@@ -103,7 +103,7 @@ class Measurement:
         norms = torch.stack([matrix.float().norm(dim=0) for matrix in down]) if down else None
         for name, flow in self._flows.items():
             statistics = LayerStatistics(norms) if norms is not None else None
-            with in_stored_precision(view, layer), watching(view, layer, statistics):
+            with watching(view, layer, statistics):
                 flow.hidden.advance(layer)
             self._work.keep(f"statistics-{layer}-{name}", statistics.tensors() if statistics else {})
         weights = {"rounding": relative_errors(view, units, self._scheme, self._widths)}

@@ -9,12 +9,15 @@ from moqa.data import Data, as_distributions, cut_windows
 from moqa.errors import MoqaError
 from moqa.format.manifest import Fitted
 from moqa.format.scheme import WIDTHS, Scheme
+from moqa.format.space import check_space
 from moqa.format.unfinished import Unfinished, unfinished
+from moqa.format.writer import is_taken
 from moqa.methods.registry import find_method
 from moqa.models import checkpoint
 from moqa.models.load import load_tokenizer
 from moqa.models.memory import Memory
 from moqa.models.view import ModelView, open_model
+from moqa.profile.disk import disk_bytes
 from moqa.profile.measure import Measurement
 from moqa.profile.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profile.room import Room
@@ -102,6 +105,7 @@ def profile(
     job = {"moqa": __version__, "model": fingerprint, **settings.model_dump(mode="json"),
            "texts": {name: records[name].model_dump(mode="json") for name in missing}}  # fmt: skip
     room = Room.within(limits, view, how)
+    check_space(out, disk_bytes(view, sum(records[name].tokens for name in missing), len(missing)))
     with unfinished(out, job, overwrite=True, restart=restart) as work:
         tokens = {name: cut[name].tokens for name in missing if name != SELF}
         if SELF in missing:
@@ -137,12 +141,10 @@ def _own_text(view: ModelView, windows: int, settings: Settings, work: Unfinishe
 
 
 def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None:
-    if not out.exists():
+    if not is_taken(out):
         return None
     if not (out / RECORD).is_file():
-        if any(out.iterdir()):
-            raise MoqaError(f"{out} exists and is no profile", "choose another folder")
-        return None
+        raise MoqaError(f"{out} exists and is no profile", "choose another folder")
     old = read_profile(out)
     if old.record.fingerprint != fingerprint:
         raise MoqaError(f"{out} is the profile of {old.record.model}, another model", "choose another folder")

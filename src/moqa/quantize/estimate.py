@@ -21,9 +21,10 @@ from moqa.models.units import Unit
 from moqa.models.view import ModelView, open_model
 from moqa.plan import Plan
 from moqa.profile import SELF, Profile
+from moqa.profile.disk import disk_bytes as profile_disk_bytes
 from moqa.profile.room import Room as ProfileRoom
 from moqa.profile.sensitivity import PROBES
-from moqa.quantize.cache import parse_cache
+from moqa.quantize.disk import disk_bytes
 from moqa.quantize.layer import solve
 from moqa.quantize.room import Room
 
@@ -65,29 +66,23 @@ def estimate(
         MoqaError: if the model is unusable, the cache unknown or the memory too small.
     """
     how, folder = find_method(method), checkpoint.locate(model)
-    # `parse_cache` tells of no share where the whole original is kept
-    share = 0.0 if cache is None else parse_cache(cache) or 1.0
     view = view or open_model(folder, keep=False)
     limits = memory or Memory.free()
     room = Room.within(limits, view, how)
     tokens = sum(profile.record.distributions[name].tokens for name in plan.mixture) if how.needs_data else 0
-    hidden = tokens * view.model.get_input_embeddings().weight.shape[1] * 4
-    original = sum(unit.weights * view.itemsize(unit) for unit in view.units.values())
     clock = _Clock(how)
     seconds = sum(clock.layer(view, layer, plan, tokens) for layer in range(len(view.layers)))
-    peak, put_aside = room.peak, 3 * hidden
+    peak, disk = room.peak, disk_bytes(view, plan, profile, how, cache)
     if not profiled:
         before, holds = ProfileRoom.within(limits, view, how), limits.holds(folder)
         whole = 4 * Stored(folder).values if holds else 0
         counts = {name: entry.tokens for name, entry in profile.record.distributions.items()}
         seconds += clock.profile(view, plan, counts, profile.record.settings.context, before.experts, holds)
-        # hidden states at all layers, for the way back
-        put_aside, peak = max(put_aside, hidden * (len(view.layers) + 2)), max(peak, before.peak + whole)
-    # hidden states before and behind a layer, and what its experts are called with
+        peak = max(peak, before.peak + whole)
+        disk = max(disk, profile_disk_bytes(view, sum(counts.values()), len(counts)))
     return Estimate(
-        checkpoint_bytes=plan.account.checkpoint, peak_bytes=peak,
-        disk_bytes=plan.account.checkpoint + round(original * share) + put_aside, seconds=float(f"{seconds:.3g}"),
-    )  # fmt: skip
+        checkpoint_bytes=plan.account.checkpoint, peak_bytes=peak, disk_bytes=disk, seconds=float(f"{seconds:.3g}")
+    )
 
 
 class _Clock:

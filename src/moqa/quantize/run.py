@@ -13,6 +13,7 @@ from moqa.errors import MoqaError
 from moqa.format.cache import write_cache
 from moqa.format.layout import Shard, shards
 from moqa.format.manifest import MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
+from moqa.format.space import check_space
 from moqa.format.unfinished import Unfinished, unfinished
 from moqa.format.writer import check_free, introduce, write_index, write_manifest, write_shard
 from moqa.methods import Method
@@ -25,6 +26,7 @@ from moqa.plan.run import kept_entries
 from moqa.profile import Profile, read_profile
 from moqa.progress import Report, quiet
 from moqa.quantize.cache import cache_layers, parse_cache
+from moqa.quantize.disk import disk_bytes
 from moqa.quantize.flow import Flow
 from moqa.quantize.layer import Quantized, quantize_units
 from moqa.quantize.room import Room
@@ -88,6 +90,7 @@ def quantize(
     view = view or open_model(folder, keep=False)
     _check_units(view, plan)
     room = Room.within(memory or Memory.free(), view, how)
+    check_space(out, disk_bytes(view, plan, profile, how, cache))
     with torch.no_grad(), unfinished(out, _job(plan, profile, how, cache), overwrite, restart) as work:
         target = work.result
         if work.noted("start") is None:
@@ -131,13 +134,16 @@ def _write(
     units: dict[str, StoredUnit] = {}
     flow = Flow(view, plan, profile, work) if method.needs_data else None
     for layer in range(depth):
-        report("quantize", layer, depth)
         if (done := work.noted(f"layer-{layer}")) is None:
+            report("quantize", layer, depth)
             done = _layer(view, plan, method, flow, layer, room, layout[layer + 1], work, report)
         files[layout[layer + 1].file] = StoredFile.model_validate(done["file"])
         units |= {name: StoredUnit.model_validate(unit) for name, unit in done["units"].items()}
     if sum(file.bytes for file in files.values()) != plan.account.checkpoint:
         raise RuntimeError(f"wrote {sum(f.bytes for f in files.values())} bytes, planned {plan.account.checkpoint}")
+    for name, file in files.items():
+        if not (work.result / name).is_file() or (work.result / name).stat().st_size != file.bytes:
+            raise MoqaError(f"{work.result / name} was changed after it was written", "begin anew with --restart")
     fitted = {n: r.fitted for n, r in profile.record.distributions.items() if n in plan.known and r.fitted is not None}
     manifest = Manifest(
         moqa=__version__, model=str(model), model_type=plan.model_type, fingerprint=plan.fingerprint,

@@ -32,7 +32,7 @@ def seconds_of(text: str) -> float:
         MoqaError: if it is no time.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", text)
-    if found is None:
+    if found is None or not float(found[1]):
         raise MoqaError(f"--time-limit {text} is no time", "give e.g. 90m, 2h or 1.5d")
     return float(found[1]) * _SECONDS[found[2]]
 
@@ -40,19 +40,23 @@ def seconds_of(text: str) -> float:
 def time_limited(report: Report, limit: str | None) -> Report:
     """A listener that stops the work when a piece begins after the time is up.
 
+    The first piece is always done: however short the limit is, the same command ends some day.
+
     Args:
         report: what else listens.
         limit: as typed; None never stops.
     """
     if limit is None:
         return report
-    ends, last = time.monotonic() + seconds_of(limit), ("", -1)
+    ends = time.monotonic() + seconds_of(limit)
+    begun: tuple[str, int] | None = None
 
     def listen(step: str, done: int, total: int, **facts: float | int | str) -> None:
-        nonlocal last
+        nonlocal begun
         report(step, done, total, **facts)
-        if (step, done) != last and done < total and time.monotonic() > ends:
-            raise Stopped(f"stopped after {limit} in {step} {done}/{total}; the same command goes on from there")
-        last = step, done
+        if done < total:
+            if begun not in (None, (step, done)) and time.monotonic() > ends:
+                raise Stopped(f"stopped after {limit} in {step} {done}/{total}; the same command goes on from there")
+            begun = step, done
 
     return listen
