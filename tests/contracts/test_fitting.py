@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moqa.format.grid import to_groups
+from moqa.format.planes import pack
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.kernels import KERNELS, Columns, native
 
@@ -97,6 +98,24 @@ class TestFitGrid:
         torch.set_num_threads(before)
         assert torch.equal(whole.integers[1:, 20:30], part.integers)
         assert torch.equal(whole.grid.scale[1:, 20:30], part.grid.scale)
+
+    def test_bfloat16_weights_are_taken_as_they_are(self, kernels):
+        weights = torch.randn(2, 20, 100, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        widths = torch.full((2, 20), 3)
+        narrow, wide = (kernels.fit_grid(w, widths, Scheme(width=3), None) for w in (weights, weights.float()))
+        assert torch.equal(narrow.integers, wide.integers)
+        assert torch.equal(narrow.error, wide.error)
+
+
+class TestPack:
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(1, 50), st.integers(1, 140), st.sampled_from(WIDTHS), st.integers(0, 10**6))
+    def test_gives_the_planes_of_the_format(self, kernels, rows, features, width, seed):
+        generator = torch.Generator().manual_seed(seed)
+        integers = torch.randint(0, 2**width, (rows, features), dtype=torch.uint8, generator=generator)
+        found, wanted = kernels.pack(integers, width), pack(integers, width)
+        assert [plane.shape for plane in found] == [plane.shape for plane in wanted]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
 class TestRoundColumns:

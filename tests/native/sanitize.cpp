@@ -537,9 +537,15 @@ void check_solving(int matrices, int rows, int in, int group, bool symmetric, bo
             Buffer<uint8_t> zero(scales);
             Buffer<float> error(scales);
             found.emplace_back(weights);
-            fit(*path, {matrices, rows, in, group, symmetric, half, values.get(), width.get(),
+            fit(*path, {matrices, rows, in, group, symmetric, half, false, values.get(), width.get(),
                         weighted ? importance.get() : nullptr, scale.get(), symmetric ? nullptr : zero.get(),
                         error.get(), found.back().get()}, threads);
+            const int bits = random_int(1, 8);
+            const size_t vectors = size_t((rows + TILE - 1) / TILE) * ((in + BLOCK - 1) / BLOCK) * VECTOR;
+            std::array<Buffer<uint8_t>, 3> planes;
+            for (int i = 0; i < 3; ++i) planes[i] = Buffer<uint8_t>(vectors * PLANES[bits][i]);
+            pack(*path, {rows, in, bits, found.back().get(), {planes[0].get(), planes[1].get(), planes[2].get()}},
+                 threads);
             Buffer<float> work = random_floats(weights, true);
             Buffer<uint8_t> integers(weights);
             for (int first = 0; first < in; first += 64) {

@@ -153,10 +153,10 @@ def write_index(manifest: Manifest, folder: Path) -> None:
     write_json({"metadata": total, "weight_map": dict.fromkeys(manifest.kept, min(manifest.files))}, folder / INDEX)
 
 
-def _parts(shard: Shard, tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
+def _parts(shard: Shard, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     yield shard.header()
     for name, (dtype, shape) in shard.entries.items():
         tensor = tensors[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned as {dtype} {shape}")
-        yield tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        yield tensor.contiguous().flatten().view(torch.uint8).numpy().data

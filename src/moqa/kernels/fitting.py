@@ -57,6 +57,7 @@ class Columns:
 
 def fit_in_torch(weights: Tensor, widths: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
     """See `Kernels.fit_grid`."""
+    weights = weights.float()
     step = max(1, _CHUNK_WEIGHTS * weights.shape[1] // max(weights.numel(), 1))
     parts = [
         _fit(weights[:, i : i + step], scheme, widths[:, i : i + step], importance)

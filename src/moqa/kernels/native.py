@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moqa.format.grid import Grid
-from moqa.format.scheme import Scheme
+from moqa.format.scheme import BLOCK, PLANES, TILE, Scheme
 from moqa.kernels.fitting import Columns, Rounded
 from moqa.kernels.matrix import PackedMatrix
 from moqa.kernels.patch import Channels, Patch
@@ -72,7 +72,9 @@ class NativeKernels:
 
     def fit_grid(self, weights: Tensor, widths: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
         """See `Kernels`."""
-        weights = _floats(weights)
+        if weights.dtype not in _DTYPES or weights.device.type != "cpu":
+            raise ValueError(f"{weights.dtype} on {weights.device}: weights are float32 or bfloat16 on the CPU")
+        weights = weights.contiguous()
         count, out, features = weights.shape
         bits = widths.expand(count, out).to(torch.uint8).contiguous()
         weight = None if importance is None else _floats(importance)
@@ -84,8 +86,8 @@ class NativeKernels:
         error, integers = torch.empty(count, out, groups), torch.empty(weights.shape, dtype=torch.uint8)
         _native.fit(
             count, out, features, scheme.group_size, scheme.symmetric, scale.dtype == torch.float16,
-            weights.data_ptr(), bits.data_ptr(), _address(weight), scale.data_ptr(), _address(zero), error.data_ptr(),
-            integers.data_ptr(), torch.get_num_threads(),
+            weights.dtype == torch.bfloat16, weights.data_ptr(), bits.data_ptr(), _address(weight), scale.data_ptr(),
+            _address(zero), error.data_ptr(), integers.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         top = (2.0 ** bits[..., None] - 1).expand(scale.shape)
         return Rounded(Grid(scale, zero, scheme.group_size, top), integers, error)
@@ -112,6 +114,18 @@ class NativeKernels:
             c.factor.data_ptr(), c.order.data_ptr(), c.scale.data_ptr(), c.offset.data_ptr(), c.top.data_ptr(),
             c.integers.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
+
+    def pack(self, integers: Tensor, width: int) -> list[Tensor]:
+        """See `Kernels`."""
+        if integers.dtype != torch.uint8 or integers.dim() != 2 or integers.device.type != "cpu":
+            raise ValueError(f"integers are {integers.dtype} {tuple(integers.shape)} on {integers.device}")
+        integers = integers.contiguous()
+        tiles, blocks = (-(-side // size) for side, size in zip(integers.shape, (TILE, BLOCK), strict=True))
+        planes = [torch.empty(tiles, blocks, 64 * bits, dtype=torch.uint8) for bits in PLANES[width]]
+        _native.pack(
+            *integers.shape, width, integers.data_ptr(), [p.data_ptr() for p in planes], torch.get_num_threads()
+        )
+        return planes
 
 
 def paths() -> list[str]:

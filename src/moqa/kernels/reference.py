@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 
+from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
 from moqa.kernels.fitting import Columns, Rounded, fit_in_torch, round_in_torch
 from moqa.kernels.matrix import PackedMatrix
@@ -74,3 +75,7 @@ class ReferenceKernels:
     def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
         """See `Kernels`."""
         round_in_torch(columns, values, first)
+
+    def pack(self, integers: Tensor, width: int) -> list[Tensor]:
+        """See `Kernels`."""
+        return pack(integers, width)

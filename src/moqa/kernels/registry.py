@@ -75,7 +75,7 @@ class Kernels(Protocol):
         """Grids with the smallest (weighted) squared rounding error per group.
 
         Args:
-            weights: [matrices, out, in] float32.
+            weights: [matrices, out, in] float32 or bfloat16.
             widths: [matrices, out] bits of each row, int.
             scheme: group size, symmetry and scale dtype.
             importance: [matrices, in] weight of each input feature's squared error, float32; None means equal.
@@ -89,6 +89,9 @@ class Kernels(Protocol):
             values: [matrices, block, out] float32, what the columns `first`, ... of the order are by now.
             first: where in the order the block begins.
         """
+
+    def pack(self, integers: Tensor, width: int) -> list[Tensor]:
+        """Planes of [out, in] uint8 integers, as `moqa.format.planes.pack` makes them."""
 
 
 KERNELS: dict[str, Kernels] = {}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moqa.format.planes import pack
 from moqa.format.scheme import BLOCK, KEEP_WIDTH, TILE, Scheme
 from moqa.kernels.fitting import Columns, Rounded, fit_in_torch, round_in_torch
 from moqa.kernels.matrix import PackedMatrix
@@ -164,6 +165,10 @@ class TritonKernels:
     def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
         """See `Kernels`."""
         round_in_torch(columns, values, first)
+
+    def pack(self, integers: Tensor, width: int) -> list[Tensor]:
+        """See `Kernels`."""
+        return pack(integers, width)
 
 
 def _ready(x: Tensor, packed: _Packed) -> Tensor:

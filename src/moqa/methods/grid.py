@@ -16,7 +16,7 @@ def fit_grid(
     tensor(True)
 
     Args:
-        weights: [matrices, out, in] or [out, in] float32.
+        weights: [matrices, out, in] or [out, in] float32 or bfloat16.
         scheme: group size, symmetry and scale dtype; its width holds where `widths` is not given.
         widths: [matrices] or [matrices, out] bits of each matrix or row, int, to fit mixed widths at once.
         importance: [matrices, in] or [in] weight of each input feature's squared error, float32; None means equal.

@@ -37,13 +37,13 @@ class Inputs:
     """
 
     def __init__(self, features: int) -> None:
-        # the triangle below the diagonal, in blocks
-        self._sum, self.check, self.tokens = torch.zeros(features, features), Check(features), 0
+        self._features, self.check, self.tokens = features, Check(features), 0
+        self._sum: Tensor | None = None  # the triangle below the diagonal, in blocks
 
     @property
     def fit(self) -> Tensor:
         """[in, in] sum of x x^T over samples that may be fitted on, float32."""
-        return self._sum.tril() + self._sum.tril(-1).T
+        return torch.zeros(self._features, self._features) if self._sum is None else _whole(self._sum)
 
     @fit.setter
     def fit(self, gram: Tensor) -> None:
@@ -52,14 +52,14 @@ class Inputs:
     @property
     def energy(self) -> Tensor:
         """[in] the diagonal of `fit`."""
-        return self._sum.diagonal()
+        return torch.zeros(self._features) if self._sum is None else self._sum.diagonal()
 
     def add(self, x: Tensor, share: float, check: bool) -> None:
         """Add [tokens, in] inputs whose squares count `share` each."""
         if check:
             self.check.add(x, share)
         else:
-            _add_squares(self._sum, x, share)
+            self._sum = _add_squares(self._sum, x, share)
             self.tokens += len(x)
 
 
@@ -78,33 +78,38 @@ class Check:
         """Add [tokens, in] inputs whose squares count `share` each."""
         self._rows.append(x * share**0.5)
         if self._sum is not None or sum(map(len, self._rows)) > self._features:
-            self._sum = torch.zeros(self._features, self._features) if self._sum is None else self._sum
             for rows in self._rows:
-                _add_squares(self._sum, rows, 1.0)
+                self._sum = _add_squares(self._sum, rows, 1.0)
             self._rows = []
 
     @property
     def gram(self) -> Tensor:
         """[in, in] sum of their x x^T, float32."""
         if self._sum is not None:
-            return self._sum.tril() + self._sum.tril(-1).T
+            return _whole(self._sum)
         rows = torch.cat([torch.zeros(0, self._features), *self._rows])
         return rows.T @ rows
 
     def error(self, difference: Tensor) -> float:
         """Squared norm of what a difference [out, in] in the weights makes in the outputs for these inputs."""
-        if self._sum is None:
-            return sum(float((rows @ difference.T).square().sum()) for rows in self._rows)
         with _fast_sums():
+            if self._sum is None:
+                return float(sum(float((rows @ difference.T).square().sum()) for rows in self._rows))
             return float(((difference @ self.gram) * difference).sum())
 
 
-def _add_squares(total: Tensor, x: Tensor, share: float) -> None:
-    """Add x^T x to the blocks of [in, in] that hold its triangle below the diagonal."""
+def _add_squares(total: Tensor | None, x: Tensor, share: float) -> Tensor:
+    """Add x^T x to the blocks of [in, in] that hold its triangle below the diagonal; None is zero."""
+    total = torch.zeros(x.shape[1], x.shape[1]) if total is None else total
     with _fast_sums():
         for begin in range(0, total.shape[1], _BLOCK):
             block = slice(begin, begin + _BLOCK)
             total[begin:, block].add_(x[:, begin:].T @ x[:, block], alpha=share)
+    return total
+
+
+def _whole(lower: Tensor) -> Tensor:
+    return lower.tril() + lower.tril(-1).T
 
 
 @contextmanager

@@ -85,6 +85,7 @@ class Pieces:
                 self._stacks.setdefault(owners.get(target), []).append(stack)
         self._there: dict[int, list[str]] = {}
         self._without: int | None = None
+        self._last = ENDS
         _check(model, stored.folder, self._mapping, headers)
         self._read(None)
 
@@ -98,6 +99,10 @@ class Pieces:
             self._there[piece] = self._read(piece)
         except (OSError, SafetensorError) as error:
             raise self._lost(error) from None
+        # whoever goes through the layers, forwards or back, wants the next one soon
+        following, self._last = piece + (1 if piece >= self._last else -1), piece
+        if not self._keep and following >= 0 and following in self._names:
+            self._stored.ahead(self._names[following])
 
     def stored_dtype(self, target: str) -> torch.dtype:
         """Dtype in which a parameter lies on disk, one that holds all its parts if they differ."""

@@ -167,7 +167,13 @@ class ModelView:
 
     def kept_on_disk(self) -> dict[str, Tensor]:
         """Kept tensors as a checkpoint stores them: floating point in the narrowest dtype that loses nothing."""
-        return {name: narrowest(tensor) for name, tensor in self.kept().items()}
+        return {name: self._narrowest(name, tensor) for name, tensor in self.kept().items()}
+
+    def _narrowest(self, name: str, tensor: Tensor) -> Tensor:
+        # bfloat16 loses nothing of what came from there, which need not be tried
+        if self._pieces is not None and self._pieces.stored_dtype(name) == torch.bfloat16:
+            return tensor.to(torch.bfloat16)
+        return narrowest(tensor)
 
     def kept_entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtypes and shapes of `kept_on_disk`, told without reading the ends: they take the dtype of the original."""

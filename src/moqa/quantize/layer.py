@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moqa.format.planes import pack, tile_rows
+from moqa.format.planes import tile_rows
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix, find_kernels
 from moqa.methods import METHODS, Job, Method, Result
@@ -50,7 +50,7 @@ def quantize_units(
         if schemes[unit.name].keeps:
             yield unit, Quantized({"weight": view.weight(unit).to(torch.bfloat16).contiguous()}, "none", None)
     narrow = [unit for unit in units if not schemes[unit.name].keeps]
-    for stack in stacks(view, narrow, schemes, inputs):
+    for stack in stacks(view, narrow, schemes, inputs, as_read=not method.needs_data):
         yield from solve(stack, schemes, method)
 
 
@@ -59,8 +59,12 @@ def solve(stack: Stack, schemes: Mapping[str, Scheme], method: Method) -> Iterat
     widths = [[schemes[unit.name].width for unit in sharing for _ in range(unit.shape[0])] for sharing in stack.entries]
     job = Job(stack.weights, torch.tensor(widths), stack.inputs if method.needs_data else [], stack.scheme)
     results = {method.name: method.run(job)}
-    if method.needs_data:
-        results["rtn"] = METHODS["rtn"].run(job)
+    if not method.needs_data:
+        for unit, entry, rows in stack.places():
+            tensors = _stored(results[method.name], entry, rows, schemes[unit.name].width)
+            yield unit, Quantized(tensors, method.name, None)
+        return
+    results["rtn"] = METHODS["rtn"].run(job)
     dense = {name: result.decode() for name, result in results.items()}
     for unit, entry, rows in stack.places():
         weight, check = stack.weights[entry, rows], stack.inputs[entry].check
@@ -68,14 +72,14 @@ def solve(stack: Stack, schemes: Mapping[str, Scheme], method: Method) -> Iterat
         # an expert that no sample reached gives no reason to prefer the method that fits samples
         best = min(errors, key=lambda name: (errors[name], name != "rtn"))
         total = check.error(weight)
-        error = errors[best] / total if method.needs_data and total > 0 else None
+        error = errors[best] / total if total > 0 else None
         tensors = _stored(results[best], entry, rows, schemes[unit.name].width)
         yield unit, Quantized(tensors, best, error)
 
 
 def _stored(result: Result, entry: int, rows: slice, width: int) -> dict[str, Tensor]:
     grid = result.grid
-    tensors = {f"p{i}": plane for i, plane in enumerate(pack(result.integers[entry, rows], width))}
+    tensors = {f"p{i}": plane for i, plane in enumerate(find_kernels().pack(result.integers[entry, rows], width))}
     tensors["scale"] = tile_rows(grid.scale[entry, rows])
     if grid.zero is not None:
         tensors["zero"] = tile_rows(grid.zero[entry, rows])

@@ -140,11 +140,11 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release free;
         return read(*current, at<void>(data), bytes, threads);
     });
-    m.def("fit", [](int matrices, int rows, int in, int group, bool symmetric, bool half, uintptr_t weights,
+    m.def("fit", [](int matrices, int rows, int in, int group, bool symmetric, bool half, bool bfloat16, uintptr_t weights,
                     uintptr_t width, uintptr_t importance, uintptr_t scale, uintptr_t zero, uintptr_t error,
                     uintptr_t integers, int threads) {
         nb::gil_scoped_release free;
-        fit(*current, {matrices, rows, in, group, symmetric, half, at<float>(weights), at<uint8_t>(width),
+        fit(*current, {matrices, rows, in, group, symmetric, half, bfloat16, at<void>(weights), at<uint8_t>(width),
                        at<float>(importance), at<uint16_t>(scale), at<uint8_t>(zero), at<float>(error),
                        at<uint8_t>(integers)}, threads);
     });
@@ -155,6 +155,12 @@ NB_MODULE(_native, m) {
         round(*current, {matrices, rows, in, group, groups, first, columns, at<float>(values), at<float>(work),
                          at<float>(factor), at<int64_t>(order), at<float>(scale), at<float>(offset), at<float>(top),
                          at<uint8_t>(integers)}, threads);
+    });
+    m.def("pack", [](int rows, int in, int width, uintptr_t integers, std::vector<uintptr_t> planes, int threads) {
+        nb::gil_scoped_release free;
+        planes.resize(3);
+        pack(*current, {rows, in, width, at<uint8_t>(integers),
+                        {at<uint8_t>(planes[0]), at<uint8_t>(planes[1]), at<uint8_t>(planes[2])}}, threads);
     });
     m.def("paths", [] {
         std::vector<std::string> names;

@@ -166,8 +166,14 @@ void fit(const Fitting& f, int matrix, int tile) {
     for (int g = 0; g < groups; ++g) {
         const int begin = g * f.group, size = std::min(f.group, f.in - begin);
         for (int i = 0; i < size; ++i) x[i] = Lanes{};
-        for (int l = 0; l < rows; ++l)
-            for (int i = 0; i < size; ++i) reinterpret_cast<float*>(x + i)[l] = f.weights[(row + l) * f.in + begin + i];
+        for (int l = 0; l < rows; ++l) {
+            auto* lane = reinterpret_cast<float*>(x) + l;
+            const size_t at = (row + l) * f.in + begin;
+            if (f.bfloat16)
+                for (int i = 0; i < size; ++i) lane[i * TILE] = from_bfloat16(static_cast<const uint16_t*>(f.weights)[at + i]);
+            else
+                for (int i = 0; i < size; ++i) lane[i * TILE] = static_cast<const float*>(f.weights)[at + i];
+        }
         float floor = 1.0f;  // a group whose inputs were never active has no preference: equal weights keep it sane
         if (importance != nullptr) {
             float sum = 0;
@@ -223,6 +229,31 @@ void round(const Rounding& r, int matrix, int item) {
         }
         std::memcpy(work + from, off[k], sizeof(float) * rows);
         for (int i = 0; i < rows; ++i) integers[i] = uint8_t(reinterpret_cast<float*>(value)[i]);
+    }
+}
+
+void pack(const Packing& p, int tile) {
+    const int first = tile * TILE, rows = std::min(TILE, p.rows - first);
+    alignas(64) uint8_t vectors[8][VECTOR] = {};
+    for (int block = 0; block < p.blocks(); ++block) {
+        const int begin = block * BLOCK, size = std::min(BLOCK, p.in - begin);
+        if (size < BLOCK) std::memset(vectors, 0, sizeof(vectors));
+        for (int r = 0; r < rows; ++r) {
+            const uint8_t* from = p.integers + size_t(first + r) * p.in + begin;
+            for (int i = 0; i < size; ++i) vectors[i / 4][4 * r + i % 4] = from[i];
+        }
+        int low = p.width;
+        for (int n = 0; n < plane_count(p.width); ++n) {
+            const int bits = PLANES[p.width][n], fields = 8 / bits, mask = (1 << bits) - 1;
+            low -= bits;
+            uint8_t* to = p.planes[n] + (size_t(tile) * p.blocks() + block) * VECTOR * bits;
+            for (int j = 0; j < bits; ++j, to += VECTOR) {
+                std::memset(to, 0, VECTOR);
+                for (int k = 0; k < fields; ++k)
+                    for (int i = 0; i < VECTOR; ++i)
+                        to[i] = uint8_t(to[i] | (vectors[fields * j + k][i] >> low & mask) << (bits * k));
+            }
+        }
     }
 }
 

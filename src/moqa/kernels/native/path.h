@@ -29,6 +29,7 @@ struct Path {
     // See solve.h: a tile of rows of one matrix, and `ROUND_ROWS` of them.
     void (*fit)(const Fitting& fitting, int matrix, int tile);
     void (*round)(const Rounding& rounding, int matrix, int item);
+    void (*pack)(const Packing& packing, int tile);
 };
 
 extern const Path avx512_path, avx2_path, portable_path;

@@ -17,6 +17,7 @@ const Path avx2_path = {
     read,
     fit,
     round,
+    pack,
 };
 
 }  // namespace moqa

@@ -18,6 +18,7 @@ const Path avx512_path = {
     read,
     fit,
     round,
+    pack,
 };
 
 }  // namespace moqa

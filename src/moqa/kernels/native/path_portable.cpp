@@ -17,6 +17,7 @@ const Path portable_path = {
     read,
     fit,
     round,
+    pack,
 };
 
 }  // namespace moqa

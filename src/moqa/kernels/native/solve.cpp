@@ -15,4 +15,8 @@ void round(const Path& path, const Rounding& r, int threads) {
     parallel(threads, r.matrices * items, [&](int item) { path.round(r, item / items, item % items); });
 }
 
+void pack(const Path& path, const Packing& p, int threads) {
+    parallel(threads, (p.rows + TILE - 1) / TILE, [&](int tile) { path.pack(p, tile); });
+}
+
 }  // namespace moqa

@@ -14,7 +14,8 @@ constexpr int ROUND_ROWS = 64;  // rows of a piece of work of `round`
 struct Fitting {
     int matrices, rows, in, group;
     bool symmetric, half;      // half: scales are float16, not bfloat16
-    const float* weights;      // [matrices, rows, in]
+    bool bfloat16;             // weights are, not float32
+    const void* weights;       // [matrices, rows, in]
     const uint8_t* width;      // [matrices, rows]
     const float* importance;   // [matrices, in], or null: all count the same
     uint16_t* scale;           // [matrices, rows, groups]
@@ -38,7 +39,17 @@ struct Rounding {
     uint8_t* integers;     // [matrices, in, rows], columns as in the matrix
 };
 
+// Planes of [rows, in] integers of `width` bits, see moqa/format/planes.py.
+struct Packing {
+    int rows, in, width;
+    const uint8_t* integers;
+    uint8_t* planes[3];
+
+    int blocks() const { return (in + 31) / 32; }
+};
+
 void fit(const Path& path, const Fitting& fitting, int threads);
 void round(const Path& path, const Rounding& rounding, int threads);
+void pack(const Path& path, const Packing& packing, int threads);
 
 }  // namespace moqa

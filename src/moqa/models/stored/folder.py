@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Stored:
         self.folder = folder
         raw = checkpoint.headers(folder)
         self._files = {name: folder / entry["file"] for name, entry in raw.items()}
+        self._places: dict[str, tuple[int, int]] = {name: tuple(entry["data_offsets"]) for name, entry in raw.items()}
         self._blocks = _find_blocks(folder, raw)
         parts = {part for blocks in self._blocks.values() for part in blocks.parts}
         self.headers = {name: entry for name, entry in raw.items() if name not in parts}
@@ -72,6 +74,21 @@ class Stored:
     def values(self) -> int:
         """How many numbers the tensors hold."""
         return sum(math.prod(entry["shape"]) for entry in self.headers.values())
+
+    def ahead(self, names: Iterable[str]) -> None:
+        """Let the system read tensors into its own memory while something else is done.
+
+        >>> stored.ahead(["model.norm.weight"])
+        """
+        by_file: dict[Path, list[tuple[int, int]]] = {}
+        for name in names:
+            for part in self._blocks[name].parts if name in self._blocks else (name,):
+                by_file.setdefault(self._files[part], []).append(self._places[part])
+        for path, places in by_file.items():
+            with path.open("rb") as file:
+                data = 8 + int.from_bytes(file.read(8), "little")
+                for begin, end in _together(sorted(places)):
+                    os.posix_fadvise(file.fileno(), data + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], "OnDisk"]]:
@@ -120,6 +137,20 @@ class _Joined:
 
     def __getitem__(self, index: Any) -> Tensor:
         return self._blocks.read(self._parts.__getitem__)[index]
+
+
+def _together(places: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Join neighbours among ascending ranges."""
+    whole: tuple[int, int] | None = None
+    for begin, end in places:
+        if whole is not None and begin == whole[1]:
+            whole = (whole[0], end)
+            continue
+        if whole is not None:
+            yield whole
+        whole = (begin, end)
+    if whole is not None:
+        yield whole
 
 
 def _find_blocks(folder: Path, headers: Mapping[str, dict]) -> dict[str, Blocks]:
