@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy.stats import spearmanr
 from moqa.errors import MoqaError
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.methods.grid import fit_grid
+from moqa.models.narrow import fast_dtype, in_stored_precision
 from moqa.models.view import open_model
 from moqa.profile import SELF, profile, read_profile
 from moqa.profile.run import quiet
@@ -79,13 +81,18 @@ class TestActivation:
     @pytest.mark.parametrize("layer", [0, 4])
     def test_statistics_are_those_of_plain_hooks(self, measured, view, layer):
         experts, seen = view.experts(layer), []
-        with experts.register_forward_pre_hook(lambda _, args: seen.append(args)):
+        # the reference model is stored in bfloat16
+        dtype = fast_dtype(torch.bfloat16) or torch.float32
+        with ExitStack() as stack:
+            for index in LAYERS:
+                stack.enter_context(in_stored_precision(view, index))
+            stack.enter_context(experts.register_forward_pre_hook(lambda _, args: seen.append(args)))
             view.model(measured.samples("wiki"))
         (hidden, index, gates), *_ = seen
         tokens, mass, channel = torch.zeros(16), torch.zeros(16), torch.zeros(16, 256)
         for x, chosen, weights in zip(hidden, index, gates, strict=True):
             for expert, gate in zip(chosen.tolist(), weights.tolist(), strict=True):
-                up_gate, up = (experts.gate_up_proj[expert] @ x).chunk(2)
+                up_gate, up = (experts.gate_up_proj[expert].to(dtype) @ x.to(dtype)).float().chunk(2)
                 inner = torch.nn.functional.silu(up_gate) * up
                 tokens[expert] += 1
                 mass[expert] += gate

@@ -103,7 +103,7 @@ class Measurement:
         norms = torch.stack([matrix.float().norm(dim=0) for matrix in down]) if down else None
         for name, flow in self._flows.items():
             statistics = LayerStatistics(norms) if norms is not None else None
-            with watching(view, layer, statistics):
+            with in_stored_precision(view, layer), watching(view, layer, statistics):
                 flow.hidden.advance(layer)
             self._work.keep(f"statistics-{layer}-{name}", statistics.tensors() if statistics else {})
         weights = {"rounding": relative_errors(view, units, self._scheme, self._widths)}

@@ -1,0 +1,116 @@
+"""One stage of the scale study in a process of its own: `scale_stage.py JOB.json`.
+
+Says how long each part of the work took, and what was resident at most, in all and in every decoder layer.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moqa
+import moqa.quantize.layer
+import moqa.quantize.run
+from moqa.methods.inputs import LayerInputs
+from moqa.models.memory import Memory, resident
+from moqa.models.pieces import Pieces
+from moqa.profile import read_profile
+from moqa.quantize.flow import Flow
+
+
+class Watch:
+    """Seconds of the parts of the work, each without the parts inside it, and resident memory by layer."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.peaks: Counter[int] = Counter()
+        self.began: dict[int, float] = {}
+        self.layer = -1
+        self._inside = [0.0]
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            self.peaks[self.layer] = max(self.peaks[self.layer], resident())
+            time.sleep(0.01)
+
+    def report(self, step: str, *_: int, **facts: Any) -> None:
+        """A layer begins; sensitivity is not mistaken for what goes forwards."""
+        if "layer" in facts and step != "sensitivity" and facts["layer"] != self.layer:
+            self.layer = facts["layer"]
+            self.began[self.layer] = time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        self._inside.append(0.0)
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - began
+            self.seconds[name] += took - self._inside.pop()
+            self._inside[-1] += took
+
+    def over(self, owner: Any, name: str, part: str) -> None:
+        """Count every call of a function as a part."""
+        function: Callable = getattr(owner, name)
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            with self.part(part):
+                return function(*arguments, **options)
+
+        setattr(owner, name, timed)
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(job["threads"])
+    watch = Watch()
+    watch.over(Pieces, "_read", "read")
+    watch.over(LayerInputs, "__init__", "run the layer, sum attention's inputs")
+    watch.over(LayerInputs, "experts", "sum experts' inputs")
+    watch.over(moqa.quantize.run, "write_shard", "write")
+    watch.over(Flow, "advance", "run the quantized layer")
+    solve = moqa.quantize.layer.solve
+
+    def solved(*arguments: Any) -> Any:
+        with watch.part("solve"):
+            return list(solve(*arguments))
+
+    moqa.quantize.layer.solve = solved
+    memory = Memory.parse(job["memory"])
+    began = time.perf_counter()
+    if job["stage"] == "profile":
+        moqa.profile(
+            job["model"], {"wiki": job["text"]}, job["profile"], job["windows"], job["context"], self_samples=0,
+            method="rtn", memory=memory, report=watch.report,
+        )  # fmt: skip
+    else:
+        profile = read_profile(job["profile"])
+        plan = moqa.plan(profile, None, "uniform", widths=[job["bits"]])
+        moqa.quantize(
+            job["model"], plan, job["out"], job["stage"], profile=profile, memory=memory, report=watch.report,
+            overwrite=True,
+        )  # fmt: skip
+    seconds = time.perf_counter() - began
+    watch.seconds["all else"] = seconds - sum(watch.seconds.values())
+    starts = [*watch.began.values(), time.perf_counter()]
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    found = {
+        "seconds": seconds, "peak_bytes": peak,
+        "parts": dict(watch.seconds), "layer_peaks": [watch.peaks[layer] for layer in watch.began],
+        "layer_seconds": [end - begin for begin, end in pairwise(starts)],
+    }  # fmt: skip
+    Path(job["found"]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

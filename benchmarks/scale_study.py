@@ -1,0 +1,148 @@
+"""A checkpoint larger than the memory it is quantized in: time, memory and disk of every stage, and what follows.
+
+A random checkpoint of OLMoE-1B-7B's shape (16 layers of 64 experts, 14 GB) is profiled, quantized with gptq and with
+rtn at 3 bits, each in a process of its own with 4 GiB. Writes runs/scale/summary.json; `scale_page.py` makes
+docs/results/scale.md of it.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import random_model
+import torch
+from demo import ROOT, TEXT
+from torch import Tensor
+
+from moqa.format.scheme import Scheme
+from moqa.kernels import find_kernels
+from moqa.kernels.native import read
+
+RUNS = ROOT / "runs" / "scale"
+MODEL, SUMMARY = RUNS / "olmoe", RUNS / "summary.json"
+MEMORY, BITS, WINDOWS, CONTEXT = "4GiB", 3, 64, 256
+STAGES = ("profile", "gptq", "rtn")
+GIB = 2**30
+
+
+def fastest(work: object, times: int = 5) -> float:
+    """Seconds of the fastest of some calls."""
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()  # type: ignore[operator]
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def machine() -> dict[str, float | str | int]:
+    """Rates that stages are measured against: products per second (2 operations each), bytes read per second."""
+    side = 2048
+    rates: dict[str, float | str | int] = {"processor": platform.processor() or platform.machine()}
+    rates["threads"] = torch.get_num_threads()
+    for name, dtype in (("float64", torch.float64), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a: Tensor = torch.randn(side, side).to(dtype)
+        rates[name] = 2 * side**3 / fastest(lambda a=a: a @ a)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    x = torch.randn(side, side)
+    rates["sums"] = 2 * side**3 / fastest(lambda: x @ x)
+    torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
+    from kernel_speed import random_matrix
+
+    matrix = random_matrix(side, side, BITS)
+    rates["packed"] = 2 * side**3 / fastest(lambda: find_kernels().linear(matrix, x))
+    rates["fitted"] = x.numel() / fastest(
+        lambda: find_kernels().fit_grid(x[None], torch.full((1, side), BITS), Scheme(width=BITS), None)
+    )
+    much = torch.zeros(GIB, dtype=torch.uint8)
+    rates["memory"] = GIB / fastest(lambda: read(much))
+    rates["disk"] = disk_rate()
+    return rates
+
+
+def disk_rate() -> float:
+    """Bytes per second of reading a shard from the first byte to the last, not from the system's memory."""
+    shard = max(MODEL.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    with shard.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        buffer, size, began = bytearray(16 * 2**20), 0, time.perf_counter()
+        while count := file.readinto(buffer):
+            size += count
+        return size / (time.perf_counter() - began)
+
+
+def forget_cached() -> None:
+    """Leave nothing of the checkpoint in the system's memory: every stage reads it from the disk."""
+    for path in MODEL.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def operations(rates: dict) -> dict[str, dict[str, float]]:
+    """For each part of quantizing a layer with gptq: its operations, and seconds at the machine's measured rates."""
+    config = random_model.olmoe()
+    h, w, experts, top = config.hidden_size, config.intermediate_size, config.num_experts, config.num_experts_per_tok
+    tokens, layers = WINDOWS * CONTEXT, config.num_hidden_layers
+    fit, check = tokens * 7 / 8, tokens / 8
+    attention, expert = 4 * h * h, 3 * w * h
+    solving = (
+        experts * (2 * w * h * h + h * w * w) + 3 * h**3 + h**3
+    )  # errors into later columns: half of 2 x rows x in^2
+    comparing = 3 * 2 * (experts * expert * (check * top / experts) + attention * min(check, h))
+    found = {
+        "run the layer, sum attention's inputs": {
+            "bfloat16": 2 * tokens * attention, "sums": fit * 2 * h * h + check * 2 * h * h,
+        },
+        "sum experts' inputs": {"bfloat16": 2 * tokens * top * 2 * w * h, "sums": fit * top * (h * h + w * w)},
+        "solve": {
+            "float64": (experts * (h**3 + w**3) + 4 * h**3) / 3, "float32": solving, "sums": comparing,
+        },
+        "run the quantized layer": {"packed": 2 * tokens * (attention + top * expert)},
+    }  # fmt: skip
+    return {
+        part: {
+            "operations": layers * sum(counts.values()),
+            "seconds_at_full_rate": layers * sum(count / rates[kind] for kind, count in counts.items()),
+        }
+        for part, counts in found.items()
+    }
+
+
+def stage(name: str, threads: int) -> dict:
+    """Run one stage in a process of its own."""
+    job = {
+        "stage": name, "model": str(MODEL), "text": str(TEXT / "wiki.calib.txt"), "profile": str(RUNS / "profile"),
+        "out": str(RUNS / name), "memory": MEMORY, "bits": BITS, "windows": WINDOWS, "context": CONTEXT,
+        "threads": threads, "found": str(RUNS / f"{name}.found.json"),
+    }  # fmt: skip
+    if name == "profile":
+        shutil.rmtree(RUNS / "profile", ignore_errors=True)
+    (RUNS / f"{name}.job.json").write_text(json.dumps(job))
+    forget_cached()
+    subprocess.run([sys.executable, Path(__file__).with_name("scale_stage.py"), RUNS / f"{name}.job.json"], check=True)
+    return json.loads(Path(job["found"]).read_text())
+
+
+def main() -> None:
+    stages = sys.argv[1:] or STAGES
+    RUNS.mkdir(parents=True, exist_ok=True)
+    random_model.make(MODEL, random_model.olmoe())
+    summary = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else {}
+    summary["machine"] = machine()
+    summary["checkpoint_bytes"] = sum(path.stat().st_size for path in MODEL.glob("*.safetensors"))
+    summary["settings"] = {"memory": MEMORY, "bits": BITS, "windows": WINDOWS, "context": CONTEXT}
+    summary["operations"] = operations(summary["machine"])
+    for name in stages:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        summary[name] = stage(name, int(summary["machine"]["threads"]))
+        SUMMARY.write_text(json.dumps(summary, indent=1) + "\n")
+    print(json.dumps(summary, indent=1))
+
+
+if __name__ == "__main__":
+    main()
