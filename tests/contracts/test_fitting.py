@@ -121,7 +121,7 @@ class TestPack:
 class TestRoundColumns:
     @settings(max_examples=40, deadline=None)
     @given(schemes, shapes, st.integers(1, 70), st.integers(0, 10**6))
-    def test_every_column_is_rounded_from_its_weight_and_earlier_errors(self, kernels, scheme, shape, block, seed):
+    def test_every_column_is_rounded_from_its_weight_and_later_errors(self, kernels, scheme, shape, block, seed):
         weights, widths, _ = random_problem(shape, seed, 1.0)
         n, rows, features = shape
         grid = KERNELS["reference"].fit_grid(weights, widths, scheme, None).grid
@@ -134,16 +134,16 @@ class TestRoundColumns:
             offset=grid.offset().mT.contiguous(), top=grid.top[..., 0].contiguous(),
             integers=torch.zeros(n, features, rows, dtype=torch.uint8), group_size=scheme.group_size,
         )  # fmt: skip
-        for first in range(0, features, block):
+        for first in reversed(range(0, features, block)):
             last = min(first + block, features)
-            earlier = factor[:, :first, first:last].mT @ columns.work[:, :first]
-            kernels.round_columns(columns, columns.work[:, first:last] + earlier, first)
+            errors = factor[:, last:, first:last].mT @ columns.work[:, last:]
+            kernels.round_columns(columns, columns.work[:, first:last] + errors, first)
         # what is left in `work` is the error of the integers
         stored = grid.decode(columns.integers.mT).mT.gather(1, order[:, :, None].expand(n, features, rows))
         assert torch.allclose(columns.work, start - stored, atol=1e-4)
         # and every integer is the nearest to what it was rounded from
         errors = (start - stored).double()
-        share = factor.double().triu(1).mT @ errors
+        share = factor.double().tril(-1).mT @ errors
         wanted = start.double() + share
         group = (order // scheme.group_size)[:, :, None].expand(n, features, rows)
         scale, offset = columns.scale.gather(1, group).double(), columns.offset.gather(1, group).double()

@@ -32,12 +32,12 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Columns:
-    """A stack of matrices whose columns are rounded one after the other.
+    """A stack of matrices whose columns are rounded one after the other, from the last to the first.
 
     Attributes:
-        order: [matrices, in] columns of the matrices in the order of rounding, int64.
+        order: [matrices, in] columns of the matrices, the one that is rounded first at the end, int64.
         work: [matrices, in, out] weights in that order, float32; what is stored is subtracted as they are rounded.
-        factor: [matrices, in, in] share of an earlier column's error (row) that a later one takes, float32.
+        factor: [matrices, in, in] share of a column's error (row) that one before it in the order takes, float32.
         scale: [matrices, groups, out] float32.
         offset: [matrices, groups, out] position of weight zero, float32.
         top: [matrices, out] largest integer, float32.
@@ -72,9 +72,10 @@ def fit_in_torch(weights: Tensor, widths: Tensor, scheme: Scheme, importance: Te
 def round_in_torch(columns: Columns, values: Tensor, first: int) -> None:
     """See `Kernels.round_columns`."""
     c, stacked = columns, torch.arange(len(values), device=values.device)
-    for at in range(first, first + values.shape[1]):
-        earlier = c.factor[:, first:at, at, None] * c.work[:, first:at]
-        value = values[:, at - first] + earlier.sum(1)
+    last = first + values.shape[1]
+    for at in reversed(range(first, last)):
+        errors = c.factor[:, at + 1 : last, at, None] * c.work[:, at + 1 : last]
+        value = values[:, at - first] + errors.sum(1)
         group = c.order[:, at] // c.group_size
         scale, offset = c.scale[stacked, group], c.offset[stacked, group]
         integer = nearest(value[..., None], scale[..., None], offset[..., None], c.top[..., None])[..., 0]

@@ -82,7 +82,7 @@ class Kernels(Protocol):
         """
 
     def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
-        """Round a block of columns; errors made in it go into its later columns.
+        """Round a block of columns, the last one first; errors made in it go into those before.
 
         Args:
             columns: the stack, which is changed.

@@ -8,9 +8,10 @@ from moqa.kernels import Columns, find_kernels
 from moqa.methods.grid import fit_grid
 from moqa.methods.inputs import Inputs
 from moqa.methods.registry import Job, Result, method
+from moqa.models.narrow import fast_sums
 
 DAMPING = 0.01
-# columns that are rounded before all later ones learn of their errors
+# columns that are rounded before all others learn of their errors
 _BLOCK = 64
 
 
@@ -25,10 +26,12 @@ def gptq(job: Job) -> Result:
     """
     energy = torch.stack([inputs.energy for inputs in job.inputs])
     grid = fit_grid(job.weights, job.scheme, job.widths, energy).grid
-    order = energy.argsort(dim=1, descending=True, stable=True)
-    factor = torch.stack([_factor(inputs, columns) for inputs, columns in zip(job.inputs, order, strict=True)])
-    integers = _round(job.weights, grid, order, factor)
-    return Result(integers, grid)
+    # the last one is rounded first: so the factor is what a Cholesky factorization gives
+    order = energy.argsort(dim=1, stable=True)
+    factor = torch.empty(*order.shape, order.shape[1])
+    for inputs, columns, found in zip(job.inputs, order, factor, strict=True):
+        _factor(inputs, columns, found)
+    return Result(_round(job.weights, grid, order, factor), grid)
 
 
 def damping(features: int, tokens: int) -> float:
@@ -40,25 +43,27 @@ def damping(features: int, tokens: int) -> float:
     return DAMPING * max(1.0, features / tokens)
 
 
-def _factor(inputs: Inputs, order: Tensor) -> Tensor:
-    """[in, in] share of an earlier column's error (row) that a later one takes, columns in the given order.
+def _factor(inputs: Inputs, order: Tensor, out: Tensor) -> None:
+    """Fill [in, in] with the share of a column's error (row) that one before it in the order takes.
 
-    GPTQ's updates by the Cholesky factor U of the inverse Gram matrix add up to this: with R R^T the Gram matrix, R
-    upper triangular and U = R^-1, the weight that column k is rounded from is its own plus the sum over earlier
-    columns j of their error times R[j, k] / R[k, k]. So neither an inverse nor U is needed.
+    GPTQ's updates by the Cholesky factor U of the inverse Gram matrix add up to this: with L L^T the Gram matrix, L
+    lower triangular and columns from the last to the first, the weight that column k is rounded from is its own plus
+    the sum over later columns j of their error times L[j, k] / L[k, k]. So neither an inverse nor U is needed.
     """
     features, mean = len(inputs.energy), inputs.energy.mean()
     if inputs.tokens == 0 or mean <= 0:
-        return torch.eye(features)
-    backwards = order.flip(0)
-    gram = inputs.fit.index_select(0, backwards).index_select(1, backwards).double().div_(mean)
+        torch.eye(features, out=out)
+        return
+    gram = inputs.fit.index_select(0, order).index_select(1, order).div_(mean)
     gram.diagonal().add_(damping(features, inputs.tokens))
-    factor = torch.linalg.cholesky(gram)
-    return factor.div_(factor.diagonal().clone()).float().flip(0, 1)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:  # rounding made it indefinite
+        factor = torch.linalg.cholesky(gram.double()).float()
+    torch.div(factor, factor.diagonal(), out=out)
 
 
 def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor:
-    """[n, rows, in] integers; every column is rounded from its weight and the errors of those before it in `order`."""
+    """[n, rows, in] integers; every column is rounded from its weight and the errors of those after it in `order`."""
     n, rows, features = weights.shape
     kernels = find_kernels("auto", weights.device)
     columns = Columns(
@@ -68,8 +73,9 @@ def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor
         top=grid.top[..., 0].expand(n, rows).contiguous(),
         integers=torch.empty(n, features, rows, dtype=torch.uint8), group_size=grid.group_size,
     )  # fmt: skip
-    for first in range(0, features, _BLOCK):
+    for first in reversed(range(0, features, _BLOCK)):
         last = min(first + _BLOCK, features)
-        values = torch.baddbmm(columns.work[:, first:last], factor[:, :first, first:last].mT, columns.work[:, :first])
-        kernels.round_columns(columns, values, first)
+        with fast_sums():
+            errors = factor[:, last:, first:last].mT @ columns.work[:, last:]
+        kernels.round_columns(columns, errors.add_(columns.work[:, first:last]), first)
     return columns.integers.mT.contiguous()

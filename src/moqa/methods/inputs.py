@@ -1,16 +1,14 @@
 """What the units of a layer are multiplied with: weighted Gram matrices of their inputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moqa.format.unfinished import Unfinished
 from moqa.models.experts import Experts, ParameterWeights, weights_from, with_bias
-from moqa.models.narrow import in_stored_precision
+from moqa.models.narrow import fast_sums, in_stored_precision
 from moqa.models.stages import Stages
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
@@ -92,7 +90,7 @@ class Check:
 
     def error(self, difference: Tensor) -> float:
         """Squared norm of what a difference [out, in] in the weights makes in the outputs for these inputs."""
-        with _fast_sums():
+        with fast_sums():
             if self._sum is None:
                 return float(sum(float((rows @ difference.T).square().sum()) for rows in self._rows))
             return float(((difference @ self.gram) * difference).sum())
@@ -101,7 +99,7 @@ class Check:
 def _add_squares(total: Tensor | None, x: Tensor, share: float) -> Tensor:
     """Add x^T x to the blocks of [in, in] that hold its triangle below the diagonal; None is zero."""
     total = torch.zeros(x.shape[1], x.shape[1]) if total is None else total
-    with _fast_sums():
+    with fast_sums():
         for begin in range(0, total.shape[1], _BLOCK):
             block = slice(begin, begin + _BLOCK)
             total[begin:, block].add_(x[:, begin:].T @ x[:, block], alpha=share)
@@ -109,19 +107,11 @@ def _add_squares(total: Tensor | None, x: Tensor, share: float) -> Tensor:
 
 
 def _whole(lower: Tensor) -> Tensor:
-    return lower.tril() + lower.tril(-1).T
-
-
-@contextmanager
-def _fast_sums() -> Iterator[None]:
-    """Products of float32 by the library that is fastest; it may round both sides to bfloat16, and sums in float32."""
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    """The same matrix with the blocks above the diagonal filled in."""
+    for begin in range(_BLOCK, lower.shape[1], _BLOCK):
+        block = slice(begin, begin + _BLOCK)
+        lower[:begin, block] = lower[block, :begin].T
+    return lower
 
 
 @dataclass(frozen=True)

@@ -77,3 +77,22 @@ def fast_dtype(stored: torch.dtype) -> torch.dtype | None:
 def _linear(module: Any, x: Tensor) -> Tensor:
     out = product(x, module.weight.T, module.moqa_dtype)
     return out if module.bias is None else out + module.bias
+
+
+@contextmanager
+def fast_sums() -> Iterator[None]:
+    """A block in which float32 is multiplied by the fastest library.
+
+    >>> with fast_sums():
+    ...     gram = x.T @ x
+
+    It may round both sides to bfloat16 where the processor has instructions for that, and sums up in float32: good for
+    sums over many inputs, which are no more exact themselves.
+    """
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

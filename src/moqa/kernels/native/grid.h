@@ -196,7 +196,8 @@ void fit(const Fitting& f, int matrix, int tile) {
     }
 }
 
-// Columns first .. first + columns of `Rounding`, for 4 tiles of rows: enough sums that none waits for another.
+// Columns first .. first + columns of `Rounding`, the last one first, for 4 tiles of rows: enough sums that none waits
+// for another.
 void round(const Rounding& r, int matrix, int item) {
     constexpr int tiles = ROUND_ROWS / TILE;
     const int from = item * ROUND_ROWS, rows = std::min(ROUND_ROWS, r.rows - from);
@@ -209,13 +210,13 @@ void round(const Rounding& r, int matrix, int item) {
     };
     read(top, r.top + size_t(matrix) * r.rows);
     const float* factor = r.factor + (size_t(matrix) * r.in + r.first) * r.in + r.first;
-    for (int k = 0; k < r.columns; ++k) {
+    for (int k = r.columns - 1; k >= 0; --k) {
         const size_t column = size_t(matrix) * r.in + r.first + k;
         const size_t group = (size_t(matrix) * r.groups + size_t(r.order[column]) / r.group) * r.rows;
         read(value, r.values + (size_t(matrix) * r.columns + k) * r.rows);
         read(scale, r.scale + group);
         read(offset, r.offset + group);
-        for (int j = 0; j < k; ++j) {
+        for (int j = k + 1; j < r.columns; ++j) {
             const float share = factor[size_t(j) * r.in + k];
             for (int t = 0; t < tiles; ++t) value[t] += off[j][t] * share;
         }

@@ -26,12 +26,12 @@ struct Fitting {
     int groups() const { return (in + group - 1) / group; }
 };
 
-// One block of GPTQ's columns, in its order. Weight = scale * (integer - offset).
+// One block of GPTQ's columns, from the last in its order to the first. Weight = scale * (integer - offset).
 struct Rounding {
     int matrices, rows, in, group, groups, first, columns;
     const float* values;   // [matrices, columns, rows] what the block's weights are by now
     float* work;           // [matrices, in, rows] weights, which become weight minus stored weight
-    const float* factor;   // [matrices, in, in] share of an earlier column's error (row) that a later one takes
+    const float* factor;   // [matrices, in, in] share of a column's error (row) that one before it takes
     const int64_t* order;  // [matrices, in] columns of the matrix
     const float* scale;    // [matrices, groups, rows]
     const float* offset;   // [matrices, groups, rows]
