@@ -91,14 +91,14 @@ def main() -> None:
     if job["stage"] == "profile":
         moqa.profile(
             job["model"], {"wiki": job["text"]}, job["profile"], job["windows"], job["context"], self_samples=0,
-            method="rtn", memory=memory, report=watch.report,
+            method="rtn", memory=memory, report=watch.report, sensitivity=False, restart=True,
         )  # fmt: skip
     else:
         profile = read_profile(job["profile"])
         plan = moqa.plan(profile, None, "uniform", widths=[job["bits"]])
         moqa.quantize(
             job["model"], plan, job["out"], job["stage"], profile=profile, memory=memory, report=watch.report,
-            overwrite=True,
+            overwrite=True, restart=True,
         )  # fmt: skip
     seconds = time.perf_counter() - began
     watch.seconds["all else"] = seconds - sum(watch.seconds.values())

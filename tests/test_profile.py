@@ -15,6 +15,7 @@ from moqa.format.scheme import WIDTHS, Scheme
 from moqa.methods.grid import fit_grid
 from moqa.models.narrow import fast_dtype, in_stored_precision
 from moqa.models.view import open_model
+from moqa.plan import plan
 from moqa.profile import SELF, profile, read_profile
 from moqa.profile.run import quiet
 
@@ -116,6 +117,25 @@ class TestActivation:
         found = measured.starved()
         silent = [(i, e) for i in LAYERS for e in range(16) if measured.layer("wiki", i, "tokens")[e] == 0]
         assert found == [f"layer {layer} expert {expert}" for layer, expert in silent]
+
+
+class TestWithoutSensitivity:
+    def test_serves_uniform_plans_only(self, tiny_model, texts, tmp_path):
+        found = profile(tiny_model, [texts["wiki"]], tmp_path / "p", samples=3, context=32, self_samples=0,
+                        sensitivity=False)  # fmt: skip
+        assert read_profile(tmp_path / "p").significance("wiki", 0).shape == found.significance("wiki", 0).shape
+        assert not plan(found, None, "uniform", widths=[3]).predicted
+        with pytest.raises(MoqaError, match="has no sensitivity"):
+            plan(found, "4bpw", hedge=0)
+        with pytest.raises(MoqaError, match="was made with"):
+            profile(tiny_model, [texts["wiki"]], tmp_path / "p", samples=3, context=32, self_samples=0)
+
+    def test_a_profile_that_has_it_serves_as_well(self, tiny_model, texts, tmp_path):
+        options = {"samples": 3, "context": 32, "self_samples": 0}
+        profile(tiny_model, [texts["wiki"]], tmp_path / "p", **options)
+        before = contents(tmp_path / "p")
+        profile(tiny_model, [texts["wiki"]], tmp_path / "p", sensitivity=False, **options)
+        assert contents(tmp_path / "p") == before
 
 
 class TestSensitivity:

@@ -45,6 +45,10 @@ ContextOption = Annotated[int, typer.Option("--context", min=2, help="tokens in 
 SelfSamplesOption = Annotated[
     int | None, typer.Option("--self-samples", min=0, help="windows the model writes itself [default: as --samples]")
 ]
+SensitivityOption = Annotated[
+    bool,
+    typer.Option("--no-sensitivity", help="measure none, which uniform plans and moqa-v1 do not need"),
+]
 GroupOption = Annotated[int, typer.Option("--group-size", min=8, help="weights that share a scale")]
 SymmetricOption = Annotated[bool, typer.Option("--symmetric", help="grids without a zero-point")]
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 WINDOW = 256  # tokens
+UNMEASURED = ("uniform", "moqa-v1")  # strategies that need no sensitivity
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def fulfil(wish: Wish) -> None:
             wish.model, fitted, wish.profile, samples=wish.samples, context=wish.window,
             self_samples=wish.self_samples, group_size=wish.group_size, symmetric=wish.symmetric,
             method=wish.method, seed=wish.seed, report=report, view=view, memory=memory, restart=wish.restart,
+            sensitivity=wish.strategy not in UNMEASURED,
         )  # fmt: skip
         chosen = plan(
             measured, budget, wish.strategy, wish.ties, known=[d.name for d in fitted], widths=wish.widths,
@@ -184,7 +186,7 @@ def _expected(
     else:
         settings = Settings(
             context=wish.window, samples=wish.samples, seed=wish.seed, group_size=wish.group_size,
-            symmetric=wish.symmetric, method=wish.method,
+            symmetric=wish.symmetric, method=wish.method, sensitivity=wish.strategy not in UNMEASURED,
         )  # fmt: skip
         own = wish.samples if wish.self_samples is None else wish.self_samples
         measured = blank_profile(view, wish.model, fingerprint(folder), names, settings, own)

@@ -117,7 +117,10 @@ def print_plan(result: "Plan") -> None:
     )
     counts = Counter(scheme.width for scheme in result.units.values())
     print_table(["width", *map(str, sorted(counts))], [["units", *(str(counts[w]) for w in sorted(counts))]])
-    print_table(["expected KL", *result.predicted], [["", *(f"{value:.4f}" for value in result.predicted.values())]])
+    if result.predicted:
+        print_table(
+            ["expected KL", *result.predicted], [["", *(f"{value:.4f}" for value in result.predicted.values())]]
+        )
 
 
 def print_estimate(cost: "Estimate", plan: "Plan", profile: "Profile", json: Path | None) -> None:

@@ -15,6 +15,7 @@ from moqa.cli.common import (
     SamplesOption,
     SeedOption,
     SelfSamplesOption,
+    SensitivityOption,
     SymmetricOption,
     print_table,
     write_result,
@@ -38,6 +39,7 @@ def profile(
     group_size: GroupOption = 64,
     symmetric: SymmetricOption = False,
     method: MethodOption = "gptq",
+    no_sensitivity: SensitivityOption = False,
     seed: SeedOption = 0,
     max_memory: MemoryOption = None,
     time_limit: TimeOption = None,
@@ -58,7 +60,7 @@ def profile(
             model, distributions, out, samples=samples, context=context, self_samples=self_samples,
             group_size=group_size, symmetric=symmetric, method=method, seed=seed,
             report=time_limited(report, time_limit), memory=Memory.parse(max_memory) if max_memory else None,
-            restart=restart,
+            restart=restart, sensitivity=not no_sensitivity,
         )  # fmt: skip
     print_profile(result)
     write_result(result.record, json)
@@ -67,7 +69,8 @@ def profile(
 def print_profile(result: "Profile") -> None:
     """Routing and cost per distribution, and experts that no token reached."""
     record = result.record
-    uniform = {w: record.widths.index(w) for w in (2, 3, 4) if w in record.widths}
+    measured = (2, 3, 4) if record.settings.sensitivity else ()
+    uniform = {w: record.widths.index(w) for w in measured if w in record.widths}
     rows = []
     for name, entry in record.distributions.items():
         costs = [f"{float(result.sensitivity(name)[:, column].sum()):.4f}" for column in uniform.values()]

@@ -94,7 +94,7 @@ def plan(
         fingerprint=profile.record.fingerprint, profile=str(profile.folder), strategy=strategy, options=options,
         ties=ties, budget=budget.typed if budget else None, known=known,
         mixture={n: (1 - own) / len(known) for n in known if own < 1} | ({SELF: own} if own else {}),
-        predicted={n: _predicted(problem, choice, n) for n in names},
+        predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
         account=_account(profile, schemes), units=schemes,
     )  # fmt: skip
 

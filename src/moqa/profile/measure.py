@@ -53,6 +53,7 @@ class Measurement:
         seed: of the labels that are drawn from the model's own predictions.
         work: where everything is put aside.
         experts: how many are worked on together.
+        sensitivity: whether the way back is gone.
     """
 
     def __init__(
@@ -65,11 +66,12 @@ class Measurement:
         seed: int,
         work: Unfinished,
         experts: int,
+        sensitivity: bool = True,
     ) -> None:
         self._view, self._stages, self._work = view, Stages(view.model), work
         self._scheme, self._widths, self._method, self._seed = scheme, tuple(widths), method, seed
         self._probes = tuple(width for width in PROBES if width in widths)
-        self._experts = experts
+        self._experts, self._sensitivity = experts, sensitivity
         self._flows = {name: _Flow(name, tokens, self._stages, work) for name, tokens in samples.items()}
 
     def run(self, report: Report) -> Measured:
@@ -81,6 +83,12 @@ class Measurement:
                 self._forward(layer)
                 work.note(f"forward-{layer}", {})
         report("activation", depth, depth)
+        if self._sensitivity:
+            self._go_back(report)
+        return self._gathered()
+
+    def _go_back(self, report: Report) -> None:
+        depth, work = self._stages.depth, self._work
         if work.noted("labels") is None:
             generator = torch.Generator().manual_seed(self._seed)
             for flow in self._flows.values():
@@ -94,7 +102,6 @@ class Measurement:
                 for flow in self._flows.values():
                     flow.forget(layer)
         report("sensitivity", depth, depth)
-        return self._gathered()
 
     @torch.no_grad()
     def _forward(self, layer: int) -> None:
@@ -143,8 +150,9 @@ class Measurement:
                 for layer in range(depth)
                 for key, value in kept(f"statistics-{layer}-{name}").items()
             }
-            probed = torch.cat([kept(f"sensitivity-{layer}-{name}")["sensitivity"] for layer in range(depth)])
-            found[name]["sensitivity"] = all_widths(probed, relative, self._probes, self._widths)
+            if self._sensitivity:
+                probed = torch.cat([kept(f"sensitivity-{layer}-{name}")["sensitivity"] for layer in range(depth)])
+                found[name]["sensitivity"] = all_widths(probed, relative, self._probes, self._widths)
         similar = {f"layer.{n}.similarity": w["similarity"] for n, w in weights.items() if "similarity" in w}
         return Measured(found, {"rounding": relative, **similar})
 

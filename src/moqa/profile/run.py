@@ -44,6 +44,7 @@ def profile(
     view: ModelView | None = None,
     memory: Memory | None = None,
     restart: bool = False,
+    sensitivity: bool = True,
 ) -> Profile:
     """Measure what every expert and channel contributes, and what losing precision costs, on each distribution.
 
@@ -65,6 +66,8 @@ def profile(
         view: the model, if it is open already.
         memory: what the process may take; None means all that is free.
         restart: begin anew, whatever an earlier run has finished.
+        sensitivity: whether to measure what losing precision costs, which takes most of the time; uniform plans and
+            moqa-v1 need none.
 
     Raises:
         MoqaError: if the model or a text is unusable, or `out` holds a profile of another model or other settings.
@@ -79,8 +82,9 @@ def profile(
     if any(d.name in (SELF, "weights") for d in distributions):
         raise MoqaError(f"--data {SELF}=... uses a name that moqa needs itself", "choose another name")
     settings = Settings(
-        context=context, samples=samples, seed=seed, group_size=group_size, symmetric=symmetric, method=method
-    )
+        context=context, samples=samples, seed=seed, group_size=group_size, symmetric=symmetric, method=method,
+        sensitivity=sensitivity,
+    )  # fmt: skip
     cut = {d.name: cut_windows(d, tokenizer, context, samples, seed) for d in distributions}
     records = {
         d.name: DistributionRecord(
@@ -98,8 +102,11 @@ def profile(
     fingerprint = checkpoint.fingerprint(folder)
     old = _reusable(out, fingerprint, settings)
     missing = [name for name, record in records.items() if old is None or not _same(old, name, record)]
-    if old is not None and not missing:
-        return old
+    if old is not None:
+        # what was measured without being asked for does not hurt
+        settings = old.record.settings
+        if not missing:
+            return old
     limits = memory or Memory.free()
     view = view or open_model(folder, keep=limits.holds(folder))
     job = {"moqa": __version__, "model": fingerprint, **settings.model_dump(mode="json"),
@@ -112,7 +119,7 @@ def profile(
             tokens[SELF] = _own_text(view, wanted, settings, work, report)
         scheme = Scheme(width=8, group_size=group_size, symmetric=symmetric)
         widths = tuple(w for w in WIDTHS if not (symmetric and w == 1))
-        measurement = Measurement(view, tokens, scheme, widths, how, seed, work, room.experts)
+        measurement = Measurement(view, tokens, scheme, widths, how, seed, work, room.experts, settings.sensitivity)
         measured = measurement.run(report)
         statistics = {name: {**measured.statistics[name], "samples": tokens[name].int()} for name in missing}
         if old is not None:
@@ -148,7 +155,7 @@ def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None
     old = read_profile(out)
     if old.record.fingerprint != fingerprint:
         raise MoqaError(f"{out} is the profile of {old.record.model}, another model", "choose another folder")
-    if old.record.settings != settings:
+    if settings not in (old.record.settings, old.record.settings.model_copy(update={"sensitivity": False})):
         was = ", ".join(f"{k} {v}" for k, v in old.record.settings.model_dump().items())
         raise MoqaError(f"{out} was made with {was}", "use the same settings or choose another folder")
     return old

@@ -50,7 +50,13 @@ class Profile:
         return tuple(sorted({unit.layer for unit in self.record.units if unit.role == "expert"}))
 
     def sensitivity(self, name: str) -> Tensor:
-        """[units, widths] expected rise of the KL divergence per token, in nats, float32."""
+        """[units, widths] expected rise of the KL divergence per token, in nats, float32.
+
+        Raises:
+            MoqaError: if it was not measured.
+        """
+        if not self.record.settings.sensitivity:
+            raise MoqaError(f"profile {self.folder} has no sensitivity", "make one without --no-sensitivity")
         return self.statistics[name]["sensitivity"]
 
     def significance(self, name: str, layer: int) -> Tensor:
@@ -104,7 +110,8 @@ def read_profile(folder: str | Path) -> Profile:
         except (SafetensorError, OSError) as error:
             raise MoqaError(f"profile {folder} lacks a sound {_file(folder, name).name}", str(error)) from None
     weights = loaded.pop(WEIGHTS)
-    for name, table in [*((n, loaded[n].get("sensitivity")) for n in loaded), (WEIGHTS, weights.get("rounding"))]:
+    measured = loaded if record.settings.sensitivity else {}
+    for name, table in [*((n, loaded[n].get("sensitivity")) for n in measured), (WEIGHTS, weights.get("rounding"))]:
         if table is None or table.shape != (len(record.units), len(record.widths)):
             raise MoqaError(f"profile {folder}: the table in {name} does not match its {len(record.units)} units")
     return Profile(record, folder, loaded, weights)

@@ -22,6 +22,7 @@ from moqa.models.view import ModelView, open_model
 from moqa.plan import Plan
 from moqa.profile import SELF, Profile
 from moqa.profile.disk import disk_bytes as profile_disk_bytes
+from moqa.profile.record import Settings
 from moqa.profile.room import Room as ProfileRoom
 from moqa.profile.sensitivity import PROBES
 from moqa.quantize.disk import disk_bytes
@@ -77,7 +78,7 @@ def estimate(
         before, holds = ProfileRoom.within(limits, view, how), limits.holds(folder)
         whole = 4 * Stored(folder).values if holds else 0
         counts = {name: entry.tokens for name, entry in profile.record.distributions.items()}
-        seconds += clock.profile(view, plan, counts, profile.record.settings.context, before.experts, holds)
+        seconds += clock.profile(view, plan, counts, profile.record.settings, before.experts, holds)
         peak = max(peak, before.peak + whole)
         disk = max(disk, profile_disk_bytes(view, sum(counts.values()), len(counts)))
     return Estimate(
@@ -114,7 +115,7 @@ class _Clock:
         return seconds
 
     def profile(
-        self, view: ModelView, plan: Plan, tokens: dict[str, int], context: int, together: int, whole: bool
+        self, view: ModelView, plan: Plan, tokens: dict[str, int], settings: Settings, together: int, whole: bool
     ) -> float:
         """Seconds of the plan's profile.
 
@@ -122,7 +123,7 @@ class _Clock:
             view: the model.
             plan: schemes of the units.
             tokens: distribution -> how many there are.
-            context: tokens of a window: the model writes its own text in as many steps.
+            settings: its own; the model writes its own text in as many steps as a window has tokens.
             together: experts that are measured together.
             whole: whether the model is in memory while it writes its own text.
         """
@@ -138,12 +139,12 @@ class _Clock:
                 seconds += (
                     seen * self._multiplied(rows, features, view.stored_dtype(unit)) * (1 + 3 * slices / 2 + probes / 2)
                 )
-                if self._method.needs_data:
+                if self._method.needs_data and settings.sensitivity:
                     seconds += len(tokens) * self._solved(probes * rows, features, plan.units[unit.name], 1) / 2
             seconds += 3 * sum(unit.weights * view.itemsize(unit) for unit in units) / _STORAGE
         if SELF in tokens:
             weights = sum(unit.weights * view.itemsize(unit) for unit in view.units.values())
-            seconds += context * weights / (_MEMORY if whole else _STORAGE)
+            seconds += settings.context * weights / (_MEMORY if whole else _STORAGE)
         return seconds
 
     def _solved(self, rows: int, features: int, scheme: Scheme, alike: int) -> float:
