@@ -126,7 +126,7 @@ class TestWithoutSensitivity:
         assert read_profile(tmp_path / "p").significance("wiki", 0).shape == found.significance("wiki", 0).shape
         assert not plan(found, None, "uniform", widths=[3]).predicted
         with pytest.raises(MoqaError, match="has no sensitivity"):
-            plan(found, "4bpw", hedge=0)
+            plan(found, "6bpw", hedge=0)
         with pytest.raises(MoqaError, match="was made with"):
             profile(tiny_model, [texts["wiki"]], tmp_path / "p", samples=3, context=32, self_samples=0)
 
