@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow lint sanitize bench peers adjust-study results clean
+.PHONY: setup demo test test-slow lint sanitize bench peers scale-study adjust-study results clean
 
 setup: $(VENV)/.ready
 
@@ -60,6 +60,11 @@ bench: $(VENV)/.bench
 
 peers: setup .peers/llmcompressor/.ready .peers/gptqmodel/.ready
 	$(BIN)/python benchmarks/peers.py --llmcompressor .peers/llmcompressor/bin/python --gptqmodel .peers/gptqmodel/bin/python
+
+# a checkpoint of 14 GB is made first; 20 GB of disk, half an hour
+scale-study: setup
+	$(BIN)/python benchmarks/scale_study.py
+	$(BIN)/python benchmarks/scale_page.py
 
 adjust-study: setup
 	$(BIN)/python benchmarks/adjust_study.py

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import random_model
@@ -45,12 +46,14 @@ def machine() -> dict[str, float | str | int]:
     side = 2048
     rates: dict[str, float | str | int] = {"processor": platform.processor() or platform.machine()}
     rates["threads"] = torch.get_num_threads()
-    for name, dtype in (("float64", torch.float64), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         a: Tensor = torch.randn(side, side).to(dtype)
         rates[name] = 2 * side**3 / fastest(lambda a=a: a @ a)
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     x = torch.randn(side, side)
     rates["sums"] = 2 * side**3 / fastest(lambda: x @ x)
+    gram = x.T @ x + torch.eye(side)
+    rates["factors"] = side**3 / 3 / fastest(lambda: torch.linalg.cholesky_ex(gram))
     torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
     from kernel_speed import random_matrix
 
@@ -83,31 +86,48 @@ def forget_cached() -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def operations(rates: dict) -> dict[str, dict[str, float]]:
-    """For each part of quantizing a layer with gptq: its operations, and seconds at the machine's measured rates."""
-    config = random_model.olmoe()
-    h, w, experts, top = config.hidden_size, config.intermediate_size, config.num_experts, config.num_experts_per_tok
-    tokens, layers = WINDOWS * CONTEXT, config.num_hidden_layers
-    fit, check = tokens * 7 / 8, tokens / 8
-    attention, expert = 4 * h * h, 3 * w * h
-    solving = (
-        experts * (2 * w * h * h + h * w * w) + 3 * h**3 + h**3
-    )  # errors into later columns: half of 2 x rows x in^2
-    comparing = 3 * 2 * (experts * expert * (check * top / experts) + attention * min(check, h))
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model's decoder layers: `attention` and `shared` are weights outside the routed experts."""
+
+    layers: int
+    hidden: int
+    width: int
+    experts: int
+    top: int
+    attention: int
+    shared: int = 0
+
+    @property
+    def expert(self) -> int:
+        return 3 * self.width * self.hidden
+
+    @property
+    def layer(self) -> int:
+        """Weights of a layer."""
+        return self.experts * self.expert + self.attention + self.shared
+
+
+OLMOE = Shape(16, 2048, 1024, 64, 8, 4 * 2048 * 2048)
+
+
+def operations(shape: Shape, tokens: int, rates: dict) -> dict[str, dict[str, float]]:
+    """For each part of quantizing all layers with gptq: operations, and seconds at the machine's measured rates."""
+    h, w, experts, top = shape.hidden, shape.width, shape.experts, shape.top
+    fit, check, dense = tokens * 7 / 8, tokens / 8, shape.attention + shape.shared
+    # errors into the other columns: half of 2 x rows x in^2; of what is no expert as if all of it had `hidden` inputs
+    solving = experts * (2 * w * h * h + h * w * w) + dense * h
+    comparing = 3 * 2 * (shape.expert * check * top + dense * min(check, h))
     found = {
-        "run the layer, sum attention's inputs": {
-            "bfloat16": 2 * tokens * attention, "sums": fit * 2 * h * h + check * 2 * h * h,
-        },
+        "run the layer, sum attention's inputs": {"bfloat16": 2 * tokens * dense, "sums": tokens * 2 * h * h},
         "sum experts' inputs": {"bfloat16": 2 * tokens * top * 2 * w * h, "sums": fit * top * (h * h + w * w)},
-        "solve": {
-            "float64": (experts * (h**3 + w**3) + 4 * h**3) / 3, "float32": solving, "sums": comparing,
-        },
-        "run the quantized layer": {"packed": 2 * tokens * (attention + top * expert)},
+        "solve": {"factors": (experts * (h**3 + w**3) + dense * h) / 3, "sums": solving + comparing},
+        "run the quantized layer": {"packed": 2 * tokens * (dense + top * shape.expert)},
     }  # fmt: skip
     return {
         part: {
-            "operations": layers * sum(counts.values()),
-            "seconds_at_full_rate": layers * sum(count / rates[kind] for kind, count in counts.items()),
+            "operations": shape.layers * sum(counts.values()),
+            "seconds_at_full_rate": shape.layers * sum(count / rates[kind] for kind, count in counts.items()),
         }
         for part, counts in found.items()
     }
@@ -136,7 +156,7 @@ def main() -> None:
     summary["machine"] = machine()
     summary["checkpoint_bytes"] = sum(path.stat().st_size for path in MODEL.glob("*.safetensors"))
     summary["settings"] = {"memory": MEMORY, "bits": BITS, "windows": WINDOWS, "context": CONTEXT}
-    summary["operations"] = operations(summary["machine"])
+    summary["operations"] = operations(OLMOE, WINDOWS * CONTEXT, summary["machine"])
     for name in stages:
         print(f"{name} ...", file=sys.stderr, flush=True)
         summary[name] = stage(name, int(summary["machine"]["threads"]))
