@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "moqa"
 # top to bottom; a folder may import from itself and from what comes later
 FLOORS = [
     "cli", "serve", "bench", "report", "adjust", "evaluate", "quantize", "plan", "profile", "methods", "generate",
-    "runtime", "kernels", "format", "models", "data",
+    "runtime", "engine", "kernels", "format", "models", "data",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 

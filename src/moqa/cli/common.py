@@ -51,6 +51,13 @@ SensitivityOption = Annotated[
 ]
 GroupOption = Annotated[int, typer.Option("--group-size", min=8, help="weights that share a scale")]
 SymmetricOption = Annotated[bool, typer.Option("--symmetric", help="grids without a zero-point")]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="where the work is done: local, or ray for the machines of a cluster")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--ray-address", metavar="HOST:PORT", help="head of the Ray cluster [default: this machine's]"),
+]
 
 console = Console(stderr=True)
 

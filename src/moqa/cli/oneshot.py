@@ -15,6 +15,7 @@ from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
     from moqa.data import Distribution
+    from moqa.engine import Engine
     from moqa.evaluate.proof import Proof
     from moqa.models.memory import Memory
     from moqa.models.view import ModelView
@@ -59,6 +60,7 @@ class Wish:
     memory: "Memory | None"
     time_limit: str | None
     restart: bool
+    engine: "Engine"
     json: Path | None
     log_json: Log | None
 
@@ -79,7 +81,6 @@ def fulfil(wish: Wish) -> None:
     from moqa.format.space import check_space
     from moqa.methods.registry import find_method
     from moqa.models.checkpoint import locate
-    from moqa.models.memory import Memory
     from moqa.models.view import open_model
     from moqa.plan import Budget, Fit, fit, for_file, plan
     from moqa.profile import profile
@@ -92,7 +93,7 @@ def fulfil(wish: Wish) -> None:
         budget.check(wish.widths, wish.group_size, wish.symmetric)
     if budget is None and wish.strategy not in ("moqa", "moqa-v1", "uniform"):
         raise MoqaError(f"--strategy {wish.strategy} needs a budget", "give --bpw, --size or --fit")
-    memory = wish.memory or Memory.free()
+    memory = wish.engine.memory(wish.memory)
     folder = locate(wish.model)
     fitted, held_out = _texts(wish, folder)
     if wish.dry_run:
@@ -109,7 +110,7 @@ def fulfil(wish: Wish) -> None:
             wish.model, fitted, wish.profile, samples=wish.samples, context=wish.window,
             self_samples=wish.self_samples, group_size=wish.group_size, symmetric=wish.symmetric,
             method=wish.method, seed=wish.seed, report=report, view=view, memory=memory, restart=wish.restart,
-            sensitivity=wish.strategy not in UNMEASURED,
+            sensitivity=wish.strategy not in UNMEASURED, engine=wish.engine,
         )  # fmt: skip
         chosen = plan(
             measured, budget, wish.strategy, wish.ties, known=[d.name for d in fitted], widths=wish.widths,
@@ -118,7 +119,7 @@ def fulfil(wish: Wish) -> None:
         if wish.overwrite or not _is_there(wish, chosen):
             quantize(
                 wish.model, chosen, wish.out, wish.method, wish.overwrite, report, measured, view, wish.cache, memory,
-                wish.restart,
+                wish.restart, wish.engine,
             )  # fmt: skip
         write_json(for_file(chosen, wish.out / "plan.json"), wish.out / "plan.json")
         warn_starved(measured)

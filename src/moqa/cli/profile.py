@@ -7,8 +7,10 @@ import typer
 
 from moqa.cli import app
 from moqa.cli.common import (
+    AddressOption,
     ContextOption,
     DataOption,
+    EngineOption,
     GroupOption,
     JsonOption,
     MethodOption,
@@ -44,23 +46,27 @@ def profile(
     max_memory: MemoryOption = None,
     time_limit: TimeOption = None,
     restart: RestartOption = False,
+    engine: EngineOption = "local",
+    ray_address: AddressOption = None,
     json: JsonOption = None,
     log_json: LogOption = None,
 ) -> None:
     """Measure what every expert and channel contributes, and what losing precision costs, on each distribution."""
     from moqa.data import read_distributions
+    from moqa.engine import find_engine
     from moqa.models.checkpoint import locate
     from moqa.models.load import load_tokenizer
     from moqa.models.memory import Memory
     from moqa.profile import profile as run
 
+    where = find_engine(engine, ray_address)
     distributions = read_distributions(data, load_tokenizer(locate(model)))
     with progress(log_json) as report:
         result = run(
             model, distributions, out, samples=samples, context=context, self_samples=self_samples,
             group_size=group_size, symmetric=symmetric, method=method, seed=seed,
             report=time_limited(report, time_limit), memory=Memory.parse(max_memory) if max_memory else None,
-            restart=restart, sensitivity=not no_sensitivity,
+            restart=restart, engine=where, sensitivity=not no_sensitivity,
         )  # fmt: skip
     print_profile(result)
     write_result(result.record, json)

@@ -7,7 +7,9 @@ import typer
 
 from moqa.cli import app
 from moqa.cli.common import (
+    AddressOption,
     BpwOption,
+    EngineOption,
     GroupOption,
     HedgeOption,
     JsonOption,
@@ -87,6 +89,8 @@ def quantize(
     max_memory: MemoryOption = None,
     time_limit: TimeOption = None,
     restart: RestartOption = False,
+    engine: EngineOption = "local",
+    ray_address: AddressOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what it costs in bytes, memory, disk and time, and do nothing")
     ] = False,
@@ -95,6 +99,7 @@ def quantize(
 ) -> None:
     """Quantize a model: from a plan, or from the texts it will see and a size, with proof on held-out text."""
     from moqa.cli.oneshot import Wish, fulfil, unproven
+    from moqa.engine import find_engine
     from moqa.format.writer import check_free
     from moqa.methods.registry import find_method
     from moqa.models.memory import Memory
@@ -105,6 +110,7 @@ def quantize(
     if cache is not None:
         parse_cache(cache)
     memory = Memory.parse(max_memory) if max_memory else None
+    where = find_engine(engine, ray_address)
     if plan is not None or not (proof and unproven(out)):
         check_free(out, overwrite)
     if plan is not None:
@@ -121,13 +127,15 @@ def quantize(
             from moqa.quantize.estimate import estimate
 
             measured = read_profile(profile or chosen.profile)
-            print_estimate(estimate(model, chosen, measured, method, cache, memory), chosen, measured, json)
+            print_estimate(
+                estimate(model, chosen, measured, method, cache, where.memory(memory)), chosen, measured, json
+            )
             return
         with progress(log_json) as report:
             known = read_profile(profile) if profile else None
             run(
                 model, chosen, out, method, overwrite, time_limited(report, time_limit), profile=known, cache=cache,
-                memory=memory, restart=restart,
+                memory=memory, restart=restart, engine=where,
             )  # fmt: skip
         warn_starved(read_profile(profile or chosen.profile))
         print_checkpoint(out, json)
@@ -142,7 +150,7 @@ def quantize(
             scope=scope, profile=profile or out.with_name(out.name + ".profile"), samples=samples, context=context,
             self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
             overwrite=overwrite, seed=seed, dry_run=dry_run, memory=memory, time_limit=time_limit, restart=restart,
-            json=json, log_json=log_json,
+            engine=where, json=json, log_json=log_json,
         )
     )  # fmt: skip
 

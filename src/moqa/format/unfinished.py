@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,11 +29,12 @@ class Unfinished:
     ...         work.note("layer-0", {"error": 0.1})
 
     Attributes:
+        folder: where the work lies; other processes open it by this.
         result: folder that becomes the result.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._steps, self.result = folder / _STEPS, folder / _RESULT
+        self.folder, self._steps, self.result = folder, folder / _STEPS, folder / _RESULT
         self._fresh: list[Path] = []
 
     @property
@@ -42,8 +44,13 @@ class Unfinished:
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors aside; they are safe once a later `note` is made."""
-        path = self._steps / f"{name}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+        path, fresh = self._steps / f"{name}.safetensors", self._steps / f".{uuid4().hex}"
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, fresh)
+            # at once: a worker that was thought lost may write the same again while others read it
+            fresh.rename(path)
+        finally:
+            fresh.unlink(missing_ok=True)
         self._fresh.append(path)
 
     def kept(self, name: str) -> dict[str, Tensor]:
@@ -65,11 +72,15 @@ class Unfinished:
 
     def note(self, name: str, facts: Mapping[str, Any]) -> None:
         """Record that a step is done: all that was put aside before is on the disk when this returns."""
+        self.flush()
+        _write_whole(self._steps / f"{name}.json", facts)
+
+    def flush(self) -> None:
+        """Have all that this process put aside on the disk, for a `note` that another one makes."""
         for path in self._fresh:
             if path.is_file():
                 sync(path)
         self._fresh = []
-        _write_whole(self._steps / f"{name}.json", facts)
 
     def noted(self, name: str) -> dict[str, Any] | None:
         """What was recorded of a step; None if it is not done."""

@@ -28,9 +28,12 @@ class HiddenStates:
         embedded, shapes = work.noted(f"embedded-{name}") is not None, set()
         for number, batch in enumerate(batches):
             # masks and positions of every layer are made with the embedding, whatever the tokens are
-            if not embedded or batch.shape not in shapes:
-                self._put(0, number, stages.embed(batch))
-                shapes.add(batch.shape)
+            if embedded and batch.shape in shapes:
+                continue
+            hidden = stages.embed(batch)
+            shapes.add(batch.shape)
+            if not embedded:
+                self._put(0, number, hidden)
         if not embedded:
             work.note(f"embedded-{name}", {})
 

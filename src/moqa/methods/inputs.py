@@ -163,14 +163,14 @@ class LayerInputs:
         layer: index of the decoder layer, with the weights that inputs are wanted for.
         parts: samples, at the layer's input; they are gone through once.
         work: where the experts' own inputs are put aside until `drop`.
+        name: of what is put aside, another for each of those that share `work`.
     """
 
-    def __init__(self, view: ModelView, stages: Stages, layer: int, parts: Iterable[Part], work: Unfinished) -> None:
-        self._view, self._layer, self._path = view, layer, view.experts_path(layer)
-        self._module: Experts = None if self._path is None else view.module(self._path)
-        self._work, self._parts = work, list[Part]()
-        self.linear: dict[str, Inputs] = {}
-        view.need(layer)
+    def __init__(
+        self, view: ModelView, stages: Stages, layer: int, parts: Iterable[Part], work: Unfinished,
+        name: str = "experts",
+    ) -> None:  # fmt: skip
+        self._open(view, layer, work, name)
         later = False
         # of the samples on their way: input -> the space that it is counted for; q, k and v mostly share theirs
         shared: list[tuple[Tensor, str]] = []
@@ -191,15 +191,42 @@ class LayerInputs:
             recorder = None if self._path is None else _Recorder(self._module, self._add)
             with weights_from(self._module, recorder):
                 for part in parts:
-                    self._parts.append(replace(part, hidden=part.hidden[:0]))
+                    # not a view, which would keep what it is a view of
+                    self._parts.append(replace(part, hidden=part.hidden.new_empty(0)))
                     stages.layer(layer, part.hidden)
                     shared.clear()
                     if recorder is not None:
                         # nothing but the output of the layer, which nobody wants here, may depend on its experts
                         recorder.exact, recorder.called = later, False
 
+    @classmethod
+    def recorded(
+        cls, view: ModelView, layer: int, parts: Sequence[Part], work: Unfinished, name: str = "experts"
+    ) -> "LayerInputs":
+        """Those of experts whose calls lie in `work` already, put aside by any process; none of other units.
+
+        >>> LayerInputs.recorded(view, 0, inputs.parts, work).experts([7]).keys() == inputs.experts([7]).keys()
+        True
+        """
+        found = cls.__new__(cls)
+        found._open(view, layer, work, name)
+        found._parts += parts
+        return found
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The samples' shares and roles, without their hidden states."""
+        return tuple(self._parts)
+
+    def _open(self, view: ModelView, layer: int, work: Unfinished, name: str) -> None:
+        self._view, self._layer, self._path = view, layer, view.experts_path(layer)
+        self._module: Experts = None if self._path is None else view.module(self._path)
+        self._work, self._name, self._parts = work, name, list[Part]()
+        self.linear: dict[str, Inputs] = {}
+        view.need(layer)
+
     def _add(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-        self._work.keep(f"experts-{len(self._parts) - 1}", {"x": hidden, "index": index, "gate": weights})
+        self._work.keep(f"{self._name}-{len(self._parts) - 1}", {"x": hidden, "index": index, "gate": weights})
 
     @torch.no_grad()
     def experts(self, which: Sequence[int]) -> dict[str, Inputs]:
@@ -211,7 +238,7 @@ class LayerInputs:
         with in_stored_precision(self._view, self._layer):
             weights = ParameterWeights(self._module)
         for number, part in enumerate(self._parts):
-            call = self._work.kept(f"experts-{number}")
+            call = self._work.kept(f"{self._name}-{number}")
             for expert in which:
                 tokens, places = (call["index"] == expert).nonzero(as_tuple=True)
                 if not len(tokens):
@@ -226,7 +253,7 @@ class LayerInputs:
 
     def drop(self) -> None:
         """Remove what was put aside."""
-        self._work.drop("experts-*")
+        self._work.drop(f"{self._name}-*")
 
 
 class _Recorder(ParameterWeights):

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moqa import __version__
 from moqa.data import Data, as_distributions, cut_windows
+from moqa.engine import Engine, LocalEngine, Site
 from moqa.errors import MoqaError
 from moqa.format.manifest import Fitted
 from moqa.format.scheme import WIDTHS, Scheme
@@ -19,9 +20,11 @@ from moqa.models.memory import Memory
 from moqa.models.view import ModelView, open_model
 from moqa.profile.disk import disk_bytes
 from moqa.profile.measure import Measurement
+from moqa.profile.passes import How
 from moqa.profile.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profile.room import Room
 from moqa.profile.selfsample import self_sample
+from moqa.profile.sensitivity import PROBES
 from moqa.profile.store import RECORD, Profile, read_profile, write_profile
 from moqa.progress import Report, quiet
 
@@ -45,6 +48,7 @@ def profile(
     memory: Memory | None = None,
     restart: bool = False,
     sensitivity: bool = True,
+    engine: Engine | None = None,
 ) -> Profile:
     """Measure what every expert and channel contributes, and what losing precision costs, on each distribution.
 
@@ -64,10 +68,11 @@ def profile(
         seed: of the choice of windows, the labels and the model's own text.
         report: called with what is done, how much of it, and of how much.
         view: the model, if it is open already.
-        memory: what the process may take; None means all that is free.
+        memory: what a process may take; None means all that is free.
         restart: begin anew, whatever an earlier run has finished.
         sensitivity: whether to measure what losing precision costs, which takes most of the time; uniform plans and
             moqa-v1 need none.
+        engine: where the work is done (`moqa.engine.find_engine`); None means in this process.
 
     Raises:
         MoqaError: if the model or a text is unusable, or `out` holds a profile of another model or other settings.
@@ -107,19 +112,24 @@ def profile(
         settings = old.record.settings
         if not missing:
             return old
-    limits = memory or Memory.free()
+    engine = engine or LocalEngine()
+    limits = engine.memory(memory)
     view = view or open_model(folder, keep=limits.holds(folder))
     job = {"moqa": __version__, "model": fingerprint, **settings.model_dump(mode="json"),
            "texts": {name: records[name].model_dump(mode="json") for name in missing}}  # fmt: skip
     room = Room.within(limits, view, how)
     check_space(out, disk_bytes(view, sum(records[name].tokens for name in missing), len(missing)))
+    engine.prepare(folder, out, report)
     with unfinished(out, job, overwrite=True, restart=restart) as work:
         tokens = {name: cut[name].tokens for name in missing if name != SELF}
         if SELF in missing:
             tokens[SELF] = _own_text(view, wanted, settings, work, report)
         scheme = Scheme(width=8, group_size=group_size, symmetric=symmetric)
         widths = tuple(w for w in WIDTHS if not (symmetric and w == 1))
-        measurement = Measurement(view, tokens, scheme, widths, how, seed, work, room.experts, settings.sensitivity)
+        probes = tuple(width for width in PROBES if width in widths and settings.sensitivity)
+        measurement = Measurement(
+            Site(view, work), tokens, How(scheme, widths, probes, how, room.experts), seed, engine
+        )
         measured = measurement.run(report)
         statistics = {name: {**measured.statistics[name], "samples": tokens[name].int()} for name in missing}
         if old is not None:

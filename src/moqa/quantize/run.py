@@ -3,12 +3,14 @@
 import hashlib
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moqa import __version__
+from moqa.engine import Engine, LocalEngine, Site
 from moqa.errors import MoqaError
 from moqa.format.cache import write_cache
 from moqa.format.layout import Shard, shards
@@ -28,7 +30,8 @@ from moqa.progress import Report, quiet
 from moqa.quantize.cache import cache_layers, parse_cache
 from moqa.quantize.disk import disk_bytes
 from moqa.quantize.flow import Flow
-from moqa.quantize.layer import Quantized, quantize_units
+from moqa.quantize.layer import Quantized
+from moqa.quantize.pieces import quantized_layers
 from moqa.quantize.room import Room
 from moqa.quantize.routing import describe_routing
 
@@ -48,6 +51,7 @@ def quantize(
     cache: str | None = None,
     memory: Memory | None = None,
     restart: bool = False,
+    engine: Engine | None = None,
 ) -> Path:
     """Quantize a model by a plan and write it as a checkpoint, one decoder layer at a time.
 
@@ -66,8 +70,9 @@ def quantize(
         profile: the plan's profile, which holds the samples; None reads it from where the plan says.
         view: the model, if it is open already.
         cache: what to keep of the original for adjustments: a share of the channels such as `1%`, or `full`.
-        memory: what the process may take; None means all that is free.
+        memory: what a process may take; None means all that is free.
         restart: begin anew, whatever an earlier run has finished.
+        engine: where the work is done (`moqa.engine.find_engine`); None means in this process.
 
     Raises:
         MoqaError: if the plan is for another model, the method unknown, the samples are missing, the memory is too
@@ -89,8 +94,10 @@ def quantize(
     _check_profile(profile, plan)
     view = view or open_model(folder, keep=False)
     _check_units(view, plan)
-    room = Room.within(memory or Memory.free(), view, how)
+    engine = engine or LocalEngine()
+    room = Room.within(engine.memory(memory), view, how)
     check_space(out, disk_bytes(view, plan, profile, how, cache))
+    engine.prepare(folder, out, report)
     with torch.no_grad(), unfinished(out, _job(plan, profile, how, cache), overwrite, restart) as work:
         target = work.result
         if work.noted("start") is None:
@@ -106,7 +113,7 @@ def quantize(
                 report("cache", 1, 1)
             describe_routing(target, profile, plan.known)
             work.note("start", {})
-        _write(view, plan, how, profile, work, room, model, report)
+        _write(Site(view, work), plan, how, profile, engine, room, model, report)
     return out
 
 
@@ -120,9 +127,10 @@ def _job(plan: Plan, profile: Profile, method: Method, cache: str | None) -> dic
 
 
 def _write(
-    view: ModelView, plan: Plan, method: Method, profile: Profile, work: Unfinished, room: Room, model: str | Path,
+    site: Site, plan: Plan, method: Method, profile: Profile, engine: Engine, room: Room, model: str | Path,
     report: Report,
 ) -> None:  # fmt: skip
+    view, work = site.view, site.work
     kept, depth = kept_entries(profile), len(view.layers)
     layout = shards(
         kept, depth, {name: (unit.layer, unit.shape, plan.units[name]) for name, unit in view.units.items()}
@@ -133,12 +141,14 @@ def _write(
     files = {layout[0].file: StoredFile.model_validate(ends)}
     units: dict[str, StoredUnit] = {}
     flow = Flow(view, plan, profile, work) if method.needs_data else None
-    for layer in range(depth):
-        if (done := work.noted(f"layer-{layer}")) is None:
-            report("quantize", layer, depth)
-            done = _layer(view, plan, method, flow, layer, room, layout[layer + 1], work, report)
-        files[layout[layer + 1].file] = StoredFile.model_validate(done["file"])
-        units |= {name: StoredUnit.model_validate(unit) for name, unit in done["units"].items()}
+    missing = [layer for layer in range(depth) if work.noted(f"layer-{layer}") is None]
+    with closing(quantized_layers(site, plan.units, method, flow, missing, engine, room.experts, report)) as results:
+        for layer in range(depth):
+            if (done := work.noted(f"layer-{layer}")) is None:
+                report("quantize", layer, depth)
+                done = _finish(view, plan, flow, layer, next(results), layout[layer + 1], work)
+            files[layout[layer + 1].file] = StoredFile.model_validate(done["file"])
+            units |= {name: StoredUnit.model_validate(unit) for name, unit in done["units"].items()}
     if sum(file.bytes for file in files.values()) != plan.account.checkpoint:
         raise RuntimeError(f"wrote {sum(f.bytes for f in files.values())} bytes, planned {plan.account.checkpoint}")
     for name, file in files.items():
@@ -159,27 +169,11 @@ def _write(
     report("quantize", depth, depth)
 
 
-def _layer(
-    view: ModelView, plan: Plan, method: Method, flow: Flow | None, layer: int, room: Room, shard: Shard,
-    work: Unfinished, report: Report,
+def _finish(
+    view: ModelView, plan: Plan, flow: Flow | None, layer: int, done: Mapping[str, Quantized], shard: Shard,
+    work: Unfinished,
 ) -> dict:  # fmt: skip
-    """Quantize a decoder layer, write it and put the hidden states behind it aside; gives what is noted of it."""
-    done: dict[str, Quantized] = {}
-    inputs = flow.inputs(layer) if flow else None
-    dense = [unit for unit in view.layer_units(layer) if unit.expert is None]
-    routed = [unit for unit in view.layer_units(layer) if unit.expert is not None]
-    experts = sorted({unit.expert for unit in routed if unit.expert is not None})
-    for begin in range(0, len(experts), room.experts) if routed else ():
-        some = experts[begin : begin + room.experts]
-        report("quantize", layer, len(view.layers), layer=layer, expert=some[0], error=_error(done))
-        seen = inputs.experts(some) if inputs else {}
-        mine = [unit for unit in routed if unit.expert in some]
-        done |= {unit.name: result for unit, result in quantize_units(view, mine, plan.units, method, seen)}
-        del seen  # before the next ones are summed up
-    seen = inputs.linear if inputs else {}
-    done |= {unit.name: result for unit, result in quantize_units(view, dense, plan.units, method, seen)}
-    if inputs:
-        inputs.drop()
+    """Write a quantized layer and put the hidden states behind it aside; gives what is noted of it."""
     file = write_shard(work.result, shard, _tensors(done))
     if flow and layer + 1 < len(view.layers):
         flow.advance(layer, done, plan.units)
@@ -195,12 +189,6 @@ def _layer(
     if flow:
         flow.forget(layer)
     return facts
-
-
-def _error(done: Mapping[str, Quantized]) -> float:
-    """Mean relative output error so far."""
-    errors = [result.error for result in done.values() if result.error is not None]
-    return sum(errors) / max(len(errors), 1)
 
 
 def _tensors(done: Mapping[str, Quantized]) -> dict[str, Tensor]:
