@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from scale_study import CONTEXT, GIB, SUMMARY, WINDOWS, Shape, operations
+from scale_study import CONTEXT, GIB, RUNS, SUMMARY, WINDOWS, Shape, operations
 from speed_page import table
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,22 @@ def run_table(summary: dict) -> str:
         growth = f"{peaks[-1] / peaks[1] - 1:+.1%}"
         rows.append([name, *times, *(f"{value:.2f}" for value in memory), growth])
     return table(["stage", "time", "s per layer", "peak GiB", "layer 2", "layer 16", "growth"], rows)
+
+
+def foretold_table(summary: dict) -> str:
+    rows = []
+    for name in ("gptq", "rtn"):
+        said, found = summary["dry run"][name], summary[name]
+        written = sum(path.stat().st_size for path in (RUNS / name).glob("*.safetensors"))
+        for what, ours, theirs, unit in (
+            ("checkpoint, bytes", said["checkpoint_bytes"], written, 1),
+            ("peak, GiB", said["peak_bytes"], found["peak_bytes"], GIB),
+            ("time, s", said["seconds"], found["seconds"], 1),
+        ):
+            digits = 2 if unit == GIB else 0
+            values = [f"{ours / unit:.{digits}f}", f"{theirs / unit:.{digits}f}", f"{ours / theirs:.2f}"]
+            rows.append([f"{name}: {what}", *values])
+    return table(["", "foretold", "measured", "ratio"], rows)
 
 
 def prediction(summary: dict, shape: Shape, machines: int) -> str:
@@ -126,6 +142,12 @@ A part's share of them is the time that its operations would take at these rates
 ## rtn and the disk
 
 The disk reads {disk}, memory {memory}. `rtn` goes through the checkpoint at {reached}.
+
+## What the dry run foretells
+
+In {summary["dry run"]["seconds"]:.0f} s for both, from headers and a calibration of this machine.
+
+{foretold_table(summary)}
 
 ## Other models
 

@@ -23,6 +23,7 @@ from moqa.methods.inputs import LayerInputs
 from moqa.models.memory import Memory, resident
 from moqa.models.pieces import Pieces
 from moqa.profile import read_profile
+from moqa.quantize.estimate import estimate
 from moqa.quantize.flow import Flow
 
 
@@ -70,9 +71,22 @@ class Watch:
         setattr(owner, name, timed)
 
 
+def foretold(job: dict) -> dict:
+    """What a dry run says of gptq and rtn."""
+    profile = read_profile(job["profile"])
+    plan = moqa.plan(profile, None, "uniform", widths=[job["bits"]])
+    memory = Memory.parse(job["memory"])
+    began = time.perf_counter()
+    found = {name: estimate(job["model"], plan, profile, name, memory=memory).model_dump() for name in ("gptq", "rtn")}
+    return found | {"seconds": time.perf_counter() - began}
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(job["threads"])
+    if job["stage"] == "dry run":
+        Path(job["found"]).write_text(json.dumps(foretold(job)))
+        return
     watch = Watch()
     watch.over(Pieces, "_read", "read")
     watch.over(LayerInputs, "__init__", "run the layer, sum attention's inputs")

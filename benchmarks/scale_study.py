@@ -27,7 +27,7 @@ from moqa.kernels.native import read
 RUNS = ROOT / "runs" / "scale"
 MODEL, SUMMARY = RUNS / "olmoe", RUNS / "summary.json"
 MEMORY, BITS, WINDOWS, CONTEXT = "4GiB", 3, 64, 256
-STAGES = ("profile", "gptq", "rtn")
+STAGES = ("profile", "dry run", "gptq", "rtn")
 GIB = 2**30
 
 

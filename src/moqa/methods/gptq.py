@@ -66,9 +66,12 @@ def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor
     """[n, rows, in] integers; every column is rounded from its weight and the errors of those after it in `order`."""
     n, rows, features = weights.shape
     kernels = find_kernels("auto", weights.device)
+    # columns are worked on one by one: each of them lies in one piece, [n, in, rows]
+    work = torch.empty(n, features, rows)
+    for matrix, sequence, found in zip(weights, order, work, strict=True):
+        torch.index_select(matrix.T.contiguous(), 0, sequence, out=found)
     columns = Columns(
-        # columns are worked on one by one: each of them lies in one piece, [n, in, rows]
-        order=order, work=weights.mT.gather(1, order[:, :, None].expand(n, features, rows)), factor=factor,
+        order=order, work=work, factor=factor,
         scale=grid.scale.float().mT.contiguous(), offset=grid.offset().mT.contiguous(),
         top=grid.top[..., 0].expand(n, rows).contiguous(),
         integers=torch.empty(n, features, rows, dtype=torch.uint8), group_size=grid.group_size,

@@ -14,7 +14,7 @@ from moqa.models.view import ModelView
 # float32 copies of a stack of matrices that solving it takes, and float64 ones of the statistics of their inputs
 _COPIES, _SQUARES = 10, 4
 # what the C library keeps of small blocks, as a factor
-_SLACK = 1.06
+_SLACK = 1.08
 # copies of a batch's outputs of all its experts
 _OUTPUTS = 4
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # number of the piece that holds the embedding and the head; decoder layers have theirs
 ENDS = -1
-# experts that are read at a time
-_TOGETHER = 8
+# experts that are read at a time: more of them leave the processor's cache
+_TOGETHER = 2
 
 
 class Pieces:
