@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -79,6 +80,9 @@ class TestPieces:
         assert entries == {name: (t.dtype, tuple(t.shape)) for name, t in view.kept_on_disk().items()}
 
 
+ROOMS = (partial(Room.within, tokens=192), ProfileRoom.within)
+
+
 class TestMemory:
     @pytest.mark.parametrize(
         ("text", "limit"), [("4GiB", 2**32), ("1.5 GiB", 3 * 2**29), ("800MB", 800 * 10**6), ("123", 123)]
@@ -95,26 +99,30 @@ class TestMemory:
         assert Memory.free().holds(tiny_model)
         assert not Memory(resident()).holds(tiny_model)
 
-    @pytest.mark.parametrize("kind", [Room, ProfileRoom])
-    def test_too_little_is_refused_with_what_would_do(self, kind, streamed):
+    @pytest.mark.parametrize(
+        "within", [functools.partial(Room.within, tokens=192), ProfileRoom.within], ids=["run", "profile"]
+    )
+    def test_too_little_is_refused_with_what_would_do(self, within, streamed):
         with pytest.raises(MoqaError, match=r"--max-memory 10MiB holds no decoder layer .* at least [0-9.]+ GiB do"):
-            kind.within(Memory.parse("10MiB"), streamed, METHODS["gptq"])
+            within(Memory.parse("10MiB"), streamed, METHODS["gptq"])
 
-    @pytest.mark.parametrize("kind", [Room, ProfileRoom])
-    def test_enough_memory_holds_all_experts(self, kind, streamed):
-        room = kind.within(Memory.free(), streamed, METHODS["gptq"])
+    @pytest.mark.parametrize(
+        "within", [functools.partial(Room.within, tokens=192), ProfileRoom.within], ids=["run", "profile"]
+    )
+    def test_enough_memory_holds_all_experts(self, within, streamed):
+        room = within(Memory.free(), streamed, METHODS["gptq"])
         assert room.experts == 6
         assert room.peak > resident() // 2
 
     def test_less_memory_means_fewer_experts(self):
-        found = [as_many(Memory(size), fixed=500, each=100, count=8, least=0) for size in (640, 1000, 10_000)]
+        found = [as_many(Memory(size), fixed=500, each=100, count=8, least=0) for size in (660, 1000, 10_000)]
         assert found == [1, 4, 8]
 
     def test_slices_of_experts_change_nothing(self, tiny_model, profiled, tmp_path, monkeypatch):
         chosen = plan(profiled, strategy="uniform", widths=(3,))
         whole = quantize(tiny_model, chosen, tmp_path / "whole", profile=profiled)
         room = Room(experts=3, peak=0)
-        monkeypatch.setattr(driver.Room, "within", lambda *_: room)
+        monkeypatch.setattr(driver.Room, "within", lambda *_, **__: room)
         sliced = quantize(tiny_model, chosen, tmp_path / "sliced", profile=profiled)
         for path in whole.glob("*.safetensors"):
             assert path.read_bytes() == (sliced / path.name).read_bytes()

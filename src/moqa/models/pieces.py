@@ -116,9 +116,9 @@ class Pieces:
                 _empty(self._model, name)
         if ENDS in self._there:
             self._model.tie_weights()
-        if self._there:
-            self._there = {}
-            give_back()
+        self._there = {}
+        # also what was made of a piece and is freed by now
+        give_back()
 
     @contextmanager
     def without(self, piece: int) -> Iterator[None]:

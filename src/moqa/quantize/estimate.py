@@ -69,8 +69,8 @@ def estimate(
     how, folder = find_method(method), checkpoint.locate(model)
     view = view or open_model(folder, keep=False)
     limits = memory or Memory.free()
-    room = Room.within(limits, view, how)
     tokens = sum(profile.record.distributions[name].tokens for name in plan.mixture) if how.needs_data else 0
+    room = Room.within(limits, view, how, tokens)
     clock = _Clock(how)
     seconds = sum(clock.layer(view, layer, plan, tokens) for layer in range(len(view.layers)))
     peak, disk = room.peak, disk_bytes(view, plan, profile, how, cache)

@@ -16,7 +16,7 @@ from moqa.profile import Profile
 from moqa.quantize.layer import Quantized, quantized
 
 # one window in this many decides between methods and is not fitted on
-_CHECK_EVERY = 8
+CHECK_EVERY = 8
 
 
 class Flow:
@@ -64,5 +64,5 @@ class Flow:
 
 def _held_out(windows: int) -> Tensor:
     """[windows] which windows are not fitted on: one in eight, and one of fewer; a single one is fitted on."""
-    every = min(_CHECK_EVERY, windows)
+    every = min(CHECK_EVERY, windows)
     return torch.arange(windows) % every == every - 1 if windows > 1 else torch.zeros(windows, dtype=torch.bool)

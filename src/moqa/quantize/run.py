@@ -95,7 +95,8 @@ def quantize(
     view = view or open_model(folder, keep=False)
     _check_units(view, plan)
     engine = engine or LocalEngine()
-    room = Room.within(engine.memory(memory), view, how)
+    tokens = sum(profile.record.distributions[name].tokens for name in plan.mixture)
+    room = Room.within(engine.memory(memory), view, how, tokens)
     check_space(out, disk_bytes(view, plan, profile, how, cache))
     engine.prepare(folder, out, report)
     with torch.no_grad(), unfinished(out, _job(plan, profile, how, cache), overwrite, restart) as work:
