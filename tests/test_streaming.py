@@ -99,16 +99,12 @@ class TestMemory:
         assert Memory.free().holds(tiny_model)
         assert not Memory(resident()).holds(tiny_model)
 
-    @pytest.mark.parametrize(
-        "within", [functools.partial(Room.within, tokens=192), ProfileRoom.within], ids=["run", "profile"]
-    )
+    @pytest.mark.parametrize("within", ROOMS, ids=["quantize", "profile"])
     def test_too_little_is_refused_with_what_would_do(self, within, streamed):
         with pytest.raises(MoqaError, match=r"--max-memory 10MiB holds no decoder layer .* at least [0-9.]+ GiB do"):
             within(Memory.parse("10MiB"), streamed, METHODS["gptq"])
 
-    @pytest.mark.parametrize(
-        "within", [functools.partial(Room.within, tokens=192), ProfileRoom.within], ids=["run", "profile"]
-    )
+    @pytest.mark.parametrize("within", ROOMS, ids=["quantize", "profile"])
     def test_enough_memory_holds_all_experts(self, within, streamed):
         room = within(Memory.free(), streamed, METHODS["gptq"])
         assert room.experts == 6
