@@ -18,7 +18,7 @@ def quantize(job: dict) -> None:
         windows = job["windows"]
         profile = moqa.profile(
             job["model"], {"wiki": job["text"]}, job["profile"], samples=len(windows), context=len(windows[0]),
-            group_size=job["group_size"], symmetric=True,
+            group_size=job["group_size"], symmetric=True, sensitivity=False,  # a uniform plan needs none
         )  # fmt: skip
     moqa.quantize(job["model"], moqa.plan(profile, None, "uniform", widths=[job["bits"]]), job["out"], profile=profile)
 
