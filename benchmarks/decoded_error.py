@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moqa.models.stages import Stages
+from moqa.models.stages import Stages, batches
 from moqa.models.units import Unit
 from moqa.models.view import ModelView, open_model
 from moqa.plan.problem import FLOOR
-from moqa.profile.measure import batches
 
 
 class Original:
