@@ -23,6 +23,7 @@ from torch import Tensor
 from moqa.format.scheme import Scheme
 from moqa.kernels import find_kernels
 from moqa.kernels.native import read
+from moqa.models.narrow import fast_sums
 
 RUNS = ROOT / "runs" / "scale"
 MODEL, SUMMARY = RUNS / "olmoe", RUNS / "summary.json"
@@ -49,12 +50,11 @@ def machine() -> dict[str, float | str | int]:
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         a: Tensor = torch.randn(side, side).to(dtype)
         rates[name] = 2 * side**3 / fastest(lambda a=a: a @ a)
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     x = torch.randn(side, side)
-    rates["sums"] = 2 * side**3 / fastest(lambda: x @ x)
+    with fast_sums():
+        rates["sums"] = 2 * side**3 / fastest(lambda: x @ x)
     gram = x.T @ x + torch.eye(side)
     rates["factors"] = side**3 / 3 / fastest(lambda: torch.linalg.cholesky_ex(gram))
-    torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
     from kernel_speed import random_matrix
 
     matrix = random_matrix(side, side, BITS)

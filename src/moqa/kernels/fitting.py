@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moqa.format.grid import ZERO_STEPS, Grid, nearest, to_groups
+from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
 
 # twice as many gain nothing below 4 bits, where the refits do the rest, and 1 % at 4
@@ -55,32 +56,40 @@ class Columns:
     group_size: int
 
 
-def fit_in_torch(weights: Tensor, widths: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
-    """See `Kernels.fit_grid`."""
-    weights = weights.float()
-    step = max(1, _CHUNK_WEIGHTS * weights.shape[1] // max(weights.numel(), 1))
-    parts = [
-        _fit(weights[:, i : i + step], scheme, widths[:, i : i + step], importance)
-        for i in range(0, weights.shape[1], step)
-    ]
-    scale, top, error = (torch.cat(found, 1) for found in zip(*((g.scale, g.top, e) for g, e in parts), strict=True))
-    zero = None if scheme.symmetric else torch.cat([grid.zero for grid, _ in parts if grid.zero is not None], 1)
-    grid = Grid(scale, zero, scheme.group_size, top)
-    return Rounded(grid, grid.encode(weights), error)
+class InTorch:
+    """What kernels do of quantization that have no faster way of their own."""
 
+    def fit_grid(self, weights: Tensor, widths: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
+        """See `Kernels`."""
+        weights = weights.float()
+        step = max(1, _CHUNK_WEIGHTS * weights.shape[1] // max(weights.numel(), 1))
+        parts = [
+            _fit(weights[:, i : i + step], scheme, widths[:, i : i + step], importance)
+            for i in range(0, weights.shape[1], step)
+        ]
+        scale, top, error = (
+            torch.cat(found, 1) for found in zip(*((g.scale, g.top, e) for g, e in parts), strict=True)
+        )
+        zero = None if scheme.symmetric else torch.cat([grid.zero for grid, _ in parts if grid.zero is not None], 1)
+        grid = Grid(scale, zero, scheme.group_size, top)
+        return Rounded(grid, grid.encode(weights), error)
 
-def round_in_torch(columns: Columns, values: Tensor, first: int) -> None:
-    """See `Kernels.round_columns`."""
-    c, stacked = columns, torch.arange(len(values), device=values.device)
-    last = first + values.shape[1]
-    for at in reversed(range(first, last)):
-        errors = c.factor[:, at + 1 : last, at, None] * c.work[:, at + 1 : last]
-        value = values[:, at - first] + errors.sum(1)
-        group = c.order[:, at] // c.group_size
-        scale, offset = c.scale[stacked, group], c.offset[stacked, group]
-        integer = nearest(value[..., None], scale[..., None], offset[..., None], c.top[..., None])[..., 0]
-        c.integers[stacked, c.order[:, at]] = integer.to(torch.uint8)
-        c.work[:, at] -= scale * (integer - offset)
+    def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
+        """See `Kernels`."""
+        c, stacked = columns, torch.arange(len(values), device=values.device)
+        last = first + values.shape[1]
+        for at in reversed(range(first, last)):
+            errors = c.factor[:, at + 1 : last, at, None] * c.work[:, at + 1 : last]
+            value = values[:, at - first] + errors.sum(1)
+            group = c.order[:, at] // c.group_size
+            scale, offset = c.scale[stacked, group], c.offset[stacked, group]
+            integer = nearest(value[..., None], scale[..., None], offset[..., None], c.top[..., None])[..., 0]
+            c.integers[stacked, c.order[:, at]] = integer.to(torch.uint8)
+            c.work[:, at] -= scale * (integer - offset)
+
+    def pack(self, integers: Tensor, width: int) -> list[Tensor]:
+        """See `Kernels`."""
+        return pack(integers, width)
 
 
 def _fit(weights: Tensor, scheme: Scheme, widths: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 
-from moqa.format.planes import pack
-from moqa.format.scheme import Scheme
-from moqa.kernels.fitting import Columns, Rounded, fit_in_torch, round_in_torch
+from moqa.kernels.fitting import InTorch
 from moqa.kernels.matrix import PackedMatrix
 from moqa.kernels.patch import patched_down
 from moqa.kernels.registry import ExpertStack
@@ -33,7 +31,7 @@ def activate(name: str, gate: Tensor, up: Tensor) -> Tensor:
     return gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none") * up
 
 
-class ReferenceKernels:
+class ReferenceKernels(InTorch):
     """See the file."""
 
     name = "reference"
@@ -67,15 +65,3 @@ class ReferenceKernels:
             out = out if down_bias is None else out + down_bias.to(out.dtype)
             total.index_add_(0, tokens, out.float() * weights[tokens, places, None].float())
         return total.to(x.dtype)
-
-    def fit_grid(self, weights: Tensor, widths: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
-        """See `Kernels`."""
-        return fit_in_torch(weights, widths, scheme, importance)
-
-    def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
-        """See `Kernels`."""
-        round_in_torch(columns, values, first)
-
-    def pack(self, integers: Tensor, width: int) -> list[Tensor]:
-        """See `Kernels`."""
-        return pack(integers, width)

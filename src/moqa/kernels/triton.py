@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moqa.format.planes import pack
-from moqa.format.scheme import BLOCK, KEEP_WIDTH, TILE, Scheme
-from moqa.kernels.fitting import Columns, Rounded, fit_in_torch, round_in_torch
+from moqa.format.scheme import BLOCK, KEEP_WIDTH, TILE
+from moqa.kernels.fitting import InTorch
 from moqa.kernels.matrix import PackedMatrix
 from moqa.kernels.registry import ExpertStack
 
@@ -101,7 +100,7 @@ class _Route:
     ends: Tensor | None = None
 
 
-class TritonKernels:
+class TritonKernels(InTorch):
     """See the file. Where Triton interprets (TRITON_INTERPRET=1), they run on the CPU instead, for tests."""
 
     name = "triton"
@@ -157,18 +156,6 @@ class TritonKernels:
             grid = (tokens, -(-hidden // 512))
             _ops().combine[grid](y, parts, index, weights, route.experts, hidden, top_k, SIZE=512, **_options())
         return y
-
-    def fit_grid(self, weights: Tensor, widths: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
-        """See `Kernels`."""
-        return fit_in_torch(weights, widths, scheme, importance)
-
-    def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
-        """See `Kernels`."""
-        round_in_torch(columns, values, first)
-
-    def pack(self, integers: Tensor, width: int) -> list[Tensor]:
-        """See `Kernels`."""
-        return pack(integers, width)
 
 
 def _ready(x: Tensor, packed: _Packed) -> Tensor:

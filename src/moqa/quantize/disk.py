@@ -5,6 +5,7 @@ from moqa.models.view import ModelView
 from moqa.plan import Plan
 from moqa.profile import Profile
 from moqa.quantize.cache import parse_cache
+from moqa.quantize.flow import tokens_of
 
 
 def disk_bytes(view: ModelView, plan: Plan, profile: Profile, method: Method, cache: str | None) -> int:
@@ -24,7 +25,7 @@ def disk_bytes(view: ModelView, plan: Plan, profile: Profile, method: Method, ca
     if cache is not None:
         share = parse_cache(cache)
         kept = round(sum(view.stored_bytes(unit) for unit in view.units.values()) * (1.0 if share is None else share))
-    tokens = sum(profile.record.distributions[name].tokens for name in plan.mixture) if method.needs_data else 0
+    tokens = tokens_of(plan, profile) if method.needs_data else 0
     # hidden states before and behind a layer, and what its experts are called with
     put_aside = 3 * tokens * view.model.get_input_embeddings().weight.shape[1] * 4
     return plan.account.checkpoint + kept + put_aside

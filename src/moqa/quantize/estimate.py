@@ -26,6 +26,7 @@ from moqa.profile.record import Settings
 from moqa.profile.room import Room as ProfileRoom
 from moqa.profile.sensitivity import PROBES
 from moqa.quantize.disk import disk_bytes
+from moqa.quantize.flow import tokens_of
 from moqa.quantize.layer import solve
 from moqa.quantize.room import Room
 
@@ -69,7 +70,7 @@ def estimate(
     how, folder = find_method(method), checkpoint.locate(model)
     view = view or open_model(folder, keep=False)
     limits = memory or Memory.free()
-    tokens = sum(profile.record.distributions[name].tokens for name in plan.mixture) if how.needs_data else 0
+    tokens = tokens_of(plan, profile) if how.needs_data else 0
     room = Room.within(limits, view, how, tokens)
     clock = _Clock(how)
     seconds = sum(clock.layer(view, layer, plan, tokens) for layer in range(len(view.layers)))

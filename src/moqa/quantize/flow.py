@@ -62,6 +62,15 @@ class Flow:
             yield Part(self._hidden.at(layer, number), share, held)
 
 
+def tokens_of(plan: Plan, profile: Profile) -> int:
+    """How many tokens of samples a plan's distributions have.
+
+    >>> tokens_of(plan, profile)
+    16384
+    """
+    return sum(profile.record.distributions[name].tokens for name in plan.mixture)
+
+
 def _held_out(windows: int) -> Tensor:
     """[windows] which windows are not fitted on: one in eight, and one of fewer; a single one is fitted on."""
     every = min(CHECK_EVERY, windows)

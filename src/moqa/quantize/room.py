@@ -33,12 +33,12 @@ class Room:
         """
         sizes = Sizes.of(view)
         fixed = sizes.base + sizes.layer + sizes.weights + sizes.solving()
-        # by some of an expert's samples results are compared: twice as many as on average, no more than their squares
-        rows = 2 * tokens / CHECK_EVERY * view.top_k / max(sizes.experts, 1)
-        each = round(sizes.expert * (1 + min(1.0, rows / sizes.features))) if method.needs_data else 0
         if not method.needs_data:
             experts = as_many(memory, fixed, 0, sizes.experts, sizes.reading_ends)
             return cls(experts, peak=max(sizes.reading_ends, fixed))
+        # by some of an expert's samples results are compared: twice as many as on average, no more than their squares
+        rows = 2 * tokens / CHECK_EVERY * view.top_k / max(sizes.experts, 1)
+        each = round(sizes.expert * (1 + min(1.0, rows / sizes.features)))
         fixed += 2 * sizes.linear
         running = sizes.base + sizes.weights + sizes.batch
         least = max(sizes.reading_ends, sizes.base + sizes.layer + sizes.batch, running)

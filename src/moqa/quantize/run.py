@@ -29,7 +29,7 @@ from moqa.profile import Profile, read_profile
 from moqa.progress import Report, quiet
 from moqa.quantize.cache import cache_layers, parse_cache
 from moqa.quantize.disk import disk_bytes
-from moqa.quantize.flow import Flow
+from moqa.quantize.flow import Flow, tokens_of
 from moqa.quantize.layer import Quantized
 from moqa.quantize.pieces import quantized_layers
 from moqa.quantize.room import Room
@@ -95,8 +95,7 @@ def quantize(
     view = view or open_model(folder, keep=False)
     _check_units(view, plan)
     engine = engine or LocalEngine()
-    tokens = sum(profile.record.distributions[name].tokens for name in plan.mixture)
-    room = Room.within(engine.memory(memory), view, how, tokens)
+    room = Room.within(engine.memory(memory), view, how, tokens_of(plan, profile))
     check_space(out, disk_bytes(view, plan, profile, how, cache))
     engine.prepare(folder, out, report)
     with torch.no_grad(), unfinished(out, _job(plan, profile, how, cache), overwrite, restart) as work:
