@@ -74,8 +74,8 @@ def find_disk_slices(view: "ModelView", layer: int) -> dict[str, DiskSlice]:
             place = DiskSlice(tensor, unit.shape, first, (below, right))
             if _fits(place, stored[tensor]) and torch.equal(place.read(stored[tensor]), numbers):
                 found[name] = place
-    if view.stored is not None:
-        _check_on_disk(view.stored, {place.tensor: tuple(stored[place.tensor].shape) for place in found.values()})
+    if view.folder is not None:
+        _check_on_disk(view, {place.tensor: tuple(stored[place.tensor].shape) for place in found.values()})
     return found
 
 
@@ -121,9 +121,10 @@ def _fits(place: DiskSlice, tensor: Tensor) -> bool:
     return min(place.strides) >= 0 and reach < tensor.numel()
 
 
-def _check_on_disk(stored: Stored, expected: dict[str, tuple[int, ...]]) -> None:
-    found = {name: tuple(entry["shape"]) for name, entry in stored.headers.items()}
+def _check_on_disk(view: "ModelView", expected: dict[str, tuple[int, ...]]) -> None:
+    assert view.folder is not None
+    found = {name: tuple(entry["shape"]) for name, entry in Stored(view.folder).headers.items()}
     for name, shape in expected.items():
         if found.get(name) != shape:
             holds = list(found[name]) if name in found else "no such tensor"
-            raise MoqaError(f"{stored.folder}: {name} should be {list(shape)}", f"the files hold {holds}")
+            raise MoqaError(f"{view.folder}: {name} should be {list(shape)}", f"the files hold {holds}")

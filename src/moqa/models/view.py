@@ -49,7 +49,6 @@ class ModelView:
         self.layers = decoder_layers(model)
         self._modules = dict(model.named_modules())
         self._pieces: Pieces | None = None
-        self.stored: Stored | None = None
         self._disk_slices: dict[int, dict[str, DiskSlice]] = {}
         self.units: dict[str, Unit] = {unit.name: unit for unit in self._find_units()}
         if not self.units:
@@ -148,7 +147,6 @@ class ModelView:
         owners = {f"{paths[id(end)]}.weight": ENDS for end in self._ends()}
         owners |= {f"{unit.module}.{unit.parameter}": unit.layer for unit in self.units.values()}
         experts = {f"{unit.module}.{unit.parameter}" for unit in self.units.values() if unit.expert is not None}
-        self.stored = stored
         self._pieces = Pieces(self.model, stored, owners, keep, set() if keep else experts)
         for end in self._ends():
             self._pieces.read_when_called(end, ENDS)
