@@ -261,19 +261,18 @@ class TestDtypes:
         whole = quantize(mixed, chosen, tmp_path / "whole", profile=found[0], view=open_model(mixed))
         assert contents(ours) == contents(whole)
 
-    def test_a_mixed_stack_is_read_some_experts_at_a_time(self, folder, monkeypatch):
+    def test_a_mixed_stack_is_read_one_expert_at_a_time(self, folder, monkeypatch):
         """Else it would take three times the memory of the layer that `--max-memory` counts with."""
         edit_tensors(folder, lambda name, tensor: tensor.float() if ".experts.0." in name else tensor)
         view, stack, sizes = open_model(folder, keep=False), torch.stack, []
 
         def stacked(parts, *args, **options):
-            sizes.append(len(parts))
+            sizes.append(sum(part.numel() for part in parts))
             return stack(parts, *args, **options)
 
-        monkeypatch.setattr("moqa.models.pieces._TOGETHER", 2)
         monkeypatch.setattr(torch, "stack", stacked)
         view.need(1)
-        assert set(sizes) == {2}
+        assert max(sizes, default=0) < view.weight(next(iter(view.units.values()))).numel()
 
 
 def lost(path):
@@ -317,16 +316,16 @@ class TestSourceThatGoesAway:
     def test_while_a_layer_is_being_read(self, work, folder, out, monkeypatch):
         from moqa.models.stored import folder as stored
 
-        read = stored.OnDisk.__getitem__
+        read = stored.OnDisk.read_into
 
-        def short(tensor, index):
+        def short(tensor, out):
             if UP in tensor._what:
                 os.truncate(shard_of(folder, UP), 1000)
-            return read(tensor, index)
+            read(tensor, out)
 
         # a profile that holds the whole model has read it before it begins
         monkeypatch.setattr(Memory, "holds", lambda *_: False)
-        monkeypatch.setattr(stored.OnDisk, "__getitem__", short)
+        monkeypatch.setattr(stored.OnDisk, "read_into", short)
         message = refusal(work, folder, out)
         assert "the original can be read no more: " in message
         assert f"{shard_of(folder, UP)} is truncated or " in message

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 # number of the piece that holds the embedding and the head; decoder layers have theirs
 ENDS = -1
-# experts that are read at a time: more of them leave the processor's cache
-_TOGETHER = 2
 
 
 class Pieces:
@@ -81,7 +79,7 @@ class Pieces:
         for target in (self._dtypes.keys() & set(narrow)) - mixed:
             _empty(model, target, self._dtypes[target])
         for target, stack in stacks.items():
-            if stack.holds(len(model.get_parameter(target))):
+            if stack.is_plain(model, headers):
                 self._stacks.setdefault(owners.get(target), []).append(stack)
         self._there: dict[int, list[str]] = {}
         self._without: int | None = None
@@ -95,14 +93,14 @@ class Pieces:
             return
         if not self._keep:
             self.forget()
-        try:
-            self._there[piece] = self._read(piece)
-        except (OSError, SafetensorError) as error:
-            raise self._lost(error) from None
         # whoever goes through the layers, forwards or back, wants the next one soon
         following, self._last = piece + (1 if piece >= self._last else -1), piece
-        if not self._keep and following >= 0 and following in self._names:
-            self._stored.ahead(self._names[following])
+        try:
+            self._there[piece] = self._read(piece)
+            if not self._keep and following >= 0 and following in self._names:
+                self._stored.ahead(self._names[following])
+        except (OSError, SafetensorError) as error:
+            raise self._lost(error) from None
 
     def stored_dtype(self, target: str) -> torch.dtype:
         """Dtype in which a parameter lies on disk, one that holds all its parts if they differ."""
@@ -169,7 +167,7 @@ class Pieces:
 
 
 class _Stack:
-    """A stack of experts that lie on disk one by one; read some at a time, since all at once take three times as much.
+    """A stack of experts that lie on disk one by one; each is read to where it belongs, without a copy.
 
     Args:
         target: parameter that they become.
@@ -189,22 +187,31 @@ class _Stack:
         """Add the next expert's tensor of one kind."""
         self._sources.setdefault(pattern, []).append(name)
 
-    def holds(self, experts: int) -> bool:
-        """Whether there is one tensor of each kind for every expert."""
-        return {len(names) for names in self._sources.values()} == {experts}
+    def is_plain(self, model: "PreTrainedModel", headers: Mapping[str, dict]) -> bool:
+        """Whether there is one matrix of each kind for every expert, and an expert's lie one behind the other."""
+        experts, *whole = model.get_parameter(self.target).shape
+        shapes = {tuple(headers[name]["shape"]) for name in self.names}
+        if {len(names) for names in self._sources.values()} != {experts} or len(shapes) > 1:
+            return False
+        rows, *columns = shapes.pop()
+        return whole == [len(self._sources) * rows, *columns] and len(columns) == 1 and self._in_order(model)
+
+    def _in_order(self, model: "PreTrainedModel") -> bool:
+        """Whether the conversion puts small matrices of one expert below each other as they are."""
+        converter = deepcopy(self._converter)
+        matrices = list(torch.arange(6 * len(self._sources)).view(-1, 2, 3))
+        for (pattern, names), matrix in zip(self._sources.items(), matrices, strict=True):
+            converter.add_tensor(self.target, names[0], pattern, matrix)
+        found = converter.convert(self.target, model=model, config=model.config)[self.target]
+        return torch.equal(found[0] if isinstance(found, list) else found, torch.cat(matrices)[None])
 
     def read(self, model: "PreTrainedModel", on_disk: Callable[[str], OnDisk]) -> Tensor:
         """All experts."""
         empty = model.get_parameter(self.target)
         whole = torch.empty(empty.shape, dtype=empty.dtype)
-        for begin in range(0, len(whole), _TOGETHER):
-            converter = deepcopy(self._converter)
-            for pattern, names in self._sources.items():
-                for name in names[begin : begin + _TOGETHER]:
-                    # experts may differ in dtype; the stack then has the one that is computed in
-                    converter.add_tensor(self.target, name, pattern, on_disk(name)[...].to(whole.dtype))
-            found = converter.convert(self.target, model=model, config=model.config)[self.target]
-            whole[begin : begin + _TOGETHER] = found[0] if isinstance(found, list) else found
+        for expert, names in zip(whole, zip(*self._sources.values(), strict=True), strict=True):
+            for name, part in zip(names, expert.chunk(len(names)), strict=True):
+                on_disk(name).read_into(part)
         return whole
 
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from safetensors import safe_open
+import torch
 from torch import Tensor
 
 from moqa.errors import MoqaError
@@ -54,9 +54,8 @@ class Stored:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        raw = checkpoint.headers(folder)
+        self._raw = raw = checkpoint.headers(folder)
         self._files = {name: folder / entry["file"] for name, entry in raw.items()}
-        self._places: dict[str, tuple[int, int]] = {name: tuple(entry["data_offsets"]) for name, entry in raw.items()}
         self._blocks = _find_blocks(folder, raw)
         parts = {part for blocks in self._blocks.values() for part in blocks.parts}
         self.headers = {name: entry for name, entry in raw.items() if name not in parts}
@@ -80,14 +79,16 @@ class Stored:
 
         >>> stored.ahead(["model.norm.weight"])
         """
-        by_file: dict[Path, list[tuple[int, int]]] = {}
+        if not hasattr(os, "posix_fadvise"):
+            return  # nothing depends on it
+        by_file: dict[Path, list[list[int]]] = {}
         for name in names:
             for part in self._blocks[name].parts if name in self._blocks else (name,):
-                by_file.setdefault(self._files[part], []).append(self._places[part])
+                by_file.setdefault(self._files[part], []).append(self._raw[part]["data_offsets"])
         for path, places in by_file.items():
             with path.open("rb") as file:
                 data = 8 + int.from_bytes(file.read(8), "little")
-                for begin, end in _together(sorted(places)):
+                for begin, end in places:
                     os.posix_fadvise(file.fileno(), data + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     @contextmanager
@@ -99,14 +100,16 @@ class Stored:
         torch.bfloat16
         """
         with ExitStack() as stack:
-            files: dict[Path, Any] = {}
+            files: dict[Path, tuple[int, int]] = {}
 
-            def part(name: str) -> Any:
+            def part(name: str) -> OnDisk:
                 path = self._files[name]
                 if path not in files:
-                    # mapped pages would count as memory of this process
-                    files[path] = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
-                return OnDisk(f"{self.folder}: tensor {name}", files[path].get_slice(name))
+                    file = stack.enter_context(path.open("rb", buffering=0))
+                    files[path] = file.fileno(), 8 + int.from_bytes(file.read(8), "little")
+                entry, (descriptor, data) = self._raw[name], files[path]
+                place = _Place(path, descriptor, data + entry["data_offsets"][0], entry)
+                return OnDisk(f"{self.folder}: tensor {name}", place)
 
             def on_disk(name: str) -> OnDisk:
                 if name not in self._blocks:
@@ -119,13 +122,58 @@ class Stored:
 class OnDisk:
     """A tensor of the original that is read, and looked at for NaN, when it is indexed."""
 
-    def __init__(self, what: str, place: Any) -> None:
+    def __init__(self, what: str, place: "_Readable") -> None:
         self._what, self._place = what, place
 
     def __getitem__(self, index: Any) -> Tensor:
         tensor = self._place[index]
         checkpoint.refuse_bad(self._what, tensor)
         return tensor
+
+    def read_into(self, out: Tensor) -> None:
+        """Fill a contiguous tensor of the same shape, without a copy if it has the same dtype.
+
+        >>> on_disk("model.norm.weight").read_into(torch.empty(256))
+        """
+        self._place.read_into(out)
+        checkpoint.refuse_bad(self._what, out)
+
+
+class _Readable(Protocol):
+    def __getitem__(self, index: Any) -> Tensor: ...
+
+    def read_into(self, out: Tensor) -> None: ...
+
+
+class _Place:
+    """A plain tensor in an open file; mapped pages would count as memory of this process."""
+
+    def __init__(self, path: Path, descriptor: int, begin: int, entry: Mapping[str, Any]) -> None:
+        self._path, self._descriptor, self._begin = path, descriptor, begin
+        self._shape, self._dtype = entry["shape"], checkpoint.DTYPES[entry["dtype"]]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        wanted = torch.empty(self._shape, dtype=self._dtype, device="meta")[index]
+        if not wanted.is_contiguous():
+            return self[...][index]
+        out = torch.empty(wanted.shape, dtype=self._dtype)
+        self._fill(out, int(wanted.storage_offset()))
+        return out
+
+    def read_into(self, out: Tensor) -> None:
+        if out.dtype == self._dtype:
+            self._fill(out, 0)
+        else:
+            out.copy_(self[...])
+
+    def _fill(self, out: Tensor, first: int) -> None:
+        place = self._begin + first * self._dtype.itemsize
+        left = out.view(-1).view(torch.uint8).numpy().data
+        while left:
+            count = os.preadv(self._descriptor, [left], place)
+            if not count:
+                raise OSError(f"{self._path} ends at {place}")
+            left, place = left[count:], place + count
 
 
 class _Joined:
@@ -138,19 +186,8 @@ class _Joined:
     def __getitem__(self, index: Any) -> Tensor:
         return self._blocks.read(self._parts.__getitem__)[index]
 
-
-def _together(places: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Join neighbours among ascending ranges."""
-    whole: tuple[int, int] | None = None
-    for begin, end in places:
-        if whole is not None and begin == whole[1]:
-            whole = (whole[0], end)
-            continue
-        if whole is not None:
-            yield whole
-        whole = (begin, end)
-    if whole is not None:
-        yield whole
+    def read_into(self, out: Tensor) -> None:
+        out.copy_(self[...])
 
 
 def _find_blocks(folder: Path, headers: Mapping[str, dict]) -> dict[str, Blocks]:
