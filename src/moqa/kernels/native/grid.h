@@ -1,22 +1,10 @@
-// The two loops of quantization: the grid of a group of weights, and GPTQ's columns. Sixteen rows lie in the lanes of a
-// vector, so that nothing is ever summed across lanes and a row's result does not depend on the rows beside it.
+// The grid of a group of weights, with a row in each lane of a vector.
 #pragma once
 
-#include "floats.h"
-#include "scratch.h"
-#include "solve.h"
+#include "lanes.h"
 
 namespace moqa {
 namespace {
-
-using Lanes = float __attribute__((vector_size(4 * TILE)));
-using Bits = int32_t __attribute__((vector_size(4 * TILE)));
-
-MOQA_INLINE Lanes all(float x) { return x - Lanes{}; }
-MOQA_INLINE Lanes least(Lanes a, Lanes b) { return a < b ? a : b; }
-MOQA_INLINE Lanes most(Lanes a, Lanes b) { return a > b ? a : b; }
-// Adding 1.5 * 2^23 rounds what is smaller than 2^22, to even where two are as near.
-MOQA_INLINE Lanes nearest(Lanes x) { return (x + 12582912.0f) - 12582912.0f; }
 
 MOQA_INLINE uint16_t to_half(float x) {
     const uint32_t bits = uint32_t(bits_of(x)), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
@@ -37,25 +25,62 @@ MOQA_INLINE float from_half(uint32_t bits) {
     return bits & 0x8000 ? -x : x;
 }
 
-// A grid for the same group of sixteen rows.
+// A grid for the same group of some rows.
 struct LaneGrid {
     Bits stored;  // scale as it is stored
     Lanes scale, inverse, zero, offset;
+
+    MOQA_INLINE void take(const LaneGrid& other, Bits where) {
+        stored = where ? other.stored : stored;
+        scale = where ? other.scale : scale;
+        inverse = where ? other.inverse : inverse;
+        zero = where ? other.zero : zero;
+        offset = where ? other.offset : offset;
+    }
 };
 
-// Weights of a group of sixteen rows, and what the search needs of them.
+// What a grid makes of a group: its error, and sums over steps = integer - offset for the best scale and offset.
+struct LaneSums {
+    Lanes error, steps, squares, products;
+
+    MOQA_INLINE void take(const LaneSums& other, Bits where) {
+        error = where ? other.error : error;
+        steps = where ? other.steps : steps;
+        squares = where ? other.squares : squares;
+        products = where ? other.products : products;
+    }
+};
+
+// Weights of a group of some rows, and what the search needs of them. `weighted`: squared errors do not all count 1.
+template <bool weighted>
 struct LaneGroup {
     const Lanes* x;       // [size]
     const float* weight;  // [size] of each squared error
     int size;
     Lanes top;
     bool symmetric, half;
+    Lanes sum_x{}, energy{};
+    float sum = 0;
+
+    MOQA_INLINE void prepare() {
+        for (int i = 0; i < size; ++i) {
+            const Lanes wx = scaled(x[i], i);
+            sum_x += wx;
+            energy += wx * x[i];
+            sum += weighted ? weight[i] : 1.0f;
+        }
+    }
+
+    MOQA_INLINE Lanes scaled(Lanes value, int i) const {
+        if constexpr (weighted) return value * weight[i];
+        return value;
+    }
 
     // The grid as it can be stored: `low` is what lies at integer zero.
     MOQA_INLINE LaneGrid grid(Lanes scale, Lanes low) const {
         LaneGrid g;
         if (half) {
-            for (int l = 0; l < TILE; ++l) {
+            for (int l = 0; l < WIDE; ++l) {
                 g.stored[l] = to_half(scale[l]);
                 g.scale[l] = from_half(uint32_t(g.stored[l]));
             }
@@ -70,57 +95,60 @@ struct LaneGroup {
             g.zero = Lanes{};
             g.offset = (top + 1.0f) * 0.5f;
         } else {
-            g.zero = nearest(least(most(-low * g.inverse * (255.0f / top), Lanes{}), all(255.0f)));
+            g.zero = nearest(least(most(Lanes{}, -low * g.inverse * (255.0f / top)), all(255.0f)));
             g.offset = g.zero * (top / 255.0f);
         }
         return g;
     }
 
-    MOQA_INLINE Lanes integer(const LaneGrid& g, int i) const {
-        return nearest(least(most(x[i] * g.inverse + g.offset, Lanes{}), top));
+    MOQA_INLINE Lanes place(const LaneGrid& g, int i) const { return x[i] * g.inverse + g.offset; }
+    MOQA_INLINE Lanes integer(Lanes place) const { return nearest(least(most(Lanes{}, place), top)); }
+
+    // Squared error of a grid, from the squares of what is between integers and places in units of its scale.
+    MOQA_INLINE Lanes error(const LaneGrid& g, Lanes squares) const {
+        const Bits usable = g.inverse > 0.0f, none = g.scale < 1.0f;
+        return usable ? squares * g.scale * g.scale : none ? energy : all(INFINITY);
     }
 
-    MOQA_INLINE Lanes error(const LaneGrid& g) const {
-        Lanes total{};
-        for (int i = 0; i < size; ++i) {
-            const Lanes off = g.scale * (integer(g, i) - g.offset) - x[i];
-            total += off * off * weight[i];
-        }
-        return total;
-    }
-
-    // Least-squares scale, and offset if there is one, for the integers that a grid chooses; q is memory for them.
-    MOQA_INLINE LaneGrid refit(const LaneGrid& g, Lanes* q) const {
-        Lanes mean_q = g.offset, mean_x{};
-        if (symmetric) {
-            for (int i = 0; i < size; ++i) q[i] = integer(g, i);
-        } else {
-            Lanes sum_q{}, sum_x{};
-            float sum = 0;
-            for (int i = 0; i < size; ++i) {
-                q[i] = integer(g, i);
-                sum_q += q[i] * weight[i];
-                sum_x += x[i] * weight[i];
-                sum += weight[i];
+    template <int count>
+    MOQA_INLINE void errors(const LaneGrid* grids, Lanes* found) const {
+        Lanes squares[count] = {};
+        for (int i = 0; i < size; ++i)
+            for (int c = 0; c < count; ++c) {
+                const Lanes at = place(grids[c], i), off = integer(at) - at;
+                squares[c] += scaled(off, i) * off;
             }
-            mean_q = sum_q / sum;
-            mean_x = sum_x / sum;
-        }
-        Lanes spread{}, along{};
+        for (int c = 0; c < count; ++c) found[c] = error(grids[c], squares[c]);
+    }
+
+    MOQA_INLINE LaneSums sums(const LaneGrid& g) const {
+        LaneSums s{};
         for (int i = 0; i < size; ++i) {
-            const Lanes centred = q[i] - mean_q, weighted = centred * weight[i];
-            spread += weighted * centred;
-            along += weighted * x[i];
+            const Lanes at = place(g, i), q = integer(at), off = q - at, step = q - g.offset, weighed = scaled(step, i);
+            s.error += scaled(off, i) * off;
+            s.steps += weighed;
+            s.squares += weighed * step;
+            s.products += weighed * x[i];
         }
-        const Lanes slope = spread > 0.0f ? most(along / spread, Lanes{}) : g.scale;
-        return grid(slope, mean_x - slope * mean_q);
+        s.error = error(g, s.error);
+        return s;
+    }
+
+    // Least-squares scale, and offset if there is one, for the integers that a grid chooses.
+    MOQA_INLINE LaneGrid refit(const LaneGrid& g, const LaneSums& s) const {
+        const Lanes mean = symmetric ? Lanes{} : s.steps / sum, mean_x = symmetric ? Lanes{} : sum_x / sum;
+        const Lanes spread = s.squares - mean * s.steps, along = s.products - mean * sum_x;
+        // what rounding leaves of equal steps is no spread
+        const Lanes slope = spread > 1e-5f * s.squares ? most(along / spread, Lanes{}) : g.scale;
+        return grid(slope, mean_x - slope * (mean + g.offset));
     }
 };
 
 // Searches shrunken ranges, then refits; see moqa/kernels/fitting.py, which says the same in torch.
-MOQA_INLINE LaneGrid search(const LaneGroup& group, Lanes* q, Lanes& error) {
+template <bool weighted>
+MOQA_INLINE LaneGrid search(const LaneGroup<weighted>& group, Lanes& error) {
     constexpr float shrinks[] = {1.0f, 0.95f, 0.9f, 0.82f, 0.72f, 0.6f};
-    constexpr int refits = 3;
+    constexpr int count = sizeof(shrinks) / sizeof(float), together = 3, refits = 3;
     Lanes low{}, high{};
     for (int i = 0; i < group.size; ++i) {
         low = least(low, group.x[i]);
@@ -130,131 +158,106 @@ MOQA_INLINE LaneGrid search(const LaneGroup& group, Lanes* q, Lanes& error) {
         high = most(-low, high);
         low = -high * (group.top + 1.0f) / most(group.top - 1.0f, all(1.0f));
     }
-    LaneGrid best = group.grid((high - low) * (1.0f / group.top), low);
-    error = group.error(best);
-    const auto improve = [&](const LaneGrid& other) {
-        const Lanes found = group.error(other);
-        const Bits better = found < error;
-        error = better ? found : error;
-        best.stored = better ? other.stored : best.stored;
-        best.scale = better ? other.scale : best.scale;
-        best.inverse = better ? other.inverse : best.inverse;
-        best.zero = better ? other.zero : best.zero;
-        best.offset = better ? other.offset : best.offset;
+    LaneGrid grids[count], best;
+    Lanes errors[count];
+    for (int i = 0; i < count; ++i) grids[i] = group.grid((high - low) * (shrinks[i] / group.top), low * shrinks[i]);
+    for (int i = 0; i < count; i += together) group.template errors<together>(grids + i, errors + i);
+    best = grids[0];
+    error = errors[0];
+    for (int i = 1; i < count; ++i) {
+        const Bits better = errors[i] < error;
+        best.take(grids[i], better);
+        error = better ? errors[i] : error;
+    }
+    LaneSums sums = group.sums(best);
+    for (int i = 0; i < refits; ++i) {
+        const LaneGrid other = group.refit(best, sums);
+        const LaneSums found = group.sums(other);
+        const Bits better = found.error < error;
+        best.take(other, better);
+        sums.take(found, better);
+        error = better ? found.error : error;
         int any = 0;
-        for (int l = 0; l < TILE; ++l) any |= better[l];
-        return any != 0;
-    };
-    for (int i = 1; i < int(sizeof(shrinks) / sizeof(float)); ++i)
-        improve(group.grid((high - low) * (shrinks[i] / group.top), low * shrinks[i]));
-    // a refit that improves no row would be found again
-    for (int i = 0; i < refits && improve(group.refit(best, q)); ++i) {
+        for (int l = 0; l < WIDE; ++l) any |= better[l];
+        if (!any) break;  // a refit that improves no row would be found again
     }
     return best;
 }
 
-void fit(const Fitting& f, int matrix, int tile) {
-    const int first = tile * TILE, rows = std::min(TILE, f.rows - first), groups = f.groups();
-    const size_t row = size_t(matrix) * f.rows + first;
-    const float* importance = f.importance == nullptr ? nullptr : f.importance + size_t(matrix) * f.in;
-    static thread_local Scratch memory;
-    Lanes* x = memory.get<Lanes>(2 * f.group + f.group / TILE + 1);
-    Lanes* q = x + f.group;
-    auto* weight = reinterpret_cast<float*>(q + f.group);
+// Columns begin .. begin + size of some rows, transposed.
+MOQA_INLINE void transpose(const Fitting& f, size_t row, int rows, int begin, int size, Lanes* x) {
+    const size_t itemsize = f.bfloat16 ? 2 : 4;
+    const auto* from = static_cast<const uint8_t*>(f.weights) + (row * f.in + begin) * itemsize;
+    const size_t stride = f.in * itemsize;
+    if (!f.bfloat16) {
+        for (int i = 0; i < size; ++i) x[i] = (Lanes)gather(from + 4 * i, stride, rows);
+        return;
+    }
+    for (int i = 0; i + 1 < size; i += 2) {
+        const Bits two = gather(from + 2 * i, stride, rows);
+        x[i] = (Lanes)(two << 16);
+        x[i + 1] = (Lanes)(two & int32_t(0xffff0000));
+    }
+    if (size % 2) {
+        x[size - 1] = Lanes{};
+        for (int l = 0; l < rows; ++l) {
+            uint16_t last;
+            std::memcpy(&last, from + 2 * (size - 1) + l * stride, 2);
+            x[size - 1][l] = from_bfloat16(last);
+        }
+    }
+}
+
+// Integers of columns begin .. begin + size of some rows, from vectors of one column each.
+MOQA_INLINE void put_integers(const Lanes* q, const Fitting& f, size_t row, int rows, int begin, int size) {
+    uint8_t* to = f.integers + row * f.in + begin;
+    const auto whole = [&](int i) { return __builtin_convertvector(q[i], Bits); };
+    for (int i = 0; i + 3 < size; i += 4)
+        scatter(whole(i) | whole(i + 1) << 8 | whole(i + 2) << 16 | whole(i + 3) << 24, to + i, f.in, rows);
+    for (int i = size / 4 * 4; i < size; ++i)
+        for (int l = 0; l < rows; ++l) to[l * f.in + i] = uint8_t(q[i][l]);
+}
+
+template <bool weighted>
+MOQA_INLINE void fit_rows(const Fitting& f, size_t row, int rows, const float* importance, Lanes* x, float* weight) {
+    const int groups = f.groups();
     Lanes top = all(1.0f);
     for (int l = 0; l < rows; ++l) top[l] = float((1 << f.width[row + l]) - 1);
     for (int g = 0; g < groups; ++g) {
         const int begin = g * f.group, size = std::min(f.group, f.in - begin);
-        for (int i = 0; i < size; ++i) x[i] = Lanes{};
-        for (int l = 0; l < rows; ++l) {
-            auto* lane = reinterpret_cast<float*>(x) + l;
-            const size_t at = (row + l) * f.in + begin;
-            if (f.bfloat16)
-                for (int i = 0; i < size; ++i) lane[i * TILE] = from_bfloat16(static_cast<const uint16_t*>(f.weights)[at + i]);
-            else
-                for (int i = 0; i < size; ++i) lane[i * TILE] = static_cast<const float*>(f.weights)[at + i];
-        }
-        float floor = 1.0f;  // a group whose inputs were never active has no preference: equal weights keep it sane
-        if (importance != nullptr) {
+        transpose(f, row, rows, begin, size, x);
+        if (weighted) {
             float sum = 0;
             for (int i = 0; i < size; ++i) sum += importance[begin + i];
-            floor = std::max(sum / float(f.group), 1e-12f) * 1e-2f;
+            // a group whose inputs were never active has no preference: equal weights keep it sane
+            const float floor = std::max(sum / float(f.group), 1e-12f) * 1e-2f;
+            for (int i = 0; i < size; ++i) weight[i] = floor + importance[begin + i];
         }
-        for (int i = 0; i < size; ++i) weight[i] = floor + (importance == nullptr ? 0.0f : importance[begin + i]);
-        const LaneGroup group{x, weight, size, top, f.symmetric, f.half};
+        LaneGroup<weighted> group{x, weight, size, top, f.symmetric, f.half};
+        group.prepare();
         Lanes error;
-        const LaneGrid best = search(group, q, error);
-        for (int i = 0; i < size; ++i) q[i] = group.integer(best, i);
+        const LaneGrid best = search(group, error);
+        for (int i = 0; i < size; ++i) x[i] = group.integer(group.place(best, i));
+        put_integers(x, f, row, rows, begin, size);
         for (int l = 0; l < rows; ++l) {
             const size_t at = (row + l) * groups + g;
             f.scale[at] = uint16_t(best.stored[l]);
             if (f.zero != nullptr) f.zero[at] = uint8_t(best.zero[l]);
             f.error[at] = error[l];
-            uint8_t* to = f.integers + (row + l) * f.in + begin;
-            for (int i = 0; i < size; ++i) to[i] = uint8_t(reinterpret_cast<float*>(q + i)[l]);
         }
     }
 }
 
-// Columns first .. first + columns of `Rounding`, the last one first, for 4 tiles of rows: enough sums that none waits
-// for another.
-void round(const Rounding& r, int matrix, int item) {
-    constexpr int tiles = ROUND_ROWS / TILE;
-    const int from = item * ROUND_ROWS, rows = std::min(ROUND_ROWS, r.rows - from);
+void fit(const Fitting& f, int matrix, int tile) {
     static thread_local Scratch memory;
-    Lanes(*off)[tiles] = reinterpret_cast<Lanes(*)[tiles]>(memory.get<Lanes>(tiles * (r.columns + 4)));
-    Lanes *value = off[r.columns], *scale = value + tiles, *offset = scale + tiles, *top = offset + tiles;
-    const auto read = [&](Lanes* to, const float* data) {
-        for (int t = 0; t < tiles; ++t) to[t] = Lanes{};
-        std::memcpy(to, data + from, sizeof(float) * rows);
-    };
-    read(top, r.top + size_t(matrix) * r.rows);
-    const float* factor = r.factor + (size_t(matrix) * r.in + r.first) * r.in + r.first;
-    for (int k = r.columns - 1; k >= 0; --k) {
-        const size_t column = size_t(matrix) * r.in + r.first + k;
-        const size_t group = (size_t(matrix) * r.groups + size_t(r.order[column]) / r.group) * r.rows;
-        read(value, r.values + (size_t(matrix) * r.columns + k) * r.rows);
-        read(scale, r.scale + group);
-        read(offset, r.offset + group);
-        for (int j = k + 1; j < r.columns; ++j) {
-            const float share = factor[size_t(j) * r.in + k];
-            for (int t = 0; t < tiles; ++t) value[t] += off[j][t] * share;
-        }
-        float* work = r.work + column * r.rows;
-        uint8_t* integers = r.integers + (size_t(matrix) * r.in + r.order[column]) * r.rows + from;
-        read(off[k], work);
-        for (int t = 0; t < tiles; ++t) {
-            const Lanes inverse = scale[t] >= 1.2e-38f ? 1.0f / scale[t] : Lanes{};
-            value[t] = nearest(least(most(value[t] * inverse + offset[t], Lanes{}), top[t]));
-            off[k][t] -= scale[t] * (value[t] - offset[t]);
-        }
-        std::memcpy(work + from, off[k], sizeof(float) * rows);
-        for (int i = 0; i < rows; ++i) integers[i] = uint8_t(reinterpret_cast<float*>(value)[i]);
-    }
-}
-
-void pack(const Packing& p, int tile) {
-    const int first = tile * TILE, rows = std::min(TILE, p.rows - first);
-    alignas(64) uint8_t vectors[8][VECTOR] = {};
-    for (int block = 0; block < p.blocks(); ++block) {
-        const int begin = block * BLOCK, size = std::min(BLOCK, p.in - begin);
-        if (size < BLOCK) std::memset(vectors, 0, sizeof(vectors));
-        for (int r = 0; r < rows; ++r) {
-            const uint8_t* from = p.integers + size_t(first + r) * p.in + begin;
-            for (int i = 0; i < size; ++i) vectors[i / 4][4 * r + i % 4] = from[i];
-        }
-        int low = p.width;
-        for (int n = 0; n < plane_count(p.width); ++n) {
-            const int bits = PLANES[p.width][n], fields = 8 / bits, mask = (1 << bits) - 1;
-            low -= bits;
-            uint8_t* to = p.planes[n] + (size_t(tile) * p.blocks() + block) * VECTOR * bits;
-            for (int j = 0; j < bits; ++j, to += VECTOR) {
-                std::memset(to, 0, VECTOR);
-                for (int k = 0; k < fields; ++k)
-                    for (int i = 0; i < VECTOR; ++i)
-                        to[i] = uint8_t(to[i] | (vectors[fields * j + k][i] >> low & mask) << (bits * k));
-            }
-        }
+    Lanes* x = memory.get<Lanes>(f.group + f.group / WIDE + 1);
+    auto* weight = reinterpret_cast<float*>(x + f.group);
+    const float* importance = f.importance == nullptr ? nullptr : f.importance + size_t(matrix) * f.in;
+    for (int first = tile * TILE, end = std::min(first + TILE, f.rows); first < end; first += WIDE) {
+        const size_t row = size_t(matrix) * f.rows + first;
+        const int rows = std::min(WIDE, end - first);
+        if (importance == nullptr) fit_rows<false>(f, row, rows, importance, x, weight);
+        else fit_rows<true>(f, row, rows, importance, x, weight);
     }
 }
 

@@ -1,5 +1,7 @@
+#include "columns.h"
 #include "grid.h"
 #include "isa_avx2.h"
+#include "packing.h"
 #include "product.h"
 
 namespace moqa {
