@@ -16,6 +16,7 @@ from moqa.models.view import open_model
 from moqa.plan import Budget, plan
 from moqa.profile import profile
 from moqa.quantize import METHODS, quantize
+from moqa.quantize.background import Background
 from moqa.runtime.load import load
 
 each_method = pytest.mark.parametrize("method", sorted(METHODS))
@@ -209,3 +210,42 @@ def test_few_samples_still_decide_between_methods():
     assert _held_out(2).tolist() == [False, True]
     assert _held_out(4).tolist() == [False] * 3 + [True]
     assert _held_out(16).nonzero().flatten().tolist() == [7, 15]
+
+
+class TestBackground:
+    @pytest.mark.parametrize("aside", [True, False])
+    def test_does_one_thing_after_the_other_and_waits_for_the_last(self, aside):
+        done = []
+        with Background(aside) as background:
+            for number in range(20):
+                background.do(done.append, number)
+        assert done == list(range(20))
+
+    @pytest.mark.parametrize("aside", [True, False])
+    def test_raises_what_the_work_raised_and_does_nothing_after_it(self, aside):
+        done = []
+
+        def fail():
+            raise OSError("disk full")
+
+        def run():
+            with Background(aside) as background:
+                background.do(fail)
+                background.do(done.append, 1)
+
+        with pytest.raises(OSError, match="disk full"):
+            run()
+        assert not done
+
+    def test_the_last_failure_is_raised_when_the_block_ends(self):
+        with pytest.raises(ZeroDivisionError), Background() as background:
+            background.do(lambda: 1 // 0)
+
+    def test_a_failure_of_the_block_itself_comes_first(self):
+        def run():
+            with Background() as background:
+                background.do(lambda: 1 // 0)
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            run()

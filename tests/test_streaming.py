@@ -10,7 +10,7 @@ import torch
 
 from moqa.errors import MoqaError
 from moqa.methods import METHODS
-from moqa.methods.room import as_many
+from moqa.methods.room import SLACK, as_many
 from moqa.models.checkpoint import tensors
 from moqa.models.memory import Memory, resident
 from moqa.models.stages import Stages
@@ -80,7 +80,7 @@ class TestPieces:
         assert entries == {name: (t.dtype, tuple(t.shape)) for name, t in view.kept_on_disk().items()}
 
 
-ROOMS = (partial(Room.within, tokens=192), ProfileRoom.within)
+ROOMS = (partial(Room.within, tokens=192, packed=100_000), ProfileRoom.within)
 
 
 class TestMemory:
@@ -122,6 +122,24 @@ class TestMemory:
         sliced = quantize(tiny_model, chosen, tmp_path / "sliced", profile=profiled)
         for path in whole.glob("*.safetensors"):
             assert path.read_bytes() == (sliced / path.name).read_bytes()
+
+    def test_a_method_without_data_reads_ahead_where_two_layers_fit(self, streamed, monkeypatch):
+        monkeypatch.setattr("moqa.methods.room.resident", lambda: 0)
+        much = Room.within(Memory(2**40), streamed, METHODS["rtn"], 0, 100_000)
+        little = Room.within(Memory(int(much.peak * SLACK) - 1), streamed, METHODS["rtn"], 0, 100_000)
+        assert (little.ahead, much.ahead) == (False, True)
+        assert little.peak < much.peak
+
+    @pytest.mark.parametrize("ahead", [False, True])
+    def test_reading_ahead_changes_nothing(self, ahead, tiny_model, profiled, tmp_path, monkeypatch):
+        chosen = plan(profiled, strategy="uniform", widths=(3,))
+        at_once = quantize(
+            tiny_model, chosen, tmp_path / "at once", "rtn", profile=profiled, view=open_model(tiny_model)
+        )
+        monkeypatch.setattr(driver.Room, "within", lambda *_, **__: Room(experts=6, peak=0, ahead=ahead))
+        out = quantize(tiny_model, chosen, tmp_path / "out", "rtn", profile=profiled)
+        for path in at_once.glob("*.safetensors"):
+            assert path.read_bytes() == (out / path.name).read_bytes()
 
     def test_a_profile_in_slices_is_the_same(self, tiny_model, texts, profiled, tmp_path, monkeypatch):
         monkeypatch.setattr(ProfileRoom, "within", lambda *_: ProfileRoom(experts=3, peak=0))

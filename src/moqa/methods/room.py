@@ -14,7 +14,7 @@ from moqa.models.view import ModelView
 # float32 copies of a stack of matrices that solving it takes, and float64 ones of the statistics of their inputs
 _COPIES, _SQUARES = 10, 4
 # what the C library keeps of small blocks, as a factor
-_SLACK = 1.08
+SLACK = 1.08
 # copies of a batch's outputs of all its experts
 _OUTPUTS = 4
 
@@ -35,6 +35,7 @@ class Sizes:
         batch: what goes through a layer together.
         linear: statistics of the inputs of units that are no experts.
         expert: statistics of one expert's inputs.
+        unit: number of weights of the largest.
         matrices: number of weights of one expert, or of the largest units that share an input.
         features: of their inputs.
         experts: how many a layer has.
@@ -48,6 +49,7 @@ class Sizes:
     batch: int
     linear: int
     expert: int
+    unit: int
     matrices: int
     features: int
     experts: int
@@ -56,7 +58,7 @@ class Sizes:
     def of(cls, view: ModelView) -> "Sizes":
         """Of a model; from now on the process takes no more than it uses."""
         return_large_blocks()
-        layer = weights = linear = expert = matrices = features = experts = 0
+        layer = weights = linear = expert = largest = matrices = features = experts = 0
         for index in range(len(view.layers)):
             units = view.layer_units(index)
             layer = max(layer, sum(unit.weights * view.itemsize(unit) for unit in units))
@@ -67,6 +69,7 @@ class Sizes:
             count = len({unit.expert for unit in units if unit.expert is not None})
             linear = max(linear, _squares(dense))
             expert = max(expert, _squares(routed) // max(count, 1))
+            largest = max(largest, *(unit.weights for unit in units))
             matrices = max(matrices, *(sum(unit.weights for unit in sharing) for sharing in spaces))
             features = max(features, *(unit.shape[1] for unit in units))
             experts = max(experts, count)
@@ -75,7 +78,7 @@ class Sizes:
         return cls(
             base=resident(), ends=view.ends_bytes(), logits=4 * 4 * BATCH_TOKENS * table.shape[0], layer=layer,
             weights=weights, batch=BATCH_TOKENS * table.shape[1] * 4 * outputs, linear=linear, expert=expert,
-            matrices=matrices, features=features, experts=experts,
+            unit=largest, matrices=matrices, features=features, experts=experts,
         )  # fmt: skip
 
     @property
@@ -101,8 +104,8 @@ def as_many(memory: Memory, fixed: int, each: int, count: int, least: int) -> in
     Raises:
         MoqaError: if not one does; says how much memory would do.
     """
-    smallest = int(max(fixed + each, least) * _SLACK)
+    smallest = int(max(fixed + each, least) * SLACK)
     if memory.limit < smallest:
         typed = f"--max-memory {memory.typed}" if memory.typed else f"{memory.limit / 2**30:.2f} GiB of free memory"
         raise MoqaError(f"{typed} holds no decoder layer of this model", f"at least {smallest / 2**30:.2f} GiB do")
-    return max(1, min(count, int(memory.limit / _SLACK - fixed) // max(each, 1)))
+    return max(1, min(count, int(memory.limit / SLACK - fixed) // max(each, 1)))

@@ -21,8 +21,8 @@ class Stack:
 
     Attributes:
         entries: per input space, its units.
-        weights: [entries, rows, in] the units' matrices below each other, float32 or as they are read.
-        inputs: per input space, what was seen there.
+        weights: [entries, rows, in] the units' matrices below each other, float32; of `alone` also bfloat16.
+        inputs: per input space, what was seen there; none of `alone`.
         scheme: the units' scheme but for its width.
     """
 
@@ -46,7 +46,6 @@ def stacks(
     schemes: Mapping[str, Scheme],
     inputs: Mapping[str, Inputs],
     copies: int = 1,
-    as_read: bool = False,
 ) -> Iterator[Stack]:
     """Group units by input space, and input spaces by shape and scheme.
 
@@ -56,7 +55,6 @@ def stacks(
         schemes: unit name -> scheme; widths may differ within a stack.
         inputs: input space -> what was seen there; spaces without any get zeros.
         copies: how often the caller will repeat the rows; stacks are that much smaller.
-        as_read: leave bfloat16 weights as they are, which a method without data takes.
     """
     spaces: dict[tuple, list[Unit]] = {}
     for unit in units:
@@ -68,16 +66,29 @@ def stacks(
         size = max(1, STACK_WEIGHTS // (copies * sum(out * features for out, features in shapes)))
         for start in range(0, len(entries), size):
             part = entries[start : start + size]
-            weights = _joined(view, part, as_read)
+            weights = _joined(view, part)
             seen = [inputs.get(input_space(sharing[0])) or Inputs(weights.shape[2]) for sharing in part]
             yield Stack(part, weights, seen, scheme)
 
 
-def _joined(view: ModelView, entries: Sequence[Sequence[Unit]], as_read: bool) -> Tensor:
+def alone(view: ModelView, units: Sequence[Unit], schemes: Mapping[str, Scheme]) -> Iterator[Stack]:
+    """Every unit by itself, in the memory of the model where it is in one piece: for methods that need no data.
+
+    Args:
+        view: the model; its weights are read.
+        units: of one layer.
+        schemes: unit name -> scheme.
+    """
+    for unit in units:
+        weight = view.weight(unit)
+        weight = weight if weight.dtype == torch.bfloat16 else weight.float()
+        yield Stack([[unit]], weight.contiguous()[None], [], schemes[unit.name])
+
+
+def _joined(view: ModelView, entries: Sequence[Sequence[Unit]]) -> Tensor:
     first = view.weight(entries[0][0])
-    dtype = torch.bfloat16 if as_read and first.dtype == torch.bfloat16 else torch.float32
     rows = sum(unit.shape[0] for unit in entries[0])
-    whole = torch.empty(len(entries), rows, first.shape[1], dtype=dtype)
+    whole = torch.empty(len(entries), rows, first.shape[1], dtype=torch.float32)
     for entry, sharing in zip(whole, entries, strict=True):
         begin = 0
         for unit in sharing:

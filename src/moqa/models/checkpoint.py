@@ -1,6 +1,7 @@
 """A model folder as it lies on disk: its files, their tensors, and what identifies it."""
 
 import hashlib
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,12 +176,22 @@ def refuse_bad(what: str, tensor: Tensor) -> None:
         MoqaError: naming it and how many there are.
     """
     if tensor.is_floating_point() and tensor.element_size() > 1:
-        # the least and the largest value tell it thirty times faster than a look at each
-        if not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax()):
+        if not _may_be_bad(tensor):
             return
         bad = sum(len(part) - int(torch.isfinite(part).sum()) for part in tensor.flatten().split(_CHECKED))
         if bad:
             raise MoqaError(f"{what} has {bad} NaN or infinite values of {tensor.numel()}")
+
+
+def _may_be_bad(tensor: Tensor) -> bool:
+    """Whether a value is NaN or infinite: the largest bits of either sign tell it, on one thread, as fast as memory."""
+    size = tensor.element_size()
+    signed = tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).numpy()
+    if not signed.size:
+        return False
+    infinite = int(torch.tensor(math.inf, dtype=tensor.dtype).view(-1).view(torch.uint8).numpy().view(signed.dtype)[0])
+    unsigned = signed.view(f"u{size}")
+    return bool(signed.max() >= infinite or int(unsigned.max()) >= infinite + (1 << 8 * size - 1))
 
 
 def fingerprint(folder: Path) -> str:
@@ -188,12 +199,23 @@ def fingerprint(folder: Path) -> str:
 
     >>> fingerprint(Path("reference/model"))[:8]
     '...'
+
+    Raises:
+        MoqaError: if a file is corrupted or a name occurs twice.
     """
-    digest = hashlib.sha256()
-    for name, tensor in tensors(folder):
-        flat = tensor.flatten()[: _FINGERPRINT_BYTES // tensor.element_size()].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    digest, found = hashlib.sha256(), headers(folder)
+    for path in weight_files(folder):
+        try:
+            with path.open("rb", buffering=0) as file:
+                data = 8 + struct.unpack("<Q", file.read(8))[0]
+                for name in sorted(name for name, entry in found.items() if entry["file"] == path.name):
+                    entry = found[name]
+                    begin, end = entry["data_offsets"]
+                    file.seek(data + begin)
+                    digest.update(f"{name} {DTYPES[entry['dtype']]} {tuple(entry['shape'])}\n".encode())
+                    digest.update(file.read(min(end - begin, _FINGERPRINT_BYTES)))
+        except OSError as error:
+            raise UnreadableError(f"{path} cannot be read", str(error)) from None
     return digest.hexdigest()
 
 

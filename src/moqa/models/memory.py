@@ -11,8 +11,8 @@ from moqa.errors import MoqaError
 from moqa.models.free import free_on_machine
 from moqa.models.stored import Stored
 
-# number of the C library's option, and the bytes from which a block is large
-_MMAP_THRESHOLD, _LARGE = -3, 4 * 2**20
+# numbers of the C library's options, the bytes from which a block is large, and what it may keep of smaller ones
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGE, _KEPT = -1, -3, 4 * 2**20, 32 * 2**20
 _FACTORS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
     "TIB": 2**40,
@@ -93,6 +93,8 @@ def return_large_blocks() -> None:
     options = getattr(ctypes.CDLL(None), "mallopt", None)
     if options is not None:
         options(_MMAP_THRESHOLD, _LARGE)
+        # else memory at the heap's end is returned and asked for again with every block
+        options(_TRIM_THRESHOLD, _KEPT)
 
 
 def give_back() -> None:

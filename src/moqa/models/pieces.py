@@ -1,11 +1,13 @@
 """A model's weights piece by piece: each decoder layer, and both ends, read from disk when they are used."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ class Pieces:
     >>> pieces.need(3)
 
     What no piece owns is read at once and stays. A decoder layer or an end that is called reads its piece itself.
+    Whoever goes through the layers, forwards or back, wants the next one soon: the system is asked for it meanwhile.
 
     Args:
         model: with parameters on the meta device, in the dtypes that they are wanted in.
@@ -39,6 +42,9 @@ class Pieces:
         owners: parameter -> number of its piece.
         keep: whether pieces stay once they are read; else one is forgotten when another is needed.
         narrow: parameters that are wanted in the dtype in which they are stored.
+
+    Attributes:
+        ahead: whether the next layer is read into memory beside the one that is used.
 
     Raises:
         MoqaError: if the folder holds other tensors than the model, or a value that is no number.
@@ -54,7 +60,7 @@ class Pieces:
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        self._model, self._folder, self._keep = model, stored.folder, keep
+        self._model, self._folder, self._keep, self.ahead = model, stored.folder, keep, False
         self._mapping = get_model_conversion_mapping(model)
         self._stored, headers = stored, stored.headers
         self._names: dict[int | None, list[str]] = {None: []}
@@ -84,6 +90,8 @@ class Pieces:
         self._there: dict[int, list[str]] = {}
         self._without: int | None = None
         self._last = ENDS
+        self._reader = ThreadPoolExecutor(1, "moqa-reader")
+        self._fetching: tuple[int, Future[_Fetched]] | None = None
         _check(model, stored.folder, self._mapping, headers)
         self._read(None)
 
@@ -93,11 +101,14 @@ class Pieces:
             return
         if not self._keep:
             self.forget()
-        # whoever goes through the layers, forwards or back, wants the next one soon
-        following, self._last = piece + (1 if piece >= self._last else -1), piece
+        step, self._last = 1 if piece >= self._last else -1, piece
         try:
             self._there[piece] = self._read(piece)
-            if not self._keep and following >= 0 and following in self._names:
+            if self._keep or self._names.get(following := piece + step) is None or following < 0:
+                return
+            if self.ahead:
+                self._fetching = following, self._reader.submit(self._fetch, following, following + step)
+            else:
                 self._stored.ahead(self._names[following])
         except (OSError, SafetensorError) as error:
             raise self._lost(error) from None
@@ -150,13 +161,13 @@ class Pieces:
     def _read(self, piece: int | None) -> list[str]:
         """Read a piece's tensors into the model; gives the names of the parameters that they became."""
         before = {name: id(parameter) for name, parameter in self._model.named_parameters(remove_duplicate=False)}
-        with self._stored.opened() as on_disk:
-            stacks = self._stacks.get(piece, [])
-            for found in stacks:
-                _put(self._model, found.target, found.read(self._model, on_disk))
-            stacked = {name for found in stacks for name in found.names}
-            rest = {name: on_disk(name) for name in self._names[piece] if name not in stacked}
-            result = _convert(self._model, rest, self._mapping, "cpu")
+        if self._fetching is not None and self._fetching[0] == piece:
+            fetched = self._fetching[1].result()
+            self._fetching = None
+            result = self._put(fetched)
+        else:
+            with self._stored.opened() as on_disk:
+                result = self._put(self._found(piece, on_disk))
         if result.conversion_errors:
             name, error = next(iter(result.conversion_errors.items()))
             raise MoqaError(f"{self._folder}: {name} cannot be read", error.strip().splitlines()[-1])
@@ -164,6 +175,37 @@ class Pieces:
             self._model.tie_weights()
         self._model.requires_grad_(False)
         return [name for name, p in self._model.named_parameters(remove_duplicate=False) if id(p) != before[name]]
+
+    def _fetch(self, piece: int, following: int) -> "_Fetched":
+        """Read a piece's tensors, for a later `_put`, and ask the system for those of the one after it."""
+        if following >= 0:
+            self._stored.ahead(self._names.get(following, ()))
+        with self._stored.opened() as on_disk:
+            found = self._found(piece, on_disk)
+            return _Fetched(found.stacks, {name: tensor[...] for name, tensor in found.rest.items()})
+
+    def _found(self, piece: int | None, on_disk: Callable[[str], OnDisk]) -> "_Fetched":
+        stacks = self._stacks.get(piece, [])
+        stacked = {name for found in stacks for name in found.names}
+        read = {found.target: found.read(self._model, on_disk) for found in stacks}
+        return _Fetched(read, {name: on_disk(name) for name in self._names[piece] if name not in stacked})
+
+    def _put(self, fetched: "_Fetched") -> Any:
+        for target, stack in fetched.stacks.items():
+            _put(self._model, target, stack)
+        return _convert(self._model, fetched.rest, self._mapping, "cpu")
+
+
+class _Fetched(NamedTuple):
+    """A piece on its way into the model.
+
+    Attributes:
+        stacks: parameter -> its values.
+        rest: name on disk -> tensor, for the conversion.
+    """
+
+    stacks: dict[str, Tensor]
+    rest: Mapping[str, OnDisk | Tensor]
 
 
 class _Stack:
@@ -208,11 +250,17 @@ class _Stack:
     def read(self, model: "PreTrainedModel", on_disk: Callable[[str], OnDisk]) -> Tensor:
         """All experts."""
         empty = model.get_parameter(self.target)
-        whole = torch.empty(empty.shape, dtype=empty.dtype)
+        whole = _large(empty.shape, empty.dtype)
         for expert, names in zip(whole, zip(*self._sources.values(), strict=True), strict=True):
             for name, part in zip(names, expert.chunk(len(names)), strict=True):
                 on_disk(name).read_into(part)
         return whole
+
+
+def _large(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Memory that the system hands out in large pages, if it does: numpy asks for them, torch does not."""
+    size = shape.numel() * dtype.itemsize
+    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
 
 
 def _targets(

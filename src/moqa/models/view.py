@@ -127,6 +127,11 @@ class ModelView:
         if self._pieces is not None:
             self._pieces.need(piece)
 
+    def read_ahead(self) -> None:
+        """From now on have the next decoder layer in memory, too."""
+        if self._pieces is not None:
+            self._pieces.ahead = True
+
     @contextmanager
     def without(self, layer: int) -> Iterator[None]:
         """A block in which others stand in for a layer's units; those that can be read again are forgotten."""

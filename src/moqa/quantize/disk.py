@@ -29,3 +29,15 @@ def disk_bytes(view: ModelView, plan: Plan, profile: Profile, method: Method, ca
     # hidden states before and behind a layer, and what its experts are called with
     put_aside = 3 * tokens * view.model.get_input_embeddings().weight.shape[1] * 4
     return plan.account.checkpoint + kept + put_aside
+
+
+def layer_bytes(view: ModelView, plan: Plan) -> int:
+    """Bytes of the largest decoder layer as a plan stores it.
+
+    >>> layer_bytes(view, plan)
+    2097152
+    """
+    found = [0] * len(view.layers)
+    for unit in view.units.values():
+        found[unit.layer] += plan.units[unit.name].stored_bytes(unit.shape)
+    return max(found)

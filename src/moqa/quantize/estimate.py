@@ -25,7 +25,7 @@ from moqa.profile.disk import disk_bytes as profile_disk_bytes
 from moqa.profile.record import Settings
 from moqa.profile.room import Room as ProfileRoom
 from moqa.profile.sensitivity import PROBES
-from moqa.quantize.disk import disk_bytes
+from moqa.quantize.disk import disk_bytes, layer_bytes
 from moqa.quantize.flow import tokens_of
 from moqa.quantize.layer import solve
 from moqa.quantize.room import Room
@@ -71,7 +71,7 @@ def estimate(
     view = view or open_model(folder, keep=False)
     limits = memory or Memory.free()
     tokens = tokens_of(plan, profile) if how.needs_data else 0
-    room = Room.within(limits, view, how, tokens)
+    room = Room.within(limits, view, how, tokens, layer_bytes(view, plan))
     clock = _Clock(how)
     seconds = sum(clock.layer(view, layer, plan, tokens) for layer in range(len(view.layers)))
     peak, disk = room.peak, disk_bytes(view, plan, profile, how, cache)

@@ -12,7 +12,7 @@ from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix, find_kernels
 from moqa.methods import METHODS, Job, Method, Result
 from moqa.methods.inputs import Inputs
-from moqa.methods.stacks import Stack, stacks
+from moqa.methods.stacks import Stack, alone, stacks
 from moqa.models.experts import weights_from
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
@@ -37,7 +37,7 @@ class Quantized:
 def quantize_units(
     view: ModelView, units: Sequence[Unit], schemes: Mapping[str, Scheme], method: Method, inputs: Mapping[str, Inputs]
 ) -> Iterator[tuple[Unit, Quantized]]:
-    """Quantize the units of a layer in stacks of equal shape.
+    """Quantize the units of a layer, in stacks of equal shape where they need data.
 
     Args:
         view: the model; its weights are read, not changed.
@@ -50,14 +50,14 @@ def quantize_units(
         if schemes[unit.name].keeps:
             yield unit, Quantized({"weight": view.weight(unit).to(torch.bfloat16).contiguous()}, "none", None)
     narrow = [unit for unit in units if not schemes[unit.name].keeps]
-    for stack in stacks(view, narrow, schemes, inputs, as_read=not method.needs_data):
+    for stack in stacks(view, narrow, schemes, inputs) if method.needs_data else alone(view, narrow, schemes):
         yield from solve(stack, schemes, method)
 
 
 def solve(stack: Stack, schemes: Mapping[str, Scheme], method: Method) -> Iterator[tuple[Unit, Quantized]]:
     """Quantize a stack, and for each of its units keep the better of the method and plain rounding."""
     widths = [[schemes[unit.name].width for unit in sharing for _ in range(unit.shape[0])] for sharing in stack.entries]
-    job = Job(stack.weights, torch.tensor(widths), stack.inputs if method.needs_data else [], stack.scheme)
+    job = Job(stack.weights, torch.tensor(widths), stack.inputs, stack.scheme)
     results = {method.name: method.run(job)}
     if not method.needs_data:
         for unit, entry, rows in stack.places():

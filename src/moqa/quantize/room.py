@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moqa.methods import Method
-from moqa.methods.room import Sizes, as_many
+from moqa.methods.room import SLACK, Sizes, as_many
 from moqa.models.memory import Memory
 from moqa.models.view import ModelView
 from moqa.quantize.flow import CHECK_EVERY
@@ -13,34 +13,53 @@ from moqa.quantize.flow import CHECK_EVERY
 class Room:
     """How much of a decoder layer is worked on at a time.
 
-    >>> Room.within(Memory.parse("4GiB"), view, METHODS["gptq"], 16384).experts
+    >>> Room.within(Memory.parse("4GiB"), view, METHODS["gptq"], 16384, 200_000_000).experts
     34
 
     Attributes:
         experts: whose statistics are held together.
         peak: bytes that will be resident at most.
+        ahead: whether the next layer is read, and the last one written, while one is worked on.
     """
 
     experts: int
     peak: int
+    ahead: bool = False
 
     @classmethod
-    def within(cls, memory: Memory, view: ModelView, method: Method, tokens: int) -> "Room":
-        """As much at a time as the memory holds, for so many tokens of samples.
+    def within(cls, memory: Memory, view: ModelView, method: Method, tokens: int, packed: int) -> "Room":
+        """As much at a time as the memory holds.
+
+        Args:
+            memory: the limit.
+            view: the model.
+            method: how it is quantized.
+            tokens: of samples.
+            packed: bytes of the largest layer as it will be stored.
 
         Raises:
             MoqaError: if it does not hold one expert at a time; says what would do.
         """
         sizes = Sizes.of(view)
-        fixed = sizes.base + sizes.layer + sizes.weights + sizes.solving()
         if not method.needs_data:
-            experts = as_many(memory, fixed, 0, sizes.experts, sizes.reading_ends)
-            return cls(experts, peak=max(sizes.reading_ends, fixed))
+            return cls._by_itself(memory, sizes, packed)
+        fixed = sizes.base + sizes.layer + packed + sizes.solving()
         # by some of an expert's samples results are compared: twice as many as on average, no more than their squares
         rows = 2 * tokens / CHECK_EVERY * view.top_k / max(sizes.experts, 1)
         each = round(sizes.expert * (1 + min(1.0, rows / sizes.features)))
         fixed += 2 * sizes.linear
-        running = sizes.base + sizes.weights + sizes.batch
+        running = sizes.base + packed + sizes.batch
         least = max(sizes.reading_ends, sizes.base + sizes.layer + sizes.batch, running)
         experts = as_many(memory, fixed, each, sizes.experts, least)
         return cls(experts, max(least, fixed + each * experts))
+
+    @classmethod
+    def _by_itself(cls, memory: Memory, sizes: Sizes, packed: int) -> "Room":
+        """For a method that needs no data: layers do not wait for each other."""
+        # a unit as it is read, its integers, and what they are packed from
+        fixed, ends = sizes.base + sizes.layer + packed + 4 * sizes.unit, sizes.reading_ends
+        experts = as_many(memory, fixed, 0, sizes.experts, ends)
+        more = max(fixed + sizes.layer + packed, ends + sizes.layer)
+        if memory.limit < more * SLACK:
+            return cls(experts, max(fixed, ends))
+        return cls(experts, more, ahead=True)

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -27,8 +27,9 @@ from moqa.plan import Plan
 from moqa.plan.run import kept_entries
 from moqa.profile import Profile, read_profile
 from moqa.progress import Report, quiet
+from moqa.quantize.background import Background
 from moqa.quantize.cache import cache_layers, parse_cache
-from moqa.quantize.disk import disk_bytes
+from moqa.quantize.disk import disk_bytes, layer_bytes
 from moqa.quantize.flow import Flow, tokens_of
 from moqa.quantize.layer import Quantized
 from moqa.quantize.pieces import quantized_layers
@@ -95,7 +96,9 @@ def quantize(
     view = view or open_model(folder, keep=False)
     _check_units(view, plan)
     engine = engine or LocalEngine()
-    room = Room.within(engine.memory(memory), view, how, tokens_of(plan, profile))
+    room = Room.within(engine.memory(memory), view, how, tokens_of(plan, profile), layer_bytes(view, plan))
+    if room.ahead and engine.name == "local":
+        view.read_ahead()
     check_space(out, disk_bytes(view, plan, profile, how, cache))
     engine.prepare(folder, out, report)
     with torch.no_grad(), unfinished(out, _job(plan, profile, how, cache), overwrite, restart) as work:
@@ -135,20 +138,23 @@ def _write(
     layout = shards(
         kept, depth, {name: (unit.layer, unit.shape, plan.units[name]) for name, unit in view.units.items()}
     )
-    if (ends := work.noted("kept")) is None:
-        ends = write_shard(work.result, layout[0], view.kept_on_disk()).model_dump()
-        work.note("kept", ends)
-    files = {layout[0].file: StoredFile.model_validate(ends)}
-    units: dict[str, StoredUnit] = {}
-    flow = Flow(view, plan, profile, work) if method.needs_data else None
     missing = [layer for layer in range(depth) if work.noted(f"layer-{layer}") is None]
-    with closing(quantized_layers(site, plan.units, method, flow, missing, engine, room.experts, report)) as results:
-        for layer in range(depth):
-            if (done := work.noted(f"layer-{layer}")) is None:
-                report("quantize", layer, depth)
-                done = _finish(view, plan, flow, layer, next(results), layout[layer + 1], work)
-            files[layout[layer + 1].file] = StoredFile.model_validate(done["file"])
-            units |= {name: StoredUnit.model_validate(unit) for name, unit in done["units"].items()}
+    with Background(room.ahead) as background, ExitStack() as stack:
+        if work.noted("kept") is None:
+            background.do(_write_kept, layout[0], view.kept_on_disk(), work)
+        flow = Flow(view, plan, profile, work) if method.needs_data else None
+        layers = quantized_layers(site, plan.units, method, flow, missing, engine, room.experts, report)
+        results = stack.enter_context(closing(layers))
+        for layer in missing:
+            report("quantize", layer, depth)
+            background.do(_finish, view, plan, flow, layer, next(results), layout[layer + 1], work)
+    files: dict[str, StoredFile] = {}
+    units: dict[str, StoredUnit] = {}
+    for shard, step in zip(layout, ("kept", *(f"layer-{layer}" for layer in range(depth))), strict=True):
+        done = work.noted(step)
+        assert done is not None
+        files[shard.file] = StoredFile.model_validate(done["file"])
+        units |= {name: StoredUnit.model_validate(unit) for name, unit in done["units"].items()}
     if sum(file.bytes for file in files.values()) != plan.account.checkpoint:
         raise RuntimeError(f"wrote {sum(f.bytes for f in files.values())} bytes, planned {plan.account.checkpoint}")
     for name, file in files.items():
@@ -169,11 +175,16 @@ def _write(
     report("quantize", depth, depth)
 
 
+def _write_kept(shard: Shard, tensors: Mapping[str, Tensor], work: Unfinished) -> None:
+    """Write what no unit covers, and note that it is done."""
+    work.note("kept", {"file": write_shard(work.result, shard, tensors).model_dump(mode="json"), "units": {}})
+
+
 def _finish(
     view: ModelView, plan: Plan, flow: Flow | None, layer: int, done: Mapping[str, Quantized], shard: Shard,
     work: Unfinished,
-) -> dict:  # fmt: skip
-    """Write a quantized layer and put the hidden states behind it aside; gives what is noted of it."""
+) -> None:  # fmt: skip
+    """Write a quantized layer, put the hidden states behind it aside, and note that it is done."""
     file = write_shard(work.result, shard, _tensors(done))
     if flow and layer + 1 < len(view.layers):
         flow.advance(layer, done, plan.units)
@@ -184,11 +195,9 @@ def _finish(
         ).model_dump(mode="json")
         for unit in view.layer_units(layer)
     }  # fmt: skip
-    facts = {"file": file.model_dump(mode="json"), "units": stored}
-    work.note(f"layer-{layer}", facts)
+    work.note(f"layer-{layer}", {"file": file.model_dump(mode="json"), "units": stored})
     if flow:
         flow.forget(layer)
-    return facts
 
 
 def _tensors(done: Mapping[str, Quantized]) -> dict[str, Tensor]:
