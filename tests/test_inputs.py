@@ -38,13 +38,13 @@ class TestInputs:
         assert torch.equal(inputs.energy, inputs.fit.diagonal())
         difference = rows(5, features, seed).double()
         error = ((difference @ wanted[1]) * difference).sum()
-        assert inputs.check.error(difference.float()) == pytest.approx(float(error), rel=0.02)
+        assert float(inputs.check.errors(difference.float()).sum()) == pytest.approx(float(error), rel=0.02)
 
     def test_nothing_seen_is_zero(self):
         inputs = Inputs(4)
         assert not inputs.fit.any()
         assert not inputs.energy.any()
-        assert inputs.check.error(torch.ones(2, 4)) == 0
+        assert inputs.check.errors(torch.ones(2, 4)).tolist() == [0, 0]
 
     def test_units_that_are_called_with_one_tensor_share_their_sum(self, tiny_model, tmp_path):
         view = open_model(tiny_model, keep=False)

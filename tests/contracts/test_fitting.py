@@ -55,7 +55,8 @@ class TestFitGrid:
         found = kernels.fit_grid(weights, widths, scheme, importance)
         wanted = KERNELS["reference"].fit_grid(weights, widths, scheme, importance)
         # ties and roundings may be decided otherwise: the result is then as good
-        assert found.error.sum() <= wanted.error.sum() * 1.001 + 1e-30
+        rounding = 1e-10 * weights.square().sum()  # of float32, where a grid fits exactly
+        assert found.error.sum() <= wanted.error.sum() * 1.001 + rounding
         assert (found.error <= wanted.error * 1.1 + 1e-6 * size**2).all()
 
     @settings(max_examples=40, deadline=None)
@@ -128,6 +129,7 @@ class TestRoundColumns:
         generator = torch.Generator().manual_seed(seed)
         order = torch.stack([torch.randperm(features, generator=generator) for _ in range(n)])
         factor = 0.2 * torch.randn(n, features, features, generator=generator)
+        diagonal = factor.diagonal(dim1=1, dim2=2).copy_(0.5 + torch.rand(n, features, generator=generator))
         start = weights.mT.gather(1, order[:, :, None].expand(n, features, rows))
         columns = Columns(
             order=order, work=start.clone(), factor=factor, scale=grid.scale.float().mT.contiguous(),
@@ -136,14 +138,14 @@ class TestRoundColumns:
         )  # fmt: skip
         for first in reversed(range(0, features, block)):
             last = min(first + block, features)
-            errors = factor[:, last:, first:last].mT @ columns.work[:, last:]
+            errors = factor[:, last:, first:last].mT @ columns.work[:, last:] / diagonal[:, first:last, None]
             kernels.round_columns(columns, columns.work[:, first:last] + errors, first)
         # what is left in `work` is the error of the integers
         stored = grid.decode(columns.integers.mT).mT.gather(1, order[:, :, None].expand(n, features, rows))
         assert torch.allclose(columns.work, start - stored, atol=1e-4)
         # and every integer is the nearest to what it was rounded from
         errors = (start - stored).double()
-        share = factor.double().tril(-1).mT @ errors
+        share = factor.double().tril(-1).mT @ errors / diagonal[..., None]
         wanted = start.double() + share
         group = (order // scheme.group_size)[:, :, None].expand(n, features, rows)
         scale, offset = columns.scale.gather(1, group).double(), columns.offset.gather(1, group).double()

@@ -140,7 +140,7 @@ def test_data_lowers_the_output_error_on_other_samples(method, width, shape):
 
     def error(name):
         difference = run(name, job).decode() - job.weights
-        return sum(seen.check.error(d) for d, seen in zip(difference, job.inputs, strict=True))
+        return sum(float(seen.check.errors(d).sum()) for d, seen in zip(difference, job.inputs, strict=True))
 
     assert error(method) < 0.8 * error("rtn")
 
@@ -244,7 +244,9 @@ class TestUnits:
         found, plain = (layer.quantized(name, schemes, inputs) for name in (method, "rtn"))
         for unit in layer.units:
             check = inputs[input_space(unit)].check
-            ours, rounded = (check.error(result[unit.name].dense - layer.weight(unit)) for result in (found, plain))
+            ours, rounded = (
+                float(check.errors(result[unit.name].dense - layer.weight(unit)).sum()) for result in (found, plain)
+            )
             assert ours <= rounded
 
     def test_units_that_nothing_reached_are_rounded(self, method, layer):

@@ -38,7 +38,8 @@ class Columns:
     Attributes:
         order: [matrices, in] columns of the matrices, the one that is rounded first at the end, int64.
         work: [matrices, in, out] weights in that order, float32; what is stored is subtracted as they are rounded.
-        factor: [matrices, in, in] share of a column's error (row) that one before it in the order takes, float32.
+        factor: [matrices, in, in] lower triangular: L[j, k] / L[k, k] of the error of column j in the order goes to the
+            one k before it, float32.
         scale: [matrices, groups, out] float32.
         offset: [matrices, groups, out] position of weight zero, float32.
         top: [matrices, out] largest integer, float32.
@@ -80,7 +81,7 @@ class InTorch:
         last = first + values.shape[1]
         for at in reversed(range(first, last)):
             errors = c.factor[:, at + 1 : last, at, None] * c.work[:, at + 1 : last]
-            value = values[:, at - first] + errors.sum(1)
+            value = values[:, at - first] + errors.sum(1) / c.factor[:, at, at, None]
             group = c.order[:, at] // c.group_size
             scale, offset = c.scale[stacked, group], c.offset[stacked, group]
             integer = nearest(value[..., None], scale[..., None], offset[..., None], c.top[..., None])[..., 0]

@@ -13,6 +13,8 @@ from moqa.models.narrow import fast_sums
 DAMPING = 0.01
 # columns that are rounded before all others learn of their errors
 _BLOCK = 64
+# columns of a Cholesky factor that are found together
+_PANEL = 192
 
 
 @method("gptq", needs_data=True)
@@ -26,7 +28,7 @@ def gptq(job: Job) -> Result:
     """
     energy = torch.stack([inputs.energy for inputs in job.inputs])
     grid = fit_grid(job.weights, job.scheme, job.widths, energy).grid
-    # the last one is rounded first: so the factor is what a Cholesky factorization gives
+    # the last one is rounded first: so a Cholesky factorization gives the factor
     order = energy.argsort(dim=1, stable=True)
     factor = torch.empty(*order.shape, order.shape[1])
     for inputs, columns, found in zip(job.inputs, order, factor, strict=True):
@@ -44,22 +46,41 @@ def damping(features: int, tokens: int) -> float:
 
 
 def _factor(inputs: Inputs, order: Tensor, out: Tensor) -> None:
-    """Fill [in, in] with the share of a column's error (row) that one before it in the order takes.
+    """Fill [in, in] with the Cholesky factor L, lower triangular, of the inputs' Gram matrix in an order of columns.
 
-    GPTQ's updates by the Cholesky factor U of the inverse Gram matrix add up to this: with L L^T the Gram matrix, L
-    lower triangular and columns from the last to the first, the weight that column k is rounded from is its own plus
-    the sum over later columns j of their error times L[j, k] / L[k, k]. So neither an inverse nor U is needed.
+    GPTQ's updates by the Cholesky factor of the inverse Gram matrix add up to this: with columns from the last to the
+    first, the weight that column k is rounded from is its own plus the sum over later columns j of their error times
+    L[j, k] / L[k, k]. So no inverse is needed.
     """
     features, mean = len(inputs.energy), inputs.energy.mean()
     if inputs.tokens == 0 or mean <= 0:
         torch.eye(features, out=out)
         return
-    gram = inputs.fit.index_select(0, order).index_select(1, order).div_(mean)
-    gram.diagonal().add_(damping(features, inputs.tokens))
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed:  # rounding made it indefinite
-        factor = torch.linalg.cholesky(gram.double()).float()
-    torch.div(factor, factor.diagonal(), out=out)
+    gram = inputs.fit.index_select(0, order).index_select(1, order)
+    gram.diagonal().add_(damping(features, inputs.tokens) * mean)
+    out.copy_(gram)
+    if not _cholesky(out):  # rounding made it indefinite
+        out.copy_(torch.linalg.cholesky(gram.double()))
+
+
+def _cholesky(matrix: Tensor) -> bool:
+    """Put the Cholesky factor in the place of the lower triangle of [n, n]; False, and a part of it, if there is none.
+
+    In blocks: LAPACK's own, through torch, spends three times as long on copies and on the other triangle.
+    """
+    for begin in range(0, len(matrix), _PANEL):
+        end = begin + _PANEL
+        corner, failed = torch.linalg.cholesky_ex(matrix[begin:end, begin:end])
+        if failed:
+            return False
+        matrix[begin:end, begin:end] = corner
+        if end < len(matrix):
+            below = torch.linalg.solve_triangular(corner.mT, matrix[end:, begin:end], upper=True, left=False)
+            matrix[end:, begin:end] = below
+            for first in range(end, len(matrix), _PANEL):
+                part = below[first - end :]
+                matrix[first:, first : first + _PANEL].addmm_(part, part[:_PANEL].T, alpha=-1)
+    return True
 
 
 def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor:
@@ -78,7 +99,11 @@ def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor
     )  # fmt: skip
     for first in reversed(range(0, features, _BLOCK)):
         last = min(first + _BLOCK, features)
+        errors = torch.empty(n, last - first, rows)
         with fast_sums():
-            errors = factor[:, last:, first:last].mT @ columns.work[:, last:]
+            # one by one: a product of stacks copies what does not lie in one piece
+            for share, later, found in zip(factor[:, last:, first:last], columns.work[:, last:], errors, strict=True):
+                torch.mm(share.T, later, out=found)
+        errors.div_(factor.diagonal(dim1=1, dim2=2)[:, first:last, None])
         kernels.round_columns(columns, errors.add_(columns.work[:, first:last]), first)
     return columns.integers.mT.contiguous()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -9,13 +10,15 @@ from torch import Tensor
 from moqa.format.unfinished import Unfinished
 from moqa.models.experts import Experts, ParameterWeights, weights_from, with_bias
 from moqa.models.narrow import fast_sums, in_stored_precision
-from moqa.models.stages import Stages
+from moqa.models.stages import BATCH_TOKENS, Stages
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.models.watch import watching
 
 # features of a block of a Gram matrix: smaller ones leave more of it out, larger ones multiply faster
-_BLOCK = 512
+_BLOCK = 256
+# samples in which an expert's inputs are looked for together
+_TOGETHER = 2**14 // BATCH_TOKENS
 
 
 class Inputs:
@@ -52,13 +55,13 @@ class Inputs:
         """[in] the diagonal of `fit`."""
         return torch.zeros(self._features) if self._sum is None else self._sum.diagonal()
 
-    def add(self, x: Tensor, share: float, check: bool) -> None:
-        """Add [tokens, in] inputs whose squares count `share` each."""
+    def add(self, x: Tensor, share: float, check: bool, tokens: int | None = None) -> None:
+        """Add [tokens, in] inputs whose squares count `share` each; if `tokens` are fewer, the rest are zeros."""
         if check:
             self.check.add(x, share)
         else:
             self._sum = _add_squares(self._sum, x, share)
-            self.tokens += len(x)
+            self.tokens += len(x) if tokens is None else tokens
 
 
 class Check:
@@ -88,13 +91,16 @@ class Check:
         rows = torch.cat([torch.zeros(0, self._features), *self._rows])
         return rows.T @ rows
 
-    def error(self, difference: Tensor) -> float:
-        """Squared norm of what a difference [out, in] in the weights makes in the outputs for these inputs."""
+    def errors(self, difference: Tensor) -> Tensor:
+        """[out] squared norms of what a difference [out, in] in the weights makes in each output for these inputs."""
         if self._sum is None:
+            total = torch.zeros(len(difference))
             with fast_sums():
-                return float(sum(float((rows @ difference.T).square().sum()) for rows in self._rows))
+                for rows in self._rows:
+                    total += (rows @ difference.T).square_().sum(0)
+            return total
         # errors lie where inputs hardly vary: rounding these squares to bfloat16 would not be small beside them
-        return float(((difference @ self.gram) * difference).sum())
+        return (difference @ self.gram).mul_(difference).sum(1)
 
 
 def _add_squares(total: Tensor | None, x: Tensor, share: float) -> Tensor:
@@ -238,23 +244,48 @@ class LayerInputs:
         found: dict[str, Inputs] = {}
         with in_stored_precision(self._view, self._layer):
             weights = ParameterWeights(self._module)
-        for number, part in enumerate(self._parts):
-            call = self._work.kept(f"{self._name}-{number}")
-            for expert in which:
-                tokens, places = (call["index"] == expert).nonzero(as_tuple=True)
-                if not len(tokens):
+        for first in range(0, len(self._parts), _TOGETHER):
+            numbers = range(first, min(first + _TOGETHER, len(self._parts)))
+            calls = [(self._parts[number], self._work.kept(f"{self._name}-{number}")) for number in numbers]
+            for expert, check in product(which, (False, True)):
+                x, gate, tokens = _routed(expert, [(part, call) for part, call in calls if part.check == check])
+                if not tokens:
                     continue
-                x, gate = call["x"][tokens], call["gate"][tokens, places, None]
                 gate_up = with_bias(self._module, "gate_up_proj", expert, weights.gate_up(expert, x))
                 inner = self._module._apply_gate(gate_up)
                 for space, seen in (("in", x), ("inner", inner)):
                     name = f"{self._path}.{expert}.{space}"
-                    found.setdefault(name, Inputs(seen.shape[1])).add(seen * gate, part.share, part.check)
+                    found.setdefault(name, Inputs(seen.shape[1])).add(seen * gate, 1.0, check, tokens)
         return found
 
     def drop(self) -> None:
         """Remove what was put aside."""
         self._work.drop(f"{self._name}-*")
+
+
+def _routed(expert: int, calls: Sequence[tuple[Part, dict[str, Tensor]]]) -> tuple[Tensor, Tensor, int]:
+    """What an expert was called with: [rows, in] inputs, [rows, 1] roots of how much their squares count, and how many
+    of the rows those are; the others count nothing.
+
+    Rows are filled up to few different numbers, since a product of another shape may be compiled anew, which takes
+    longer than computing it.
+    """
+    places = [(call["index"] == expert).nonzero(as_tuple=True) for _, call in calls]
+    tokens = sum(len(rows) for rows, _ in places)
+    if not tokens:
+        return torch.empty(0, 0), torch.empty(0, 1), 0
+    step = max(16, 1 << max(0, tokens.bit_length() - 4))
+    filled = -(-tokens // step) * step
+    x = torch.empty(filled, calls[0][1]["x"].shape[-1])
+    gate = torch.zeros(filled, 1)
+    begin = 0
+    for (part, call), (rows, choice) in zip(calls, places, strict=True):
+        end = begin + len(rows)
+        torch.index_select(call["x"], 0, rows, out=x[begin:end])
+        gate[begin:end, 0] = call["gate"][rows, choice] * part.share**0.5
+        begin = end
+    x[begin:] = 0
+    return x, gate, tokens
 
 
 class _Recorder(ParameterWeights):

@@ -30,7 +30,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 # tokens that go through a layer together
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 
 
 def batches(tokens: Tensor) -> tuple[Tensor, ...]:

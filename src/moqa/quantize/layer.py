@@ -66,15 +66,22 @@ def solve(stack: Stack, schemes: Mapping[str, Scheme], method: Method) -> Iterat
         return
     results["rtn"] = METHODS["rtn"].run(job)
     dense = {name: result.decode() for name, result in results.items()}
+    # of each row of each entry: squared errors of the results, and squared outputs, on the check samples
+    found = {name: _squares(stack, result.sub_(stack.weights)) for name, result in dense.items()}
+    total = _squares(stack, stack.weights)
     for unit, entry, rows in stack.places():
-        weight, check = stack.weights[entry, rows], stack.inputs[entry].check
-        errors = {name: check.error(found[entry, rows] - weight) for name, found in dense.items()}
+        errors = {name: float(squares[entry, rows].sum()) for name, squares in found.items()}
         # an expert that no sample reached gives no reason to prefer the method that fits samples
         best = min(errors, key=lambda name: (errors[name], name != "rtn"))
-        total = check.error(weight)
-        error = errors[best] / total if total > 0 else None
+        whole = float(total[entry, rows].sum())
+        error = errors[best] / whole if whole > 0 else None
         tensors = _stored(results[best], entry, rows, schemes[unit.name].width)
         yield unit, Quantized(tensors, best, error)
+
+
+def _squares(stack: Stack, difference: Tensor) -> Tensor:
+    """[entries, rows] what a difference in the weights makes in each output, squared, for the check samples."""
+    return torch.stack([seen.check.errors(one) for seen, one in zip(stack.inputs, difference, strict=True)])
 
 
 def _stored(result: Result, entry: int, rows: slice, width: int) -> dict[str, Tensor]:

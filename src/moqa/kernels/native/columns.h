@@ -26,10 +26,13 @@ void round(const Rounding& r, int matrix, int item) {
         read(value, r.values + (size_t(matrix) * r.columns + k) * r.rows);
         read(scale, r.scale + group);
         read(offset, r.offset + group);
+        Lanes taken[tiles] = {};
         for (int j = k + 1; j < r.columns; ++j) {
             const float share = factor[size_t(j) * r.in + k];
-            for (int t = 0; t < tiles; ++t) value[t] += off[j][t] * share;
+            for (int t = 0; t < tiles; ++t) taken[t] += off[j][t] * share;
         }
+        const float diagonal = 1.0f / factor[size_t(k) * r.in + k];
+        for (int t = 0; t < tiles; ++t) value[t] += taken[t] * diagonal;
         float* work = r.work + column * r.rows;
         uint8_t* integers = r.integers + (size_t(matrix) * r.in + r.order[column]) * r.rows + from;
         read(off[k], work);

@@ -31,7 +31,7 @@ struct Rounding {
     int matrices, rows, in, group, groups, first, columns;
     const float* values;   // [matrices, columns, rows] what the block's weights are by now
     float* work;           // [matrices, in, rows] weights, which become weight minus stored weight
-    const float* factor;   // [matrices, in, in] share of a column's error (row) that one before it takes
+    const float* factor;   // [matrices, in, in] L: column k takes L[j][k] / L[k][k] of the error of column j behind it
     const int64_t* order;  // [matrices, in] columns of the matrix
     const float* scale;    // [matrices, groups, rows]
     const float* offset;   // [matrices, groups, rows]
