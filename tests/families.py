@@ -21,6 +21,8 @@ class Family:
     moe_layers: int = 2
     roles: frozenset[str] = frozenset({"expert", "attention"})
     layers: int = 2
+    router_spread: float = _SPREAD  # where experts are nearly even, any rounding turns one choice into another
+    norm: float = 1.0  # mean of norms; some families add 1 themselves
 
 
 _COMMON = {
@@ -102,6 +104,15 @@ FAMILIES: dict[str, Family] = {
         },
         roles=_SHARED,
     ),
+    "qwen3_next": Family(
+        {
+            **_SMALL, "shared_expert_intermediate_size": 40, "head_dim": 16, "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        roles=_SHARED, router_spread=1.0, norm=0.0,
+    ),
+    "minimax_m2": Family({**_LOCAL, "intermediate_size": 32, "head_dim": 16}, router_spread=1.0),
     "llama": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
     "qwen2": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
     "qwen3": Family({"intermediate_size": 96, "head_dim": 16}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
@@ -132,9 +143,9 @@ def random_model(name: str, **changes: object) -> PreTrainedModel:
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if tensor.dim() > 1:
-                tensor.normal_(std=_SPREAD)
+                tensor.normal_(std=family.router_spread if key.endswith("mlp.gate.weight") else _SPREAD)
             elif tensor.is_floating_point():
-                tensor.normal_(mean=float("norm" in key), std=_SPREAD)
+                tensor.normal_(mean=family.norm if "norm" in key else 0.0, std=_SPREAD)
             if tensor.is_floating_point():
                 tensor.copy_(tensor.bfloat16())
     return model.eval()

@@ -29,7 +29,7 @@ from moqa.runtime.load import load
 CLOSE = 0.01
 KEPT = (
     "norm", "embed", "lm_head", "router", "gate.weight", "gate.wg", "shared_expert_gate", "bias", "sinks", "conv.conv",
-    "conv1d", "A_log", "mamba.D", "mamba.dt_proj",
+    "conv1d", "A_log", "dt_bias", "mamba.D", "mamba.dt_proj", "in_proj_ba",
 )  # fmt: skip
 
 
