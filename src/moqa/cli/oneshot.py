@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moqa.cli.common import mib, print_table, write_result
+from moqa.cli.common import mib, print_table, start_and_end, write_result
 from moqa.cli.plan import print_estimate, print_fit
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import Log, progress
@@ -167,7 +167,7 @@ def _preview(wish: Wish, folder: Path, budget: "Budget | None", names: list[str]
 
     view, there = open_model(folder, keep=False), (wish.profile / RECORD).is_file()
     measured, chosen = _expected(wish, view, folder, budget, names)
-    cost = estimate(folder, chosen, measured, wish.method, wish.cache, memory, there, view)
+    cost = estimate(folder, chosen, measured, wish.method, wish.cache, memory, there, view, start_and_end())
     print_estimate(cost, chosen, measured, wish.json)
 
 

@@ -20,6 +20,7 @@ from moqa.cli.common import (
     WidthsOption,
     mib,
     print_table,
+    start_and_end,
     widths_of,
     write_result,
 )  # fmt: skip
@@ -82,7 +83,9 @@ def plan(
     if dry_run:
         from moqa.quantize.estimate import estimate
 
-        print_estimate(estimate(measured.record.model, result, measured), result, measured, json)
+        print_estimate(
+            estimate(measured.record.model, result, measured, before=start_and_end()), result, measured, json
+        )
         return
     write_json(for_file(result, out), out)
     print_plan(result)

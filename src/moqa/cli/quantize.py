@@ -27,6 +27,7 @@ from moqa.cli.common import (
     WidthsOption,
     mib,
     print_table,
+    start_and_end,
     widths_of,
     write_result,
 )  # fmt: skip
@@ -127,9 +128,8 @@ def quantize(
             from moqa.quantize.estimate import estimate
 
             measured = read_profile(profile or chosen.profile)
-            print_estimate(
-                estimate(model, chosen, measured, method, cache, where.memory(memory)), chosen, measured, json
-            )
+            cost = estimate(model, chosen, measured, method, cache, where.memory(memory), before=start_and_end())
+            print_estimate(cost, chosen, measured, json)
             return
         with progress(log_json) as report:
             known = read_profile(profile) if profile else None

@@ -15,6 +15,8 @@ from moqa.models.view import ModelView
 _COPIES, _SQUARES = 10, 4
 # what the C library keeps of small blocks, as a factor
 SLACK = 1.08
+# what threads and libraries take once they compute: compiled products, buffers
+COMPUTING = 48 * 2**20
 # copies of a batch's outputs of all its experts
 _OUTPUTS = 4
 

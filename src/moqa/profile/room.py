@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moqa.methods import Method
-from moqa.methods.room import Sizes, as_many
+from moqa.methods.room import COMPUTING, Sizes, as_many
 from moqa.models.memory import Memory
 from moqa.models.view import ModelView
 from moqa.profile.sensitivity import PROBES
@@ -36,7 +36,7 @@ class Room:
         errors = 2 * probes * (sizes.weights // max(sizes.experts, 1))
         each = errors + (sizes.expert if method.needs_data else 0)
         # backwards, a batch's outputs and their gradients are there
-        fixed = sizes.base + sizes.layer + sizes.linear + sizes.solving(probes) + 2 * sizes.batch
+        fixed = sizes.base + COMPUTING + sizes.layer + sizes.linear + sizes.solving(probes) + 2 * sizes.batch
         least = max(sizes.reading_ends, sizes.base + sizes.ends + sizes.logits)
         experts = as_many(memory, fixed, each, sizes.experts, least)
         return cls(experts, max(least, fixed + each * experts))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, Field
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix, find_kernels
@@ -16,6 +17,7 @@ from moqa.methods.stacks import STACK_WEIGHTS, Stack
 from moqa.models import checkpoint
 from moqa.models.memory import Memory
 from moqa.models.narrow import fast_dtype, product
+from moqa.models.stages import BATCH_TOKENS
 from moqa.models.stored import Stored
 from moqa.models.units import Unit
 from moqa.models.view import ModelView, open_model
@@ -34,6 +36,10 @@ from moqa.quantize.room import Room
 _STORAGE = 500e6
 # likewise of weights that are in memory, with the arithmetic of a few tokens
 _MEMORY = 4e9
+# tokens of a window, and features of an expert that costs nothing but its calls
+_WINDOW, _FEW = 256, 64
+# a model's own code does about three times what is timed of it here: views, casts and checks, with cold caches
+_CODE = 3
 
 
 class Estimate(BaseModel, frozen=True):
@@ -42,12 +48,14 @@ class Estimate(BaseModel, frozen=True):
     checkpoint_bytes: int = Field(description="of the weight files, exactly")
     peak_bytes: int = Field(description="largest resident memory of the process")
     disk_bytes: int = Field(description="checkpoint, cache and what is put aside, at the fullest moment")
-    seconds: float = Field(description="on this machine, from a calibration of a few seconds")
+    seconds: float = Field(
+        description="on this machine, from the start of the command; by a calibration of a few seconds"
+    )
 
 
 def estimate(
     model: str | Path, plan: Plan, profile: Profile, method: str = "gptq", cache: str | None = None,
-    memory: Memory | None = None, profiled: bool = True, view: ModelView | None = None,
+    memory: Memory | None = None, profiled: bool = True, view: ModelView | None = None, before: float = 0.0,
 ) -> Estimate:  # fmt: skip
     """Cost of quantizing a model by a plan.
 
@@ -63,24 +71,26 @@ def estimate(
         memory: likewise.
         profiled: whether the profile is there; else making it is part of the run.
         view: the model, if it is open already.
+        before: seconds that are spent beside the work, such as the start of a command.
 
     Raises:
         MoqaError: if the model is unusable, the cache unknown or the memory too small.
     """
-    how, folder = find_method(method), checkpoint.locate(model)
+    how, folder, began = find_method(method), checkpoint.locate(model), time.perf_counter()
     view = view or open_model(folder, keep=False)
+    before += time.perf_counter() - began
     limits = memory or Memory.free()
     tokens = tokens_of(plan, profile) if how.needs_data else 0
     room = Room.within(limits, view, how, tokens, layer_bytes(view, plan))
     clock = _Clock(how)
-    seconds = sum(clock.layer(view, layer, plan, tokens) for layer in range(len(view.layers)))
+    seconds = before + sum(clock.layer(view, layer, plan, tokens) for layer in range(len(view.layers)))
     peak, disk = room.peak, disk_bytes(view, plan, profile, how, cache)
     if not profiled:
-        before, holds = ProfileRoom.within(limits, view, how), limits.holds(folder)
+        first, holds = ProfileRoom.within(limits, view, how), limits.holds(folder)
         whole = 4 * Stored(folder).values if holds else 0
         counts = {name: entry.tokens for name, entry in profile.record.distributions.items()}
-        seconds += clock.profile(view, plan, counts, profile.record.settings, before.experts, holds)
-        peak = max(peak, before.peak + whole)
+        seconds += clock.profile(view, plan, counts, profile.record.settings, first.experts, holds)
+        peak = max(peak, first.peak + whole)
         disk = max(disk, profile_disk_bytes(view, sum(counts.values()), len(counts)))
     return Estimate(
         checkpoint_bytes=plan.account.checkpoint, peak_bytes=peak, disk_bytes=disk, seconds=float(f"{seconds:.3g}")
@@ -113,6 +123,10 @@ class _Clock:
                 # inputs are summed up and multiplied for the layer as it was, and multiplied for the quantized one
                 seconds += seen * (self._summed(features) + self._multiplied(rows, features, view.stored_dtype(unit)))
                 seconds += seen * self._quantized(rows, features, scheme)
+        if self._method.needs_data:
+            # through the layer as it was, and through the quantized one
+            seconds += 2 * tokens * self._between(view, BATCH_TOKENS)
+            seconds += 2 * tokens / BATCH_TOKENS * experts * self._few(view, layer)
         return seconds
 
     def profile(
@@ -143,6 +157,14 @@ class _Clock:
                 if self._method.needs_data and settings.sensitivity:
                     seconds += len(tokens) * self._solved(probes * rows, features, plan.units[unit.name], 1) / 2
             seconds += 3 * sum(unit.weights * view.itemsize(unit) for unit in units) / _STORAGE
+            passes = 1 + (3 * slices if settings.sensitivity else 0)
+            seconds += everything * passes * self._between(view, BATCH_TOKENS)
+            seconds += everything / BATCH_TOKENS * passes * experts * self._few(view, layer)
+            if SELF in tokens:
+                written = max(1, tokens[SELF] // settings.context)
+                seconds += settings.context * (
+                    written * self._between(view, written) + experts * self._few(view, layer)
+                )
         if SELF in tokens:
             weights = sum(unit.weights * view.itemsize(unit) for unit in view.units.values())
             seconds += settings.context * weights / (_MEMORY if whole else _STORAGE)
@@ -176,6 +198,38 @@ class _Clock:
         tensors = {n: torch.zeros(shape, dtype=dtype) for n, (dtype, shape) in scheme.tensors((rows, features)).items()}
         matrix, x = PackedMatrix(scheme, (rows, features), tensors), torch.randn(256, features)
         return self._once(("packed", rows, features, scheme), lambda: find_kernels().linear(matrix, x)) / 256
+
+    def _between(self, view: ModelView, tokens: int) -> float:
+        """Seconds of a token in a layer between the products with its weights, where so many go through together."""
+        config = view.model.config.get_text_config()
+        hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 1) or 1
+        size = getattr(config, "head_dim", None) or max(1, hidden // heads)
+        windows = -(-tokens // _WINDOW)
+        x = torch.randn(windows, min(tokens, _WINDOW), hidden)
+        q = torch.randn(windows, heads, x.shape[1], size)
+
+        def work() -> None:
+            for _ in range(2):
+                x + x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * x[0, 0]
+            for _ in range(2):
+                q * q[0, 0] + torch.cat([-q[..., size // 2 :], q[..., : size // 2]], -1) * q[0, 0]
+            scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).contiguous()
+
+        return _CODE * self._once(("between", hidden, heads, size, tokens), work) / tokens
+
+    def _few(self, view: ModelView, layer: int) -> float:
+        """Seconds that an expert takes for hardly any tokens."""
+        path = view.experts_path(layer)
+        if path is None:
+            return 0.0
+        x, index = torch.randn(64, _FEW), torch.randint(4, (64, 2))
+
+        def work() -> None:
+            rows, _ = (index == 1).nonzero(as_tuple=True)
+            inner = (x[rows] @ x[:_FEW, :].T).chunk(2, -1)
+            torch.zeros_like(x).index_add_(0, rows, (silu(inner[0]) * inner[1]) @ x[: inner[0].shape[1]])
+
+        return _CODE * self._once(("few",), work)
 
     def _once(self, key: tuple, work: Callable[[], object]) -> float:
         """Seconds of a piece of work; a short one is done again, since the first time finds cold caches."""

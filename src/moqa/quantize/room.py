@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moqa.methods import Method
-from moqa.methods.room import SLACK, Sizes, as_many
+from moqa.methods.room import COMPUTING, SLACK, Sizes, as_many
 from moqa.models.memory import Memory
 from moqa.models.view import ModelView
 from moqa.quantize.flow import CHECK_EVERY
@@ -43,13 +43,13 @@ class Room:
         sizes = Sizes.of(view)
         if not method.needs_data:
             return cls._by_itself(memory, sizes, packed)
-        fixed = sizes.base + sizes.layer + packed + sizes.solving()
+        fixed = sizes.base + COMPUTING + sizes.layer + packed + sizes.solving()
         # by some of an expert's samples results are compared: twice as many as on average, no more than their squares
         rows = 2 * tokens / CHECK_EVERY * view.top_k / max(sizes.experts, 1)
         each = round(sizes.expert * (1 + min(1.0, rows / sizes.features)))
         fixed += 2 * sizes.linear
-        running = sizes.base + packed + sizes.batch
-        least = max(sizes.reading_ends, sizes.base + sizes.layer + sizes.batch, running)
+        running = sizes.base + COMPUTING + packed + sizes.batch
+        least = max(sizes.reading_ends, sizes.base + COMPUTING + sizes.layer + sizes.batch, running)
         experts = as_many(memory, fixed, each, sizes.experts, least)
         return cls(experts, max(least, fixed + each * experts))
 
