@@ -121,6 +121,7 @@ def main() -> None:
     rates = ", ".join(f"{machine[kind] / 1e9:.0f} ({name})" for kind, name in kinds.items())
     disk, memory = f"{machine['disk'] / 1e6:.0f} MB/s", f"{machine['memory'] / 1e9:.0f} GB/s"
     reached = f"{rate / 1e6:.0f} MB/s, {rate / machine['disk']:.0%} of the disk's rate"
+    busy = summary["rtn"]["cpu_seconds"] / summary["rtn"]["seconds"] / threads
     text = f"""# Models larger than memory
 
 `make scale-study` (stages) and `make peers` (other tools), on {threads} cores. A random checkpoint of OLMoE-1B-7B's
@@ -141,7 +142,8 @@ A part's share of them is the time that its operations would take at these rates
 
 ## rtn and the disk
 
-The disk reads {disk}, memory {memory}. `rtn` goes through the checkpoint at {reached}.
+The disk reads {disk}, memory {memory}. `rtn` goes through the checkpoint at {reached}. Its {threads} cores are busy for
+{busy:.0%} of that time: rounding, copies out of the system's memory, hashes.
 
 ## What the dry run foretells
 

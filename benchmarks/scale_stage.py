@@ -35,7 +35,7 @@ class Watch:
         self.peaks: Counter[int] = Counter()
         self.began: dict[int, float] = {}
         self.layer = -1
-        self._inside = [0.0]
+        self._of_thread = threading.local()
         threading.Thread(target=self._look, daemon=True).start()
 
     def _look(self) -> None:
@@ -48,6 +48,13 @@ class Watch:
         if "layer" in facts and step != "sensitivity" and facts["layer"] != self.layer:
             self.layer = facts["layer"]
             self.began[self.layer] = time.perf_counter()
+
+    @property
+    def _inside(self) -> list[float]:
+        """Seconds of the parts inside each part that this thread is in."""
+        if not hasattr(self._of_thread, "inside"):
+            self._of_thread.inside = [0.0]
+        return self._of_thread.inside
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -101,7 +108,7 @@ def main() -> None:
 
     moqa.quantize.layer.solve = solved
     memory = Memory.parse(job["memory"])
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     if job["stage"] == "profile":
         moqa.profile(
             job["model"], {"wiki": job["text"]}, job["profile"], job["windows"], job["context"], self_samples=0,
@@ -119,7 +126,7 @@ def main() -> None:
     starts = [*watch.began.values(), time.perf_counter()]
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     found = {
-        "seconds": seconds, "peak_bytes": peak,
+        "seconds": seconds, "cpu_seconds": time.process_time() - used, "peak_bytes": peak,
         "parts": dict(watch.seconds), "layer_peaks": [watch.peaks[layer] for layer in watch.began],
         "layer_seconds": [end - begin for begin, end in pairwise(starts)],
     }  # fmt: skip

@@ -21,7 +21,7 @@ from demo import ROOT, TEXT
 from torch import Tensor
 
 from moqa.format.scheme import Scheme
-from moqa.kernels import find_kernels
+from moqa.kernels import PackedMatrix, find_kernels
 from moqa.kernels.native import read
 from moqa.models.narrow import fast_sums
 
@@ -55,9 +55,11 @@ def machine() -> dict[str, float | str | int]:
         rates["sums"] = 2 * side**3 / fastest(lambda: x @ x)
     gram = x.T @ x + torch.eye(side)
     rates["factors"] = side**3 / 3 / fastest(lambda: torch.linalg.cholesky_ex(gram))
-    from kernel_speed import random_matrix
-
-    matrix = random_matrix(side, side, BITS)
+    scheme = Scheme(width=BITS)
+    tensors = {
+        suffix: torch.zeros(stored, dtype=dtype) for suffix, (dtype, stored) in scheme.tensors((side, side)).items()
+    }
+    matrix = PackedMatrix(scheme, (side, side), tensors)
     rates["packed"] = 2 * side**3 / fastest(lambda: find_kernels().linear(matrix, x))
     rates["fitted"] = x.numel() / fastest(
         lambda: find_kernels().fit_grid(x[None], torch.full((1, side), BITS), Scheme(width=BITS), None)
@@ -69,14 +71,14 @@ def machine() -> dict[str, float | str | int]:
 
 
 def disk_rate() -> float:
-    """Bytes per second of reading a shard from the first byte to the last, not from the system's memory."""
-    shard = max(MODEL.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    with shard.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        buffer, size, began = bytearray(16 * 2**20), 0, time.perf_counter()
-        while count := file.readinto(buffer):
-            size += count
-        return size / (time.perf_counter() - began)
+    """Bytes per second of reading all shards from the first byte to the last, not from the system's memory."""
+    forget_cached()
+    buffer, size, began = bytearray(16 * 2**20), 0, time.perf_counter()
+    for shard in sorted(MODEL.glob("*.safetensors")):
+        with shard.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                size += count
+    return size / (time.perf_counter() - began)
 
 
 def forget_cached() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, Field
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from moqa.format.scheme import Scheme
@@ -83,7 +84,7 @@ def estimate(
     tokens = tokens_of(plan, profile) if how.needs_data else 0
     room = Room.within(limits, view, how, tokens, layer_bytes(view, plan))
     clock = _Clock(how)
-    seconds = before + sum(clock.layer(view, layer, plan, tokens) for layer in range(len(view.layers)))
+    seconds = before + sum(clock.layer(view, layer, plan, tokens, room.ahead) for layer in range(len(view.layers)))
     peak, disk = room.peak, disk_bytes(view, plan, profile, how, cache)
     if not profiled:
         first, holds = ProfileRoom.within(limits, view, how), limits.holds(folder)
@@ -104,13 +105,13 @@ class _Clock:
         self._method = method
         self._found: dict[tuple, float] = {}
 
-    def layer(self, view: ModelView, layer: int, plan: Plan, tokens: int) -> float:
-        """Seconds that a decoder layer takes."""
+    def layer(self, view: ModelView, layer: int, plan: Plan, tokens: int, ahead: bool) -> float:
+        """Seconds that a decoder layer takes; `ahead`: storage and arithmetic do not wait for each other."""
         units = view.layer_units(layer)
         experts = max(1, len({unit.expert for unit in units if unit.expert is not None}))
         read = sum(unit.weights * view.itemsize(unit) for unit in units)
         written = sum(plan.units[unit.name].stored_bytes(unit.shape) for unit in units)
-        seconds = (read + written) / _STORAGE
+        stored, seconds = (read + written) / _STORAGE, 0.0
         for sharing in by_input(units).values():
             unit = sharing[0]
             scheme, features = plan.units[unit.name], unit.shape[1]
@@ -127,7 +128,7 @@ class _Clock:
             # through the layer as it was, and through the quantized one
             seconds += 2 * tokens * self._between(view, BATCH_TOKENS)
             seconds += 2 * tokens / BATCH_TOKENS * experts * self._few(view, layer)
-        return seconds
+        return max(stored, seconds) if ahead else stored + seconds
 
     def profile(
         self, view: ModelView, plan: Plan, tokens: dict[str, int], settings: Settings, together: int, whole: bool
@@ -174,7 +175,7 @@ class _Clock:
         """Seconds to quantize [rows, features], as a share of the stack in which that happens."""
         count = max(1, min(alike, STACK_WEIGHTS // (rows * features)))
 
-        def work() -> None:
+        def make() -> Callable[[], object]:
             found = [Inputs(features) for _ in range(count)]
             for inputs in found:
                 x = torch.randn(64, features)
@@ -182,58 +183,61 @@ class _Clock:
                 inputs.add(x, 1.0, check=True)
             units = [Unit(f"{n}", 0, "expert", "", n, (rows, features), "", "") for n in range(count)]
             stack = Stack([[unit] for unit in units], torch.randn(count, rows, features), found, scheme)
-            list(solve(stack, {unit.name: scheme for unit in units}, self._method))
+            return lambda: list(solve(stack, {unit.name: scheme for unit in units}, self._method))
 
-        return self._once(("solve", rows, features, scheme), work) / count
+        return self._once(("solve", rows, features, scheme), make) / count
 
     def _summed(self, features: int) -> float:
-        x, inputs = torch.randn(256, features), Inputs(features)
-        return self._once(("sum", features), lambda: inputs.add(x, 1.0, check=False)) / 256
+        def make() -> Callable[[], object]:
+            x, inputs = torch.randn(256, features), Inputs(features)
+            return lambda: inputs.add(x, 1.0, check=False)
+
+        return self._once(("sum", features), make) / 256
 
     def _multiplied(self, rows: int, features: int, dtype: torch.dtype) -> float:
-        x, matrix = torch.randn(256, features), torch.randn(features, rows).to(dtype)
-        return self._once(("product", rows, features, dtype), lambda: product(x, matrix, fast_dtype(dtype))) / 256
+        def make() -> Callable[[], object]:
+            x, matrix = torch.randn(256, features), torch.randn(features, rows).to(dtype)
+            return lambda: product(x, matrix, fast_dtype(dtype))
+
+        return self._once(("product", rows, features, dtype), make) / 256
 
     def _quantized(self, rows: int, features: int, scheme: Scheme) -> float:
-        tensors = {n: torch.zeros(shape, dtype=dtype) for n, (dtype, shape) in scheme.tensors((rows, features)).items()}
-        matrix, x = PackedMatrix(scheme, (rows, features), tensors), torch.randn(256, features)
-        return self._once(("packed", rows, features, scheme), lambda: find_kernels().linear(matrix, x)) / 256
+        def make() -> Callable[[], object]:
+            stored = scheme.tensors((rows, features))
+            tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in stored.items()}
+            matrix, x = PackedMatrix(scheme, (rows, features), tensors), torch.randn(256, features)
+            return lambda: find_kernels().linear(matrix, x)
+
+        return self._once(("packed", rows, features, scheme), make) / 256
 
     def _between(self, view: ModelView, tokens: int) -> float:
         """Seconds of a token in a layer between the products with its weights, where so many go through together."""
         config = view.model.config.get_text_config()
         hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 1) or 1
         size = getattr(config, "head_dim", None) or max(1, hidden // heads)
-        windows = -(-tokens // _WINDOW)
-        x = torch.randn(windows, min(tokens, _WINDOW), hidden)
-        q = torch.randn(windows, heads, x.shape[1], size)
 
-        def work() -> None:
-            for _ in range(2):
-                x + x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * x[0, 0]
-            for _ in range(2):
-                q * q[0, 0] + torch.cat([-q[..., size // 2 :], q[..., : size // 2]], -1) * q[0, 0]
-            scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).contiguous()
+        def make() -> Callable[[], object]:
+            x = torch.randn(-(-tokens // _WINDOW), min(tokens, _WINDOW), hidden)
+            q = torch.randn(len(x), heads, x.shape[1], size)
+            return lambda: _norms_and_attention(x, q)
 
-        return _CODE * self._once(("between", hidden, heads, size, tokens), work) / tokens
+        return _CODE * self._once(("between", hidden, heads, size, tokens), make) / tokens
 
     def _few(self, view: ModelView, layer: int) -> float:
         """Seconds that an expert takes for hardly any tokens."""
-        path = view.experts_path(layer)
-        if path is None:
+        if view.experts_path(layer) is None:
             return 0.0
-        x, index = torch.randn(64, _FEW), torch.randint(4, (64, 2))
 
-        def work() -> None:
-            rows, _ = (index == 1).nonzero(as_tuple=True)
-            inner = (x[rows] @ x[:_FEW, :].T).chunk(2, -1)
-            torch.zeros_like(x).index_add_(0, rows, (silu(inner[0]) * inner[1]) @ x[: inner[0].shape[1]])
+        def make() -> Callable[[], object]:
+            x, index = torch.randn(64, _FEW), torch.randint(4, (64, 2))
+            return lambda: _expert(x, index)
 
-        return _CODE * self._once(("few",), work)
+        return _CODE * self._once(("few",), make)
 
-    def _once(self, key: tuple, work: Callable[[], object]) -> float:
+    def _once(self, key: tuple, make: Callable[[], Callable[[], object]]) -> float:
         """Seconds of a piece of work; a short one is done again, since the first time finds cold caches."""
         if key not in self._found:
+            work = make()
             for _ in range(3):
                 began = time.perf_counter()
                 work()
@@ -241,3 +245,20 @@ class _Clock:
                 if self._found[key] > 0.2:
                     break
         return self._found[key]
+
+
+def _norms_and_attention(x: Tensor, q: Tensor) -> None:
+    """What a decoder layer does to [windows, tokens, hidden] and [windows, heads, tokens, size] without its weights."""
+    half = q.shape[-1] // 2
+    for _ in range(2):
+        x + x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * x[0, 0]
+    for _ in range(2):
+        q * q[0, 0] + torch.cat([-q[..., half:], q[..., :half]], -1) * q[0, 0]
+    scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).contiguous()
+
+
+def _expert(x: Tensor, index: Tensor) -> None:
+    """What calling one expert takes, however small it is."""
+    rows, _ = (index == 1).nonzero(as_tuple=True)
+    gate, up = (x[rows] @ x.T).chunk(2, -1)
+    torch.zeros_like(x).index_add_(0, rows, (silu(gate) * up) @ x[: gate.shape[1]])
