@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moqa.format.unfinished import Unfinished
+from moqa.methods.routed import routed
 from moqa.models.experts import Experts, ParameterWeights, weights_from, with_bias
 from moqa.models.narrow import fast_sums, in_stored_precision
 from moqa.models.stages import BATCH_TOKENS, Stages
@@ -18,7 +19,7 @@ from moqa.models.watch import watching
 # features of a block of a Gram matrix: smaller ones leave more of it out, larger ones multiply faster
 _BLOCK = 256
 # samples in which an expert's inputs are looked for together
-_TOGETHER = 2**14 // BATCH_TOKENS
+TOGETHER = 2**14
 
 
 class Inputs:
@@ -244,48 +245,23 @@ class LayerInputs:
         found: dict[str, Inputs] = {}
         with in_stored_precision(self._view, self._layer):
             weights = ParameterWeights(self._module)
-        for first in range(0, len(self._parts), _TOGETHER):
-            numbers = range(first, min(first + _TOGETHER, len(self._parts)))
+        together = TOGETHER // BATCH_TOKENS
+        for first in range(0, len(self._parts), together):
+            numbers = range(first, min(first + together, len(self._parts)))
             calls = [(self._parts[number], self._work.kept(f"{self._name}-{number}")) for number in numbers]
             for expert, check in product(which, (False, True)):
-                x, gate, tokens = _routed(expert, [(part, call) for part, call in calls if part.check == check])
-                if not tokens:
-                    continue
-                gate_up = with_bias(self._module, "gate_up_proj", expert, weights.gate_up(expert, x))
-                inner = self._module._apply_gate(gate_up)
-                for space, seen in (("in", x), ("inner", inner)):
-                    name = f"{self._path}.{expert}.{space}"
-                    found.setdefault(name, Inputs(seen.shape[1])).add(seen * gate, 1.0, check, tokens)
+                chosen = [(part.share, call) for part, call in calls if part.check == check]
+                for x, gate, tokens in routed(expert, chosen):
+                    gate_up = with_bias(self._module, "gate_up_proj", expert, weights.gate_up(expert, x))
+                    inner = self._module._apply_gate(gate_up)
+                    for space, seen in (("in", x), ("inner", inner)):
+                        name = f"{self._path}.{expert}.{space}"
+                        found.setdefault(name, Inputs(seen.shape[1])).add(seen * gate, 1.0, check, tokens)
         return found
 
     def drop(self) -> None:
         """Remove what was put aside."""
         self._work.drop(f"{self._name}-*")
-
-
-def _routed(expert: int, calls: Sequence[tuple[Part, dict[str, Tensor]]]) -> tuple[Tensor, Tensor, int]:
-    """What an expert was called with: [rows, in] inputs, [rows, 1] roots of how much their squares count, and how many
-    of the rows those are; the others count nothing.
-
-    Rows are filled up to few different numbers, since a product of another shape may be compiled anew, which takes
-    longer than computing it.
-    """
-    places = [(call["index"] == expert).nonzero(as_tuple=True) for _, call in calls]
-    tokens = sum(len(rows) for rows, _ in places)
-    if not tokens:
-        return torch.empty(0, 0), torch.empty(0, 1), 0
-    step = max(16, 1 << max(0, tokens.bit_length() - 4))
-    filled = -(-tokens // step) * step
-    x = torch.empty(filled, calls[0][1]["x"].shape[-1])
-    gate = torch.zeros(filled, 1)
-    begin = 0
-    for (part, call), (rows, choice) in zip(calls, places, strict=True):
-        end = begin + len(rows)
-        torch.index_select(call["x"], 0, rows, out=x[begin:end])
-        gate[begin:end, 0] = call["gate"][rows, choice] * part.share**0.5
-        begin = end
-    x[begin:] = 0
-    return x, gate, tokens
 
 
 class _Recorder(ParameterWeights):

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moqa.errors import MoqaError
-from moqa.methods.inputs import by_input
+from moqa.methods.inputs import TOGETHER, by_input
+from moqa.methods.routed import ROWS
 from moqa.methods.stacks import STACK_WEIGHTS
 from moqa.models.memory import Memory, resident, return_large_blocks
 from moqa.models.stages import BATCH_TOKENS
@@ -41,6 +42,7 @@ class Sizes:
         matrices: number of weights of one expert, or of the largest units that share an input.
         features: of their inputs.
         experts: how many a layer has.
+        hidden: features of a hidden state.
     """
 
     base: int
@@ -55,6 +57,7 @@ class Sizes:
     matrices: int
     features: int
     experts: int
+    hidden: int
 
     @classmethod
     def of(cls, view: ModelView) -> "Sizes":
@@ -81,6 +84,7 @@ class Sizes:
             base=resident(), ends=view.ends_bytes(), logits=4 * 4 * BATCH_TOKENS * table.shape[0], layer=layer,
             weights=weights, batch=BATCH_TOKENS * table.shape[1] * 4 * outputs, linear=linear, expert=expert,
             unit=largest, matrices=matrices, features=features, experts=experts,
+            hidden=table.shape[1],
         )  # fmt: skip
 
     @property
@@ -88,6 +92,10 @@ class Sizes:
         """While the ends are read."""
         # half as much again: the ends as they are stored, beside the ends as they compute
         return self.base + self.ends * 3 // 2
+
+    def summing(self, tokens: int) -> int:
+        """While an expert's inputs are gathered and multiplied: samples, inputs, outputs, and both counted."""
+        return 4 * self.hidden * (min(tokens, TOGETHER) + 4 * min(tokens, ROWS))
 
     def solving(self, copies: int = 1) -> int:
         """While a method works on one stack of matrices, each so many times."""

@@ -43,7 +43,7 @@ class Room:
         sizes = Sizes.of(view)
         if not method.needs_data:
             return cls._by_itself(memory, sizes, packed)
-        fixed = sizes.base + COMPUTING + sizes.layer + packed + sizes.solving()
+        fixed = sizes.base + COMPUTING + sizes.layer + max(packed + sizes.solving(), sizes.summing(tokens))
         # by some of an expert's samples results are compared: twice as many as on average, no more than their squares
         rows = 2 * tokens / CHECK_EVERY * view.top_k / max(sizes.experts, 1)
         each = round(sizes.expert * (1 + min(1.0, rows / sizes.features)))

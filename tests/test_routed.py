@@ -1,0 +1,53 @@
+"""An expert's inputs: every token that it got, once, with its gate; in few different numbers of rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moqa.methods import routed as module
+from moqa.methods.routed import routed
+
+
+def call_of(tokens, experts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.stack([torch.randperm(experts, generator=generator)[:2] for _ in range(tokens)])
+    x, gate = torch.randn(tokens, 5, generator=generator), torch.rand(tokens, 2, generator=generator)
+    return {"x": x, "index": index, "gate": gate}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=6), st.integers(2, 6), st.integers(0, 10**6))
+def test_every_token_of_an_expert_counts_once(sizes, experts, seed):
+    calls = [(0.5 + number, call_of(tokens, experts, seed + number)) for number, tokens in enumerate(sizes)]
+    for expert in range(experts):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "ROWS", 64)
+            found = list(routed(expert, calls))
+        wanted = torch.zeros(5, 5, dtype=torch.float64)
+        for share, call in calls:
+            rows, choice = (call["index"] == expert).nonzero(as_tuple=True)
+            x = (call["x"][rows] * call["gate"][rows, choice, None]).double()
+            wanted += share * x.T @ x
+        scaled = [(x * gate).double() for x, gate, _ in found]
+        assert torch.allclose(sum((x.T @ x for x in scaled), torch.zeros(5, 5).double()), wanted, rtol=1e-5, atol=1e-6)
+        assert sum(tokens for *_, tokens in found) == sum(int((call["index"] == expert).sum()) for _, call in calls)
+        for x, gate, tokens in found:
+            assert 0 < tokens <= len(x) == len(gate) < tokens + max(16, tokens / 4)
+            assert tokens <= max(64, *sizes)
+            assert not x[tokens:].any()
+            assert not gate[tokens:].any()
+
+
+def test_an_expert_that_got_nothing_gives_nothing():
+    assert list(routed(9, [(1.0, call_of(20, 4, 0))])) == []
+
+
+def test_shapes_are_few():
+    counts = {
+        len(x)
+        for tokens in range(1, 3000, 7)
+        for x, *_ in routed(0, [(1.0, {"x": torch.ones(tokens, 1), "index": torch.zeros(tokens, 1, dtype=torch.int64),
+                                       "gate": torch.ones(tokens, 1)})])
+    }  # fmt: skip
+    assert len(counts) < 70
