@@ -74,6 +74,19 @@ class TestPieces:
         streamed.need(1)
         assert {streamed.experts(1).down_proj.dtype, streamed.experts(1).gate_up_proj.dtype} == stored
 
+    def test_memory_is_used_again_when_nobody_holds_it(self, streamed):
+        streamed.read_ahead()
+        first = streamed.experts(0)
+        streamed.need(0)
+        held, values = first.down_proj[1:2], first.down_proj.clone()
+        place = first.down_proj.data_ptr()
+        streamed.need(1)
+        between = streamed.experts(1).down_proj.data_ptr()
+        streamed.need(0)
+        assert first.down_proj.data_ptr() == between != place
+        assert torch.equal(first.down_proj, values)
+        assert torch.equal(held, values[1:2])
+
     def test_kept_entries_are_told_without_reading_the_ends(self, tiny_model):
         view = open_model(tiny_model, keep=False)
         entries = view.kept_entries()

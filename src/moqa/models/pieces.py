@@ -1,5 +1,6 @@
 """A model's weights piece by piece: each decoder layer, and both ends, read from disk when they are used."""
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -90,6 +91,7 @@ class Pieces:
         self._there: dict[int, list[str]] = {}
         self._without: int | None = None
         self._last = ENDS
+        self._memory = _Memory()
         self._reader = ThreadPoolExecutor(1, "moqa-reader")
         self._fetching: tuple[int, Future[_Fetched]] | None = None
         _check(model, stored.folder, self._mapping, headers)
@@ -126,6 +128,8 @@ class Pieces:
         if ENDS in self._there:
             self._model.tie_weights()
         self._there = {}
+        if not self.ahead:
+            self._memory.free()
         # also what was made of a piece and is freed by now
         give_back()
 
@@ -182,12 +186,13 @@ class Pieces:
             self._stored.ahead(self._names.get(following, ()))
         with self._stored.opened() as on_disk:
             found = self._found(piece, on_disk)
+            self._memory.free()
             return _Fetched(found.stacks, {name: tensor[...] for name, tensor in found.rest.items()})
 
     def _found(self, piece: int | None, on_disk: Callable[[str], OnDisk]) -> "_Fetched":
         stacks = self._stacks.get(piece, [])
         stacked = {name for found in stacks for name in found.names}
-        read = {found.target: found.read(self._model, on_disk) for found in stacks}
+        read = {found.target: found.read(self._model, on_disk, self._memory) for found in stacks}
         return _Fetched(read, {name: on_disk(name) for name in self._names[piece] if name not in stacked})
 
     def _put(self, fetched: "_Fetched") -> Any:
@@ -247,20 +252,42 @@ class _Stack:
         found = converter.convert(self.target, model=model, config=model.config)[self.target]
         return torch.equal(found[0] if isinstance(found, list) else found, torch.cat(matrices)[None])
 
-    def read(self, model: "PreTrainedModel", on_disk: Callable[[str], OnDisk]) -> Tensor:
+    def read(self, model: "PreTrainedModel", on_disk: Callable[[str], OnDisk], memory: "_Memory") -> Tensor:
         """All experts."""
         empty = model.get_parameter(self.target)
-        whole = _large(empty.shape, empty.dtype)
+        whole = memory.take(empty.shape, empty.dtype)
         for expert, names in zip(whole, zip(*self._sources.values(), strict=True), strict=True):
             for name, part in zip(names, expert.chunk(len(names)), strict=True):
                 on_disk(name).read_into(part)
         return whole
 
 
-def _large(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Memory that the system hands out in large pages, if it does: numpy asks for them, torch does not."""
-    size = shape.numel() * dtype.itemsize
-    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
+class _Memory:
+    """Memory of stacks, used again when nobody holds it: the system clears what it hands out, half as long as reading
+    into it takes."""
+
+    def __init__(self) -> None:
+        self._blocks: list[np.ndarray] = []
+
+    def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor with any values."""
+        size = shape.numel() * dtype.itemsize
+        block = next((block for block in self._blocks if block.size == size and _is_free(block)), None)
+        if block is None:
+            # the system hands it out in large pages, if it does: numpy asks for them, torch does not
+            block = np.empty(size, np.uint8)
+            self._blocks.append(block)
+        return torch.from_numpy(block).view(dtype).view(shape)
+
+    def free(self) -> None:
+        """Give back what nobody holds."""
+        self._blocks = [block for block in self._blocks if not _is_free(block)]
+
+
+def _is_free(block: np.ndarray) -> bool:
+    """Whether no tensor lies in a block: each of them holds a reference."""
+    # the list of blocks, the caller's loop, this argument, and that of the call
+    return sys.getrefcount(block) <= 4
 
 
 def _targets(
