@@ -1,5 +1,7 @@
 """Sums over inputs, and products in the precision in which weights are stored."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -39,6 +41,9 @@ class TestInputs:
         difference = rows(5, features, seed).double()
         error = ((difference @ wanted[1]) * difference).sum()
         assert float(inputs.check.errors(difference.float()).sum()) == pytest.approx(float(error), rel=0.02)
+        sent = pickle.dumps(inputs.check)
+        assert torch.equal(pickle.loads(sent).gram, inputs.check.gram)
+        assert len(sent) < 4 * features * min(features, held) + 4000
 
     def test_nothing_seen_is_zero(self):
         inputs = Inputs(4)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,33 +74,39 @@ class Check:
     """
 
     def __init__(self, features: int) -> None:
-        self._features, self._rows = features, list[Tensor]()
+        self._features, self._count = features, 0
+        # memory that is used when it is written: many small pieces that stay would lie between others that do not
+        self._rows = torch.empty(features, features)
         self._sum: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_rows": self._rows[: self._count].clone()}
 
     def add(self, x: Tensor, share: float) -> None:
         """Add [tokens, in] inputs whose squares count `share` each."""
-        self._rows.append(x * share**0.5)
-        if self._sum is not None or sum(map(len, self._rows)) > self._features:
-            for rows in self._rows:
-                self._sum = _add_squares(self._sum, rows, 1.0)
-            self._rows = []
+        last = self._count + len(x)
+        if self._sum is None and last <= len(self._rows):
+            torch.mul(x, share**0.5, out=self._rows[self._count : last])
+            self._count = last
+            return
+        if self._count:
+            self._sum = _add_squares(self._sum, self._rows[: self._count], 1.0)
+        self._rows, self._count = self._rows[:0].clone(), 0
+        self._sum = _add_squares(self._sum, x, share)
 
     @property
     def gram(self) -> Tensor:
         """[in, in] sum of their x x^T, float32."""
         if self._sum is not None:
             return _whole(self._sum)
-        rows = torch.cat([torch.zeros(0, self._features), *self._rows])
+        rows = self._rows[: self._count]
         return rows.T @ rows
 
     def errors(self, difference: Tensor) -> Tensor:
         """[out] squared norms of what a difference [out, in] in the weights makes in each output for these inputs."""
         if self._sum is None:
-            total = torch.zeros(len(difference))
             with fast_sums():
-                for rows in self._rows:
-                    total += (rows @ difference.T).square_().sum(0)
-            return total
+                return (self._rows[: self._count] @ difference.T).square_().sum(0)
         # errors lie where inputs hardly vary: rounding these squares to bfloat16 would not be small beside them
         return (difference @ self.gram).mul_(difference).sum(1)
 

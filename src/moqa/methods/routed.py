@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # inputs that are gathered at a time, unless one call has more: an expert may have got all tokens
-ROWS = 2**12
+ROWS = 2**11
 
 # a call, how much squares count there, its rows that an expert got, and which of their choices it was
 _Place = tuple[Mapping[str, Tensor], float, Tensor, Tensor]
