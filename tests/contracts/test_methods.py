@@ -145,13 +145,14 @@ def test_data_lowers_the_output_error_on_other_samples(method, width, shape):
     assert error(method) < 0.8 * error("rtn")
 
 
-def test_gptq_is_optimal_brain_quantization_column_by_column():
+@pytest.mark.parametrize("features", [150, 330])
+def test_gptq_is_optimal_brain_quantization_column_by_column(features):
     """The same as the update it is derived from: after each column the best correction of all later ones."""
-    job = make_job((12, 150), widths=(3,))
+    job = make_job((12, features), widths=(3,))
     result, seen = run("gptq", job), job.inputs[0]
     gram = seen.fit.double() / seen.fit.diagonal().mean()
-    inverse = torch.linalg.inv(gram + damping(150, seen.tokens) * torch.eye(150))
-    weights, expected = job.weights[0].double(), torch.zeros(12, 150, dtype=torch.uint8)
+    inverse = torch.linalg.inv(gram + damping(features, seen.tokens) * torch.eye(features))
+    weights, expected = job.weights[0].double(), torch.zeros(12, features, dtype=torch.uint8)
     for column in seen.fit.diagonal().argsort(descending=True, stable=True).tolist():
         expected[:, column] = result.grid[0].encode(weights.float())[:, column]
         error = weights[:, column] - result.grid[0].decode(expected)[:, column]

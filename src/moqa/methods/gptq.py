@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moqa.format.grid import Grid
-from moqa.kernels import Columns, find_kernels
+from moqa.kernels import Columns, Kernels, find_kernels
 from moqa.methods.grid import fit_grid
 from moqa.methods.inputs import Inputs
 from moqa.methods.registry import Job, Result, method
@@ -97,13 +97,37 @@ def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor
         top=grid.top[..., 0].expand(n, rows).contiguous(),
         integers=torch.empty(n, features, rows, dtype=torch.uint8), group_size=grid.group_size,
     )  # fmt: skip
-    for first in reversed(range(0, features, _BLOCK)):
-        last = min(first + _BLOCK, features)
-        errors = torch.empty(n, last - first, rows)
-        with fast_sums():
-            # one by one: a product of stacks copies what does not lie in one piece
-            for share, later, found in zip(factor[:, last:, first:last], columns.work[:, last:], errors, strict=True):
-                torch.mm(share.T, later, out=found)
-        errors.div_(factor.diagonal(dim1=1, dim2=2)[:, first:last, None])
-        kernels.round_columns(columns, errors.add_(columns.work[:, first:last]), first)
+    _from_last(columns, kernels, 0, features, None)
     return columns.integers.mT.contiguous()
+
+
+def _from_last(columns: Columns, kernels: Kernels, first: int, last: int, errors: Tensor | None) -> None:
+    """Round columns `first` to `last`, the later half before the other, which then learns of its errors.
+
+    So errors go into few large products: there are as many columns' worth of them as if each block learned of all
+    columns behind it, but most of these are read a few times instead of once for every block.
+
+    Args:
+        columns: work on them; those from `last` on are rounded.
+        kernels: that round a block.
+        first: column.
+        last: column after the last one.
+        errors: [n, last - first, rows] of the columns from `last` on, as these columns learn of them.
+    """
+    blocks = -(-(last - first) // _BLOCK)
+    if blocks == 1:
+        values = columns.work[:, first:last]
+        if errors is not None:
+            values = (errors / columns.factor.diagonal(dim1=1, dim2=2)[:, first:last, None]).add_(values)
+        kernels.round_columns(columns, values.contiguous(), first)
+        return
+    middle = first + blocks // 2 * _BLOCK
+    _from_last(columns, kernels, middle, last, None if errors is None else errors[:, middle - first :])
+    share, later = columns.factor[:, middle:last, first:middle], columns.work[:, middle:last]
+    beta = 0 if errors is None else 1
+    earlier = torch.empty_like(columns.work[:, first:middle]) if errors is None else errors[:, : middle - first]
+    with fast_sums():
+        # one by one: a product of stacks copies what does not lie in one piece
+        for found, left, right in zip(earlier, share, later, strict=True):
+            found.addmm_(left.T, right, beta=beta)
+    _from_last(columns, kernels, first, middle, earlier)
