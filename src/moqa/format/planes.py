@@ -76,7 +76,9 @@ def tile_rows(values: Tensor) -> Tensor:
     Returns:
         [..., tiles, groups, 16], zero where a tile has no row.
     """
-    return pad(values, (0, 0, 0, -values.shape[-2] % TILE)).unflatten(-2, (-1, TILE)).mT.contiguous()
+    lacking = -values.shape[-2] % TILE
+    values = pad(values, (0, 0, 0, lacking)) if lacking else values
+    return values.unflatten(-2, (-1, TILE)).mT.contiguous()
 
 
 def untile_rows(tiled: Tensor, out: int) -> Tensor:

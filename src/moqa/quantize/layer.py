@@ -56,8 +56,10 @@ def quantize_units(
 
 def solve(stack: Stack, schemes: Mapping[str, Scheme], method: Method) -> Iterator[tuple[Unit, Quantized]]:
     """Quantize a stack, and for each of its units keep the better of the method and plain rounding."""
-    widths = [[schemes[unit.name].width for unit in sharing for _ in range(unit.shape[0])] for sharing in stack.entries]
-    job = Job(stack.weights, torch.tensor(widths), stack.inputs, stack.scheme)
+    widths = torch.empty(stack.weights.shape[:2], dtype=torch.int64)
+    for unit, entry, rows in stack.places():
+        widths[entry, rows] = schemes[unit.name].width
+    job = Job(stack.weights, widths, stack.inputs, stack.scheme)
     results = {method.name: method.run(job)}
     if not method.needs_data:
         for unit, entry, rows in stack.places():
