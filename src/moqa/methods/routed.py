@@ -42,8 +42,9 @@ def routed(expert: int, calls: Sequence[tuple[float, Mapping[str, Tensor]]]) -> 
 
 
 def _gathered(places: Sequence[_Place], tokens: int) -> tuple[Tensor, Tensor, int]:
-    # few different numbers of rows: a product of another shape may be compiled anew, longer than it is computed
-    step = max(16, 1 << max(0, tokens.bit_length() - 4))
+    # four numbers of rows from one power of two to the next: a product of another shape is compiled anew, which takes
+    # as long as computing it, or several times as long if it is small
+    step = max(16, 1 << max(0, tokens.bit_length() - 3))
     filled = -(-tokens // step) * step
     x = torch.empty(filled, places[0][0]["x"].shape[-1])
     gate = torch.zeros(filled, 1)
