@@ -190,7 +190,7 @@ class Layer:
         }
 
     def quantized(self, method, schemes, inputs):
-        found = quantize_units(self, self.units, schemes, METHODS[method], inputs)
+        found = quantize_units(self, self.units, schemes, METHODS[method], dict(inputs))
         return {
             unit.name: SimpleNamespace(
                 **vars(result), dense=PackedMatrix(schemes[unit.name], unit.shape, result.tensors).dense()

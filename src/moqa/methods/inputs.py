@@ -11,13 +11,14 @@ from torch import Tensor
 from moqa.format.unfinished import Unfinished
 from moqa.methods.routed import routed
 from moqa.models.experts import Experts, ParameterWeights, weights_from, with_bias
+from moqa.models.memory import give_back
 from moqa.models.narrow import fast_sums, in_stored_precision
 from moqa.models.stages import BATCH_TOKENS, Stages
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.models.watch import watching
 
-# features of a block of a Gram matrix: smaller ones leave more of it out, larger ones multiply faster
+# features of the smallest block of a Gram matrix: smaller ones leave more of it out, larger ones multiply faster
 _BLOCK = 256
 # samples in which an expert's inputs are looked for together
 TOGETHER = 2**14
@@ -115,10 +116,20 @@ def _add_squares(total: Tensor | None, x: Tensor, share: float) -> Tensor:
     """Add x^T x to the blocks of [in, in] that hold its triangle below the diagonal; None is zero."""
     total = torch.zeros(x.shape[1], x.shape[1]) if total is None else total
     with fast_sums():
-        for begin in range(0, total.shape[1], _BLOCK):
-            block = slice(begin, begin + _BLOCK)
-            total[begin:, block].add_(x[:, begin:].T @ x[:, block], alpha=share)
+        _add_triangle(total, x, share)
     return total
+
+
+def _add_triangle(total: Tensor, x: Tensor, share: float) -> None:
+    """In halves: products of few shapes, of which large ones multiply fastest."""
+    blocks = -(-len(total) // _BLOCK)
+    if blocks == 1:
+        total.add_(x.T @ x, alpha=share)
+        return
+    middle = blocks // 2 * _BLOCK
+    total[middle:, :middle].add_(x[:, middle:].T @ x[:, :middle], alpha=share)
+    _add_triangle(total[:middle, :middle], x[:, :middle], share)
+    _add_triangle(total[middle:, middle:], x[:, middle:], share)
 
 
 def _whole(lower: Tensor) -> Tensor:
@@ -257,6 +268,8 @@ class LayerInputs:
             numbers = range(first, min(first + together, len(self._parts)))
             calls = [(self._parts[number], self._work.kept(f"{self._name}-{number}")) for number in numbers]
             for expert, check in product(which, (False, True)):
+                if not check:
+                    give_back()
                 chosen = [(part.share, call) for part, call in calls if part.check == check]
                 for x, gate, tokens in routed(expert, chosen):
                     gate_up = with_bias(self._module, "gate_up_proj", expert, weights.gate_up(expert, x))

@@ -1,5 +1,6 @@
 """Quantize the units of one decoder layer, keep the better result of each, and let the layer run with them."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from moqa.format.planes import tile_rows
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix, find_kernels
 from moqa.methods import METHODS, Job, Method, Result
-from moqa.methods.inputs import Inputs
+from moqa.methods.inputs import Inputs, input_space
 from moqa.methods.stacks import Stack, alone, stacks
 from moqa.models.experts import weights_from
 from moqa.models.units import Unit
@@ -35,7 +36,7 @@ class Quantized:
 
 
 def quantize_units(
-    view: ModelView, units: Sequence[Unit], schemes: Mapping[str, Scheme], method: Method, inputs: Mapping[str, Inputs]
+    view: ModelView, units: Sequence[Unit], schemes: Mapping[str, Scheme], method: Method, inputs: dict[str, Inputs]
 ) -> Iterator[tuple[Unit, Quantized]]:
     """Quantize the units of a layer, in stacks of equal shape where they need data.
 
@@ -44,14 +45,21 @@ def quantize_units(
         units: of one layer.
         schemes: unit name -> scheme.
         method: how.
-        inputs: input space -> what was seen there; empty for methods that need no data.
+        inputs: input space -> what was seen there, which is taken out when it is used; empty for methods that need no
+            data.
     """
     for unit in units:
         if schemes[unit.name].keeps:
             yield unit, Quantized({"weight": view.weight(unit).to(torch.bfloat16).contiguous()}, "none", None)
     narrow = [unit for unit in units if not schemes[unit.name].keeps]
+    left = Counter(map(input_space, narrow))
     for stack in stacks(view, narrow, schemes, inputs) if method.needs_data else alone(view, narrow, schemes):
         yield from solve(stack, schemes, method)
+        for sharing in stack.entries:
+            space = input_space(sharing[0])
+            left[space] -= len(sharing)
+            if not left[space]:
+                inputs.pop(space, None)
 
 
 def solve(stack: Stack, schemes: Mapping[str, Scheme], method: Method) -> Iterator[tuple[Unit, Quantized]]:

@@ -111,7 +111,7 @@ def quantize_piece(site: Site, piece: Piece) -> dict[str, Quantized]:
     ['model.layers.0.self_attn.q_proj']
     """
     units = [unit for unit in site.view.layer_units(piece.layer) if unit.name in piece.schemes]
-    seen = piece.linear
+    seen = dict(piece.linear)
     if piece.parts:
         seen = LayerInputs.recorded(site.view, piece.layer, piece.parts, site.work).experts(piece.experts)
     return {unit.name: done for unit, done in quantize_units(site.view, units, piece.schemes, piece.method, seen)}
