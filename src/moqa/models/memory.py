@@ -12,7 +12,7 @@ from moqa.models.free import free_on_machine
 from moqa.models.stored import Stored
 
 # numbers of the C library's options, the bytes from which a block is large, and what it may keep of smaller ones
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGE, _KEPT = -1, -3, 2**20, 32 * 2**20
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGE, _KEPT = -1, -3, 4 * 2**20, 32 * 2**20
 _FACTORS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
     "TIB": 2**40,
