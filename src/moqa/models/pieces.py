@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -268,20 +269,23 @@ class _Memory:
 
     def __init__(self) -> None:
         self._blocks: list[np.ndarray] = []
+        self._lock = Lock()  # a layer may be read while another one is read ahead
 
     def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A tensor with any values."""
         size = shape.numel() * dtype.itemsize
-        block = next((block for block in self._blocks if block.size == size and _is_free(block)), None)
-        if block is None:
-            # the system hands it out in large pages, if it does: numpy asks for them, torch does not
-            block = np.empty(size, np.uint8)
-            self._blocks.append(block)
-        return torch.from_numpy(block).view(dtype).view(shape)
+        with self._lock:
+            block = next((block for block in self._blocks if block.size == size and _is_free(block)), None)
+            if block is None:
+                # the system hands it out in large pages, if it does: numpy asks for them, torch does not
+                block = np.empty(size, np.uint8)
+                self._blocks.append(block)
+            return torch.from_numpy(block).view(dtype).view(shape)
 
     def free(self) -> None:
         """Give back what nobody holds."""
-        self._blocks = [block for block in self._blocks if not _is_free(block)]
+        with self._lock:
+            self._blocks = [block for block in self._blocks if not _is_free(block)]
 
 
 def _is_free(block: np.ndarray) -> bool:
