@@ -75,7 +75,7 @@ class Check:
     """
 
     def __init__(self, features: int) -> None:
-        self._features, self._count = features, 0
+        self._count = 0
         # memory that is used when it is written: many small pieces that stay would lie between others that do not
         self._rows = torch.empty(features, features)
         self._sum: Tensor | None = None
