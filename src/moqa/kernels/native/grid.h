@@ -6,24 +6,35 @@
 namespace moqa {
 namespace {
 
-MOQA_INLINE uint16_t to_half(float x) {
-    const uint32_t bits = uint32_t(bits_of(x)), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-    if (size >= 0x47800000) return uint16_t(sign | 0x7c00);  // too large: infinite
-    if (size < 0x38800000) {                                 // what is below the normal range: adding 0.5 aligns it
-        const float aligned = float_of(int32_t(size)) + 0.5f;
-        return uint16_t(sign | uint32_t(bits_of(aligned) - bits_of(0.5f)));
-    }
-    return uint16_t(sign | ((size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13));
+// float16 of numbers that are not negative, and back.
+MOQA_INLINE Bits to_half(Lanes x) {
+    const Bits bits = (Bits)x;
+    const Bits small = (Bits)(x + 0.5f) - 0x3f000000;  // below the normal range: adding 0.5 aligns them
+    const Bits normal = (bits - (112 << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+    return bits >= 0x47800000 ? Bits{} + 0x7c00 : bits < 0x38800000 ? small : normal;
 }
 
-MOQA_INLINE float from_half(uint32_t bits) {
-    const uint32_t size = bits & 0x7fff;
-    float x;
-    if (size >= 0x7c00) x = INFINITY;
-    else if (size < 0x400) x = float(size) * 5.9604645e-8f;
-    else x = float_of(int32_t((size << 13) + (112u << 23)));
-    return bits & 0x8000 ? -x : x;
+MOQA_INLINE Lanes from_half(Bits half) {
+    const Lanes small = __builtin_convertvector(half, Lanes) * 5.9604645e-8f, normal = (Lanes)((half << 13) + (112 << 23));
+    return half >= 0x7c00 ? all(INFINITY) : half < 0x400 ? small : normal;
 }
+
+// What is shrunk of a group's range in search of its grid.
+constexpr float SHRINKS[] = {1.0f, 0.95f, 0.9f, 0.82f, 0.72f, 0.6f};
+constexpr int CANDIDATES = sizeof(SHRINKS) / sizeof(float);
+
+// What depends on the widths of some rows alone: divisions that no group repeats.
+struct LaneWidths {
+    Lanes top;                 // the largest integer
+    Integers integers;
+    Lanes zeros, offsets;      // steps of a zero-point in one of integers, and the other way round
+    Lanes steps[CANDIDATES];   // share of the range that a step is
+
+    MOQA_INLINE explicit LaneWidths(Lanes top)
+        : top(top), integers(top), zeros(255.0f / top), offsets(top / 255.0f) {
+        for (int i = 0; i < CANDIDATES; ++i) steps[i] = SHRINKS[i] / top;
+    }
+};
 
 // A grid for the same group of some rows.
 struct LaneGrid {
@@ -39,12 +50,11 @@ struct LaneGrid {
     }
 };
 
-// What a grid makes of a group: its error, and sums over steps = integer - offset for the best scale and offset.
+// Sums over steps = integer - offset of a grid's integers, for the best scale and offset.
 struct LaneSums {
-    Lanes error, steps, squares, products;
+    Lanes steps, squares, products;
 
     MOQA_INLINE void take(const LaneSums& other, Bits where) {
-        error = where ? other.error : error;
         steps = where ? other.steps : steps;
         squares = where ? other.squares : squares;
         products = where ? other.products : products;
@@ -57,7 +67,7 @@ struct LaneGroup {
     const Lanes* x;       // [size]
     const float* weight;  // [size] of each squared error
     int size;
-    Lanes top;
+    const LaneWidths& widths;
     bool symmetric, half;
     Lanes sum_x{}, energy{};
     float sum = 0;
@@ -80,10 +90,8 @@ struct LaneGroup {
     MOQA_INLINE LaneGrid grid(Lanes scale, Lanes low) const {
         LaneGrid g;
         if (half) {
-            for (int l = 0; l < WIDE; ++l) {
-                g.stored[l] = to_half(scale[l]);
-                g.scale[l] = from_half(uint32_t(g.stored[l]));
-            }
+            g.stored = to_half(scale);
+            g.scale = from_half(g.stored);
         } else {
             const Bits bits = (Bits)scale;
             g.stored = (bits + 0x7fff + (bits >> 16 & 1)) >> 16 & 0xffff;
@@ -93,16 +101,16 @@ struct LaneGroup {
         g.inverse = usable ? 1.0f / g.scale : Lanes{};
         if (symmetric) {
             g.zero = Lanes{};
-            g.offset = (top + 1.0f) * 0.5f;
+            g.offset = (widths.top + 1.0f) * 0.5f;
         } else {
-            g.zero = nearest(least(most(Lanes{}, -low * g.inverse * (255.0f / top)), all(255.0f)));
-            g.offset = g.zero * (top / 255.0f);
+            g.zero = nearest(least(most(-low * g.inverse * widths.zeros, Lanes{}), all(255.0f)));
+            g.offset = g.zero * widths.offsets;
         }
         return g;
     }
 
     MOQA_INLINE Lanes place(const LaneGrid& g, int i) const { return x[i] * g.inverse + g.offset; }
-    MOQA_INLINE Lanes integer(Lanes place) const { return nearest(least(most(Lanes{}, place), top)); }
+    MOQA_INLINE Lanes integer(Lanes place) const { return widths.integers.nearest(place); }
 
     // Squared error of a grid, from the squares of what is between integers and places in units of its scale.
     MOQA_INLINE Lanes error(const LaneGrid& g, Lanes squares) const {
@@ -121,16 +129,17 @@ struct LaneGroup {
         for (int c = 0; c < count; ++c) found[c] = error(grids[c], squares[c]);
     }
 
-    MOQA_INLINE LaneSums sums(const LaneGrid& g) const {
+    MOQA_INLINE LaneSums sums(const LaneGrid& g, Lanes& found) const {
         LaneSums s{};
+        Lanes squares{};
         for (int i = 0; i < size; ++i) {
             const Lanes at = place(g, i), q = integer(at), off = q - at, step = q - g.offset, weighed = scaled(step, i);
-            s.error += scaled(off, i) * off;
+            squares += scaled(off, i) * off;
             s.steps += weighed;
             s.squares += weighed * step;
             s.products += weighed * x[i];
         }
-        s.error = error(g, s.error);
+        found = error(g, squares);
         return s;
     }
 
@@ -147,8 +156,7 @@ struct LaneGroup {
 // Searches shrunken ranges, then refits; see moqa/kernels/fitting.py, which says the same in torch.
 template <bool weighted>
 MOQA_INLINE LaneGrid search(const LaneGroup<weighted>& group, Lanes& error) {
-    constexpr float shrinks[] = {1.0f, 0.95f, 0.9f, 0.82f, 0.72f, 0.6f};
-    constexpr int count = sizeof(shrinks) / sizeof(float), together = 3, refits = 3;
+    constexpr int together = 3, refits = 3;
     Lanes low{}, high{};
     for (int i = 0; i < group.size; ++i) {
         low = least(low, group.x[i]);
@@ -156,27 +164,30 @@ MOQA_INLINE LaneGrid search(const LaneGroup<weighted>& group, Lanes& error) {
     }
     if (group.symmetric) {
         high = most(-low, high);
-        low = -high * (group.top + 1.0f) / most(group.top - 1.0f, all(1.0f));
+        low = -high * (group.widths.top + 1.0f) / most(group.widths.top - 1.0f, all(1.0f));
     }
-    LaneGrid grids[count], best;
-    Lanes errors[count];
-    for (int i = 0; i < count; ++i) grids[i] = group.grid((high - low) * (shrinks[i] / group.top), low * shrinks[i]);
-    for (int i = 0; i < count; i += together) group.template errors<together>(grids + i, errors + i);
+    LaneGrid grids[CANDIDATES], best;
+    Lanes errors[CANDIDATES];
+    for (int i = 0; i < CANDIDATES; ++i) grids[i] = group.grid((high - low) * group.widths.steps[i], low * SHRINKS[i]);
+    for (int i = 0; i < CANDIDATES; i += together) group.template errors<together>(grids + i, errors + i);
     best = grids[0];
     error = errors[0];
-    for (int i = 1; i < count; ++i) {
+    for (int i = 1; i < CANDIDATES; ++i) {
         const Bits better = errors[i] < error;
         best.take(grids[i], better);
         error = better ? errors[i] : error;
     }
-    LaneSums sums = group.sums(best);
-    for (int i = 0; i < refits; ++i) {
+    Lanes found;
+    LaneSums sums = group.sums(best, found);
+    for (int i = 1; i <= refits; ++i) {
         const LaneGrid other = group.refit(best, sums);
-        const LaneSums found = group.sums(other);
-        const Bits better = found.error < error;
+        LaneSums others = sums;
+        if (i < refits) others = group.sums(other, found);
+        else group.template errors<1>(&other, &found);
+        const Bits better = found < error;
         best.take(other, better);
-        sums.take(found, better);
-        error = better ? found.error : error;
+        sums.take(others, better);
+        error = better ? found : error;
         int any = 0;
         for (int l = 0; l < WIDE; ++l) any |= better[l];
         if (!any) break;  // a refit that improves no row would be found again
@@ -189,33 +200,36 @@ MOQA_INLINE void transpose(const Fitting& f, size_t row, int rows, int begin, in
     const size_t itemsize = f.bfloat16 ? 2 : 4;
     const auto* from = static_cast<const uint8_t*>(f.weights) + (row * f.in + begin) * itemsize;
     const size_t stride = f.in * itemsize;
-    if (!f.bfloat16) {
-        for (int i = 0; i < size; ++i) x[i] = (Lanes)gather(from + 4 * i, stride, rows);
-        return;
-    }
-    for (int i = 0; i + 1 < size; i += 2) {
-        const Bits two = gather(from + 2 * i, stride, rows);
-        x[i] = (Lanes)(two << 16);
-        x[i + 1] = (Lanes)(two & int32_t(0xffff0000));
-    }
+    if (!f.bfloat16) return gather(from, stride, rows, size, x);
+    // pairs of columns come to lie in the second half, and are taken apart from the first one on
+    const int pairs = size / 2;
+    Lanes* two = x + pairs;
     if (size % 2) {
-        x[size - 1] = Lanes{};
+        Lanes last{};
         for (int l = 0; l < rows; ++l) {
-            uint16_t last;
-            std::memcpy(&last, from + 2 * (size - 1) + l * stride, 2);
-            x[size - 1][l] = from_bfloat16(last);
+            uint16_t value;
+            std::memcpy(&value, from + 2 * (size - 1) + l * stride, 2);
+            last[l] = from_bfloat16(value);
         }
+        x[size - 1] = last;
+    }
+    gather(from, stride, rows, pairs, two);
+    for (int i = 0; i < pairs; ++i) {
+        const Bits pair = (Bits)two[i];
+        x[2 * i] = (Lanes)(pair << 16);
+        x[2 * i + 1] = (Lanes)(pair & int32_t(0xffff0000));
     }
 }
 
-// Integers of columns begin .. begin + size of some rows, from vectors of one column each.
-MOQA_INLINE void put_integers(const Lanes* q, const Fitting& f, size_t row, int rows, int begin, int size) {
+// Integers of columns begin .. begin + size of some rows, from vectors of one column each, which are lost.
+MOQA_INLINE void put_integers(Lanes* q, const Fitting& f, size_t row, int rows, int begin, int size) {
     uint8_t* to = f.integers + row * f.in + begin;
     const auto whole = [&](int i) { return __builtin_convertvector(q[i], Bits); };
-    for (int i = 0; i + 3 < size; i += 4)
-        scatter(whole(i) | whole(i + 1) << 8 | whole(i + 2) << 16 | whole(i + 3) << 24, to + i, f.in, rows);
     for (int i = size / 4 * 4; i < size; ++i)
         for (int l = 0; l < rows; ++l) to[l * f.in + i] = uint8_t(q[i][l]);
+    for (int i = 0; i < size / 4; ++i)
+        q[i] = (Lanes)(whole(4 * i) | whole(4 * i + 1) << 8 | whole(4 * i + 2) << 16 | whole(4 * i + 3) << 24);
+    scatter(q, size / 4, to, f.in, rows);
 }
 
 template <bool weighted>
@@ -223,6 +237,7 @@ MOQA_INLINE void fit_rows(const Fitting& f, size_t row, int rows, const float* i
     const int groups = f.groups();
     Lanes top = all(1.0f);
     for (int l = 0; l < rows; ++l) top[l] = float((1 << f.width[row + l]) - 1);
+    const LaneWidths widths(top);
     for (int g = 0; g < groups; ++g) {
         const int begin = g * f.group, size = std::min(f.group, f.in - begin);
         transpose(f, row, rows, begin, size, x);
@@ -233,7 +248,7 @@ MOQA_INLINE void fit_rows(const Fitting& f, size_t row, int rows, const float* i
             const float floor = std::max(sum / float(f.group), 1e-12f) * 1e-2f;
             for (int i = 0; i < size; ++i) weight[i] = floor + importance[begin + i];
         }
-        LaneGroup<weighted> group{x, weight, size, top, f.symmetric, f.half};
+        LaneGroup<weighted> group{x, weight, size, widths, f.symmetric, f.half};
         group.prepare();
         Lanes error;
         const LaneGrid best = search(group, error);

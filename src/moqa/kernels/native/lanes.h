@@ -2,6 +2,8 @@
 // does not depend on the rows beside it.
 #pragma once
 
+#include <utility>
+
 #include "floats.h"
 #include "scratch.h"
 #include "solve.h"
@@ -24,23 +26,81 @@ MOQA_INLINE Lanes all(float x) { return x - Lanes{}; }
 MOQA_INLINE Lanes least(Lanes a, Lanes b) { return a < b ? a : b; }
 MOQA_INLINE Lanes most(Lanes a, Lanes b) { return a > b ? a : b; }
 // Adding 1.5 * 2^23 rounds what is smaller than 2^22, to even where two are as near.
-MOQA_INLINE Lanes nearest(Lanes x) { return (x + 12582912.0f) - 12582912.0f; }
+constexpr float ROUNDER = 12582912.0f;
+MOQA_INLINE Lanes nearest(Lanes x) { return (x + ROUNDER) - ROUNDER; }
 
-// Four bytes of every row, read from and written to places that are `stride` bytes apart.
-MOQA_INLINE Bits gather(const uint8_t* from, size_t stride, int rows) {
-    Bits found{};
-    for (int l = 0; l < rows; ++l) {
-        int32_t four;
-        std::memcpy(&four, from + l * stride, 4);
-        found[l] = four;
-    }
-    return found;
+// The integers 0 .. top, as they are before ROUNDER is taken away again.
+struct Integers {
+    Lanes lowest, highest;
+
+    // gcc makes one instruction of a bound that it does not know, and two of one that it does
+    MOQA_INLINE explicit Integers(Lanes top) : lowest(top * 0.0f + ROUNDER), highest(top + ROUNDER) {}
+
+    MOQA_INLINE Lanes nearest(Lanes x) const { return least(most(x + ROUNDER, lowest), highest) - ROUNDER; }
+};
+
+// The lower halves of two vectors with their lanes in turns, or the upper halves.
+template <bool upper, size_t... lane>
+MOQA_INLINE Bits in_turns(Bits a, Bits b, std::index_sequence<lane...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (lane / 2 + lane % 2 * WIDE + upper * (WIDE / 2))...);
+#else
+    return __builtin_shuffle(a, b, Bits{int32_t(lane / 2 + lane % 2 * WIDE + upper * (WIDE / 2))...});
+#endif
 }
 
-MOQA_INLINE void scatter(Bits bytes, uint8_t* to, size_t stride, int rows) {
-    int32_t fours[WIDE];
-    std::memcpy(fours, &bytes, sizeof(fours));
-    for (int l = 0; l < rows; ++l) std::memcpy(to + l * stride, fours + l, 4);
+// A square of WIDE vectors, transposed: every pass moves the highest bit of a vector's number to the end of the lane's,
+// and that of the lane's to the end of the vector's.
+struct Square {
+    Bits of[WIDE];
+
+    MOQA_INLINE void transpose() {
+        constexpr std::make_index_sequence<WIDE> lanes{};
+        for (int pass = 1; pass < WIDE; pass *= 2) {
+            const Square old = *this;
+#pragma GCC unroll 16
+            for (int i = 0; i < WIDE / 2; ++i) {
+                of[2 * i] = in_turns<false>(old.of[i], old.of[i + WIDE / 2], lanes);
+                of[2 * i + 1] = in_turns<true>(old.of[i], old.of[i + WIDE / 2], lanes);
+            }
+        }
+    }
+};
+
+// `count` times four bytes of every row, from rows that are `stride` bytes apart to a vector for each four.
+MOQA_INLINE void gather(const uint8_t* from, size_t stride, int rows, int count, Lanes* to) {
+    int i = 0;
+    for (; i + WIDE <= count && rows == WIDE; i += WIDE) {
+        Square square;
+        for (int l = 0; l < WIDE; ++l) std::memcpy(square.of + l, from + 4 * i + l * stride, sizeof(Bits));
+        square.transpose();
+        for (int l = 0; l < WIDE; ++l) to[i + l] = (Lanes)square.of[l];
+    }
+    for (; i < count; ++i) {
+        Bits four{};
+        for (int l = 0; l < rows; ++l) {
+            int32_t one;
+            std::memcpy(&one, from + 4 * i + l * stride, 4);
+            four[l] = one;
+        }
+        to[i] = (Lanes)four;
+    }
+}
+
+// The other way round.
+MOQA_INLINE void scatter(const Lanes* from, int count, uint8_t* to, size_t stride, int rows) {
+    int i = 0;
+    for (; i + WIDE <= count && rows == WIDE; i += WIDE) {
+        Square square;
+        for (int l = 0; l < WIDE; ++l) square.of[l] = (Bits)from[i + l];
+        square.transpose();
+        for (int l = 0; l < WIDE; ++l) std::memcpy(to + 4 * i + l * stride, square.of + l, sizeof(Bits));
+    }
+    for (; i < count; ++i)
+        for (int l = 0; l < rows; ++l) {
+            const int32_t four = ((Bits)from[i])[l];
+            std::memcpy(to + 4 * i + l * stride, &four, 4);
+        }
 }
 
 }  // namespace
