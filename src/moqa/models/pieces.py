@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # number of the piece that holds the embedding and the head; decoder layers have theirs
 ENDS = -1
+# the disk is read by one while another looks at what it has read
+_READERS = 4
 
 
 class Pieces:
@@ -93,7 +95,8 @@ class Pieces:
         self._without: int | None = None
         self._last = ENDS
         self._memory = _Memory()
-        self._reader = ThreadPoolExecutor(1, "moqa-reader")
+        self._fetcher = ThreadPoolExecutor(1, "moqa-fetcher")
+        self._readers = ThreadPoolExecutor(_READERS, "moqa-reader")
         self._fetching: tuple[int, Future[_Fetched]] | None = None
         _check(model, stored.folder, self._mapping, headers)
         self._read(None)
@@ -110,7 +113,7 @@ class Pieces:
             if self._keep or self._names.get(following := piece + step) is None or following < 0:
                 return
             if self.ahead:
-                self._fetching = following, self._reader.submit(self._fetch, following, following + step)
+                self._fetching = following, self._fetcher.submit(self._fetch, following)
             else:
                 self._stored.ahead(self._names[following])
         except (OSError, SafetensorError) as error:
@@ -171,7 +174,7 @@ class Pieces:
             self._fetching = None
             result = self._put(fetched)
         else:
-            with self._stored.opened() as on_disk:
+            with self._stored.opened(once=self.ahead) as on_disk:
                 result = self._put(self._found(piece, on_disk))
         if result.conversion_errors:
             name, error = next(iter(result.conversion_errors.items()))
@@ -181,11 +184,9 @@ class Pieces:
         self._model.requires_grad_(False)
         return [name for name, p in self._model.named_parameters(remove_duplicate=False) if id(p) != before[name]]
 
-    def _fetch(self, piece: int, following: int) -> "_Fetched":
-        """Read a piece's tensors, for a later `_put`, and ask the system for those of the one after it."""
-        if following >= 0:
-            self._stored.ahead(self._names.get(following, ()))
-        with self._stored.opened() as on_disk:
+    def _fetch(self, piece: int) -> "_Fetched":
+        """Read a piece's tensors, for a later `_put`."""
+        with self._stored.opened(once=True) as on_disk:
             found = self._found(piece, on_disk)
             self._memory.free()
             return _Fetched(found.stacks, {name: tensor[...] for name, tensor in found.rest.items()})
@@ -193,7 +194,7 @@ class Pieces:
     def _found(self, piece: int | None, on_disk: Callable[[str], OnDisk]) -> "_Fetched":
         stacks = self._stacks.get(piece, [])
         stacked = {name for found in stacks for name in found.names}
-        read = {found.target: found.read(self._model, on_disk, self._memory) for found in stacks}
+        read = {found.target: found.read(self._model, on_disk, self._memory, self._readers) for found in stacks}
         return _Fetched(read, {name: on_disk(name) for name in self._names[piece] if name not in stacked})
 
     def _put(self, fetched: "_Fetched") -> Any:
@@ -253,13 +254,19 @@ class _Stack:
         found = converter.convert(self.target, model=model, config=model.config)[self.target]
         return torch.equal(found[0] if isinstance(found, list) else found, torch.cat(matrices)[None])
 
-    def read(self, model: "PreTrainedModel", on_disk: Callable[[str], OnDisk], memory: "_Memory") -> Tensor:
+    def read(
+        self, model: "PreTrainedModel", on_disk: Callable[[str], OnDisk], memory: "_Memory", readers: Executor
+    ) -> Tensor:
         """All experts."""
         empty = model.get_parameter(self.target)
         whole = memory.take(empty.shape, empty.dtype)
+        places: list[OnDisk] = []
+        parts: list[Tensor] = []
         for expert, names in zip(whole, zip(*self._sources.values(), strict=True), strict=True):
-            for name, part in zip(names, expert.chunk(len(names)), strict=True):
-                on_disk(name).read_into(part)
+            places += map(on_disk, names)
+            parts += expert.chunk(len(names))
+        for _ in readers.map(OnDisk.read_into, places, parts):
+            pass
         return whole
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from moqa.errors import MoqaError
 from moqa.models import checkpoint
 from moqa.models.stored.blocks import Blocks, Part
+from moqa.models.stored.file import File
 from moqa.models.stored.fp8 import find_fp8
 from moqa.models.stored.mxfp4 import find_mxfp4
 
@@ -92,24 +93,24 @@ class Stored:
                     os.posix_fadvise(file.fileno(), data + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     @contextmanager
-    def opened(self) -> Iterator[Callable[[str], "OnDisk"]]:
+    def opened(self, once: bool = False) -> Iterator[Callable[[str], "OnDisk"]]:
         """A block in which tensors can be read by name.
 
         >>> with Stored(Path("reference/model")).opened() as on_disk:
         ...     on_disk("model.norm.weight")[...].dtype
         torch.bfloat16
+
+        Args:
+            once: leave the system's memory as it is, see `File`; what was asked for with `ahead` is there already.
         """
         with ExitStack() as stack:
-            files: dict[Path, tuple[int, int]] = {}
+            files: dict[Path, File] = {}
 
             def part(name: str) -> OnDisk:
                 path = self._files[name]
                 if path not in files:
-                    file = stack.enter_context(path.open("rb", buffering=0))
-                    files[path] = file.fileno(), 8 + int.from_bytes(file.read(8), "little")
-                entry, (descriptor, data) = self._raw[name], files[path]
-                place = _Place(path, descriptor, data + entry["data_offsets"][0], entry)
-                return OnDisk(f"{self.folder}: tensor {name}", place)
+                    files[path] = stack.enter_context(File(path, once))
+                return OnDisk(f"{self.folder}: tensor {name}", _Place(files[path], self._raw[name]))
 
             def on_disk(name: str) -> OnDisk:
                 if name not in self._blocks:
@@ -148,8 +149,8 @@ class _Readable(Protocol):
 class _Place:
     """A plain tensor in an open file; mapped pages would count as memory of this process."""
 
-    def __init__(self, path: Path, descriptor: int, begin: int, entry: Mapping[str, Any]) -> None:
-        self._path, self._descriptor, self._begin = path, descriptor, begin
+    def __init__(self, file: File, entry: Mapping[str, Any]) -> None:
+        self._file, self._begin = file, entry["data_offsets"][0]
         self._shape, self._dtype = entry["shape"], checkpoint.DTYPES[entry["dtype"]]
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -167,13 +168,7 @@ class _Place:
             out.copy_(self[...])
 
     def _fill(self, out: Tensor, first: int) -> None:
-        place = self._begin + first * self._dtype.itemsize
-        left = out.view(-1).view(torch.uint8).numpy().data
-        while left:
-            count = os.preadv(self._descriptor, [left], place)
-            if not count:
-                raise OSError(f"{self._path} ends at {place}")
-            left, place = left[count:], place + count
+        self._file.fill(out.view(-1).view(torch.uint8).numpy(), self._begin + first * self._dtype.itemsize)
 
 
 class _Joined:
