@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moqa.methods import routed as module
-from moqa.methods.routed import routed
+from moqa.methods.routed import in_blocks, routed
 
 
 def call_of(tokens, experts, seed):
@@ -35,8 +35,7 @@ def test_every_token_of_an_expert_counts_once(sizes, experts, seed):
         assert torch.allclose(sum((x.T @ x for x in scaled), torch.zeros(5, 5).double()), wanted, rtol=0, atol=bound)
         assert sum(tokens for *_, tokens in found) == sum(int((call["index"] == expert).sum()) for _, call in calls)
         for x, gate, tokens in found:
-            assert 0 < tokens <= len(x) == len(gate) < tokens + max(16, tokens / 4)
-            assert tokens <= max(64, *sizes)
+            assert 0 < tokens <= len(x) == len(gate) < tokens + 64
             assert not x[tokens:].any()
             assert not gate[tokens:].any()
 
@@ -52,4 +51,11 @@ def test_shapes_are_few():
         for x, *_ in routed(0, [(1.0, {"x": torch.ones(tokens, 1), "index": torch.zeros(tokens, 1, dtype=torch.int64),
                                        "gate": torch.ones(tokens, 1)})])
     }  # fmt: skip
-    assert len(counts) < 40
+    assert counts == {64, 128, 256, 512, 1024, 2048}
+
+
+@given(st.integers(0, 10**4))
+def test_blocks_cover_all_rows(rows):
+    blocks = list(in_blocks(rows))
+    assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(rows))
+    assert all(block.stop - block.start in (64, 128, 256, 512, 1024, 2048) for block in blocks[:-1])

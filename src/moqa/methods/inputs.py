@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moqa.format.unfinished import Unfinished
-from moqa.methods.routed import routed
+from moqa.methods.routed import in_blocks, routed
 from moqa.models.experts import Experts, ParameterWeights, weights_from, with_bias
 from moqa.models.memory import give_back
 from moqa.models.narrow import fast_sums, in_stored_precision
@@ -106,8 +106,11 @@ class Check:
     def errors(self, difference: Tensor) -> Tensor:
         """[out] squared norms of what a difference [out, in] in the weights makes in each output for these inputs."""
         if self._sum is None:
+            found = torch.zeros(len(difference))
             with fast_sums():
-                return (self._rows[: self._count] @ difference.T).square_().sum(0)
+                for block in in_blocks(self._count):
+                    found += (self._rows[block] @ difference.T).square_().sum(0)
+            return found
         # errors lie where inputs hardly vary: rounding these squares to bfloat16 would not be small beside them
         return (difference @ self.gram).mul_(difference).sum(1)
 

@@ -7,17 +7,19 @@ from torch import Tensor
 
 # inputs that are gathered at a time, unless one call has more: an expert may have got all tokens
 ROWS = 2**11
+# rows of the smallest product
+_LEAST = 2**6
 
 # a call, how much squares count there, its rows that an expert got, and which of their choices it was
 _Place = tuple[Mapping[str, Tensor], float, Tensor, Tensor]
 
 
 def routed(expert: int, calls: Sequence[tuple[float, Mapping[str, Tensor]]]) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """An expert's inputs, some thousands at a time.
+    """An expert's inputs, some hundreds at a time.
 
     >>> call = {"x": torch.randn(6, 8), "index": torch.zeros(6, 1, dtype=torch.int64), "gate": torch.ones(6, 1)}
     >>> [(x.shape, gate.shape, tokens) for x, gate, tokens in routed(0, [(1.0, call)])]
-    [(torch.Size([16, 8]), torch.Size([16, 1]), 6)]
+    [(torch.Size([64, 8]), torch.Size([64, 1]), 6)]
 
     Args:
         expert: its number.
@@ -32,20 +34,32 @@ def routed(expert: int, calls: Sequence[tuple[float, Mapping[str, Tensor]]]) -> 
     for share, call in calls:
         rows, choice = (call["index"] == expert).nonzero(as_tuple=True)
         if waiting and count + len(rows) > ROWS:
-            yield _gathered(waiting, count)
+            yield from _gathered(waiting, count)
             waiting, count = [], 0
         if len(rows):
             waiting.append((call, share, rows, choice))
             count += len(rows)
     if count:
-        yield _gathered(waiting, count)
+        yield from _gathered(waiting, count)
 
 
-def _gathered(places: Sequence[_Place], tokens: int) -> tuple[Tensor, Tensor, int]:
-    # four numbers of rows from one power of two to the next: a product of another shape is compiled anew, which takes
-    # as long as computing it, or several times as long if it is small
-    step = max(16, 1 << max(0, tokens.bit_length() - 3))
-    filled = -(-tokens // step) * step
+def in_blocks(rows: int) -> Iterator[slice]:
+    """So many rows in blocks that are powers of two, for products of few shapes: one of another shape is compiled
+    anew, which takes as long as computing it, or several times as long if it is small, and code stays in memory.
+
+    >>> list(in_blocks(2 * ROWS + 384))
+    [slice(0, 2048, None), slice(2048, 4096, None), slice(4096, 4352, None), slice(4352, 4480, None)]
+    """
+    begin = 0
+    while begin < rows:
+        left = rows - begin
+        size = left if left < _LEAST else min(1 << left.bit_length() - 1, ROWS)
+        yield slice(begin, begin + size)
+        begin += size
+
+
+def _gathered(places: Sequence[_Place], tokens: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    filled = -(-tokens // _LEAST) * _LEAST
     x = torch.empty(filled, places[0][0]["x"].shape[-1])
     gate = torch.zeros(filled, 1)
     begin = 0
@@ -55,4 +69,5 @@ def _gathered(places: Sequence[_Place], tokens: int) -> tuple[Tensor, Tensor, in
         gate[begin:end, 0] = call["gate"][rows, choice] * share**0.5
         begin = end
     x[begin:] = 0
-    return x, gate, tokens
+    for block in in_blocks(filled):
+        yield x[block], gate[block], min(block.stop, tokens) - block.start
