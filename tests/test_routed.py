@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moqa.methods import routed as module
-from moqa.methods.routed import in_blocks, routed
+from moqa.methods.routed import routed
+from moqa.models.narrow import in_blocks, product
 
 
 def call_of(tokens, experts, seed):
@@ -59,3 +60,17 @@ def test_blocks_cover_all_rows(rows):
     blocks = list(in_blocks(rows))
     assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(rows))
     assert all(block.stop - block.start in (64, 128, 256, 512, 1024, 2048) for block in blocks[:-1])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 300))
+def test_a_product_does_not_depend_on_its_blocks(rows):
+    generator = torch.Generator().manual_seed(rows)
+    x, matrix = torch.randn(2, rows, 40, generator=generator), torch.randn(40, 24, generator=generator)
+    found = product(x.requires_grad_(), matrix, torch.bfloat16)
+    wanted = (x.detach().bfloat16().double() @ matrix.bfloat16().double()).float()
+    assert found.shape == (2, rows, 24)
+    assert torch.allclose(found, wanted, rtol=2**-8, atol=1e-2)
+    (found * wanted).sum().backward()
+    gradient = (wanted.bfloat16().double() @ matrix.bfloat16().double().T).float()
+    assert torch.allclose(x.grad, gradient, rtol=2**-7, atol=5e-2)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from moqa.format.unfinished import Unfinished
-from moqa.methods.routed import in_blocks, routed
+from moqa.methods.routed import routed
 from moqa.models.experts import Experts, ParameterWeights, weights_from, with_bias
 from moqa.models.memory import give_back
-from moqa.models.narrow import fast_sums, in_stored_precision
+from moqa.models.narrow import fast_sums, in_blocks, in_stored_precision
 from moqa.models.stages import BATCH_TOKENS, Stages
 from moqa.models.units import Unit
 from moqa.models.view import ModelView

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from moqa.models.narrow import filled_up, in_blocks
+
 # inputs that are gathered at a time, unless one call has more: an expert may have got all tokens
 ROWS = 2**11
-# rows of the smallest product
-_LEAST = 2**6
 
 # a call, how much squares count there, its rows that an expert got, and which of their choices it was
 _Place = tuple[Mapping[str, Tensor], float, Tensor, Tensor]
@@ -43,23 +43,8 @@ def routed(expert: int, calls: Sequence[tuple[float, Mapping[str, Tensor]]]) -> 
         yield from _gathered(waiting, count)
 
 
-def in_blocks(rows: int) -> Iterator[slice]:
-    """So many rows in blocks that are powers of two, for products of few shapes: one of another shape is compiled
-    anew, which takes as long as computing it, or several times as long if it is small, and code stays in memory.
-
-    >>> list(in_blocks(2 * ROWS + 384))
-    [slice(0, 2048, None), slice(2048, 4096, None), slice(4096, 4352, None), slice(4352, 4480, None)]
-    """
-    begin = 0
-    while begin < rows:
-        left = rows - begin
-        size = left if left < _LEAST else min(1 << left.bit_length() - 1, ROWS)
-        yield slice(begin, begin + size)
-        begin += size
-
-
 def _gathered(places: Sequence[_Place], tokens: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    filled = -(-tokens // _LEAST) * _LEAST
+    filled = filled_up(tokens)
     x = torch.empty(filled, places[0][0]["x"].shape[-1])
     gate = torch.zeros(filled, 1)
     begin = 0

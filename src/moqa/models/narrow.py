@@ -12,6 +12,36 @@ if TYPE_CHECKING:
     from moqa.models.view import ModelView
 
 
+# rows of the smallest product and of the largest
+_LEAST, _MOST = 2**6, 2**11
+
+
+def filled_up(rows: int) -> int:
+    """So many rows and those that are missing to whole blocks.
+
+    >>> filled_up(100)
+    128
+    """
+    return -(-rows // _LEAST) * _LEAST
+
+
+def in_blocks(rows: int) -> Iterator[slice]:
+    """Rows in blocks of few sizes, powers of two if they are filled up.
+
+    >>> list(in_blocks(2 * 2048 + 384))
+    [slice(0, 2048, None), slice(2048, 4096, None), slice(4096, 4352, None), slice(4352, 4480, None)]
+
+    A product of another shape is compiled anew, which takes as long as computing it, or several times as long if it is
+    small, and its code stays in memory.
+    """
+    begin = 0
+    while begin < rows:
+        left = rows - begin
+        size = left if left < _LEAST else min(1 << left.bit_length() - 1, _MOST)
+        yield slice(begin, begin + size)
+        begin += size
+
+
 def product(x: Tensor, matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """[..., in] x [in, out] -> [..., out] in the dtype of x.
 
@@ -33,12 +63,23 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
         context.matrix, context.dtype = matrix, dtype
-        return (x.to(dtype) @ matrix.to(dtype)).to(x.dtype)
+        return _multiplied(x, matrix, dtype)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        back = gradient.to(context.dtype) @ context.matrix.to(context.dtype).T
-        return back.to(gradient.dtype), None, None
+        return _multiplied(gradient, context.matrix.T, context.dtype), None, None
+
+
+def _multiplied(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of both in another dtype, in that of x."""
+    rows, right = x.shape[:-1].numel(), matrix.to(dtype)
+    left = x.new_empty(filled_up(rows), x.shape[-1], dtype=dtype)
+    left[:rows] = x.reshape(rows, -1)
+    left[rows:] = 0
+    out = left.new_empty(len(left), right.shape[1])
+    for block in in_blocks(len(left)):
+        torch.mm(left[block], right, out=out[block])
+    return out[:rows].to(x.dtype).view(*x.shape[:-1], -1)
 
 
 @contextmanager
