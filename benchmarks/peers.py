@@ -163,7 +163,8 @@ def main() -> None:
                 if "failed" not in found:
                     found |= original.compare(load_file(folder / "dense"), bits, GROUP)
                     (folder / "dense").unlink()
-                found = {"tool": row, "model": name, "bits": bits, "group_size": GROUP, "symmetric": True} | found
+                kind = {"tool": row, "model": name, "bits": bits, "group_size": GROUP, "symmetric": True}
+                found = kind | {"turns": options.turns} | found
                 fastest[row] = faster(fastest.get(row), found)
                 rows = keep(fastest[row])
     show(rows)

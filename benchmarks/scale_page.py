@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from scale_study import CONTEXT, GIB, RUNS, SUMMARY, WINDOWS, Shape, operations
+from scale_study import CONTEXT, GIB, OLMOE, RUNS, SUMMARY, WINDOWS, Shape, operations
 from speed_page import table
 
 ROOT = Path(__file__).parents[1]
@@ -102,14 +102,15 @@ def peers_table(rows: list[dict]) -> str:
     cells = []
     for row in rows:
         if "failed" in row:
-            cells.append([row["model"], str(row["bits"]), row["tool"], row["failed"], "", "", ""])
+            cells.append([row["model"], str(row["bits"]), row["tool"], row["failed"], "", "", "", ""])
             continue
         ours = next(r for r in rows if (r["model"], r["bits"], r["tool"]) == (row["model"], row["bits"], "moqa"))
         cells.append(
             [row["model"], str(row["bits"]), f"{row['tool']} {row['version']}", f"{row['seconds']:.1f}",
-             f"{row['seconds'] / ours['seconds']:.1f}x", f"{row['peak_bytes'] / 1e6:.0f}", f"{row['kl']:.5f}"]
+             str(row["turns"]), f"{row['seconds'] / ours['seconds']:.1f}x", f"{row['peak_bytes'] / 1e6:.0f}",
+             f"{row['kl']:.5f}"]
         )  # fmt: skip
-    return table(["model", "bits", "tool", "s", "of moqa's", "peak MB", "KL"], cells)
+    return table(["model", "bits", "tool", "s", "turns", "of moqa's", "peak MB", "KL"], cells)
 
 
 def main() -> None:
@@ -120,7 +121,16 @@ def main() -> None:
     kinds = {"bfloat16": "bfloat16", "sums": "float32", "packed": "packed weights", "factors": "Cholesky"}
     rates = ", ".join(f"{machine[kind] / 1e9:.0f} ({name})" for kind, name in kinds.items())
     disk, memory = f"{machine['disk'] / 1e6:.0f} MB/s", f"{machine['memory'] / 1e9:.0f} GB/s"
-    reached = f"{rate / 1e6:.0f} MB/s, {rate / machine['disk']:.0%} of the disk's rate"
+
+    def of_disk(rate: float) -> str:
+        return f"{rate / 1e6:.0f} MB/s, {rate / machine['disk']:.0%} of the disk's rate"
+
+    written = sum(path.stat().st_size for path in (RUNS / "rtn").glob("*.safetensors"))
+    reached, moved = of_disk(rate), of_disk(rate * (1 + written / summary["checkpoint_bytes"]))
+    # the first layer waits for all that comes before it
+    layers = summary["rtn"]["layer_seconds"][1:-1]
+    layer = OLMOE.layer * 2
+    between = of_disk(layer * len(layers) / sum(layers))
     busy = summary["rtn"]["cpu_seconds"] / summary["rtn"]["seconds"] / threads
     text = f"""# Models larger than memory
 
@@ -142,8 +152,10 @@ A part's share of them is the time that its operations would take at these rates
 
 ## rtn and the disk
 
-The disk reads {disk}, memory {memory}. `rtn` goes through the checkpoint at {reached}. Its {threads} cores are busy for
-{busy:.0%} of that time: rounding, copies out of the system's memory, hashes.
+The disk reads {disk} (before and after `rtn`, on average), memory {memory}. `rtn` goes through the checkpoint at
+{reached}, start and end included; with the {written / 1e9:.1f} GB that it writes meanwhile {moved}.
+From layer to layer it is {between}. Its {threads} cores are busy for {busy:.0%} of the time: rounding, looking for
+NaN, hashes.
 
 ## What the dry run foretells
 
@@ -164,6 +176,7 @@ are divided and the layer itself is run where the command was given ([scaling](.
 ## Beside other tools
 
 Uniform symmetric groups of 64, the same windows, one thread; seconds from folder to folder without the start of Python.
+Tools take turns, and the fastest of each one's counts: the machine's speed changes from minute to minute.
 "routed" lets llm-compressor show an expert only the tokens that are routed to it.
 
 {peers_table(json.loads(PEERS.read_text()))}
