@@ -104,8 +104,15 @@ def hung(mark, wanted=None):
 
             import ray
 
+            def is_first(claim):
+                try:
+                    claim.touch(exist_ok=False)  # workers may come here at the same moment
+                except FileExistsError:
+                    return False
+                return True
+
             here = ray.get_runtime_context().get_node_id()
-            if not Path(mark).exists() and wanted in (None, here):
+            if wanted in (None, here) and is_first(Path(mark).with_suffix(".claimed")):
                 Path(mark).with_suffix(".new").write_text(f"{os.getpid()} {here}")
                 Path(mark).with_suffix(".new").rename(mark)
                 time.sleep(300)

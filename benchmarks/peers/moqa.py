@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - moqa does it late, the others at the start
 
 import moqa
 from moqa.format.reader import open_checkpoint

@@ -86,10 +86,10 @@ def return_large_blocks() -> None:
 
     The C library otherwise raises the size from which it does so to 32 MB, and keeps what lies below.
     """
-    # oneDNN and torch's use of it keep code and scratch memory for the last 1024 shapes of products, and experts get
-    # any number of tokens; both look at these when they multiply for the first time
+    # oneDNN and torch's use of it keep code and scratch memory for the last 1024 shapes of products; rows go in few
+    # (`narrow.in_blocks`), and both look at these when they multiply for the first time
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "64")
+        os.environ.setdefault(name, "128")
     options = getattr(ctypes.CDLL(None), "mallopt", None)
     if options is not None:
         options(_MMAP_THRESHOLD, _LARGE)

@@ -72,7 +72,10 @@ class _Product(torch.autograd.Function):
 
 def _multiplied(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The product of both in another dtype, in that of x."""
-    rows, right = x.shape[:-1].numel(), matrix.to(dtype)
+    right = matrix.to(dtype)
+    if x.dtype == dtype:
+        return x @ right  # nothing is compiled for that
+    rows = x.shape[:-1].numel()
     left = x.new_empty(filled_up(rows), x.shape[-1], dtype=dtype)
     left[:rows] = x.reshape(rows, -1)
     left[rows:] = 0

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # number of the piece that holds the embedding and the head; decoder layers have theirs
 ENDS = -1
 # the disk is read by one while another looks at what it has read
-_READERS = 4
+_READERS = 2
 
 
 class Pieces:
