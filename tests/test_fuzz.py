@@ -801,7 +801,7 @@ def check(sound: Path, names: list[str], seeds: list[str]) -> Counter:
     return Counter(json.loads(lines[-1].removeprefix("seen ")))
 
 
-@pytest.mark.parametrize("batch", range(BATCHES))
+@pytest.mark.parametrize("batch", [0, *(pytest.param(batch, marks=pytest.mark.slow) for batch in range(1, BATCHES))])
 def test_hostile_checkpoints_are_refused_or_harmless(sound, batch):
     seeds = [f"any:{number}" for number in range(SEEDS) if number % BATCHES == batch]
     seen = check(sound, [VERIFIED, UNVERIFIED], seeds)
