@@ -34,6 +34,7 @@ class Watch:
         self.seconds: Counter[str] = Counter()
         self.peaks: Counter[int] = Counter()
         self.began: dict[int, float] = {}
+        self.ended = 0.0
         self.layer = -1
         self._of_thread = threading.local()
         threading.Thread(target=self._look, daemon=True).start()
@@ -43,8 +44,10 @@ class Watch:
             self.peaks[self.layer] = max(self.peaks[self.layer], resident())
             time.sleep(0.01)
 
-    def report(self, step: str, *_: int, **facts: Any) -> None:
-        """A layer begins; sensitivity is not mistaken for what goes forwards."""
+    def report(self, step: str, done: int, total: int, **facts: Any) -> None:
+        """A layer begins, or the last one ends; sensitivity is not mistaken for what goes forwards."""
+        if done == total and self.began and not self.ended:
+            self.layer, self.ended = len(self.began), time.perf_counter()
         if "layer" in facts and step != "sensitivity" and facts["layer"] != self.layer:
             self.layer = facts["layer"]
             self.began[self.layer] = time.perf_counter()
@@ -123,7 +126,7 @@ def main() -> None:
         )  # fmt: skip
     seconds = time.perf_counter() - began
     watch.seconds["all else"] = seconds - sum(watch.seconds.values())
-    starts = [*watch.began.values(), time.perf_counter()]
+    starts = [*watch.began.values(), watch.ended]
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     found = {
         "seconds": seconds, "cpu_seconds": time.process_time() - used, "peak_bytes": peak,

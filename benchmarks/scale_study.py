@@ -153,7 +153,7 @@ def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     random_model.make(MODEL, random_model.olmoe())
     summary = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else {}
-    summary["machine"] = machine()
+    summary["machine"] = summary.get("machine", {}) | machine()
     summary["checkpoint_bytes"] = sum(path.stat().st_size for path in MODEL.glob("*.safetensors"))
     summary["settings"] = {"memory": MEMORY, "bits": BITS, "windows": WINDOWS, "context": CONTEXT}
     summary["operations"] = operations(OLMOE, WINDOWS * CONTEXT, summary["machine"])
