@@ -38,7 +38,7 @@ void round(const Rounding& r, int matrix, int item) {
         read(off[k], work);
         for (int t = 0; t < tiles; ++t) {
             const Lanes inverse = scale[t] >= 1.2e-38f ? 1.0f / scale[t] : Lanes{};
-            value[t] = Integers(top[t]).nearest(value[t] * inverse + offset[t]);
+            value[t] = nearest(least(most(value[t] * inverse + offset[t], Lanes{}), top[t]));
             off[k][t] -= scale[t] * (value[t] - offset[t]);
         }
         std::memcpy(work + from, off[k], sizeof(float) * rows);

@@ -15,7 +15,8 @@ MOQA_INLINE Bits to_half(Lanes x) {
 }
 
 MOQA_INLINE Lanes from_half(Bits half) {
-    const Lanes small = __builtin_convertvector(half, Lanes) * 5.9604645e-8f, normal = (Lanes)((half << 13) + (112 << 23));
+    const Lanes small = __builtin_convertvector(half, Lanes) * 5.9604645e-8f;
+    const Lanes normal = (Lanes)((half << 13) + (112 << 23));
     return half >= 0x7c00 ? all(INFINITY) : half < 0x400 ? small : normal;
 }
 
