@@ -77,12 +77,12 @@ def _multiplied(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
         return x @ right  # nothing is compiled for that
     rows = x.shape[:-1].numel()
     left = x.new_empty(filled_up(rows), x.shape[-1], dtype=dtype)
-    left[:rows] = x.reshape(rows, -1)
+    left[:rows] = x.reshape(rows, x.shape[-1])
     left[rows:] = 0
     out = left.new_empty(len(left), right.shape[1])
     for block in in_blocks(len(left)):
         torch.mm(left[block], right, out=out[block])
-    return out[:rows].to(x.dtype).view(*x.shape[:-1], -1)
+    return out[:rows].to(x.dtype).view(*x.shape[:-1], right.shape[1])
 
 
 @contextmanager

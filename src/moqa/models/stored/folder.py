@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -80,17 +79,14 @@ class Stored:
 
         >>> stored.ahead(["model.norm.weight"])
         """
-        if not hasattr(os, "posix_fadvise"):
-            return  # nothing depends on it
         by_file: dict[Path, list[list[int]]] = {}
         for name in names:
             for part in self._blocks[name].parts if name in self._blocks else (name,):
                 by_file.setdefault(self._files[part], []).append(self._raw[part]["data_offsets"])
         for path, places in by_file.items():
-            with path.open("rb") as file:
-                data = 8 + int.from_bytes(file.read(8), "little")
+            with File(path) as file:
                 for begin, end in places:
-                    os.posix_fadvise(file.fileno(), data + begin, end - begin, os.POSIX_FADV_WILLNEED)
+                    file.ahead(begin, end)
 
     @contextmanager
     def opened(self, once: bool = False) -> Iterator[Callable[[str], "OnDisk"]]:
