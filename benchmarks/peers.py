@@ -89,11 +89,6 @@ def run(python: str, job: dict, folder: Path, limit: float) -> dict:
     return report | {"seconds_with_start": report.pop("finished") - started}
 
 
-def faster(a: dict | None, b: dict) -> dict:
-    """The row of less time; one that failed is slower than any."""
-    return b if a is None or b.get("seconds", inf) < a.get("seconds", inf) else a
-
-
 def keep(row: dict) -> list[dict]:
     """All rows so far, this one in the place of an older one of its kind."""
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
@@ -165,7 +160,8 @@ def main() -> None:
                     (folder / "dense").unlink()
                 kind = {"tool": row, "model": name, "bits": bits, "group_size": GROUP, "symmetric": True}
                 found = kind | {"turns": options.turns} | found
-                fastest[row] = faster(fastest.get(row), found)
+                # one that failed is slower than any
+                fastest[row] = min(fastest.get(row, found), found, key=lambda run: run.get("seconds", inf))
                 rows = keep(fastest[row])
     show(rows)
 
