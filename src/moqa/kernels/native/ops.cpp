@@ -126,11 +126,11 @@ struct Share {
 // Everything that one call works on; kept between calls for its memory.
 struct Call {
     Scratch copied, order_memory, inner_memory, out_memory;
-    std::map<int, QuantizedRows> tokens;            // by group size
-    std::vector<QuantizedRows> inputs, inners;      // by share
+    std::map<int, QuantizedRows> tokens;    // by group size
+    QuantizedParts inputs, inners;          // two by share, for gate and up; and one
     std::vector<Share> shares;
-    std::vector<PatchedShare> patched;          // by share and patch
-    std::vector<std::pair<int, int>> work;      // share and first tile
+    std::vector<PatchedShare> patched;      // by share and patch
+    std::vector<std::pair<int, int>> work;  // share and first tile
 };
 
 // Which tokens go to which expert: slots sorted by expert, and a token's place among them.
@@ -158,8 +158,7 @@ void list_work(Call& call, const std::vector<const Matrix*>& matrices) {
 }
 
 // A share's rows out of all tokens' rows.
-void gather(const Rows& all, const Share& share, const int* order, int top_k, QuantizedRows& to) {
-    to.shape(share.count, all.in, all.group);
+void gather(const Rows& all, const Share& share, const int* order, int top_k, Rows& to) {
     for (int i = 0; i < share.count; ++i) {
         const int token = order[share.begin + i] / top_k;
         to.values[i] = all.values[token];
@@ -202,20 +201,25 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
     }
 
     // a single token needs no copy; others are gathered by share, once per group size
-    if (int(call.inputs.size()) < 2 * shares) call.inputs.resize(2 * shares);
-    if (int(call.inners.size()) < shares) call.inners.resize(shares);
+    call.inputs.parts.clear();
+    for (const Share& share : call.shares) {
+        const int gate = e.gate[share.expert]->group, up = e.up[share.expert]->group;
+        const int copied = tokens == 1 && share.count == 1 ? 0 : share.count;
+        call.inputs.parts.push_back({copied, hidden, gate});
+        call.inputs.parts.push_back({up == gate ? 0 : copied, hidden, up});
+    }
+    call.inputs.place();
     std::vector<const Rows*> gate_rows(shares), up_rows(shares);
     parallel(tokens < 16 ? 1 : threads, shares, [&](int s) {
-        const Share& share = call.shares[s];
-        const auto rows_for = [&](const Matrix& m, QuantizedRows& copy) -> const Rows* {
-            const Rows& all = call.tokens.at(m.group);
-            if (tokens == 1 && share.count == 1) return &all;
-            gather(all, share, order, top_k, copy);
+        const auto rows_for = [&](Rows& copy) -> const Rows* {
+            const Rows& all = call.tokens.at(copy.group);
+            if (copy.count == 0) return &all;
+            gather(all, call.shares[s], order, top_k, copy);
             return &copy;
         };
-        const Matrix &gate = *e.gate[share.expert], &up = *e.up[share.expert];
-        gate_rows[s] = rows_for(gate, call.inputs[2 * s]);
-        up_rows[s] = up.group == gate.group ? gate_rows[s] : rows_for(up, call.inputs[2 * s + 1]);
+        Rows &gate = call.inputs.parts[2 * s], &up = call.inputs.parts[2 * s + 1];
+        gate_rows[s] = rows_for(gate);
+        up_rows[s] = up.group == gate.group ? gate_rows[s] : rows_for(up);
     });
 
     const int patches = int(e.patches.size());
@@ -250,13 +254,15 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
         }
     });
 
+    call.inners.parts.clear();
+    for (const Share& share : call.shares) call.inners.parts.push_back({share.count, inner, e.down[share.expert]->group});
+    call.inners.place();
     parallel(slots < 64 ? 1 : threads, shares, [&](int s) {
         const Share& share = call.shares[s];
         const Matrix& m = *e.down[share.expert];
-        QuantizedRows& rows = call.inners[s];
+        const Rows& rows = call.inners.parts[s];
         for (int p = 0; p < patches; ++p)
             call.patched[s * patches + p].choose(path, middle + size_t(share.begin) * inner, inner);
-        rows.shape(share.count, inner, m.group);
         for (int i = 0; i < share.count; ++i) {
             rows.values[i] = middle + size_t(share.begin + i) * inner;
             if (m.width != 16) path.quantize(rows, i);
@@ -270,7 +276,7 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
         const Matrix& m = *e.down[share.expert];
         const int last = std::min(m.tiles(), first + ITEM_TILES), begin = first * TILE;
         float* to = results + size_t(share.begin) * out + begin;
-        path.product(m, call.inners[s], first, last, to, out);
+        path.product(m, call.inners.parts[s], first, last, to, out);
         for (int p = 0; p < patches; ++p) call.patched[s * patches + p].second(path, first, last, to, out);
         if (e.down_bias)
             for (int i = 0; i < share.count; ++i)

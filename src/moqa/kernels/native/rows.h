@@ -1,6 +1,8 @@
 // Quantized rows with the memory that they live in.
 #pragma once
 
+#include <vector>
+
 #include "matrix.h"
 #include "scratch.h"
 
@@ -16,6 +18,31 @@ struct QuantizedRows : Rows {
         scale = scales.get<float>(entries);
         sum = sums.get<float>(entries);
         values = rows.get<const float*>(count);
+    }
+};
+
+// Quantized rows in parts, whose memory is as much as all of them need: were it each part's own, every one would keep
+// what it needed at most in any call.
+struct QuantizedParts {
+    std::vector<Rows> parts;
+    Scratch bytes, scales, sums, rows;
+
+    // Gives memory to parts that have a count, inputs and a group.
+    void place() {
+        size_t size = 0, entries = 0, count = 0;
+        for (const Rows& part : parts) {
+            size += size_t(part.groups()) * part.count * part.group;
+            entries += size_t(part.groups()) * part.count;
+            count += part.count;
+        }
+        int8_t* q = bytes.get<int8_t>(size);
+        float *scale = scales.get<float>(entries), *sum = sums.get<float>(entries);
+        const float** values = rows.get<const float*>(count);
+        for (Rows& part : parts) {
+            const size_t mine = size_t(part.groups()) * part.count;
+            part.q = q, part.scale = scale, part.sum = sum, part.values = values;
+            q += mine * part.group, scale += mine, sum += mine, values += part.count;
+        }
     }
 };
 
