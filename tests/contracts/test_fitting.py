@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moqa.format.grid import to_groups
-from moqa.format.planes import pack
+from moqa.format.planes import by_suffix, pack
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.kernels import KERNELS, Columns, native
 
@@ -106,6 +106,20 @@ class TestFitGrid:
         narrow, wide = (kernels.fit_grid(w, widths, Scheme(width=3), None) for w in (weights, weights.float()))
         assert torch.equal(narrow.integers, wide.integers)
         assert torch.equal(narrow.error, wide.error)
+
+
+class TestFitPacked:
+    @settings(max_examples=60, deadline=None)
+    @given(schemes, shapes, st.sampled_from(WIDTHS), st.booleans(), st.integers(0, 10**6))
+    def test_stores_what_fit_grid_finds(self, kernels, scheme, shape, width, narrow, seed):
+        scheme = scheme.model_copy(update={"width": width, "symmetric": scheme.symmetric and width > 1})
+        weights = random_problem(shape, seed, 1.0)[0][0].to(torch.bfloat16 if narrow else torch.float32)
+        found = kernels.fit_packed(weights, scheme)
+        apart = kernels.fit_grid(weights[None], torch.full((1, len(weights)), width), scheme, None)
+        grid = apart.grid[0]
+        wanted = by_suffix(pack(apart.integers[0], width), grid.scale, grid.zero)
+        assert {name: (t.dtype, tuple(t.shape)) for name, t in found.items()} == scheme.tensors(shape[1:])
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 class TestPack:

@@ -132,6 +132,17 @@ class TestEveryMethod:
         assert not run(method, job).decode().any()
 
 
+@pytest.mark.parametrize("method", sorted(name for name, found in METHODS.items() if found.store))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_what_is_stored_is_what_the_method_finds(method, dtype):
+    weights = (torch.randn(40, 100, generator=torch.Generator().manual_seed(3)) * 0.1).to(dtype)
+    for width in WIDTHS:
+        scheme = Scheme(width=width, symmetric=width % 2 == 0)
+        found = METHODS[method].run(Job(weights.float()[None], torch.full((1, 40), width), [], scheme))
+        matrix = PackedMatrix(scheme, (40, 100), METHODS[method].store(weights, scheme))
+        assert torch.equal(matrix.dense(), found.decode()[0])
+
+
 @needs_data
 @pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("shape", [(40, 100), (64, 128)], ids=str)

@@ -9,7 +9,7 @@ from torch import Tensor
 from moqa.adjust.choose import scheme_of
 from moqa.adjust.originals import ExpertErrors
 from moqa.format.adjustment import COLUMNS, MIDDLE
-from moqa.format.planes import pack, tile_rows
+from moqa.format.planes import by_suffix, pack
 from moqa.format.scheme import KEEP_WIDTH, Scheme
 from moqa.methods import METHODS, Job
 from moqa.methods.inputs import Inputs
@@ -81,8 +81,8 @@ def fit_unit(weight: Tensor, name: str, scheme: Scheme, grams: Grams) -> dict[st
     seen = (grams.inner if projection == COLUMNS else grams.inputs).get(int(expert))
     widths = torch.full((1, len(weight)), scheme.width)
     result = METHODS["gptq"].run(Job(weight[None], widths, [seen or Inputs(weight.shape[1])], scheme))
-    tensors = _planes(result.integers[0], scheme.width) | {"scale": tile_rows(result.grid.scale[0])}
-    return tensors if result.grid.zero is None else tensors | {"zero": tile_rows(result.grid.zero[0])}
+    grid = result.grid[0]
+    return by_suffix(pack(result.integers[0], scheme.width), grid.scale, grid.zero)
 
 
 def _fit_rows(choice: dict[str, dict[int, Tensor]], missing: dict[int, ExpertErrors], grams: Grams) -> list[Fitted]:
@@ -110,7 +110,7 @@ def _fit_rows(choice: dict[str, dict[int, Tensor]], missing: dict[int, ExpertErr
     zero, begin = result.grid.zero[entry, slot], 0
     for p, w, places in narrow:
         rows = slice(begin, begin + len(places))
-        fitted.append(Fitted(p, w, places, pack_rows(integers[rows], w, scale[rows], zero[rows])))
+        fitted.append(Fitted(p, w, places, by_suffix(pack(integers[rows], w), scale[rows], zero[rows])))
         begin += len(places)
     return fitted
 
@@ -200,13 +200,4 @@ def round_columns(columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def pack_columns(integers: Tensor, width: int) -> dict[str, Tensor]:
     """[channels, hidden] integers of columns as they are stored, by suffix."""
-    return _planes(integers.T.contiguous(), width)
-
-
-def _planes(integers: Tensor, width: int) -> dict[str, Tensor]:
-    return {f"p{i}": plane for i, plane in enumerate(pack(integers, width))}
-
-
-def pack_rows(integers: Tensor, width: int, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
-    """[channels, hidden] integers of rows with [channels, groups] scales and zero-points as they are stored."""
-    return _planes(integers, width) | {"scale": tile_rows(scale), "zero": tile_rows(zero)}
+    return {f"p{index}": plane for index, plane in enumerate(pack(integers.T.contiguous(), width))}

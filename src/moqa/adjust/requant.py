@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from moqa.adjust.choose import Choice, describe, row_bytes, scheme_of
-from moqa.adjust.fit import Fitted, lacking, pack_columns, pack_rows, round_columns
+from moqa.adjust.fit import Fitted, lacking, pack_columns, round_columns
 from moqa.adjust.modes import Change, Situation, mode, tensors_of
 from moqa.errors import MoqaError
 from moqa.format.adjustment import COLUMNS, layout
+from moqa.format.planes import by_suffix, pack
 from moqa.methods.grid import fit_grid
 from moqa.models.experts import PROJECTIONS
 from moqa.plan.clustering import fuzzy_c_means
@@ -101,7 +102,6 @@ def _round_layer(
                 found.append(Fitted(projection, width, places, pack_columns(integers, width), factor))
                 continue
             rounded = fit_grid(rows, scheme_of(projection, width))
-            assert rounded.grid.zero is not None
-            tensors = pack_rows(rounded.integers, width, rounded.grid.scale, rounded.grid.zero)
+            tensors = by_suffix(pack(rounded.integers, width), rounded.grid.scale, rounded.grid.zero)
             found.append(Fitted(projection, width, places, tensors))
     return found

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moqa.format.grid import ZERO_STEPS, Grid, nearest, to_groups
-from moqa.format.planes import pack
+from moqa.format.planes import by_suffix, pack
 from moqa.format.scheme import Scheme
 
 # twice as many gain nothing below 4 bits, where the refits do the rest, and 1 % at 4
@@ -74,6 +74,13 @@ class InTorch:
         zero = None if scheme.symmetric else torch.cat([grid.zero for grid, _ in parts if grid.zero is not None], 1)
         grid = Grid(scale, zero, scheme.group_size, top)
         return Rounded(grid, grid.encode(weights), error)
+
+    def fit_packed(self, weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+        """See `Kernels`."""
+        widths = torch.full((1, len(weights)), scheme.width, device=weights.device)
+        found = self.fit_grid(weights[None], widths, scheme, None)
+        grid = found.grid[0]
+        return by_suffix(self.pack(found.integers[0], scheme.width), grid.scale, grid.zero)
 
     def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
         """See `Kernels`."""

@@ -92,6 +92,24 @@ class NativeKernels:
         top = (2.0 ** bits[..., None] - 1).expand(scale.shape)
         return Rounded(Grid(scale, zero, scheme.group_size, top), integers, error)
 
+    def fit_packed(self, weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+        """See `Kernels`."""
+        if weights.dtype not in _DTYPES or weights.device.type != "cpu" or weights.dim() != 2:
+            raise ValueError(
+                f"{weights.dtype} {tuple(weights.shape)} on {weights.device}: a float32 or bfloat16 matrix"
+            )
+        weights, (out, features) = weights.contiguous(), weights.shape
+        # rows that fill up the last tile are zeros
+        make = torch.zeros if out % TILE else torch.empty
+        stored = {name: make(shape, dtype=dtype) for name, (dtype, shape) in scheme.tensors((out, features)).items()}
+        scale, zero = stored["scale"], stored.get("zero")
+        _native.fit_packed(
+            out, features, scheme.group_size, scheme.symmetric, scale.dtype == torch.float16,
+            weights.dtype == torch.bfloat16, weights.data_ptr(), scheme.width, scale.data_ptr(), _address(zero),
+            [tensor.data_ptr() for name, tensor in stored.items() if name.startswith("p")], torch.get_num_threads(),
+        )  # fmt: skip
+        return stored
+
     def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
         """See `Kernels`."""
         c, values = columns, _floats(values)

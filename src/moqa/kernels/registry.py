@@ -81,6 +81,17 @@ class Kernels(Protocol):
             importance: [matrices, in] weight of each input feature's squared error, float32; None means equal.
         """
 
+    def fit_packed(self, weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+        """What `fit_grid` finds, as it is stored.
+
+        Args:
+            weights: [out, in] float32 or bfloat16.
+            scheme: how.
+
+        Returns:
+            By suffix, see `Scheme.tensors`.
+        """
+
     def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
         """Round a block of columns, the last one first; errors made in it go into those before.
 

@@ -17,7 +17,7 @@ _BLOCK = 64
 _PANEL = 192
 
 
-@method("gptq", needs_data=True)
+@method("gptq")
 def gptq(job: Job) -> Result:
     """GPTQ for a stack of matrices at once, columns in order of falling input energy, static groups.
 

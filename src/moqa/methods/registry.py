@@ -18,7 +18,7 @@ class Job:
     Attributes:
         weights: [n, rows, in] float32; rows of all units that share an input space.
         widths: [n, rows] bits, int.
-        inputs: one per stack entry; empty for methods that need no data.
+        inputs: one per stack entry; methods that need no data do not look at them.
         scheme: group size, symmetry, scale dtype.
     """
 
@@ -46,23 +46,31 @@ class Method:
 
     Attributes:
         name: as users type it.
-        needs_data: whether it looks at inputs.
         run: the function.
+        store: of methods that look at no inputs: the same for one matrix, straight to what is stored; weights [out, in]
+            and their scheme -> tensors by suffix, see `Scheme.tensors`.
     """
 
     name: str
-    needs_data: bool
     run: Callable[[Job], Result]
+    store: Callable[[Tensor, Scheme], dict[str, Tensor]] | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at inputs."""
+        return self.store is None
 
 
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, needs_data: bool) -> Callable[[Callable[[Job], Result]], Callable[[Job], Result]]:
-    """Register a quantization method."""
+def method(
+    name: str, store: Callable[[Tensor, Scheme], dict[str, Tensor]] | None = None
+) -> Callable[[Callable[[Job], Result]], Callable[[Job], Result]]:
+    """Register a quantization method, see `Method`."""
 
     def register(run: Callable[[Job], Result]) -> Callable[[Job], Result]:
-        METHODS[name] = Method(name, needs_data, run)
+        METHODS[name] = Method(name, run, store)
         return run
 
     return register

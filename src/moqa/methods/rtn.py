@@ -1,10 +1,20 @@
 """`rtn`: round to nearest on the grid with the least squared error. Needs no data."""
 
+import torch
+from torch import Tensor
+
+from moqa.format.scheme import Scheme
+from moqa.kernels import find_kernels
 from moqa.methods.grid import fit_grid
 from moqa.methods.registry import Job, Result, method
 
 
-@method("rtn", needs_data=False)
+def _store(weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    weights = weights if weights.dtype == torch.bfloat16 else weights.float()
+    return find_kernels("auto", weights.device).fit_packed(weights, scheme)
+
+
+@method("rtn", store=_store)
 def rtn(job: Job) -> Result:
     """Clip-searched, least-squares refitted grid per group, then plain rounding."""
     found = fit_grid(job.weights, job.scheme, job.widths)

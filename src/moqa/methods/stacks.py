@@ -21,8 +21,8 @@ class Stack:
 
     Attributes:
         entries: per input space, its units.
-        weights: [entries, rows, in] the units' matrices below each other, float32; of `alone` also bfloat16.
-        inputs: per input space, what was seen there; none of `alone`.
+        weights: [entries, rows, in] the units' matrices below each other, float32.
+        inputs: per input space, what was seen there.
         scheme: the units' scheme but for its width.
     """
 
@@ -69,20 +69,6 @@ def stacks(
             weights = _joined(view, part)
             seen = [inputs.get(input_space(sharing[0])) or Inputs(weights.shape[2]) for sharing in part]
             yield Stack(part, weights, seen, scheme)
-
-
-def alone(view: ModelView, units: Sequence[Unit], schemes: Mapping[str, Scheme]) -> Iterator[Stack]:
-    """Every unit by itself, in the memory of the model where it is in one piece: for methods that need no data.
-
-    Args:
-        view: the model; its weights are read.
-        units: of one layer.
-        schemes: unit name -> scheme.
-    """
-    for unit in units:
-        weight = view.weight(unit)
-        weight = weight if weight.dtype == torch.bfloat16 else weight.float()
-        yield Stack([[unit]], weight.contiguous()[None], [], schemes[unit.name])
 
 
 def _joined(view: ModelView, entries: Sequence[Sequence[Unit]]) -> Tensor:

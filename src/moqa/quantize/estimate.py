@@ -173,6 +173,8 @@ class _Clock:
 
     def _solved(self, rows: int, features: int, scheme: Scheme, alike: int) -> float:
         """Seconds to quantize [rows, features], as a share of the stack in which that happens."""
+        if self._method.store is not None:
+            return self._stored(rows, features, scheme)
         count = max(1, min(alike, STACK_WEIGHTS // (rows * features)))
 
         def make() -> Callable[[], object]:
@@ -186,6 +188,14 @@ class _Clock:
             return lambda: list(solve(stack, {unit.name: scheme for unit in units}, self._method))
 
         return self._once(("solve", rows, features, scheme), make) / count
+
+    def _stored(self, rows: int, features: int, scheme: Scheme) -> float:
+        def make() -> Callable[[], object]:
+            weights, store = torch.randn(rows, features).bfloat16(), self._method.store
+            assert store is not None
+            return lambda: store(weights, scheme)
+
+        return self._once(("store", rows, features, scheme), make)
 
     def _summed(self, features: int) -> float:
         def make() -> Callable[[], object]:

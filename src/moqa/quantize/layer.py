@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moqa.format.planes import tile_rows
+from moqa.format.planes import by_suffix
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix, find_kernels
 from moqa.methods import METHODS, Job, Method, Result
 from moqa.methods.inputs import Inputs, input_space
-from moqa.methods.stacks import Stack, alone, stacks
+from moqa.methods.stacks import Stack, stacks
 from moqa.models.experts import weights_from
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
@@ -52,8 +52,12 @@ def quantize_units(
         if schemes[unit.name].keeps:
             yield unit, Quantized({"weight": view.weight(unit).to(torch.bfloat16).contiguous()}, "none", None)
     narrow = [unit for unit in units if not schemes[unit.name].keeps]
+    if method.store is not None:
+        for unit in narrow:
+            yield unit, Quantized(method.store(view.weight(unit), schemes[unit.name]), method.name, None)
+        return
     left = Counter(map(input_space, narrow))
-    for stack in stacks(view, narrow, schemes, inputs) if method.needs_data else alone(view, narrow, schemes):
+    for stack in stacks(view, narrow, schemes, inputs):
         yield from solve(stack, schemes, method)
         for sharing in stack.entries:
             space = input_space(sharing[0])
@@ -69,11 +73,6 @@ def solve(stack: Stack, schemes: Mapping[str, Scheme], method: Method) -> Iterat
         widths[entry, rows] = schemes[unit.name].width
     job = Job(stack.weights, widths, stack.inputs, stack.scheme)
     results = {method.name: method.run(job)}
-    if not method.needs_data:
-        for unit, entry, rows in stack.places():
-            tensors = _stored(results[method.name], entry, rows, schemes[unit.name].width)
-            yield unit, Quantized(tensors, method.name, None)
-        return
     results["rtn"] = METHODS["rtn"].run(job)
     dense = {name: result.decode() for name, result in results.items()}
     # of each row of each entry: squared errors of the results, and squared outputs, on the check samples
@@ -95,12 +94,8 @@ def _squares(stack: Stack, difference: Tensor) -> Tensor:
 
 
 def _stored(result: Result, entry: int, rows: slice, width: int) -> dict[str, Tensor]:
-    grid = result.grid
-    tensors = {f"p{i}": plane for i, plane in enumerate(find_kernels().pack(result.integers[entry, rows], width))}
-    tensors["scale"] = tile_rows(grid.scale[entry, rows])
-    if grid.zero is not None:
-        tensors["zero"] = tile_rows(grid.zero[entry, rows])
-    return tensors
+    grid = result.grid[entry, rows]
+    return by_suffix(find_kernels().pack(result.integers[entry, rows], width), grid.scale, grid.zero)
 
 
 @contextmanager

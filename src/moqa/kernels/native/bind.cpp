@@ -146,7 +146,16 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release free;
         fit(*current, {matrices, rows, in, group, symmetric, half, bfloat16, at<void>(weights), at<uint8_t>(width),
                        at<float>(importance), at<uint16_t>(scale), at<uint8_t>(zero), at<float>(error),
-                       at<uint8_t>(integers)}, threads);
+                       at<uint8_t>(integers), {}}, threads);
+    });
+    m.def("fit_packed", [](int rows, int in, int group, bool symmetric, bool half, bool bfloat16, uintptr_t weights,
+                           int width, uintptr_t scale, uintptr_t zero, std::vector<uintptr_t> planes, int threads) {
+        nb::gil_scoped_release free;
+        planes.resize(3);
+        const std::vector<uint8_t> widths(rows, uint8_t(width));
+        fit(*current, {1, rows, in, group, symmetric, half, bfloat16, at<void>(weights), widths.data(), nullptr,
+                       at<uint16_t>(scale), at<uint8_t>(zero), nullptr, nullptr,
+                       {at<uint8_t>(planes[0]), at<uint8_t>(planes[1]), at<uint8_t>(planes[2])}}, threads);
     });
     m.def("round", [](int matrices, int rows, int in, int group, int groups, int first, int columns, uintptr_t values,
                       uintptr_t work, uintptr_t factor, uintptr_t order, uintptr_t scale, uintptr_t offset,

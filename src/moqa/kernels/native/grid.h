@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lanes.h"
+#include "packing.h"
 
 namespace moqa {
 namespace {
@@ -222,15 +223,36 @@ MOQA_INLINE void transpose(const Fitting& f, size_t row, int rows, int begin, in
     }
 }
 
+// Up to four columns' integers, a byte for each.
+MOQA_INLINE Bits four(const Lanes* q, int count) {
+    Bits found = __builtin_convertvector(q[0], Bits);
+    for (int i = 1; i < count; ++i) found |= __builtin_convertvector(q[i], Bits) << (8 * i);
+    return found;
+}
+
 // Integers of columns begin .. begin + size of some rows, from vectors of one column each, which are lost.
 MOQA_INLINE void put_integers(Lanes* q, const Fitting& f, size_t row, int rows, int begin, int size) {
     uint8_t* to = f.integers + row * f.in + begin;
-    const auto whole = [&](int i) { return __builtin_convertvector(q[i], Bits); };
     for (int i = size / 4 * 4; i < size; ++i)
         for (int l = 0; l < rows; ++l) to[l * f.in + i] = uint8_t(q[i][l]);
-    for (int i = 0; i < size / 4; ++i)
-        q[i] = (Lanes)(whole(4 * i) | whole(4 * i + 1) << 8 | whole(4 * i + 2) << 16 | whole(4 * i + 3) << 24);
+    for (int i = 0; i < size / 4; ++i) q[i] = (Lanes)four(q + 4 * i, 4);
     scatter(q, size / 4, to, f.in, rows);
+}
+
+// The same into planes.
+MOQA_INLINE void put_planes(const Lanes* q, const Fitting& f, size_t row, int rows, int begin, int size) {
+    Bits there;
+    for (int l = 0; l < WIDE; ++l) there[l] = l < rows ? -1 : 0;
+    const int blocks = (f.in + BLOCK - 1) / BLOCK;
+    const size_t first = row / TILE * blocks + begin / BLOCK;
+    for (int block = 0; block < (size + BLOCK - 1) / BLOCK; ++block) {
+        Bits fours[FOURS] = {};
+        const Lanes* from = q + block * BLOCK;
+        const int count = std::min(BLOCK, size - block * BLOCK);
+        for (int j = 0; j < count / 4; ++j) fours[j] = four(from + 4 * j, 4) & there;
+        if (count % 4) fours[count / 4] = four(from + count / 4 * 4, count % 4) & there;
+        put_block(fours, f.width[row], first + block, int(row % TILE), f.planes);
+    }
 }
 
 template <bool weighted>
@@ -254,12 +276,14 @@ MOQA_INLINE void fit_rows(const Fitting& f, size_t row, int rows, const float* i
         Lanes error;
         const LaneGrid best = search(group, error);
         for (int i = 0; i < size; ++i) x[i] = group.integer(group.place(best, i));
-        put_integers(x, f, row, rows, begin, size);
+        const bool packed = f.planes[0] != nullptr;
+        if (packed) put_planes(x, f, row, rows, begin, size);
+        else put_integers(x, f, row, rows, begin, size);
         for (int l = 0; l < rows; ++l) {
-            const size_t at = (row + l) * groups + g;
+            const size_t r = row + l, at = packed ? (r / TILE * groups + g) * TILE + r % TILE : r * groups + g;
             f.scale[at] = uint16_t(best.stored[l]);
             if (f.zero != nullptr) f.zero[at] = uint8_t(best.zero[l]);
-            f.error[at] = error[l];
+            if (!packed) f.error[at] = error[l];
         }
     }
 }

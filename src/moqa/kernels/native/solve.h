@@ -18,10 +18,11 @@ struct Fitting {
     const void* weights;       // [matrices, rows, in]
     const uint8_t* width;      // [matrices, rows]
     const float* importance;   // [matrices, in], or null: all count the same
-    uint16_t* scale;           // [matrices, rows, groups]
-    uint8_t* zero;             // [matrices, rows, groups], or null if symmetric
+    uint16_t* scale;           // [matrices, rows, groups]; of planes [tiles, groups, 16]
+    uint8_t* zero;             // likewise, or null if symmetric
     float* error;              // [matrices, rows, groups] that squared error
     uint8_t* integers;         // [matrices, rows, in]
+    uint8_t* planes[3];        // of a single matrix of one width, in place of errors and integers; or null
 
     int groups() const { return (in + group - 1) / group; }
 };
