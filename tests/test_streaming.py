@@ -75,7 +75,7 @@ class TestPieces:
         assert {streamed.experts(1).down_proj.dtype, streamed.experts(1).gate_up_proj.dtype} == stored
 
     def test_memory_is_used_again_when_nobody_holds_it(self, streamed):
-        streamed.read_ahead()
+        streamed.read_ahead(0)
         first = streamed.experts(0)
         streamed.need(0)
         held, values = first.down_proj[1:2], first.down_proj.clone()

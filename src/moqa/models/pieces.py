@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # number of the piece that holds the embedding and the head; decoder layers have theirs
 ENDS = -1
-# the disk is read by one while another looks at what it has read
-_READERS = 2
+# the disk is read by one while others look at what they have read
+_READERS = 3
 
 
 class Pieces:
@@ -48,7 +48,7 @@ class Pieces:
         narrow: parameters that are wanted in the dtype in which they are stored.
 
     Attributes:
-        ahead: whether the next layer is read into memory beside the one that is used.
+        ahead: whether the next layer is read into memory beside the one that is used, see `read_ahead`.
 
     Raises:
         MoqaError: if the folder holds other tensors than the model, or a value that is no number.
@@ -113,11 +113,17 @@ class Pieces:
             if self._keep or self._names.get(following := piece + step) is None or following < 0:
                 return
             if self.ahead:
-                self._fetching = following, self._fetcher.submit(self._fetch, following)
+                self.read_ahead(following)
             else:
                 self._stored.ahead(self._names[following])
         except (OSError, SafetensorError) as error:
             raise self._lost(error) from None
+
+    def read_ahead(self, piece: int) -> None:
+        """Read a piece that will be needed next, and from now on those that follow, while something else is done."""
+        self.ahead = True
+        if piece not in self._there and (self._fetching is None or self._fetching[0] != piece):
+            self._fetching = piece, self._fetcher.submit(self._fetch, piece)
 
     def stored_dtype(self, target: str) -> torch.dtype:
         """Dtype in which a parameter lies on disk, one that holds all its parts if they differ."""

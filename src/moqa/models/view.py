@@ -127,10 +127,10 @@ class ModelView:
         if self._pieces is not None:
             self._pieces.need(piece)
 
-    def read_ahead(self) -> None:
-        """From now on have the next decoder layer in memory, too."""
+    def read_ahead(self, layer: int) -> None:
+        """From now on have the decoder layer that is needed next in memory, too; at first it is this one."""
         if self._pieces is not None:
-            self._pieces.ahead = True
+            self._pieces.read_ahead(layer)
 
     @contextmanager
     def without(self, layer: int) -> Iterator[None]:

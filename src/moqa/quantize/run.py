@@ -97,12 +97,12 @@ def quantize(
     _check_units(view, plan)
     engine = engine or LocalEngine()
     room = Room.within(engine.memory(memory), view, how, tokens_of(plan, profile), layer_bytes(view, plan))
-    if room.ahead and engine.name == "local":
-        view.read_ahead()
     check_space(out, disk_bytes(view, plan, profile, how, cache))
     engine.prepare(folder, out, report)
     with torch.no_grad(), unfinished(out, _job(plan, profile, how, cache), overwrite, restart) as work:
-        target = work.result
+        target, missing = work.result, _missing(view, work)
+        if missing and room.ahead and engine.name == "local":
+            view.read_ahead(missing[0])
         if work.noted("start") is None:
             for pattern in _COMPANIONS:
                 for path in sorted(folder.glob(pattern)):
@@ -129,6 +129,10 @@ def _job(plan: Plan, profile: Profile, method: Method, cache: str | None) -> dic
             "method": method.name, "cache": cache}  # fmt: skip
 
 
+def _missing(view: ModelView, work: Unfinished) -> list[int]:
+    return [layer for layer in range(len(view.layers)) if work.noted(f"layer-{layer}") is None]
+
+
 def _write(
     site: Site, plan: Plan, method: Method, profile: Profile, engine: Engine, room: Room, model: str | Path,
     report: Report,
@@ -138,7 +142,7 @@ def _write(
     layout = shards(
         kept, depth, {name: (unit.layer, unit.shape, plan.units[name]) for name, unit in view.units.items()}
     )
-    missing = [layer for layer in range(depth) if work.noted(f"layer-{layer}") is None]
+    missing = _missing(view, work)
     with Background(room.ahead) as background, ExitStack() as stack:
         if work.noted("kept") is None:
             background.do(_write_kept, layout[0], view.kept_on_disk(), work)
