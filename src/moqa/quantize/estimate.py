@@ -1,46 +1,23 @@
 """What a run of `moqa.quantize` will cost, before it reads a weight."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, Field
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
 
-from moqa.format.scheme import Scheme
-from moqa.kernels import PackedMatrix, find_kernels
-from moqa.methods import Method
-from moqa.methods.inputs import Inputs, by_input
 from moqa.methods.registry import find_method
-from moqa.methods.stacks import STACK_WEIGHTS, Stack
 from moqa.models import checkpoint
 from moqa.models.memory import Memory
-from moqa.models.narrow import fast_dtype, product
-from moqa.models.stages import BATCH_TOKENS
 from moqa.models.stored import Stored
-from moqa.models.units import Unit
 from moqa.models.view import ModelView, open_model
 from moqa.plan import Plan
-from moqa.profile import SELF, Profile
+from moqa.profile import Profile
 from moqa.profile.disk import disk_bytes as profile_disk_bytes
-from moqa.profile.record import Settings
 from moqa.profile.room import Room as ProfileRoom
-from moqa.profile.sensitivity import PROBES
+from moqa.quantize.clock import Clock, storage_rate
 from moqa.quantize.disk import disk_bytes, layer_bytes
 from moqa.quantize.flow import tokens_of
-from moqa.quantize.layer import solve
 from moqa.quantize.room import Room
-
-# bytes a second that storage reads and writes at least: an ordinary solid-state disk
-_STORAGE = 500e6
-# likewise of weights that are in memory, with the arithmetic of a few tokens
-_MEMORY = 4e9
-# tokens of a window, and features of an expert that costs nothing but its calls
-_WINDOW, _FEW = 256, 64
-# a model's own code does about three times what is timed of it here: views, casts and checks, with cold caches
-_CODE = 3
 
 
 class Estimate(BaseModel, frozen=True):
@@ -83,7 +60,7 @@ def estimate(
     limits = memory or Memory.free()
     tokens = tokens_of(plan, profile) if how.needs_data else 0
     room = Room.within(limits, view, how, tokens, layer_bytes(view, plan))
-    clock = _Clock(how)
+    clock = Clock(how, storage_rate(folder))
     seconds = before + sum(clock.layer(view, layer, plan, tokens, room.ahead) for layer in range(len(view.layers)))
     peak, disk = room.peak, disk_bytes(view, plan, profile, how, cache)
     if not profiled:
@@ -96,179 +73,3 @@ def estimate(
     return Estimate(
         checkpoint_bytes=plan.account.checkpoint, peak_bytes=peak, disk_bytes=disk, seconds=float(f"{seconds:.3g}")
     )
-
-
-class _Clock:
-    """Times one piece of each kind of work, with random numbers of the right shapes."""
-
-    def __init__(self, method: Method) -> None:
-        self._method = method
-        self._found: dict[tuple, float] = {}
-
-    def layer(self, view: ModelView, layer: int, plan: Plan, tokens: int, ahead: bool) -> float:
-        """Seconds that a decoder layer takes; `ahead`: storage and arithmetic do not wait for each other."""
-        units = view.layer_units(layer)
-        experts = max(1, len({unit.expert for unit in units if unit.expert is not None}))
-        read = sum(unit.weights * view.itemsize(unit) for unit in units)
-        written = sum(plan.units[unit.name].stored_bytes(unit.shape) for unit in units)
-        stored, seconds = (read + written) / _STORAGE, 0.0
-        for sharing in by_input(units).values():
-            unit = sharing[0]
-            scheme, features = plan.units[unit.name], unit.shape[1]
-            if scheme.keeps:
-                continue
-            rows = sum(other.shape[0] for other in sharing)
-            seconds += self._solved(rows, features, scheme, experts if unit.expert is not None else 1)
-            if self._method.needs_data:
-                seen = tokens * max(view.top_k, 1) / experts if unit.expert is not None else tokens
-                # inputs are summed up and multiplied for the layer as it was, and multiplied for the quantized one
-                seconds += seen * (self._summed(features) + self._multiplied(rows, features, view.stored_dtype(unit)))
-                seconds += seen * self._quantized(rows, features, scheme)
-        if self._method.needs_data:
-            # through the layer as it was, and through the quantized one
-            seconds += 2 * tokens * self._between(view, BATCH_TOKENS)
-            seconds += 2 * tokens / BATCH_TOKENS * experts * self._few(view, layer)
-        return max(stored, seconds) if ahead else stored + seconds
-
-    def profile(
-        self, view: ModelView, plan: Plan, tokens: dict[str, int], settings: Settings, together: int, whole: bool
-    ) -> float:
-        """Seconds of the plan's profile.
-
-        Args:
-            view: the model.
-            plan: schemes of the units.
-            tokens: distribution -> how many there are.
-            settings: its own; the model writes its own text in as many steps as a window has tokens.
-            together: experts that are measured together.
-            whole: whether the model is in memory while it writes its own text.
-        """
-        seconds, everything, probes = 0.0, sum(tokens.values()), len(PROBES)
-        for layer in range(len(view.layers)):
-            units = view.layer_units(layer)
-            experts = max(1, len({unit.expert for unit in units if unit.expert is not None}))
-            slices = -(-experts // together) if view.top_k else 1
-            for unit in units:
-                seen = everything * (view.top_k / experts if unit.expert is not None else 1)
-                rows, features = unit.shape
-                # forward; then back, again for every slice, on half of the tokens; and errors at all probed widths
-                seconds += (
-                    seen * self._multiplied(rows, features, view.stored_dtype(unit)) * (1 + 3 * slices / 2 + probes / 2)
-                )
-                if self._method.needs_data and settings.sensitivity:
-                    seconds += len(tokens) * self._solved(probes * rows, features, plan.units[unit.name], 1) / 2
-            seconds += 3 * sum(unit.weights * view.itemsize(unit) for unit in units) / _STORAGE
-            passes = 1 + (3 * slices if settings.sensitivity else 0)
-            seconds += everything * passes * self._between(view, BATCH_TOKENS)
-            seconds += everything / BATCH_TOKENS * passes * experts * self._few(view, layer)
-            if SELF in tokens:
-                written = max(1, tokens[SELF] // settings.context)
-                seconds += settings.context * (
-                    written * self._between(view, written) + experts * self._few(view, layer)
-                )
-        if SELF in tokens:
-            weights = sum(unit.weights * view.itemsize(unit) for unit in view.units.values())
-            seconds += settings.context * weights / (_MEMORY if whole else _STORAGE)
-        return seconds
-
-    def _solved(self, rows: int, features: int, scheme: Scheme, alike: int) -> float:
-        """Seconds to quantize [rows, features], as a share of the stack in which that happens."""
-        if self._method.store is not None:
-            return self._stored(rows, features, scheme)
-        count = max(1, min(alike, STACK_WEIGHTS // (rows * features)))
-
-        def make() -> Callable[[], object]:
-            found = [Inputs(features) for _ in range(count)]
-            for inputs in found:
-                x = torch.randn(64, features)
-                inputs.add(x, 1.0, check=False)
-                inputs.add(x, 1.0, check=True)
-            units = [Unit(f"{n}", 0, "expert", "", n, (rows, features), "", "") for n in range(count)]
-            stack = Stack([[unit] for unit in units], torch.randn(count, rows, features), found, scheme)
-            return lambda: list(solve(stack, {unit.name: scheme for unit in units}, self._method))
-
-        return self._once(("solve", rows, features, scheme), make) / count
-
-    def _stored(self, rows: int, features: int, scheme: Scheme) -> float:
-        def make() -> Callable[[], object]:
-            weights, store = torch.randn(rows, features).bfloat16(), self._method.store
-            assert store is not None
-            return lambda: store(weights, scheme)
-
-        return self._once(("store", rows, features, scheme), make)
-
-    def _summed(self, features: int) -> float:
-        def make() -> Callable[[], object]:
-            x, inputs = torch.randn(256, features), Inputs(features)
-            return lambda: inputs.add(x, 1.0, check=False)
-
-        return self._once(("sum", features), make) / 256
-
-    def _multiplied(self, rows: int, features: int, dtype: torch.dtype) -> float:
-        def make() -> Callable[[], object]:
-            x, matrix = torch.randn(256, features), torch.randn(features, rows).to(dtype)
-            return lambda: product(x, matrix, fast_dtype(dtype))
-
-        return self._once(("product", rows, features, dtype), make) / 256
-
-    def _quantized(self, rows: int, features: int, scheme: Scheme) -> float:
-        def make() -> Callable[[], object]:
-            stored = scheme.tensors((rows, features))
-            tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in stored.items()}
-            matrix, x = PackedMatrix(scheme, (rows, features), tensors), torch.randn(256, features)
-            return lambda: find_kernels().linear(matrix, x)
-
-        return self._once(("packed", rows, features, scheme), make) / 256
-
-    def _between(self, view: ModelView, tokens: int) -> float:
-        """Seconds of a token in a layer between the products with its weights, where so many go through together."""
-        config = view.model.config.get_text_config()
-        hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 1) or 1
-        size = getattr(config, "head_dim", None) or max(1, hidden // heads)
-
-        def make() -> Callable[[], object]:
-            x = torch.randn(-(-tokens // _WINDOW), min(tokens, _WINDOW), hidden)
-            q = torch.randn(len(x), heads, x.shape[1], size)
-            return lambda: _norms_and_attention(x, q)
-
-        return _CODE * self._once(("between", hidden, heads, size, tokens), make) / tokens
-
-    def _few(self, view: ModelView, layer: int) -> float:
-        """Seconds that an expert takes for hardly any tokens."""
-        if view.experts_path(layer) is None:
-            return 0.0
-
-        def make() -> Callable[[], object]:
-            x, index = torch.randn(64, _FEW), torch.randint(4, (64, 2))
-            return lambda: _expert(x, index)
-
-        return _CODE * self._once(("few",), make)
-
-    def _once(self, key: tuple, make: Callable[[], Callable[[], object]]) -> float:
-        """Seconds of a piece of work; a short one is done again, since the first time finds cold caches."""
-        if key not in self._found:
-            work = make()
-            for _ in range(3):
-                began = time.perf_counter()
-                work()
-                self._found[key] = time.perf_counter() - began
-                if self._found[key] > 0.2:
-                    break
-        return self._found[key]
-
-
-def _norms_and_attention(x: Tensor, q: Tensor) -> None:
-    """What a decoder layer does to [windows, tokens, hidden] and [windows, heads, tokens, size] without its weights."""
-    half = q.shape[-1] // 2
-    for _ in range(2):
-        x + x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * x[0, 0]
-    for _ in range(2):
-        q * q[0, 0] + torch.cat([-q[..., half:], q[..., :half]], -1) * q[0, 0]
-    scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).contiguous()
-
-
-def _expert(x: Tensor, index: Tensor) -> None:
-    """What calling one expert takes, however small it is."""
-    rows, _ = (index == 1).nonzero(as_tuple=True)
-    gate, up = (x[rows] @ x.T).chunk(2, -1)
-    torch.zeros_like(x).index_add_(0, rows, (silu(gate) * up) @ x[: gate.shape[1]])

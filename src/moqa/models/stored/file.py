@@ -27,6 +27,9 @@ class File:
         once: its bytes are read but once. Those that lie in the system's memory are copied from there; others are not
             put there first, which takes the processor six times as long as to wait for the disk.
 
+    Attributes:
+        size: bytes of all tensors.
+
     Raises:
         OSError: if it cannot be opened or read, or ends too early.
     """
@@ -35,6 +38,7 @@ class File:
         self._path = path
         self._file = path.open("rb", buffering=0)
         self._data = 8 + int.from_bytes(self._file.read(8), "little")
+        self.size = path.stat().st_size - self._data
         self._direct = _open_direct(path) if once else None
 
     def __enter__(self) -> "File":
