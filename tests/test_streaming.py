@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from moqa.errors import MoqaError
+from moqa.errors import LittleMemoryError, MoqaError
 from moqa.methods import METHODS
 from moqa.methods.room import SLACK, as_many
 from moqa.models.checkpoint import tensors
@@ -20,7 +20,7 @@ from moqa.profile import profile
 from moqa.profile.room import Room as ProfileRoom
 from moqa.quantize import quantize
 from moqa.quantize import run as driver
-from moqa.quantize.estimate import estimate
+from moqa.quantize.estimate import estimate, peak_bytes
 from moqa.quantize.room import Room
 
 MODEL = "reference/model"
@@ -169,6 +169,28 @@ class TestEstimate:
         assert cost.checkpoint_bytes == sum(path.stat().st_size for path in out.glob("*.safetensors"))
         assert cost.seconds > 0
         assert cost.peak_bytes > resident() // 2
+
+    def test_a_comparison_with_others_takes_its_time_and_memory(self, tiny_model, profiled):
+        chosen = plan(profiled, strategy="uniform", widths=(3,))
+        without, some, more = (estimate(tiny_model, chosen, profiled, held_out=tokens) for tokens in (0, 2**20, 2**22))
+        assert without.seconds < some.seconds < more.seconds
+        assert without.peak_bytes < some.peak_bytes < more.peak_bytes
+
+    @pytest.mark.parametrize("held_out", [0, 2**22])
+    def test_memory_that_would_do_is_that_of_the_step_that_needs_most(self, held_out, profiled, streamed, monkeypatch):
+        monkeypatch.setattr("moqa.methods.room.resident", lambda: 2**28)
+        monkeypatch.setattr(Memory, "holds", lambda *_: False)
+        chosen = plan(profiled, strategy="uniform", widths=(3,))
+
+        def peak(memory):
+            return peak_bytes(streamed, chosen, profiled, METHODS["gptq"], memory, profiled=False, held_out=held_out)
+
+        with pytest.raises(LittleMemoryError, match="at least") as refused:
+            peak(Memory(2**20, "1MiB"))
+        least = refused.value.least
+        assert peak(Memory(least + 1, "least")) <= least
+        with pytest.raises(LittleMemoryError):
+            peak(Memory(least - 2**20, "less"))
 
     def test_before_there_is_a_profile(self, tiny_model, tmp_path):
         text = tmp_path / "text.txt"

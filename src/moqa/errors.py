@@ -1,5 +1,7 @@
 """The one exception type for everything a user can cause."""
 
+import math
+
 
 class MoqaError(Exception):
     """A mistake in what the user gave: one line that says what was given, what was found and what would work.
@@ -19,6 +21,18 @@ class MoqaError(Exception):
 
 class UnreadableError(MoqaError):
     """A file of the original that cannot be read: if long work is under way, what is done of it stays."""
+
+
+class LittleMemoryError(MoqaError):
+    """A limit of memory that holds nothing that could be worked on.
+
+    Attributes:
+        least: bytes that would do.
+    """
+
+    def __init__(self, what: str, least: int, or_else: str = "") -> None:
+        super().__init__(what, f"at least {math.ceil(least * 100 / 2**30) / 100:.2f} GiB do{or_else}")
+        self.least = least
 
 
 class Stopped(Exception):  # noqa: N818  (nothing went wrong)

@@ -87,6 +87,7 @@ def fulfil(wish: Wish) -> None:
     from moqa.profile.store import RECORD
     from moqa.quantize import quantize
     from moqa.quantize.disk import disk_bytes
+    from moqa.quantize.estimate import peak_bytes
 
     budget = fit(wish.model, wish.fit, wish.context, wish.batch) if wish.fit else Budget.parse(wish.bpw, wish.size)
     if isinstance(budget, Fit):
@@ -97,13 +98,15 @@ def fulfil(wish: Wish) -> None:
     folder = locate(wish.model)
     fitted, held_out = _texts(wish, folder)
     if wish.dry_run:
-        _preview(wish, folder, budget, [distribution.name for distribution in fitted], memory)
+        _preview(wish, folder, budget, fitted, held_out, memory)
         return
     view = open_model(folder, keep=memory.holds(folder))
     if not (wish.profile / RECORD).is_file() and (budget is not None or wish.strategy == "uniform"):
-        # after hours of measuring it would be late to find that the disk is too small
+        # after hours of measuring it would be late to find that the disk, or the memory, is too small
         expected, likely = _expected(wish, view, folder, budget, [distribution.name for distribution in fitted])
-        check_space(wish.out, disk_bytes(view, likely, expected, find_method(wish.method), wish.cache))
+        method, tokens = find_method(wish.method), _tokens(wish, folder, held_out)
+        check_space(wish.out, disk_bytes(view, likely, expected, method, wish.cache))
+        peak_bytes(view, likely, expected, method, memory, profiled=False, held_out=tokens)
     with progress(wish.log_json) as shown:
         report = time_limited(shown, wish.time_limit)
         measured = profile(
@@ -131,7 +134,7 @@ def fulfil(wish: Wish) -> None:
             )
             write_result({"checkpoint": str(wish.out), "bytes": chosen.account.checkpoint}, wish.json)
             return
-        bench = Bench.open(wish.model, view, measured, held_out, None if wish.held_out else wish.samples, report)
+        bench = Bench.open(wish.model, view, measured, held_out, _windows(wish), report, memory)
         proof = prove(bench, chosen, wish.out, wish.method, report)
     write_json(proof, wish.out / "proof.json")
     print_proof(proof, wish.out)
@@ -159,15 +162,33 @@ def _texts(wish: Wish, folder: Path) -> "tuple[list[Distribution], list[Distribu
     return fitted, held_out
 
 
-def _preview(wish: Wish, folder: Path, budget: "Budget | None", names: list[str], memory: "Memory") -> None:
+def _tokens(wish: Wish, folder: Path, texts: "list[Distribution]") -> int:
+    """How many tokens of held-out texts the proof looks at."""
+    from moqa.data import cut_windows
+    from moqa.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    return sum(cut_windows(text, tokenizer, wish.window, _windows(wish)).tokens.numel() for text in texts)
+
+
+def _windows(wish: Wish) -> int | None:
+    """Windows of each held-out text: all of one that was given for it."""
+    return None if wish.held_out else wish.samples
+
+
+def _preview(
+    wish: Wish, folder: Path, budget: "Budget | None", fitted: "list[Distribution]", held_out: "list[Distribution]",
+    memory: "Memory",
+) -> None:  # fmt: skip
     """What the wish would cost: with the profile that is there, or before there is one."""
     from moqa.models.view import open_model
     from moqa.profile.store import RECORD
     from moqa.quantize.estimate import estimate
 
     view, there = open_model(folder, keep=False), (wish.profile / RECORD).is_file()
-    measured, chosen = _expected(wish, view, folder, budget, names)
-    cost = estimate(folder, chosen, measured, wish.method, wish.cache, memory, there, view, start_and_end())
+    measured, chosen = _expected(wish, view, folder, budget, [distribution.name for distribution in fitted])
+    tokens = _tokens(wish, folder, held_out)
+    cost = estimate(folder, chosen, measured, wish.method, wish.cache, memory, there, view, start_and_end(), tokens)
     print_estimate(cost, chosen, measured, wish.json)
 
 

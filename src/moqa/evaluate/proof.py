@@ -1,5 +1,6 @@
 """Proof: a checkpoint beside uniform and hand-rule ones of the same bytes, on held-out text."""
 
+import gc
 import math
 import tempfile
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from moqa.data import Distribution, cut_windows
 from moqa.evaluate.measure import Reference
 from moqa.evaluate.run import Evaluation, evaluate
 from moqa.models.load import load_tokenizer
+from moqa.models.memory import Memory
 from moqa.models.view import ModelView
 from moqa.plan import Plan, plan
 from moqa.profile import Profile
@@ -57,6 +59,7 @@ class Bench:
         profile: statistics and samples.
         held_out: text that no fit saw.
         reference: the original's answers on it.
+        memory: what quantizing may take, see `moqa.quantize`.
     """
 
     model: str
@@ -64,25 +67,32 @@ class Bench:
     profile: Profile
     held_out: tuple[Distribution, ...]
     reference: Reference
+    memory: Memory | None = None
 
     @classmethod
     def open(
         cls, model: str, view: ModelView, profile: Profile, held_out: Sequence[Distribution], windows: int | None,
-        report: Report,
+        report: Report, memory: Memory | None = None,
     ) -> "Bench":  # fmt: skip
         """Run the original once on the held-out text."""
         assert view.folder is not None
         tokenizer = load_tokenizer(view.folder)
         cut = [cut_windows(d, tokenizer, profile.record.settings.context, windows) for d in held_out]
-        return cls(model, view, profile, tuple(held_out), Reference.of(view.model, cut, report))
+        return cls(model, view, profile, tuple(held_out), Reference.of(view.model, cut, report), memory)
 
     def run(self, chosen: Plan, method: str, report: Report, out: Path | None = None) -> Evaluation:
         """Quantize by a plan and measure what lies on disk; into a temporary folder if `out` is None."""
         with tempfile.TemporaryDirectory(prefix="moqa-") as temporary:
             target = out or Path(temporary) / "checkpoint"
             if out is None or not out.exists():
-                quantize(self.model, chosen, target, method, report=report, profile=self.profile, view=self.view)
-            return evaluate(target, self.held_out, against=self.model, report=report, reference=self.reference)
+                quantize(
+                    self.model, chosen, target, method, report=report, profile=self.profile, view=self.view,
+                    memory=self.memory,
+                )  # fmt: skip
+            found = evaluate(target, self.held_out, against=self.model, report=report, reference=self.reference)
+            # a model refers to itself: until it is found to be garbage, its mapped checkpoint takes memory
+            gc.collect()
+            return found
 
 
 def prove(bench: Bench, chosen: Plan, out: Path, method: str, report: Report) -> Proof:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moqa.errors import MoqaError
+from moqa.errors import LittleMemoryError
 from moqa.methods.inputs import TOGETHER, by_input
 from moqa.methods.routed import ROWS
 from moqa.methods.stacks import STACK_WEIGHTS
@@ -97,6 +97,13 @@ class Sizes:
         """While an expert's inputs are gathered and multiplied: samples, inputs, outputs, and both counted."""
         return 4 * self.hidden * (min(tokens, TOGETHER) + 4 * min(tokens, ROWS))
 
+    def comparing(self, packed: int, tokens: int) -> int:
+        """While a checkpoint's predictions are compared with its original's: it is mapped, tokens wait in front of a
+        layer of both, one layer is unpacked or a batch's predictions are there, six times."""
+        waiting = 2 * 4 * self.hidden * tokens
+        at_work = max(4 * self.weights + self.batch, self.logits * 3 // 2)
+        return self.base + COMPUTING + self.ends + packed + waiting + at_work
+
     def solving(self, copies: int = 1) -> int:
         """While a method works on one stack of matrices, each so many times."""
         stack = max(self.matrices * copies, min(STACK_WEIGHTS, self.weights))
@@ -112,10 +119,10 @@ def as_many(memory: Memory, fixed: int, each: int, count: int, least: int) -> in
     """How many of something fit beside what is fixed.
 
     Raises:
-        MoqaError: if not one does; says how much memory would do.
+        LittleMemoryError: if not one does.
     """
     smallest = int(max(fixed + each, least) * SLACK)
     if memory.limit < smallest:
         typed = f"--max-memory {memory.typed}" if memory.typed else f"{memory.limit / 2**30:.2f} GiB of free memory"
-        raise MoqaError(f"{typed} holds no decoder layer of this model", f"at least {smallest / 2**30:.2f} GiB do")
+        raise LittleMemoryError(f"{typed} holds no decoder layer of this model", smallest)
     return max(1, min(count, int(memory.limit / SLACK - fixed) // max(each, 1)))

@@ -1,5 +1,6 @@
 """How long the pieces of the work take on this machine, by doing each once."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,26 @@ class Clock:
             seconds += settings.context * weights / (_MEMORY if whole else self._storage)
         return seconds
 
+    def compared(self, view: ModelView, plan: Plan, tokens: int, checkpoints: int) -> float:
+        """Seconds of comparing so many checkpoints with the original on tokens of text, see `moqa.evaluate.proof`."""
+        original = each = 0.0
+        for layer in range(len(view.layers)):
+            units = view.layer_units(layer)
+            experts = max(1, len({unit.expert for unit in units if unit.expert is not None}))
+            for unit in units:
+                seen = tokens * (view.top_k / experts if unit.expert is not None else 1)
+                original += seen * self._multiplied(*unit.shape, view.stored_dtype(unit))
+                # the reference kernels unpack a matrix once, and multiply in float32
+                each += seen * self._multiplied(*unit.shape, torch.float32)
+                if not plan.units[unit.name].keeps:
+                    each += self._unpacked(*unit.shape, plan.units[unit.name])
+            between = tokens * self._between(view, BATCH_TOKENS) + tokens / BATCH_TOKENS * experts * self._few(
+                view, layer
+            )
+            original, each = original + between, each + between
+            original += sum(unit.weights * view.itemsize(unit) for unit in units) / self._storage
+        return original + checkpoints * (each + tokens * self._scored(view))
+
     def _solved(self, rows: int, features: int, scheme: Scheme, alike: int) -> float:
         """Seconds to quantize [rows, features], as a share of the stack in which that happens."""
         if self._method.store is not None:
@@ -157,12 +178,26 @@ class Clock:
 
     def _quantized(self, rows: int, features: int, scheme: Scheme) -> float:
         def make() -> Callable[[], object]:
-            stored = scheme.tensors((rows, features))
-            tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in stored.items()}
-            matrix, x = PackedMatrix(scheme, (rows, features), tensors), torch.randn(256, features)
+            matrix, x = _packed(rows, features, scheme), torch.randn(256, features)
             return lambda: find_kernels().linear(matrix, x)
 
         return self._once(("packed", rows, features, scheme), make) / 256
+
+    def _unpacked(self, rows: int, features: int, scheme: Scheme) -> float:
+        def make() -> Callable[[], object]:
+            return _packed(rows, features, scheme).dense
+
+        return self._once(("unpacked", rows, features, scheme), make)
+
+    def _scored(self, view: ModelView) -> float:
+        """Seconds of a token's predictions by a checkpoint and its original, and what is between them."""
+        rows, features = view.model.get_input_embeddings().weight.shape
+
+        def make() -> Callable[[], object]:
+            table, x = torch.randn(rows, features), torch.randn(256, features)
+            return lambda: _divergence(x, table)
+
+        return self._once(("scored", rows, features), make) / 256
 
     def _between(self, view: ModelView, tokens: int) -> float:
         """Seconds of a token in a layer between the products with its weights, where so many go through together."""
@@ -191,12 +226,13 @@ class Clock:
     def _once(self, key: tuple, make: Callable[[], Callable[[], object]]) -> float:
         """Seconds of a piece of work; a short one is done again, since the first time finds cold caches."""
         if key not in self._found:
-            work = make()
+            work, self._found[key] = make(), math.inf
             for _ in range(3):
                 began = time.perf_counter()
                 work()
-                self._found[key] = time.perf_counter() - began
-                if self._found[key] > 0.2:
+                took = time.perf_counter() - began
+                self._found[key] = min(self._found[key], took)
+                if took > 0.2:
                     break
         return self._found[key]
 
@@ -221,6 +257,12 @@ def storage_rate(folder: Path) -> float:
         raise MoqaError(f"{path} can be read no more", str(error)) from None
 
 
+def _packed(rows: int, features: int, scheme: Scheme) -> PackedMatrix:
+    stored = scheme.tensors((rows, features))
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in stored.items()}
+    return PackedMatrix(scheme, (rows, features), tensors)
+
+
 def _norms_and_attention(x: Tensor, q: Tensor) -> None:
     """What a decoder layer does to [windows, tokens, hidden] and [windows, heads, tokens, size] without its weights."""
     half = q.shape[-1] // 2
@@ -229,6 +271,12 @@ def _norms_and_attention(x: Tensor, q: Tensor) -> None:
     for _ in range(2):
         q * q[0, 0] + torch.cat([-q[..., half:], q[..., :half]], -1) * q[0, 0]
     scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).contiguous()
+
+
+def _divergence(x: Tensor, table: Tensor) -> Tensor:
+    """KL divergence of [tokens, features] predictions from predictions."""
+    logp, true = ((x @ table.T).log_softmax(-1) for _ in range(2))
+    return (true.exp() * (true - logp)).sum(1)
 
 
 def _expert(x: Tensor, index: Tensor) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
+from moqa.errors import LittleMemoryError
+from moqa.methods import Method
 from moqa.methods.registry import find_method
 from moqa.models import checkpoint
 from moqa.models.memory import Memory
@@ -17,7 +19,7 @@ from moqa.profile.room import Room as ProfileRoom
 from moqa.quantize.clock import Clock, storage_rate
 from moqa.quantize.disk import disk_bytes, layer_bytes
 from moqa.quantize.flow import tokens_of
-from moqa.quantize.room import Room
+from moqa.quantize.room import Room, room_to_compare
 
 
 class Estimate(BaseModel, frozen=True):
@@ -34,6 +36,7 @@ class Estimate(BaseModel, frozen=True):
 def estimate(
     model: str | Path, plan: Plan, profile: Profile, method: str = "gptq", cache: str | None = None,
     memory: Memory | None = None, profiled: bool = True, view: ModelView | None = None, before: float = 0.0,
+    held_out: int = 0,
 ) -> Estimate:  # fmt: skip
     """Cost of quantizing a model by a plan.
 
@@ -50,6 +53,8 @@ def estimate(
         profiled: whether the profile is there; else making it is part of the run.
         view: the model, if it is open already.
         before: seconds that are spent beside the work, such as the start of a command.
+        held_out: tokens of text on which the checkpoint and others of its size will be compared with the original; 0:
+            they will not be.
 
     Raises:
         MoqaError: if the model is unusable, the cache unknown or the memory too small.
@@ -58,18 +63,57 @@ def estimate(
     view = view or open_model(folder, keep=False)
     before += time.perf_counter() - began
     limits = memory or Memory.free()
+    peak = peak_bytes(view, plan, profile, how, limits, profiled, held_out)
     tokens = tokens_of(plan, profile) if how.needs_data else 0
     room = Room.within(limits, view, how, tokens, layer_bytes(view, plan))
     clock = Clock(how, storage_rate(folder))
-    seconds = before + sum(clock.layer(view, layer, plan, tokens, room.ahead) for layer in range(len(view.layers)))
-    peak, disk = room.peak, disk_bytes(view, plan, profile, how, cache)
+    quantizing = sum(clock.layer(view, layer, plan, tokens, room.ahead) for layer in range(len(view.layers)))
+    seconds, disk = before + quantizing, disk_bytes(view, plan, profile, how, cache)
+    if held_out:
+        # uniform plans below and above, and the hand rule where there are experts
+        others = 3 if view.has_experts else 2
+        seconds += others * quantizing + clock.compared(view, plan, held_out, 1 + others)
+        disk += disk_bytes(view, plan, profile, how, None)
     if not profiled:
         first, holds = ProfileRoom.within(limits, view, how), limits.holds(folder)
-        whole = 4 * Stored(folder).values if holds else 0
         counts = {name: entry.tokens for name, entry in profile.record.distributions.items()}
         seconds += clock.profile(view, plan, counts, profile.record.settings, first.experts, holds)
-        peak = max(peak, first.peak + whole)
         disk = max(disk, profile_disk_bytes(view, sum(counts.values()), len(counts)))
     return Estimate(
         checkpoint_bytes=plan.account.checkpoint, peak_bytes=peak, disk_bytes=disk, seconds=float(f"{seconds:.3g}")
     )
+
+
+def peak_bytes(
+    view: ModelView, plan: Plan, profile: Profile, method: Method, memory: Memory, profiled: bool, held_out: int
+) -> int:
+    """Bytes that will be resident at most in all steps of a run; arguments are those of `estimate`.
+
+    >>> peak_bytes(view, plan, profile, METHODS["gptq"], Memory.parse("4GiB"), True, 0)
+    996853440
+
+    Raises:
+        LittleMemoryError: of the step that needs most, if the memory does not hold one.
+    """
+
+    def quantizing() -> int:
+        tokens = tokens_of(plan, profile) if method.needs_data else 0
+        return Room.within(memory, view, method, tokens, layer_bytes(view, plan)).peak
+
+    def profiling() -> int:
+        assert view.folder is not None
+        whole = 4 * Stored(view.folder).values if memory.holds(view.folder) else 0
+        return ProfileRoom.within(memory, view, method).peak + whole
+
+    steps = [quantizing] if profiled else [quantizing, profiling]
+    if held_out:
+        steps.append(lambda: room_to_compare(memory, view, plan.account.checkpoint, held_out))
+    found, lacking = [], []
+    for step in steps:
+        try:
+            found.append(step())
+        except LittleMemoryError as error:
+            lacking.append(error)
+    if lacking:
+        raise max(lacking, key=lambda error: error.least)
+    return max(found)

@@ -2,11 +2,43 @@
 
 from dataclasses import dataclass
 
+from moqa.errors import LittleMemoryError
 from moqa.methods import Method
 from moqa.methods.room import COMPUTING, SLACK, Sizes, as_many
 from moqa.models.memory import Memory
+from moqa.models.stored import Stored
 from moqa.models.view import ModelView
 from moqa.quantize.flow import CHECK_EVERY
+
+
+def room_to_compare(memory: Memory, view: ModelView, packed: int, tokens: int) -> int:
+    """Bytes that will be resident at most while a checkpoint is compared with its original.
+
+    >>> room_to_compare(Memory.parse("4GiB"), view, 12_922_880, 16384)
+    618070016
+
+    Args:
+        memory: the limit.
+        view: the original.
+        packed: bytes of the checkpoint.
+        tokens: of the text on which they are compared.
+
+    Raises:
+        LittleMemoryError: if a limit that was typed is smaller.
+    """
+    assert view.folder is not None
+    without, whole = Sizes.of(view).comparing(packed, tokens), 4 * Stored(view.folder).values
+    peak = without + whole if memory.holds(view.folder) else without
+    # mapped files are left to the system otherwise: it forgets them when it needs the memory
+    if memory.typed and memory.limit < peak * SLACK:
+        # a little more may hold the original as a whole, and then it will
+        if Memory(int(without * SLACK)).holds(view.folder):
+            peak = without + whole
+        raise LittleMemoryError(
+            f"--max-memory {memory.typed} does not hold a checkpoint beside its original to compare them",
+            int(peak * SLACK), ", or give --no-proof",
+        )  # fmt: skip
+    return peak
 
 
 @dataclass(frozen=True)
