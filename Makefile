@@ -25,8 +25,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 demo: setup
 	$(BIN)/python benchmarks/demo.py
 
+# two files at a time: most of a test is one thread's work
 test: setup
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
 
 test-slow: setup
 	$(BIN)/pytest -m slow
