@@ -99,7 +99,7 @@ def hung(mark, wanted=None):
     """Methods whose first call, on the `wanted` node if one is named, says who works at it and hangs."""
 
     def hang(run):
-        def slow(job):
+        def slow(*given):
             from pathlib import Path
 
             import ray
@@ -116,11 +116,11 @@ def hung(mark, wanted=None):
                 Path(mark).with_suffix(".new").write_text(f"{os.getpid()} {here}")
                 Path(mark).with_suffix(".new").rename(mark)
                 time.sleep(300)
-            return run(job)
+            return run(*given)
 
         return slow
 
-    return {name: Method(name, found.needs_data, hang(found.run)) for name, found in METHODS.items()}
+    return {name: Method(name, hang(found.run), found.store and hang(found.store)) for name, found in METHODS.items()}
 
 
 def when_at_work(mark, act):
@@ -250,14 +250,14 @@ class TestMistakes:
         def refuse(job):
             raise MoqaError("--method gptq", "does not like this")
 
-        monkeypatch.setitem(METHODS, "gptq", Method("gptq", True, refuse))
+        monkeypatch.setitem(METHODS, "gptq", Method("gptq", refuse))
         with pytest.raises(MoqaError) as caught:
             quantize(tiny_model, planned, tmp_path / "out", profile=profiled, engine=engine)
         assert str(caught.value) == "--method gptq: does not like this"
         assert list(tmp_path.iterdir()) == []
 
     def test_a_bug_on_a_worker_keeps_its_traceback(self, tiny_model, planned, profiled, engine, tmp_path, monkeypatch):
-        monkeypatch.setitem(METHODS, "gptq", Method("gptq", True, lambda job: job.nothing))
+        monkeypatch.setitem(METHODS, "gptq", Method("gptq", lambda job: job.nothing))
         with pytest.raises(AttributeError, match=r"quantize_piece[\s\S]*has no attribute 'nothing'"):
             quantize(tiny_model, planned, tmp_path / "out", profile=profiled, engine=engine)
 
