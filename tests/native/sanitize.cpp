@@ -517,6 +517,28 @@ void check_decoder(int hidden, int heads, int kv_heads, int head_dim, bool route
     }
 }
 
+// What is packed while it is fitted is what is fitted and then packed.
+void check_planes(const Path& path, Fitting f, int bits, int threads) {
+    const size_t tiles = (f.rows + TILE - 1) / TILE, scales = tiles * TILE * f.groups();
+    Buffer<uint8_t> width(f.rows), integers(size_t(f.rows) * f.in), zero(scales);
+    Buffer<uint16_t> scale(scales);
+    Buffer<float> error(scales);
+    std::fill(width.get(), width.get() + f.rows, uint8_t(bits));
+    f.width = width.get(), f.scale = scale.get(), f.zero = f.symmetric ? nullptr : zero.get();
+    std::array<Buffer<uint8_t>, 6> planes;
+    for (int i = 0; i < 6; ++i)
+        planes[i] = Buffer<uint8_t>(tiles * ((f.in + BLOCK - 1) / BLOCK) * VECTOR * PLANES[bits][i % 3]);
+    f.error = error.get(), f.integers = integers.get();
+    fit(path, f, threads);
+    pack(path, {f.rows, f.in, bits, integers.get(), {planes[0].get(), planes[1].get(), planes[2].get()}}, threads);
+    f.error = nullptr, f.integers = nullptr;
+    for (int i = 0; i < 3; ++i) f.planes[i] = planes[3 + i].get();
+    fit(path, f, threads);
+    for (int i = 0; i < 3; ++i)
+        if (!std::equal(planes[i].get(), planes[i].get() + planes[i].size, planes[3 + i].get()))
+            return fail(std::string(path.name) + " fit: other planes than those of its integers");
+}
+
 // Memory and threads of the loops of quantization; what they find is tested in Python.
 void check_solving(int matrices, int rows, int in, int group, bool symmetric, bool half, bool weighted) {
     const int groups = (in + group - 1) / group;
@@ -539,13 +561,9 @@ void check_solving(int matrices, int rows, int in, int group, bool symmetric, bo
             found.emplace_back(weights);
             fit(*path, {matrices, rows, in, group, symmetric, half, false, values.get(), width.get(),
                         weighted ? importance.get() : nullptr, scale.get(), symmetric ? nullptr : zero.get(),
-                        error.get(), found.back().get()}, threads);
-            const int bits = random_int(1, 8);
-            const size_t vectors = size_t((rows + TILE - 1) / TILE) * ((in + BLOCK - 1) / BLOCK) * VECTOR;
-            std::array<Buffer<uint8_t>, 3> planes;
-            for (int i = 0; i < 3; ++i) planes[i] = Buffer<uint8_t>(vectors * PLANES[bits][i]);
-            pack(*path, {rows, in, bits, found.back().get(), {planes[0].get(), planes[1].get(), planes[2].get()}},
-                 threads);
+                        error.get(), found.back().get(), {}}, threads);
+            check_planes(*path, {1, rows, in, group, symmetric, half, false, values.get(), nullptr, nullptr, nullptr, nullptr,
+                                 nullptr, nullptr, {}}, symmetric ? random_int(2, 8) : random_int(1, 8), threads);
             Buffer<float> work = random_floats(weights, true);
             Buffer<uint8_t> integers(weights);
             for (int first = 0; first < in; first += 64) {
