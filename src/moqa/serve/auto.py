@@ -138,12 +138,13 @@ class AutoAdjusting(Adjusting):
 
     def _judge(self) -> None:
         """Look at what was counted since the last time."""
-        if not self._results.empty():
+        received = not self._results.empty()
+        if received:
             self._receive()
         counts, judged = self._counts.take(), self._detector.judgements
         self._collected.count(counts)
         self._detector.add(counts)
-        if self._detector.judgements > judged:
+        if received or self._detector.judgements > judged:
             self._decide()
 
     def _decide(self) -> None:
