@@ -62,7 +62,7 @@ bench: $(VENV)/.bench
 peers: setup .peers/llmcompressor/.ready .peers/gptqmodel/.ready
 	$(BIN)/python benchmarks/peers.py --llmcompressor .peers/llmcompressor/bin/python --gptqmodel .peers/gptqmodel/bin/python
 
-# a checkpoint of 14 GB is made first; 20 GB of disk, half an hour
+# a checkpoint of 14 GB is made first; 20 GB of disk, 40 minutes
 scale-study: setup
 	$(BIN)/python benchmarks/scale_study.py
 	$(BIN)/python benchmarks/scale_page.py

@@ -16,6 +16,7 @@ MODELS = {
     "1T (384 experts)": Shape(61, 7168, 2048, 384, 8, 101_711_872, 44_040_192),
 }
 MACHINES = (1, 8, 64)
+NAMES = {"model": "reference"}
 # what tasks on other machines do; the rest is done where the run was started
 DIVIDED = ("sum experts' inputs", "solve")
 
@@ -67,6 +68,11 @@ def foretold_table(summary: dict) -> str:
             digits = 2 if unit == GIB else 0
             values = [f"{ours / unit:.{digits}f}", f"{theirs / unit:.{digits}f}", f"{ours / theirs:.2f}"]
             rows.append([f"{name}: {what}", *values])
+    for name, run in summary.get("one command", {}).items():
+        for what, key, unit in (("peak, GiB", "peak_bytes", GIB), ("time, s", "seconds", 1)):
+            ours, theirs, digits = run["foretold"][key], run["measured"][key], 2 if unit == GIB else 0
+            values = [f"{ours / unit:.{digits}f}", f"{theirs / unit:.{digits}f}", f"{ours / theirs:.2f}"]
+            rows.append([f"one command, {NAMES.get(name, name)}: {what}", *values])
     return table(["", "foretold", "measured", "ratio"], rows)
 
 
@@ -159,7 +165,8 @@ NaN, hashes.
 
 ## What the dry run foretells
 
-In {summary["dry run"]["seconds"]:.0f} s for both, from headers and a calibration of this machine.
+In {summary["dry run"]["seconds"]:.0f} s for both, from headers and a calibration of this machine. "One command" goes
+from texts to a checkpoint that is compared with three others of its size, before there is a profile.
 
 {foretold_table(summary)}
 

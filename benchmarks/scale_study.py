@@ -11,12 +11,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import random_model
 import torch
+from demo import MODEL as REFERENCE
 from demo import ROOT, TEXT
 from torch import Tensor
 
@@ -28,8 +30,13 @@ from moqa.models.narrow import fast_sums
 RUNS = ROOT / "runs" / "scale"
 MODEL, SUMMARY = RUNS / "olmoe", RUNS / "summary.json"
 MEMORY, BITS, WINDOWS, CONTEXT = "4GiB", 3, 64, 256
-STAGES = ("profile", "dry run", "gptq", "rtn")
+STAGES = ("profile", "dry run", "gptq", "rtn", "one command")
 GIB = 2**30
+# runs a command and says how many KiB of it were resident at most; as a child of this process it would begin with ours
+LARGEST = (
+    "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+)
 
 
 def fastest(work: object, times: int = 5) -> float:
@@ -148,6 +155,26 @@ def stage(name: str, threads: int) -> dict:
     return json.loads(Path(job["found"]).read_text())
 
 
+def one_command(model: Path) -> dict[str, dict]:
+    """What a dry run foretells of one command, from texts to the comparison with others, and what it takes."""
+    with tempfile.TemporaryDirectory(dir=RUNS) as folder:
+        command = [
+            sys.executable, "-m", "moqa", "quantize", str(model), "--data", f"wiki={TEXT / 'wiki.calib.txt'}", "--bpw",
+            str(BITS), "--samples", str(WINDOWS // 4), "-o", f"{folder}/out",
+        ]  # fmt: skip
+        subprocess.run([*command, "--dry-run", "--json", f"{folder}/dry.json"], check=True, stdout=subprocess.DEVNULL)
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", LARGEST, *command], check=True, capture_output=True, text=True)
+        measured = {"seconds": time.perf_counter() - began, "peak_bytes": int(done.stdout.split()[-1]) * 1024}
+        return {"foretold": json.loads(Path(f"{folder}/dry.json").read_text()), "measured": measured}
+
+
+def one_commands() -> dict[str, dict]:
+    """The same for the reference model and for one of 441M parameters."""
+    random_model.make(RUNS / "random-441M")
+    return {folder.name: one_command(folder) for folder in (REFERENCE, RUNS / "random-441M")}
+
+
 def main() -> None:
     stages = sys.argv[1:] or STAGES
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -161,7 +188,7 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr, flush=True)
         # a disk's rate changes while the other stages run
         disk = disk_rate() if name == "rtn" else 0.0
-        summary[name] = stage(name, int(summary["machine"]["threads"]))
+        summary[name] = one_commands() if name == "one command" else stage(name, int(summary["machine"]["threads"]))
         if name == "rtn":
             summary["machine"]["disk"] = (disk + disk_rate()) / 2
         SUMMARY.write_text(json.dumps(summary, indent=1) + "\n")
