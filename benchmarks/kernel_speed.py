@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from moqa.format.planes import pack, tile_rows
+from moqa.format.planes import by_suffix, pack
 from moqa.format.scheme import Scheme
 from moqa.kernels import ExpertStack, PackedMatrix, find_kernels
 from moqa.kernels.native import read
@@ -49,10 +49,9 @@ def random_matrix(out: int, features: int, width: int) -> PackedMatrix:
     scheme = Scheme(width=width)
     integers = torch.randint(0, 2**width, (out, features), dtype=torch.uint8)
     groups = features // scheme.group_size
-    tensors = {f"p{i}": plane for i, plane in enumerate(pack(integers, width))}
-    tensors["scale"] = tile_rows((torch.rand(out, groups) * 0.02 + 0.01).bfloat16())
-    tensors["zero"] = tile_rows(torch.randint(100, 150, (out, groups), dtype=torch.uint8))
-    return PackedMatrix(scheme, (out, features), tensors)
+    scale = (torch.rand(out, groups) * 0.02 + 0.01).bfloat16()
+    zero = torch.randint(100, 150, (out, groups), dtype=torch.uint8)
+    return PackedMatrix(scheme, (out, features), by_suffix(pack(integers, width), scale, zero))
 
 
 def copies_of(matrix: PackedMatrix) -> list[PackedMatrix]:

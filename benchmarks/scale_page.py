@@ -16,7 +16,6 @@ MODELS = {
     "1T (384 experts)": Shape(61, 7168, 2048, 384, 8, 101_711_872, 44_040_192),
 }
 MACHINES = (1, 8, 64)
-NAMES = {"model": "reference"}
 # what tasks on other machines do; the rest is done where the run was started
 DIVIDED = ("sum experts' inputs", "solve")
 
@@ -56,23 +55,22 @@ def run_table(summary: dict) -> str:
 
 
 def foretold_table(summary: dict) -> str:
-    rows = []
+    runs = []
     for name in ("gptq", "rtn"):
-        said, found = summary["dry run"][name], summary[name]
         written = sum(path.stat().st_size for path in (RUNS / name).glob("*.safetensors"))
-        for what, ours, theirs, unit in (
-            ("checkpoint, bytes", said["checkpoint_bytes"], written, 1),
-            ("peak, GiB", said["peak_bytes"], found["peak_bytes"], GIB),
-            ("time, s", said["seconds"], found["seconds"], 1),
-        ):
-            digits = 2 if unit == GIB else 0
-            values = [f"{ours / unit:.{digits}f}", f"{theirs / unit:.{digits}f}", f"{ours / theirs:.2f}"]
-            rows.append([f"{name}: {what}", *values])
+        runs.append((name, summary["dry run"][name], summary[name] | {"checkpoint_bytes": written}))
     for name, run in summary.get("one command", {}).items():
-        for what, key, unit in (("peak, GiB", "peak_bytes", GIB), ("time, s", "seconds", 1)):
-            ours, theirs, digits = run["foretold"][key], run["measured"][key], 2 if unit == GIB else 0
-            values = [f"{ours / unit:.{digits}f}", f"{theirs / unit:.{digits}f}", f"{ours / theirs:.2f}"]
-            rows.append([f"one command, {NAMES.get(name, name)}: {what}", *values])
+        runs.append((f"one command, {name}", run["foretold"], run["measured"]))
+    rows = []
+    for name, said, found in runs:
+        for what, key, unit, digits in (
+            ("checkpoint, bytes", "checkpoint_bytes", 1, 0),
+            ("peak, GiB", "peak_bytes", GIB, 2),
+            ("time, s", "seconds", 1, 0),
+        ):
+            if key in found:
+                values = [f"{said[key] / unit:.{digits}f}", f"{found[key] / unit:.{digits}f}"]
+                rows.append([f"{name}: {what}", *values, f"{said[key] / found[key]:.2f}"])
     return table(["", "foretold", "measured", "ratio"], rows)
 
 

@@ -171,8 +171,9 @@ def one_command(model: Path) -> dict[str, dict]:
 
 def one_commands() -> dict[str, dict]:
     """The same for the reference model and for one of 441M parameters."""
-    random_model.make(RUNS / "random-441M")
-    return {folder.name: one_command(folder) for folder in (REFERENCE, RUNS / "random-441M")}
+    models = {"reference": REFERENCE, "random-441M": RUNS / "random-441M"}
+    random_model.make(models["random-441M"])
+    return {name: one_command(folder) for name, folder in models.items()}
 
 
 def main() -> None:

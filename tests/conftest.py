@@ -13,7 +13,7 @@ from hypothesis import settings
 from moqa.cli import main
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, Fitted, Manifest, StoredTensor, StoredUnit
-from moqa.format.planes import pack, tile_rows
+from moqa.format.planes import by_suffix, pack
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.format.writer import write_manifest, write_shard
 from moqa.methods.grid import fit_grid
@@ -108,9 +108,8 @@ def stored_tensors(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str,
     if scheme.keeps:
         return {f"{name}.weight": weight.bfloat16()}
     grid = fit_grid(weight, scheme).grid
-    found = {f"{name}.p{index}": plane for index, plane in enumerate(pack(grid.encode(weight), scheme.width))}
-    found[f"{name}.scale"] = tile_rows(grid.scale)
-    return found if grid.zero is None else found | {f"{name}.zero": tile_rows(grid.zero)}
+    found = by_suffix(pack(grid.encode(weight), scheme.width), grid.scale, grid.zero)
+    return {f"{name}.{suffix}": tensor for suffix, tensor in found.items()}
 
 
 def make_checkpoint(folder: Path) -> Path:

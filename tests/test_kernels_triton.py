@@ -16,7 +16,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from moqa.format.grid import to_groups
-from moqa.format.planes import pack, tile_rows
+from moqa.format.planes import by_suffix, pack
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.kernels import ACTIVATIONS, ExpertStack, PackedMatrix
 from moqa.kernels.reference import activate
@@ -63,9 +63,8 @@ def make(shape, scheme, scale=1.0):
     if scheme.keeps:
         return PackedMatrix(scheme, shape, {"weight": weight.bfloat16()})
     grid = fit_grid(weight, scheme).grid
-    tensors = {f"p{index}": plane for index, plane in enumerate(pack(grid.encode(weight), scheme.width))}
-    tensors["scale"] = tile_rows(grid.scale)
-    return PackedMatrix(scheme, shape, tensors if grid.zero is None else tensors | {"zero": tile_rows(grid.zero)})
+    planes = pack(grid.encode(weight), scheme.width)
+    return PackedMatrix(scheme, shape, by_suffix(planes, grid.scale, grid.zero))
 
 
 def expected(matrix, x, bias=None):

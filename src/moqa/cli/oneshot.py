@@ -96,15 +96,15 @@ def fulfil(wish: Wish) -> None:
         raise MoqaError(f"--strategy {wish.strategy} needs a budget", "give --bpw, --size or --fit")
     memory = wish.engine.memory(wish.memory)
     folder = locate(wish.model)
-    fitted, held_out = _texts(wish, folder)
+    fitted, held_out, tokens = _texts(wish, folder)
     if wish.dry_run:
-        _preview(wish, folder, budget, fitted, held_out, memory)
+        _preview(wish, folder, budget, [distribution.name for distribution in fitted], memory, tokens)
         return
     view = open_model(folder, keep=memory.holds(folder))
     if not (wish.profile / RECORD).is_file() and (budget is not None or wish.strategy == "uniform"):
         # after hours of measuring it would be late to find that the disk, or the memory, is too small
         expected, likely = _expected(wish, view, folder, budget, [distribution.name for distribution in fitted])
-        method, tokens = find_method(wish.method), _tokens(wish, folder, held_out)
+        method = find_method(wish.method)
         check_space(wish.out, disk_bytes(view, likely, expected, method, wish.cache))
         peak_bytes(view, likely, expected, method, memory, profiled=False, held_out=tokens)
     with progress(wish.log_json) as shown:
@@ -142,33 +142,23 @@ def fulfil(wish: Wish) -> None:
     write_result(proof, wish.json)
 
 
-def _texts(wish: Wish, folder: Path) -> "tuple[list[Distribution], list[Distribution]]":
-    """Texts to fit on and texts to prove on: as given, or a fifth of each held out."""
+def _texts(wish: Wish, folder: Path) -> "tuple[list[Distribution], list[Distribution], int]":
+    """Texts to fit on, texts to prove on, and how many tokens of these: as given, or a fifth of each held out."""
     from moqa.data import cut_windows, read_distributions, split_held_out
     from moqa.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     given = read_distributions(wish.data, tokenizer)
     if not wish.proof:
-        return given, []
+        return given, [], 0
     if wish.held_out:
         fitted, held_out = given, read_distributions(wish.held_out, tokenizer)
     else:
         pairs = [split_held_out(distribution) for distribution in given]
         fitted, held_out = [first for first, _ in pairs], [second for _, second in pairs]
-    for distribution in held_out:
-        # a text too short for the proof is better found now than when the checkpoint is written
-        cut_windows(distribution, tokenizer, wish.window, 1)
-    return fitted, held_out
-
-
-def _tokens(wish: Wish, folder: Path, texts: "list[Distribution]") -> int:
-    """How many tokens of held-out texts the proof looks at."""
-    from moqa.data import cut_windows
-    from moqa.models.load import load_tokenizer
-
-    tokenizer = load_tokenizer(folder)
-    return sum(cut_windows(text, tokenizer, wish.window, _windows(wish)).tokens.numel() for text in texts)
+    # a text too short for the proof is better found now than when the checkpoint is written
+    cut = [cut_windows(distribution, tokenizer, wish.window, _windows(wish)) for distribution in held_out]
+    return fitted, held_out, sum(windows.tokens.numel() for windows in cut)
 
 
 def _windows(wish: Wish) -> int | None:
@@ -177,17 +167,15 @@ def _windows(wish: Wish) -> int | None:
 
 
 def _preview(
-    wish: Wish, folder: Path, budget: "Budget | None", fitted: "list[Distribution]", held_out: "list[Distribution]",
-    memory: "Memory",
-) -> None:  # fmt: skip
+    wish: Wish, folder: Path, budget: "Budget | None", names: list[str], memory: "Memory", tokens: int
+) -> None:
     """What the wish would cost: with the profile that is there, or before there is one."""
     from moqa.models.view import open_model
     from moqa.profile.store import RECORD
     from moqa.quantize.estimate import estimate
 
     view, there = open_model(folder, keep=False), (wish.profile / RECORD).is_file()
-    measured, chosen = _expected(wish, view, folder, budget, [distribution.name for distribution in fitted])
-    tokens = _tokens(wish, folder, held_out)
+    measured, chosen = _expected(wish, view, folder, budget, names)
     cost = estimate(folder, chosen, measured, wish.method, wish.cache, memory, there, view, start_and_end(), tokens)
     print_estimate(cost, chosen, measured, wish.json)
 

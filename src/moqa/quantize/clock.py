@@ -1,7 +1,7 @@
 """How long the pieces of the work take on this machine, by doing each once."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -55,7 +55,7 @@ class Clock:
     def layer(self, view: ModelView, layer: int, plan: Plan, tokens: int, ahead: bool) -> float:
         """Seconds that a decoder layer takes; `ahead`: storage and arithmetic do not wait for each other."""
         units = view.layer_units(layer)
-        experts = max(1, len({unit.expert for unit in units if unit.expert is not None}))
+        experts = _count(units)
         read = sum(unit.weights * view.itemsize(unit) for unit in units)
         written = sum(plan.units[unit.name].stored_bytes(unit.shape) for unit in units)
         stored, seconds = (read + written) / self._storage, 0.0
@@ -73,8 +73,7 @@ class Clock:
                 seconds += seen * self._quantized(rows, features, scheme)
         if self._method.needs_data:
             # through the layer as it was, and through the quantized one
-            seconds += 2 * tokens * self._between(view, BATCH_TOKENS)
-            seconds += 2 * tokens / BATCH_TOKENS * experts * self._few(view, layer)
+            seconds += 2 * tokens * self._around(view, layer, experts)
         if ahead:
             return max(stored, seconds + (read + written) * _HANDLED / torch.get_num_threads())
         return stored + seconds
@@ -95,7 +94,7 @@ class Clock:
         seconds, everything, probes = 0.0, sum(tokens.values()), len(PROBES)
         for layer in range(len(view.layers)):
             units = view.layer_units(layer)
-            experts = max(1, len({unit.expert for unit in units if unit.expert is not None}))
+            experts = _count(units)
             slices = -(-experts // together) if view.top_k else 1
             for unit in units:
                 seen = everything * (view.top_k / experts if unit.expert is not None else 1)
@@ -108,8 +107,7 @@ class Clock:
                     seconds += len(tokens) * self._solved(probes * rows, features, plan.units[unit.name], 1) / 2
             seconds += 3 * sum(unit.weights * view.itemsize(unit) for unit in units) / self._storage
             passes = 1 + (3 * slices if settings.sensitivity else 0)
-            seconds += everything * passes * self._between(view, BATCH_TOKENS)
-            seconds += everything / BATCH_TOKENS * passes * experts * self._few(view, layer)
+            seconds += everything * passes * self._around(view, layer, experts)
             if SELF in tokens:
                 written = max(1, tokens[SELF] // settings.context)
                 seconds += settings.context * (
@@ -125,7 +123,7 @@ class Clock:
         original = each = 0.0
         for layer in range(len(view.layers)):
             units = view.layer_units(layer)
-            experts = max(1, len({unit.expert for unit in units if unit.expert is not None}))
+            experts = _count(units)
             for unit in units:
                 seen = tokens * (view.top_k / experts if unit.expert is not None else 1)
                 original += seen * self._multiplied(*unit.shape, view.stored_dtype(unit))
@@ -133,10 +131,8 @@ class Clock:
                 each += seen * self._multiplied(*unit.shape, torch.float32)
                 if not plan.units[unit.name].keeps:
                     each += self._unpacked(*unit.shape, plan.units[unit.name])
-            between = tokens * self._between(view, BATCH_TOKENS) + tokens / BATCH_TOKENS * experts * self._few(
-                view, layer
-            )
-            original, each = original + between, each + between
+            around = tokens * self._around(view, layer, experts)
+            original, each = original + around, each + around
             original += sum(unit.weights * view.itemsize(unit) for unit in units) / self._storage
         return original + checkpoints * (each + tokens * self._scored(view))
 
@@ -203,6 +199,10 @@ class Clock:
 
         return self._once(("scored", rows, features), make) / 256
 
+    def _around(self, view: ModelView, layer: int, experts: int) -> float:
+        """Seconds of a token in a layer beside the products with its weights, where a batch goes through together."""
+        return self._between(view, BATCH_TOKENS) + experts / BATCH_TOKENS * self._few(view, layer)
+
     def _between(self, view: ModelView, tokens: int) -> float:
         """Seconds of a token in a layer between the products with its weights, where so many go through together."""
         config = view.model.config.get_text_config()
@@ -258,6 +258,11 @@ def storage_rate(folder: Path) -> float:
             return len(places) * size / (time.perf_counter() - began)
     except OSError as error:
         raise MoqaError(f"{path} can be read no more", str(error)) from None
+
+
+def _count(units: Sequence[Unit]) -> int:
+    """How many experts some units belong to; those of a layer without any count as one's."""
+    return max(1, len({unit.expert for unit in units if unit.expert is not None}))
 
 
 def _packed(rows: int, features: int, scheme: Scheme) -> PackedMatrix:

@@ -10,7 +10,6 @@ from moqa.methods import Method
 from moqa.methods.registry import find_method
 from moqa.models import checkpoint
 from moqa.models.memory import Memory
-from moqa.models.stored import Stored
 from moqa.models.view import ModelView, open_model
 from moqa.plan import Plan
 from moqa.profile import Profile
@@ -102,8 +101,7 @@ def peak_bytes(
 
     def profiling() -> int:
         assert view.folder is not None
-        whole = 4 * Stored(view.folder).values if memory.holds(view.folder) else 0
-        return ProfileRoom.within(memory, view, method).peak + whole
+        return ProfileRoom.within(memory, view, method).peak + memory.whole(view.folder)
 
     steps = [quantizing] if profiled else [quantizing, profiling]
     if held_out:

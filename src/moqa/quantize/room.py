@@ -6,7 +6,6 @@ from moqa.errors import LittleMemoryError
 from moqa.methods import Method
 from moqa.methods.room import COMPUTING, SLACK, Sizes, as_many
 from moqa.models.memory import Memory
-from moqa.models.stored import Stored
 from moqa.models.view import ModelView
 from moqa.quantize.flow import CHECK_EVERY
 
@@ -27,13 +26,12 @@ def room_to_compare(memory: Memory, view: ModelView, packed: int, tokens: int) -
         LittleMemoryError: if a limit that was typed is smaller.
     """
     assert view.folder is not None
-    without, whole = Sizes.of(view).comparing(packed, tokens), 4 * Stored(view.folder).values
-    peak = without + whole if memory.holds(view.folder) else without
+    without = Sizes.of(view).comparing(packed, tokens)
+    peak = without + memory.whole(view.folder)
     # mapped files are left to the system otherwise: it forgets them when it needs the memory
     if memory.typed and memory.limit < peak * SLACK:
         # a little more may hold the original as a whole, and then it will
-        if Memory(int(without * SLACK)).holds(view.folder):
-            peak = without + whole
+        peak = max(peak, without + Memory(int(without * SLACK)).whole(view.folder))
         raise LittleMemoryError(
             f"--max-memory {memory.typed} does not hold a checkpoint beside its original to compare them",
             int(peak * SLACK), ", or give --no-proof",

@@ -100,7 +100,8 @@ def quantize(
     check_space(out, disk_bytes(view, plan, profile, how, cache))
     engine.prepare(folder, out, report)
     with torch.no_grad(), unfinished(out, _job(plan, profile, how, cache), overwrite, restart) as work:
-        target, missing = work.result, _missing(view, work)
+        target = work.result
+        missing = [layer for layer in range(len(view.layers)) if work.noted(f"layer-{layer}") is None]
         if missing and room.ahead and engine.name == "local":
             view.read_ahead(missing[0])
         if work.noted("start") is None:
@@ -116,7 +117,7 @@ def quantize(
                 report("cache", 1, 1)
             describe_routing(target, profile, plan.known)
             work.note("start", {})
-        _write(Site(view, work), plan, how, profile, engine, room, model, report)
+        _write(Site(view, work), plan, how, profile, engine, room, missing, model, report)
     return out
 
 
@@ -129,20 +130,15 @@ def _job(plan: Plan, profile: Profile, method: Method, cache: str | None) -> dic
             "method": method.name, "cache": cache}  # fmt: skip
 
 
-def _missing(view: ModelView, work: Unfinished) -> list[int]:
-    return [layer for layer in range(len(view.layers)) if work.noted(f"layer-{layer}") is None]
-
-
 def _write(
-    site: Site, plan: Plan, method: Method, profile: Profile, engine: Engine, room: Room, model: str | Path,
-    report: Report,
+    site: Site, plan: Plan, method: Method, profile: Profile, engine: Engine, room: Room, missing: list[int],
+    model: str | Path, report: Report,
 ) -> None:  # fmt: skip
     view, work = site.view, site.work
     kept, depth = kept_entries(profile), len(view.layers)
     layout = shards(
         kept, depth, {name: (unit.layer, unit.shape, plan.units[name]) for name, unit in view.units.items()}
     )
-    missing = _missing(view, work)
     with Background(room.ahead) as background, ExitStack() as stack:
         if work.noted("kept") is None:
             background.do(_write_kept, layout[0], view.kept_on_disk(), work)
