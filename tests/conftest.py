@@ -28,6 +28,15 @@ settings.register_profile("moqa", deadline=None)
 settings.load_profile("moqa")
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """Threads are the whole process's: a command that a test runs here (`--threads`) sets them for all that follow."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 def make_profile(folder: Path, moe: bool = True) -> Profile:
     """A profile of 3 layers x 8 experts (or of a dense model) with plausible random statistics."""
     generator = torch.Generator().manual_seed(7)

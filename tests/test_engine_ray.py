@@ -221,12 +221,11 @@ class TestGoingOn:
             nodes.address,
         ]  # fmt: skip
         first = tmp_path / ".out.partial" / "steps" / "layer-0.json"
-        driver = subprocess.Popen(command, stderr=subprocess.PIPE)
-        while not first.exists():
-            assert driver.poll() is None, driver.stderr.read()
-            time.sleep(0.02)
-        driver.kill()
-        driver.communicate()
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as driver:
+            while not first.exists():
+                assert driver.poll() is None, driver.stderr.read()
+                time.sleep(0.02)
+            driver.kill()
         assert not (tmp_path / "out").exists()
         shard = min((tmp_path / ".out.partial" / "result").glob("model-*-of-*"), key=lambda path: path.stat().st_mtime)
         stamp = shard.stat().st_mtime_ns
@@ -290,11 +289,8 @@ class TestMistakes:
     def test_more_threads_than_any_node_lends(self, engine, nodes):
         threads = torch.get_num_threads()
         torch.set_num_threads(threads + 1)
-        try:
-            with pytest.raises(MoqaError, match=rf"no node .* lends {threads + 1} CPUs.* largest lends {threads}"):
-                find_engine("ray", nodes.address)
-        finally:
-            torch.set_num_threads(threads)
+        with pytest.raises(MoqaError, match=rf"no node .* lends {threads + 1} CPUs.* largest lends {threads}"):
+            find_engine("ray", nodes.address)
 
 
 def free_port():

@@ -93,10 +93,8 @@ class TestFitGrid:
         weights = torch.randn(2, 50, 100, generator=torch.Generator().manual_seed(width))
         widths, scheme = torch.full((2, 50), width), Scheme(width=width)
         whole = kernels.fit_grid(weights, widths, scheme, None)
-        before = torch.get_num_threads()
-        torch.set_num_threads(1 if before > 1 else 3)
+        torch.set_num_threads(1 if torch.get_num_threads() > 1 else 3)
         part = kernels.fit_grid(weights[1:, 20:30], widths[1:, 20:30], scheme, None)
-        torch.set_num_threads(before)
         assert torch.equal(whole.integers[1:, 20:30], part.integers)
         assert torch.equal(whole.grid.scale[1:, 20:30], part.grid.scale)
 

@@ -92,13 +92,6 @@ def as_before():
         native.use_path(native.paths()[0])
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 # --- matrices and the double-precision truth ---------------------------------------------------------------------
 
 
@@ -400,14 +393,14 @@ class TestQuantizedInputs:
                 assert torch.equal(runner.linear(known.matrix, x[300 - rows :], bias), alone[300 - rows :]), rows
 
     @pytest.mark.parametrize("width", [2, 3, 8, KEEP_WIDTH])
-    def test_a_row_does_not_depend_on_the_number_of_threads(self, runner, width, threads):
+    def test_a_row_does_not_depend_on_the_number_of_threads(self, runner, width):
         # one row of a matrix of this size is enough work for several threads
         known = make_matrix(Scheme(width=width), (1100, 1000 if width < 8 else 250), width)
         for rows, dtype in ((1, FLOAT), (2, BFLOAT), (17, FLOAT), (150, BFLOAT)):
             x = make_rows(rows, known.matrix.shape[1], dtype, rows)
             found = []
             for count in (1, 2, 3):
-                threads(count)
+                torch.set_num_threads(count)
                 found.append(runner.linear(known.matrix, x))
             assert torch.equal(found[0], found[1])
             assert torch.equal(found[0], found[2])
@@ -627,13 +620,13 @@ class TestQuantizedExperts:
             assert torch.equal(found, alone[:tokens])
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
-    def test_a_token_does_not_depend_on_the_number_of_threads(self, runner, activation, threads):
+    def test_a_token_does_not_depend_on_the_number_of_threads(self, runner, activation):
         layer = make_layer(MIXED, 72, 300, activation)
         for tokens in (1, 2, 20, 60):
             x, index, weights = make_tokens(layer, tokens, 4)
             found = []
             for count in (1, 2, 3):
-                threads(count)
+                torch.set_num_threads(count)
                 found.append(runner.experts(layer.stack, x, index, weights))
             assert torch.equal(found[0], found[1])
             assert torch.equal(found[0], found[2])
@@ -905,8 +898,8 @@ class Work:
 
 
 @pytest.fixture
-def work(runner, threads) -> Work:
-    threads(2)
+def work(runner) -> Work:
+    torch.set_num_threads(2)
     known, layer = make_matrix(Scheme(width=4), (300, 400), 0), make_layer(MIXED, 72, 300)
     return Work(runner, known, layer, (make_rows(50, 400, FLOAT, 0), *make_tokens(layer, 40, 2)))
 

@@ -140,10 +140,8 @@ class TestPatches:
         x, index, weights = make_tokens(layer, 40, 2)
         found = check(runner, layer, [make_patch(layer, (2, 2, 3), 0.1, False, 0)], (x, index, weights))
         torch.set_num_threads(threads)
-        try:
-            assert torch.equal(runner.experts(layer.stack, x, index, weights), found)
-        finally:
-            torch.set_num_threads(1)
+        assert torch.equal(runner.experts(layer.stack, x, index, weights), found)
+        torch.set_num_threads(1)
         for row in (0, 17, 39):
             one = slice(row, row + 1)
             assert torch.equal(runner.experts(layer.stack, x[one], index[one], weights[one]), found[one])
