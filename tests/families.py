@@ -112,6 +112,13 @@ FAMILIES: dict[str, Family] = {
         },
         roles=_SHARED, router_spread=1.0, norm=0.0,
     ),
+    "llama4_text": Family(
+        {
+            **_LOCAL, "intermediate_size": 48, "intermediate_size_mlp": 96, "head_dim": 16, "attention_chunk_size": 8,
+            "interleave_moe_layer_step": 2, "no_rope_layers": [1, 1, 0, 1],
+        },
+        roles=_DENSE_FIRST, layers=4,
+    ),
     "minimax_m2": Family({**_LOCAL, "intermediate_size": 32, "head_dim": 16}, router_spread=1.0),
     "llama": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
     "qwen2": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moqa.errors import MoqaError
 from moqa.models import checkpoint
+from moqa.models.adapt import adapt
 from moqa.models.coverage import SMALLEST_SIDE, check_nothing_skipped, is_plain_linear, router_paths, within
 from moqa.models.experts import (
     IMPLEMENTATION,
@@ -47,6 +48,7 @@ class ModelView:
         self.model = model
         self.folder = folder
         self.layers = decoder_layers(model)
+        adapt(model)
         self._modules = dict(model.named_modules())
         self._pieces: Pieces | None = None
         self._disk_slices: dict[int, dict[str, DiskSlice]] = {}
@@ -153,8 +155,9 @@ class ModelView:
         owners |= {f"{unit.module}.{unit.parameter}": unit.layer for unit in self.units.values()}
         experts = {f"{unit.module}.{unit.parameter}" for unit in self.units.values() if unit.expert is not None}
         self._pieces = Pieces(self.model, stored, owners, keep, set() if keep else experts)
-        for end in self._ends():
-            self._pieces.read_when_called(end, ENDS)
+        # the model, too: some families ask where their embedding lies before they call it
+        for caller in (self.model, *self._ends()):
+            self._pieces.read_when_called(caller, ENDS)
         for index, layer in enumerate(self.layers):
             self._pieces.read_when_called(layer, index)
         if keep:
