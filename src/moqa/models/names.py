@@ -92,7 +92,7 @@ def _numbered(view: "ModelView", layer: int) -> dict[str, Tensor]:
 
 def _numbers(view: "ModelView", unit: Unit, numbered: dict[str, Tensor]) -> Tensor:
     """[out, in] numbers of a unit's weights."""
-    parameter = numbered[f"{unit.module}.{unit.parameter}"]
+    parameter = numbered[unit.parameter]
     if unit.expert is None:
         return parameter
     return slice_expert(view.module(unit.module), parameter, unit.expert, unit.projection)

@@ -22,8 +22,8 @@ class Unit:
         projection: last word of the name.
         expert: index of the routed expert, None for other roles.
         shape: (out, in) of the matrix as it multiplies a column of activations.
-        module: path of the module that owns the parameter.
-        parameter: name of the parameter in that module.
+        module: path of the module that multiplies with the matrix.
+        parameter: path of the parameter that holds it, alone or with others.
     """
 
     name: str

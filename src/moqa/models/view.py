@@ -99,7 +99,7 @@ class ModelView:
         module = self.module(unit.module)
         if unit.expert is not None:
             return expert_matrix(module, unit.expert, unit.projection)
-        return module.get_parameter(unit.parameter).detach()
+        return self.model.get_parameter(unit.parameter).detach()
 
     def set_weight(self, unit: Unit, matrix: Tensor) -> None:
         """Overwrite a unit's matrix with [out, in] values."""
@@ -107,12 +107,13 @@ class ModelView:
 
     def itemsize(self, unit: Unit) -> int:
         """Bytes of one of a unit's weights, as they are read."""
-        return self.module(unit.module).get_parameter(unit.parameter).dtype.itemsize
+        return self.model.get_parameter(unit.parameter).dtype.itemsize
 
     def stored_dtype(self, unit: Unit) -> torch.dtype:
         """Dtype in which a unit lies on disk, or in memory if it was never on disk."""
-        name = f"{unit.module}.{unit.parameter}"
-        return self.model.get_parameter(name).dtype if self._pieces is None else self._pieces.stored_dtype(name)
+        if self._pieces is None:
+            return self.model.get_parameter(unit.parameter).dtype
+        return self._pieces.stored_dtype(unit.parameter)
 
     def stored_bytes(self, unit: Unit) -> int:
         """Bytes of a unit's weights in the original's own dtype, two or four for each."""
@@ -152,8 +153,8 @@ class ModelView:
         """
         paths = {id(module): path for path, module in self._modules.items()}
         owners = {f"{paths[id(end)]}.weight": ENDS for end in self._ends()}
-        owners |= {f"{unit.module}.{unit.parameter}": unit.layer for unit in self.units.values()}
-        experts = {f"{unit.module}.{unit.parameter}" for unit in self.units.values() if unit.expert is not None}
+        owners |= {unit.parameter: unit.layer for unit in self.units.values()}
+        experts = {unit.parameter for unit in self.units.values() if unit.expert is not None}
         self._pieces = Pieces(self.model, stored, owners, keep, set() if keep else experts)
         # the model, too: some families ask where their embedding lies before they call it
         for caller in (self.model, *self._ends()):
@@ -166,7 +167,7 @@ class ModelView:
 
     def unit_parameters(self) -> set[str]:
         """Names of the parameters that are covered by units."""
-        return {f"{unit.module}.{unit.parameter}" for unit in self.units.values()}
+        return {unit.parameter for unit in self.units.values()}
 
     def kept(self) -> dict[str, Tensor]:
         """State-dict entries that no unit covers, tied copies left out: what a checkpoint stores unchanged."""
@@ -215,8 +216,7 @@ class ModelView:
         """
         covered: dict[str, int] = {}
         for unit in self.units.values():
-            name = f"{unit.module}.{unit.parameter}"
-            covered[name] = covered.get(name, 0) + unit.weights
+            covered[unit.parameter] = covered.get(unit.parameter, 0) + unit.weights
         names: dict[int, str] = {}
         for name, count in covered.items():
             parameter = self.model.get_parameter(name)
@@ -241,7 +241,7 @@ class ModelView:
             root = f"{prefix}.{index}"
             routers = router_paths(self.model, layer)
             units = list(_layer_units(root, index, layer, routers))
-            covered = {f"{unit.module}.{unit.parameter}".removeprefix(f"{root}.") for unit in units}
+            covered = {unit.parameter.removeprefix(f"{root}.") for unit in units}
             check_nothing_skipped(root, layer, covered, routers)
             yield from units
 
@@ -255,11 +255,11 @@ def _layer_units(root: str, index: int, layer: nn.Module, routers: list[str]) ->
             for expert in range(module.num_experts):
                 for projection in PROJECTIONS:
                     shape = _sides(expert_matrix(module, expert, projection))
-                    name = f"{full}.{expert}.{projection}"
-                    yield Unit(name, index, "expert", projection, expert, shape, full, parameter_of(projection))
+                    name, parameter = f"{full}.{expert}.{projection}", f"{full}.{parameter_of(projection)}"
+                    yield Unit(name, index, "expert", projection, expert, shape, full, parameter)
         elif is_plain_linear(module) and not within(path, routers) and min(module.weight.shape) >= SMALLEST_SIDE:
             shape = _sides(module.weight)
-            yield Unit(full, index, _role(path, stacks), path.split(".")[-1], None, shape, full, "weight")
+            yield Unit(full, index, _role(path, stacks), path.split(".")[-1], None, shape, full, f"{full}.weight")
 
 
 def narrowest(tensor: Tensor) -> Tensor:
