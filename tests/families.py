@@ -119,6 +119,16 @@ FAMILIES: dict[str, Family] = {
         },
         roles=_DENSE_FIRST, layers=4,
     ),
+    "deepseek_v4": Family(
+        {
+            **_ROUTED, "num_key_value_heads": 1, "head_dim": 32, "q_lora_rank": 24, "o_groups": 2, "o_lora_rank": 16,
+            "index_n_heads": 2, "index_head_dim": 16, "index_topk": 2, "sliding_window": 8, "hc_mult": 3,
+            "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+            "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
+        },
+        moe_layers=3, roles=_SHARED, layers=3,
+    ),
     "minimax_m2": Family({**_LOCAL, "intermediate_size": 32, "head_dim": 16}, router_spread=1.0),
     "llama": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
     "qwen2": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
@@ -149,9 +159,11 @@ def random_model(name: str, **changes: object) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options), dtype=torch.float32)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
-            if tensor.dim() > 1:
+            if not tensor.is_floating_point():
+                tensor.copy_(torch.rand(len(tensor), EXPERTS).argsort(1)[:, : tensor.shape[1]])
+            elif tensor.dim() > 1:
                 tensor.normal_(std=family.router_spread if key.endswith("mlp.gate.weight") else _SPREAD)
-            elif tensor.is_floating_point():
+            else:
                 tensor.normal_(mean=family.norm if "norm" in key else 0.0, std=_SPREAD)
             if tensor.is_floating_point():
                 tensor.copy_(tensor.bfloat16())

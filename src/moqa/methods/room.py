@@ -42,7 +42,7 @@ class Sizes:
         matrices: number of weights of one expert, or of the largest units that share an input.
         features: of their inputs.
         experts: how many a layer has.
-        hidden: features of a hidden state.
+        hidden: features of a token between two layers.
     """
 
     base: int
@@ -82,9 +82,9 @@ class Sizes:
         outputs = _OUTPUTS * max(view.top_k, 1) + 8
         return cls(
             base=resident(), ends=view.ends_bytes(), logits=4 * 4 * BATCH_TOKENS * table.shape[0], layer=layer,
-            weights=weights, batch=BATCH_TOKENS * table.shape[1] * 4 * outputs, linear=linear, expert=expert,
+            weights=weights, batch=BATCH_TOKENS * view.stream * 4 * outputs, linear=linear, expert=expert,
             unit=largest, matrices=matrices, features=features, experts=experts,
-            hidden=table.shape[1],
+            hidden=view.stream,
         )  # fmt: skip
 
     @property

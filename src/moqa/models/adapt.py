@@ -1,5 +1,6 @@
-"""Families whose experts compute what transformers' experts interface describes, but do not stand behind it."""
+"""Modules that compute what experts or linear layers do, but do not show it: put behind what moqa looks at."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,18 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from moqa.models.experts import run_experts
+from moqa.models.parts import LinearPart
 
 
 def adapt(model: nn.Module) -> None:
-    """Put such experts of a model behind the interface; their parameters and what comes out stay as they are.
+    """Let such modules of a model show what they do; their parameters and what comes out stay as they are.
 
     >>> adapt(model)
     >>> is_experts(model.model.layers[0].feed_forward.experts)
     True
     """
-    for module in model.modules():
-        if type(module).__name__ == "Llama4TextMoe":
-            _adapt_llama4(module)
+    for module in list(model.modules()):
+        found = _ADAPTERS.get(type(module).__name__)
+        if found is not None and "forward" not in vars(module):
+            found(module)
 
 
 def _adapt_llama4(block: Any) -> None:
@@ -47,3 +50,22 @@ def _run_llama4(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         block.experts, visits.flatten(0, 1), index.reshape(-1, 1), torch.ones_like(visits[..., 0]).reshape(-1, 1)
     )
     return block.shared_expert(hidden) + routed.view(visits.shape).sum(1), logits
+
+
+def _adapt_groups(module: Any) -> None:
+    """Groups of outputs of a block-diagonal linear layer: each multiplies the inputs of its own group."""
+    rows = module.out_features // module.n_groups
+    for group in range(module.n_groups):
+        module.add_module(str(group), LinearPart(module, slice(group * rows, (group + 1) * rows)))
+    module.forward = partial(_run_groups, module)
+
+
+def _run_groups(module: nn.Module, x: Tensor) -> Tensor:
+    """[..., groups, in] -> [..., groups, out]."""
+    return torch.stack([part(x[..., group, :]) for group, part in enumerate(module.children())], -2)
+
+
+_ADAPTERS: dict[str, Callable[[Any], None]] = {
+    "Llama4TextMoe": _adapt_llama4,
+    "DeepseekV4GroupedLinear": _adapt_groups,
+}

@@ -6,14 +6,16 @@ from torch import Tensor, nn
 
 from moqa.errors import MoqaError
 from moqa.models.experts import is_experts
+from moqa.models.parts import LinearPart
 
 # Gates with a handful of rows (a shared expert's gate, a per-head gate) are kept: they cost nothing and decide much.
 SMALLEST_SIDE = 16
 
 
-def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | LinearPart]:
     """Whether a module multiplies with its weight and does nothing else; a subclass may, if it computes the same."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain or isinstance(module, LinearPart)
 
 
 def router_paths(model: nn.Module, layer: nn.Module) -> list[str]:
@@ -32,22 +34,37 @@ def router_paths(model: nn.Module, layer: nn.Module) -> list[str]:
     return [path for path, module in named if not any(is_experts(inner) for inner in module.modules())]
 
 
+def kept_paths(model: nn.Module, layer: nn.Module) -> list[str]:
+    """Paths in a layer of what is kept beside routers: indexers of sparse attention, and what stays in float32.
+
+    >>> kept_paths(model, model.model.layers[1])
+    ['self_attn.compressor.indexer', 'attn_hc', 'ffn_hc', 'self_attn.sinks', 'self_attn.compressor.position_bias']
+
+    An indexer chooses what a token attends to, as a router chooses experts: no gradient tells what its bits are worth.
+    What must be float32, whatever the model's dtype is, the family itself says.
+    """
+    wanted = [f".{name}." for name in getattr(model, "_keep_in_fp32_modules_strict", None) or ()]
+    indexers = [path for path, module in layer.named_modules() if type(module).__name__.endswith("Indexer")]
+    names = [name for name, _ in (*layer.named_modules(), *layer.named_parameters())]
+    return indexers + [name for name in names if any(f".{name}.".endswith(end) for end in wanted)]
+
+
 def within(path: str, roots: list[str]) -> bool:
     """Whether a path is one of the roots or below one."""
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
-def check_nothing_skipped(root: str, layer: nn.Module, covered: set[str], routers: list[str]) -> None:
+def check_nothing_skipped(root: str, layer: nn.Module, covered: set[str], kept: list[str]) -> None:
     """Refuse a decoder layer with a matrix that is neither in a unit nor kept on purpose.
 
-    Kept on purpose are vectors, routers, biases of experts, and what has fewer than two sides above
-    SMALLEST_SIDE: gates, the kernels of depthwise convolutions, the states of state-space layers.
+    Kept on purpose are vectors, routers, biases of experts, what a family keeps in float32, and what has fewer than
+    two sides above SMALLEST_SIDE: gates, the kernels of depthwise convolutions, the states of state-space layers.
 
     Args:
         root: path of the layer.
         layer: the layer.
         covered: parameters that units cover, relative to the layer.
-        routers: paths of its routers, relative to the layer.
+        kept: paths of its routers and of what else is kept, relative to the layer.
 
     Raises:
         MoqaError: naming the first such parameter, and the kinds of modules that hold one.
@@ -56,7 +73,7 @@ def check_nothing_skipped(root: str, layer: nn.Module, covered: set[str], router
     for path, module in layer.named_modules():
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
             bias = is_experts(module) and parameter.dim() == 2
-            if not bias and not within(path, routers) and name not in covered and _is_matrix(module, parameter):
+            if not bias and not within(name, kept) and name not in covered and _is_matrix(module, parameter):
                 skipped[name] = type(module).__name__, parameter
     if skipped:
         name, (kind, parameter) = next(iter(skipped.items()))

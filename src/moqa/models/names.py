@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moqa.errors import MoqaError
 from moqa.models.experts import slice_expert
+from moqa.models.parts import LinearPart
 from moqa.models.stored import Stored
 from moqa.models.units import Unit
 
@@ -92,10 +93,10 @@ def _numbered(view: "ModelView", layer: int) -> dict[str, Tensor]:
 
 def _numbers(view: "ModelView", unit: Unit, numbered: dict[str, Tensor]) -> Tensor:
     """[out, in] numbers of a unit's weights."""
-    parameter = numbered[unit.parameter]
-    if unit.expert is None:
-        return parameter
-    return slice_expert(view.module(unit.module), parameter, unit.expert, unit.projection)
+    parameter, module = numbered[unit.parameter], view.module(unit.module)
+    if unit.expert is not None:
+        return slice_expert(module, parameter, unit.expert, unit.projection)
+    return parameter[module.place] if isinstance(module, LinearPart) else parameter
 
 
 def _corners(numbers: Tensor) -> list[int]:

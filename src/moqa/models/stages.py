@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise MoqaError(f"{type(model).__name__} has no decoder layers", f"looked for `layers` among {children}")
 
 
+# stands for a batch's token ids among what a layer is called with
+_TOKENS = object()
 # tokens that go through a layer together
 BATCH_TOKENS = 1024
 
@@ -50,7 +53,8 @@ class Stages:
 
     The model's own forward runs with every layer's forward replaced, so whatever a family does before, between and
     after its layers (scaled embeddings, masks by layer type, capped logits) happens here too. All windows of a batch
-    are full: no padding.
+    are full: no padding. What flows between layers is all that they read of a batch: of several residual streams the
+    features of all, and where layers look at token ids (experts chosen by a table), those as a last feature.
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
@@ -59,8 +63,10 @@ class Stages:
         self.depth = len(self.layers)
         self._calls: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
         self._tuple = False
-        with torch.no_grad(), self._replaced(self._probe):
-            model(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+        self._streams, self._reads_tokens = torch.Size(), False
+        probe = torch.zeros(1, 2, dtype=torch.long)
+        with torch.no_grad(), self._replaced(partial(self._probe, probe)):
+            model(probe, use_cache=False)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[batch, context] token ids -> [batch, context, features] input of layer 0."""
@@ -69,28 +75,45 @@ class Stages:
 
         def record(_: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             first.append(hidden)
-            calls.append((args, kwargs))
+            calls.append((args, {k: _TOKENS if v is tokens else v for k, v in kwargs.items()}))
             return hidden
 
         with torch.no_grad(), self._replaced(record), self._short_head():
             self.model(tokens, use_cache=False)
         self._calls[tokens.shape[0], tokens.shape[1]] = calls
-        return first[0]
+        return self._joined(first[0], tokens)
 
     def layer(self, index: int, hidden: Tensor) -> Tensor:
         """Output of decoder layer `index` for [batch, context, features] inputs; gradients flow if asked for."""
         args, kwargs = self._calls[hidden.shape[0], hidden.shape[1]][index]
-        out = self.layers[index](hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        states, tokens = self._parted(hidden)
+        out = self.layers[index](states, *args, **{k: tokens if v is _TOKENS else v for k, v in kwargs.items()})
+        return self._joined(out[0] if isinstance(out, tuple) else out, tokens)
 
     def head(self, hidden: Tensor) -> Tensor:
         """[batch, context, vocabulary] logits from the last layer's output."""
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long)
-        with self._replaced(lambda *_, **__: hidden):
+        states, _ = self._parted(hidden)
+        with self._replaced(lambda *_, **__: states):
             return self.model(tokens, use_cache=False).logits
 
-    def _probe(self, index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _joined(self, states: Tensor, tokens: Tensor | None) -> Tensor:
+        """What flows from one layer to the next as [batch, context, features]."""
+        flat = states.flatten(2)
+        # float32 holds the ids of any vocabulary
+        return torch.cat([flat, tokens[..., None].float()], -1) if self._reads_tokens and tokens is not None else flat
+
+    def _parted(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a layer is called with, and the token ids if it reads them."""
+        tokens = None
+        if self._reads_tokens:
+            hidden, tokens = hidden[..., :-1].to(self.model.dtype), hidden[..., -1].long()
+        return hidden.unflatten(2, self._streams) if len(self._streams) > 1 else hidden, tokens
+
+    def _probe(self, tokens: Tensor, index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # only the first layer really runs: it shows whether this family's layers return a tuple
+        self._reads_tokens |= any(value is tokens for value in kwargs.values())
+        self._streams = hidden.shape[2:]
         if index == 0:
             layer = self.layers[0]
             stub = vars(layer).pop("forward")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moqa.errors import MoqaError
 from moqa.models import checkpoint
 from moqa.models.adapt import adapt
-from moqa.models.coverage import SMALLEST_SIDE, check_nothing_skipped, is_plain_linear, router_paths, within
+from moqa.models.coverage import SMALLEST_SIDE, check_nothing_skipped, is_linear, kept_paths, router_paths, within
 from moqa.models.experts import (
     IMPLEMENTATION,
     PROJECTIONS,
@@ -23,6 +23,7 @@ from moqa.models.experts import (
 )
 from moqa.models.load import empty_model, one_line, read_config
 from moqa.models.names import DiskSlice, find_disk_slices
+from moqa.models.parts import LinearPart
 from moqa.models.pieces import ENDS, Pieces
 from moqa.models.stages import decoder_layers
 from moqa.models.stored import Stored
@@ -74,6 +75,12 @@ class ModelView:
         chosen: Any = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", 0)
         return max(chosen) if isinstance(chosen, list) else int(chosen)
 
+    @property
+    def stream(self) -> int:
+        """Features of a token between two layers: of all its residual streams, where a family has several."""
+        width = self.model.get_input_embeddings().weight.shape[1]
+        return int(width) * getattr(self.model.config.get_text_config(), "hc_mult", 1)
+
     def module(self, path: str) -> nn.Module:
         """Module at a path of the model."""
         return self._modules[path]
@@ -96,10 +103,10 @@ class ModelView:
     def weight(self, unit: Unit) -> Tensor:
         """View of a unit's matrix, [out, in]; writing to it changes the model."""
         self.need(unit.layer)
-        module = self.module(unit.module)
+        module: Any = self.module(unit.module)
         if unit.expert is not None:
             return expert_matrix(module, unit.expert, unit.projection)
-        return self.model.get_parameter(unit.parameter).detach()
+        return module.weight.detach()
 
     def set_weight(self, unit: Unit, matrix: Tensor) -> None:
         """Overwrite a unit's matrix with [out, in] values."""
@@ -237,16 +244,19 @@ class ModelView:
 
     def _find_units(self) -> Iterator[Unit]:
         prefix = _layers_path(self.model, self.layers)
+        paths = {path for layer in self.layers for path in router_paths(self.model, layer)}
         for index, layer in enumerate(self.layers):
             root = f"{prefix}.{index}"
-            routers = router_paths(self.model, layer)
-            units = list(_layer_units(root, index, layer, routers))
+            # one of another kind stands where the others do
+            routers = sorted(paths) if any(map(is_experts, layer.modules())) else []
+            kept = [*routers, *kept_paths(self.model, layer)]
+            units = list(_layer_units(root, index, layer, kept))
             covered = {unit.parameter.removeprefix(f"{root}.") for unit in units}
-            check_nothing_skipped(root, layer, covered, routers)
+            check_nothing_skipped(root, layer, covered, kept)
             yield from units
 
 
-def _layer_units(root: str, index: int, layer: nn.Module, routers: list[str]) -> Iterator[Unit]:
+def _layer_units(root: str, index: int, layer: nn.Module, kept: list[str]) -> Iterator[Unit]:
     stacks = [path for path, module in layer.named_modules() if is_experts(module)]
     for path, module in layer.named_modules():
         full = f"{root}.{path}"
@@ -257,9 +267,10 @@ def _layer_units(root: str, index: int, layer: nn.Module, routers: list[str]) ->
                     shape = _sides(expert_matrix(module, expert, projection))
                     name, parameter = f"{full}.{expert}.{projection}", f"{full}.{parameter_of(projection)}"
                     yield Unit(name, index, "expert", projection, expert, shape, full, parameter)
-        elif is_plain_linear(module) and not within(path, routers) and min(module.weight.shape) >= SMALLEST_SIDE:
-            shape = _sides(module.weight)
-            yield Unit(full, index, _role(path, stacks), path.split(".")[-1], None, shape, full, f"{full}.weight")
+        elif is_linear(module) and not within(path, kept) and min(module.weight.shape) >= SMALLEST_SIDE:
+            shape, owner = _sides(module.weight), full.rpartition(".")[0] if isinstance(module, LinearPart) else full
+            projection = owner.rpartition(".")[2]
+            yield Unit(full, index, _role(path, stacks), projection, None, shape, full, f"{owner}.weight")
 
 
 def narrowest(tensor: Tensor) -> Tensor:

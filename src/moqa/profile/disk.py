@@ -14,7 +14,7 @@ def disk_bytes(view: ModelView, tokens: int, distributions: int) -> int:
         tokens: of all samples.
         distributions: how many are measured.
     """
-    hidden = 4 * tokens * view.model.get_input_embeddings().weight.shape[1]
+    hidden = 4 * tokens * view.stream
     measured = similar = 0
     for layer in range(len(view.layers)):
         down = [unit for unit in view.layer_units(layer) if unit.role == "expert" and unit.projection == "down_proj"]

@@ -27,7 +27,7 @@ def disk_bytes(view: ModelView, plan: Plan, profile: Profile, method: Method, ca
         kept = round(sum(view.stored_bytes(unit) for unit in view.units.values()) * (1.0 if share is None else share))
     tokens = tokens_of(plan, profile) if method.needs_data else 0
     # hidden states before and behind a layer, and what its experts are called with
-    put_aside = 3 * tokens * view.model.get_input_embeddings().weight.shape[1] * 4
+    put_aside = 3 * tokens * view.stream * 4
     return plan.account.checkpoint + kept + put_aside
 
 

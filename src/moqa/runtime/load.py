@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from moqa.errors import MoqaError
 from moqa.format.reader import Checkpoint, open_checkpoint
 from moqa.kernels import KERNELS, Kernels, PackedMatrix, find_kernels
+from moqa.models.coverage import is_linear
 from moqa.models.experts import Experts
 from moqa.models.load import empty_model, load_tokenizer, one_line, read_generation_config
+from moqa.models.parts import LinearPart
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.runtime.adjusted import make_adjustable
@@ -156,16 +158,24 @@ def _install(
         if unit.expert is not None:
             stacks.setdefault(unit.module, {})[unit.expert, unit.projection] = matrices[unit.name]
             continue
-        parent, _, child = unit.module.rpartition(".")
-        linear = view.module(unit.module)
-        assert isinstance(linear, nn.Linear)
-        setattr(view.module(parent), child, PackedLinear(matrices[unit.name], linear.bias, kernels))
+        path, _, child = unit.module.rpartition(".")
+        owner, linear = view.module(path), view.module(unit.module)
+        assert is_linear(linear)
+        setattr(owner, child, PackedLinear(matrices[unit.name], linear.bias, kernels))
+        if isinstance(linear, LinearPart) and "weight" in owner._parameters:
+            _forget(owner, "weight")
     for path, stacked in stacks.items():
         experts: Experts = view.module(path)
         experts.moqa_weights = PackedExperts(experts, stacked, kernels)
-        del experts.gate_up_proj, experts.down_proj
-        experts._is_hf_initialized = True  # transformers must not look for what is gone
+        _forget(experts, "gate_up_proj", "down_proj")
         yield experts.moqa_weights
+
+
+def _forget(module: Experts, *parameters: str) -> None:
+    """Remove stacked parameters whose matrices are packed."""
+    for parameter in parameters:
+        delattr(module, parameter)
+    module._is_hf_initialized = True  # transformers must not look for what is gone
 
 
 def _check_units(view: ModelView, checkpoint: Checkpoint) -> None:
