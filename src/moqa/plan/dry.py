@@ -79,6 +79,12 @@ def _lengthen(layer: Any, tokens: int) -> None:
         layer.update(*(_more(states, tokens, -2) for states in (layer.keys, layer.values)))
     if getattr(layer, "indexer_keys", None) is not None:
         layer.update_indexer(_more(layer.indexer_keys, tokens, 1))
+    # one entry for so many tokens, and the tokens that do not fill one yet
+    for name, entries in getattr(layer, "compressed_kv", {}).items():
+        full, rest = divmod(layer.buffer_kv[name].shape[1] + tokens, layer.compress_rate)
+        layer.update_compressor_states(name, _more(entries, full, 1))
+        for waiting in (layer.buffer_kv, layer.buffer_gate):
+            waiting[name] = _more(waiting[name], rest, 1)
 
 
 def _more(states: Tensor, tokens: int, dim: int) -> Tensor:
