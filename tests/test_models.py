@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from moqa.errors import MoqaError
 from moqa.models import checkpoint
-from moqa.models.load import load_tokenizer
+from moqa.models.load import empty_model, load_tokenizer
 from moqa.models.names import DiskSlice
-from moqa.models.view import narrowest, open_model
+from moqa.models.view import ModelView, narrowest, open_model
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -118,6 +119,16 @@ class TestConfigurations:
         assert (
             refusal(folder) == f"MODEL is quantized already ({method}): give the original: 16 or 32 bits, fp8 or mxfp4"
         )
+
+
+class TestModelsWithoutMemory:
+    def test_one_tensor_may_be_larger_than_all_memory(self):
+        sides = {"hidden_size": 8192, "moe_intermediate_size": 8192, "num_experts": 4096, "num_hidden_layers": 1}
+        model = empty_model(AutoConfig.for_model("qwen3_moe", **sides, vocab_size=512), torch.float32)
+        assert model.model.layers[0].mlp.experts.gate_up_proj.nbytes == 2**41
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert not any(buffer.is_meta for buffer in model.buffers())
+        assert len(ModelView(model).units) == 4096 * 3 + 4
 
 
 class TestWeights:

@@ -3,16 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from moqa.errors import MoqaError
 from moqa.models.stored import Stored, find_format
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# bytes that no buffer has
+_LARGE = 2**30
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
@@ -83,10 +87,23 @@ def empty_model(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedMo
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
-        with quiet():
+        with quiet(), _LargeOnMeta():
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Tensors too large for a buffer have no memory from the start: a stack of experts may exceed all there is."""
+
+    _makers = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._makers:
+            found = func(*args, **{**(kwargs or {}), "device": "meta"})
+            if found.nbytes >= _LARGE:
+                return found
+        return func(*args, **(kwargs or {}))
 
 
 def read_config(folder: Path) -> "PretrainedConfig":
