@@ -129,6 +129,7 @@ FAMILIES: dict[str, Family] = {
         },
         moe_layers=3, roles=_SHARED, layers=3,
     ),
+    "jetmoe": Family({**_LOCAL, "intermediate_size": 48, "kv_channels": 16, "tie_word_embeddings": True}),
     "minimax_m2": Family({**_LOCAL, "intermediate_size": 32, "head_dim": 16}, router_spread=1.0),
     "llama": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
     "qwen2": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),

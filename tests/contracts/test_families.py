@@ -223,7 +223,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("family", "changes", "named"),
         [
-            ("jetmoe", {"num_local_experts": 4, "intermediate_size": 96, "kv_channels": 16}, "JetMoeParallelExperts"),
             (
                 "nemotron_h",
                 {"n_routed_experts": 4, "moe_intermediate_size": 32, "hybrid_override_pattern": "E*", "head_dim": 16},

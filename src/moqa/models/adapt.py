@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moqa.models.experts import run_experts
-from moqa.models.parts import LinearPart
+from moqa.models.parts import ExpertsOf, LinearPart
 
 
 def adapt(model: nn.Module) -> None:
@@ -20,8 +20,9 @@ def adapt(model: nn.Module) -> None:
     """
     for module in list(model.modules()):
         found = _ADAPTERS.get(type(module).__name__)
-        if found is not None and "forward" not in vars(module):
+        if found is not None and not getattr(module, "moqa_adapted", False):
             found(module)
+            module.moqa_adapted = True  # type: ignore[assignment]
 
 
 def _adapt_llama4(block: Any) -> None:
@@ -52,6 +53,33 @@ def _run_llama4(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return block.shared_expert(hidden) + routed.view(visits.shape).sum(1), logits
 
 
+def _adapt_jetmoe(block: Any) -> None:
+    block.experts = ExpertsOf(block.input_linear, block.output_linear, block.activation)
+    block.forward = partial(_run_jetmoe, block)
+
+
+def _run_jetmoe(block: Any, x: Tensor) -> Tensor:
+    """What `JetMoeMoE.forward` computes."""
+    flat = x.flatten(0, -2)
+    top, index = block.router(flat)[-1].topk(block.router.top_k, dim=1)
+    return run_experts(block.experts, flat, index, top.softmax(1).type_as(x)).view(x.shape) + block.bias
+
+
+def _adapt_jetmoe_attention(block: Any) -> None:
+    """Query and output projections of its own for every expert of an attention."""
+    for module in (block.input_linear, block.output_linear):
+        for expert in range(module.num_experts):
+            module.add_module(str(expert), LinearPart(module, expert))
+        module.forward = partial(_run_each, module)
+
+
+def _run_each(module: nn.Module, x: Tensor, counts: list[int]) -> Tensor:
+    """[tokens, in] in the order of the experts -> [tokens, out]."""
+    # the last one gets what is left: all of it in a dry run, which knows no counts
+    pairs = zip(module.children(), x.split([*counts[:-1], len(x) - sum(counts[:-1])]), strict=True)
+    return torch.cat([expert(part) for expert, part in pairs if len(part)])
+
+
 def _adapt_groups(module: Any) -> None:
     """Groups of outputs of a block-diagonal linear layer: each multiplies the inputs of its own group."""
     rows = module.out_features // module.n_groups
@@ -68,4 +96,6 @@ def _run_groups(module: nn.Module, x: Tensor) -> Tensor:
 _ADAPTERS: dict[str, Callable[[Any], None]] = {
     "Llama4TextMoe": _adapt_llama4,
     "DeepseekV4GroupedLinear": _adapt_groups,
+    "JetMoeMoE": _adapt_jetmoe,
+    "JetMoeMoA": _adapt_jetmoe_attention,
 }

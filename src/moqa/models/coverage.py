@@ -31,7 +31,7 @@ def router_paths(model: nn.Module, layer: nn.Module) -> list[str]:
     classes = tuple({kind for recorder in recorders for kind in _recorded_classes(recorder)})
     named = [(path, module) for path, module in layer.named_modules() if issubclass(type(module), classes)]
     # some families record the logits at a block that holds the experts, too: that is no router
-    return [path for path, module in named if not any(is_experts(inner) for inner in module.modules())]
+    return [path for path, module in named if not any(map(_has_experts, module.modules()))]
 
 
 def kept_paths(model: nn.Module, layer: nn.Module) -> list[str]:
@@ -87,6 +87,10 @@ def check_nothing_skipped(root: str, layer: nn.Module, covered: set[str], kept: 
 def _is_matrix(module: nn.Module, parameter: Tensor) -> bool:
     smallest = SMALLEST_SIDE if isinstance(module, nn.Linear) else SMALLEST_SIDE + 1
     return sum(side >= smallest for side in parameter.shape) >= 2
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return is_experts(module) or isinstance(module, LinearPart)
 
 
 def _recorded_classes(recorder: Any) -> list[type]:

@@ -1,11 +1,14 @@
-"""Several matrices in one parameter, each multiplied with inputs of its own: seen as linear layers of their own."""
+"""Parameters that other modules own, seen as the linear layers or the experts that they are."""
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 
 class LinearPart(nn.Module):
-    """One matrix of a module whose `weight` holds several.
+    """One matrix of a module whose `weight` holds several, each multiplied with inputs of its own.
 
     >>> LinearPart(module, slice(1024, 2048))(torch.randn(3, 4096)).shape
     torch.Size([3, 1024])
@@ -24,8 +27,47 @@ class LinearPart(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[out, in] view of the matrix."""
-        return self._whole[0].get_parameter("weight")[self.place]
+        return self.owner.get_parameter("weight")[self.place]
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module whose parameter it is."""
+        return self._whole[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return linear(x, self.weight)
+
+
+class ExpertsOf(nn.Module):
+    """Experts whose stacked parameters are the `weight` of two other modules, see `moqa.models.experts`.
+
+    >>> is_experts(ExpertsOf(block.input_linear, block.output_linear, silu))
+    True
+
+    Args:
+        gate_up: owner of [experts, 2 * width, features], gates first.
+        down: owner of [experts, features, width].
+        activation: of the gates.
+    """
+
+    is_transposed, is_concatenated, has_gate, has_bias = False, True, True, False
+
+    def __init__(self, gate_up: nn.Module, down: nn.Module, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.owners = {"gate_up_proj": gate_up, "down_proj": down}  # in a dict: they belong to another module
+        self.num_experts, self._activation = len(self.gate_up_proj), (activation,)
+
+    @property
+    def gate_up_proj(self) -> Any:
+        """The first parameter."""
+        return self.owners["gate_up_proj"].weight
+
+    @property
+    def down_proj(self) -> Any:
+        """The second parameter."""
+        return self.owners["down_proj"].weight
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self._activation[0](gate) * up

@@ -258,6 +258,7 @@ class ModelView:
 
 def _layer_units(root: str, index: int, layer: nn.Module, kept: list[str]) -> Iterator[Unit]:
     stacks = [path for path, module in layer.named_modules() if is_experts(module)]
+    paths = {id(parameter): f"{root}.{name}" for name, parameter in layer.named_parameters()}
     for path, module in layer.named_modules():
         full = f"{root}.{path}"
         if is_experts(module):
@@ -265,12 +266,14 @@ def _layer_units(root: str, index: int, layer: nn.Module, kept: list[str]) -> It
             for expert in range(module.num_experts):
                 for projection in PROJECTIONS:
                     shape = _sides(expert_matrix(module, expert, projection))
-                    name, parameter = f"{full}.{expert}.{projection}", f"{full}.{parameter_of(projection)}"
-                    yield Unit(name, index, "expert", projection, expert, shape, full, parameter)
+                    parameter = paths[id(getattr(module, parameter_of(projection)))]
+                    yield Unit(
+                        f"{full}.{expert}.{projection}", index, "expert", projection, expert, shape, full, parameter
+                    )
         elif is_linear(module) and not within(path, kept) and min(module.weight.shape) >= SMALLEST_SIDE:
-            shape, owner = _sides(module.weight), full.rpartition(".")[0] if isinstance(module, LinearPart) else full
-            projection = owner.rpartition(".")[2]
-            yield Unit(full, index, _role(path, stacks), projection, None, shape, full, f"{owner}.weight")
+            parameter = paths[id(module.owner.weight if isinstance(module, LinearPart) else module.weight)]
+            projection = parameter.split(".")[-2]
+            yield Unit(full, index, _role(path, stacks), projection, None, _sides(module.weight), full, parameter)
 
 
 def narrowest(tensor: Tensor) -> Tensor:

@@ -158,24 +158,26 @@ def _install(
         if unit.expert is not None:
             stacks.setdefault(unit.module, {})[unit.expert, unit.projection] = matrices[unit.name]
             continue
-        path, _, child = unit.module.rpartition(".")
-        owner, linear = view.module(path), view.module(unit.module)
+        parent, _, child = unit.module.rpartition(".")
+        linear = view.module(unit.module)
         assert is_linear(linear)
-        setattr(owner, child, PackedLinear(matrices[unit.name], linear.bias, kernels))
-        if isinstance(linear, LinearPart) and "weight" in owner._parameters:
-            _forget(owner, "weight")
+        setattr(view.module(parent), child, PackedLinear(matrices[unit.name], linear.bias, kernels))
+        if isinstance(linear, LinearPart):
+            _forget(linear.owner, "weight")
     for path, stacked in stacks.items():
         experts: Experts = view.module(path)
         experts.moqa_weights = PackedExperts(experts, stacked, kernels)
-        _forget(experts, "gate_up_proj", "down_proj")
+        for unit in units:
+            if unit.module == path:
+                owner, _, name = unit.parameter.rpartition(".")
+                _forget(view.module(owner), name)
         yield experts.moqa_weights
 
 
-def _forget(module: Experts, *parameters: str) -> None:
-    """Remove stacked parameters whose matrices are packed."""
-    for parameter in parameters:
-        delattr(module, parameter)
-    module._is_hf_initialized = True  # transformers must not look for what is gone
+def _forget(module: Experts, parameter: str) -> None:
+    """Remove a parameter that holds several matrices, if it is still there: they are packed."""
+    if module._parameters.pop(parameter, None) is not None:
+        module._is_hf_initialized = True  # transformers must not look for what is gone
 
 
 def _check_units(view: ModelView, checkpoint: Checkpoint) -> None:
