@@ -119,6 +119,13 @@ FAMILIES: dict[str, Family] = {
         },
         roles=_DENSE_FIRST, layers=4,
     ),
+    "deepseek_v32": Family(
+        {
+            **_ROUTED, **_LATENT, "n_shared_experts": 1, "first_k_dense_replace": 1, "index_n_heads": 2,
+            "index_head_dim": 16, "index_topk": 28,
+        },
+        roles=_DENSE_FIRST, layers=3,
+    ),
     "deepseek_v4": Family(
         {
             **_ROUTED, "num_key_value_heads": 1, "head_dim": 32, "q_lora_rank": 24, "o_groups": 2, "o_lora_rank": 16,
@@ -128,6 +135,17 @@ FAMILIES: dict[str, Family] = {
             "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
         },
         moe_layers=3, roles=_SHARED, layers=3,
+    ),
+    "mimo_v2_flash": Family(
+        {**_ROUTED, "head_dim": 16}, roles=frozenset({"expert", "attention", "mlp"}), layers=3
+    ),
+    "qwen3_5_moe_text": Family(
+        {
+            **_SMALL, "shared_expert_intermediate_size": 40, "head_dim": 16, "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        roles=_SHARED, router_spread=1.0, norm=0.0,
     ),
     "jetmoe": Family({**_LOCAL, "intermediate_size": 48, "kv_channels": 16, "tie_word_embeddings": True}),
     "minimax_m2": Family({**_LOCAL, "intermediate_size": 32, "head_dim": 16}, router_spread=1.0),

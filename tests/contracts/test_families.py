@@ -29,7 +29,7 @@ from moqa.runtime.load import load
 CLOSE = 0.01
 KEPT = (
     "norm", "embed", "lm_head", "router", "gate.weight", "gate.wg", "shared_expert_gate", "bias", "sinks", "conv.conv",
-    "conv1d", "A_log", "dt_bias", "mamba.D", "mamba.dt_proj", "in_proj_ba",
+    "conv1d", "A_log", "dt_bias", "mamba.D", "mamba.dt_proj", "in_proj_a", "in_proj_b",
     "_hc.", "hc_head", "tid2eid", "indexer",
 )  # fmt: skip
 
@@ -233,6 +233,11 @@ class TestRefusals:
     def test_experts_outside_the_interface(self, family, changes, named):
         with pytest.raises(MoqaError, match=rf"{named}, \[4, .*that moqa cannot quantize: .*looked at {named}"):
             ModelView(random_model(family, **changes))
+
+    def test_layers_that_pass_on_more_than_hidden_states(self):
+        model = random_model("glm_moe_dsa", **FAMILIES["deepseek_v32"].config)
+        with pytest.raises(MoqaError, match=r"GlmMoeDsaForCausalLM .* one layer at a time: .* more than hidden states"):
+            Stages(model)
 
     def test_experts_in_embeddings(self):
         changes = {"is_moe": True, "num_experts": 64, "intermediate_size": 96}

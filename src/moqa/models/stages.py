@@ -65,8 +65,12 @@ class Stages:
         self._tuple = False
         self._streams, self._reads_tokens = torch.Size(), False
         probe = torch.zeros(1, 2, dtype=torch.long)
-        with torch.no_grad(), self._replaced(partial(self._probe, probe)):
-            model(probe, use_cache=False)
+        try:
+            with torch.no_grad(), self._replaced(partial(self._probe, probe)):
+                model(probe, use_cache=False)
+        except ValueError as error:  # of what layers give each other, say
+            problem = f"{type(model).__name__} cannot be run one layer at a time"
+            raise MoqaError(problem, f"its layers pass on more than hidden states: {error}") from None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[batch, context] token ids -> [batch, context, features] input of layer 0."""
@@ -117,8 +121,10 @@ class Stages:
         if index == 0:
             layer = self.layers[0]
             stub = vars(layer).pop("forward")
-            self._tuple = isinstance(layer(hidden, *args, **kwargs), tuple)
-            layer.forward = stub
+            try:
+                self._tuple = isinstance(layer(hidden, *args, **kwargs), tuple)
+            finally:
+                layer.forward = stub
         return hidden
 
     @contextmanager
