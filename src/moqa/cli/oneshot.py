@@ -120,6 +120,8 @@ def fulfil(wish: Wish) -> None:
             hedge=wish.hedge, objective=wish.objective, scope=wish.scope, seed=wish.seed,
         )  # fmt: skip
         if wish.overwrite or not _is_there(wish, chosen):
+            # of a profile that was there already nobody has looked whether a proof by it fits
+            peak_bytes(view, chosen, measured, find_method(wish.method), memory, profiled=True, held_out=tokens)
             quantize(
                 wish.model, chosen, wish.out, wish.method, wish.overwrite, report, measured, view, wish.cache, memory,
                 wish.restart, wish.engine,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moqa.models.experts import run_experts
-from moqa.models.parts import ExpertsOf, LinearPart
+from moqa.models.parts import ExpertsOf, LinearPart, gated
 
 
 def adapt(model: nn.Module) -> None:
@@ -29,13 +29,8 @@ def _adapt_llama4(block: Any) -> None:
     experts = block.experts
     experts.is_transposed = experts.is_concatenated = experts.has_gate = True
     experts.has_bias = False
-    experts._apply_gate = partial(_gated, experts.act_fn)
+    experts._apply_gate = partial(gated, experts.act_fn)
     block.forward = partial(_run_llama4, block)
-
-
-def _gated(activation: nn.Module, gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return activation(gate) * up
 
 
 def _run_llama4(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,10 +52,6 @@ class Memory:
         """Whether it holds a whole original in float32, and half of it for what works with it."""
         return resident() + Stored(folder).values * 6 <= self.limit
 
-    def whole(self, folder: Path) -> int:
-        """Bytes of the whole original where it holds it, else 0."""
-        return 4 * Stored(folder).values if self.holds(folder) else 0
-
 
 def parse_size(text: str | int, option: str) -> int:
     """Bytes of a size as users type it.

@@ -69,5 +69,10 @@ class ExpertsOf(nn.Module):
         return self.owners["down_proj"].weight
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self._activation[0](gate) * up
+        return gated(self._activation[0], gate_up)
+
+
+def gated(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
+    """[tokens, 2 * width] gates and what they gate, one behind the other -> [tokens, width]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate) * up

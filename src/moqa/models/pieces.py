@@ -48,6 +48,7 @@ class Pieces:
         narrow: parameters that are wanted in the dtype in which they are stored.
 
     Attributes:
+        keep: whether pieces stay.
         ahead: whether the next layer is read into memory beside the one that is used, see `read_ahead`.
 
     Raises:
@@ -64,7 +65,7 @@ class Pieces:
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        self._model, self._folder, self._keep, self.ahead = model, stored.folder, keep, False
+        self._model, self._folder, self.keep, self.ahead = model, stored.folder, keep, False
         self._mapping = get_model_conversion_mapping(model)
         self._stored, headers = stored, stored.headers
         self._names: dict[int | None, list[str]] = {None: []}
@@ -105,12 +106,12 @@ class Pieces:
         """Have a piece in memory."""
         if piece in self._there or piece not in self._names or piece == self._without:
             return
-        if not self._keep:
+        if not self.keep:
             self.forget()
         step, self._last = 1 if piece >= self._last else -1, piece
         try:
             self._there[piece] = self._read(piece)
-            if self._keep or self._names.get(following := piece + step) is None or following < 0:
+            if self.keep or self._names.get(following := piece + step) is None or following < 0:
                 return
             if self.ahead:
                 self.read_ahead(following)
@@ -146,7 +147,7 @@ class Pieces:
     @contextmanager
     def without(self, piece: int) -> Iterator[None]:
         """A block in which nobody needs a piece."""
-        if not self._keep:
+        if not self.keep:
             self.forget()
         self._without = piece
         try:

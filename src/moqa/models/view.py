@@ -22,6 +22,7 @@ from moqa.models.experts import (
     parameter_of,
 )
 from moqa.models.load import empty_model, one_line, read_config
+from moqa.models.memory import Memory
 from moqa.models.names import DiskSlice, find_disk_slices
 from moqa.models.parts import LinearPart
 from moqa.models.pieces import ENDS, Pieces
@@ -80,6 +81,12 @@ class ModelView:
         """Features of a token between two layers: of all its residual streams, where a family has several."""
         width = self.model.get_input_embeddings().weight.shape[1]
         return int(width) * getattr(self.model.config.get_text_config(), "hc_mult", 1)
+
+    def missing(self, memory: Memory) -> int:
+        """Bytes that the original as a whole takes more than now, if the memory holds it whole, else 0."""
+        assert self.folder is not None
+        there = self._pieces is not None and self._pieces.keep
+        return 0 if there or not memory.holds(self.folder) else 4 * Stored(self.folder).values
 
     def module(self, path: str) -> nn.Module:
         """Module at a path of the model."""

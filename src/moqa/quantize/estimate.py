@@ -100,8 +100,7 @@ def peak_bytes(
         return Room.within(memory, view, method, tokens, layer_bytes(view, plan)).peak
 
     def profiling() -> int:
-        assert view.folder is not None
-        return ProfileRoom.within(memory, view, method).peak + memory.whole(view.folder)
+        return ProfileRoom.within(memory, view, method).peak + view.missing(memory)
 
     steps = [quantizing] if profiled else [quantizing, profiling]
     if held_out:

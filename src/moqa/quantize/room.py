@@ -25,13 +25,12 @@ def room_to_compare(memory: Memory, view: ModelView, packed: int, tokens: int) -
     Raises:
         LittleMemoryError: if a limit that was typed is smaller.
     """
-    assert view.folder is not None
     without = Sizes.of(view).comparing(packed, tokens)
-    peak = without + memory.whole(view.folder)
+    peak = without + view.missing(memory)
     # mapped files are left to the system otherwise: it forgets them when it needs the memory
     if memory.typed and memory.limit < peak * SLACK:
         # a little more may hold the original as a whole, and then it will
-        peak = max(peak, without + Memory(int(without * SLACK)).whole(view.folder))
+        peak = max(peak, without + view.missing(Memory(int(without * SLACK))))
         raise LittleMemoryError(
             f"--max-memory {memory.typed} does not hold a checkpoint beside its original to compare them",
             int(peak * SLACK), ", or give --no-proof",
