@@ -181,7 +181,9 @@ def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     random_model.make(MODEL, random_model.olmoe())
     summary = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else {}
-    summary["machine"] = summary.get("machine", {}) | machine()
+    if "gptq" in stages or "machine" not in summary:
+        # its shares of the machine's rates are those of the same run
+        summary["machine"] = summary.get("machine", {}) | machine()
     summary["checkpoint_bytes"] = sum(path.stat().st_size for path in MODEL.glob("*.safetensors"))
     summary["settings"] = {"memory": MEMORY, "bits": BITS, "windows": WINDOWS, "context": CONTEXT}
     summary["operations"] = operations(OLMOE, WINDOWS * CONTEXT, summary["machine"])

@@ -13,7 +13,7 @@ from moqa.data import Distribution, cut_windows
 from moqa.evaluate.measure import Reference
 from moqa.evaluate.run import Evaluation, evaluate
 from moqa.models.load import load_tokenizer
-from moqa.models.memory import Memory
+from moqa.models.memory import Memory, give_back
 from moqa.models.view import ModelView
 from moqa.plan import Plan, plan
 from moqa.profile import Profile
@@ -89,6 +89,7 @@ class Bench:
                     self.model, chosen, target, method, report=report, profile=self.profile, view=self.view,
                     memory=self.memory,
                 )  # fmt: skip
+            give_back()
             found = evaluate(target, self.held_out, against=self.model, report=report, reference=self.reference)
             # a model refers to itself: until it is found to be garbage, its mapped checkpoint takes memory
             gc.collect()

@@ -7,7 +7,7 @@ from moqa.errors import LittleMemoryError
 from moqa.methods.inputs import TOGETHER, by_input
 from moqa.methods.routed import ROWS
 from moqa.methods.stacks import STACK_WEIGHTS
-from moqa.models.memory import Memory, resident, return_large_blocks
+from moqa.models.memory import Memory, give_back, resident, return_large_blocks
 from moqa.models.stages import BATCH_TOKENS
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
@@ -18,6 +18,8 @@ _COPIES, _SQUARES = 10, 4
 SLACK = 1.08
 # what threads and libraries take once they compute: compiled products, buffers
 COMPUTING = 48 * 2**20
+# the same once they have also gone back through layers, solved them, and read a checkpoint's tokenizer
+_AFTERWARDS = 128 * 2**20
 # copies of a batch's outputs of all its experts
 _OUTPUTS = 4
 
@@ -63,6 +65,7 @@ class Sizes:
     def of(cls, view: ModelView) -> "Sizes":
         """Of a model; from now on the process takes no more than it uses."""
         return_large_blocks()
+        give_back()
         layer = weights = linear = expert = largest = matrices = features = experts = 0
         for index in range(len(view.layers)):
             units = view.layer_units(index)
@@ -102,7 +105,7 @@ class Sizes:
         layer of both, one layer is unpacked or a batch's predictions are there, six times."""
         waiting = 2 * 4 * self.hidden * tokens
         at_work = max(4 * self.weights + self.batch, self.logits * 3 // 2)
-        return self.base + COMPUTING + self.ends + packed + waiting + at_work
+        return self.base + _AFTERWARDS + self.ends + packed + waiting + at_work
 
     def solving(self, copies: int = 1) -> int:
         """While a method works on one stack of matrices, each so many times."""

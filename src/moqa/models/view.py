@@ -22,7 +22,7 @@ from moqa.models.experts import (
     parameter_of,
 )
 from moqa.models.load import empty_model, one_line, read_config
-from moqa.models.memory import Memory
+from moqa.models.memory import Memory, give_back
 from moqa.models.names import DiskSlice, find_disk_slices
 from moqa.models.parts import LinearPart
 from moqa.models.pieces import ENDS, Pieces
@@ -178,6 +178,7 @@ class ModelView:
         if keep:
             for piece in (ENDS, *range(len(self.layers))):
                 self.need(piece)
+            give_back()  # what it was read through
 
     def unit_parameters(self) -> set[str]:
         """Names of the parameters that are covered by units."""
