@@ -42,9 +42,8 @@ def _run_llama4(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     scores, logits = block.router(hidden)
     index = logits.topk(block.top_k, dim=1).indices
     visits = hidden[:, None] * scores.gather(1, index)[..., None]
-    routed = run_experts(
-        block.experts, visits.flatten(0, 1), index.reshape(-1, 1), torch.ones_like(visits[..., 0]).reshape(-1, 1)
-    )
+    whole = visits.new_ones(index.numel(), 1)
+    routed = run_experts(block.experts, visits.flatten(0, 1), index.reshape(-1, 1), whole)
     return block.shared_expert(hidden) + routed.view(visits.shape).sum(1), logits
 
 

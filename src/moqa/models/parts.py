@@ -55,18 +55,18 @@ class ExpertsOf(nn.Module):
 
     def __init__(self, gate_up: nn.Module, down: nn.Module, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.owners = {"gate_up_proj": gate_up, "down_proj": down}  # in a dict: they belong to another module
+        self._owners = {"gate_up_proj": gate_up, "down_proj": down}  # in a dict: they belong to another module
         self.num_experts, self._activation = len(self.gate_up_proj), (activation,)
 
     @property
     def gate_up_proj(self) -> Any:
         """The first parameter."""
-        return self.owners["gate_up_proj"].weight
+        return self._owners["gate_up_proj"].weight
 
     @property
     def down_proj(self) -> Any:
         """The second parameter."""
-        return self.owners["down_proj"].weight
+        return self._owners["down_proj"].weight
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return gated(self._activation[0], gate_up)

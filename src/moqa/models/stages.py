@@ -62,15 +62,16 @@ class Stages:
         self.layers = decoder_layers(model)
         self.depth = len(self.layers)
         self._calls: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
-        self._tuple = False
+        self._outputs = 0  # how many a layer returns as a tuple
         self._streams, self._reads_tokens = torch.Size(), False
         probe = torch.zeros(1, 2, dtype=torch.long)
         try:
             with torch.no_grad(), self._replaced(partial(self._probe, probe)):
                 model(probe, use_cache=False)
-        except ValueError as error:  # of what layers give each other, say
+        except ValueError as error:
             problem = f"{type(model).__name__} cannot be run one layer at a time"
-            raise MoqaError(problem, f"its layers pass on more than hidden states: {error}") from None
+            reason = "its layers pass on more than hidden states: " if self._outputs > 1 else ""
+            raise MoqaError(problem, f"{reason}{error}") from None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[batch, context] token ids -> [batch, context, features] input of layer 0."""
@@ -122,7 +123,8 @@ class Stages:
             layer = self.layers[0]
             stub = vars(layer).pop("forward")
             try:
-                self._tuple = isinstance(layer(hidden, *args, **kwargs), tuple)
+                out = layer(hidden, *args, **kwargs)
+                self._outputs = len(out) if isinstance(out, tuple) else 0
             finally:
                 layer.forward = stub
         return hidden
@@ -133,7 +135,7 @@ class Stages:
 
             def stub(*args: Any, index: int = index, **kwargs: Any) -> Any:
                 out = forward(index, *args, **kwargs)
-                return (out,) if self._tuple else out
+                return (out,) if self._outputs else out
 
             layer.forward = stub
         try:

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from moqa.errors import MoqaError
 from moqa.models import checkpoint
 from moqa.models.adapt import adapt
-from moqa.models.coverage import SMALLEST_SIDE, check_nothing_skipped, is_linear, kept_paths, router_paths, within
+from moqa.models.coverage import (
+    SMALLEST_SIDE,
+    check_nothing_skipped,
+    has_experts,
+    is_linear,
+    kept_paths,
+    router_paths,
+    within,
+)
 from moqa.models.experts import (
     IMPLEMENTATION,
     PROJECTIONS,
@@ -252,12 +260,10 @@ class ModelView:
 
     def _find_units(self) -> Iterator[Unit]:
         prefix = _layers_path(self.model, self.layers)
-        paths = {path for layer in self.layers for path in router_paths(self.model, layer)}
+        routers = router_paths(self.model, self.layers)
         for index, layer in enumerate(self.layers):
             root = f"{prefix}.{index}"
-            # one of another kind stands where the others do
-            routers = sorted(paths) if any(map(is_experts, layer.modules())) else []
-            kept = [*routers, *kept_paths(self.model, layer)]
+            kept = [*(routers if has_experts(layer) else ()), *kept_paths(self.model, layer)]
             units = list(_layer_units(root, index, layer, kept))
             covered = {unit.parameter.removeprefix(f"{root}.") for unit in units}
             check_nothing_skipped(root, layer, covered, kept)

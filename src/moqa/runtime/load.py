@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from moqa.kernels import KERNELS, Kernels, PackedMatrix, find_kernels
 from moqa.models.coverage import is_linear
 from moqa.models.experts import Experts
 from moqa.models.load import empty_model, load_tokenizer, one_line, read_generation_config
-from moqa.models.parts import LinearPart
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.runtime.adjusted import make_adjustable
@@ -162,21 +161,14 @@ def _install(
         linear = view.module(unit.module)
         assert is_linear(linear)
         setattr(view.module(parent), child, PackedLinear(matrices[unit.name], linear.bias, kernels))
-        if isinstance(linear, LinearPart):
-            _forget(linear.owner, "weight")
     for path, stacked in stacks.items():
         experts: Experts = view.module(path)
         experts.moqa_weights = PackedExperts(experts, stacked, kernels)
-        for unit in units:
-            if unit.module == path:
-                owner, _, name = unit.parameter.rpartition(".")
-                _forget(view.module(owner), name)
         yield experts.moqa_weights
-
-
-def _forget(module: Experts, parameter: str) -> None:
-    """Remove a parameter that holds several matrices, if it is still there: they are packed."""
-    if module._parameters.pop(parameter, None) is not None:
+    for parameter in {unit.parameter for unit in units}:
+        owner, _, name = parameter.rpartition(".")
+        module: Any = view.module(owner)
+        delattr(module, name)
         module._is_hf_initialized = True  # transformers must not look for what is gone
 
 
