@@ -14,7 +14,8 @@ from moqa.cli.main import main
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, Fitted, Manifest, StoredTensor, StoredUnit
 from moqa.format.planes import by_suffix, pack
-from moqa.format.scheme import WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import WIDTHS
 from moqa.format.writer import write_manifest, write_shard
 from moqa.methods.grid import fit_grid
 from moqa.profiling import SELF, Profile, ProfileRecord, UnitRecord
@@ -114,7 +115,7 @@ CHECKPOINT_UNITS = {
 
 def stored_tensors(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
     """What a unit rounded to nearest is stored as."""
-    if scheme.keeps:
+    if scheme.is_unquantized:
         return {f"{name}.weight": weight.bfloat16()}
     grid = fit_grid(weight, scheme).grid
     found = by_suffix(pack(grid.encode(weight), scheme.width), grid.scale, grid.zero)

@@ -94,7 +94,10 @@ class TestPieces:
         assert entries == {name: (t.dtype, tuple(t.shape)) for name, t in view.kept_on_disk().items()}
 
 
-ROOMS = (partial(QuantizationWorkingSet.within, tokens=192, packed=100_000), ProfileWorkingSet.within)
+ROOMS = (
+    partial(QuantizationWorkingSet.within, tokens=192, packed=100_000),
+    partial(ProfileWorkingSet.within, probes=4),
+)
 
 
 class TestMemory:

@@ -14,7 +14,7 @@ from moqa.adjustment.residuals import FittedChannels, Grams, fit_layer, fit_unit
 from moqa.errors import MoqaError
 from moqa.format.adjustment import ChannelPart, ExpertSizes, Replaced, index_dtype
 from moqa.format.reader import Checkpoint
-from moqa.format.scheme import KEEP_WIDTH
+from moqa.format.tiles import KEEP_WIDTH
 from moqa.models.experts import observed
 from moqa.progress import Report
 from moqa.runtime.packed import unpacked

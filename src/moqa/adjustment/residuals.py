@@ -11,7 +11,8 @@ from moqa.adjustment.choose import scheme_of
 from moqa.calibration.inputs import InputStatistics
 from moqa.format.adjustment import COLUMNS, MIDDLE
 from moqa.format.planes import by_suffix, pack
-from moqa.format.scheme import KEEP_WIDTH, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import KEEP_WIDTH
 from moqa.methods import METHODS, SolveBatch
 from moqa.models.experts import ExpertRun
 

@@ -8,13 +8,14 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from moqa.data import Windows
-from moqa.models.layerwise import LayerwiseModel, batches
+from moqa.models.layerwise import LayerwiseModel
 from moqa.progress import Report
 from moqa.runtime.packed import unpacked
+from moqa.tasks import Samples
 
 
 @torch.no_grad()
-def final_hidden(model: nn.Module, windows: list[Windows], report: Report) -> dict[str, list[Tensor]]:
+def final_hidden(model: nn.Module, windows: list[Samples], report: Report) -> dict[str, list[Tensor]]:
     """Last layer's output for every window, one layer at a time so that each packed matrix is unpacked once.
 
     Args:
@@ -26,7 +27,7 @@ def final_hidden(model: nn.Module, windows: list[Windows], report: Report) -> di
         Distribution -> list of [batch, context, features].
     """
     stages = LayerwiseModel(model)
-    hidden = {w.name: [stages.embed(batch) for batch in batches(w.tokens)] for w in windows}
+    hidden = {w.name: [stages.embed(batch) for batch in stages.task.batches(w.inputs)] for w in windows}
     for layer in range(stages.depth):
         report("evaluate", layer, stages.depth)
         with unpacked(stages.layers[layer]):
@@ -46,11 +47,11 @@ class Reference:
     """
 
     model: nn.Module
-    windows: list[Windows]
+    windows: list[Samples]
     hidden: dict[str, list[Tensor]] = field(repr=False)
 
     @classmethod
-    def of(cls, model: nn.Module, windows: list[Windows], report: Report) -> "Reference":
+    def of(cls, model: nn.Module, windows: list[Samples], report: Report) -> "Reference":
         """Run the original once."""
         return cls(model, windows, final_hidden(model, windows, report))
 
@@ -58,15 +59,24 @@ class Reference:
 class Quality(BaseModel, frozen=True):
     """Quality of a model on one distribution."""
 
-    perplexity: float = Field(description="exponential of the mean negative log-likelihood per token")
-    bits_per_byte: float = Field(description="negative log-likelihood in bits per byte of text")
-    kl_divergence: float | None = Field(description="mean of KL(original || model) per token, nats; None: no reference")
-    top1_agreement: float | None = Field(description="share of tokens where both rank the same first; None likewise")
-    tokens: int = Field(description="predicted tokens")
+    perplexity: float = Field(description="exponential of the mean negative log-likelihood of a token, or of a label")
+    bits_per_byte: float | None = Field(
+        None, description="negative log-likelihood in bits per byte of text", exclude_if=lambda value: value is None
+    )
+    accuracy: float | None = Field(
+        None, description="share of images whose label is ranked first", exclude_if=lambda value: value is None
+    )
+    kl_divergence: float | None = Field(
+        description="mean of KL(original || model) per prediction, nats; None: no reference"
+    )
+    top1_agreement: float | None = Field(
+        description="share of predictions where both rank the same first; None likewise"
+    )
+    tokens: int = Field(description="predictions: tokens, or images")
 
 
 @torch.no_grad()
-def scores(model: nn.Module, windows: list[Windows], reference: Reference | None, report: Report) -> dict[str, Quality]:
+def scores(model: nn.Module, windows: list[Samples], reference: Reference | None, report: Report) -> dict[str, Quality]:
     """Quality of a model on every distribution.
 
     Args:
@@ -82,11 +92,11 @@ def scores(model: nn.Module, windows: list[Windows], reference: Reference | None
     found = {}
     for window in windows:
         loss = divergence = agreement = 0.0
-        tokens = 0
+        tokens = right = 0
         answers = reference.hidden[window.name] if reference is not None else [None] * len(hidden[window.name])
-        for batch, part, answer in zip(batches(window.tokens), hidden[window.name], answers, strict=True):
+        for labels, part, answer in zip(stages.task.targets(window), hidden[window.name], answers, strict=True):
             logp = _log_probabilities(stages, part)
-            labels = batch[:, 1:].reshape(-1)
+            right += int((logp.argmax(1) == labels).sum())
             loss -= float(logp.gather(1, labels[:, None]).double().sum())
             tokens += len(labels)
             if own is not None and answer is not None:
@@ -96,7 +106,8 @@ def scores(model: nn.Module, windows: list[Windows], reference: Reference | None
         compared = reference is not None
         found[window.name] = Quality(
             perplexity=math.exp(min(loss / tokens, 700.0)),
-            bits_per_byte=loss / math.log(2) / max(window.text_bytes, 1),
+            bits_per_byte=loss / math.log(2) / max(window.text_bytes, 1) if isinstance(window, Windows) else None,
+            accuracy=None if isinstance(window, Windows) else right / tokens,
             kl_divergence=max(divergence / tokens, 0.0) if compared else None,
             top1_agreement=agreement / tokens if compared else None,
             tokens=tokens,
@@ -105,5 +116,5 @@ def scores(model: nn.Module, windows: list[Windows], reference: Reference | None
 
 
 def _log_probabilities(stages: LayerwiseModel, hidden: Tensor) -> Tensor:
-    """[positions, vocabulary] log-probabilities of every token but the first of each window, float32."""
-    return stages.head(hidden)[:, :-1].flatten(0, 1).float().log_softmax(-1)
+    """[predictions, classes] log-probabilities of all that samples have labels for, float32."""
+    return stages.task.scored(stages.head(hidden)).float().log_softmax(-1)

@@ -45,7 +45,7 @@ class Measurement:
         self, site: Workspace, samples: Mapping[str, Tensor], how: ErrorSettings, seed: int, engine: Executor
     ) -> None:
         self._site, self._how, self._seed, self._engine = site, how, seed, engine
-        self._shapes = {name: tuple(tokens.shape) for name, tokens in samples.items()}
+        self._shapes = {name: (tuple(tokens.shape), tokens.dtype) for name, tokens in samples.items()}
         self._flows = {
             name: site.once(("flow", name), partial(ProfiledSamples, name, tokens, site.stages, site.work))
             for name, tokens in samples.items()
@@ -84,7 +84,7 @@ class Measurement:
         report("sensitivity", depth, depth)
 
     def _passes(self, layer: int) -> list[BlockPass]:
-        return [BlockPass(layer, self._how, name, shape) for name, shape in self._shapes.items()]
+        return [BlockPass(layer, self._how, name, *shape) for name, shape in self._shapes.items()]
 
     def _work(self, work: Callable[[Workspace, BlockPass], None], passes: Sequence[BlockPass]) -> None:
         for _ in self._engine.map(work, self._site, passes):

@@ -13,7 +13,8 @@ from moqa.execution import Workspace
 from moqa.format.scheme import Scheme
 from moqa.methods import Method
 from moqa.models.experts import projection_rows
-from moqa.models.layerwise import LayerwiseModel, batches
+from moqa.models.layerwise import LayerwiseModel
+from moqa.models.layout import input_rows, output_rows
 from moqa.models.precision import in_stored_precision
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
@@ -51,13 +52,15 @@ class BlockPass:
         layer: index of the decoder layer.
         how: errors are made and measured.
         name: of the distribution; none where only weights are looked at.
-        shape: its windows, and the tokens of each.
+        shape: of its inputs.
+        dtype: likewise.
     """
 
     layer: int
     how: ErrorSettings
     name: str = ""
     shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.int64
 
 
 class ProfiledSamples:
@@ -67,9 +70,10 @@ class ProfiledSamples:
         # A method that fits samples leaves less error there than elsewhere: errors are made on every other window and
         # measured on the rest.
         first, second = (tokens[0::2], tokens[1::2]) if len(tokens) > 1 else (tokens, tokens)
-        self._name, self._work, self.tokens = name, work, second.numel()
-        every = [*batches(first), *batches(second)]
-        self._calibrate = len(batches(first))
+        task = stages.task
+        self._name, self._work, self.predictions = name, work, task.count(second)
+        every = [*task.batches(first), *task.batches(second)]
+        self._calibrate = len(task.batches(first))
         self.hidden = HiddenStates(stages, work, name, every)
         # numbers of the batches that are measured on
         self.measured = range(self._calibrate, len(every))
@@ -78,7 +82,9 @@ class ProfiledSamples:
     def of(cls, site: Workspace, given: BlockPass) -> "ProfiledSamples":
         """Of a distribution whose hidden states are there already: tokens are no longer looked at."""
         key = ("flow", given.name)
-        return site.once(key, lambda: cls(given.name, torch.zeros(given.shape).long(), site.stages, site.work))
+        return site.once(
+            key, lambda: cls(given.name, torch.zeros(given.shape, dtype=given.dtype), site.stages, site.work)
+        )
 
     def draw_labels(self, stages: LayerwiseModel, generator: torch.Generator) -> None:
         """Gradients of the measured windows' log-likelihood, of labels drawn from the model."""
@@ -141,7 +147,7 @@ def go_back(site: Workspace, given: BlockPass) -> None:
         sums |= _run_back(view, site.stages, layer, flow, errors, keep=number == len(slices) - 1)
     if inputs:
         inputs.drop()
-    sensitivity = torch.stack([sums[unit.name] for unit in units]) / flow.tokens
+    sensitivity = torch.stack([sums[unit.name] for unit in units]) / flow.predictions
     site.work.keep(f"sensitivity-{layer}-{given.name}", {"sensitivity": sensitivity})
 
 
@@ -153,7 +159,7 @@ def _down(view: ModelView, layer: int) -> list[Tensor]:
 def _label_gradient(stages: LayerwiseModel, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """Gradient of the negative log-likelihood of labels drawn from the model, for the last layer's output."""
     hidden = hidden.detach().requires_grad_(True)
-    logits = stages.head(hidden).float().flatten(0, 1)
+    logits = stages.task.predictions(stages.head(hidden)).float()
     labels = draw(logits.detach(), generator)
     return torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), hidden)[0]
 
@@ -167,9 +173,10 @@ def _run_back(
     observer = LayerObserver(sensitivity, path, projection_rows(view.module(path))) if path else None
 
     def linear(unit: Unit, x: Tensor, out: Tensor) -> None:
-        flat = x.detach().flatten(0, -2)
+        module, samples = view.module(unit.module), None if stages.task.predicts_each else len(x)
+        rows = input_rows(module, x.detach())
         if unit.name in sensitivity.sums:
-            out.register_hook(lambda gradient: sensitivity.add(unit.name, flat, gradient.flatten(0, -2)))
+            out.register_hook(lambda gradient: sensitivity.add(unit.name, rows, output_rows(module, gradient), samples))
 
     with in_stored_precision(view, layer), watching(view, layer, observer, linear):
         for number in flow.measured:

@@ -17,7 +17,7 @@ from moqa.methods import METHODS, Method, SolveBatch, SolveResult
 from moqa.models.experts import weights_from
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
-from moqa.runtime.packed import PackedExperts, PackedLinear
+from moqa.runtime.packed import PackedExperts, packed_like
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def quantize_units(
             data.
     """
     for unit in units:
-        if schemes[unit.name].keeps:
+        if schemes[unit.name].is_unquantized:
             yield unit, QuantizedUnit({"weight": view.weight(unit).to(torch.bfloat16).contiguous()}, "none", None)
-    narrow = [unit for unit in units if not schemes[unit.name].keeps]
+    narrow = [unit for unit in units if not schemes[unit.name].is_unquantized]
     if method.store is not None:
         for unit in narrow:
             yield unit, QuantizedUnit(method.store(view.weight(unit), schemes[unit.name]), method.name, None)
@@ -125,7 +125,7 @@ def quantized(
                 continue
             parent, _, child = unit.module.rpartition(".")
             owner, linear = view.module(parent), view.module(unit.module)
-            setattr(owner, child, PackedLinear(matrix, linear.bias, kernels))  # type: ignore[arg-type]
+            setattr(owner, child, packed_like(linear, matrix, kernels))
             stack.callback(setattr, owner, child, linear)
         path = view.experts_path(layer)
         if path is not None:
