@@ -200,8 +200,8 @@ class BlockInputs:
     """
 
     def __init__(
-        self, view: ModelView, stages: LayerwiseModel, layer: int, parts: Iterable[CalibrationBatch], work: ResumableRun,
-        name: str = "experts",
+        self, view: ModelView, stages: LayerwiseModel, layer: int, parts: Iterable[CalibrationBatch],
+        work: ResumableRun, name: str = "experts",
     ) -> None:  # fmt: skip
         self._open(view, layer, work, name)
         later = False
@@ -261,7 +261,7 @@ class BlockInputs:
         view.need(layer)
 
     def _add(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-        self._work.keep(f"{self._name}-{len(self._parts) - 1}", {"x": hidden, "index": index, "gate": weights})
+        self._work.save(f"{self._name}-{len(self._parts) - 1}", {"x": hidden, "index": index, "gate": weights})
 
     @torch.no_grad()
     def experts(self, which: Sequence[int]) -> dict[str, InputStatistics]:
@@ -275,7 +275,7 @@ class BlockInputs:
         together = TOGETHER // self._view.task.batch_size
         for first in range(0, len(self._parts), together):
             numbers = range(first, min(first + together, len(self._parts)))
-            calls = [(self._parts[number], self._work.kept(f"{self._name}-{number}")) for number in numbers]
+            calls = [(self._parts[number], self._work.load(f"{self._name}-{number}")) for number in numbers]
             for expert, check in product(which, (False, True)):
                 # what sums left in the heap adds to the most that is taken; each time costs as much as a small sum
                 if expert % 16 == 0 and not check:
@@ -291,7 +291,7 @@ class BlockInputs:
 
     def drop(self) -> None:
         """Remove what was put aside."""
-        self._work.drop(f"{self._name}-*")
+        self._work.remove(f"{self._name}-*")
 
 
 class _Recorder(ParameterWeights):

@@ -7,33 +7,34 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from moqa.calibration.hidden import HiddenStates
 from moqa.data import Windows
 from moqa.models.layerwise import LayerwiseModel
 from moqa.progress import Report
 from moqa.runtime.packed import unpacked
+from moqa.storage.in_memory import InMemoryRun
 from moqa.tasks import Samples
 
 
 @torch.no_grad()
-def final_hidden(model: nn.Module, windows: list[Samples], report: Report) -> dict[str, list[Tensor]]:
-    """Last layer's output for every window, one layer at a time so that each packed matrix is unpacked once.
+def final_hidden(model: nn.Module, samples: list[Samples], report: Report) -> dict[str, HiddenStates]:
+    """Samples behind the last block, one block at a time so that each packed matrix is unpacked once.
 
     Args:
         model: original or packed.
-        windows: one entry per distribution.
-        report: called per layer.
+        samples: one entry per distribution.
+        report: called per block.
 
     Returns:
-        Distribution -> list of [batch, context, features].
+        Distribution -> its hidden states.
     """
     stages = LayerwiseModel(model)
-    hidden = {w.name: [stages.embed(batch) for batch in stages.task.batches(w.inputs)] for w in windows}
+    hidden = {s.name: HiddenStates(stages, InMemoryRun(), s.name, stages.task.batches(s.inputs)) for s in samples}
     for layer in range(stages.depth):
         report("evaluate", layer, stages.depth)
         with unpacked(stages.layers[layer]):
-            for parts in hidden.values():
-                for index, part in enumerate(parts):
-                    parts[index] = stages.layer(layer, part)
+            for states in hidden.values():
+                states.advance(layer, keep=False)
     report("evaluate", stages.depth, stages.depth)
     return hidden
 
@@ -48,7 +49,7 @@ class Reference:
 
     model: nn.Module
     windows: list[Samples]
-    hidden: dict[str, list[Tensor]] = field(repr=False)
+    hidden: dict[str, HiddenStates] = field(repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, windows: list[Samples], report: Report) -> "Reference":
@@ -93,14 +94,14 @@ def scores(model: nn.Module, windows: list[Samples], reference: Reference | None
     for window in windows:
         loss = divergence = agreement = 0.0
         tokens = right = 0
-        answers = reference.hidden[window.name] if reference is not None else [None] * len(hidden[window.name])
-        for labels, part, answer in zip(stages.task.targets(window), hidden[window.name], answers, strict=True):
-            logp = _log_probabilities(stages, part)
+        answers = reference.hidden[window.name] if reference is not None else None
+        for number, labels in enumerate(stages.task.targets(window)):
+            logp = _log_probabilities(stages, hidden[window.name].at(stages.depth, number))
             right += int((logp.argmax(1) == labels).sum())
             loss -= float(logp.gather(1, labels[:, None]).double().sum())
             tokens += len(labels)
-            if own is not None and answer is not None:
-                true = logp if same else _log_probabilities(own, answer)
+            if own is not None and answers is not None:
+                true = logp if same else _log_probabilities(own, answers.at(own.depth, number))
                 divergence += float((true.exp() * (true - logp)).sum(1).double().sum())
                 agreement += int((true.argmax(1) == logp.argmax(1)).sum())
         compared = reference is not None

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from moqa.calibration.backward import run_back
 from moqa.calibration.hidden import HiddenStates
 from moqa.calibration.inputs import BlockInputs, CalibrationBatch
 from moqa.execution import Workspace
@@ -99,16 +101,16 @@ class ProfiledSamples:
 
     def gradient(self, layer: int, number: int) -> Tensor:
         """Gradient of a batch at the input of a layer."""
-        return self._work.kept(f"gradient-{layer}-{self._name}-{number}")["x"]
+        return self._work.load(f"gradient-{layer}-{self._name}-{number}")["x"]
 
     def put_gradient(self, layer: int, number: int, gradient: Tensor) -> None:
         """Put a gradient aside."""
-        self._work.keep(f"gradient-{layer}-{self._name}-{number}", {"x": gradient})
+        self._work.save(f"gradient-{layer}-{self._name}-{number}", {"x": gradient})
 
     def forget(self, layer: int) -> None:
         """Remove what nobody needs once a layer's sensitivity is known."""
         self.hidden.forget(layer + 1)
-        self._work.drop(f"gradient-{layer + 1}-{self._name}-*")
+        self._work.remove(f"gradient-{layer + 1}-{self._name}-*")
 
 
 @torch.no_grad()
@@ -119,13 +121,13 @@ def go_forward(site: Workspace, given: BlockPass) -> None:
         weights = {"rounding": relative_errors(view, view.layer_units(layer), given.how.scheme, given.how.widths)}
         if down:
             weights["similarity"] = layer_similarity(view, layer)
-        site.work.keep(f"weights-{layer}", weights)
+        site.work.save(f"weights-{layer}", weights)
         return
     flow = ProfiledSamples.of(site, given)
     statistics = LayerStatistics(torch.stack([matrix.float().norm(dim=0) for matrix in down])) if down else None
     with in_stored_precision(view, layer), watching(view, layer, statistics):
         flow.hidden.advance(layer)
-    site.work.keep(f"statistics-{layer}-{given.name}", statistics.tensors() if statistics else {})
+    site.work.save(f"statistics-{layer}-{given.name}", statistics.tensors() if statistics else {})
 
 
 def go_back(site: Workspace, given: BlockPass) -> None:
@@ -148,7 +150,7 @@ def go_back(site: Workspace, given: BlockPass) -> None:
     if inputs:
         inputs.drop()
     sensitivity = torch.stack([sums[unit.name] for unit in units]) / flow.predictions
-    site.work.keep(f"sensitivity-{layer}-{given.name}", {"sensitivity": sensitivity})
+    site.work.save(f"sensitivity-{layer}-{given.name}", {"sensitivity": sensitivity})
 
 
 def _down(view: ModelView, layer: int) -> list[Tensor]:
@@ -179,10 +181,11 @@ def _run_back(
             out.register_hook(lambda gradient: sensitivity.add(unit.name, rows, output_rows(module, gradient), samples))
 
     with in_stored_precision(view, layer), watching(view, layer, observer, linear):
-        for number in flow.measured:
-            hidden = flow.hidden.at(layer, number).requires_grad_(True)
-            gradient = flow.gradient(layer + 1, number)
-            gradient = torch.autograd.grad(stages.layer(layer, hidden), hidden, gradient)[0]
-            if keep:
-                flow.put_gradient(layer, number, gradient)
+        batches = ((flow.hidden.at(layer, number), flow.gradient(layer + 1, number)) for number in flow.measured)
+        put = partial(flow.put_gradient, layer) if keep else _forget
+        run_back(stages, layer, batches, lambda index, gradient: put(flow.measured[index], gradient))
     return sensitivity.sums
+
+
+def _forget(number: int, gradient: Tensor) -> None:
+    """What becomes of gradients that the last pass over a layer will give again."""

@@ -152,18 +152,18 @@ def profile(
             distributions={name: records[name] for name in statistics},
         )  # fmt: skip
         write_profile(Profile(record, work.result, statistics, measured.weights))
-        work.note("profile", {})
+        work.mark_done("profile", {})
     return Profile(record, out, statistics, measured.weights)
 
 
 def _own_text(view: ModelView, windows: int, settings: Settings, work: ResumableRun, report: Report) -> Tensor:
     """[windows, context] that the model writes itself, or wrote before a kill."""
-    if work.noted("self") is None:
+    if work.done("self") is None:
         report("self-sampling", 0, 1)
-        work.keep("self", {"tokens": self_sample(view, windows, settings.context, settings.seed)})
+        work.save("self", {"tokens": self_sample(view, windows, settings.context, settings.seed)})
         report("self-sampling", 1, 1)
-        work.note("self", {})
-    return work.kept("self")["tokens"]
+        work.mark_done("self", {})
+    return work.load("self")["tokens"]
 
 
 def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None:
