@@ -8,14 +8,17 @@
 >>> model, tokenizer = moqa.load(out)
 
 `moqa.profile`, `plan`, `quantize`, `evaluate` and `report` are folders of the library and functions at once. Nothing
-heavy is imported before one of them is used.
+heavy is imported before one of them is used. On a system that moqa does not run on, importing it works and using it is
+a `MoqaError`.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from moqa.errors import MoqaError
 from moqa.on_import import on_import
+from moqa.support import Refusal, unsupported
 
 if TYPE_CHECKING:
     from moqa.runtime.load import load
@@ -25,8 +28,11 @@ __all__ = ["MoqaError", "adjust", "bench", "evaluate", "generate", "load", "plan
 
 _FOLDERS = ("adjust", "bench", "evaluate", "generate", "plan", "profile", "quantize", "report")
 
-# from here on transformers' from_pretrained reads moqa's checkpoints
-on_import("transformers.quantizers.auto", "moqa.runtime.from_pretrained")
+if unsupported():
+    sys.meta_path.insert(0, Refusal())
+else:
+    # from here on transformers' from_pretrained reads moqa's checkpoints
+    on_import("transformers.quantizers.auto", "moqa.runtime.from_pretrained")
 
 
 def __getattr__(name: str) -> Any:

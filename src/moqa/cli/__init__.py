@@ -6,6 +6,7 @@ import sys
 import typer
 
 from moqa.errors import MoqaError, Stopped
+from moqa.support import check_system
 
 app = typer.Typer(
     name="moqa",
@@ -19,7 +20,23 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: a mistake of the user's is one line and exit code 2, a bug keeps its traceback."""
-    from moqa.cli import (  # noqa: F401  (registers them)
+    try:
+        check_system()
+        _register()
+        app()
+    except MoqaError as error:
+        print(f"moqa: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stop:
+        print(f"moqa: {stop}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
+    except KeyboardInterrupt:
+        print("moqa: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _register() -> None:
+    from moqa.cli import (  # noqa: F401
         adjust,
         bench,
         chat,
@@ -33,15 +50,3 @@ def main() -> None:
         serve,
         verify,
     )  # fmt: skip
-
-    try:
-        app()
-    except MoqaError as error:
-        print(f"moqa: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stop:
-        print(f"moqa: {stop}", file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL)
-    except KeyboardInterrupt:
-        print("moqa: interrupted", file=sys.stderr)
-        sys.exit(130)
