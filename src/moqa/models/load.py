@@ -31,7 +31,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare exceptions, transformers all kinds
         raise MoqaError(f"{folder} has no tokenizer that transformers can read", one_line(error)) from None
 
@@ -118,7 +118,7 @@ def read_config(folder: Path) -> "PretrainedConfig":
 
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise MoqaError(f"{folder} has a config.json that transformers cannot read", one_line(error)) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
