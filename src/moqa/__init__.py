@@ -23,7 +23,8 @@ from moqa.support import Refusal, unsupported
 if TYPE_CHECKING:
     from moqa.runtime.load import load
 
-__version__ = "0.1.0"
+    __version__: str  # that of pyproject.toml, read when it is asked for
+
 __all__ = ["MoqaError", "adjust", "bench", "evaluate", "generate", "load", "plan", "profile", "quantize", "report"]
 
 _FOLDERS = ("adjust", "bench", "evaluate", "generate", "plan", "profile", "quantize", "report")
@@ -36,6 +37,10 @@ else:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # takes longer to import than moqa
+
+        return globals().setdefault(name, version("moqa"))
     if name == "load":
         return importlib.import_module("moqa.runtime.load").load
     if name in _FOLDERS:
