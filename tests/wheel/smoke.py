@@ -1,6 +1,6 @@
-"""What an installed moqa must do, run in the environment that it was installed into: `python smoke.py VERSION`.
+"""Test an installed moqa, with its own environment's Python: `python smoke.py VERSION`.
 
-Nothing here comes from the repository: neither its modules, nor its tests, nor the reference model.
+Uses nothing of the repository: neither its modules, nor its tests, nor the reference model.
 """
 
 import os
@@ -17,7 +17,7 @@ COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "cmake", "ninja", "m
 def main(version: str) -> None:
     """Everything, from the import to the tokens of a quantized model."""
     found = [name for name in COMPILERS if shutil.which(name)]
-    assert not found, f"{found} can be found: this environment proves nothing"
+    assert not found, f"{found} are on PATH: the test is void"
     imports(version)
     commands()
     make_model()
