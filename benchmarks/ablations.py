@@ -10,15 +10,15 @@ from torch import Tensor
 
 import moqa
 import moqa.methods.gptq
-import moqa.profile.measure
-from moqa.evaluate.proof import Bench
+import moqa.profiling.measure
+from moqa.evaluation.proof import ProofSetup
 from moqa.methods import METHODS
 from moqa.models.view import open_model
-from moqa.plan import Plan
-from moqa.plan.problem import Choice, Problem, strategy
-from moqa.plan.solver import solve
-from moqa.profile import SELF
-from moqa.profile.sensitivity import Sensitivity
+from moqa.planning import Plan
+from moqa.planning.problem import Choice, Problem, strategy
+from moqa.planning.solver import solve
+from moqa.profiling import SELF
+from moqa.profiling.sensitivity import Sensitivity
 from moqa.progress import quiet
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -74,7 +74,7 @@ def with_own_text(plan: Plan, share: float) -> Plan:
 class Table:
     """Rows of mean known and novel KL, and their change against uniform."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: ProofSetup) -> None:
         self._bench, self.lines, self._base = (
             bench,
             ["| row | known KL | novel KL | known | novel |", "|---|---:|---:|---:|---:|"],
@@ -94,8 +94,8 @@ class Table:
 def starved(view: Any, held_out: list) -> str:
     """Uniform 3 bits calibrated on four windows, with and without the two rules that guard experts with few tokens."""
     profile = moqa.profile(MODEL, texts("calib", KNOWN), ROOT / "runs" / "ablations" / "starved", samples=4, view=view)
-    bench = Bench.open(str(MODEL), view, profile, held_out, WINDOWS, quiet)
-    plan = moqa.plan(profile, None, "uniform", widths=[3])
+    bench = ProofSetup.open(str(MODEL), view, profile, held_out=held_out, windows=WINDOWS, report=quiet)
+    plan = moqa.plan(profile, None, strategy="uniform", widths=[3])
     table = Table(bench)
     table.add("rtn", plan, "rtn")
     table.add("gptq", plan)
@@ -125,13 +125,13 @@ def main() -> None:
     view = open_model(MODEL)
     data = texts("calib", KNOWN)
     profile = moqa.profile(MODEL, data, ROOT / "runs" / "ablations" / "profile", view=view)
-    measure: Any = moqa.profile.measure
+    measure: Any = moqa.profiling.measure
     measure.Sensitivity = Diagonal
     diagonal = moqa.profile(MODEL, data, ROOT / "runs" / "ablations" / "diagonal", view=view)
     measure.Sensitivity = Sensitivity
     held_out = texts("test", (*KNOWN, *NOVEL))
-    bench = Bench.open(str(MODEL), view, profile, held_out, WINDOWS, quiet)
-    uniform = moqa.plan(profile, None, "uniform", widths=[3])
+    bench = ProofSetup.open(str(MODEL), view, profile, held_out=held_out, windows=WINDOWS, report=quiet)
+    uniform = moqa.plan(profile, None, strategy="uniform", widths=[3])
     budget = f"{uniform.account.checkpoint}B"
     table, plans, measured = Table(bench), {"uniform": uniform}, {}
     measured["uniform"] = table.add("uniform", uniform)[0]
@@ -149,7 +149,7 @@ def main() -> None:
     )
     for name in ("hedged by weights", "hedged by usage"):
         for share in (0.1, 0.3, 1.0):
-            table.add(f"{name}, {share:g}", with_own_text(moqa.plan(profile, budget, name, hedge=share), 0.4))
+            table.add(f"{name}, {share:g}", with_own_text(moqa.plan(profile, budget, strategy=name, hedge=share), 0.4))
     table.add("diagonal sensitivity, hedge 0", moqa.plan(diagonal, budget, hedge=0.0))
     table.add("minimax over wiki and novels, hedge 0.1", moqa.plan(profile, budget, hedge=0.1, objective="minimax"))
     for ties in ("expert", "layer_projection", "layer"):

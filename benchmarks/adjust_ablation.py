@@ -10,12 +10,12 @@ from pathlib import Path
 from adjust_study import KNOWN, MODEL, NOVEL, ROOT, RUNS, texts
 
 import moqa
-from moqa.adjust import Search
+from moqa.adjustment import Search
 from moqa.data import cut_windows
-from moqa.evaluate.measure import Reference
+from moqa.evaluation.measure import Reference
 from moqa.models.load import load_tokenizer
 from moqa.models.view import open_model
-from moqa.profile import read_profile
+from moqa.profiling import read_profile
 from moqa.progress import quiet
 
 PAGE = ROOT / "docs" / "results" / "adjust-ablation.md"
@@ -56,19 +56,19 @@ def main() -> None:
     windows = [cut_windows(d, tokenizer, 256, WINDOWS) for d in held_out]
     whole = Reference.of(view.model, windows, quiet)
     cut = {w.name: w for w in windows}
-    size = moqa.plan(profile, None, "uniform", known=KNOWN, widths=[3]).account.checkpoint
+    size = moqa.plan(profile, None, strategy="uniform", known=KNOWN, widths=[3]).account.checkpoint
     folders: dict[str, Path] = {}
     for strategy in ("uniform", "moqa", "moqa-budget"):
         widths = {"widths": [3]} if strategy == "uniform" else {}
         budget = None if strategy == "uniform" else f"{size}B"
-        plan = moqa.plan(profile, budget, strategy, known=KNOWN, **widths)
+        plan = moqa.plan(profile, budget, strategy=strategy, known=KNOWN, **widths)
         folders[strategy] = RUNS / f"ablation-{strategy}"
         moqa.quantize(MODEL, plan, folders[strategy], profile=profile, view=view, cache="full", overwrite=True)
 
     def divergence(folder: Path, name: str, adjustment: Path | None) -> float:
         reference = Reference(whole.model, [cut[name]], whole.hidden)
         found = moqa.evaluate(
-            folder, texts("test", (name,)), MODEL, windows=WINDOWS, reference=reference, adjustment=adjustment
+            folder, texts("test", (name,)), against=MODEL, windows=WINDOWS, reference=reference, adjustment=adjustment
         )
         return found.distributions[name].kl_divergence or 0.0
 

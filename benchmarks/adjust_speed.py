@@ -41,7 +41,7 @@ def olmoe(layers: int) -> Path:
             folder / "model", texts("calib", ("wiki",)), folder / "profile", samples=2, context=64, self_samples=0,
             method="rtn",
         )  # fmt: skip
-        plan = moqa.plan(profile, None, "uniform", widths=[3])
+        plan = moqa.plan(profile, None, strategy="uniform", widths=[3])
         moqa.quantize(folder / "model", plan, folder / "out", method="rtn", profile=profile, cache="full")
     return folder / "out"
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import moqa
-from moqa.adjust import Search
+from moqa.adjustment import Search
 from moqa.data import cut_windows
-from moqa.evaluate.measure import Reference
+from moqa.evaluation.measure import Reference
 from moqa.models.load import load_tokenizer
 from moqa.models.view import open_model
 from moqa.progress import quiet
@@ -46,7 +46,7 @@ class Study:
         self.references = {
             name: Reference(whole.model, [cut[n] for n in (*KNOWN, name)], whole.hidden) for name in novel
         }
-        uniform = {w: moqa.plan(self.profile, None, "uniform", widths=[w]).account.checkpoint for w in (2, 3)}
+        uniform = {w: moqa.plan(self.profile, None, strategy="uniform", widths=[w]).account.checkpoint for w in (2, 3)}
         self.sizes = {2.5: (uniform[2] + uniform[3]) // 2, 3.0: uniform[3]}
         self.rows: list[dict[str, Any]] = []
         self.done: set[tuple] = set()
@@ -65,7 +65,7 @@ class Study:
         novel = case["novel"]
         held_out = [self.held_out[name] for name in (*KNOWN, novel)]
         found = moqa.evaluate(
-            folder, held_out, MODEL, windows=WINDOWS, reference=self.references[novel], adjustment=adjustment
+            folder, held_out, against=MODEL, windows=WINDOWS, reference=self.references[novel], adjustment=adjustment
         )
         known = [found.distributions[name] for name in KNOWN]
         row = case | {

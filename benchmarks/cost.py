@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from moqa.plan.solver import solve
+from moqa.planning.solver import solve
 
 ROOT = Path(__file__).parents[1]
 MODEL, TEXT = "reference/model", "reference/text"
 # run by a fresh interpreter, so that the peak is the command's own
 SCRIPT = """
 import json, sys, time
-from moqa.cli import main
+from moqa.cli.main import main
 started = time.monotonic()
 try:
     main()

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moqa.models.stages import Stages, batches
+from moqa.models.layerwise import LayerwiseModel, batches
 from moqa.models.units import Unit
 from moqa.models.view import ModelView, open_model
-from moqa.plan.problem import FLOOR
+from moqa.planning.problem import FLOOR
 
 
 class Original:
@@ -55,7 +55,7 @@ def _on_grid(unit: Unit, row: Tensor, bits: int, group: int) -> bool:
 @torch.no_grad()
 def _answers(view: ModelView, tokens: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Every layer's output and the log-probabilities, batch by batch."""
-    stages = Stages(view.model)
+    stages = LayerwiseModel(view.model)
     for batch in batches(tokens):
         states = [stages.embed(batch)]
         for layer in range(stages.depth):

@@ -15,14 +15,14 @@ import torch
 
 import moqa
 from moqa.data import read_distributions
-from moqa.evaluate import Evaluation
-from moqa.evaluate.proof import Bench
-from moqa.format.artifact import write_json
+from moqa.evaluation import Evaluation
+from moqa.evaluation.proof import ProofSetup
 from moqa.models.view import open_model
-from moqa.plan import Plan, for_file
-from moqa.profile import Profile
+from moqa.planning import Plan, for_file
+from moqa.profiling import Profile
 from moqa.progress import quiet
-from moqa.report import write_report
+from moqa.reports import report
+from moqa.storage.artifact import write_json
 
 ROOT = Path(__file__).parents[1]
 MODEL, TEXT = ROOT / "reference" / "model", ROOT / "reference" / "text"
@@ -35,7 +35,7 @@ def texts(split: str, names: tuple[str, ...]) -> list:
 
 def plans(profile: Profile) -> list[tuple[str, Plan, str]]:
     """Name, plan and method of every quantized row."""
-    uniform = {width: moqa.plan(profile, None, "uniform", widths=[width]) for width in (2, 3, 4)}
+    uniform = {width: moqa.plan(profile, None, strategy="uniform", widths=[width]) for width in (2, 3, 4)}
     rows = [(f"uniform {w} {m}", uniform[w], m) for m in ("rtn", "gptq") for w in (2, 3, 4)]
     sizes = {w: plan.account.checkpoint for w, plan in uniform.items()}
     sizes[2.5] = (sizes[2] + sizes[3]) // 2
@@ -44,7 +44,10 @@ def plans(profile: Profile) -> list[tuple[str, Plan, str]]:
         rows += [
             (f"moqa-budget {nominal:g}", moqa.plan(profile, budget), "gptq"),
             (f"moqa-budget hedge 0 {nominal:g}", moqa.plan(profile, budget, hedge=0.0), "gptq"),
-            *((f"{s} {nominal:g}", moqa.plan(profile, budget, s), "gptq") for s in ("moqa", "frequency", "random")),
+            *(
+                (f"{s} {nominal:g}", moqa.plan(profile, budget, strategy=s), "gptq")
+                for s in ("moqa", "frequency", "random")
+            ),
         ]
     return rows
 
@@ -161,7 +164,7 @@ def main() -> None:
     profile = moqa.profile(MODEL, texts("calib", KNOWN), out / "profile", samples=args.samples, view=view)
     say("the original on held-out text")
     held_out = texts("test", (*KNOWN, *NOVEL))
-    bench = Bench.open(str(MODEL), view, profile, held_out, args.windows, quiet)
+    bench = ProofSetup.open(str(MODEL), view, profile, held_out=held_out, windows=args.windows, report=quiet)
     found = moqa.evaluate(MODEL, held_out, reference=bench.reference)
     write_json(found.model_copy(update={"model": "original"}), out / "evaluations" / "original.json")
     rows = [row("original", found)]
@@ -177,7 +180,7 @@ def main() -> None:
     (out / "main-job.md").write_text(page(rows, args.samples, args.windows))
     roles = dict.fromkeys(KNOWN, "known") | dict.fromkeys(NOVEL, "novel")
     (out / "summary.json").write_text(json.dumps({"rows": rows, "roles": roles}, indent=1) + "\n")
-    write_report([out], out / "report.html")
+    report([out], out / "report.html")
     print("\n".join(claims(rows)))
     say(f"{out / 'summary.json'} and {out / 'report.html'}")
 

@@ -12,8 +12,8 @@ import torch
 
 import moqa
 from moqa.data import read_distributions
-from moqa.profile import SELF, Profile
-from moqa.report.drift import (
+from moqa.profiling import SELF, Profile
+from moqa.reports.drift import (
     drift_concentration,
     drift_of_significant,
     layer_rank_correlations,

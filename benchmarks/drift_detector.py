@@ -13,10 +13,10 @@ import torch
 from timing import take_turns
 
 import moqa
-from moqa.adjust.drift import DEFAULT_THRESHOLD, EVERY, WINDOW, DriftDetector
+from moqa.adjustment.drift import DEFAULT_THRESHOLD, EVERY, WINDOW, DriftDetector
 from moqa.data import cut_windows, read_distributions
 from moqa.format.routing import Routing, read_routing
-from moqa.profile import read_profile
+from moqa.profiling import read_profile
 from moqa.runtime.decoder import FusedDecoder
 from moqa.runtime.routing import RoutingCounts
 

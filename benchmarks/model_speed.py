@@ -43,7 +43,7 @@ def measure(engine: str, weights: str, path: Path, threads: int) -> dict:
     if engine == "llama.cpp":
         found = gguf_engine.measure(path, threads, PROMPT, NEW, repeats=3, repack="repacked" in weights)
     else:
-        found = moqa.bench(path, threads, PROMPT, NEW, repeats=3).model_dump()
+        found = moqa.bench(path, threads=threads, prompt_tokens=PROMPT, new_tokens=NEW, repeats=3).model_dump()
     kept = (
         "bytes", "decode_tokens_per_second", "prefill_tokens_per_second", "load_seconds", "peak_bytes",
     )  # fmt: skip

@@ -30,9 +30,9 @@ from torch import Tensor
 
 import moqa
 from moqa.data import cut_windows, read_distribution
+from moqa.models.layerwise import BATCH_TOKENS
 from moqa.models.load import load_tokenizer
-from moqa.models.stages import BATCH_TOKENS
-from moqa.plan.problem import FLOOR
+from moqa.planning.problem import FLOOR
 
 RUNS = ROOT / "runs" / "scale"
 RESULTS = RUNS / "peers.json"
@@ -61,7 +61,7 @@ def samples_alone(name: str, tokens: Tensor) -> Path:
     """The least profile that moqa can quantize a uniform plan with: nothing but its windows is used."""
     folder = RUNS / "peers" / f"{name}-samples"
     profile = moqa.profile(
-        MODELS[name], {"wiki": TEXT / "wiki.calib.txt"}, folder, SAMPLES, CONTEXT, self_samples=0, group_size=GROUP,
+        MODELS[name], {"wiki": TEXT / "wiki.calib.txt"}, folder, samples=SAMPLES, context=CONTEXT, self_samples=0, group_size=GROUP,
         symmetric=True, method="rtn", sensitivity=False,
     )  # fmt: skip
     assert torch.equal(profile.samples("wiki"), tokens)

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 
 import moqa
-import moqa.quantize.layer
-import moqa.quantize.run
-from moqa.methods.inputs import LayerInputs
-from moqa.models.memory import Memory, resident
-from moqa.models.pieces import Pieces
-from moqa.profile import read_profile
-from moqa.quantize.estimate import estimate
-from moqa.quantize.flow import Flow
+import moqa.quantization.layer
+import moqa.quantization.run
+from moqa.calibration.inputs import BlockInputs
+from moqa.memory.limit import MemoryLimit
+from moqa.memory.process import resident
+from moqa.models.loader import BlockLoader
+from moqa.profiling import read_profile
+from moqa.quantization.estimate import estimate
+from moqa.quantization.samples import CalibrationSamples
 
 
 class Watch:
@@ -84,10 +85,12 @@ class Watch:
 def foretold(job: dict) -> dict:
     """What a dry run says of gptq and rtn."""
     profile = read_profile(job["profile"])
-    plan = moqa.plan(profile, None, "uniform", widths=[job["bits"]])
-    memory = Memory.parse(job["memory"])
+    plan = moqa.plan(profile, None, strategy="uniform", widths=[job["bits"]])
+    memory = MemoryLimit.parse(job["memory"])
     began = time.perf_counter()
-    found = {name: estimate(job["model"], plan, profile, name, memory=memory).model_dump() for name in ("gptq", "rtn")}
+    found = {
+        name: estimate(job["model"], plan, profile, method=name, memory=memory).model_dump() for name in ("gptq", "rtn")
+    }
     return found | {"seconds": time.perf_counter() - began}
 
 
@@ -98,30 +101,30 @@ def main() -> None:
         Path(job["found"]).write_text(json.dumps(foretold(job)))
         return
     watch = Watch()
-    watch.over(Pieces, "_read", "read")
-    watch.over(LayerInputs, "__init__", "run the layer, sum attention's inputs")
-    watch.over(LayerInputs, "experts", "sum experts' inputs")
-    watch.over(moqa.quantize.run, "write_shard", "write")
-    watch.over(Flow, "advance", "run the quantized layer")
-    solve = moqa.quantize.layer.solve
+    watch.over(BlockLoader, "_read", "read")
+    watch.over(BlockInputs, "__init__", "run the layer, sum attention's inputs")
+    watch.over(BlockInputs, "experts", "sum experts' inputs")
+    watch.over(moqa.quantization.run, "write_shard", "write")
+    watch.over(CalibrationSamples, "advance", "run the quantized layer")
+    solve = moqa.quantization.layer.solve
 
     def solved(*arguments: Any) -> Any:
         with watch.part("solve"):
             return list(solve(*arguments))
 
-    moqa.quantize.layer.solve = solved
-    memory = Memory.parse(job["memory"])
+    moqa.quantization.layer.solve = solved
+    memory = MemoryLimit.parse(job["memory"])
     began, used = time.perf_counter(), time.process_time()
     if job["stage"] == "profile":
         moqa.profile(
-            job["model"], {"wiki": job["text"]}, job["profile"], job["windows"], job["context"], self_samples=0,
+            job["model"], {"wiki": job["text"]}, job["profile"], samples=job["windows"], context=job["context"], self_samples=0,
             method="rtn", memory=memory, report=watch.report, sensitivity=False, restart=True,
         )  # fmt: skip
     else:
         profile = read_profile(job["profile"])
-        plan = moqa.plan(profile, None, "uniform", widths=[job["bits"]])
+        plan = moqa.plan(profile, None, strategy="uniform", widths=[job["bits"]])
         moqa.quantize(
-            job["model"], plan, job["out"], job["stage"], profile=profile, memory=memory, report=watch.report,
+            job["model"], plan, job["out"], method=job["stage"], profile=profile, memory=memory, report=watch.report,
             overwrite=True, restart=True,
         )  # fmt: skip
     seconds = time.perf_counter() - began

@@ -25,7 +25,7 @@ from torch import Tensor
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix, find_kernels
 from moqa.kernels.native import read
-from moqa.models.narrow import fast_sums
+from moqa.models.products import fast_sums
 
 RUNS = ROOT / "runs" / "scale"
 MODEL, SUMMARY = RUNS / "olmoe", RUNS / "summary.json"

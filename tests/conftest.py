@@ -10,15 +10,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from moqa.cli import main
+from moqa.cli.main import main
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, Fitted, Manifest, StoredTensor, StoredUnit
 from moqa.format.planes import by_suffix, pack
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.format.writer import write_manifest, write_shard
 from moqa.methods.grid import fit_grid
-from moqa.profile import SELF, Profile, ProfileRecord, UnitRecord
-from moqa.profile.record import DistributionRecord, Settings
+from moqa.profiling import SELF, Profile, ProfileRecord, UnitRecord
+from moqa.profiling.record import DistributionRecord, Settings
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 

@@ -10,9 +10,9 @@ from conftest import REFERENCE
 from safetensors.torch import load_file
 
 import moqa
-from moqa.adjust.choose import RULES
-from moqa.adjust.fit import round_columns
-from moqa.adjust.modes import MODES
+from moqa.adjustment.choose import RULES
+from moqa.adjustment.modes import MODES
+from moqa.adjustment.residuals import round_columns
 from moqa.data import Distribution
 from moqa.errors import MoqaError
 from moqa.format.adjustment import MIDDLE, RECORD, WEIGHTS, read_adjustment
@@ -80,8 +80,8 @@ class TestMaking:
     def test_swap_adds_no_byte(self, made, texts, tmp_path, monkeypatch):
         # experts of a random model are all alike, and so small that headers outweigh a few of them: let losing cost
         # nothing, and what half of them free move
-        monkeypatch.setattr("moqa.adjust.swap.WORSE", 1.0)
-        monkeypatch.setattr("moqa.adjust.swap.MOVED", (0.005,))
+        monkeypatch.setattr("moqa.adjustment.swap.WORSE", 1.0)
+        monkeypatch.setattr("moqa.adjustment.swap.MOVED", (0.005,))
         found = moqa.adjust(made / "wider", [texts["python"]], tmp_path / "adj", samples=8, mode="swap")
         assert found.extra_bytes <= 0 < found.units
         units, record = open_checkpoint(made / "wider").manifest.units, read_adjustment(tmp_path / "adj").record
@@ -126,7 +126,7 @@ class TestMaking:
         moqa.adjust(made / "full", [texts["python"]], tmp_path / "adj", samples=8, budget="100%", mode="residual")
         held_out = Distribution("python", ((REFERENCE / "text" / "python.test.txt").read_text()[:20_000],), "python")
         plain, adjusted = (
-            moqa.evaluate(made / "full", [held_out], tiny_model, context=64, windows=8, adjustment=adjustment)
+            moqa.evaluate(made / "full", [held_out], against=tiny_model, context=64, windows=8, adjustment=adjustment)
             for adjustment in (None, tmp_path / "adj")
         )
         before, after = (found.distributions["python"].kl_divergence for found in (plain, adjusted))
@@ -192,10 +192,10 @@ class TestOnAModel:
             model.adjustments.switch("novels")
 
     def test_generation_follows(self, model, python):
-        from moqa.generate.memory import Memory
+        from moqa.generation.prompt_cache import PromptCache
 
         def write() -> torch.Tensor:
-            memory = Memory()
+            memory = PromptCache()
             memory.read(model, IDS)
             return torch.stack([memory.read(model, torch.tensor([[token]])) for token in (9, 11)])
 
@@ -274,12 +274,12 @@ class TestRefused:
 
     def test_evaluated_on_its_own_text(self, made, python, texts, tiny_model):
         with pytest.raises(MoqaError, match=r"is the text that .*python was fitted on"):
-            moqa.evaluate(made / "full", [texts["python"]], tiny_model, context=64, adjustment=python)
+            moqa.evaluate(made / "full", [texts["python"]], against=tiny_model, context=64, adjustment=python)
 
     def test_evaluated_on_text_that_overlaps(self, made, python, texts, tiny_model):
         other = Distribution("mine", (texts["python"].texts[0][:9000] + "\n# the end",), "mine")
         with pytest.raises(MoqaError, match="already fitted on"):
-            moqa.evaluate(made / "full", [other], tiny_model, context=64, adjustment=python)
+            moqa.evaluate(made / "full", [other], against=tiny_model, context=64, adjustment=python)
 
     def test_an_adjustment_of_an_original(self, python, texts, tiny_model):
         with pytest.raises(MoqaError, match="is no checkpoint"):

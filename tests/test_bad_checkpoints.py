@@ -14,22 +14,22 @@ from safetensors.torch import load_file, save_file
 
 from moqa.cli.progress.limits import seconds_of, time_limited
 from moqa.errors import MoqaError, Stopped
-from moqa.format import space
-from moqa.format.unfinished import Unfinished
+from moqa.forecast.disk import profile_disk_bytes
+from moqa.memory.limit import MemoryLimit
 from moqa.methods import METHODS
-from moqa.models.checkpoint import INDEX, fingerprint, headers
-from moqa.models.memory import Memory
 from moqa.models.view import open_model
-from moqa.plan import STRATEGIES, Budget, plan
-from moqa.profile import profile
-from moqa.profile import run as profiler
-from moqa.profile.blank import blank_profile
-from moqa.profile.disk import disk_bytes as profile_disk_bytes
-from moqa.profile.record import Settings
+from moqa.originals.folder import INDEX, fingerprint, headers
+from moqa.planning import STRATEGIES, Budget, plan
+from moqa.profiling import profile
+from moqa.profiling import run as profiler
+from moqa.profiling.blank import blank_profile
+from moqa.profiling.record import Settings
 from moqa.progress import quiet
-from moqa.quantize import quantize
-from moqa.quantize import run as driver
-from moqa.quantize.disk import disk_bytes
+from moqa.quantization import quantize
+from moqa.quantization import run as driver
+from moqa.quantization.run import disk_needed
+from moqa.storage import space
+from moqa.storage.resumable import ResumableRun
 
 SMALL = {"samples": 6, "context": 32, "self_samples": 2}
 UP = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -253,7 +253,7 @@ class TestDtypes:
     def test_a_mixture_in_layers_gives_the_numbers_of_the_whole(self, mixed, texts, tmp_path, monkeypatch):
         found = []
         for holds in (True, False):
-            monkeypatch.setattr(Memory, "holds", lambda *_, holds=holds: holds)
+            monkeypatch.setattr(MemoryLimit, "holds", lambda *_, holds=holds: holds)
             found.append(profile(mixed, [texts["wiki"]], tmp_path / f"profile-{holds}", **SMALL))
         assert contents(found[0].folder) == contents(found[1].folder)
         chosen = plan(found[0], strategy="uniform", widths=(3,))
@@ -314,7 +314,7 @@ class TestSourceThatGoesAway:
         assert differ <= {"profile.json", "moqa.json"}
 
     def test_while_a_layer_is_being_read(self, work, folder, out, monkeypatch):
-        from moqa.models.stored import folder as stored
+        from moqa.originals import folder as stored
 
         read = stored.OnDisk.read_into
 
@@ -324,7 +324,7 @@ class TestSourceThatGoesAway:
             read(tensor, out)
 
         # a profile that holds the whole model has read it before it begins
-        monkeypatch.setattr(Memory, "holds", lambda *_: False)
+        monkeypatch.setattr(MemoryLimit, "holds", lambda *_: False)
         monkeypatch.setattr(stored.OnDisk, "read_into", short)
         message = refusal(work, folder, out)
         assert "the original can be read no more: " in message
@@ -332,7 +332,7 @@ class TestSourceThatGoesAway:
 
     @pytest.fixture(autouse=True)
     def in_layers(self, monkeypatch):
-        monkeypatch.setattr(Memory, "holds", lambda *_: False)
+        monkeypatch.setattr(MemoryLimit, "holds", lambda *_: False)
 
 
 class TestOutput:
@@ -449,7 +449,7 @@ class TestSpace:
 
     def test_just_enough_will_do(self, sharded, planned, profiled, texts, out, free):
         view = open_model(sharded, keep=False)
-        needs = disk_bytes(view, planned, profiled, METHODS["gptq"], "full")
+        needs = disk_needed(view, planned, profiled, METHODS["gptq"], "full")
         free(needs - 1)
         refusal(quantize, sharded, planned, out, profile=profiled, cache="full")
         free(needs)
@@ -462,7 +462,7 @@ class TestSpace:
         profile(sharded, [texts["wiki"]], out.with_name("profile"), **SMALL)
 
     def test_what_an_unfinished_run_holds_is_there_for_it(self, sharded, planned, profiled, out, free):
-        needs = disk_bytes(open_model(sharded, keep=False), planned, profiled, METHODS["gptq"], None)
+        needs = disk_needed(open_model(sharded, keep=False), planned, profiled, METHODS["gptq"], None)
         with pytest.raises(Stopped):
             quantize(sharded, planned, out, profile=profiled, report=time_limited(quiet, "0.000001s"))
         held = sum(map(len, contents(out.with_name(".out.partial")).values()))
@@ -476,8 +476,8 @@ class TestSpace:
     @pytest.mark.parametrize("cache", [None, "10%", "full"])
     def test_quantize_takes_about_what_it_says(self, cache, sharded, planned, profiled, out, most):
         quantize(sharded, planned, out, profile=profiled, cache=cache)
-        said = disk_bytes(open_model(sharded, keep=False), planned, profiled, METHODS["gptq"], cache)
-        assert said == disk_bytes(open_model(sharded), planned, profiled, METHODS["gptq"], cache)
+        said = disk_needed(open_model(sharded, keep=False), planned, profiled, METHODS["gptq"], cache)
+        assert said == disk_needed(open_model(sharded), planned, profiled, METHODS["gptq"], cache)
         # small files are left out
         assert 0.8 * most() < said < 1.2 * most()
 
@@ -506,8 +506,8 @@ class TestSpace:
 
             monkeypatch.setattr(owner, name, after)
 
-        measured("keep", Unfinished)
-        measured("note", Unfinished)
+        measured("keep", ResumableRun)
+        measured("note", ResumableRun)
         measured("write_shard", driver)
         measured("write_profile", profiler)
         return lambda: max(sizes)
@@ -531,8 +531,10 @@ class TestSpace:
         view = open_model(sharded, keep=False)
         blank = blank_profile(view, str(sharded), "f" * 64, ["t"], Settings(samples=2, context=16), 1)
         budget = None if strategy in ("moqa", "moqa-v1", "uniform") else Budget.parse(bpw=6)
-        chosen = plan(blank, budget, strategy, known=["t"], widths=(4,) if strategy == "uniform" else (2, 4, 8))
-        assert disk_bytes(view, chosen, blank, METHODS["gptq"], None) > chosen.account.checkpoint > 0
+        chosen = plan(
+            blank, budget, strategy=strategy, known=["t"], widths=(4,) if strategy == "uniform" else (2, 4, 8)
+        )
+        assert disk_needed(view, chosen, blank, METHODS["gptq"], None) > chosen.account.checkpoint > 0
 
 
 class TestTimeLimit:

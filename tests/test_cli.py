@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moqa.cli import main
+from moqa.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 MODEL, TEXT = ROOT / "reference" / "model", ROOT / "reference" / "text"
@@ -190,7 +190,7 @@ class TestMistakes:
 
     def test_a_copy_of_fitted_text_under_another_name(self, moqa, work, tmp_path):
         from moqa.models.load import load_tokenizer
-        from moqa.profile import read_profile
+        from moqa.profiling import read_profile
 
         samples = read_profile(work / "profile").samples("wiki")
         text = "\n".join(load_tokenizer(MODEL).batch_decode(samples))
@@ -235,7 +235,7 @@ class TestMistakes:
 def test_memory_of_quantizing_stays_small(work, tmp_path):
     """Below 1.5 GB for the reference model, the interpreter and its libraries included."""
     script = (
-        "from moqa.cli import main\n"
+        "from moqa.cli.main import main\n"
         # not getrusage: a process inherits the peak of the one that started it
         "try:\n    main()\nfinally:\n    print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 import moqa
-from moqa.adjust.drift import EVERY, FEWEST, WINDOW, DriftDetector, padded
+from moqa.adjustment.drift import EVERY, FEWEST, WINDOW, DriftDetector, padded
 from moqa.errors import MoqaError
-from moqa.format.artifact import read_json, write_json
 from moqa.format.reader import open_checkpoint
 from moqa.format.routing import ROUTING, Routing, read_routing, write_routing
 from moqa.kernels import PackedMatrix
-from moqa.plan import plan
-from moqa.profile import profile
-from moqa.quantize import quantize
+from moqa.planning import plan
+from moqa.profiling import profile
+from moqa.quantization import quantize
 from moqa.runtime.decoder import FusedDecoder
 from moqa.runtime.packed import PackedExperts
 from moqa.runtime.routing import RoutingCounts
+from moqa.storage.artifact import read_json, write_json
 
 LAYERS, EXPERTS, TOP_K = 4, 16, 2
 

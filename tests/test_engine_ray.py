@@ -12,13 +12,13 @@ from threading import Thread
 import pytest
 import torch
 
-from moqa.engine import find_engine, on_ray
 from moqa.errors import MoqaError, Stopped
-from moqa.format.artifact import write_json
+from moqa.execution import find_executor, on_ray
 from moqa.methods import METHODS, Method
-from moqa.plan import for_file, plan, read_plan
-from moqa.profile import profile
-from moqa.quantize import quantize
+from moqa.planning import for_file, plan, read_plan
+from moqa.profiling import profile
+from moqa.quantization import quantize
+from moqa.storage.artifact import write_json
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'moqa[ray]'")
 # Ray leaves sockets to the garbage collector
@@ -64,7 +64,7 @@ def nodes():
 @pytest.fixture
 def engine(nodes):
     nodes.both()
-    found = find_engine("ray", nodes.address)
+    found = find_executor("ray", address=nodes.address)
     # a node that was lost is counted until its heartbeats are missed
     for _ in range(3000):
         if found.workers == 2:
@@ -88,7 +88,9 @@ def planned(profiled):
 def whole(tiny_model, planned, profiled, tmp_path_factory):
     """What local runs make, by method."""
     root = tmp_path_factory.mktemp("local")
-    return {name: contents(quantize(tiny_model, planned, root / name, name, profile=profiled)) for name in METHODS}
+    return {
+        name: contents(quantize(tiny_model, planned, root / name, method=name, profile=profiled)) for name in METHODS
+    }
 
 
 def contents(folder):
@@ -151,7 +153,7 @@ class TestBytes:
     def test_a_checkpoint(self, method, tiny_model, planned, profiled, whole, engine, tmp_path):
         heard = []
         out = quantize(
-            tiny_model, planned, tmp_path / "out", method, profile=profiled, engine=engine,
+            tiny_model, planned, tmp_path / "out", method=method, profile=profiled, engine=engine,
             report=lambda step, done, total, **facts: heard.append(facts.get("expert")),
         )  # fmt: skip
         assert contents(out) == whole[method]
@@ -179,7 +181,7 @@ class TestLosses:
         mark = tmp_path / "mark"
         monkeypatch.setitem(METHODS, method, hung(mark)[method])
         killer = when_at_work(mark, lambda pid, _: os.kill(int(pid), signal.SIGKILL))
-        out = quantize(tiny_model, planned, tmp_path / "out", method, profile=profiled, engine=engine)
+        out = quantize(tiny_model, planned, tmp_path / "out", method=method, profile=profiled, engine=engine)
         assert contents(out) == whole[method]
         assert not killer.is_alive()
 
@@ -273,15 +275,15 @@ class TestMistakes:
     def test_a_node_that_differs(self, changed, said, tiny_model, planned, profiled, engine, tmp_path, monkeypatch):
         from dataclasses import replace
 
-        from moqa.engine.site import Wanted
+        from moqa.execution.workspace import Requirements
 
-        real = Wanted.here
+        real = Requirements.here
 
         def here(model, shared):
             found = real(model, shared)
             return replace(found, **(changed | {"versions": found.versions | changed.get("versions", {})}))
 
-        monkeypatch.setattr(Wanted, "here", here)
+        monkeypatch.setattr(Requirements, "here", here)
         with pytest.raises(MoqaError, match=said):
             quantize(tiny_model, planned, tmp_path / "out", profile=profiled, engine=engine)
         assert list(tmp_path.iterdir()) == []
@@ -290,7 +292,7 @@ class TestMistakes:
         threads = torch.get_num_threads()
         torch.set_num_threads(threads + 1)
         with pytest.raises(MoqaError, match=rf"no node .* lends {threads + 1} CPUs.* largest lends {threads}"):
-            find_engine("ray", nodes.address)
+            find_executor("ray", address=nodes.address)
 
 
 def free_port():
@@ -324,9 +326,11 @@ class TestWithoutACluster:
     def test_without_ray(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "ray", None)
         with pytest.raises(MoqaError, match=r"--engine ray needs Ray: pip install 'moqa\[ray\]'"):
-            find_engine("ray")
+            find_executor("ray")
 
     def test_local_work_does_not_import_it(self):
-        script = "import sys, moqa.quantize, moqa.engine; moqa.engine.find_engine(); print('ray' in sys.modules)"
+        script = (
+            "import sys, moqa.quantization, moqa.execution; moqa.execution.find_executor(); print('ray' in sys.modules)"
+        )
         done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
         assert done.stdout.strip() == "False"

@@ -16,11 +16,12 @@ import torch
 from families import FAMILIES, random_model
 
 from moqa.errors import MoqaError
-from moqa.generate.loop import CHUNK
-from moqa.models.free import free_memory
-from moqa.plan import Fit, fit, plan
-from moqa.plan.served import ServedModel
-from moqa.profile import profile
+from moqa.forecast.serving import ServedModel
+from moqa.generation.loop import CHUNK
+from moqa.memory.free import free_memory
+from moqa.planning import MemoryBudget, memory_budget, plan
+from moqa.planning.fit import smallest_plan
+from moqa.profiling import profile
 
 ROOT = Path(__file__).parents[1]
 MODEL, WIKI = ROOT / "reference" / "model", ROOT / "reference" / "text" / "wiki.calib.txt"
@@ -111,17 +112,17 @@ def measured(tmp_path_factory):
 
 class TestFit:
     def test_leaves_weights_what_the_rest_does_not_take(self, measured):
-        budget = fit(measured, "600MiB", context=1024, batch=3)
+        budget = memory_budget(measured, "600MiB", context=1024, batch=3)
         assert budget.typed == "--fit 600MiB --context 1024 --batch 3"
         assert budget.bytes == 600 * 2**20 - budget.cache - budget.overhead
         assert budget.cache == 3 * ServedModel(MODEL).needs(1024).cache
 
     def test_default_context_is_the_models_if_that_is_short(self):
-        assert (fit(MODEL, "1GiB").context, fit(MODEL, "1GiB").batch) == (2048, 1)
+        assert (memory_budget(MODEL, "1GiB").context, memory_budget(MODEL, "1GiB").batch) == (2048, 1)
 
     def test_default_context_is_8192_at_most(self, tmp_path):
         random_model("qwen3_moe", max_position_embeddings=32768).config.save_pretrained(tmp_path)
-        assert fit(tmp_path, "1GiB").context == 8192
+        assert memory_budget(tmp_path, "1GiB").context == 8192
 
     def test_a_plan_fills_what_is_left(self, measured):
         budget = fitting(measured, left=12 * 2**20)
@@ -130,14 +131,19 @@ class TestFit:
         assert chosen.budget == budget.typed
 
     def test_more_memory_than_the_widest_plan_takes_is_no_mistake(self, measured):
-        assert {scheme.width for scheme in plan(measured, fit(measured, "16GiB"), "uniform").units.values()} == {8}
+        assert {
+            scheme.width
+            for scheme in plan(measured, memory_budget(measured, "16GiB"), strategy="uniform").units.values()
+        } == {8}
         # units that no text reached are not widened for nothing
-        assert max(scheme.width for scheme in plan(measured, fit(measured, "16GiB")).units.values()) == 8
+        assert max(scheme.width for scheme in plan(measured, memory_budget(measured, "16GiB")).units.values()) == 8
 
     def test_the_smallest_plan_is_known_before_there_is_a_profile(self, measured):
         for widths in ((2, 3, 4), (3,), (8,), (2, 6)):
-            known = plan(measured, fitting(measured, 10**9), "uniform", widths=[min(widths)]).account.checkpoint
-            smallest = ServedModel(MODEL).smallest(widths)
+            known = plan(
+                measured, fitting(measured, 10**9), strategy="uniform", widths=[min(widths)]
+            ).account.checkpoint
+            smallest = smallest_plan(ServedModel(MODEL).view, widths)
             assert smallest == known or max(widths) == 6  # where others take 6 bits because 4 is not allowed
 
     def test_too_little_says_how_memory_divides_and_what_fits(self, measured):
@@ -153,20 +159,20 @@ class TestFit:
         ).groups()
         memory = budget.typed.split()[1]
         for typed in ((f"{size}MiB", 2048, 4), (memory, 2048, int(batch)), (memory, int(context), 4)):
-            other = fit(measured, *typed)
+            other = memory_budget(measured, *typed)
             assert plan(measured, other).account.checkpoint <= other.bytes
         with pytest.raises(MoqaError, match="is too little"):
-            plan(measured, fit(measured, memory, 2048, int(batch) + 1))
+            plan(measured, memory_budget(measured, memory, context=2048, batch=int(batch) + 1))
 
     def test_too_little_for_anything(self, measured):
         with pytest.raises(MoqaError, match=r"--fit 1MiB .* it fits in \d+ MiB$"):
-            plan(measured, fit(measured, "1MiB"))
+            plan(measured, memory_budget(measured, "1MiB"))
 
 
-def fitting(measured, left: int, context: int = 512, batch: int = 1) -> Fit:
+def fitting(measured, left: int, context: int = 512, batch: int = 1) -> MemoryBudget:
     """A limit that leaves so many bytes for weights."""
-    found = fit(measured, "1TiB", context, batch)
-    return fit(measured, str(found.memory - found.bytes + left), context, batch)
+    found = memory_budget(measured, "1TiB", context=context, batch=batch)
+    return memory_budget(measured, str(found.memory - found.bytes + left), context=context, batch=batch)
 
 
 class TestCommands:
@@ -302,8 +308,8 @@ class TestFreeMemory:
         assert free_memory(system()) == 123
 
     def test_auto_says_what_it_found(self, monkeypatch):
-        monkeypatch.setattr(sys.modules["moqa.plan.fit"], "free_memory", lambda: 3 * 2**30)
-        found = fit(MODEL, "auto", context=128)
+        monkeypatch.setattr(sys.modules["moqa.planning.fit"], "free_memory", lambda: 3 * 2**30)
+        found = memory_budget(MODEL, "auto", context=128)
         assert (found.memory, found.typed) == (3 * 2**30, "--fit auto (3072 MiB free) --context 128 --batch 1")
 
 
@@ -315,7 +321,7 @@ class TestServed:
         model = ServedModel(MODEL)
         needs = model.needs(self.CONTEXT)
         rest = self.BATCH * needs.cache + needs.overhead(self.BATCH)
-        limit = math.ceil((rest + model.smallest([3])) / 2**20)
+        limit = math.ceil((rest + smallest_plan(model.view, [3])) / 2**20)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         # the profile is only reused if windows have 256 tokens, not as many as a conversation
         command = [

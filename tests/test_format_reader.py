@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moqa.errors import MoqaError
-from moqa.format.artifact import checksum
 from moqa.format.manifest import MANIFEST
 from moqa.format.reader import is_checkpoint, open_checkpoint
+from moqa.storage.artifact import checksum
 
 FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
 UNIT = "model.layers.0.q_proj"

@@ -7,7 +7,8 @@ import torch
 
 from moqa.errors import MoqaError
 from moqa.format.layout import Shard
-from moqa.format.writer import check_free, finished_folder, write_shard
+from moqa.format.writer import write_shard
+from moqa.storage.folders import check_free, finished_folder
 
 
 class BlockError(Exception):

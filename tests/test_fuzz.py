@@ -93,7 +93,7 @@ class Victim:
 
     def write_manifest(self, data: dict) -> None:
         """With its checksum made again."""
-        from moqa.format.artifact import checksum
+        from moqa.storage.artifact import checksum
 
         self.write_json(MANIFEST, data | {"checksum": checksum(data)})
 
@@ -766,9 +766,9 @@ def show(sound: Path, seed: str) -> None:
 @pytest.fixture(scope="module")
 def sound(tiny_model, texts, tmp_path_factory) -> Path:
     """The tiny model quantized with every width somewhere."""
-    from moqa.plan import Budget, plan
-    from moqa.profile import profile
-    from moqa.quantize import quantize
+    from moqa.planning import Budget, plan
+    from moqa.profiling import profile
+    from moqa.quantization import quantize
 
     folder = tmp_path_factory.mktemp("fuzz")
     profiled = profile(tiny_model, [texts["wiki"]], folder / "profile", samples=2, context=16, self_samples=0)

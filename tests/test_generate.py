@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerFast, TopPLogitsWarper
 
 import moqa
 from moqa.errors import MoqaError
-from moqa.generate import Chat, ContextError, Memory, Sampling, chat_prompt, generate, load_any, loop, tokens
-from moqa.generate.nucleus import Nucleus
-from moqa.generate.text import Detokenizer, StopStrings
+from moqa.generation import Chat, ContextError, PromptCache, Sampling, chat_prompt, generate, load_any, loop, tokens
+from moqa.generation.nucleus import Nucleus
+from moqa.generation.text import Detokenizer, StopStrings
 from moqa.models.load import load_tokenizer
-from moqa.plan import Budget, plan
-from moqa.profile import profile
-from moqa.quantize import quantize
+from moqa.planning import Budget, plan
+from moqa.profiling import profile
+from moqa.quantization import quantize
 
 MODEL = Path(__file__).parents[1] / "reference" / "model"
 GREEDY = Sampling(max_tokens=24, temperature=0)
@@ -179,7 +179,7 @@ class TestMemory:
         return found, len(model.read) - before - 1
 
     def test_reads_only_what_is_new(self, monkeypatch):
-        model, memory = Says([1.0]), Memory()
+        model, memory = Says([1.0]), PromptCache()
         assert self.reads(model, memory, [1, 2, 3]) == ([0, 0], 3)
         assert memory.ids == [1, 2, 3, 0], "the last token was never read"
         assert self.reads(model, memory, [1, 2, 3, 0, 0, 5]) == ([0, 0], 2)
@@ -188,20 +188,20 @@ class TestMemory:
     def test_never_changes_what_is_written(self, family):
         model = random_model(family, eos_token_id=None)
         model.generation_config.eos_token_id = None
-        memory = Memory()
+        memory = PromptCache()
         first = list(range(20, 40))
         said = ids_of(model, first, GREEDY, memory)
         for prompt in ([*first, *said, 7, 8], [*first, *said[:3], 9, 9], [5, 6], [5, 6]):
             assert ids_of(model, prompt, GREEDY, memory) == ids_of(model, prompt, GREEDY)
 
     def test_takes_back_what_another_text_does_not_have(self):
-        model, memory = random_model("qwen3_moe", eos_token_id=None), Memory()
+        model, memory = random_model("qwen3_moe", eos_token_id=None), PromptCache()
         ids_of(model, [20, 21, 22, 23], GREEDY, memory)
         assert memory.keep([20, 21, 22, 9, 9]) == 3
         assert memory.keep([20, 21, 22]) == 2, "one token is always left to read"
 
     def test_forgets_a_read_that_was_broken_off(self, monkeypatch):
-        model, memory = random_model("qwen3_moe", eos_token_id=None), Memory()
+        model, memory = random_model("qwen3_moe", eos_token_id=None), PromptCache()
         longer = [20, 21, 22, *ids_of(model, [20, 21, 22], GREEDY, memory), 5, 6]
         expected = ids_of(model, longer, GREEDY)
 
@@ -342,9 +342,9 @@ class TestChat:
 
         def noted(model, tokenizer, ids, sampling, memory):
             asked.append((ids, sampling))
-            return generate(model, tokenizer, ids, sampling, memory)
+            return generate(model, tokenizer, ids, sampling, memory=memory)
 
-        monkeypatch.setattr("moqa.generate.chat.generate", noted)
+        monkeypatch.setattr("moqa.generation.chat.generate", noted)
         chat = Chat(*tiny, Sampling(max_tokens=8, seed=5))
         read = 0
         for text in ("Hello there", "And then?", "Go on"):

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moqa.format.unfinished import unfinished
-from moqa.methods.inputs import Inputs, LayerInputs, Part, by_input
-from moqa.models.narrow import fast_dtype, in_stored_precision, product
-from moqa.models.stages import Stages
+from moqa.calibration.inputs import BlockInputs, CalibrationBatch, InputStatistics, by_input
+from moqa.models.layerwise import LayerwiseModel
+from moqa.models.precision import in_stored_precision
+from moqa.models.products import fast_dtype, product
 from moqa.models.view import open_model
+from moqa.storage.resumable import resumable
 
 needs_bfloat16 = pytest.mark.skipif(
     fast_dtype(torch.bfloat16) is None, reason="this processor does not multiply bfloat16 itself"
@@ -25,7 +26,7 @@ def rows(count, features, seed):
 class TestInputs:
     @given(st.lists(st.integers(1, 300), min_size=1, max_size=4), st.sampled_from([7, 600]), st.integers(0, 10**6))
     def test_sums_are_gram_matrices(self, counts, features, seed):
-        inputs, wanted, held = Inputs(features), torch.zeros(2, features, features, dtype=torch.float64), 0
+        inputs, wanted, held = InputStatistics(features), torch.zeros(2, features, features, dtype=torch.float64), 0
         for number, count in enumerate(counts):
             x, share = rows(count, features, seed + number), 0.5 + number
             for check in (False, True):
@@ -46,17 +47,19 @@ class TestInputs:
         assert len(sent) < 4 * features * min(features, held) + 4000
 
     def test_nothing_seen_is_zero(self):
-        inputs = Inputs(4)
+        inputs = InputStatistics(4)
         assert not inputs.fit.any()
         assert not inputs.energy.any()
         assert inputs.check.errors(torch.ones(2, 4)).tolist() == [0, 0]
 
     def test_units_that_are_called_with_one_tensor_share_their_sum(self, tiny_model, tmp_path):
         view = open_model(tiny_model, keep=False)
-        stages = Stages(view.model)
+        stages = LayerwiseModel(view.model)
         hidden = stages.embed(torch.arange(40).reshape(2, 20))
-        with torch.no_grad(), unfinished(tmp_path / "out", {}) as work:
-            found = LayerInputs(view, stages, 0, [Part(hidden), Part(hidden, check=True)], work).linear
+        with torch.no_grad(), resumable(tmp_path / "out", {}) as work:
+            found = BlockInputs(
+                view, stages, 0, [CalibrationBatch(hidden), CalibrationBatch(hidden, check=True)], work
+            ).linear
         spaces = by_input(u for u in view.layer_units(0) if u.expert is None)
         assert found.keys() == spaces.keys()
         q, k, v, o = (found[name] for name in spaces if "self_attn" in name)
@@ -81,7 +84,7 @@ class TestProduct:
     @pytest.mark.parametrize("keep", [True, False])
     def test_units_of_a_layer_multiply_as_they_are_stored(self, keep):
         view = open_model("reference/model", keep=keep)
-        stages = Stages(view.model)
+        stages = LayerwiseModel(view.model)
         hidden = stages.embed(torch.arange(64).reshape(1, 64))
         with torch.no_grad():
             exact = stages.layer(0, hidden)

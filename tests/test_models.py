@@ -10,10 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from moqa.errors import MoqaError
-from moqa.models import checkpoint
 from moqa.models.load import empty_model, load_tokenizer
-from moqa.models.names import DiskSlice
 from moqa.models.view import ModelView, narrowest, open_model
+from moqa.originals import folder as original
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -49,7 +48,7 @@ def shard(folder: Path) -> dict[str, str]:
 
 
 def write_index(folder: Path, index: object) -> None:
-    (folder / checkpoint.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / original.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def refusal(model: str | Path) -> str:
@@ -181,17 +180,16 @@ class TestWeights:
 class TestShards:
     def test_sound(self, folder, tiny_model):
         shard(folder)
-        stored, whole = dict(checkpoint.tensors(folder)), dict(checkpoint.tensors(tiny_model))
+        stored, whole = dict(original.tensors(folder)), dict(original.tensors(tiny_model))
         assert stored.keys() == whole.keys()
-        view = open_model(folder)
+        view, other = open_model(folder), open_model(tiny_model)
         for unit in view.units.values():
-            place = view.disk_name(unit)
-            assert torch.equal(place.read(stored[place.tensor]).float(), view.weight(unit))
+            assert torch.equal(view.weight(unit), other.weight(other.units[unit.name]))
 
     def test_missing(self, folder):
         index = shard(folder)
         (folder / index[UP]).unlink()
-        assert refusal(folder) == f"MODEL lacks {index[UP]}: {checkpoint.INDEX} names 2 files"
+        assert refusal(folder) == f"MODEL lacks {index[UP]}: {original.INDEX} names 2 files"
 
     def test_truncated(self, folder):
         index = shard(folder)
@@ -210,32 +208,18 @@ class TestShards:
         index = shard(folder)
         other = next(file for file in index.values() if file != index[UP])
         write_index(folder, {**index, UP: other})
-        assert refusal(folder) == f"MODEL/{other} lacks {UP}: {checkpoint.INDEX} says that it lies there"
+        assert refusal(folder) == f"MODEL/{other} lacks {UP}: {original.INDEX} says that it lies there"
 
     @pytest.mark.parametrize("index", [[], {"a": 3}, {"a": "../outside.safetensors"}, None])
     def test_index_is_none(self, folder, index):
         shard(folder)
         write_index(folder, index)
-        assert refusal(folder).startswith(f"MODEL/{checkpoint.INDEX} is not a safetensors index: ")
+        assert refusal(folder).startswith(f"MODEL/{original.INDEX} is not a safetensors index: ")
 
     def test_another_copy_beside_the_weights_does_not_count(self, folder):
         shutil.copyfile(folder / WEIGHTS, folder / "consolidated.safetensors")
-        assert [path.name for path in checkpoint.weight_files(folder)] == [WEIGHTS]
+        assert [path.name for path in original.weight_files(folder)] == [WEIGHTS]
         assert open_model(folder).units
-
-
-class TestDiskNames:
-    def test_folder_that_changed_meanwhile(self, folder):
-        view = open_model(folder)
-        change(folder, lambda tensors: tensors.pop(UP))
-        unit = view.units["model.layers.1.mlp.experts.2.up_proj"]
-        with pytest.raises(MoqaError, match=rf"{UP} should be \[40, 72\]: the files hold no such tensor"):
-            view.disk_name(unit)
-
-    def test_slice_of_every_second_row_transposed(self):
-        stored = torch.arange(24).view(2, 3, 4)
-        place = DiskSlice("stack", (2, 3), offset=13, strides=(2, 4))
-        assert torch.equal(place.read(stored), stored[1, :, 1::2].T)
 
 
 class TestKeptTensors:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moqa.errors import MoqaError
-from moqa.plan import Budget
+from moqa.planning import Budget
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moqa.plan.solver import solve
+from moqa.planning.solver import solve
 
 
 @st.composite

@@ -2,8 +2,8 @@
 
 import pytest
 
-from moqa.plan import TIES
-from moqa.plan.ties import tie_groups
+from moqa.planning import TIES
+from moqa.planning.ties import tie_groups
 
 # 3 layers of 3 attention units, 8 experts and a shared expert of 3 units each
 SIZES = {

@@ -13,11 +13,12 @@ from scipy.stats import spearmanr
 from moqa.errors import MoqaError
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.methods.grid import fit_grid
-from moqa.models.narrow import fast_dtype, in_stored_precision
+from moqa.models.precision import in_stored_precision
+from moqa.models.products import fast_dtype
 from moqa.models.view import open_model
-from moqa.plan import plan
-from moqa.profile import SELF, profile, read_profile
-from moqa.profile.run import quiet
+from moqa.planning import plan
+from moqa.profiling import SELF, profile, read_profile
+from moqa.profiling.run import quiet
 
 MODEL = Path(__file__).parents[1] / "reference" / "model"
 SAMPLES, CONTEXT, LAYERS = 16, 64, range(6)
@@ -124,7 +125,7 @@ class TestWithoutSensitivity:
         found = profile(tiny_model, [texts["wiki"]], tmp_path / "p", samples=3, context=32, self_samples=0,
                         sensitivity=False)  # fmt: skip
         assert read_profile(tmp_path / "p").significance("wiki", 0).shape == found.significance("wiki", 0).shape
-        assert not plan(found, None, "uniform", widths=[3]).predicted
+        assert not plan(found, None, strategy="uniform", widths=[3]).predicted
         with pytest.raises(MoqaError, match="has no sensitivity"):
             plan(found, "6bpw", hedge=0)
         with pytest.raises(MoqaError, match="was made with"):
@@ -288,7 +289,7 @@ class TestReuse:
         def fail(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("moqa.profile.store.write_json", fail)
+        monkeypatch.setattr("moqa.profiling.store.write_json", fail)
         with pytest.raises(KeyboardInterrupt):
             tiny("wiki")
         assert not (tmp_path / "tiny").exists()

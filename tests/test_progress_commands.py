@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moqa.cli import main
+from moqa.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 MODEL, TEXT = ROOT / "reference" / "model", ROOT / "reference" / "text" / "wiki.calib.txt"

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from moqa.errors import MoqaError
+from moqa.execution.background import Background
 from moqa.format.manifest import MANIFEST
 from moqa.format.reader import open_checkpoint
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix
 from moqa.models.view import open_model
-from moqa.plan import Budget, plan
-from moqa.profile import profile
-from moqa.quantize import METHODS, quantize
-from moqa.quantize.background import Background
+from moqa.planning import Budget, plan
+from moqa.profiling import profile
+from moqa.quantization import METHODS, quantize
 from moqa.runtime.load import load
 
 each_method = pytest.mark.parametrize("method", sorted(METHODS))
@@ -140,17 +140,17 @@ class TestFailures:
                 raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
-            quantize(tiny_model, planned, tmp_path / "out", method, report=report, profile=profiled, view=view)
+            quantize(tiny_model, planned, tmp_path / "out", method=method, report=report, profile=profiled, view=view)
         assert list(tmp_path.iterdir()) == []
         assert all(torch.equal(view.weight(unit), before[name]) for name, unit in view.units.items())
 
     def test_what_is_there_is_kept_unless_told_otherwise(self, method, tiny_model, planned, profiled, view, tmp_path):
-        out = quantize(tiny_model, planned, tmp_path / "out", "rtn", profile=profiled, view=view)
+        out = quantize(tiny_model, planned, tmp_path / "out", method="rtn", profile=profiled, view=view)
         before = hashes(out)
         with pytest.raises(MoqaError, match="--overwrite"):
-            quantize(tiny_model, planned, out, method, profile=profiled, view=view)
+            quantize(tiny_model, planned, out, method=method, profile=profiled, view=view)
         assert hashes(out) == before
-        quantize(tiny_model, planned, out, method, overwrite=True, profile=profiled, view=view)
+        quantize(tiny_model, planned, out, method=method, overwrite=True, profile=profiled, view=view)
         assert json.loads((out / MANIFEST).read_text())["method"] == method
 
 
@@ -199,12 +199,12 @@ class TestMistakes:
         name = next(name for name, scheme in units.items() if scheme.width == 2)
         changed = planned.model_copy(update={"units": units | {name: Scheme(width=4)}})
         with pytest.raises((MoqaError, RuntimeError), match="bytes"):
-            quantize(tiny_model, changed, tmp_path / "out", "rtn", profile=profiled, view=view)
+            quantize(tiny_model, changed, tmp_path / "out", method="rtn", profile=profiled, view=view)
         assert list(tmp_path.iterdir()) == []
 
 
 def test_few_samples_still_decide_between_methods():
-    from moqa.quantize.flow import _held_out
+    from moqa.quantization.samples import _held_out
 
     assert _held_out(1).tolist() == [False]
     assert _held_out(2).tolist() == [False, True]

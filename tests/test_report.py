@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from moqa.errors import MoqaError
-from moqa.evaluate import Evaluation, Quality
-from moqa.format.artifact import write_json
+from moqa.evaluation import Evaluation, Quality
 from moqa.format.manifest import Fitted, Manifest, StoredFile, StoredTensor, StoredUnit
-from moqa.plan import HEDGED, Budget, Plan, for_file, plan
-from moqa.profile.record import DistributionRecord, ProfileRecord, Settings, UnitRecord
-from moqa.profile.store import Profile, write_profile
-from moqa.report import drift, write_report
-from moqa.report.gather import Artifacts, gather
-from moqa.report.rows import best, make_rows, size_groups
-from moqa.report.verdict import Verdict, comparisons, verdict
+from moqa.planning import HEDGED, Budget, Plan, for_file, plan
+from moqa.profiling.record import DistributionRecord, ProfileRecord, Settings, UnitRecord
+from moqa.profiling.store import Profile, write_profile
+from moqa.reports import drift, report
+from moqa.reports.gather import Artifacts, gather
+from moqa.reports.rows import best, make_rows, size_groups
+from moqa.reports.verdict import Verdict, comparisons, verdict
+from moqa.storage.artifact import write_json
 
 FINGERPRINT = "f" * 64
 SECTIONS = ("quality", "size", "significance", "bits", "activation", "bytes", "provenance")
@@ -270,10 +270,10 @@ def run(tmp_path: Path, two: Profile) -> Path:
     folder = tmp_path / "run"
     write_profile(two)
     for strategy, width in (("uniform", 3), ("moqa-budget", 3), ("uniform", 4)):
-        made = plan(two, Budget.parse(bpw=width + 0.4), strategy, hedge=0 if strategy != "uniform" else None)
+        made = plan(two, Budget.parse(bpw=width + 0.4), strategy=strategy, hedge=0 if strategy != "uniform" else None)
         file = folder / "plans" / f"{strategy}-{width}.json"
         write_json(for_file(made, file), file)
-    write_checkpoint(folder / "checkpoint", plan(two, Budget.parse(bpw=5.4), "uniform"), two)
+    write_checkpoint(folder / "checkpoint", plan(two, Budget.parse(bpw=5.4), strategy="uniform"), two)
     for index, record in enumerate([
         evaluation(None, 40_000_000, 0.0, 0.0), evaluation("moqa-budget", 10_000_000, 0.5, 0.4, hedge=0.0),
         evaluation("uniform", 10_000_000, 1.0, 1.0), evaluation("uniform", 13_000_000, 0.1, 0.1),
@@ -285,7 +285,7 @@ def run(tmp_path: Path, two: Profile) -> Path:
 
 
 def page(tmp_path: Path, *artifacts: Path) -> str:
-    return write_report(artifacts, tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    return report(artifacts, tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def body(text: str) -> str:
@@ -333,7 +333,7 @@ class TestPage:
         score = record.distributions["wiki"]
         write_json(record.model_copy(update={"distributions": {name: score}, "model": name}), tmp_path / "e.json")
         # a name with a slash is no file name, so this profile is rendered without its folder
-        from moqa.report.page import render
+        from moqa.reports.page import render
 
         text = render(Artifacts(profiles=[profile], evaluations=gather([tmp_path / "e.json"]).evaluations))
         assert "<script>alert" not in text
@@ -360,7 +360,7 @@ class TestPage:
             for n, s in two.statistics.items()
         }
         write_profile(Profile(record, two.folder, statistics, {"rounding": torch.ones(len(units), 8)}))
-        made = plan(Profile(record, two.folder, statistics, {}), Budget.parse(bpw=4.5), "uniform")
+        made = plan(Profile(record, two.folder, statistics, {}), Budget.parse(bpw=4.5), strategy="uniform")
         write_json(for_file(made, tmp_path / "plan.json"), tmp_path / "plan.json")
         text = page(tmp_path, two.folder, tmp_path / "plan.json")
         assert sections(text) == ("bits", "bytes", "provenance")
@@ -381,7 +381,7 @@ class TestPage:
         many = torch.rand(16, 64, 2).tolist()
         profile = make_profile(tmp_path / "p", {"wiki": many, "novels": many, "self": many})
         evaluations = [evaluation("random", 10_000_000 + 100_000 * i, 1.0, 1.0 + i) for i in range(25)]
-        from moqa.report.page import render
+        from moqa.reports.page import render
 
         text = render(Artifacts(profiles=[profile], evaluations=evaluations))
         assert text.count('class="group"') == 25
@@ -395,7 +395,7 @@ class TestPage:
         out.write_text("old")
         monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
-            write_report([run], out)
+            report([run], out)
         assert out.read_text() == "old"
         assert list(tmp_path.glob(".report*")) == []
 
@@ -423,19 +423,19 @@ class TestGather:
 
     def test_a_folder_as_output_is_an_error(self, tmp_path: Path, run: Path):
         with pytest.raises(MoqaError, match="is a folder"):
-            write_report([run], tmp_path)
+            report([run], tmp_path)
 
     @pytest.mark.parametrize("library", ["jinja2", "plotly"])
     def test_missing_libraries_say_what_to_install(
         self, tmp_path: Path, run: Path, library: str, monkeypatch: pytest.MonkeyPatch
     ):
-        for name in [name for name in sys.modules if name.startswith(("moqa.report.page", "moqa.report.charts"))]:
+        for name in [name for name in sys.modules if name.startswith(("moqa.reports.page", "moqa.reports.charts"))]:
             monkeypatch.delitem(sys.modules, name)
         for name in [name for name in sys.modules if name.split(".")[0] == library]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setattr(sys, "meta_path", [Blocked(library), *sys.meta_path])
         with pytest.raises(MoqaError, match=r"the report needs `pip install 'moqa\[report\]'`"):
-            write_report([run], tmp_path / "report.html")
+            report([run], tmp_path / "report.html")
 
 
 class Blocked:

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from moqa.errors import MoqaError, Stopped
-from moqa.format import unfinished as unfinished_module
-from moqa.format.artifact import write_json
-from moqa.format.unfinished import unfinished
-from moqa.plan import for_file, plan
-from moqa.profile import profile
-from moqa.quantize import quantize
+from moqa.planning import for_file, plan
+from moqa.profiling import profile
+from moqa.quantization import quantize
+from moqa.storage import resumable as unfinished_module
+from moqa.storage.artifact import write_json
+from moqa.storage.resumable import resumable
 
 SMALL = {"samples": 6, "context": 32, "self_samples": 2}
 each_method = pytest.mark.parametrize("method", ["gptq", "rtn"])
@@ -53,11 +53,13 @@ def stop_at(number, error=Stopped):
 class TestQuantize:
     @each_method
     def test_goes_on_after_every_stop(self, method, tiny_model, planned, profiled, tmp_path):
-        whole = quantize(tiny_model, planned, tmp_path / "whole", method, profile=profiled, cache="full")
+        whole = quantize(tiny_model, planned, tmp_path / "whole", method=method, profile=profiled, cache="full")
         for number in range(1, 100):
             try:
                 out = tmp_path / "out"
-                quantize(tiny_model, planned, out, method, report=stop_at(number), profile=profiled, cache="full")
+                quantize(
+                    tiny_model, planned, out, method=method, report=stop_at(number), profile=profiled, cache="full"
+                )
             except Stopped:
                 assert not out.exists()
             else:
@@ -123,22 +125,22 @@ class TestProfile:
 class TestUnfinished:
     def test_a_second_process_is_refused(self, tmp_path):
         with (
-            unfinished(tmp_path / "out", {}) as work,
+            resumable(tmp_path / "out", {}) as work,
             pytest.raises(MoqaError, match="being written by another process"),
-            unfinished(tmp_path / "out", {}),
+            resumable(tmp_path / "out", {}),
         ):
             raise AssertionError(work)
 
     def test_what_was_put_aside_comes_back(self, tmp_path):
         def begin():
-            with unfinished(tmp_path / "out", {"a": 1}) as work:
+            with resumable(tmp_path / "out", {"a": 1}) as work:
                 work.keep("x", {"y": torch.arange(3)})
                 work.note("first", {"error": 0.5})
                 raise Stopped
 
         with pytest.raises(Stopped):
             begin()
-        with unfinished(tmp_path / "out", {"a": 1}) as work:
+        with resumable(tmp_path / "out", {"a": 1}) as work:
             assert work.noted("first") == {"error": 0.5}
             assert work.noted("second") is None
             assert torch.equal(work.kept("x")["y"], torch.arange(3))
@@ -149,7 +151,7 @@ class TestUnfinished:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         def fill():
-            with unfinished(tmp_path / "out", {}) as work:
+            with resumable(tmp_path / "out", {}) as work:
                 work.note("first", {})
                 monkeypatch.setattr(unfinished_module, "sync", full)
                 work.note("second", {})
@@ -157,13 +159,13 @@ class TestUnfinished:
         with pytest.raises(MoqaError, match=r"No space left.*same command"):
             fill()
         monkeypatch.undo()
-        with unfinished(tmp_path / "out", {}) as work:
+        with resumable(tmp_path / "out", {}) as work:
             assert work.noted("first") == {}
             assert work.noted("second") is None
 
     def test_a_folder_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(MoqaError, match="cannot be written"), unfinished(tmp_path / "file" / "out", {}):
+        with pytest.raises(MoqaError, match="cannot be written"), resumable(tmp_path / "file" / "out", {}):
             pass
 
 

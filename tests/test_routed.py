@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moqa.methods import routed as module
-from moqa.methods.routed import routed
-from moqa.models.narrow import in_blocks, product
+from moqa.calibration import routed as module
+from moqa.calibration.routed import routed
+from moqa.models.products import in_blocks, product
 
 
 def call_of(tokens, experts, seed):

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
 import moqa
-from moqa.cli import main
+from moqa.cli.main import main
 from moqa.errors import MoqaError
 from moqa.kernels import PackedMatrix, native
-from moqa.plan import plan
-from moqa.profile import profile
-from moqa.quantize import quantize
+from moqa.planning import plan
+from moqa.profiling import profile
+from moqa.quantization import quantize
 from moqa.runtime.decoder import FusedDecoder
 from moqa.runtime.growing import SMALLEST, GrowingCache, GrowingLayer
 

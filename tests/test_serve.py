@@ -20,14 +20,15 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from moqa.errors import MoqaError
-from moqa.generate import Finish, Piece, Sampling, generate, load_any
+from moqa.generation import Finish, Piece, Sampling, generate, load_any
 from moqa.serve import serve
 from moqa.serve.guard import BODY_LIMIT
 from moqa.serve.metrics import Metrics
 from moqa.serve.refusal import RefusalError
 from moqa.serve.run import GRACE, Server
-from moqa.serve.scheduler import Job, Scheduler
+from moqa.serve.scheduler import Scheduler
 from moqa.serve.service import Service
+from moqa.serve.text import ServedText
 
 GREEDY = {"temperature": 0, "max_tokens": 12}
 LONG = {"prompt": "The", "max_tokens": 20000, "temperature": 0}  # half a minute, and no end token; no test waits
@@ -446,7 +447,7 @@ class TestMetrics:
 class TestScheduler:
     @staticmethod
     def job(deliver=lambda event: None):
-        return Job([1], Sampling(), deliver)
+        return ServedText([1], Sampling(), deliver)
 
     def test_writes_texts_in_turns(self):
         order, done = [], threading.Event()
@@ -457,7 +458,9 @@ class TestScheduler:
                 yield Piece("x", completion_tokens=count, finish=self.finish if count == 3 else None)
 
         scheduler = Scheduler(begin, 2, 9, Metrics())
-        jobs = [Job([n], Sampling(), lambda event, n=n: n == 3 and event.finish and done.set()) for n in (1, 2, 3)]
+        jobs = [
+            ServedText([n], Sampling(), lambda event, n=n: n == 3 and event.finish and done.set()) for n in (1, 2, 3)
+        ]
         scheduler.submit(jobs)
         scheduler.start()
         assert done.wait(PATIENCE)

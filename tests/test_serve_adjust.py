@@ -15,8 +15,8 @@ from conftest import REFERENCE
 from test_serve import GREEDY, PATIENCE, alone, complete, fails, gauges, running
 
 import moqa
-from moqa.adjust import adjust
-from moqa.cli import main
+from moqa.adjustment import adjust
+from moqa.cli.main import main
 from moqa.data import Distribution
 from moqa.errors import MoqaError
 from moqa.format.adjustment import read_adjustment
@@ -139,7 +139,7 @@ class TestChoice:
         assert ("moqa_drift_state",) not in after
 
     def test_of_a_model_without_any(self, tiny_model):
-        with running(moqa.generate.load_any(tiny_model)) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
+        with running(moqa.generation.load_any(tiny_model)) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
             assert complete(http, prompt="The", **WRITE).json()["adjustment"] is None
             fails(complete(http, prompt="The", adjustment="python"), 400, "adjustment", "held: none")
 

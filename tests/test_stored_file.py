@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from moqa.models.stored.file import File
+from moqa.originals.file import File
 
 SIZE = 9 * 2**20 + 1234  # some pieces, and no whole number of pages
 
@@ -62,7 +62,7 @@ def test_what_is_read_once_is_not_kept_in_the_systems_memory(
         assert not file._direct.is_cached(0, SIZE)
     read(path, 0, SIZE, once=False)
     # what is there is taken from there
-    monkeypatch.setattr("moqa.models.stored.file._Direct.fill", lambda *_: pytest.fail("read from the disk"))
+    monkeypatch.setattr("moqa.originals.file._Direct.fill", lambda *_: pytest.fail("read from the disk"))
     assert np.array_equal(read(path, 0, SIZE), values)
 
 

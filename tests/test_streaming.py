@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from moqa.errors import LittleMemoryError, MoqaError
+from moqa.forecast.footprint import SLACK, as_many
+from moqa.forecast.working_set import ProfileWorkingSet, QuantizationWorkingSet
+from moqa.memory.limit import MemoryLimit
+from moqa.memory.process import resident
 from moqa.methods import METHODS
-from moqa.methods.room import SLACK, as_many
-from moqa.models.checkpoint import tensors
-from moqa.models.memory import Memory, resident
-from moqa.models.stages import Stages
+from moqa.models.layerwise import LayerwiseModel
 from moqa.models.view import open_model
-from moqa.plan import plan
-from moqa.profile import profile
-from moqa.profile.room import Room as ProfileRoom
-from moqa.quantize import quantize
-from moqa.quantize import run as driver
-from moqa.quantize.estimate import estimate, peak_bytes
-from moqa.quantize.room import Room
+from moqa.originals import OriginalReader
+from moqa.originals.folder import tensors
+from moqa.planning import plan
+from moqa.profiling import profile
+from moqa.quantization import quantize
+from moqa.quantization import run as driver
+from moqa.quantization.estimate import estimate, peak_bytes
 
 MODEL = "reference/model"
 
@@ -44,7 +45,7 @@ def there(view):
 
 class TestPieces:
     def test_a_layer_is_read_when_it_is_used(self, streamed):
-        stages = Stages(streamed.model)
+        stages = LayerwiseModel(streamed.model)
         hidden = stages.embed(torch.arange(8)[None])
         assert there(streamed) == []
         for layer in range(stages.depth):
@@ -64,7 +65,7 @@ class TestPieces:
     def test_gradients_are_those_of_the_whole_model(self, tiny_model, streamed):
         found = []
         for view in (streamed, open_model(tiny_model)):
-            stages = Stages(view.model)
+            stages = LayerwiseModel(view.model)
             hidden = stages.embed(torch.arange(16)[None]).requires_grad_(True)
             found.append(torch.autograd.grad(stages.layer(1, hidden).square().sum(), hidden)[0])
         assert torch.equal(*found)
@@ -93,7 +94,7 @@ class TestPieces:
         assert entries == {name: (t.dtype, tuple(t.shape)) for name, t in view.kept_on_disk().items()}
 
 
-ROOMS = (partial(Room.within, tokens=192, packed=100_000), ProfileRoom.within)
+ROOMS = (partial(QuantizationWorkingSet.within, tokens=192, packed=100_000), ProfileWorkingSet.within)
 
 
 class TestMemory:
@@ -101,45 +102,47 @@ class TestMemory:
         ("text", "limit"), [("4GiB", 2**32), ("1.5 GiB", 3 * 2**29), ("800MB", 800 * 10**6), ("123", 123)]
     )
     def test_sizes(self, text, limit):
-        assert Memory.parse(text).limit == limit
+        assert MemoryLimit.parse(text).limit == limit
 
     @pytest.mark.parametrize("text", ["", "much", "-1GiB", "4 GiB or so", "1.2.3G"])
     def test_no_sizes(self, text):
         with pytest.raises(MoqaError, match=r"--max-memory .* is no size"):
-            Memory.parse(text)
+            MemoryLimit.parse(text)
 
     def test_free_memory_holds_a_small_model(self, tiny_model):
-        assert Memory.free().holds(tiny_model)
-        assert not Memory(resident()).holds(tiny_model)
+        assert MemoryLimit.free().holds(OriginalReader(tiny_model).values)
+        assert not MemoryLimit(resident()).holds(OriginalReader(tiny_model).values)
 
     @pytest.mark.parametrize("within", ROOMS, ids=["quantize", "profile"])
     def test_too_little_is_refused_with_what_would_do(self, within, streamed):
         with pytest.raises(MoqaError, match=r"--max-memory 10MiB holds no decoder layer .* at least [0-9.]+ GiB do"):
-            within(Memory.parse("10MiB"), streamed, METHODS["gptq"])
+            within(MemoryLimit.parse("10MiB"), streamed, METHODS["gptq"])
 
     @pytest.mark.parametrize("within", ROOMS, ids=["quantize", "profile"])
     def test_enough_memory_holds_all_experts(self, within, streamed):
-        room = within(Memory.free(), streamed, METHODS["gptq"])
+        room = within(MemoryLimit.free(), streamed, METHODS["gptq"])
         assert room.experts == 6
         assert room.peak > resident() // 2
 
     def test_less_memory_means_fewer_experts(self):
-        found = [as_many(Memory(size), fixed=500, each=100, count=8, least=0) for size in (660, 1000, 10_000)]
+        found = [as_many(MemoryLimit(size), fixed=500, each=100, count=8, least=0) for size in (660, 1000, 10_000)]
         assert found == [1, 4, 8]
 
     def test_slices_of_experts_change_nothing(self, tiny_model, profiled, tmp_path, monkeypatch):
         chosen = plan(profiled, strategy="uniform", widths=(3,))
         whole = quantize(tiny_model, chosen, tmp_path / "whole", profile=profiled)
-        room = Room(experts=3, peak=0)
-        monkeypatch.setattr(driver.Room, "within", lambda *_, **__: room)
+        room = QuantizationWorkingSet(experts=3, peak=0)
+        monkeypatch.setattr(driver.QuantizationWorkingSet, "within", lambda *_, **__: room)
         sliced = quantize(tiny_model, chosen, tmp_path / "sliced", profile=profiled)
         for path in whole.glob("*.safetensors"):
             assert path.read_bytes() == (sliced / path.name).read_bytes()
 
     def test_a_method_without_data_reads_ahead_where_two_layers_fit(self, streamed, monkeypatch):
-        monkeypatch.setattr("moqa.methods.room.resident", lambda: 0)
-        much = Room.within(Memory(2**40), streamed, METHODS["rtn"], 0, 100_000)
-        little = Room.within(Memory(int(much.peak * SLACK) - 1), streamed, METHODS["rtn"], 0, 100_000)
+        monkeypatch.setattr("moqa.forecast.footprint.resident", lambda: 0)
+        much = QuantizationWorkingSet.within(MemoryLimit(2**40), streamed, METHODS["rtn"], 0, 100_000)
+        little = QuantizationWorkingSet.within(
+            MemoryLimit(int(much.peak * SLACK) - 1), streamed, METHODS["rtn"], 0, 100_000
+        )
         assert (little.ahead, much.ahead) == (False, True)
         assert little.peak < much.peak
 
@@ -147,15 +150,19 @@ class TestMemory:
     def test_reading_ahead_changes_nothing(self, ahead, tiny_model, profiled, tmp_path, monkeypatch):
         chosen = plan(profiled, strategy="uniform", widths=(3,))
         at_once = quantize(
-            tiny_model, chosen, tmp_path / "at once", "rtn", profile=profiled, view=open_model(tiny_model)
+            tiny_model, chosen, tmp_path / "at once", method="rtn", profile=profiled, view=open_model(tiny_model)
         )
-        monkeypatch.setattr(driver.Room, "within", lambda *_, **__: Room(experts=6, peak=0, ahead=ahead))
-        out = quantize(tiny_model, chosen, tmp_path / "out", "rtn", profile=profiled)
+        monkeypatch.setattr(
+            driver.QuantizationWorkingSet,
+            "within",
+            lambda *_, **__: QuantizationWorkingSet(experts=6, peak=0, ahead=ahead),
+        )
+        out = quantize(tiny_model, chosen, tmp_path / "out", method="rtn", profile=profiled)
         for path in at_once.glob("*.safetensors"):
             assert path.read_bytes() == (out / path.name).read_bytes()
 
     def test_a_profile_in_slices_is_the_same(self, tiny_model, texts, profiled, tmp_path, monkeypatch):
-        monkeypatch.setattr(ProfileRoom, "within", lambda *_: ProfileRoom(experts=3, peak=0))
+        monkeypatch.setattr(ProfileWorkingSet, "within", lambda *_: ProfileWorkingSet(experts=3, peak=0))
         sliced = profile(tiny_model, [texts["wiki"]], tmp_path / "tiny", samples=6, context=32, self_samples=2)
         for name in ("wiki", "self"):
             assert torch.allclose(sliced.sensitivity(name), profiled.sensitivity(name), rtol=1e-3, atol=1e-9)
@@ -172,8 +179,8 @@ class TestEstimate:
 
     def test_a_comparison_with_others_takes_its_time_and_memory(self, tiny_model, profiled, monkeypatch):
         # three estimates on a machine whose pace is the same for all of them
-        monkeypatch.setattr("moqa.quantize.clock.Clock._once", lambda *_: 1e-3)
-        monkeypatch.setattr("moqa.quantize.estimate.storage_rate", lambda _: 1e9)
+        monkeypatch.setattr("moqa.quantization.clock.Clock._once", lambda *_: 1e-3)
+        monkeypatch.setattr("moqa.quantization.estimate.storage_rate", lambda _: 1e9)
         chosen = plan(profiled, strategy="uniform", widths=(3,))
         without, some, more = (estimate(tiny_model, chosen, profiled, held_out=tokens) for tokens in (0, 2**20, 2**22))
         assert without.seconds < some.seconds < more.seconds
@@ -181,19 +188,19 @@ class TestEstimate:
 
     @pytest.mark.parametrize("held_out", [0, 2**22])
     def test_memory_that_would_do_is_that_of_the_step_that_needs_most(self, held_out, profiled, streamed, monkeypatch):
-        monkeypatch.setattr("moqa.methods.room.resident", lambda: 2**28)
-        monkeypatch.setattr(Memory, "holds", lambda *_: False)
+        monkeypatch.setattr("moqa.forecast.footprint.resident", lambda: 2**28)
+        monkeypatch.setattr(MemoryLimit, "holds", lambda *_: False)
         chosen = plan(profiled, strategy="uniform", widths=(3,))
 
         def peak(memory):
             return peak_bytes(streamed, chosen, profiled, METHODS["gptq"], memory, profiled=False, held_out=held_out)
 
         with pytest.raises(LittleMemoryError, match="at least") as refused:
-            peak(Memory(2**20, "1MiB"))
+            peak(MemoryLimit(2**20, "1MiB"))
         least = refused.value.least
-        assert peak(Memory(least + 1, "least")) <= least
+        assert peak(MemoryLimit(least + 1, "least")) <= least
         with pytest.raises(LittleMemoryError):
-            peak(Memory(least - 2**20, "less"))
+            peak(MemoryLimit(least - 2**20, "less"))
 
     def test_before_there_is_a_profile(self, tiny_model, tmp_path):
         text = tmp_path / "text.txt"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moqa.cli import main
+from moqa.cli.main import main
 from moqa.errors import MoqaError
 from moqa.support import check_system, unsupported
 
@@ -59,8 +59,8 @@ def test_importing_moqa_works_everywhere(system):
 @pytest.mark.parametrize(
     "use",
     [
-        "import moqa; moqa.quantize", "import moqa; moqa.load", "from moqa.plan import Plan", "import moqa.kernels",
-        "from moqa.format.unfinished import unfinished",
+        "import moqa; moqa.quantize", "import moqa; moqa.load", "from moqa.planning import Plan", "import moqa.kernels",
+        "import moqa.storage.resumable",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("system", ["darwin", "win32"])

@@ -12,7 +12,7 @@ from moqa.errors import MoqaError
 from moqa.format.manifest import MANIFEST
 from moqa.format.reader import open_checkpoint
 from moqa.format.writer import write_manifest
-from moqa.generate.load import load_any
+from moqa.generation.load import load_any
 from moqa.models.load import load_tokenizer, read_config
 from moqa.models.view import open_model
 from moqa.runtime.load import load

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - moq
 import moqa
 from moqa.format.reader import open_checkpoint
 from moqa.kernels import PackedMatrix
-from moqa.profile import read_profile
+from moqa.profiling import read_profile
 
 
 def quantize(job: dict) -> None:
@@ -21,7 +21,9 @@ def quantize(job: dict) -> None:
             job["model"], {"wiki": job["text"]}, job["profile"], samples=len(windows), context=len(windows[0]),
             group_size=job["group_size"], symmetric=True, sensitivity=False,  # a uniform plan needs none
         )  # fmt: skip
-    moqa.quantize(job["model"], moqa.plan(profile, None, "uniform", widths=[job["bits"]]), job["out"], profile=profile)
+    moqa.quantize(
+        job["model"], moqa.plan(profile, None, strategy="uniform", widths=[job["bits"]]), job["out"], profile=profile
+    )
 
 
 def dense(job: dict) -> Iterator[tuple[str, Tensor]]:

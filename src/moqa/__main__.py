@@ -1,5 +1,5 @@
 """`python -m moqa`."""
 
-from moqa.cli import main
+from moqa.cli.main import main
 
 main()

@@ -9,7 +9,10 @@ from moqa.errors import MoqaError
 
 _NAMES = {"darwin": "macOS", "win32": "Windows", "cygwin": "Cygwin"}
 # enough for the command to say what is wrong
-_EVERYWHERE = frozenset({"moqa.__main__", "moqa.cli", "moqa.errors", "moqa.on_import", "moqa.support"})
+_EVERYWHERE = frozenset({
+    "moqa.__main__", "moqa.cli", "moqa.cli.app", "moqa.cli.main", "moqa.errors", "moqa.integrations",
+    "moqa.integrations.on_import", "moqa.support",
+})  # fmt: skip
 
 
 def unsupported() -> str | None:

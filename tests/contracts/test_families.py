@@ -15,12 +15,12 @@ from moqa.errors import MoqaError
 from moqa.format.reader import open_checkpoint
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix
-from moqa.models import checkpoint
-from moqa.models.stages import Stages
+from moqa.models.layerwise import LayerwiseModel
 from moqa.models.view import ModelView, open_model
-from moqa.plan import Budget, plan
-from moqa.profile import profile
-from moqa.quantize import quantize
+from moqa.originals import folder as original
+from moqa.planning import Budget, plan
+from moqa.profiling import profile
+from moqa.quantization import quantize
 from moqa.runtime.decoder import FAMILIES as FUSED
 from moqa.runtime.decoder import FusedDecoder
 from moqa.runtime.load import load
@@ -105,15 +105,9 @@ class TestEveryFamily:
     def test_accounts_for_every_stored_value_once(self, family, zoo):
         view = open_model(zoo(family))
         view.check_complete()
-        stored = sum(tensor.numel() for _, tensor in checkpoint.tensors(zoo(family)))
+        stored = sum(tensor.numel() for _, tensor in original.tensors(zoo(family)))
         kept = sum(tensor.numel() for tensor in view.kept().values())
         assert stored == kept + sum(unit.weights for unit in view.units.values())
-
-    def test_finds_every_unit_on_disk(self, family, zoo):
-        view, stored = open_model(zoo(family)), dict(checkpoint.tensors(zoo(family)))
-        for unit in view.units.values():
-            place = view.disk_name(unit)
-            assert torch.equal(place.read(stored[place.tensor]).float(), view.weight(unit)), unit.name
 
     def test_runs_experts_as_transformers_does(self, family, zoo, tokens):
         ours = open_model(zoo(family)).model
@@ -125,7 +119,7 @@ class TestEveryFamily:
 
     def test_goes_through_stages_as_through_its_forward(self, family, zoo, tokens):
         model = open_model(zoo(family)).model
-        stages = Stages(model)
+        stages = LayerwiseModel(model)
         with torch.no_grad():
             hidden = stages.embed(tokens)
             stages.embed(tokens.flip(0, 1))  # another batch must change nothing
@@ -237,7 +231,7 @@ class TestRefusals:
     def test_layers_that_pass_on_more_than_hidden_states(self):
         model = random_model("glm_moe_dsa", **FAMILIES["deepseek_v32"].config)
         with pytest.raises(MoqaError, match=r"GlmMoeDsaForCausalLM .* one layer at a time: .* more than hidden states"):
-            Stages(model)
+            LayerwiseModel(model)
 
     def test_experts_in_embeddings(self):
         changes = {"is_moe": True, "num_experts": 64, "intermediate_size": 96}

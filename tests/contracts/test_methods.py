@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moqa.calibration.inputs import InputStatistics, input_space
 from moqa.format.planes import unpack, untile_rows
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.kernels import PackedMatrix
-from moqa.methods import METHODS, Job
+from moqa.methods import METHODS, SolveBatch
 from moqa.methods.gptq import damping
-from moqa.methods.inputs import Inputs, input_space
 from moqa.models.units import Unit
-from moqa.quantize.layer import quantize_units
+from moqa.quantization.layer import quantize_units
 
 SHAPES = [(40, 100), (16, 64), (3, 130)]
 each_method = pytest.mark.parametrize("method", sorted(METHODS))
@@ -31,7 +31,7 @@ def correlated(tokens, features, seed, rank=None):
 
 
 def inputs_of(tokens, features, seed=0, rank=None, check=2000):
-    seen = Inputs(features)
+    seen = InputStatistics(features)
     if tokens:
         seen.add(correlated(tokens, features, seed, rank), 1 / tokens, check=False)
     if check:
@@ -44,12 +44,12 @@ def make_job(shape, widths=WIDTHS, tokens=4000, **options):
     weights = torch.randn(len(widths), *shape) * 0.1
     rows = torch.tensor(widths)[:, None].expand(len(widths), shape[0])
     seen = [inputs_of(tokens, shape[1], seed, **options) for seed in range(0, 2 * len(widths), 2)]
-    return Job(weights, rows, seen, Scheme(width=8))
+    return SolveBatch(weights, rows, seen, Scheme(width=8))
 
 
 def run(method, job):
     found = METHODS[method]
-    return found.run(job if found.needs_data else Job(job.weights, job.widths, [], job.scheme))
+    return found.run(job if found.needs_data else SolveBatch(job.weights, job.widths, [], job.scheme))
 
 
 def relative_error(result, weights):
@@ -92,13 +92,13 @@ class TestEveryMethod:
         whole = run(method, job)
         for entry in (1, 4):
             at = slice(entry, entry + 1)
-            alone = run(method, Job(job.weights[at], job.widths[at], job.inputs[at], job.scheme))
+            alone = run(method, SolveBatch(job.weights[at], job.widths[at], job.inputs[at], job.scheme))
             assert torch.allclose(alone.decode()[0], whole.decode()[entry], atol=1e-6)
 
     @pytest.mark.parametrize("scheme", [Scheme(width=8, symmetric=True), Scheme(width=8, group_size=32)], ids=str)
     def test_any_scheme(self, method, scheme):
         job = make_job((24, 100), widths=(2, 3, 4, 8))
-        result = run(method, Job(job.weights, job.widths, job.inputs, scheme))
+        result = run(method, SolveBatch(job.weights, job.widths, job.inputs, scheme))
         assert (result.grid.zero is None) == scheme.symmetric
         assert result.grid.scale.shape == (4, 24, -(-100 // scheme.group_size))
         assert (relative_error(result, job.weights) < torch.tensor([1.5, 0.3, 0.1, 1e-3])).all()
@@ -138,7 +138,7 @@ def test_what_is_stored_is_what_the_method_finds(method, dtype):
     weights = (torch.randn(40, 100, generator=torch.Generator().manual_seed(3)) * 0.1).to(dtype)
     for width in WIDTHS:
         scheme = Scheme(width=width, symmetric=width % 2 == 0)
-        found = METHODS[method].run(Job(weights.float()[None], torch.full((1, 40), width), [], scheme))
+        found = METHODS[method].run(SolveBatch(weights.float()[None], torch.full((1, 40), width), [], scheme))
         matrix = PackedMatrix(scheme, (40, 100), METHODS[method].store(weights, scheme))
         assert torch.equal(matrix.dense(), found.decode()[0])
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from moqa.errors import MoqaError
-from moqa.format.artifact import read_json, write_json
 from moqa.format.layout import shards
 from moqa.format.scheme import Scheme
-from moqa.plan import DEFAULT_WIDTHS, HEDGED, STRATEGIES, TIES, Budget, Plan, for_file, plan, read_plan
-from moqa.plan.problem import FLOOR
-from moqa.plan.run import kept_entries
-from moqa.plan.ties import tie_groups
-from moqa.profile import SELF
+from moqa.planning import DEFAULT_WIDTHS, HEDGED, STRATEGIES, TIES, Budget, Plan, for_file, plan, read_plan
+from moqa.planning.problem import FLOOR
+from moqa.planning.run import kept_entries
+from moqa.planning.ties import tie_groups
+from moqa.profiling import SELF
+from moqa.storage.artifact import read_json, write_json
 
 BITS = (4.0, 4.6, 6.0, 9.0)  # the tiny profile's rows are short, so filling makes 3.8 to 11.3 reachable
 EXPERT_ONLY = ("frequency", "moqa", "moqa-v1")
@@ -247,7 +247,7 @@ class TestFrequency:
         table = tiny_profile.weights["rounding"]
         weights = tiny_profile.weights | {"rounding": table.mean(0).expand_as(table)}
         profile = type(tiny_profile)(tiny_profile.record, tiny_profile.folder, tiny_profile.statistics, weights)
-        found = plan(profile, Budget.parse(bpw=6), "frequency", ties="expert", known=["wiki"])
+        found = plan(profile, Budget.parse(bpw=6), strategy="frequency", ties="expert", known=["wiki"])
         for layer in range(3):
             order = profile.layer("wiki", layer, "tokens").argsort().tolist()
             bits = [found.units[f"model.layers.{layer}.mlp.experts.{e}.up_proj"].width for e in order]

@@ -111,7 +111,7 @@ def computes() -> None:
     logits = model(tokens).logits
     assert logits.isfinite().all()
     close(logits, exact, "logits")
-    written = list(moqa.generate(model, tokenizer, "Sentence", moqa.generate.Sampling(max_tokens=8, seed=1)))
+    written = list(moqa.generate(model, tokenizer, "Sentence", moqa.Sampling(max_tokens=8, seed=1)))
     assert written[-1].finish is not None
     print("smoke: products, logits and tokens are right")
 

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moqa.cli import app
+from moqa.cli.app import app
 from moqa.cli.common import DataOption, JsonOption, OverwriteOption, SeedOption, print_table, write_result
 from moqa.cli.progress import LogOption, logged, progress
 
 if TYPE_CHECKING:
-    from moqa.adjust import Adjusted
+    from moqa.adjustment import Adjusted
 
 
 @app.command()
@@ -31,7 +31,7 @@ def adjust(
     log_json: LogOption = None,
 ) -> None:
     """Fit a checkpoint to texts it was not made for: a small file, applied and taken off in milliseconds."""
-    from moqa.adjust import adjust as run
+    from moqa.adjustment import adjust as run
     from moqa.data import read_distributions
     from moqa.models.load import load_tokenizer
 

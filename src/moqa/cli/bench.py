@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from moqa.cli import app
+from moqa.cli.app import app
 from moqa.cli.common import JsonOption, mib, print_table, write_result
 
 
@@ -19,9 +19,11 @@ def bench(
     json: JsonOption = None,
 ) -> None:
     """Measure load time, prefill and decode speed, and memory; an original runs in transformers, in bfloat16."""
-    from moqa.bench import bench as run
+    from moqa.speed import bench as run
 
-    speed = run(model, threads, prompt_tokens, new_tokens, repeats, kernels)
+    speed = run(
+        model, threads=threads, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, kernels=kernels
+    )
     print_table(
         [f"{speed.engine}, {speed.threads} threads", "size", "load s", "prefill tok/s", "decode tok/s", "peak memory"],
         [[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from moqa.cli import app
+from moqa.cli.app import app
 from moqa.cli.generate import (
     MaxTokensOption,
     OutArgument,
@@ -23,7 +23,7 @@ from moqa.cli.generate import (
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
-    from moqa.generate import Chat
+    from moqa.generation import Chat
 
 
 @app.command()
@@ -38,7 +38,7 @@ def chat(
     threads: ThreadsOption = None,
 ) -> None:
     """Talk with a checkpoint on a terminal, or line by line from stdin."""
-    from moqa.generate import Chat, load_any
+    from moqa.generation import Chat, load_any
 
     sampling = sampling_of(max_tokens, temperature, top_p, top_k, stop, seed)
     use_threads(threads)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moqa.errors import MoqaError
-from moqa.format.artifact import write_json
+from moqa.storage.artifact import write_json
 
 _BEGAN = time.perf_counter()
 

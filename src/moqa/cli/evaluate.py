@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moqa.cli import app
+from moqa.cli.app import app
 from moqa.cli.common import ContextOption, DataOption, JsonOption, mib, print_table, write_result
 from moqa.cli.progress import LogOption, logged, progress
 
 if TYPE_CHECKING:
-    from moqa.evaluate import Evaluation
+    from moqa.evaluation import Evaluation
 
 
 @app.command()
@@ -34,14 +34,21 @@ def evaluate(
 ) -> None:
     """Measure perplexity, bits per byte, KL divergence and top-1 agreement from what is on disk."""
     from moqa.data import read_distributions
-    from moqa.evaluate import evaluate as run
-    from moqa.models.checkpoint import locate
+    from moqa.evaluation import evaluate as run
     from moqa.models.load import load_tokenizer
+    from moqa.originals.folder import locate
 
     distributions = read_distributions(data, load_tokenizer(locate(model)))
     with progress(log_json) as report:
         result = run(
-            model, distributions, against, context, windows or None, report, kernels=kernels, adjustment=adjustment
+            model,
+            distributions,
+            against=against,
+            context=context,
+            windows=windows or None,
+            report=report,
+            kernels=kernels,
+            adjustment=adjustment,
         )
     print_evaluation(result)
     write_result(result, json)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moqa.cli import app
+from moqa.cli.app import app
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
-    from moqa.generate import Sampling
+    from moqa.generation import Sampling
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="checkpoint, or folder or Hub id of an original model")]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", help="tokens to write at most")]
@@ -42,8 +42,8 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="print one JSON object with text, counts and times")] = False,
 ) -> None:
     """Continue a text with a checkpoint; it is printed as it is written."""
-    from moqa.generate import generate as run
-    from moqa.generate import load_any
+    from moqa.generation import generate as run
+    from moqa.generation import load_any
 
     sampling = sampling_of(max_tokens, temperature, top_p, top_k, stop, seed)
     text = _stdin() if prompt == "-" else prompt
@@ -66,7 +66,7 @@ def sampling_of(
     Raises:
         MoqaError: if one is out of range.
     """
-    from moqa.generate import Sampling
+    from moqa.generation import Sampling
 
     return Sampling.of(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop or (), seed=seed

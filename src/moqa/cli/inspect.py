@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moqa.cli import app
+from moqa.cli.app import app
 from moqa.cli.common import JsonOption, mib, print_table, write_result
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
-    from moqa.profile import Profile
+    from moqa.profiling import Profile
 
 
 @app.command()
@@ -24,14 +24,14 @@ def inspect(
     """Show what a profile, plan, checkpoint, adjustment or original model holds."""
     if path.is_file():
         from moqa.cli.plan import print_plan
-        from moqa.plan import read_plan
+        from moqa.planning import read_plan
 
         plan = read_plan(path)
         print_plan(plan)
         write_result(plan, json)
     elif (path / "profile.json").is_file():
         from moqa.cli.profile import print_profile
-        from moqa.profile import read_profile
+        from moqa.profiling import read_profile
 
         profile = read_profile(path)
         print_profile(profile)
@@ -49,7 +49,7 @@ def inspect(
 
 def _drift(profile: "Profile") -> None:
     """How much every two distributions differ, and in which experts and channels most."""
-    from moqa.report import drift
+    from moqa.reports import drift
 
     if not profile.expert_layers:
         return

@@ -15,12 +15,12 @@ from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
     from moqa.data import Distribution
-    from moqa.engine import Engine
-    from moqa.evaluate.proof import Proof
-    from moqa.models.memory import Memory
+    from moqa.evaluation.proof import Proof
+    from moqa.execution import Executor
+    from moqa.memory.limit import MemoryLimit
     from moqa.models.view import ModelView
-    from moqa.plan import Budget, Plan
-    from moqa.profile import Profile
+    from moqa.planning import Budget, Plan
+    from moqa.profiling import Profile
 
 
 WINDOW = 256  # tokens
@@ -57,10 +57,10 @@ class Wish:
     overwrite: bool
     seed: int
     dry_run: bool
-    memory: "Memory | None"
+    memory: "MemoryLimit | None"
     time_limit: str | None
     restart: bool
-    engine: "Engine"
+    engine: "Executor"
     json: Path | None
     log_json: Log | None
 
@@ -76,21 +76,26 @@ def fulfil(wish: Wish) -> None:
     Raises:
         MoqaError: as each of these steps.
     """
-    from moqa.evaluate.proof import Bench, prove
-    from moqa.format.artifact import write_json
-    from moqa.format.space import check_space
+    from moqa.evaluation.proof import ProofSetup, prove
     from moqa.methods.registry import find_method
-    from moqa.models.checkpoint import locate
     from moqa.models.view import open_model
-    from moqa.plan import Budget, Fit, fit, for_file, plan
-    from moqa.profile import profile
-    from moqa.profile.store import RECORD
-    from moqa.quantize import quantize
-    from moqa.quantize.disk import disk_bytes
-    from moqa.quantize.estimate import peak_bytes
+    from moqa.originals import OriginalReader
+    from moqa.originals.folder import locate
+    from moqa.planning import Budget, MemoryBudget, for_file, memory_budget, plan
+    from moqa.profiling import profile
+    from moqa.profiling.store import RECORD
+    from moqa.quantization import quantize
+    from moqa.quantization.estimate import peak_bytes
+    from moqa.quantization.run import disk_needed
+    from moqa.storage.artifact import write_json
+    from moqa.storage.space import check_space
 
-    budget = fit(wish.model, wish.fit, wish.context, wish.batch) if wish.fit else Budget.parse(wish.bpw, wish.size)
-    if isinstance(budget, Fit):
+    budget = (
+        memory_budget(wish.model, wish.fit, context=wish.context, batch=wish.batch)
+        if wish.fit
+        else Budget.parse(wish.bpw, wish.size)
+    )
+    if isinstance(budget, MemoryBudget):
         budget.check(wish.widths, wish.group_size, wish.symmetric)
     if budget is None and wish.strategy not in ("moqa", "moqa-v1", "uniform"):
         raise MoqaError(f"--strategy {wish.strategy} needs a budget", "give --bpw, --size or --fit")
@@ -100,12 +105,12 @@ def fulfil(wish: Wish) -> None:
     if wish.dry_run:
         _preview(wish, folder, budget, [distribution.name for distribution in fitted], memory, tokens)
         return
-    view = open_model(folder, keep=memory.holds(folder))
+    view = open_model(folder, keep=memory.holds(OriginalReader(folder).values))
     if not (wish.profile / RECORD).is_file() and (budget is not None or wish.strategy == "uniform"):
         # after hours of measuring it would be late to find that the disk, or the memory, is too small
         expected, likely = _expected(wish, view, folder, budget, [distribution.name for distribution in fitted])
         method = find_method(wish.method)
-        check_space(wish.out, disk_bytes(view, likely, expected, method, wish.cache))
+        check_space(wish.out, disk_needed(view, likely, expected, method, wish.cache))
         peak_bytes(view, likely, expected, method, memory, profiled=False, held_out=tokens)
     with progress(wish.log_json) as shown:
         report = time_limited(shown, wish.time_limit)
@@ -116,19 +121,19 @@ def fulfil(wish: Wish) -> None:
             sensitivity=wish.strategy not in UNMEASURED, engine=wish.engine,
         )  # fmt: skip
         chosen = plan(
-            measured, budget, wish.strategy, wish.ties, known=[d.name for d in fitted], widths=wish.widths,
+            measured, budget, strategy=wish.strategy, ties=wish.ties, known=[d.name for d in fitted], widths=wish.widths,
             hedge=wish.hedge, objective=wish.objective, scope=wish.scope, seed=wish.seed,
         )  # fmt: skip
         if wish.overwrite or not _is_there(wish, chosen):
             # of a profile that was there already nobody has looked whether a proof by it fits
             peak_bytes(view, chosen, measured, find_method(wish.method), memory, profiled=True, held_out=tokens)
             quantize(
-                wish.model, chosen, wish.out, wish.method, wish.overwrite, report, measured, view, wish.cache, memory,
-                wish.restart, wish.engine,
+                wish.model, chosen, wish.out, method=wish.method, overwrite=wish.overwrite, report=report, profile=measured, view=view, cache=wish.cache, memory=memory,
+                restart=wish.restart, engine=wish.engine,
             )  # fmt: skip
         write_json(for_file(chosen, wish.out / "plan.json"), wish.out / "plan.json")
         warn_starved(measured)
-        if isinstance(budget, Fit):
+        if isinstance(budget, MemoryBudget):
             print_fit(budget, chosen.account)
         if not wish.proof:
             typer.echo(
@@ -136,7 +141,9 @@ def fulfil(wish: Wish) -> None:
             )
             write_result({"checkpoint": str(wish.out), "bytes": chosen.account.checkpoint}, wish.json)
             return
-        bench = Bench.open(wish.model, view, measured, held_out, _windows(wish), report, memory)
+        bench = ProofSetup.open(
+            wish.model, view, measured, held_out=held_out, windows=_windows(wish), report=report, memory=memory
+        )
         proof = prove(bench, chosen, wish.out, wish.method, report)
     write_json(proof, wish.out / "proof.json")
     print_proof(proof, wish.out)
@@ -169,16 +176,27 @@ def _windows(wish: Wish) -> int | None:
 
 
 def _preview(
-    wish: Wish, folder: Path, budget: "Budget | None", names: list[str], memory: "Memory", tokens: int
+    wish: Wish, folder: Path, budget: "Budget | None", names: list[str], memory: "MemoryLimit", tokens: int
 ) -> None:
     """What the wish would cost: with the profile that is there, or before there is one."""
     from moqa.models.view import open_model
-    from moqa.profile.store import RECORD
-    from moqa.quantize.estimate import estimate
+    from moqa.profiling.store import RECORD
+    from moqa.quantization.estimate import estimate
 
     view, there = open_model(folder, keep=False), (wish.profile / RECORD).is_file()
     measured, chosen = _expected(wish, view, folder, budget, names)
-    cost = estimate(folder, chosen, measured, wish.method, wish.cache, memory, there, view, start_and_end(), tokens)
+    cost = estimate(
+        folder,
+        chosen,
+        measured,
+        method=wish.method,
+        cache=wish.cache,
+        memory=memory,
+        profiled=there,
+        view=view,
+        before=start_and_end(),
+        held_out=tokens,
+    )
     print_estimate(cost, chosen, measured, wish.json)
 
 
@@ -186,12 +204,12 @@ def _expected(
     wish: Wish, view: "ModelView", folder: Path, budget: "Budget | None", names: list[str]
 ) -> "tuple[Profile, Plan]":  # fmt: skip
     """The profile that is there, or one of the same size that says nothing, and a plan from it."""
-    from moqa.models.checkpoint import fingerprint
-    from moqa.plan import plan
-    from moqa.profile import read_profile
-    from moqa.profile.blank import blank_profile
-    from moqa.profile.record import Settings
-    from moqa.profile.store import RECORD
+    from moqa.originals.folder import fingerprint
+    from moqa.planning import plan
+    from moqa.profiling import read_profile
+    from moqa.profiling.blank import blank_profile
+    from moqa.profiling.record import Settings
+    from moqa.profiling.store import RECORD
 
     if (wish.profile / RECORD).is_file():
         measured = read_profile(wish.profile)
@@ -203,7 +221,7 @@ def _expected(
         own = wish.samples if wish.self_samples is None else wish.self_samples
         measured = blank_profile(view, wish.model, fingerprint(folder), names, settings, own)
     chosen = plan(
-        measured, budget, wish.strategy, wish.ties, known=names, widths=wish.widths, hedge=wish.hedge,
+        measured, budget, strategy=wish.strategy, ties=wish.ties, known=names, widths=wish.widths, hedge=wish.hedge,
         objective=wish.objective, scope=wish.scope, seed=wish.seed,
     )  # fmt: skip
     return measured, chosen
@@ -228,10 +246,10 @@ def _is_there(wish: Wish, chosen: "Plan") -> bool:
 
 
 def _report(wish: Wish) -> None:
-    from moqa.report import write_report
+    from moqa.reports import report
 
     try:
-        page = write_report([wish.profile, wish.out], wish.out / "report.html")
+        page = report([wish.profile, wish.out], wish.out / "report.html")
     except MoqaError as error:
         typer.echo(f"moqa: no report.html: {error}", err=True)
     else:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moqa.cli import app
+from moqa.cli.app import app
 from moqa.cli.common import (
     BpwOption,
     HedgeOption,
@@ -27,9 +27,9 @@ from moqa.cli.common import (
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
-    from moqa.plan import Account, Fit, Plan
-    from moqa.profile import Profile
-    from moqa.quantize.estimate import Estimate
+    from moqa.planning import Account, MemoryBudget, Plan
+    from moqa.profiling import Profile
+    from moqa.quantization.estimate import Estimate
 
 FitOption = Annotated[
     str | None,
@@ -66,22 +66,22 @@ def plan(
     json: JsonOption = None,
 ) -> None:
     """Choose a width for every unit from a profile."""
-    from moqa.format.artifact import write_json
-    from moqa.plan import Budget, Fit, for_file
-    from moqa.plan import fit as fitted
-    from moqa.plan import plan as run
-    from moqa.profile import read_profile
+    from moqa.planning import Budget, MemoryBudget, for_file
+    from moqa.planning import memory_budget as fitted
+    from moqa.planning import plan as run
+    from moqa.profiling import read_profile
+    from moqa.storage.artifact import write_json
 
     check_budgets(bpw, size, fit, context, batch)
     measured = read_profile(profile)
-    budget = Budget.parse(bpw, size) if fit is None else fitted(measured, fit, context, batch or 1)
+    budget = Budget.parse(bpw, size) if fit is None else fitted(measured, fit, context=context, batch=batch or 1)
     result = run(
-        measured, budget, strategy, ties,  # type: ignore[arg-type]
+        measured, budget, strategy=strategy, ties=ties,  # type: ignore[arg-type]
         known=known.split(",") if known else None, widths=widths_of(widths), hedge=hedge,
         objective=objective, scope=scope, seed=seed,  # type: ignore[arg-type]
     )  # fmt: skip
     if dry_run:
-        from moqa.quantize.estimate import estimate
+        from moqa.quantization.estimate import estimate
 
         print_estimate(
             estimate(measured.record.model, result, measured, before=start_and_end()), result, measured, json
@@ -89,7 +89,7 @@ def plan(
         return
     write_json(for_file(result, out), out)
     print_plan(result)
-    if isinstance(budget, Fit):
+    if isinstance(budget, MemoryBudget):
         print_fit(budget, result.account)
     write_result(for_file(result, out), json)
 
@@ -141,7 +141,7 @@ def print_estimate(cost: "Estimate", plan: "Plan", profile: "Profile", json: Pat
     write_result(cost, json)
 
 
-def print_fit(fit: "Fit", account: "Account") -> None:
+def print_fit(fit: "MemoryBudget", account: "Account") -> None:
     """How the memory of the served model divides."""
     parts = {"weights": account.checkpoint, "cache": fit.cache, "overhead": fit.overhead}
     sizes = [*parts.values(), sum(parts.values()), fit.memory]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moqa.cli import app
+from moqa.cli.app import app
 from moqa.cli.common import (
     AddressOption,
     ContextOption,
@@ -26,7 +26,7 @@ from moqa.cli.progress import LogOption, logged, progress
 from moqa.cli.progress.limits import MemoryOption, RestartOption, TimeOption, time_limited
 
 if TYPE_CHECKING:
-    from moqa.profile import Profile
+    from moqa.profiling import Profile
 
 
 @app.command()
@@ -53,19 +53,19 @@ def profile(
 ) -> None:
     """Measure what every expert and channel contributes, and what losing precision costs, on each distribution."""
     from moqa.data import read_distributions
-    from moqa.engine import find_engine
-    from moqa.models.checkpoint import locate
+    from moqa.execution import find_executor
+    from moqa.memory.limit import MemoryLimit
     from moqa.models.load import load_tokenizer
-    from moqa.models.memory import Memory
-    from moqa.profile import profile as run
+    from moqa.originals.folder import locate
+    from moqa.profiling import profile as run
 
-    where = find_engine(engine, ray_address)
+    where = find_executor(engine, address=ray_address)
     distributions = read_distributions(data, load_tokenizer(locate(model)))
     with progress(log_json) as report:
         result = run(
             model, distributions, out, samples=samples, context=context, self_samples=self_samples,
             group_size=group_size, symmetric=symmetric, method=method, seed=seed,
-            report=time_limited(report, time_limit), memory=Memory.parse(max_memory) if max_memory else None,
+            report=time_limited(report, time_limit), memory=MemoryLimit.parse(max_memory) if max_memory else None,
             restart=restart, engine=where, sensitivity=not no_sensitivity,
         )  # fmt: skip
     print_profile(result)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from moqa.cli import app
+from moqa.cli.app import app
 from moqa.cli.common import (
     AddressOption,
     BpwOption,
@@ -100,18 +100,18 @@ def quantize(
 ) -> None:
     """Quantize a model: from a plan, or from the texts it will see and a size, with proof on held-out text."""
     from moqa.cli.oneshot import Wish, fulfil, unproven
-    from moqa.engine import find_engine
-    from moqa.format.writer import check_free
+    from moqa.execution import find_executor
+    from moqa.memory.limit import MemoryLimit
     from moqa.methods.registry import find_method
-    from moqa.models.memory import Memory
-    from moqa.quantize import quantize as run
-    from moqa.quantize.cache import parse_cache
+    from moqa.quantization import quantize as run
+    from moqa.quantization.cache import parse_cache
+    from moqa.storage.folders import check_free
 
     find_method(method)
     if cache is not None:
         parse_cache(cache)
-    memory = Memory.parse(max_memory) if max_memory else None
-    where = find_engine(engine, ray_address)
+    memory = MemoryLimit.parse(max_memory) if max_memory else None
+    where = find_executor(engine, address=ray_address)
     if plan is not None or not (proof and unproven(out)):
         check_free(out, overwrite)
     if plan is not None:
@@ -120,21 +120,23 @@ def quantize(
                 f"--plan {plan} already holds texts and budget",
                 "leave out --data, --held-out, --bpw, --size, --fit, --batch",
             )
-        from moqa.plan import read_plan
-        from moqa.profile import read_profile
+        from moqa.planning import read_plan
+        from moqa.profiling import read_profile
 
         chosen = read_plan(plan)
         if dry_run:
-            from moqa.quantize.estimate import estimate
+            from moqa.quantization.estimate import estimate
 
             measured = read_profile(profile or chosen.profile)
-            cost = estimate(model, chosen, measured, method, cache, where.memory(memory), before=start_and_end())
+            cost = estimate(
+                model, chosen, measured, method=method, cache=cache, memory=where.memory(memory), before=start_and_end()
+            )
             print_estimate(cost, chosen, measured, json)
             return
         with progress(log_json) as report:
             known = read_profile(profile) if profile else None
             run(
-                model, chosen, out, method, overwrite, time_limited(report, time_limit), profile=known, cache=cache,
+                model, chosen, out, method=method, overwrite=overwrite, report=time_limited(report, time_limit), profile=known, cache=cache,
                 memory=memory, restart=restart, engine=where,
             )  # fmt: skip
         warn_starved(read_profile(profile or chosen.profile))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from moqa.cli import app
+from moqa.cli.app import app
 
 
 @app.command()
@@ -16,6 +16,6 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="page to write")] = Path("report.html"),
 ) -> None:
     """Make one self-contained HTML page from profiles, plans, checkpoints and evaluations."""
-    from moqa.report import write_report
+    from moqa.reports import report
 
-    typer.echo(str(write_report(artifacts, out)))
+    typer.echo(str(report(artifacts, out)))

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from moqa.cli import app
+from moqa.cli.app import app
 from moqa.cli.generate import OutArgument, ThreadsOption, use_threads
 from moqa.errors import MoqaError
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from moqa.cli import app
+from moqa.cli.app import app
 from moqa.errors import MoqaError
 
 

@@ -13,11 +13,12 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.artifact import checksum, read_json, write_json
 from moqa.format.layout import Entry, Shard, entry_bytes
 from moqa.format.manifest import Fitted, Length, Side, StoredFile
 from moqa.format.scheme import TILE, Scheme
-from moqa.format.writer import finished_folder, write_shard
+from moqa.format.writer import write_shard
+from moqa.storage.artifact import checksum, read_json, write_json
+from moqa.storage.folders import finished_folder
 
 FORMAT = 1
 RECORD, WEIGHTS = "adjustment.json", "adjustment.safetensors"
@@ -27,7 +28,7 @@ GRID = ("scale", "zero")
 MIDDLE = 127
 
 
-class Channels(BaseModel, frozen=True):
+class ChannelPart(BaseModel, frozen=True):
     """Rows of one projection, or columns of `down_proj`, of experts of all layers, stored in one scheme."""
 
     projection: str
@@ -35,11 +36,11 @@ class Channels(BaseModel, frozen=True):
     replaces: bool = Field(description="they stand in the place of the packed ones, else they are added to them")
     counts: tuple[Length, ...] = Field(description="channels of each decoder layer")
 
-    def bytes(self, sizes: "Sizes") -> int:
+    def bytes(self, sizes: "ExpertSizes") -> int:
         """Bytes of its matrices: of each layer in turn what it stores, padded to whole tiles."""
         return sum(entry_bytes(entry) for n in self.counts for entry in self.stored(n, sizes).values())
 
-    def stored(self, count: int, sizes: "Sizes") -> dict[str, Entry]:
+    def stored(self, count: int, sizes: "ExpertSizes") -> dict[str, Entry]:
         """Dtype and shape of what is stored of a layer's matrix, by suffix.
 
         Columns have factors of their own and the same grid everywhere, which is not stored.
@@ -48,12 +49,12 @@ class Channels(BaseModel, frozen=True):
         constant = GRID if self.projection == COLUMNS else ()
         return {suffix: entry for suffix, entry in entries.items() if suffix not in constant}
 
-    def shape(self, count: int, sizes: "Sizes") -> tuple[int, int]:
+    def shape(self, count: int, sizes: "ExpertSizes") -> tuple[int, int]:
         """(out, in) of a layer's matrix."""
         return (sizes.hidden, count) if self.projection == COLUMNS else (count, sizes.hidden)
 
 
-class Sizes(BaseModel, frozen=True):
+class ExpertSizes(BaseModel, frozen=True):
     """What all layers of experts have in common."""
 
     experts: Side
@@ -83,8 +84,8 @@ class AdjustmentRecord(BaseModel, frozen=True):
     seed: int
     expected: float = Field(description="by how much KL divergence should fall on the samples, nats per token")
     fitted: dict[str, Fitted] = Field(description="texts that it was fitted on")
-    sizes: Sizes
-    channels: tuple[Channels, ...]
+    sizes: ExpertSizes
+    channels: tuple[ChannelPart, ...]
     units: dict[str, Replaced]
     extra_bytes: int = Field(description="by which the weights in use grow: its own less those it stands for")
     weights: StoredFile
@@ -95,7 +96,7 @@ class AdjustmentRecord(BaseModel, frozen=True):
         return layout(self.sizes, self.channels, self.units)
 
 
-def layout(sizes: Sizes, channels: tuple[Channels, ...], units: Mapping[str, Replaced]) -> Shard:
+def layout(sizes: ExpertSizes, channels: tuple[ChannelPart, ...], units: Mapping[str, Replaced]) -> Shard:
     """Layout of an adjustment's weight file.
 
     >>> layout(sizes, channels, {}).bytes
@@ -116,7 +117,7 @@ def layout(sizes: Sizes, channels: tuple[Channels, ...], units: Mapping[str, Rep
     return Shard(WEIGHTS, dict(order))
 
 
-def index_dtype(sizes: Sizes) -> torch.dtype:
+def index_dtype(sizes: ExpertSizes) -> torch.dtype:
     """The smaller of two that can tell an expert's channels apart."""
     return torch.uint8 if sizes.width <= 2**8 else torch.int16
 
@@ -130,13 +131,13 @@ def column_grid(hidden: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class LayerChannels:
-    """One layer's part of `Channels`, mapped from the file.
+    """One layer's part of `ChannelPart`, mapped from the file.
 
     Attributes:
         projection: which.
         scheme: of the matrix.
         shape: (out, in) of the matrix.
-        replaces: see `Channels`.
+        replaces: see `ChannelPart`.
         tensors: of the matrix, by suffix.
         expert: [channels] int64.
         channel: [channels] int64.

@@ -10,10 +10,10 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.artifact import checksum, read_json, write_json
 from moqa.format.layout import DTYPES, Entry, Shard
 from moqa.format.manifest import StoredFile
 from moqa.format.writer import write_shard
+from moqa.storage.artifact import checksum, read_json, write_json
 
 FOLDER, RECORD = "cache", "cache.json"
 

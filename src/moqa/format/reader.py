@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.artifact import checksum, read_json
 from moqa.format.layout import DTYPES, Shard, shards
 from moqa.format.manifest import CONFIG, FORMAT, MANIFEST, Manifest
-from moqa.models.checkpoint import read_header
+from moqa.originals.folder import read_header
+from moqa.storage.artifact import checksum, read_json
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, Field, model_validator
 
 from moqa.errors import MoqaError
-from moqa.format.artifact import checksum, read_json, write_json
+from moqa.storage.artifact import checksum, read_json, write_json
 
 ROUTING = "routing.json"
 DIGITS = 6

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from moqa.calibration.inputs import InputStatistics
 from moqa.format.grid import Grid
 from moqa.kernels import Columns, Kernels, find_kernels
 from moqa.methods.grid import fit_grid
-from moqa.methods.inputs import Inputs
-from moqa.methods.registry import Job, Result, method
-from moqa.models.narrow import fast_sums
+from moqa.methods.registry import SolveBatch, SolveResult, method
+from moqa.models.products import fast_sums
 
 DAMPING = 0.01
 # columns that are rounded before all others learn of their errors
@@ -18,7 +18,7 @@ _PANEL = 192
 
 
 @method("gptq")
-def gptq(job: Job) -> Result:
+def gptq(job: SolveBatch) -> SolveResult:
     """GPTQ for a stack of matrices at once, columns in order of falling input energy, static groups.
 
     The grid weighs each input feature's error by its energy. Stack entries that no token reached are rounded as `rtn`
@@ -33,7 +33,7 @@ def gptq(job: Job) -> Result:
     factor = torch.empty(*order.shape, order.shape[1])
     for inputs, columns, found in zip(job.inputs, order, factor, strict=True):
         _factor(inputs, columns, found)
-    return Result(_round(job.weights, grid, order, factor), grid)
+    return SolveResult(_round(job.weights, grid, order, factor), grid)
 
 
 def damping(features: int, tokens: int) -> float:
@@ -45,7 +45,7 @@ def damping(features: int, tokens: int) -> float:
     return DAMPING * max(1.0, features / tokens)
 
 
-def _factor(inputs: Inputs, order: Tensor, out: Tensor) -> None:
+def _factor(inputs: InputStatistics, order: Tensor, out: Tensor) -> None:
     """Fill [in, in] with the Cholesky factor L, lower triangular, of the inputs' Gram matrix in an order of columns.
 
     GPTQ's updates by the Cholesky factor of the inverse Gram matrix add up to this: with columns from the last to the

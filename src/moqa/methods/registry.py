@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moqa.calibration.inputs import InputStatistics
 from moqa.errors import MoqaError
 from moqa.format.grid import Grid
 from moqa.format.scheme import Scheme
-from moqa.methods.inputs import Inputs
 
 
 @dataclass(frozen=True)
-class Job:
+class SolveBatch:
     """A stack of equally large problems.
 
     Attributes:
@@ -24,12 +24,12 @@ class Job:
 
     weights: Tensor
     widths: Tensor
-    inputs: list[Inputs]
+    inputs: list[InputStatistics]
     scheme: Scheme
 
 
 @dataclass(frozen=True)
-class Result:
+class SolveResult:
     """Stored integers [n, rows, in] with their grid."""
 
     integers: Tensor
@@ -52,7 +52,7 @@ class Method:
     """
 
     name: str
-    run: Callable[[Job], Result]
+    run: Callable[[SolveBatch], SolveResult]
     store: Callable[[Tensor, Scheme], dict[str, Tensor]] | None = None
 
     @property
@@ -66,10 +66,10 @@ METHODS: dict[str, Method] = {}
 
 def method(
     name: str, store: Callable[[Tensor, Scheme], dict[str, Tensor]] | None = None
-) -> Callable[[Callable[[Job], Result]], Callable[[Job], Result]]:
+) -> Callable[[Callable[[SolveBatch], SolveResult]], Callable[[SolveBatch], SolveResult]]:
     """Register a quantization method, see `Method`."""
 
-    def register(run: Callable[[Job], Result]) -> Callable[[Job], Result]:
+    def register(run: Callable[[SolveBatch], SolveResult]) -> Callable[[SolveBatch], SolveResult]:
         METHODS[name] = Method(name, run, store)
         return run
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from moqa.format.scheme import Scheme
 from moqa.kernels import find_kernels
 from moqa.methods.grid import fit_grid
-from moqa.methods.registry import Job, Result, method
+from moqa.methods.registry import SolveBatch, SolveResult, method
 
 
 def _store(weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
@@ -15,7 +15,7 @@ def _store(weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
 
 
 @method("rtn", store=_store)
-def rtn(job: Job) -> Result:
+def rtn(job: SolveBatch) -> SolveResult:
     """Clip-searched, least-squares refitted grid per group, then plain rounding."""
     found = fit_grid(job.weights, job.scheme, job.widths)
-    return Result(found.integers, found.grid)
+    return SolveResult(found.integers, found.grid)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moqa.errors import MoqaError
-from moqa.models.narrow import product
+from moqa.models.products import product
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 IMPLEMENTATION = "moqa"

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from moqa.errors import MoqaError
-from moqa.models.stored import Stored, find_format
+from moqa.originals import OriginalReader, find_format
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    config, stored = read_config(folder), Stored(folder)
+    config, stored = read_config(folder), OriginalReader(folder)
     wrong = (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, StrictDataclassError)
     try:
         with quiet():
@@ -160,7 +160,7 @@ def difference(folder: Path, config: "PretrainedConfig") -> str | None:
         return None
     state = {k: v for k, v in model.state_dict().items() if k not in (model.all_tied_weights_keys or {})}
     wanted = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
-    found = {name: list(entry["shape"]) for name, entry in Stored(folder).headers.items()}
+    found = {name: list(entry["shape"]) for name, entry in OriginalReader(folder).headers.items()}
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     other = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
     if missing:

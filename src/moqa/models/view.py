@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moqa.errors import MoqaError
-from moqa.models import checkpoint
+from moqa.memory.limit import MemoryLimit
+from moqa.memory.process import give_back
 from moqa.models.adapt import adapt
 from moqa.models.coverage import (
     SMALLEST_SIDE,
@@ -29,14 +30,13 @@ from moqa.models.experts import (
     is_experts,
     parameter_of,
 )
+from moqa.models.layerwise import decoder_layers
 from moqa.models.load import empty_model, one_line, read_config
-from moqa.models.memory import Memory, give_back
-from moqa.models.names import DiskSlice, find_disk_slices
+from moqa.models.loader import ENDS, BlockLoader
 from moqa.models.parts import LinearPart
-from moqa.models.pieces import ENDS, Pieces
-from moqa.models.stages import decoder_layers
-from moqa.models.stored import Stored
 from moqa.models.units import Role, Unit
+from moqa.originals import OriginalReader
+from moqa.originals import folder as original
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,8 +60,7 @@ class ModelView:
         self.layers = decoder_layers(model)
         adapt(model)
         self._modules = dict(model.named_modules())
-        self._pieces: Pieces | None = None
-        self._disk_slices: dict[int, dict[str, DiskSlice]] = {}
+        self._pieces: BlockLoader | None = None
         self.units: dict[str, Unit] = {unit.name: unit for unit in self._find_units()}
         if not self.units:
             looked_at = sorted({type(module).__name__ for module in self.layers[0].modules()})
@@ -90,11 +89,11 @@ class ModelView:
         width = self.model.get_input_embeddings().weight.shape[1]
         return int(width) * getattr(self.model.config.get_text_config(), "hc_mult", 1)
 
-    def missing(self, memory: Memory) -> int:
+    def missing(self, memory: MemoryLimit) -> int:
         """Bytes that the original as a whole takes more than now, if the memory holds it whole, else 0."""
         assert self.folder is not None
-        there = self._pieces is not None and self._pieces.keep
-        return 0 if there or not memory.holds(self.folder) else 4 * Stored(self.folder).values
+        there, values = self._pieces is not None and self._pieces.keep, OriginalReader(self.folder).values
+        return 0 if there or not memory.holds(values) else 4 * values
 
     def module(self, path: str) -> nn.Module:
         """Module at a path of the model."""
@@ -166,7 +165,7 @@ class ModelView:
         with self._pieces.without(layer):
             yield
 
-    def read_from_disk(self, stored: Stored, keep: bool) -> None:
+    def read_from_disk(self, stored: OriginalReader, keep: bool) -> None:
         """Fill a model that has no weights yet from its folder: all of it, or each piece when it is used.
 
         Args:
@@ -177,7 +176,7 @@ class ModelView:
         owners = {f"{paths[id(end)]}.weight": ENDS for end in self._ends()}
         owners |= {unit.parameter: unit.layer for unit in self.units.values()}
         experts = {unit.parameter for unit in self.units.values() if unit.expert is not None}
-        self._pieces = Pieces(self.model, stored, owners, keep, set() if keep else experts)
+        self._pieces = BlockLoader(self.model, stored, owners, keep, set() if keep else experts)
         # the model, too: some families ask where their embedding lies before they call it
         for caller in (self.model, *self._ends()):
             self._pieces.read_when_called(caller, ENDS)
@@ -214,22 +213,6 @@ class ModelView:
             name: (self._pieces.stored_dtype(name) if tensor.is_meta else narrowest(tensor).dtype, tuple(tensor.shape))
             for name, tensor in self._uncovered().items()
         }
-
-    def disk_name(self, unit: Unit) -> DiskSlice:
-        """Where a unit's matrix lies in the original checkpoint.
-
-        >>> view.disk_name(view.units["model.layers.3.mlp.experts.7.down_proj"]).tensor
-        'model.layers.3.mlp.experts.7.down_proj.weight'
-
-        Raises:
-            MoqaError: if the checkpoint does not hold the matrix as one piece.
-        """
-        if unit.layer not in self._disk_slices:
-            self._disk_slices[unit.layer] = find_disk_slices(self, unit.layer)
-        found = self._disk_slices[unit.layer].get(unit.name)
-        if found is None:
-            raise MoqaError(f"{self.folder or type(self.model).__name__} does not store {unit.name} in one piece")
-        return found
 
     def check_complete(self) -> None:
         """Assert that units cover their parameters completely and exactly once.
@@ -335,11 +318,11 @@ def open_model(model: str | Path, dtype: torch.dtype = torch.float32, keep: bool
         MoqaError: if it is missing, corrupted, has NaN or infinite weights, lacks tensors that its architecture needs,
             or holds ones that it does not know.
     """
-    folder = checkpoint.locate(model)
+    folder = original.locate(model)
     if (folder / "moqa.json").is_file():
         raise MoqaError(f"{model} is already a moqa checkpoint", "give the original model")
     config = read_config(folder)
-    stored = Stored(folder)
+    stored = OriginalReader(folder)
     try:
         empty = empty_model(config, dtype)
     except Exception as error:  # transformers fails on a wrong configuration in any way

@@ -7,7 +7,7 @@ from moqa.errors import MoqaError
 from moqa.format.adjustment import COLUMNS, Adjustment, LayerChannels, read_adjustment
 from moqa.format.reader import Checkpoint
 from moqa.kernels import Channels, PackedMatrix, Patch
-from moqa.runtime.packed import PackedExperts, Variant
+from moqa.runtime.packed import ExpertsVariant, PackedExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,7 +127,7 @@ class Adjustments:
             held = ", ".join(self._held) or "none"
             raise MoqaError(f"no adjustment named {name!r} is held", f"held: {held}")
 
-    def _variant(self, adjustment: Adjustment, layer: int) -> Variant:
+    def _variant(self, adjustment: Adjustment, layer: int) -> ExpertsVariant:
         patches = [_patch(channels) for channels in adjustment.layer(layer)]
         units, matrices = self._checkpoint.manifest.units, {}
         for name, replaced in adjustment.record.units.items():
@@ -135,7 +135,7 @@ class Adjustments:
                 head, _, projection = name.rpartition(".")
                 expert = int(head.rpartition(".")[2])
                 matrices[expert, projection] = PackedMatrix(replaced.scheme, replaced.shape, adjustment.unit(name))
-        return Variant(patches, matrices)
+        return ExpertsVariant(patches, matrices)
 
 
 def _patch(found: LayerChannels) -> Patch:

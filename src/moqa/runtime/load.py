@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 def load(
     folder: str | Path,
+    *,
     verify: bool = True,
     dtype: torch.dtype = torch.float32,
     kernels: str = "auto",
@@ -51,11 +52,12 @@ def load(
         MoqaError: if the checkpoint is damaged or does not fit its own configuration, or the kernels do not run here.
     """
     checkpoint = open_checkpoint(folder, verify)
-    return load_packed(checkpoint, dtype, kernels, device), load_tokenizer(checkpoint.folder)
+    return load_packed(checkpoint, dtype=dtype, kernels=kernels, device=device), load_tokenizer(checkpoint.folder)
 
 
 def load_packed(
     checkpoint: Checkpoint,
+    *,
     dtype: torch.dtype = torch.float32,
     kernels: str = "auto",
     device: str | torch.device = "cpu",

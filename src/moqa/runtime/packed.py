@@ -60,7 +60,7 @@ class KeptEmbedding(nn.Module):
 
 
 @dataclass(frozen=True)
-class Variant:
+class ExpertsVariant:
     """What an adjustment changes in a layer's experts.
 
     Attributes:
@@ -77,7 +77,7 @@ class Variant:
         return [*self.matrices.values(), *(part.matrix for part in channels)]
 
 
-BASE = Variant()
+BASE = ExpertsVariant()
 
 
 class PackedExperts(nn.Module):
@@ -96,7 +96,7 @@ class PackedExperts(nn.Module):
         super().__init__()
         self._rows, self._count = projection_rows(experts), experts.num_experts
         self.activation = activation_of(experts)
-        self._variants: dict[str | None, Variant] = {None: BASE}
+        self._variants: dict[str | None, ExpertsVariant] = {None: BASE}
         self._variant: str | None = None
         self._stacks: dict[str | None, ExpertStack] = {}
         self._biases: tuple[Tensor, ...] = ()  # of the module that the stack was made for
@@ -109,7 +109,7 @@ class PackedExperts(nn.Module):
         """How many there are."""
         return self._count
 
-    def hold(self, name: str, variant: Variant) -> None:
+    def hold(self, name: str, variant: ExpertsVariant) -> None:
         """Keep a variant at hand for `use`."""
         self._variants[name] = variant
 
@@ -129,7 +129,7 @@ class PackedExperts(nn.Module):
         PackedExperts.switches += 1
 
     @property
-    def variant(self) -> Variant:
+    def variant(self) -> ExpertsVariant:
         """The one in use."""
         return self._variants[self._variant]
 

@@ -1,38 +1,22 @@
 """Which adjustment each text is written with, and the turn-taking between them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moqa.adjust.drift import State
+from moqa.adjustment.drift import State
 from moqa.errors import MoqaError
-from moqa.generate import Piece
+from moqa.generation import Piece
 from moqa.serve.metrics import Metrics
 from moqa.serve.refusal import RefusalError
+from moqa.serve.text import Chosen, ServedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moqa.runtime.adjusted import Adjustments
-    from moqa.serve.scheduler import Job
 
 NONE = "(none)"  # as a metric's label; no adjustment can be named so
-
-
-@dataclass(eq=False)
-class Chosen:
-    """The adjustment of one request, from its first token to its last; an adjustment is held while one refers to it.
-
-    Attributes:
-        name: of the adjustment; None is the checkpoint as it is.
-        explicit: whether the request said so itself.
-        keeps: what must live as long.
-    """
-
-    name: str | None = None
-    explicit: bool = False
-    keeps: object = None
 
 
 class Adjusting:
@@ -87,7 +71,7 @@ class Adjusting:
         """Note that a request is written with an adjustment."""
         self._metrics.adjusted.labels(self._label(chosen)).inc()
 
-    def written(self, job: "Job", pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def written(self, job: ServedText, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Pieces of a text, each computed with the text's own adjustment, whatever was computed before it."""
         while True:
             if self._held is not None:

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moqa.generate import Finish, Piece, Token
+from moqa.generation import Finish, Piece, Token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

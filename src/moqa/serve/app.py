@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from moqa.errors import MoqaError
-from moqa.generate import Finish, Piece
-from moqa.generate.sampling import should
+from moqa.generation import Finish, Piece
+from moqa.generation.sampling import should
 from moqa.serve.answers import Answer, ChatAnswer, event
 from moqa.serve.guard import Guard
 from moqa.serve.refusal import RefusalError, refusal_of

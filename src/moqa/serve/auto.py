@@ -14,26 +14,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moqa.adjust.drift import EVERY, DriftDetector, State
-from moqa.adjust.run import CONTEXT, DEFAULT_SAMPLES, adjust
+from moqa.adjustment.drift import EVERY, DriftDetector, State
+from moqa.adjustment.run import CONTEXT, DEFAULT_SAMPLES, adjust
 from moqa.data import Distribution
 from moqa.errors import MoqaError
 from moqa.format.adjustment import Adjustment, read_adjustment
-from moqa.format.artifact import read_json
 from moqa.format.cache import open_cache
 from moqa.format.manifest import MANIFEST, Manifest
 from moqa.format.reader import is_checkpoint
 from moqa.format.routing import read_routing
-from moqa.generate import Piece
+from moqa.generation import Piece
 from moqa.runtime.routing import RoutingCounts
-from moqa.serve.adjusting import NONE, Adjusting, Chosen
+from moqa.serve.adjusting import NONE, Adjusting
 from moqa.serve.collected import Collected
 from moqa.serve.metrics import Metrics
+from moqa.serve.text import Chosen
+from moqa.storage.artifact import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from moqa.serve.scheduler import Job
+    from moqa.serve.text import ServedText
 
 _LOG = logging.getLogger(__name__)
 # more than the 8 windows that an adjustment needs: texts are cut anew, and their ends are left out
@@ -98,7 +99,7 @@ class AutoAdjusting(Adjusting):
         """See `Adjusting`."""
         return self._detector.state
 
-    def written(self, job: "Job", pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def written(self, job: "ServedText", pieces: Iterator[Piece]) -> Iterator[Piece]:
         """See `Adjusting`; texts for which no adjustment was asked are watched."""
         if job.chosen.explicit and job.chosen.name is not None:
             yield from super().written(job, self._uncounted(pieces))

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from moqa.errors import MoqaError
-from moqa.generate import ContextError
+from moqa.generation import ContextError
 
 _LOG = logging.getLogger(__name__)
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

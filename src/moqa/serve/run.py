@@ -9,7 +9,7 @@ from pathlib import Path
 import uvicorn
 
 from moqa.errors import MoqaError
-from moqa.generate import load_any
+from moqa.generation import load_any
 from moqa.serve.adjusting import Adjusting
 from moqa.serve.app import build_app
 from moqa.serve.auto import AutoAdjusting
@@ -47,6 +47,7 @@ class Server(uvicorn.Server):
 
 def serve(
     model: str | Path,
+    *,
     host: str = "127.0.0.1",
     port: int = 8000,
     slots: int = 4,

@@ -4,33 +4,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
-from moqa.generate import Piece, Sampling
-from moqa.serve.adjusting import Chosen
+from moqa.generation import Piece
 from moqa.serve.metrics import Metrics
 from moqa.serve.refusal import RefusalError
-
-
-@dataclass(eq=False)
-class Job:
-    """One text to be written.
-
-    Attributes:
-        ids: tokens of the prompt.
-        sampling: how to continue it.
-        deliver: called in the scheduler's thread with each piece that says something; an exception is the last.
-        chosen: the adjustment to write it with.
-    """
-
-    ids: Sequence[int]
-    sampling: Sampling
-    deliver: Callable[[Piece | Exception], None]
-    chosen: Chosen = field(default_factory=Chosen)
-    cancelled: bool = False
-    pieces: Iterator[Piece] | None = None
-    last: float = field(default_factory=time.monotonic)  # when it came, then when its last token did
-    written: int = 0
+from moqa.serve.text import ServedText
 
 
 class Scheduler:
@@ -50,10 +28,12 @@ class Scheduler:
         metrics: to count in.
     """
 
-    def __init__(self, begin: Callable[[Job], Iterator[Piece]], slots: int, queue: int, metrics: Metrics) -> None:
+    def __init__(
+        self, begin: Callable[[ServedText], Iterator[Piece]], slots: int, queue: int, metrics: Metrics
+    ) -> None:
         self._begin, self._slots, self._queue, self._metrics = begin, slots, queue, metrics
-        self._waiting: deque[Job] = deque()
-        self._active: list[Job] = []
+        self._waiting: deque[ServedText] = deque()
+        self._active: list[ServedText] = []
         self._deadline: float | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="moqa-model", daemon=True)
@@ -75,7 +55,7 @@ class Scheduler:
         """Begin to work."""
         self._thread.start()
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[ServedText]) -> None:
         """Queue texts, all or none.
 
         Raises:
@@ -90,7 +70,7 @@ class Scheduler:
             self._waiting.extend(jobs)
             self._changed.notify()
 
-    def cancel(self, jobs: Sequence[Job]) -> None:
+    def cancel(self, jobs: Sequence[ServedText]) -> None:
         """Drop texts that nobody reads any more; those that are finished stay so."""
         with self._changed:
             for job in jobs:
@@ -124,7 +104,7 @@ class Scheduler:
                 if not self._step(job):
                     self._active.remove(job)
 
-    def _step(self, job: Job) -> bool:
+    def _step(self, job: ServedText) -> bool:
         """One chunk of a prompt or one token; whether there is more to do."""
         if job.cancelled:
             return False
@@ -145,7 +125,7 @@ class Scheduler:
             job.deliver(piece)
         return piece.finish is None
 
-    def _count(self, job: Job, piece: Piece, start: float) -> None:
+    def _count(self, job: ServedText, piece: Piece, start: float) -> None:
         now, metrics = time.monotonic(), self._metrics
         metrics.seconds.labels("decode" if piece.completion_tokens > 1 else "prefill").inc(now - start)
         if piece.completion_tokens == job.written:

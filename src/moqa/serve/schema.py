@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
-from moqa.generate.sampling import Sampling, first_problem
+from moqa.generation.sampling import Sampling, first_problem
 from moqa.serve.refusal import RefusalError
 
 _T = TypeVar("_T")

@@ -7,11 +7,12 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moqa.generate import Piece, Sampling, chat_prompt, check_room, encode, generate
-from moqa.serve.adjusting import Adjusting, Chosen
+from moqa.generation import Piece, Sampling, chat_prompt, check_room, encode, generate
+from moqa.serve.adjusting import Adjusting
 from moqa.serve.metrics import Metrics
 from moqa.serve.refusal import RefusalError
-from moqa.serve.scheduler import Job, Scheduler
+from moqa.serve.scheduler import Scheduler
+from moqa.serve.text import Chosen, ServedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ class Service:
         self.metrics = Metrics()
         self.adjusting = (adjusting or partial(Adjusting, model))(self.metrics)
 
-        def begin(job: Job) -> Iterator[Piece]:
+        def begin(job: ServedText) -> Iterator[Piece]:
             return self.adjusting.written(job, generate(model, tokenizer, job.ids, job.sampling))
 
         self.scheduler = Scheduler(begin, slots, queue, self.metrics)
@@ -144,7 +145,9 @@ class Running:
 
             return deliver
 
-        self._jobs = [Job(ids, sampling, deliverer(index), chosen) for index, (ids, sampling) in enumerate(texts)]
+        self._jobs = [
+            ServedText(ids, sampling, deliverer(index), chosen) for index, (ids, sampling) in enumerate(texts)
+        ]
         scheduler.submit(self._jobs)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:

@@ -1,0 +1,214 @@
+"""What every cached channel would bring on some samples if it were exact."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moqa.adjustment.cached import LayerOriginals
+from moqa.models.experts import PROJECTIONS, ExpertRun, observed, projection_rows
+from moqa.models.layerwise import LayerwiseModel
+from moqa.profiling.selfsample import draw
+from moqa.progress import Report
+from moqa.runtime.packed import unpacked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# One window in this many is weighed; all of them say what the residuals are fitted to. What a channel is worth needs
+# less text than how it is to be rounded (docs/methods/adjust.md).
+EVERY = 3
+# Weight of a channel's squared effects beside its mean effect, scaled to the same total: the mean alone is noise for
+# the many channels that matter little.
+SQUARES = 1.5
+# tokens that go through a layer together, and through the head
+BATCH_TOKENS, HEAD_TOKENS = 8192, 2048
+Open = Callable[[int], LayerOriginals]
+
+
+@dataclass(frozen=True)
+class ChannelGains:
+    """What the samples say.
+
+    Attributes:
+        gains: by layer and projection, [experts, width]: by how much the KL divergence from the original falls if a
+            channel's row or column were exact; nats per token. -inf where the cache lacks a channel.
+        significance: by layer, [experts, width] (`LayerStatistics.channel`), of the samples.
+        stages: of the checkpoint's model.
+        hidden: by layer, its [batch, context, hidden] inputs.
+        divergence: KL divergence of the samples now, nats per token; None without the whole original.
+    """
+
+    gains: list[dict[str, Tensor]]
+    significance: list[Tensor | None]
+    stages: LayerwiseModel
+    hidden: list[list[Tensor]]
+    divergence: float | None
+
+
+def measure(
+    model: "PreTrainedModel", open_layer: Open, tokens: Tensor, whole: bool, seed: int, report: Report
+) -> ChannelGains:
+    """Run samples forward and back through a checkpoint, one layer at a time.
+
+    With the whole original, the gradient is that of the KL divergence between the original and the checkpoint, which
+    knows how errors of different units add up. Without, it is that of labels drawn from the checkpoint's own
+    predictions, and a channel's gain is half its squared effect (as in `moqa.profiling.sensitivity`).
+
+    Args:
+        model: of the checkpoint, with the reference kernels.
+        open_layer: a layer beside its cache.
+        tokens: [windows, context] samples.
+        whole: whether the cache holds the whole original.
+        seed: of the labels.
+        report: called per layer.
+    """
+    stages, size = LayerwiseModel(model), max(1, BATCH_TOKENS // tokens.shape[1])
+    steps, weighed = 2 * stages.depth, tokens[::EVERY]
+    parts = weighed.split(size)
+    rest = [part for part in tokens[torch.arange(len(tokens)) % EVERY > 0].split(size) if len(part)]
+    hidden: list[list[Tensor]] = [[stages.embed(batch) for batch in (*parts, *rest)]]
+    original = hidden[0][: len(parts)] if whole else []
+    with torch.no_grad():
+        for layer in range(stages.depth):
+            report("samples", layer, steps)
+            if whole:
+                with open_layer(layer).as_original():
+                    original = [stages.layer(layer, part) for part in original]
+            with unpacked(stages.layers[layer]):
+                exact = [stages.layer(layer, part) for part in hidden[layer][: len(parts)]]
+                with in_half():
+                    others = [stages.layer(layer, part).float() for part in hidden[layer][len(parts) :]]
+            hidden.append([*exact, *others])
+    generator = torch.Generator().manual_seed(seed)
+    divergence, gradients = 0.0, []
+    for index, part in enumerate(hidden.pop()[: len(parts)]):
+        pieces = []
+        for begin in range(0, len(part), windows := max(1, HEAD_TOKENS // tokens.shape[1])):
+            some = slice(begin, begin + windows)
+            pieces.append(_gradient(stages, part[some], original[index][some] if whole else None, generator))
+        divergence += sum(loss for loss, _ in pieces)
+        gradients.append(torch.cat([gradient for _, gradient in pieces]))
+    gains: list[dict[str, Tensor]] = []
+    squares: list[dict[str, Tensor]] = []
+    significance: list[Tensor | None] = []
+    for layer in reversed(range(stages.depth)):
+        report("samples", steps - 1 - layer, steps)
+        observer = _backward(stages, layer, open_layer(layer), hidden[layer][: len(parts)], gradients)
+        gains.insert(0, {} if observer is None else observer.gains)
+        squares.insert(0, {} if observer is None else observer.squares)
+        significance.insert(0, None if observer is None else observer.significance)
+    count = weighed.numel()
+    return ChannelGains(
+        _combined(gains, squares, count, whole), significance, stages, hidden, divergence / count if whole else None
+    )
+
+
+def _gradient(
+    stages: LayerwiseModel, part: Tensor, original: Tensor | None, generator: torch.Generator
+) -> tuple[float, Tensor]:
+    """The loss and its gradient for the last layer's output."""
+    hidden = part.detach().requires_grad_(True)
+    logits = stages.head(hidden)
+    with torch.no_grad():
+        own = logits.float().flatten(0, 1).log_softmax(-1)
+        if original is None:
+            labels = draw(own, generator)[:, None]
+            loss = -float(own.gather(1, labels).sum())
+            slope = own.exp_().scatter_add_(1, labels, torch.full(labels.shape, -1.0))
+        else:
+            true = stages.head(original).float().flatten(0, 1).log_softmax(-1)
+            likely = true.exp()
+            loss = float(torch.linalg.vecdot(likely, true.sub_(own)).sum())
+            slope = own.exp_().sub_(likely)
+    return loss, torch.autograd.grad(logits, hidden, slope.view_as(logits).to(logits.dtype))[0]
+
+
+def _combined(
+    gains: list[dict[str, Tensor]], squares: list[dict[str, Tensor]], tokens: int, first_order: bool
+) -> list[dict[str, Tensor]]:
+    """What channels are worth, from summed effects and half their squares, per token."""
+    if not first_order:
+        return [{p: square / tokens for p, square in layer.items()} for layer in squares]
+    total, energy = (
+        sum(float(table.clamp_min(0).sum()) for layer in layers for table in layer.values())
+        for layers in (gains, squares)
+    )
+    share = SQUARES * max(total, 1e-30) / max(energy, 1e-30)
+    return [
+        {p: (gain[p].clamp_min(0) + share * square[p]) / tokens for p in gain}
+        for gain, square in zip(gains, squares, strict=True)
+    ]
+
+
+class _Observer:
+    """Collects the effects of what channels miss, and their significance, while gradients flow back."""
+
+    def __init__(self, originals: LayerOriginals, rows: dict[str, slice], width: int) -> None:
+        self._errors, self._rows = originals.missing(), rows
+        self._norms = [originals.matrices[originals.name(e, "down_proj")].dense().norm(dim=0)
+                       for e in range(originals.experts)]  # fmt: skip
+        shape = (originals.experts, width)
+        # -inf where the cache lacks a channel
+        self.gains = {p: torch.full(shape, -torch.inf) for p in PROJECTIONS}
+        for expert, errors in self._errors.items():
+            for gain in self.gains.values():
+                gain[expert, errors.channels] = 0.0
+        self.squares = {p: gain.clone() for p, gain in self.gains.items()}
+        self.significance = torch.zeros(shape)
+
+    def routed(self, index: Tensor, weights: Tensor) -> None:
+        """Routing shows in the runs."""
+
+    def expert(self, run: ExpertRun) -> None:
+        """Wait for the gradients of one expert's two products."""
+        inner, x = run.inner.detach(), run.x.detach()
+        self.significance[run.expert] += (inner.abs() * run.gate.detach()).sum(0) * self._norms[run.expert]
+        if run.expert not in self._errors:
+            return
+
+        def back_gate_up(gradient: Tensor) -> None:
+            for projection, rows in self._rows.items():
+                self._add(run.expert, projection, gradient[:, rows], x)
+
+        run.gate_up.register_hook(back_gate_up)
+        run.out.register_hook(lambda gradient: self._add(run.expert, "down_proj", inner, gradient))
+
+    def _add(self, expert: int, projection: str, of_channels: Tensor, others: Tensor) -> None:
+        """Add what rows or columns would do, from [tokens, width] and [tokens, hidden] at their two ends."""
+        errors = self._errors[expert]
+        channels = slice(None) if len(errors.channels) == of_channels.shape[1] else errors.channels
+        effect = of_channels[:, channels] * (others @ errors.missing[projection].T.to(others.dtype))
+        self.gains[projection][expert, channels] -= effect.sum(0, dtype=torch.float32)
+        self.squares[projection][expert, channels] += 0.5 * effect.square_().sum(0, dtype=torch.float32)
+
+
+def _backward(
+    stages: LayerwiseModel, layer: int, originals: LayerOriginals, hidden: Sequence[Tensor], gradients: list[Tensor]
+) -> _Observer | None:
+    """Run a layer again with gradients; replaces the gradients by those of the layer's inputs."""
+    module = None if originals.module is None else stages.model.get_submodule(originals.module)
+    with unpacked(stages.layers[layer]):
+        if module is None:
+            _flow(stages, layer, hidden, gradients)
+            return None
+        width = originals.matrices[originals.name(0, "down_proj")].shape[1]
+        observer = _Observer(originals, projection_rows(module, width), width)
+        with observed(module, observer):
+            _flow(stages, layer, hidden, gradients)
+    return observer
+
+
+def _flow(stages: LayerwiseModel, layer: int, hidden: Sequence[Tensor], gradients: list[Tensor]) -> None:
+    for index, part in enumerate(hidden):
+        inputs = part.detach().requires_grad_(True)
+        with in_half():
+            out = stages.layer(layer, inputs)
+        gradients[index] = torch.autograd.grad(out, inputs, gradients[index])[0]
+
+
+def in_half() -> torch.autocast:
+    """Products in bfloat16: three times as fast, and exact enough for slopes and sums of squares."""
+    return torch.autocast("cpu", torch.bfloat16)

@@ -1,0 +1,188 @@
+"""Modes: what an adjustment spends its bytes on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moqa.adjustment.cached import LayerOriginals
+from moqa.adjustment.choose import LEFT, Choice, Evidence, Scores, allocate, describe
+from moqa.adjustment.measure import in_half
+from moqa.adjustment.residuals import FittedChannels, Grams, fit_layer, fit_unit
+from moqa.errors import MoqaError
+from moqa.format.adjustment import ChannelPart, ExpertSizes, Replaced, index_dtype
+from moqa.format.reader import Checkpoint
+from moqa.format.scheme import KEEP_WIDTH
+from moqa.models.experts import observed
+from moqa.progress import Report
+from moqa.runtime.packed import unpacked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RESIDUAL_WIDTHS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything that a mode decides from.
+
+    Attributes:
+        packed: the checkpoint.
+        model: loaded from it, with the reference kernels.
+        open_layer: a layer beside its cache.
+        evidence: what the samples say.
+        rule: ranks channels.
+        sizes: of the layers of experts.
+        limit: bytes that may be added.
+    """
+
+    packed: Checkpoint
+    model: "PreTrainedModel"
+    open_layer: Callable[[int], LayerOriginals]
+    evidence: Evidence
+    rule: Callable[[Evidence], Scores]
+    sizes: ExpertSizes
+    limit: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a mode decided.
+
+    Attributes:
+        channels: parts with bits of their own.
+        tensors: of the adjustment's weight file, by name.
+        expected: by how much KL divergence should fall on the samples, nats per token.
+        units: units that stand in the place of the checkpoint's.
+    """
+
+    channels: tuple[ChannelPart, ...]
+    tensors: dict[str, Tensor]
+    expected: float
+    units: dict[str, Replaced] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One mode.
+
+    Attributes:
+        name: as users type it.
+        needs_whole: whether a cache of some channels is not enough.
+        run: the function.
+    """
+
+    name: str
+    needs_whole: bool
+    run: Callable[[Situation, Report], Change]
+
+
+MODES: dict[str, Mode] = {}
+
+
+def mode(name: str, needs_whole: bool = False) -> Callable[[Callable[[Situation, Report], Change]], Callable]:
+    """Register a mode."""
+
+    def register(run: Callable[[Situation, Report], Change]) -> Callable:
+        MODES[name] = Mode(name, needs_whole, run)
+        return run
+
+    return register
+
+
+def find_mode(name: str) -> Mode:
+    """A mode by the name that the user typed.
+
+    Raises:
+        MoqaError: if there is none.
+    """
+    if name not in MODES:
+        raise MoqaError(f"--mode {name} is unknown", f"there are {', '.join(MODES)}")
+    return MODES[name]
+
+
+@mode("residual")
+def residual(situation: Situation, report: Report) -> Change:
+    """A few bits on top of the packed ones, for as many channels as fit."""
+    return add_bits(situation, RESIDUAL_WIDTHS, situation.limit, report)
+
+
+@mode("fp16")
+def fp16(situation: Situation, report: Report) -> Change:
+    """What is missing in 16 bits: MoQa's channels that compute in half precision (v2)."""
+    return add_bits(situation, (KEEP_WIDTH,), situation.limit, report)
+
+
+def add_bits(situation: Situation, widths: tuple[int, ...], limit: int, report: Report) -> Change:
+    """Residuals of these widths for the channels that a rule puts first."""
+    choice = allocate(situation.rule(situation.evidence), situation.sizes, widths, limit)
+    fitted = fit_choice(situation, choice, {}, report)[0]
+    channels = describe(choice, replaces=False)
+    return Change(channels, tensors_of(channels, fitted, situation.sizes), expected_gain(situation, choice))
+
+
+def fit_choice(
+    situation: Situation, choice: Choice, units: dict[str, Replaced], report: Report
+) -> tuple[list[list[FittedChannels]], dict[str, dict[str, Tensor]]]:
+    """By layer, the residuals of the chosen channels; and units in other schemes, by name and suffix."""
+    stages = situation.evidence.measured.stages
+    found: list[list[FittedChannels]] = []
+    solved: dict[str, dict[str, Tensor]] = {}
+    for layer, wanted in enumerate(choice):
+        report("fit", layer, len(choice))
+        originals = situation.open_layer(layer)
+        mine = {name: unit for name, unit in units.items() if name in originals.matrices}
+        experts = {
+            int(expert) for by_width in wanted.values() for p in by_width.values() for expert in p[:, 0].unique()
+        }
+        experts |= {int(name.rsplit(".", 2)[1]) for name in mine}
+        if not experts or originals.module is None:
+            found.append([])
+            continue
+        grams = Grams(experts)
+        module = situation.model.get_submodule(originals.module)
+        with torch.no_grad(), in_half(), unpacked(stages.layers[layer]), observed(module, grams):
+            for part in situation.evidence.measured.hidden[layer]:
+                stages.layer(layer, part)
+        found.append(fit_layer(wanted, originals.missing(), grams))
+        solved |= {name: fit_unit(originals.original(name), name, unit.scheme, grams) for name, unit in mine.items()}
+    return found, solved
+
+
+def tensors_of(
+    channels: tuple[ChannelPart, ...], fitted: list[list[FittedChannels]], sizes: ExpertSizes
+) -> dict[str, Tensor]:
+    """Tensors of the weight file: part by part, and in a part layer by layer."""
+    experts, places, factors, stored = [], [], [], []
+    for part in channels:
+        for layer in fitted:
+            mine = [f for f in layer if (f.projection, f.width) == (part.projection, part.scheme.width)]
+            counts = torch.zeros(sizes.experts, dtype=torch.int64)
+            for found in mine:
+                counts += found.places[:, 0].bincount(minlength=sizes.experts)
+                places.append(found.places[:, 1])
+                factors += [] if found.factor is None else [found.factor]
+                stored += [found.tensors[suffix].contiguous().view(torch.uint8).flatten() for suffix in
+                           part.stored(len(found.places), sizes)]  # fmt: skip
+            experts.append(counts)
+    shape = (len(channels), len(fitted), sizes.experts)
+    return {
+        "matrices": torch.cat(stored),
+        "experts": torch.stack(experts).view(shape).to(torch.int16),
+        "channel": torch.cat(places).to(index_dtype(sizes)),
+        "factor": torch.cat(factors) if factors else torch.zeros(0, dtype=torch.bfloat16),
+    }
+
+
+def expected_gain(situation: Situation, choice: Choice) -> float:
+    """First-order fall of the divergence: what it would be if nothing else mattered."""
+    total = 0.0
+    for gains, wanted in zip(situation.evidence.measured.gains, choice, strict=True):
+        for projection, by_width in wanted.items():
+            for width, places in by_width.items():
+                gain = gains[projection][places[:, 0], places[:, 1]].sum()
+                total += float(gain) * (1 - LEFT[width])
+    return total

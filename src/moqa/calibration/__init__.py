@@ -1,0 +1,1 @@
+"""Calibration: what units are multiplied with on some samples, and the hidden states it comes from."""

@@ -1,0 +1,58 @@
+"""What single experts were called with, gathered from the calls of all experts of a layer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moqa.models.products import filled_up, in_blocks
+
+# inputs that are gathered at a time, unless one call has more: an expert may have got all tokens
+ROWS = 2**11
+
+# a call, how much squares count there, its rows that an expert got, and which of their choices it was
+_Place = tuple[Mapping[str, Tensor], float, Tensor, Tensor]
+
+
+def routed(expert: int, calls: Sequence[tuple[float, Mapping[str, Tensor]]]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """An expert's inputs, some hundreds at a time.
+
+    >>> call = {"x": torch.randn(6, 8), "index": torch.zeros(6, 1, dtype=torch.int64), "gate": torch.ones(6, 1)}
+    >>> [(x.shape, gate.shape, tokens) for x, gate, tokens in routed(0, [(1.0, call)])]
+    [(torch.Size([64, 8]), torch.Size([64, 1]), 6)]
+
+    Args:
+        expert: its number.
+        calls: how much squares count, and a call: `x` [tokens, in], `index` and `gate` [tokens, choices].
+
+    Returns:
+        [rows, in] inputs, float32; [rows, 1] their gates times the root of how much squares count; and how many rows
+        those are: the others are zeros and count nothing.
+    """
+    waiting: list[_Place] = []
+    count = 0
+    for share, call in calls:
+        rows, choice = (call["index"] == expert).nonzero(as_tuple=True)
+        if waiting and count + len(rows) > ROWS:
+            yield from _gathered(waiting, count)
+            waiting, count = [], 0
+        if len(rows):
+            waiting.append((call, share, rows, choice))
+            count += len(rows)
+    if count:
+        yield from _gathered(waiting, count)
+
+
+def _gathered(places: Sequence[_Place], tokens: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    filled = filled_up(tokens)
+    x = torch.empty(filled, places[0][0]["x"].shape[-1])
+    gate = torch.zeros(filled, 1)
+    begin = 0
+    for call, share, rows, choice in places:
+        end = begin + len(rows)
+        torch.index_select(call["x"], 0, rows, out=x[begin:end])
+        gate[begin:end, 0] = call["gate"][rows, choice] * share**0.5
+        begin = end
+    x[begin:] = 0
+    for block in in_blocks(filled):
+        yield x[block], gate[block], min(block.stop, tokens) - block.start

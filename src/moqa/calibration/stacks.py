@@ -1,0 +1,83 @@
+"""Stacks: units of one layer that a method can solve in one go."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moqa.calibration.inputs import InputStatistics, input_space
+from moqa.format.scheme import Scheme
+from moqa.models.units import Unit
+from moqa.models.view import ModelView
+
+# weights of one stack; larger stacks gain no speed and cost memory
+STACK_WEIGHTS = 2**22
+
+
+@dataclass(frozen=True)
+class UnitStack:
+    """Input spaces of equal shape with the units that share each.
+
+    Attributes:
+        entries: per input space, its units.
+        weights: [entries, rows, in] the units' matrices below each other, float32.
+        inputs: per input space, what was seen there.
+        scheme: the units' scheme but for its width.
+    """
+
+    entries: list[list[Unit]]
+    weights: Tensor
+    inputs: list[InputStatistics]
+    scheme: Scheme
+
+    def places(self) -> Iterator[tuple[Unit, int, slice]]:
+        """Every unit with its entry and its rows."""
+        for entry, units in enumerate(self.entries):
+            start = 0
+            for unit in units:
+                yield unit, entry, slice(start, start + unit.shape[0])
+                start += unit.shape[0]
+
+
+def stacks(
+    view: ModelView,
+    units: Sequence[Unit],
+    schemes: Mapping[str, Scheme],
+    inputs: Mapping[str, InputStatistics],
+    copies: int = 1,
+) -> Iterator[UnitStack]:
+    """Group units by input space, and input spaces by shape and scheme.
+
+    Args:
+        view: the model; its weights are read.
+        units: of one layer.
+        schemes: unit name -> scheme; widths may differ within a stack.
+        inputs: input space -> what was seen there; spaces without any get zeros.
+        copies: how often the caller will repeat the rows; stacks are that much smaller.
+    """
+    spaces: dict[tuple, list[Unit]] = {}
+    for unit in units:
+        spaces.setdefault((input_space(unit), schemes[unit.name].model_copy(update={"width": 8})), []).append(unit)
+    alike: dict[tuple, list[list[Unit]]] = {}
+    for (_, scheme), sharing in spaces.items():
+        alike.setdefault((scheme, tuple(unit.shape for unit in sharing)), []).append(sharing)
+    for (scheme, shapes), entries in alike.items():
+        size = max(1, STACK_WEIGHTS // (copies * sum(out * features for out, features in shapes)))
+        for start in range(0, len(entries), size):
+            part = entries[start : start + size]
+            weights = _joined(view, part)
+            seen = [inputs.get(input_space(sharing[0])) or InputStatistics(weights.shape[2]) for sharing in part]
+            yield UnitStack(part, weights, seen, scheme)
+
+
+def _joined(view: ModelView, entries: Sequence[Sequence[Unit]]) -> Tensor:
+    first = view.weight(entries[0][0])
+    rows = sum(unit.shape[0] for unit in entries[0])
+    whole = torch.empty(len(entries), rows, first.shape[1], dtype=torch.float32)
+    for entry, sharing in zip(whole, entries, strict=True):
+        begin = 0
+        for unit in sharing:
+            entry[begin : begin + unit.shape[0]] = view.weight(unit)
+            begin += unit.shape[0]
+    return whole

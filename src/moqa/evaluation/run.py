@@ -1,0 +1,169 @@
+"""`moqa.evaluate`: perplexity and divergence of a model or checkpoint on held-out text."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+from torch import nn
+
+from moqa.data import Data, Distribution, Windows, as_distributions, cut_windows, refuse_overlap
+from moqa.errors import MoqaError
+from moqa.evaluation.measure import Quality, Reference, scores
+from moqa.format.adjustment import read_adjustment
+from moqa.format.cache import has_cache, open_cache
+from moqa.format.manifest import Fitted
+from moqa.format.reader import Checkpoint, is_checkpoint, open_checkpoint
+from moqa.models.load import load_tokenizer
+from moqa.models.view import ModelView, open_model
+from moqa.originals import OriginalReader
+from moqa.originals import folder as original
+from moqa.progress import Report, quiet
+from moqa.runtime.load import load_packed
+
+DEFAULT_WINDOWS = 64
+
+
+class Evaluation(BaseModel, frozen=True):
+    """What `moqa evaluate --json` writes."""
+
+    model: str = Field(description="as the user gave it")
+    against: str | None = Field(description="the original that divergence is measured from")
+    strategy: str | None = Field(None, description="of the checkpoint; None for an original model")
+    method: str | None = None
+    hedge: float | None = None
+    fitted_on: tuple[str, ...] = Field((), description="distributions that the checkpoint was fitted on")
+    bytes: int = Field(description="all weight files")
+    bits_per_weight: float = Field(description="stored bits per weight of the units")
+    model_bits_per_weight: float = Field(description="stored bits per weight of the whole model")
+    cache_bytes: int = Field(0, description="of the original's channels kept beside the checkpoint")
+    adjustment: str | None = Field(None, description="as the user gave it")
+    adjustment_bytes: int = Field(0, description="by which the weights in use grow with it")
+    context: int
+    distributions: dict[str, Quality]
+
+
+def evaluate(
+    model: str | Path,
+    data: Data,
+    *,
+    against: str | Path | None = None,
+    context: int = 256,
+    windows: int | None = DEFAULT_WINDOWS,
+    report: Report = quiet,
+    reference: Reference | None = None,
+    kernels: str = "reference",
+    adjustment: str | Path | None = None,
+) -> Evaluation:
+    """Measure a model or checkpoint on held-out text, from what is on disk.
+
+    >>> moqa.evaluate("runs/out", {"wiki": "wiki.test.txt"}).distributions["wiki"].kl_divergence
+
+    Args:
+        model: folder of an original model or of a checkpoint, or a Hub id.
+        data: held-out texts, as distributions or name -> source; one that the checkpoint was fitted on is refused.
+        against: the original model to compare with; an original is compared with itself if None, a checkpoint with
+            the model it was made from, where that is still there.
+        context: tokens in a window.
+        windows: per distribution, evenly spaced; None takes all of the text.
+        report: called with what is done, how much of it, and of how much.
+        reference: the original's answers on windows of these distributions, if they are known already.
+        kernels: what a checkpoint computes with (`moqa.load`); the reference adds no error of its own to the weights'.
+        adjustment: folder of one that is applied to the checkpoint.
+
+    Raises:
+        MoqaError: if something is missing or damaged, or a text overlaps what the checkpoint was fitted on.
+    """
+    packed = open_checkpoint(model) if is_checkpoint(model) else None
+    adjusted = None if adjustment is None else read_adjustment(adjustment)
+    if adjusted and not packed:
+        raise MoqaError(f"{model} is no checkpoint", f"an adjustment such as {adjustment} fits a checkpoint")
+    folder = packed.folder if packed else original.locate(model)
+    tokenizer = load_tokenizer(folder)
+    distributions = as_distributions(data, tokenizer)
+    if not distributions:
+        raise MoqaError("no distribution to evaluate on", "give at least one --data NAME=FILE")
+    cut = reference.windows if reference else [cut_windows(d, tokenizer, context, windows) for d in distributions]
+    if [w.name for w in cut] != [d.name for d in distributions]:
+        raise ValueError("the reference was made for other distributions")
+    if packed:
+        _refuse_fitted(str(packed.folder), packed.manifest.fitted, distributions, cut)
+    if adjusted:
+        _refuse_fitted(str(adjusted.folder), adjusted.record.fitted, distributions, cut)
+    view = None if packed else open_model(folder)
+    module: nn.Module = load_packed(packed, kernels=kernels) if packed else view.model  # type: ignore[union-attr]
+    if adjusted:
+        module.apply(adjusted)  # type: ignore[arg-type]
+    if reference is None:
+        reference = _reference(model, against, packed, module, cut, report)
+    result = scores(module, cut, reference, report)
+    size = _size_of_checkpoint(packed) if packed else _size_of_original(folder, view)
+    name = str(against) if against is not None else (packed.manifest.model if packed else str(model))
+    return Evaluation(
+        model=str(model), against=name if reference else None, **size, context=context,
+        adjustment=None if adjustment is None else str(adjustment),
+        adjustment_bytes=adjusted.record.extra_bytes if adjusted else 0,
+        distributions={name: _rounded(quality) for name, quality in result.items()},
+    )  # fmt: skip
+
+
+def _refuse_fitted(
+    what: str, fitted: Mapping[str, Fitted], distributions: Sequence[Distribution], cut: Sequence[Windows]
+) -> None:
+    for distribution, windows in zip(distributions, cut, strict=True):
+        same = [name for name, text in fitted.items() if text.digest == distribution.digest]
+        if same:
+            raise MoqaError(
+                f"{distribution.name}={distribution.origin} is the text that {what} was fitted on ({same[0]})",
+                "evaluate on held-out text",
+            )
+        refuse_overlap(distribution.name, windows.shingles, {name: text.hashes() for name, text in fitted.items()})
+
+
+def _reference(
+    model: str | Path,
+    against: str | Path | None,
+    packed: Checkpoint | None,
+    module: nn.Module,
+    cut: list[Windows],
+    report: Report,
+) -> Reference | None:
+    if against is None and packed is None:
+        return Reference.of(module, cut, report)
+    wanted = against if against is not None else packed.manifest.model if packed else model
+    if against is None and not Path(wanted).is_dir():
+        return None
+    view = open_model(wanted)
+    if packed and original.fingerprint(view.folder or Path(wanted)) != packed.manifest.fingerprint:
+        raise MoqaError(f"--against {wanted} is not the model that {model} was made from", "give that one")
+    return Reference.of(view.model, cut, report)
+
+
+def _size_of_checkpoint(packed: Checkpoint) -> dict:
+    manifest = packed.manifest
+    hedge = manifest.options.get("hedge")
+    return {
+        "strategy": manifest.strategy,
+        "method": manifest.method,
+        "hedge": None if hedge is None else float(hedge),
+        "fitted_on": tuple(manifest.fitted),
+        "bytes": packed.bytes,
+        "cache_bytes": open_cache(packed.folder, manifest.fingerprint).bytes if has_cache(packed.folder) else 0,
+        "bits_per_weight": packed.bits_per_weight,
+        "model_bits_per_weight": packed.model_bits_per_weight,
+    }
+
+
+def _size_of_original(folder: Path, view: ModelView | None) -> dict:
+    assert view is not None
+    size = sum(path.stat().st_size for path in original.weight_files(folder))
+    stored = OriginalReader(folder)
+    units = sum(unit.weights for unit in view.units.values())
+    unit_bytes = size - sum(t.numel() * t.element_size() for t in view.kept_on_disk().values())
+    # headers count as units' bytes: of plain weights the width is known to be whole
+    bits = round(unit_bytes * 8 / units, 0 if stored.is_plain else 2)
+    return {"bytes": size, "bits_per_weight": bits, "model_bits_per_weight": size * 8 / stored.values}
+
+
+def _rounded(quality: Quality) -> Quality:
+    digits = {name: float(f"{value:.8g}") for name, value in quality if isinstance(value, float)}
+    return quality.model_copy(update=digits)

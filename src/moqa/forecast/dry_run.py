@@ -1,0 +1,152 @@
+"""A dry run: what a model's cache and buffers take at any length, by its own forward on tensors without memory."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moqa.errors import MoqaError
+from moqa.generation.loop import CHUNK
+from moqa.models.experts import Experts, is_experts, weights_from
+
+FIRST = 8  # tokens that are read to make a cache; for all others before the last chunk it is only lengthened
+LARGE = 32 * 2**20  # bytes of a block from which on glibc gives it back to the system at once
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What is alive while a model reads the last chunk of a prompt, in bytes.
+
+    Attributes:
+        cache: of each tensor of the cache, after it.
+        small: most that lives beside the cache in blocks below `LARGE`.
+        large: most that lives beside the cache in other blocks.
+    """
+
+    cache: tuple[int, ...]
+    small: int
+    large: int
+
+
+def dry_run(model: nn.Module, context: int, cache: Any = None) -> DryRun:
+    """Let a model read a prompt without computing anything.
+
+    >>> sum(dry_run(model, 2048).cache)
+    12582912
+
+    Args:
+        model: a causal language model of transformers on fake tensors, in the mode of which this is called.
+        context: tokens of the prompt, one or more.
+        cache: an empty one to read with; None for the model's own.
+
+    Raises:
+        MoqaError: if the model keeps no cache of the usual kind.
+    """
+    chunk = min(context, CHUNK)
+    first = min(context - chunk, FIRST)
+    with torch.no_grad(), _without_experts(model), _Living(model) as living:
+        if first:
+            cache = _read(model, first, cache)
+            for layer in cache.layers:
+                _lengthen(layer, context - chunk - first)
+        before, living.most = dict(living.now), dict(living.now)
+        cache = _read(model, chunk, cache)
+        # a cache's own blocks may be small before the chunk and large after it
+        small, large = (living.most[kind] - max(before[kind], living.now[kind]) for kind in (False, True))
+        return DryRun(tuple(living.sizes.values()), small, large)
+
+
+def _read(model: Any, tokens: int, cache: Any) -> Any:
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache = getattr(out, "past_key_values", None)
+    if not hasattr(cache, "layers"):
+        raise MoqaError(f"a {model.config.model_type} model keeps no cache of layers", "moqa cannot foresee its size")
+    return cache
+
+
+def _lengthen(layer: Any, tokens: int) -> None:
+    """Let a layer of a cache hold more tokens that nothing has read; states of constant size stay as they are."""
+    from transformers.cache_utils import DynamicLayer
+
+    if isinstance(layer, DynamicLayer) and layer.is_initialized:
+        layer.update(*(_more(states, tokens, -2) for states in (layer.keys, layer.values)))
+    if getattr(layer, "indexer_keys", None) is not None:
+        layer.update_indexer(_more(layer.indexer_keys, tokens, 1))
+    # one entry for so many tokens, and the tokens that do not fill one yet
+    for name, entries in getattr(layer, "compressed_kv", {}).items():
+        full, rest = divmod(layer.buffer_kv[name].shape[1] + tokens, layer.compress_rate)
+        layer.update_compressor_states(name, _more(entries, full, 1))
+        for waiting in (layer.buffer_kv, layer.buffer_gate):
+            waiting[name] = _more(waiting[name], rest, 1)
+
+
+def _more(states: Tensor, tokens: int, dim: int) -> Tensor:
+    shape = list(states.shape)
+    shape[dim] = tokens
+    return states.new_empty(shape)
+
+
+@contextmanager
+def _without_experts(model: nn.Module) -> Iterator[None]:
+    """Skip the experts: which of them a token visits depends on values, and what they take is known without."""
+    skipped: Any = _Skipped()  # products are never asked for
+    with ExitStack() as stack:
+        for module in model.modules():
+            if is_experts(module):
+                stack.enter_context(weights_from(module, skipped))
+        yield
+
+
+class _Skipped:
+    """`ExpertWeights` without any."""
+
+    def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
+        """See `ExpertWeights`."""
+        return torch.empty_like(hidden)
+
+
+class _Living(TorchDispatchMode):
+    """Follows all tensors that are alive, those of a model left out.
+
+    Attributes:
+        sizes: bytes of each, by the identity of its storage.
+        now: bytes of all, by whether they are large.
+        most: the same, at any time since it was set.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = {id(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
+        self.sizes: dict[int, int] = {}
+        self.now, self.most = {False: 0, True: 0}, {False: 0, True: 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # there are no values; families that ask for one choose between tables of rotary angles by it
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self._model and key not in self.sizes:
+            self.sizes[key] = size
+            self._add(size >= LARGE, size)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        size = self.sizes.pop(key)
+        self._add(size >= LARGE, -size)
+
+    def _add(self, large: bool, size: int) -> None:
+        self.now[large] += size
+        self.most[large] = max(self.most[large], self.now[large])

@@ -1,0 +1,24 @@
+"""Generation: an own loop over a transformers model, text as it is written, conversations."""
+
+from moqa.generation.chat import Chat, chat_prompt
+from moqa.generation.load import load_any
+from moqa.generation.loop import ContextError, Token, check_room, tokens
+from moqa.generation.prompt_cache import PromptCache
+from moqa.generation.run import Finish, Piece, encode, generate
+from moqa.generation.sampling import Sampling
+
+__all__ = [
+    "Chat",
+    "ContextError",
+    "Finish",
+    "Piece",
+    "PromptCache",
+    "Sampling",
+    "Token",
+    "chat_prompt",
+    "check_room",
+    "encode",
+    "generate",
+    "load_any",
+    "tokens",
+]  # fmt: skip

@@ -1,0 +1,32 @@
+"""Whatever can generate: a checkpoint, or the original model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from moqa.format.reader import is_checkpoint
+from moqa.models.load import load_original, load_tokenizer
+from moqa.originals import folder as original
+from moqa.runtime.load import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_any(model: str | Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a checkpoint packed, or an original model in float32.
+
+    >>> model, tokenizer = load_any("runs/out")
+
+    Args:
+        model: folder of a checkpoint or of an original model, or a Hub id.
+
+    Raises:
+        MoqaError: if it is missing or damaged.
+    """
+    if is_checkpoint(model):
+        return load(model)
+    folder = original.locate(model)
+    original.check_finite(folder)
+    return load_original(folder, torch.float32), load_tokenizer(folder)

@@ -1,0 +1,1 @@
+"""Integrations: how other libraries meet moqa's checkpoints."""

@@ -1,0 +1,66 @@
+"""How much memory the process may take."""
+
+import re
+from dataclasses import dataclass
+
+from moqa.errors import MoqaError
+from moqa.memory.free import free_on_machine
+from moqa.memory.process import resident
+
+_FACTORS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+    "TIB": 2**40,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """A limit for the process.
+
+    >>> MemoryLimit.parse("4GiB").limit
+    4294967296
+
+    Attributes:
+        limit: bytes that may be resident.
+        typed: how the user said it; None for what is free.
+    """
+
+    limit: int
+    typed: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "MemoryLimit":
+        """A limit as users type it.
+
+        Raises:
+            MoqaError: if it is none.
+        """
+        return cls(parse_size(text, "--max-memory"), text)
+
+    @classmethod
+    def free(cls) -> "MemoryLimit":
+        """What is free on this machine, or in this container, and what the process has already."""
+        return cls(free_on_machine() + resident())
+
+    def holds(self, values: int) -> bool:
+        """Whether it holds so many numbers in float32, and half of that for what works with them."""
+        return resident() + values * 6 <= self.limit
+
+
+def parse_size(text: str | int, option: str) -> int:
+    """Bytes of a size as users type it.
+
+    >>> parse_size("12MiB", "--size")
+    12582912
+
+    Args:
+        text: bytes, or a number with a unit: KB, MB, GB, TB, KiB, MiB, GiB, TiB.
+        option: that it was typed after.
+
+    Raises:
+        MoqaError: if it is none.
+    """
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if match is None or match[2].upper() not in _FACTORS:
+        raise MoqaError(f"{option} {text} is no size", "give bytes or e.g. 12MiB, 3.5GB")
+    return int(float(match[1]) * _FACTORS[match[2].upper()])

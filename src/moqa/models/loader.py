@@ -1,0 +1,367 @@
+"""A model's weights piece by piece: each decoder layer, and both ends, read from disk when they are used."""
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from moqa.errors import MoqaError, UnreadableError
+from moqa.memory.process import give_back
+from moqa.models.load import difference, quiet
+from moqa.originals import OriginalReader
+from moqa.originals import folder as original
+from moqa.originals.reader import LazyTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# number of the piece that holds the embedding and the head; decoder layers have theirs
+ENDS = -1
+# the disk is read by one while others look at what they have read
+_READERS = 3
+
+
+class BlockLoader:
+    """Reads parameters of a model that was built without memory for them.
+
+    >>> owners = {"model.layers.3.self_attn.q_proj.weight": 3}
+    >>> pieces = BlockLoader(model, OriginalReader(folder), owners, False, ())
+    >>> pieces.need(3)
+
+    What no piece owns is read at once and stays. A decoder layer or an end that is called reads its piece itself.
+    Whoever goes through the layers, forwards or back, wants the next one soon: the system is asked for it meanwhile.
+
+    Args:
+        model: with parameters on the meta device, in the dtypes that they are wanted in.
+        stored: tensors of the original checkpoint.
+        owners: parameter -> number of its piece.
+        keep: whether pieces stay once they are read; else one is forgotten when another is needed.
+        narrow: parameters that are wanted in the dtype in which they are stored.
+
+    Attributes:
+        keep: whether pieces stay.
+        ahead: whether the next layer is read into memory beside the one that is used, see `read_ahead`.
+
+    Raises:
+        MoqaError: if the folder holds other tensors than the model, or a value that is no number.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        stored: OriginalReader,
+        owners: Mapping[str, int],
+        keep: bool,
+        narrow: Collection[str],
+    ) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self._model, self._folder, self.keep, self.ahead = model, stored.folder, keep, False
+        self._mapping = get_model_conversion_mapping(model)
+        self._stored, headers = stored, stored.headers
+        self._names: dict[int | None, list[str]] = {None: []}
+        self._stacks: dict[int | None, list[_Stack]] = {}
+        stacks: dict[str, _Stack] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        mixed: set[str] = set()
+        wanted = model.state_dict()
+        for name, (target, pattern, converter) in _targets(model, self._mapping, list(headers)).items():
+            dtype = _dtype(headers[name])
+            if wanted[target].is_floating_point() and not dtype.is_floating_point:
+                kind = headers[name]["dtype"]
+                raise MoqaError(
+                    f"{stored.folder}: tensor {name} holds {kind}", "weights must be floating-point numbers"
+                )
+            if self._dtypes.setdefault(target, dtype) != dtype:
+                mixed.add(target)
+                self._dtypes[target] = torch.promote_types(self._dtypes[target], dtype)
+            if target in narrow and pattern is not None:
+                stacks.setdefault(target, _Stack(target, converter)).add(name, pattern)
+            self._names.setdefault(owners.get(target), []).append(name)
+        for target in (self._dtypes.keys() & set(narrow)) - mixed:
+            _empty(model, target, self._dtypes[target])
+        for target, stack in stacks.items():
+            if stack.is_plain(model, headers):
+                self._stacks.setdefault(owners.get(target), []).append(stack)
+        self._there: dict[int, list[str]] = {}
+        self._without: int | None = None
+        self._last = ENDS
+        self._memory = _Memory()
+        self._fetcher = ThreadPoolExecutor(1, "moqa-fetcher")
+        self._readers = ThreadPoolExecutor(_READERS, "moqa-reader")
+        self._fetching: tuple[int, Future[_Fetched]] | None = None
+        _check(model, stored.folder, self._mapping, headers)
+        self._read(None)
+
+    def need(self, piece: int) -> None:
+        """Have a piece in memory."""
+        if piece in self._there or piece not in self._names or piece == self._without:
+            return
+        if not self.keep:
+            self.forget()
+        step, self._last = 1 if piece >= self._last else -1, piece
+        try:
+            self._there[piece] = self._read(piece)
+            if self.keep or self._names.get(following := piece + step) is None or following < 0:
+                return
+            if self.ahead:
+                self.read_ahead(following)
+            else:
+                self._stored.ahead(self._names[following])
+        except (OSError, SafetensorError) as error:
+            raise self._lost(error) from None
+
+    def read_ahead(self, piece: int) -> None:
+        """Read a piece that will be needed next, and from now on those that follow, while something else is done."""
+        self.ahead = True
+        if piece not in self._there and (self._fetching is None or self._fetching[0] != piece):
+            self._fetching = piece, self._fetcher.submit(self._fetch, piece)
+
+    def stored_dtype(self, target: str) -> torch.dtype:
+        """Dtype in which a parameter lies on disk, one that holds all its parts if they differ."""
+        # of a tensor that becomes several parameters only the first is known
+        return self._dtypes.get(target) or self._model.get_parameter(target).dtype
+
+    def forget(self) -> None:
+        """Give back the memory of all pieces."""
+        for names in self._there.values():
+            for name in names:
+                _empty(self._model, name)
+        if ENDS in self._there:
+            self._model.tie_weights()
+        self._there = {}
+        if not self.ahead:
+            self._memory.free()
+        # also what was made of a piece and is freed by now
+        give_back()
+
+    @contextmanager
+    def without(self, piece: int) -> Iterator[None]:
+        """A block in which nobody needs a piece."""
+        if not self.keep:
+            self.forget()
+        self._without = piece
+        try:
+            yield
+        finally:
+            self._without = None
+
+    def read_when_called(self, module: nn.Module, piece: int) -> None:
+        """Let a module's call need its piece."""
+
+        def read(called: nn.Module, *_: object) -> None:
+            # one whose forward stands for another (`Stages`) does not use its weights
+            if "forward" not in vars(called):
+                self.need(piece)
+
+        module.register_forward_pre_hook(read)
+
+    def _lost(self, error: Exception) -> UnreadableError:
+        """What became of the files since they were opened first."""
+        try:
+            original.headers(self._folder)
+        except MoqaError as found:
+            error = found
+        return UnreadableError(f"the original can be read no more: {error}")
+
+    def _read(self, piece: int | None) -> list[str]:
+        """Read a piece's tensors into the model; gives the names of the parameters that they became."""
+        before = {name: id(parameter) for name, parameter in self._model.named_parameters(remove_duplicate=False)}
+        if self._fetching is not None and self._fetching[0] == piece:
+            fetched = self._fetching[1].result()
+            self._fetching = None
+            result = self._put(fetched)
+        else:
+            with self._stored.opened(once=self.ahead) as on_disk:
+                result = self._put(self._found(piece, on_disk))
+        if result.conversion_errors:
+            name, error = next(iter(result.conversion_errors.items()))
+            raise MoqaError(f"{self._folder}: {name} cannot be read", error.strip().splitlines()[-1])
+        if piece in (None, ENDS):
+            self._model.tie_weights()
+        self._model.requires_grad_(False)
+        return [name for name, p in self._model.named_parameters(remove_duplicate=False) if id(p) != before[name]]
+
+    def _fetch(self, piece: int) -> "_Fetched":
+        """Read a piece's tensors, for a later `_put`."""
+        with self._stored.opened(once=True) as on_disk:
+            found = self._found(piece, on_disk)
+            self._memory.free()
+            return _Fetched(found.stacks, {name: tensor[...] for name, tensor in found.rest.items()})
+
+    def _found(self, piece: int | None, on_disk: Callable[[str], LazyTensor]) -> "_Fetched":
+        stacks = self._stacks.get(piece, [])
+        stacked = {name for found in stacks for name in found.names}
+        read = {found.target: found.read(self._model, on_disk, self._memory, self._readers) for found in stacks}
+        return _Fetched(read, {name: on_disk(name) for name in self._names[piece] if name not in stacked})
+
+    def _put(self, fetched: "_Fetched") -> Any:
+        for target, stack in fetched.stacks.items():
+            _put(self._model, target, stack)
+        return _convert(self._model, fetched.rest, self._mapping, "cpu")
+
+
+class _Fetched(NamedTuple):
+    """A piece on its way into the model.
+
+    Attributes:
+        stacks: parameter -> its values.
+        rest: name on disk -> tensor, for the conversion.
+    """
+
+    stacks: dict[str, Tensor]
+    rest: Mapping[str, LazyTensor | Tensor]
+
+
+class _Stack:
+    """A stack of experts that lie on disk one by one; each is read to where it belongs, without a copy.
+
+    Args:
+        target: parameter that they become.
+        converter: transformers' own description of how.
+    """
+
+    def __init__(self, target: str, converter: Any) -> None:
+        self.target, self._converter = target, converter
+        self._sources: dict[str, list[str]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Tensors on disk."""
+        return [name for names in self._sources.values() for name in names]
+
+    def add(self, name: str, pattern: str) -> None:
+        """Add the next expert's tensor of one kind."""
+        self._sources.setdefault(pattern, []).append(name)
+
+    def is_plain(self, model: "PreTrainedModel", headers: Mapping[str, dict]) -> bool:
+        """Whether there is one matrix of each kind for every expert, and an expert's lie one behind the other."""
+        experts, *whole = model.get_parameter(self.target).shape
+        shapes = {tuple(headers[name]["shape"]) for name in self.names}
+        if {len(names) for names in self._sources.values()} != {experts} or len(shapes) > 1:
+            return False
+        rows, *columns = shapes.pop()
+        return whole == [len(self._sources) * rows, *columns] and len(columns) == 1 and self._in_order(model)
+
+    def _in_order(self, model: "PreTrainedModel") -> bool:
+        """Whether the conversion puts small matrices of one expert below each other as they are."""
+        converter = deepcopy(self._converter)
+        matrices = list(torch.arange(6 * len(self._sources)).view(-1, 2, 3))
+        for (pattern, names), matrix in zip(self._sources.items(), matrices, strict=True):
+            converter.add_tensor(self.target, names[0], pattern, matrix)
+        found = converter.convert(self.target, model=model, config=model.config)[self.target]
+        return torch.equal(found[0] if isinstance(found, list) else found, torch.cat(matrices)[None])
+
+    def read(
+        self, model: "PreTrainedModel", on_disk: Callable[[str], LazyTensor], memory: "_Memory", readers: Executor
+    ) -> Tensor:
+        """All experts."""
+        empty = model.get_parameter(self.target)
+        whole = memory.take(empty.shape, empty.dtype)
+        places: list[LazyTensor] = []
+        parts: list[Tensor] = []
+        for expert, names in zip(whole, zip(*self._sources.values(), strict=True), strict=True):
+            places += map(on_disk, names)
+            parts += expert.chunk(len(names))
+        for _ in readers.map(LazyTensor.read_into, places, parts):
+            pass
+        return whole
+
+
+class _Memory:
+    """Memory of stacks, used again when nobody holds it: the system clears what it hands out, half as long as reading
+    into it takes."""
+
+    def __init__(self) -> None:
+        self._blocks: list[np.ndarray] = []
+        self._lock = Lock()  # a layer may be read while another one is read ahead
+
+    def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor with any values."""
+        size = shape.numel() * dtype.itemsize
+        with self._lock:
+            block = next((block for block in self._blocks if block.size == size and _is_free(block)), None)
+            if block is None:
+                # the system hands it out in large pages, if it does: numpy asks for them, torch does not
+                block = np.empty(size, np.uint8)
+                self._blocks.append(block)
+            return torch.from_numpy(block).view(dtype).view(shape)
+
+    def free(self) -> None:
+        """Give back what nobody holds."""
+        with self._lock:
+            self._blocks = [block for block in self._blocks if not _is_free(block)]
+
+
+def _is_free(block: np.ndarray) -> bool:
+    """Whether no tensor lies in a block: each of them holds a reference."""
+    # the list of blocks, the caller's loop, this argument, and that of the call
+    return sys.getrefcount(block) <= 4
+
+
+def _targets(
+    model: "PreTrainedModel", mapping: Sequence[Any], names: Sequence[str]
+) -> dict[str, tuple[str, str | None, Any]]:
+    """For tensors on disk, in the order in which transformers takes them: the first of the parameters or buffers that
+    each becomes, and the pattern and converter that apply to it, if any; without those that the model ignores."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    wanted, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = rename_source_key(name, [], [], prefix, wanted)
+        if target in wanted:
+            found[name] = (target, pattern, by_pattern.get(pattern))
+    return found
+
+
+def _check(model: "PreTrainedModel", folder: Path, mapping: Sequence[Any], headers: Mapping[str, dict]) -> None:
+    """Send all tensors through the conversion without their values, and refuse what does not come out right."""
+    state = {name: torch.empty(entry["shape"], dtype=_dtype(entry), device="meta") for name, entry in headers.items()}
+    found = _convert(model, state, mapping, "meta")
+    model._adjust_missing_and_unexpected_keys(found)
+    missing = found.missing_keys - set(model.all_tied_weights_keys or {})
+    wrong = [*sorted(found.conversion_errors), *sorted(str(key) for key in found.mismatched_keys), *sorted(missing)]
+    wrong += sorted(found.unexpected_keys)
+    if wrong:
+        problem = difference(folder, model.config) or f"{len(wrong)} tensors do not fit, e.g. {wrong[0]}"
+        raise MoqaError(f"{folder} is not what its config.json says", problem)
+
+
+def _convert(model: "PreTrainedModel", state: Mapping[str, Any], mapping: Sequence[Any], device: str) -> Any:
+    """Let transformers turn tensors of a checkpoint into a model's parameters."""
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    with quiet():
+        config = LoadStateDictConfig(weight_mapping=list(mapping), device_map={"": device})
+        return convert_and_load_state_dict_in_model(model, dict(state), config)[0]
+
+
+def _dtype(entry: Mapping[str, Any]) -> torch.dtype:
+    return original.DTYPES[entry["dtype"]]
+
+
+def _empty(model: "PreTrainedModel", name: str, dtype: torch.dtype | None = None) -> None:
+    """Put a parameter without memory in the place of another."""
+    old = model.get_parameter(name)
+    _put(model, name, torch.empty(old.shape, dtype=dtype or old.dtype, device="meta"))
+
+
+def _put(model: "PreTrainedModel", name: str, value: Tensor) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)

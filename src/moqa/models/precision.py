@@ -1,0 +1,39 @@
+"""Let a layer's units multiply in the precision in which they are stored."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from moqa.models.products import fast_dtype, product
+from moqa.models.view import ModelView
+
+
+@contextmanager
+def in_stored_precision(view: "ModelView", layer: int) -> Iterator[None]:
+    """A block in which a layer's units multiply in bfloat16 if they are stored so and the processor does that natively.
+
+    >>> with in_stored_precision(view, 3):
+    ...     stages.layer(3, hidden)
+
+    That is how such a model is served, at several times the speed of float32; everything between the units' products
+    stays as it is.
+    """
+    with ExitStack() as stack:
+        for unit in view.layer_units(layer):
+            module, dtype = view.module(unit.module), fast_dtype(view.stored_dtype(unit))
+            if dtype is None or "moqa_dtype" in vars(module):
+                continue
+            module.moqa_dtype = dtype  # type: ignore[assignment]
+            stack.callback(delattr, module, "moqa_dtype")
+            if unit.expert is None:
+                module.forward = partial(_linear, module)
+                stack.callback(delattr, module, "forward")
+        yield
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    out = product(x, module.weight.T, module.moqa_dtype)
+    return out if module.bias is None else out + module.bias

@@ -1,0 +1,168 @@
+"""`--fit 8GiB`: from the memory that a served model may take to a budget for its weight files."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moqa.errors import MoqaError
+from moqa.forecast.serving import Needs, ServedModel
+from moqa.format.layout import Entry, shards
+from moqa.format.scheme import KEEP_WIDTH, WIDTHS, Scheme
+from moqa.memory.free import free_memory
+from moqa.memory.limit import parse_size
+from moqa.models.view import ModelView
+from moqa.planning.budget import Budget
+from moqa.planning.problem import FLOOR
+from moqa.profiling import Profile
+
+AUTO = "auto"
+DEFAULT_CONTEXT = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBudget(Budget):
+    """What a limit on all memory leaves for the weight files; made by `memory_budget`.
+
+    >>> memory_budget("reference/model", "1GiB", context=1024, batch=2).cache
+    12582912
+
+    Attributes:
+        memory: the limit, in bytes.
+        context: tokens of a conversation.
+        batch: conversations at once.
+        needs: what the model takes beside its weight files.
+        model: the model, to be asked what else would fit.
+    """
+
+    memory: int
+    context: int
+    batch: int
+    needs: Needs
+    model: ServedModel
+
+    # who gives a machine's memory has not asked that the weights fill it
+    fills = False
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the caches of all conversations."""
+        return self.batch * self.needs.cache
+
+    @property
+    def overhead(self) -> int:
+        """Bytes of all that is neither weights nor caches."""
+        return self.needs.overhead(self.batch)
+
+    def below(self, smallest: int, reachable: str) -> MoqaError:  # noqa: ARG002
+        """See `Budget`."""
+        parts = {"weights take at least": smallest, "the cache": self.cache, "the overhead": self.overhead}
+        found = ", ".join(f"{part} {_mib(size)}" for part, size in parts.items())
+        fitting = [f"in {_mib(sum(parts.values()))}", *self._smaller(smallest)]
+        return MoqaError(f"{self.typed} is too little, {found}", f"it fits {' or '.join(fitting)}")
+
+    def check(self, widths: Sequence[int], group_size: int, symmetric: bool) -> None:
+        """Refuse what no plan can reach, before there is a profile.
+
+        Args:
+            widths: candidates.
+            group_size: weights that share a scale.
+            symmetric: whether grids have no zero-point.
+
+        Raises:
+            MoqaError: if the smallest plan does not fit, or a width cannot be stored.
+        """
+        stored = {*WIDTHS, KEEP_WIDTH} - ({1} if symmetric else set())
+        if not set(widths) <= stored:
+            typed = ",".join(map(str, widths))
+            raise MoqaError(f"--widths {typed} cannot be planned", f"there are {', '.join(map(str, sorted(stored)))}")
+        smallest = smallest_plan(self.model.view, widths, group_size, symmetric)
+        if smallest > self.limit(0):
+            raise self.below(smallest, "")
+
+    def _smaller(self, smallest: int) -> Iterator[str]:
+        """Fewer conversations, or shorter ones, that leave enough."""
+        each = self.needs.cache + self.needs.around
+        batch = (self.memory - smallest - self.needs.fixed) // each
+        if batch > 0:
+            yield f"with --batch {batch}"
+        for halvings in range(1, self.context.bit_length()):
+            context = self.context >> halvings
+            needs = self.model.needs(context)
+            if smallest + self.batch * needs.cache + needs.overhead(self.batch) <= self.memory:
+                yield f"with --context {context}"
+                return
+
+
+def smallest_plan(view: ModelView, widths: Sequence[int], group_size: int = 64, symmetric: bool = False) -> int:
+    """Bytes of the weight files of the smallest plan, told from a model's shapes.
+
+    >>> smallest_plan(served.view, (2, 3, 4))
+    10660160
+
+    Args:
+        view: the model; no weight of it is read.
+        widths: candidates.
+        group_size: weights that share a scale.
+        symmetric: whether grids have no zero-point.
+    """
+    allowed = {role: min(widths) for role in ("expert", "shared", "attention", "mlp")}
+    if view.has_experts:
+        floored = min((width for width in widths if width >= FLOOR), default=FLOOR)
+        allowed = dict.fromkeys(allowed, floored) | {"expert": min(widths)}
+    schemes = {w: Scheme(width=w, group_size=group_size, symmetric=symmetric) for w in allowed.values()}
+    units = {name: (unit.layer, unit.shape, schemes[allowed[unit.role]]) for name, unit in view.units.items()}
+    kept: dict[str, Entry] = {
+        name: (torch.bfloat16 if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+        for name, tensor in view.kept().items()
+    }
+    return sum(shard.bytes for shard in shards(kept, len(view.layers), units))
+
+
+def memory_budget(
+    model: str | Path | Profile, memory: str, *, context: int | None = None, batch: int = 1
+) -> MemoryBudget:
+    """Budget for a model that is served within a limit on all memory: weights, caches, and everything else.
+
+    >>> plan = moqa.plan(profile, memory_budget(profile, "8GiB", context=8192, batch=4))
+
+    Args:
+        model: folder or Hub id of the original model, or a profile of it.
+        memory: e.g. 8GiB; `auto` is what is free here and now.
+        context: tokens of a conversation; None means 8192, or all that the model holds if that is less.
+        batch: conversations at once.
+
+    Raises:
+        MoqaError: if the memory cannot be read or found, or the model is not where it was or holds no such context.
+    """
+    limit = free_memory() if memory == AUTO else parse_size(memory, "--fit")
+    served = _profiled(model, memory) if isinstance(model, Profile) else ServedModel(model)
+    longest = served.context or math.inf
+    if context is not None and context > longest:
+        raise MoqaError(f"--fit {memory} --context {context} is too long", f"the model's context holds {longest}")
+    tokens = context or int(min(DEFAULT_CONTEXT, longest))
+    needs = served.needs(tokens)
+    free = f" ({_mib(limit)} free)" if memory == AUTO else ""
+    return MemoryBudget(
+        typed=f"--fit {memory}{free} --context {tokens} --batch {batch}",
+        bytes=limit - needs.overhead(batch) - batch * needs.cache,
+        memory=limit, context=tokens, batch=batch, needs=needs, model=served,
+    )  # fmt: skip
+
+
+def _profiled(profile: Profile, memory: str) -> ServedModel:
+    record = profile.record
+    try:
+        served = ServedModel(record.model)
+    except MoqaError as error:
+        what = f"--fit {memory} needs the configuration of {record.model}, of which {profile.folder} is the profile"
+        raise MoqaError(what, str(error)) from None
+    if {unit.name: unit.shape for unit in record.units} != {u.name: u.shape for u in served.view.units.values()}:
+        raise MoqaError(f"--fit {memory}: {record.model} is not the model of {profile.folder}", "its units are others")
+    return served
+
+
+def _mib(size: int) -> str:
+    return f"{math.ceil(size / 2**20)} MiB"

@@ -1,0 +1,195 @@
+"""What every strategy is given: groups of units, the widths allowed to each, bytes and errors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moqa.errors import MoqaError
+from moqa.format.layout import unit_bytes
+from moqa.format.scheme import KEEP_WIDTH, Scheme
+from moqa.planning.budget import Budget
+from moqa.planning.record import Options
+from moqa.planning.ties import Group
+from moqa.profiling import SELF, Profile
+
+Choice = NDArray[np.int64]
+FLOOR = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One allocation to make.
+
+    Attributes:
+        profile: the statistics.
+        known: distributions that may be used.
+        groups: units that share a width.
+        widths: candidate widths, ascending.
+        sizes: [groups, widths] bytes.
+        allowed: [groups, widths] whether a group may take a width (its floor).
+        limit: bytes for all groups, None where no budget was given.
+        options: what the strategy was told.
+    """
+
+    profile: Profile
+    known: tuple[str, ...]
+    groups: tuple[Group, ...]
+    widths: tuple[int, ...]
+    sizes: NDArray[np.int64]
+    allowed: NDArray[np.bool_]
+    limit: int | None
+    options: Options
+
+    def table(self, rows: NDArray) -> NDArray[np.float64]:
+        """Sum a [units, all widths] table over the groups, for the candidate widths: [groups, widths]."""
+        columns = list(self.profile.record.widths)
+        wide = np.concatenate([rows, np.zeros((len(rows), 1))], axis=1)
+        picked = wide[:, [columns.index(w) if w != KEEP_WIDTH else len(columns) for w in self.widths]]
+        return np.stack([picked[list(group.members)].sum(0) for group in self.groups])
+
+    def errors(self, name: str) -> NDArray[np.float64]:
+        """[groups, widths] expected rise of the KL divergence per token on one distribution, in nats."""
+        return self.table(self.profile.sensitivity(name).double().numpy())
+
+    def masked(self, costs: NDArray) -> NDArray[np.float64]:
+        """[..., groups, widths] costs with the widths that are not allowed made infinite."""
+        return np.where(self.allowed, costs, np.inf)
+
+    def smallest(self) -> Choice:
+        """The narrowest width allowed to each group."""
+        return self.allowed.argmax(1)
+
+    def at_width(self, width: int) -> Choice:
+        """`width` for every group, or the nearest wider one that it is allowed, or else its widest."""
+        fits = self.allowed & (np.array(self.widths) >= width)
+        return np.where(fits.any(1), fits.argmax(1), self.widest())
+
+    def widest(self) -> Choice:
+        """The widest width allowed to each group."""
+        return len(self.widths) - 1 - self.allowed[:, ::-1].argmax(1)
+
+    def bytes(self, choice: Choice) -> int:
+        """Bytes of a choice."""
+        return int(self.sizes[np.arange(len(self.groups)), choice].sum())
+
+    def fits(self, choice: Choice) -> bool:
+        """Whether a choice is within the budget."""
+        return self.limit is None or self.bytes(choice) <= self.limit
+
+    def needed_limit(self, strategy: str) -> int:
+        """The budget in bytes, for strategies that cannot do without.
+
+        Raises:
+            MoqaError: if none was given.
+        """
+        if self.limit is None:
+            raise MoqaError(f"--strategy {strategy} needs a budget", "give --bpw or --size")
+        return self.limit
+
+    def routed_experts(self) -> dict[tuple[int, int], list[int]]:
+        """(layer, expert) -> indices of the groups that hold its units."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for index, group in enumerate(self.groups):
+            for unit in group.units:
+                if unit.role == "expert" and unit.expert is not None:
+                    rows = found.setdefault((unit.layer, unit.expert), [])
+                    if index not in rows:
+                        rows.append(index)
+        return found
+
+    def needed_experts(self, strategy: str) -> dict[tuple[int, int], list[int]]:
+        """`routed_experts`, for strategies that rank experts.
+
+        Raises:
+            MoqaError: if the model is dense.
+        """
+        found = self.routed_experts()
+        if not found:
+            kind = self.profile.record.model_type
+            raise MoqaError(
+                f"--strategy {strategy} ranks experts, {self.profile.record.model} ({kind}) has none",
+                "use uniform or moqa-budget",
+            )
+        return found
+
+    def fill(self, choice: Choice, order: Sequence[int]) -> Choice:
+        """Raise groups in the given order, one width at a time and round after round, while the budget allows."""
+        choice = choice.copy()
+        size = self.bytes(choice)
+        raised = True
+        while raised and self.limit is not None:
+            raised = False
+            for index in order:
+                wider = choice[index] + 1
+                if wider < len(self.widths) and self.allowed[index, wider]:
+                    more = int(self.sizes[index, wider] - self.sizes[index, choice[index]])
+                    if size + more <= self.limit:
+                        choice[index], size, raised = wider, size + more, True
+        return choice
+
+
+Strategy = Callable[[Problem], Choice]
+STRATEGIES: dict[str, Strategy] = {}
+HEDGED: dict[str, float] = {}
+
+
+def strategy(name: str, hedge: float | None = None) -> Callable[[Strategy], Strategy]:
+    """Register a strategy; `hedge` is its default share of the model's own text, None if it takes none."""
+
+    def register(function: Strategy) -> Strategy:
+        STRATEGIES[name] = function
+        if hedge is not None:
+            HEDGED[name] = hedge
+        return function
+
+    return register
+
+
+def make_problem(
+    profile: Profile,
+    known: tuple[str, ...],
+    *,
+    groups: Sequence[Group],
+    widths: tuple[int, ...],
+    budget: Budget | None,
+    options: Options,
+    fixed_bytes: int,
+) -> Problem:
+    """Gather what a strategy needs.
+
+    Args:
+        profile: the statistics.
+        known: distributions that may be used.
+        groups: units that share a width.
+        widths: candidate widths, ascending.
+        budget: the user's limit.
+        options: for the strategy.
+        fixed_bytes: what the weight files hold whatever is chosen; counts where the budget is on the whole checkpoint.
+    """
+    settings = profile.record.settings
+    moe = any(unit.role == "expert" for unit in profile.record.units)
+    # units with a floor need a width there, even if the experts may only have narrower ones
+    candidates = tuple(sorted({*widths, *([FLOOR] if moe and max(widths) < FLOOR else [])}))
+    schemes = [Scheme(width=w, group_size=settings.group_size, symmetric=settings.symmetric) for w in candidates]
+    whole = budget is not None and budget.counts == "checkpoint"
+    sizes = np.array(
+        [
+            [
+                sum(unit_bytes(u.name, u.shape, s) if whole else s.stored_bytes(u.shape) for u in group.units)
+                for s in schemes
+            ]
+            for group in groups
+        ]
+    )
+    floored = np.array([[moe and any(unit.role != "expert" for unit in group.units)] for group in groups])
+    column = np.array(candidates)[None]
+    allowed = np.where(floored, column >= FLOOR, np.isin(column, widths))
+    limit = None
+    if budget is not None:
+        limit = budget.limit(sum(unit.weights for unit in profile.record.units)) - (fixed_bytes if whole else 0)
+    return Problem(profile, known, tuple(groups), candidates, sizes, allowed, limit, options)
+
+
+__all__ = ["FLOOR", "HEDGED", "SELF", "STRATEGIES", "Choice", "Problem", "Strategy", "make_problem", "strategy"]

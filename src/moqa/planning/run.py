@@ -1,0 +1,184 @@
+"""`moqa.plan`: a scheme for every unit, within a budget, from a profile."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moqa import __version__
+from moqa.errors import MoqaError
+from moqa.format.layout import Entry, entry_bytes, shards
+from moqa.format.scheme import KEEP_WIDTH, Scheme
+from moqa.planning import strategies  # noqa: F401  (registers them)
+from moqa.planning.budget import Budget
+from moqa.planning.problem import HEDGED, SELF, STRATEGIES, Choice, Problem, make_problem
+from moqa.planning.record import FORMAT, Account, Objective, Options, Plan, Scope, Ties
+from moqa.planning.strategies.budgeted import check_hedge
+from moqa.planning.ties import TIES, tie_groups
+from moqa.profiling import Profile
+from moqa.storage.artifact import read_json
+
+DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
+
+
+def plan(
+    profile: Profile,
+    budget: Budget | str | None = None,
+    *,
+    strategy: str = "moqa-budget",
+    ties: Ties = "unit",
+    known: Sequence[str] | None = None,
+    widths: Sequence[int] = DEFAULT_WIDTHS,
+    hedge: float | None = None,
+    objective: Objective = "mean",
+    scope: Scope = "global",
+    seed: int = 0,
+) -> Plan:
+    """Choose a width for every unit.
+
+    >>> plan = moqa.plan(profile, "3bpw", strategy="moqa-budget")
+    >>> plan.account.bits_per_weight <= 3
+    True
+
+    Args:
+        profile: statistics of the model.
+        budget: limit in bytes, e.g. "2.5bpw" (of the units) or "12MiB" (all weight files);
+            without one, `uniform` takes the widest of `widths` and
+            `moqa` and `moqa-v1` what their rule gives.
+        strategy: one of `moqa.planning.STRATEGIES`.
+        ties: which units must share a width, see `moqa.planning.TIES`.
+        known: distributions of the profile to fit on; None means all.
+        widths: candidate widths.
+        hedge: share of the model's own text in the objective, 0 to 1; None means the strategy's default.
+        objective: `mean` or `minimax` over the known distributions.
+        scope: rank experts of all layers together (`global`) or layer by layer (`layer`).
+        seed: of a random plan.
+
+    Raises:
+        MoqaError: if the strategy, ties or a distribution is unknown, the strategy does not suit the model, or the
+            budget is outside what can be reached.
+    """
+    budget = Budget.of(budget) if isinstance(budget, str) else budget
+    if strategy not in STRATEGIES:
+        raise MoqaError(f"--strategy {strategy} is unknown", f"there are {', '.join(sorted(STRATEGIES))}")
+    if ties not in TIES:
+        raise MoqaError(f"--ties {ties} is unknown", f"there are {', '.join(TIES)}")
+    known = tuple(profile.names if known is None else known)
+    absent = [name for name in known if name not in profile.names]
+    if absent or not known:
+        raise MoqaError(f"--known {','.join(known)} is not in the profile", f"it holds {', '.join(profile.names)}")
+    if hedge is not None and strategy not in HEDGED:
+        raise MoqaError(f"--hedge {hedge:g} does not apply to --strategy {strategy}", f"it does to {', '.join(HEDGED)}")
+    if hedge is not None and not 0 <= hedge <= 1:
+        raise MoqaError(f"--hedge {hedge:g} is no share", "give a number from 0 to 1")
+    share = HEDGED.get(strategy) if hedge is None else hedge
+    check_hedge(share or 0.0, SELF in profile.statistics)
+    options = Options(hedge=share, objective=objective, scope=scope, seed=seed)
+    widths = _checked_widths(widths, profile)
+    groups = tie_groups(profile.record.units, ties)
+    fixed = _account(profile, {}).checkpoint
+    problem = make_problem(
+        profile, known, groups=groups, widths=widths, budget=budget, options=options, fixed_bytes=fixed
+    )
+    _check_reachable(problem, budget)
+    choice = STRATEGIES[strategy](problem)
+    if not problem.fits(choice):
+        raise MoqaError(
+            f"--strategy {strategy} has no plan within {budget.typed if budget else 'the budget'}", _reachable(problem)
+        )
+    schemes = _schemes(problem, choice)
+    names = [*known, *([SELF] if SELF in profile.statistics else [])]
+    # where a plan is hedged, the solve is too: the model's own text counts as one more distribution, at least
+    own = max(share, 1 / (len(known) + 1)) if share else 0.0
+    return Plan(
+        moqa=__version__, model=profile.record.model, model_type=profile.record.model_type,
+        fingerprint=profile.record.fingerprint, profile=str(profile.folder), strategy=strategy, options=options,
+        ties=ties, budget=budget.typed if budget else None, known=known,
+        mixture={n: (1 - own) / len(known) for n in known if own < 1} | ({SELF: own} if own else {}),
+        predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
+        account=_account(profile, schemes), units=schemes,
+    )  # fmt: skip
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan; its profile's folder is made absolute.
+
+    >>> read_plan("plan.json").strategy
+    'moqa-budget'
+
+    Raises:
+        MoqaError: if it is no plan or from a newer format.
+    """
+    path = Path(path)
+    found = read_json(Plan, path)
+    if found.format > FORMAT:
+        raise MoqaError(f"{path} has plan format {found.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    return found.model_copy(update={"profile": os.path.normpath(path.parent / found.profile)})
+
+
+def for_file(plan: Plan, path: str | Path) -> Plan:
+    """A plan as it is written to a file: its profile's folder relative to that file."""
+    relative = os.path.relpath(plan.profile, Path(path).parent)
+    return plan.model_copy(update={"profile": relative})
+
+
+def _checked_widths(widths: Sequence[int], profile: Profile) -> tuple[int, ...]:
+    measured = (*profile.record.widths, KEEP_WIDTH)
+    bad = [width for width in widths if width not in measured]
+    if bad or not widths:
+        raise MoqaError(
+            f"--widths {','.join(map(str, widths))} cannot be planned",
+            f"this profile measured {', '.join(map(str, measured))}",
+        )
+    return tuple(sorted(set(widths)))
+
+
+def _check_reachable(problem: Problem, budget: Budget | None) -> None:
+    if budget is None or problem.limit is None:
+        return
+    if problem.bytes(problem.smallest()) > problem.limit:
+        smallest = _account(problem.profile, _schemes(problem, problem.smallest()))
+        raise budget.below(smallest.checkpoint, _reachable(problem))
+    # a budget far above the widest plan is a slip of the pen; one slightly above it is a wish for the best
+    if budget.fills and problem.limit > problem.bytes(problem.widest()) * 1.05:
+        raise MoqaError(f"{budget.typed} is above the largest plan of this profile", _reachable(problem))
+
+
+def _reachable(problem: Problem) -> str:
+    found = [_account(problem.profile, _schemes(problem, choice)) for choice in (problem.smallest(), problem.widest())]
+    bits = " to ".join(f"{account.bits_per_weight:.2f}" for account in found)
+    sizes = " to ".join(f"{account.checkpoint / 2**20:.1f} MiB" for account in found)
+    return f"reachable with --widths {','.join(map(str, problem.widths))}: {bits} bpw, {sizes}"
+
+
+def _schemes(problem: Problem, choice: Choice) -> dict[str, Scheme]:
+    settings = problem.profile.record.settings
+    chosen: dict[str, Scheme] = {}
+    for group, index in zip(problem.groups, choice, strict=True):
+        scheme = Scheme(width=problem.widths[index], group_size=settings.group_size, symmetric=settings.symmetric)
+        chosen.update({unit.name: scheme for unit in group.units})
+    return {unit.name: chosen[unit.name] for unit in problem.profile.record.units}
+
+
+def _predicted(problem: Problem, choice: Choice, name: str) -> float:
+    return float(problem.errors(name)[np.arange(len(choice)), choice].sum())
+
+
+def _account(profile: Profile, schemes: dict[str, Scheme]) -> Account:
+    units = {u.name: (u.layer, u.shape, schemes[u.name]) for u in profile.record.units if u.name in schemes}
+    kept = kept_entries(profile)
+    files = shards(kept, profile.record.layers, units)
+    return Account(
+        units=sum(scheme.stored_bytes(shape) for _, shape, scheme in units.values()),
+        kept=sum(entry_bytes(entry) for entry in kept.values()),
+        headers=sum(len(shard.header()) for shard in files),
+        weights=sum(u.weights for u in profile.record.units),
+        kept_weights=sum(torch.Size(shape).numel() for _, shape in kept.values()),
+    )
+
+
+def kept_entries(profile: Profile) -> dict[str, Entry]:
+    """Stored dtype and shape of the tensors that are no units."""
+    return {name: (getattr(torch, dtype), shape) for name, (dtype, shape) in profile.record.kept.items()}

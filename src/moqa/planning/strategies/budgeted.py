@@ -1,0 +1,58 @@
+"""`moqa-budget`: least expected divergence for the bytes, exactly, hedged against texts that are not known."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moqa.errors import MoqaError
+from moqa.planning.problem import SELF, Choice, Problem, strategy
+from moqa.planning.solver import solve
+
+DEFAULT_HEDGE = 0.3
+
+
+@strategy("moqa-budget", hedge=DEFAULT_HEDGE)
+def budgeted(problem: Problem) -> Choice:
+    """Knapsack over the measured sensitivity of every unit and width.
+
+    A unit's sensitivity on a distribution holds both how much of the data reaches it (its significance) and what a
+    rounding error does to the output there, in nats of KL divergence per token; sums over units predict a plan's
+    divergence. The hedge is the share of the model's own text in every objective: it stands in for all that the model
+    can be asked, where the known texts are silent.
+    """
+    limit = problem.needed_limit("moqa-budget")
+    hedge = problem.options.hedge or 0.0
+    known = np.stack([problem.errors(name) for name in problem.known])
+    if problem.options.objective == "minimax":
+        # distributions differ in how much any plan costs them: compare each with what the uniform plan does to it
+        uniform = problem.at_width(min(problem.widths, key=lambda w: abs(problem.bytes(problem.at_width(w)) - limit)))
+        # (a uniform plan of 16 bits costs nothing: then with the narrowest)
+        cost, narrowest = _sums(known, uniform), _sums(known, problem.smallest())
+        cost = np.where(cost > 0, cost, np.where(narrowest > 0, narrowest, 1.0))
+        known = known / cost[:, None, None]
+    else:
+        known = known.mean(0, keepdims=True)
+    if hedge:
+        own = problem.errors(SELF)
+        # a hedge is a share whatever the objective's unit is: both count by their cost at the narrowest widths
+        cost, own_cost = (_sums(errors, problem.smallest()).mean() for errors in (known, own[None]))
+        scale = cost / own_cost if own_cost else 0.0
+        known = (1 - hedge) * known + hedge * scale * own
+    return solve(problem.masked(known), problem.sizes, limit)
+
+
+def _sums(errors: NDArray[np.float64], choice: Choice) -> NDArray[np.float64]:
+    """[objectives] summed error of a choice."""
+    return errors[:, np.arange(len(choice)), choice].sum(1)
+
+
+def check_hedge(hedge: float, own_text: bool) -> None:
+    """Refuse a hedge that the profile cannot give.
+
+    Raises:
+        MoqaError: if the profile holds none of the model's own text.
+    """
+    if hedge and not own_text:
+        raise MoqaError(
+            f"--hedge {hedge:g} needs the model's own text, the profile was made with --self-samples 0",
+            "profile again without that option, or plan with --hedge 0",
+        )

@@ -1,0 +1,30 @@
+"""`frequency`: bits by how often the router picks an expert, the usual hand rule."""
+
+import numpy as np
+
+from moqa.planning.problem import Choice, Problem, strategy
+from moqa.planning.solver import solve
+
+
+@strategy("frequency")
+def frequency(problem: Problem) -> Choice:
+    """Least rounding error, each expert's counted as often as it is picked on the known distributions.
+
+    The rule of QuantMoE-Bench (arXiv 2406.08155) in the knapsack form of MC-MoE (arXiv 2410.06270); units that every
+    token visits count as picked each time.
+    """
+    limit = problem.needed_limit("frequency")
+    problem.needed_experts("frequency")
+    picked = np.ones(len(problem.profile.record.units))
+    for row, unit in enumerate(problem.profile.record.units):
+        if unit.role == "expert":
+            picked[row] = np.mean([share(problem, name, unit.layer)[unit.expert] for name in problem.known])
+    weights = np.array([unit.weights for unit in problem.profile.record.units], float)
+    errors = problem.profile.weights["rounding"].double().numpy() * (picked * weights)[:, None]
+    return solve(problem.masked(problem.table(errors))[None], problem.sizes, limit)
+
+
+def share(problem: Problem, name: str, layer: int) -> np.ndarray:
+    """[experts] share of a distribution's tokens that each expert of a layer saw."""
+    tokens = problem.profile.layer(name, layer, "tokens").double().numpy()
+    return tokens / problem.profile.record.distributions[name].tokens

@@ -1,0 +1,96 @@
+"""`moqa`: the paper's base quantization, fuzzy c-means on the joint significance of experts."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moqa.planning.clustering import fuzzy_c_means
+from moqa.planning.problem import Choice, Problem, strategy
+
+CLASSES = (2, 4, 6, 8)
+OVERLAP = 0.25
+
+
+@strategy("moqa")
+def moqa(problem: Problem) -> Choice:
+    """Experts in four classes of 2, 4, 6 and 8 bits by their significance, low precision first in overlaps.
+
+    Fuzzy c-means has no say in size. With a budget, experts that lie nearest to the border of their class move over it
+    until the bytes fit (our design; the paper has no budget). Units that are no experts take the nearest width from
+    their floor up.
+
+    MoQa (arXiv 2503.21135), equation 2 and algorithm 1.
+    """
+    experts = problem.needed_experts("moqa")
+    significance = joint_significance(problem, list(experts))
+    layers = np.array([layer for layer, _ in experts])
+    classes, pull = np.zeros(len(experts), int), np.zeros((len(experts), 2))
+    scopes = [layers == layer for layer in np.unique(layers)] if problem.options.scope == "layer" else [layers >= 0]
+    for scope in scopes:
+        _, membership = fuzzy_c_means(significance[scope], len(CLASSES))
+        classes[scope] = low_precision_first(membership)
+        pull[scope] = border_pull(membership, classes[scope])
+    return fit_classes(problem, list(experts.values()), classes, pull)
+
+
+def joint_significance(problem: Problem, experts: list[tuple[int, int]]) -> NDArray[np.float64]:
+    """[experts] mean significance over the known distributions: the diagonal of their joint distribution."""
+    per_layer = {
+        layer: np.mean([problem.profile.significance(name, layer).double().numpy() for name in problem.known], axis=0)
+        for layer in {layer for layer, _ in experts}
+    }
+    return np.array([per_layer[layer][expert] for layer, expert in experts])
+
+
+def low_precision_first(membership: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Class of each value; where the two likeliest classes are neighbours and nearly equal, the lower one."""
+    order = np.argsort(-membership, axis=1, kind="stable")
+    first, second = order[:, 0], order[:, 1]
+    rows = np.arange(len(membership))
+    overlap = (membership[rows, first] - membership[rows, second] < OVERLAP) & (np.abs(first - second) == 1)
+    return np.where(overlap, np.minimum(first, second), first)
+
+
+def border_pull(membership: NDArray[np.float64], classes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[values, 2] how much each value belongs to the class below and above its own."""
+    rows = np.arange(len(membership))
+    padded = np.pad(membership, ((0, 0), (1, 1)))
+    return np.stack([padded[rows, classes], padded[rows, classes + 2]], axis=1)
+
+
+def fit_classes(
+    problem: Problem, experts: list[list[int]], classes: NDArray[np.int64], pull: NDArray[np.float64]
+) -> Choice:
+    """Widths of all groups for the experts' classes, moved over the nearest borders until the budget holds."""
+
+    def widths_of(classes: NDArray[np.int64]) -> Choice:
+        choice = problem.at_width(min(CLASSES))
+        for rows, level in zip(experts, classes, strict=True):
+            wanted = problem.at_width(CLASSES[level])
+            # a group that ties several experts takes the widest that one of them needs
+            choice[rows] = np.maximum(choice[rows], wanted[rows])
+        return choice
+
+    classes, choice = classes.copy(), widths_of(classes)
+    # one class down, nearest to the border first, round after round
+    while not problem.fits(choice) and classes.any():
+        for index in np.argsort(-np.where(classes > 0, pull[:, 0], -1), kind="stable"):
+            if classes[index] > 0:
+                classes[index] -= 1
+                choice = widths_of(classes)
+                if problem.fits(choice):
+                    break
+    if problem.limit is None or not problem.fits(choice):
+        return choice
+    raised = True
+    while raised:
+        raised = False
+        for index in np.argsort(-pull[:, 1], kind="stable"):
+            if classes[index] < len(CLASSES) - 1:
+                classes[index] += 1
+                if problem.fits(wider := widths_of(classes)):
+                    choice, raised = wider, True
+                else:
+                    classes[index] -= 1
+    order = [row for index in np.argsort(-pull[:, 1], kind="stable") for row in experts[index]]
+    # what no expert can use any more goes to the other units
+    return problem.fill(problem.fill(choice, order), range(len(problem.groups)))

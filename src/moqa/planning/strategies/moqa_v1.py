@@ -1,0 +1,56 @@
+"""`moqa-v1`: the paper's first version, two groups of experts by a threshold on re-weighted significance."""
+
+import numpy as np
+
+from moqa.planning.problem import Choice, Problem, strategy
+from moqa.planning.strategies.moqa import joint_significance
+
+REWEIGHT = 0.3
+
+
+@strategy("moqa-v1")
+def moqa_v1(problem: Problem) -> Choice:
+    """Experts above a threshold get the higher of two widths, experts below it the lower.
+
+    Significance is lowered for experts whose weights resemble another's: S (1 - a * largest similarity), a = 0.3.
+    With a budget the threshold is where its bytes end, and the two widths are the narrowest neighbours around the
+    uniform plan; without one the threshold is the layer's mean significance, the widths 2 and 4.
+
+    MoQa v1 (arXiv 2503.21135v1): threshold T and re-weighting factor a are the paper's, their values and the form of
+    the re-weighting are ours.
+    """
+    experts = problem.needed_experts("moqa-v1")
+    significance = joint_significance(problem, list(experts))
+    for index, (layer, expert) in enumerate(experts):
+        similarity = problem.profile.weights[f"layer.{layer}.similarity"][expert].clone()
+        similarity[expert] = -1.0
+        significance[index] *= 1 - REWEIGHT * max(float(similarity.max()), 0.0)
+    order = np.argsort(-significance, kind="stable")
+    if problem.limit is None:
+        layers = np.array([layer for layer, _ in experts])
+        mean = np.array([significance[layers == layer].mean() for layer in layers])
+        low, high, chosen = problem.at_width(2), problem.at_width(4), order[(significance >= mean)[order]]
+    else:
+        low, high = _neighbours(problem)
+        chosen = order
+    choice, rows = low.copy(), list(experts.values())
+    for index in chosen:
+        raised = choice.copy()
+        raised[rows[index]] = high[rows[index]]
+        if not problem.fits(raised):
+            break
+        choice = raised
+    choice = problem.fill(choice, [row for index in order for row in rows[index]])
+    # what no expert can use any more goes to the other units
+    return problem.fill(choice, range(len(problem.groups)))
+
+
+def _neighbours(problem: Problem) -> tuple[Choice, Choice]:
+    """Uniform plans below and above the budget; a budget that one meets exactly lies between its two neighbours."""
+    plans = [problem.at_width(width) for width in problem.widths]
+    limit = problem.needed_limit("moqa-v1")
+    above = next((i for i, plan in enumerate(plans) if problem.bytes(plan) > limit), len(plans) - 1)
+    below = max(above - 1, 0)
+    if below > 0 and problem.bytes(plans[below]) > 0.98 * limit:
+        below -= 1
+    return plans[below], plans[above]

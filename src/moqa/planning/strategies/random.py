@@ -1,0 +1,22 @@
+"""`random`: widths by lot, the control of every other strategy."""
+
+import numpy as np
+
+from moqa.planning.problem import Choice, Problem, strategy
+
+
+@strategy("random")
+def random(problem: Problem) -> Choice:
+    """Groups raised in random order, each to a random wider width that still fits, until the budget is used."""
+    limit = problem.needed_limit("random")
+    generator = np.random.default_rng(problem.options.seed)
+    choice = problem.smallest()
+    order = generator.permutation(len(problem.groups))
+    size = problem.bytes(choice)
+    for index in order:
+        more = problem.sizes[index] - problem.sizes[index, choice[index]]
+        fitting = np.flatnonzero(problem.allowed[index] & (more >= 0) & (size + more <= limit))
+        picked = int(generator.choice(fitting))
+        size += int(more[picked])
+        choice[index] = picked
+    return problem.fill(choice, order.tolist())

@@ -1,0 +1,10 @@
+"""`uniform`: one width for all routed experts, the baseline of every comparison."""
+
+from moqa.planning.problem import Choice, Problem, strategy
+
+
+@strategy("uniform")
+def uniform(problem: Problem) -> Choice:
+    """The widest width that fits, the same for every unit (units with a floor take at least that)."""
+    fitting = [choice for width in problem.widths if problem.fits(choice := problem.at_width(width))]
+    return fitting[-1] if fitting else problem.smallest()

@@ -1,0 +1,59 @@
+"""A profile that measured nothing: what a plan's size can be told from before there is a real one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from moqa import __version__
+from moqa.format.scheme import WIDTHS
+from moqa.models.view import ModelView
+from moqa.profiling.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
+from moqa.profiling.store import Profile
+
+
+def blank_profile(
+    view: ModelView, model: str, fingerprint: str, names: Sequence[str], settings: Settings, own: int
+) -> Profile:
+    """A profile in which every weight matters as much as any other.
+
+    A plan from it has the bytes that a plan from a real profile has: exactly where widths are uniform, and within its
+    budget where they are not.
+
+    Args:
+        view: the model; its units are not read.
+        model: as the user typed it.
+        fingerprint: of the model.
+        names: distributions.
+        settings: of the profile that will be made.
+        own: windows that the model will write itself.
+    """
+    units = list(view.units.values())
+    widths = tuple(w for w in WIDTHS if not (settings.symmetric and w == 1))
+    rounding = torch.tensor([4.0**-width for width in widths]).expand(len(units), -1).contiguous()
+    sensitivity = rounding * torch.tensor([float(unit.weights) for unit in units])[:, None]
+    windows = dict.fromkeys(names, settings.samples) | ({SELF: own} if own else {})
+    statistics, records, weights = {}, {}, {"rounding": rounding}
+    for name, count in windows.items():
+        tables = {"sensitivity": sensitivity, "samples": torch.zeros(count, settings.context, dtype=torch.int32)}
+        for layer in range(len(view.layers)):
+            down = [u for u in view.layer_units(layer) if u.role == "expert" and u.projection == "down_proj"]
+            if down:
+                weights[f"layer.{layer}.similarity"] = torch.eye(len(down))
+                tables |= {
+                    f"layer.{layer}.tokens": torch.ones(len(down), dtype=torch.int64),
+                    f"layer.{layer}.gate_mass": torch.ones(len(down)),
+                    f"layer.{layer}.channel": torch.ones(len(down), down[0].shape[1]),
+                    f"layer.{layer}.coactivation": torch.ones(len(down), len(down)),
+                }
+        statistics[name] = tables
+        records[name] = DistributionRecord(
+            origin="not read", samples=count, tokens=count * settings.context, fitted=None
+        )
+    record = ProfileRecord(
+        moqa=__version__, model=model, model_type=view.model.config.model_type, fingerprint=fingerprint,
+        kept={name: (str(dtype).removeprefix("torch."), shape) for name, (dtype, shape) in view.kept_entries().items()},
+        layers=len(view.layers), top_k=view.top_k, settings=settings, widths=widths,
+        units=tuple(UnitRecord.of(unit) for unit in units), distributions=records,
+    )  # fmt: skip
+    return Profile(record, Path(), statistics, weights)

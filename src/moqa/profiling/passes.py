@@ -1,0 +1,181 @@
+"""The passes of a measurement, one distribution and one decoder layer at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from moqa.calibration.hidden import HiddenStates
+from moqa.calibration.inputs import BlockInputs, CalibrationBatch
+from moqa.execution import Workspace
+from moqa.format.scheme import Scheme
+from moqa.methods import Method
+from moqa.models.experts import projection_rows
+from moqa.models.layerwise import LayerwiseModel, batches
+from moqa.models.precision import in_stored_precision
+from moqa.models.units import Unit
+from moqa.models.view import ModelView
+from moqa.models.watch import watching
+from moqa.profiling.selfsample import draw
+from moqa.profiling.sensitivity import LayerErrors, LayerObserver, Sensitivity, relative_errors
+from moqa.profiling.significance import LayerStatistics, layer_similarity
+from moqa.storage.resumable import ResumableRun
+
+
+@dataclass(frozen=True)
+class ErrorSettings:
+    """ErrorSettings errors are made and measured.
+
+    Attributes:
+        scheme: group size, symmetry and scale dtype of the quantization.
+        widths: candidate widths, ascending.
+        probes: those whose errors are really made; none where no sensitivity is measured.
+        method: the quantization method.
+        experts: how many are worked on together.
+    """
+
+    scheme: Scheme
+    widths: tuple[int, ...]
+    probes: tuple[int, ...]
+    method: Method
+    experts: int
+
+
+@dataclass(frozen=True)
+class BlockPass:
+    """What is gone through.
+
+    Attributes:
+        layer: index of the decoder layer.
+        how: errors are made and measured.
+        name: of the distribution; none where only weights are looked at.
+        shape: its windows, and the tokens of each.
+    """
+
+    layer: int
+    how: ErrorSettings
+    name: str = ""
+    shape: tuple[int, ...] = ()
+
+
+class ProfiledSamples:
+    """One distribution on its way: hidden states at every layer, for windows to calibrate on and windows to measure."""
+
+    def __init__(self, name: str, tokens: Tensor, stages: LayerwiseModel, work: ResumableRun) -> None:
+        # A method that fits samples leaves less error there than elsewhere: errors are made on every other window and
+        # measured on the rest.
+        first, second = (tokens[0::2], tokens[1::2]) if len(tokens) > 1 else (tokens, tokens)
+        self._name, self._work, self.tokens = name, work, second.numel()
+        every = [*batches(first), *batches(second)]
+        self._calibrate = len(batches(first))
+        self.hidden = HiddenStates(stages, work, name, every)
+        # numbers of the batches that are measured on
+        self.measured = range(self._calibrate, len(every))
+
+    @classmethod
+    def of(cls, site: Workspace, given: BlockPass) -> "ProfiledSamples":
+        """Of a distribution whose hidden states are there already: tokens are no longer looked at."""
+        key = ("flow", given.name)
+        return site.once(key, lambda: cls(given.name, torch.zeros(given.shape).long(), site.stages, site.work))
+
+    def draw_labels(self, stages: LayerwiseModel, generator: torch.Generator) -> None:
+        """Gradients of the measured windows' log-likelihood, of labels drawn from the model."""
+        for number in self.measured:
+            gradient = _label_gradient(stages, self.hidden.at(stages.depth, number), generator)
+            self.put_gradient(stages.depth, number, gradient)
+
+    def calibration(self, layer: int) -> Iterator[CalibrationBatch]:
+        """The windows that errors are made on."""
+        for number in range(self._calibrate):
+            yield CalibrationBatch(self.hidden.at(layer, number))
+
+    def gradient(self, layer: int, number: int) -> Tensor:
+        """Gradient of a batch at the input of a layer."""
+        return self._work.kept(f"gradient-{layer}-{self._name}-{number}")["x"]
+
+    def put_gradient(self, layer: int, number: int, gradient: Tensor) -> None:
+        """Put a gradient aside."""
+        self._work.keep(f"gradient-{layer}-{self._name}-{number}", {"x": gradient})
+
+    def forget(self, layer: int) -> None:
+        """Remove what nobody needs once a layer's sensitivity is known."""
+        self.hidden.forget(layer + 1)
+        self._work.drop(f"gradient-{layer + 1}-{self._name}-*")
+
+
+@torch.no_grad()
+def go_forward(site: Workspace, given: BlockPass) -> None:
+    """Move a distribution past a layer and put its statistics aside; without one, what the weights alone tell."""
+    view, layer, down = site.view, given.layer, _down(site.view, given.layer)
+    if not given.name:
+        weights = {"rounding": relative_errors(view, view.layer_units(layer), given.how.scheme, given.how.widths)}
+        if down:
+            weights["similarity"] = layer_similarity(view, layer)
+        site.work.keep(f"weights-{layer}", weights)
+        return
+    flow = ProfiledSamples.of(site, given)
+    statistics = LayerStatistics(torch.stack([matrix.float().norm(dim=0) for matrix in down])) if down else None
+    with in_stored_precision(view, layer), watching(view, layer, statistics):
+        flow.hidden.advance(layer)
+    site.work.keep(f"statistics-{layer}-{given.name}", statistics.tensors() if statistics else {})
+
+
+def go_back(site: Workspace, given: BlockPass) -> None:
+    """Sensitivity of a layer's units, some experts at a time: their errors are a profile's largest memory."""
+    view, layer, how = site.view, given.layer, given.how
+    flow, units = ProfiledSamples.of(site, given), view.layer_units(layer)
+    experts = sorted({unit.expert for unit in units if unit.expert is not None})
+    slices = [experts[begin : begin + how.experts] for begin in range(0, len(experts), how.experts)] or [[]]
+    inputs = None
+    if how.method.needs_data:
+        name = f"experts-{given.name}{site.mark}"
+        inputs = BlockInputs(view, site.stages, layer, flow.calibration(layer), site.work, name)
+    sums: dict[str, Tensor] = {}
+    for number, some in enumerate(slices):
+        mine = [u for u in units if u.expert in some or (u.expert is None and number == 0)]
+        seen = {} if inputs is None else {**inputs.linear, **(inputs.experts(some) if some else {})}
+        errors = LayerErrors(view, mine, how.scheme, how.method, seen, how.probes)
+        del seen
+        sums |= _run_back(view, site.stages, layer, flow, errors, keep=number == len(slices) - 1)
+    if inputs:
+        inputs.drop()
+    sensitivity = torch.stack([sums[unit.name] for unit in units]) / flow.tokens
+    site.work.keep(f"sensitivity-{layer}-{given.name}", {"sensitivity": sensitivity})
+
+
+def _down(view: ModelView, layer: int) -> list[Tensor]:
+    """The experts' `down_proj`."""
+    return [view.weight(u) for u in view.layer_units(layer) if u.role == "expert" and u.projection == "down_proj"]
+
+
+def _label_gradient(stages: LayerwiseModel, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of the negative log-likelihood of labels drawn from the model, for the last layer's output."""
+    hidden = hidden.detach().requires_grad_(True)
+    logits = stages.head(hidden).float().flatten(0, 1)
+    labels = draw(logits.detach(), generator)
+    return torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), hidden)[0]
+
+
+def _run_back(
+    view: ModelView, stages: LayerwiseModel, layer: int, flow: ProfiledSamples, errors: LayerErrors, keep: bool
+) -> dict[str, Tensor]:
+    """Run a layer again with gradients; `keep` puts those of the layer's inputs aside."""
+    sensitivity = Sensitivity(errors)
+    path = view.experts_path(layer)
+    observer = LayerObserver(sensitivity, path, projection_rows(view.module(path))) if path else None
+
+    def linear(unit: Unit, x: Tensor, out: Tensor) -> None:
+        flat = x.detach().flatten(0, -2)
+        if unit.name in sensitivity.sums:
+            out.register_hook(lambda gradient: sensitivity.add(unit.name, flat, gradient.flatten(0, -2)))
+
+    with in_stored_precision(view, layer), watching(view, layer, observer, linear):
+        for number in flow.measured:
+            hidden = flow.hidden.at(layer, number).requires_grad_(True)
+            gradient = flow.gradient(layer + 1, number)
+            gradient = torch.autograd.grad(stages.layer(layer, hidden), hidden, gradient)[0]
+            if keep:
+                flow.put_gradient(layer, number, gradient)
+    return sensitivity.sums

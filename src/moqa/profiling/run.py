@@ -1,0 +1,180 @@
+"""`moqa.profile`: measure a model on distributions, reusing what the folder already holds."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from moqa import __version__
+from moqa.data import Data, as_distributions, cut_windows
+from moqa.errors import MoqaError
+from moqa.execution import Executor, LocalExecutor, Workspace
+from moqa.forecast.disk import profile_disk_bytes
+from moqa.forecast.working_set import ProfileWorkingSet
+from moqa.format.manifest import Fitted
+from moqa.format.scheme import WIDTHS, Scheme
+from moqa.memory.limit import MemoryLimit
+from moqa.methods.registry import find_method
+from moqa.models.load import load_tokenizer
+from moqa.models.view import ModelView, open_model
+from moqa.originals import OriginalReader
+from moqa.originals import folder as original
+from moqa.profiling.measure import Measurement
+from moqa.profiling.passes import ErrorSettings
+from moqa.profiling.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
+from moqa.profiling.selfsample import self_sample
+from moqa.profiling.sensitivity import PROBES
+from moqa.profiling.store import RECORD, Profile, read_profile, write_profile
+from moqa.progress import Report, quiet
+from moqa.storage.folders import is_taken
+from moqa.storage.resumable import ResumableRun, resumable
+from moqa.storage.space import check_space
+
+DEFAULT_SAMPLES = 64
+DEFAULT_CONTEXT = 256
+
+
+def profile(
+    model: str | Path,
+    data: Data,
+    out: str | Path,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    context: int = DEFAULT_CONTEXT,
+    self_samples: int | None = None,
+    group_size: int = 64,
+    symmetric: bool = False,
+    method: str = "gptq",
+    seed: int = 0,
+    report: Report = quiet,
+    view: ModelView | None = None,
+    memory: MemoryLimit | None = None,
+    restart: bool = False,
+    sensitivity: bool = True,
+    engine: Executor | None = None,
+) -> Profile:
+    """Measure what every expert and channel contributes, and what losing precision costs, on each distribution.
+
+    >>> profile = moqa.profile("reference/model", {"wiki": "wiki.txt", "novels": "novels.txt"}, "runs/profile")
+
+    Args:
+        model: folder or Hub id of the original model.
+        data: texts to measure on, as distributions or name -> source; no held-out text of an evaluation.
+        out: profile folder. One that is there already is reused: distributions that it holds for the same model, text
+            and settings are not measured again, others are added.
+        samples: windows per distribution.
+        context: tokens in a window.
+        self_samples: windows that the model writes itself, for a plan's hedge; None means as many as `samples`.
+        group_size: weights that share a scale in the rounding whose errors are measured.
+        symmetric: whether that rounding has no zero-point.
+        method: quantization method whose errors are measured: the one that will be used.
+        seed: of the choice of windows, the labels and the model's own text.
+        report: called with what is done, how much of it, and of how much.
+        view: the model, if it is open already.
+        memory: what a process may take; None means all that is free.
+        restart: begin anew, whatever an earlier run has finished.
+        sensitivity: whether to measure what losing precision costs, which takes most of the time; uniform plans and
+            moqa-v1 need none.
+        engine: where the work is done (`moqa.execution.find_executor`); None means in this process.
+
+    Raises:
+        MoqaError: if the model or a text is unusable, or `out` holds a profile of another model or other settings.
+    """
+    out = Path(out)
+    how = find_method(method)
+    folder = original.locate(model)
+    tokenizer = load_tokenizer(folder)
+    distributions = as_distributions(data, tokenizer)
+    if not distributions:
+        raise MoqaError("no distribution to profile on", "give at least one --data NAME=FILE")
+    if any(d.name in (SELF, "weights") for d in distributions):
+        raise MoqaError(f"--data {SELF}=... uses a name that moqa needs itself", "choose another name")
+    settings = Settings(
+        context=context, samples=samples, seed=seed, group_size=group_size, symmetric=symmetric, method=method,
+        sensitivity=sensitivity,
+    )  # fmt: skip
+    cut = {d.name: cut_windows(d, tokenizer, context, samples, seed) for d in distributions}
+    records = {
+        d.name: DistributionRecord(
+            origin=d.origin, samples=len(cut[d.name].tokens), tokens=cut[d.name].tokens.numel(),
+            fitted=Fitted.of(d.digest, cut[d.name].shingles),
+        )
+        for d in distributions
+    }  # fmt: skip
+    wanted = samples if self_samples is None else self_samples
+    if wanted:
+        records[SELF] = DistributionRecord(
+            origin=f"{wanted} windows drawn from the model, seed {seed}", samples=wanted, tokens=wanted * context,
+            fitted=None,
+        )  # fmt: skip
+    fingerprint = original.fingerprint(folder)
+    old = _reusable(out, fingerprint, settings)
+    missing = [name for name, record in records.items() if old is None or not _same(old, name, record)]
+    if old is not None:
+        # what was measured without being asked for does not hurt
+        settings = old.record.settings
+        if not missing:
+            return old
+    engine = engine or LocalExecutor()
+    limits = engine.memory(memory)
+    view = view or open_model(folder, keep=limits.holds(OriginalReader(folder).values))
+    job = {"moqa": __version__, "model": fingerprint, **settings.model_dump(mode="json"),
+           "texts": {name: records[name].model_dump(mode="json") for name in missing}}  # fmt: skip
+    room = ProfileWorkingSet.within(limits, view, how, len(PROBES))
+    check_space(out, profile_disk_bytes(view, sum(records[name].tokens for name in missing), len(missing)))
+    engine.prepare(folder, out, report)
+    with resumable(out, job, overwrite=True, restart=restart) as work:
+        tokens = {name: cut[name].tokens for name in missing if name != SELF}
+        if SELF in missing:
+            tokens[SELF] = _own_text(view, wanted, settings, work, report)
+        scheme = Scheme(width=8, group_size=group_size, symmetric=symmetric)
+        widths = tuple(w for w in WIDTHS if not (symmetric and w == 1))
+        probes = tuple(width for width in PROBES if width in widths and settings.sensitivity)
+        measurement = Measurement(
+            Workspace(view, work), tokens, ErrorSettings(scheme, widths, probes, how, room.experts), seed, engine
+        )
+        measured = measurement.run(report)
+        statistics = {name: {**measured.statistics[name], "samples": tokens[name].int()} for name in missing}
+        if old is not None:
+            statistics = {**old.statistics, **statistics}
+            records = {**old.record.distributions, **records}
+        kept = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in view.kept_on_disk().items()}
+        record = ProfileRecord(
+            moqa=__version__, model=str(model), model_type=view.model.config.model_type, fingerprint=fingerprint,
+            kept=kept, layers=len(view.layers), top_k=view.top_k, settings=settings, widths=widths,
+            units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
+            distributions={name: records[name] for name in statistics},
+        )  # fmt: skip
+        write_profile(Profile(record, work.result, statistics, measured.weights))
+        work.note("profile", {})
+    return Profile(record, out, statistics, measured.weights)
+
+
+def _own_text(view: ModelView, windows: int, settings: Settings, work: ResumableRun, report: Report) -> Tensor:
+    """[windows, context] that the model writes itself, or wrote before a kill."""
+    if work.noted("self") is None:
+        report("self-sampling", 0, 1)
+        work.keep("self", {"tokens": self_sample(view, windows, settings.context, settings.seed)})
+        report("self-sampling", 1, 1)
+        work.note("self", {})
+    return work.kept("self")["tokens"]
+
+
+def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None:
+    if not is_taken(out):
+        return None
+    if not (out / RECORD).is_file():
+        raise MoqaError(f"{out} exists and is no profile", "choose another folder")
+    old = read_profile(out)
+    if old.record.fingerprint != fingerprint:
+        raise MoqaError(f"{out} is the profile of {old.record.model}, another model", "choose another folder")
+    if settings not in (old.record.settings, old.record.settings.model_copy(update={"sensitivity": False})):
+        was = ", ".join(f"{k} {v}" for k, v in old.record.settings.model_dump().items())
+        raise MoqaError(f"{out} was made with {was}", "use the same settings or choose another folder")
+    return old
+
+
+def _same(old: Profile, name: str, record: DistributionRecord) -> bool:
+    there = old.record.distributions.get(name)
+    if there is None:
+        return False
+    return there.fitted == record.fitted and there.samples == record.samples

@@ -1,0 +1,121 @@
+"""A profile on disk: one JSON table of contents and one safetensors file per distribution."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moqa.errors import MoqaError
+from moqa.profiling.record import FORMAT, SELF, ProfileRecord
+from moqa.profiling.significance import expert_significance
+from moqa.storage.artifact import read_json, write_json
+
+RECORD = "profile.json"
+WEIGHTS = "weights"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All statistics of a model on some distributions.
+
+    >>> profile = read_profile("runs/profile")
+    >>> profile.names
+    ('wiki', 'novels')
+    >>> profile.sensitivity("wiki").shape
+    torch.Size([312, 8])
+
+    Attributes:
+        record: the table of contents.
+        folder: where it lies.
+        statistics: distribution -> name -> tensor.
+        weights: statistics of the weights alone: `rounding` [units, widths] and `layer.N.similarity`.
+    """
+
+    record: ProfileRecord
+    folder: Path
+    statistics: dict[str, dict[str, Tensor]]
+    weights: dict[str, Tensor]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Distributions given by the user; the model's own text is not among them."""
+        return tuple(name for name in self.statistics if name != SELF)
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Decoder layers with routed experts."""
+        return tuple(sorted({unit.layer for unit in self.record.units if unit.role == "expert"}))
+
+    def sensitivity(self, name: str) -> Tensor:
+        """[units, widths] expected rise of the KL divergence per token, in nats, float32.
+
+        Raises:
+            MoqaError: if it was not measured.
+        """
+        if not self.record.settings.sensitivity:
+            raise MoqaError(f"profile {self.folder} has no sensitivity", "make one without --no-sensitivity")
+        return self.statistics[name]["sensitivity"]
+
+    def significance(self, name: str, layer: int) -> Tensor:
+        """[experts] share of the layer's output that each expert carries, float32."""
+        return expert_significance(self.statistics[name][f"layer.{layer}.channel"])
+
+    def layer(self, name: str, layer: int, statistic: str) -> Tensor:
+        """A statistic of one layer: `tokens`, `gate_mass`, `channel` or `coactivation`."""
+        return self.statistics[name][f"layer.{layer}.{statistic}"]
+
+    def samples(self, name: str) -> Tensor:
+        """[windows, context] token ids that were measured, int64."""
+        return self.statistics[name]["samples"].long()
+
+    def starved(self) -> list[str]:
+        """Experts that no token of any given distribution reached."""
+        found = []
+        for layer in self.expert_layers:
+            total = torch.stack([self.layer(name, layer, "tokens") for name in self.names]).sum(0)
+            found += [f"layer {layer} expert {e}" for e in (total == 0).nonzero().flatten().tolist()]
+        return found
+
+
+def write_profile(profile: Profile) -> None:
+    """Write a profile to its folder; the table of contents comes last, so an unfinished folder has none."""
+    profile.folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in {**profile.statistics, WEIGHTS: profile.weights}.items():
+        path = _file(profile.folder, name)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+        path.chmod(0o644)  # the library writes for the owner alone
+    write_json(profile.record, profile.folder / RECORD)
+
+
+def read_profile(folder: str | Path) -> Profile:
+    """Read a profile folder.
+
+    >>> read_profile("runs/profile").record.model_type
+    'qwen3_moe'
+
+    Raises:
+        MoqaError: if it is no profile, from a newer format, or one of its files is missing or corrupted.
+    """
+    folder = Path(folder)
+    record = read_json(ProfileRecord, folder / RECORD)
+    if record.format > FORMAT:
+        raise MoqaError(f"{folder} has profile format {record.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    loaded: dict[str, dict[str, Tensor]] = {}
+    for name in (*record.distributions, WEIGHTS):
+        try:
+            loaded[name] = load_file(_file(folder, name))
+        except (SafetensorError, OSError) as error:
+            raise MoqaError(f"profile {folder} lacks a sound {_file(folder, name).name}", str(error)) from None
+    weights = loaded.pop(WEIGHTS)
+    measured = loaded if record.settings.sensitivity else {}
+    for name, table in [*((n, loaded[n].get("sensitivity")) for n in measured), (WEIGHTS, weights.get("rounding"))]:
+        if table is None or table.shape != (len(record.units), len(record.widths)):
+            raise MoqaError(f"profile {folder}: the table in {name} does not match its {len(record.units)} units")
+    return Profile(record, folder, loaded, weights)
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / (f"{name}.safetensors" if name == WEIGHTS else f"data.{name}.safetensors")

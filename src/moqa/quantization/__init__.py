@@ -1,0 +1,6 @@
+"""Quantization: the driver that applies a plan layer by layer."""
+
+from moqa.methods import METHODS
+from moqa.quantization.run import quantize
+
+__all__ = ["METHODS", "quantize"]

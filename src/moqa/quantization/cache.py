@@ -1,0 +1,89 @@
+"""What a checkpoint keeps of the original for later adjustments."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from moqa.errors import MoqaError
+from moqa.models.experts import PROJECTIONS
+from moqa.models.view import ModelView, narrowest
+from moqa.profiling import SELF, Profile
+
+WHOLE = "full"
+
+
+def parse_cache(text: str) -> float | None:
+    """Share of the channels to keep; None for the whole original.
+
+    >>> parse_cache("1%"), parse_cache("full")
+    (0.01, None)
+
+    Raises:
+        MoqaError: if it is neither.
+    """
+    if text.strip().lower() == WHOLE:
+        return None
+    try:
+        share = float(text.strip().removesuffix("%")) / 100
+    except ValueError:
+        share = 0.0
+    if not text.strip().endswith("%") or not 0 < share <= 1:
+        raise MoqaError(f"--cache {text} is no share of the channels", "give e.g. 1%, or full for the whole original")
+    return share
+
+
+def cache_layers(
+    view: ModelView, profile: Profile, known: tuple[str, ...], share: float | None
+) -> Iterator[dict[str, Tensor]]:
+    """Tensors of every decoder layer for `moqa.format.cache.write_cache`.
+
+    Of a part, the channels whose share of their layer's significance changes most between distributions (MoQa's ~1 %;
+    the paper leaves the measure of change open, ours is the range) are kept, those of the model's own text included.
+
+    Args:
+        view: the original; its weights are read.
+        profile: of the known distributions.
+        known: their names.
+        share: of all channels; None for the whole original.
+    """
+    names = [*known, SELF] if SELF in profile.statistics else [*known]
+    shares = {
+        layer: torch.stack([_shares(profile.layer(name, layer, "channel")) for name in names])
+        for layer in profile.expert_layers
+    }
+    places: dict[int, Tensor] = {}
+    if share is not None:
+        places = _most_dynamic({n: found.max(0).values - found.min(0).values for n, found in shares.items()}, share)
+    for layer in range(len(view.layers)):
+        units = view.layer_units(layer)
+        stored = {unit.name: narrowest(view.weight(unit)).contiguous() for unit in units} if share is None else {}
+        if layer in shares:
+            stored["significance"] = shares[layer][: len(known)].mean(0)
+        if layer in places:
+            stored |= _rows(view, layer, places[layer])
+        yield stored
+
+
+def _shares(channel: Tensor) -> Tensor:
+    return channel / channel.sum().clamp_min(1e-30)
+
+
+def _most_dynamic(dynamics: Mapping[int, Tensor], share: float) -> dict[int, Tensor]:
+    """Layer -> [channels, 2] (expert, channel), ascending."""
+    if not dynamics:
+        raise MoqaError("--cache keeps channels of experts", "this model has no routed experts")
+    everything = torch.cat([table.flatten() for table in dynamics.values()])
+    limit = everything.topk(max(1, round(len(everything) * share))).values[-1]
+    return {layer: (table >= limit).nonzero() for layer, table in dynamics.items() if bool((table >= limit).any())}
+
+
+def _rows(view: ModelView, layer: int, places: Tensor) -> dict[str, Tensor]:
+    path = view.experts_path(layer)
+    found: dict[str, list[Tensor]] = {projection: [] for projection in PROJECTIONS}
+    for expert, channel in places.tolist():
+        for projection in PROJECTIONS:
+            matrix = view.weight(view.units[f"{path}.{expert}.{projection}"])
+            found[projection].append(matrix[:, channel] if projection == "down_proj" else matrix[channel])
+    rows = {projection: narrowest(torch.stack(parts)) for projection, parts in found.items()}
+    return rows | {"channel": places.int()}

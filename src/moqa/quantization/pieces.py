@@ -1,0 +1,152 @@
+"""Pieces of decoder layers that are quantized on their own, in this process or in another."""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from moqa.calibration.inputs import BlockInputs, CalibrationBatch, InputStatistics, by_input
+from moqa.execution import Executor, Workspace
+from moqa.format.scheme import Scheme
+from moqa.methods import Method
+from moqa.models.view import ModelView
+from moqa.progress import Report
+from moqa.quantization.layer import QuantizedUnit, quantize_units
+from moqa.quantization.samples import CalibrationSamples
+
+Thing = TypeVar("Thing")
+
+
+@dataclass(frozen=True)
+class BlockPiece:
+    """Some units of a decoder layer.
+
+    Attributes:
+        layer: index of the layer.
+        method: how they are quantized.
+        schemes: unit name -> scheme, of these units.
+        experts: whose units are among them.
+        parts: of the samples; what the experts were called with lies in the work folder.
+        linear: inputs of units that are no experts.
+    """
+
+    layer: int
+    method: Method
+    schemes: Mapping[str, Scheme]
+    experts: tuple[int, ...] = ()
+    parts: tuple[CalibrationBatch, ...] = ()
+    linear: Mapping[str, InputStatistics] = field(default_factory=dict)
+
+
+def quantized_layers(
+    site: Workspace, schemes: Mapping[str, Scheme], method: Method, flow: CalibrationSamples | None, layers: Sequence[int],
+    engine: Executor, together: int, report: Report,
+) -> Generator[dict[str, QuantizedUnit], None, None]:  # fmt: skip
+    """Unit name -> result, of one decoder layer after the other.
+
+    Args:
+        site: the model and the work folder.
+        schemes: unit name -> scheme.
+        method: how.
+        flow: samples, moved past each layer before the next is asked for; None for a method that needs none.
+        layers: indices, ascending.
+        engine: what does the work.
+        together: experts of a piece, at most.
+        report: is told what is being waited for.
+    """
+    depth = len(site.view.layers)
+    if flow is None:
+        # layers do not wait for each other: an engine may work ahead
+        pieces = [cut(site.view, layer, schemes, method, None, together, engine.workers) for layer in layers]
+        with closing(engine.map(quantize_piece, site, (piece for some in pieces for piece in some))) as results:
+            for some in pieces:
+                yield _collected(some, results, depth, report)
+        return
+    for layer in layers:
+        yield _routed(site, schemes, method, flow, layer, engine, together, report)
+
+
+def cut(
+    view: ModelView, layer: int, schemes: Mapping[str, Scheme], method: Method, inputs: BlockInputs | None,
+    together: int, workers: int,
+) -> list[BlockPiece]:  # fmt: skip
+    """A layer in pieces, so that all workers have work; in one if that takes less than reading the layer.
+
+    Args:
+        view: the model.
+        layer: index of the layer.
+        schemes: unit name -> scheme.
+        method: how they will be quantized.
+        inputs: of the layer; None for a method that needs none, where layers do not wait for each other.
+        together: experts of a piece, at most.
+        workers: that there are.
+    """
+    units = view.layer_units(layer)
+    if inputs is None:
+        experts = tuple(sorted({unit.expert for unit in units if unit.expert is not None}))
+        return [BlockPiece(layer, method, {unit.name: schemes[unit.name] for unit in units}, experts)]
+    routed: dict[int, dict[str, Scheme]] = {}
+    for unit in units:
+        if unit.expert is not None:
+            routed.setdefault(unit.expert, {})[unit.name] = schemes[unit.name]
+    pieces = []
+    for some in _slices(sorted(routed), together, workers):
+        mine = {name: scheme for expert in some for name, scheme in routed[expert].items()}
+        pieces.append(BlockPiece(layer, method, mine, tuple(some), inputs.parts))
+    dense = list(by_input(unit for unit in units if unit.expert is None).items())
+    for spaces in _slices(dense, len(dense), workers):
+        mine = {unit.name: schemes[unit.name] for _, sharing in spaces for unit in sharing}
+        seen = {space: inputs.linear[space] for space, _ in spaces if space in inputs.linear}
+        pieces.append(BlockPiece(layer, method, mine, linear=seen))
+    return pieces
+
+
+@torch.no_grad()
+def quantize_piece(site: Workspace, piece: BlockPiece) -> dict[str, QuantizedUnit]:
+    """Unit name -> result, for all units of a piece.
+
+    >>> list(quantize_piece(site, BlockPiece(0, METHODS["rtn"], {"model.layers.0.self_attn.q_proj": Scheme(width=4)})))
+    ['model.layers.0.self_attn.q_proj']
+    """
+    units = [unit for unit in site.view.layer_units(piece.layer) if unit.name in piece.schemes]
+    seen = dict(piece.linear)
+    if piece.parts:
+        seen = BlockInputs.recorded(site.view, piece.layer, piece.parts, site.work).experts(piece.experts)
+    return {unit.name: done for unit, done in quantize_units(site.view, units, piece.schemes, piece.method, seen)}
+
+
+def _routed(
+    site: Workspace, schemes: Mapping[str, Scheme], method: Method, flow: CalibrationSamples, layer: int, engine: Executor, together: int,
+    report: Report,
+) -> dict[str, QuantizedUnit]:  # fmt: skip
+    inputs = flow.inputs(layer)
+    pieces = cut(site.view, layer, schemes, method, inputs, together, engine.workers)
+    with closing(engine.map(quantize_piece, site, pieces)) as results:
+        done = _collected(pieces, results, len(site.view.layers), report)
+    inputs.drop()
+    return done
+
+
+def _collected(
+    pieces: Sequence[BlockPiece], results: Iterator[dict[str, QuantizedUnit]], depth: int, report: Report
+) -> dict[str, QuantizedUnit]:
+    done: dict[str, QuantizedUnit] = {}
+    for piece in pieces:
+        if piece.experts:
+            error = _error(done)
+            report("quantize", piece.layer, depth, layer=piece.layer, expert=piece.experts[0], error=error)
+        done |= next(results)
+    return done
+
+
+def _error(done: Mapping[str, QuantizedUnit]) -> float:
+    """Mean relative output error so far."""
+    errors = [result.error for result in done.values() if result.error is not None]
+    return sum(errors) / max(len(errors), 1)
+
+
+def _slices(things: Sequence[Thing], together: int, workers: int) -> Iterator[Sequence[Thing]]:
+    size = max(1, min(together, -(-len(things) // workers)))
+    return (things[begin : begin + size] for begin in range(0, len(things), size))

@@ -1,0 +1,240 @@
+"""`moqa.quantize`: apply a plan, layer by layer, and write the checkpoint."""
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moqa import __version__
+from moqa.errors import MoqaError
+from moqa.execution import Executor, LocalExecutor, Workspace
+from moqa.execution.background import Background
+from moqa.forecast.disk import largest_layer_bytes, quantization_disk_bytes
+from moqa.forecast.working_set import QuantizationWorkingSet
+from moqa.format.cache import write_cache
+from moqa.format.layout import Shard, shards
+from moqa.format.manifest import MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
+from moqa.format.writer import introduce, write_index, write_manifest, write_shard
+from moqa.memory.limit import MemoryLimit
+from moqa.methods import Method
+from moqa.methods.registry import find_method
+from moqa.models.view import ModelView, open_model
+from moqa.originals import folder as original
+from moqa.planning import Plan
+from moqa.planning.run import kept_entries
+from moqa.profiling import Profile, read_profile
+from moqa.progress import Report, quiet
+from moqa.quantization.cache import cache_layers, parse_cache
+from moqa.quantization.layer import QuantizedUnit
+from moqa.quantization.pieces import quantized_layers
+from moqa.quantization.routing import describe_routing
+from moqa.quantization.samples import CalibrationSamples, tokens_of
+from moqa.storage.folders import check_free
+from moqa.storage.resumable import ResumableRun, resumable
+from moqa.storage.space import check_space
+
+# small files of the original that a transformers model needs beside its weights
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+def quantize(
+    model: str | Path,
+    plan: Plan,
+    out: str | Path,
+    *,
+    method: str = "gptq",
+    overwrite: bool = False,
+    report: Report = quiet,
+    profile: Profile | None = None,
+    view: ModelView | None = None,
+    cache: str | None = None,
+    memory: MemoryLimit | None = None,
+    restart: bool = False,
+    engine: Executor | None = None,
+) -> Path:
+    """Quantize a model by a plan and write it as a checkpoint, one decoder layer at a time.
+
+    >>> moqa.quantize("reference/model", plan, "runs/out", method="gptq")
+    PosixPath('runs/out')
+
+    A run that was killed goes on from the last finished layer when it is started again; the bytes are the same.
+
+    Args:
+        model: folder or Hub id of the original model, the one that the plan was made for.
+        plan: scheme of every unit.
+        out: folder to make.
+        method: one of `moqa.quantization.METHODS`.
+        overwrite: replace a checkpoint that is there.
+        report: called with what is done, how much of it, and of how much.
+        profile: the plan's profile, which holds the samples; None reads it from where the plan says.
+        view: the model, if it is open already.
+        cache: what to keep of the original for adjustments: a share of the channels such as `1%`, or `full`.
+        memory: what a process may take; None means all that is free.
+        restart: begin anew, whatever an earlier run has finished.
+        engine: where the work is done (`moqa.execution.find_executor`); None means in this process.
+
+    Raises:
+        MoqaError: if the plan is for another model, the method unknown, the samples are missing, the memory is too
+            small, or `out` is taken or holds an unfinished run with other options.
+    """
+    out = Path(out)
+    how = find_method(method)
+    share = None if cache is None else parse_cache(cache)
+    check_free(out, overwrite)
+    folder = original.locate(model)
+    fingerprint = original.fingerprint(folder)
+    if fingerprint != plan.fingerprint:
+        raise MoqaError(
+            f"the plan is for {plan.model} ({plan.model_type}, {plan.fingerprint[:8]})",
+            f"{model} is another model ({fingerprint[:8]}): plan from its own profile",
+        )
+    # also a method that needs no data comes from a plan that was fitted on texts: their hashes go into the manifest
+    profile = profile or _profile_of(plan)
+    _check_profile(profile, plan)
+    view = view or open_model(folder, keep=False)
+    _check_units(view, plan)
+    engine = engine or LocalExecutor()
+    room = QuantizationWorkingSet.within(
+        engine.memory(memory), view, how, tokens_of(plan, profile), largest_layer_bytes(view, plan.units)
+    )
+    check_space(out, disk_needed(view, plan, profile, how, cache))
+    engine.prepare(folder, out, report)
+    with torch.no_grad(), resumable(out, _job(plan, profile, how, cache), overwrite, restart) as work:
+        target = work.result
+        missing = [layer for layer in range(len(view.layers)) if work.noted(f"layer-{layer}") is None]
+        if missing and room.ahead and engine.name == "local":
+            view.read_ahead(missing[0])
+        if work.noted("start") is None:
+            for pattern in _COMPANIONS:
+                for path in sorted(folder.glob(pattern)):
+                    if path.name != original.INDEX:
+                        shutil.copyfile(path, target / path.name)
+            introduce(target)
+            if cache is not None:
+                report("cache", 0, 1)
+                layers = cache_layers(view, profile, plan.known, share)
+                write_cache(target, plan.fingerprint, share, len(view.layers), layers)
+                report("cache", 1, 1)
+            describe_routing(target, profile, plan.known)
+            work.note("start", {})
+        _write(Workspace(view, work), plan, how, profile, engine, room, missing, model, report)
+    return out
+
+
+def disk_needed(view: ModelView, plan: Plan, profile: Profile, method: Method, cache: str | None) -> int:
+    """Bytes on the disk at the fullest moment of a run of `quantize` with these arguments.
+
+    >>> disk_needed(view, plan, profile, METHODS["gptq"], None)
+    63254528
+    """
+    share = 0.0 if cache is None else parse_cache(cache)
+    tokens = tokens_of(plan, profile) if method.needs_data else 0
+    return quantization_disk_bytes(view, plan.account.checkpoint, tokens, 1.0 if share is None else share)
+
+
+def _job(plan: Plan, profile: Profile, method: Method, cache: str | None) -> dict:
+    """All that a checkpoint's bytes depend on."""
+    digest = hashlib.sha256(plan.model_dump_json(exclude={"profile", "model"}).encode())
+    for name in sorted(plan.mixture):
+        digest.update(profile.statistics[name]["samples"].contiguous().numpy().tobytes())
+    return {"moqa": __version__, "model": plan.fingerprint, "plan and samples": digest.hexdigest(),
+            "method": method.name, "cache": cache}  # fmt: skip
+
+
+def _write(
+    site: Workspace, plan: Plan, method: Method, profile: Profile, engine: Executor, room: QuantizationWorkingSet, missing: list[int],
+    model: str | Path, report: Report,
+) -> None:  # fmt: skip
+    view, work = site.view, site.work
+    kept, depth = kept_entries(profile), len(view.layers)
+    layout = shards(
+        kept, depth, {name: (unit.layer, unit.shape, plan.units[name]) for name, unit in view.units.items()}
+    )
+    with Background(room.ahead) as background, ExitStack() as stack:
+        if work.noted("kept") is None:
+            background.do(_write_kept, layout[0], view.kept_on_disk(), work)
+        flow = CalibrationSamples(view, plan, profile, work) if method.needs_data else None
+        layers = quantized_layers(site, plan.units, method, flow, missing, engine, room.experts, report)
+        results = stack.enter_context(closing(layers))
+        for layer in missing:
+            report("quantize", layer, depth)
+            background.do(_finish, view, plan, flow, layer, next(results), layout[layer + 1], work)
+    files: dict[str, StoredFile] = {}
+    units: dict[str, StoredUnit] = {}
+    for shard, step in zip(layout, ("kept", *(f"layer-{layer}" for layer in range(depth))), strict=True):
+        done = work.noted(step)
+        assert done is not None
+        files[shard.file] = StoredFile.model_validate(done["file"])
+        units |= {name: StoredUnit.model_validate(unit) for name, unit in done["units"].items()}
+    if sum(file.bytes for file in files.values()) != plan.account.checkpoint:
+        raise RuntimeError(f"wrote {sum(f.bytes for f in files.values())} bytes, planned {plan.account.checkpoint}")
+    for name, file in files.items():
+        if not (work.result / name).is_file() or (work.result / name).stat().st_size != file.bytes:
+            raise MoqaError(f"{work.result / name} was changed after it was written", "begin anew with --restart")
+    fitted = {n: r.fitted for n, r in profile.record.distributions.items() if n in plan.known and r.fitted is not None}
+    manifest = Manifest(
+        moqa=__version__, model=str(model), model_type=plan.model_type, fingerprint=plan.fingerprint,
+        layers=depth, strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
+        budget=plan.budget, method=method.name, seed=profile.record.settings.seed, mixture=plan.mixture,
+        fitted=fitted,
+        units=units, kept={n: StoredTensor(dtype=str(dtype).removeprefix("torch."), shape=shape)
+                           for n, (dtype, shape) in kept.items()},
+        files=files,
+    )  # fmt: skip
+    write_manifest(manifest, work.result / MANIFEST)
+    write_index(manifest, work.result)
+    report("quantize", depth, depth)
+
+
+def _write_kept(shard: Shard, tensors: Mapping[str, Tensor], work: ResumableRun) -> None:
+    """Write what no unit covers, and note that it is done."""
+    work.note("kept", {"file": write_shard(work.result, shard, tensors).model_dump(mode="json"), "units": {}})
+
+
+def _finish(
+    view: ModelView, plan: Plan, flow: CalibrationSamples | None, layer: int, done: Mapping[str, QuantizedUnit], shard: Shard,
+    work: ResumableRun,
+) -> None:  # fmt: skip
+    """Write a quantized layer, put the hidden states behind it aside, and note that it is done."""
+    file = write_shard(work.result, shard, _tensors(done))
+    if flow and layer + 1 < len(view.layers):
+        flow.advance(layer, done, plan.units)
+    stored = {
+        unit.name: StoredUnit(
+            layer=layer, role=unit.role, shape=unit.shape, scheme=plan.units[unit.name], method=done[unit.name].method,
+            error=None if done[unit.name].error is None else float(f"{done[unit.name].error:.6g}"),
+        ).model_dump(mode="json")
+        for unit in view.layer_units(layer)
+    }  # fmt: skip
+    work.note(f"layer-{layer}", {"file": file.model_dump(mode="json"), "units": stored})
+    if flow:
+        flow.forget(layer)
+
+
+def _tensors(done: Mapping[str, QuantizedUnit]) -> dict[str, Tensor]:
+    return {f"{name}.{suffix}": tensor for name, result in done.items() for suffix, tensor in result.tensors.items()}
+
+
+def _profile_of(plan: Plan) -> Profile:
+    try:
+        return read_profile(plan.profile)
+    except MoqaError as error:
+        raise MoqaError("the plan's samples are missing", f"{error}; give the folder with --profile") from None
+
+
+def _check_profile(profile: Profile, plan: Plan) -> None:
+    absent = [name for name in (*plan.known, *plan.mixture) if name not in profile.statistics]
+    if profile.record.fingerprint != plan.fingerprint or absent:
+        lack = f"lacks {', '.join(dict.fromkeys(absent))}" if absent else f"is of {profile.record.model}"
+        raise MoqaError(f"profile {profile.folder} {lack}", "it is not the one the plan was made from")
+
+
+def _check_units(view: ModelView, plan: Plan) -> None:
+    different = sorted(view.units.keys() ^ plan.units.keys())
+    if different:
+        where = "the plan" if different[0] in view.units else "the model"
+        raise MoqaError(f"{where} lacks unit {different[0]}", f"{len(different)} units differ between model and plan")

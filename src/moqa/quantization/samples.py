@@ -1,0 +1,74 @@
+"""The samples' hidden states on their way through the model, quantized as far as it is."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from moqa.calibration.hidden import HiddenStates
+from moqa.calibration.inputs import HELD_OUT_EVERY, BlockInputs, CalibrationBatch
+from moqa.format.scheme import Scheme
+from moqa.models.layerwise import LayerwiseModel, batches
+from moqa.models.view import ModelView
+from moqa.planning import Plan
+from moqa.profiling import Profile
+from moqa.quantization.layer import QuantizedUnit, quantized
+from moqa.storage.resumable import ResumableRun
+
+
+class CalibrationSamples:
+    """Samples in front of the decoder layer whose turn it is; they lie on disk, and pass through memory in batches.
+
+    Args:
+        view: the model.
+        plan: names the distributions and their shares.
+        profile: holds the samples.
+        work: where hidden states are put aside.
+    """
+
+    def __init__(self, view: ModelView, plan: Plan, profile: Profile, work: ResumableRun) -> None:
+        self._view, self._work, self._stages = view, work, LayerwiseModel(view.model)
+        self._parts: list[tuple[float, bool]] = []  # of each batch: share, whether it is kept from fitting
+        found: list[Tensor] = []
+        # in an order that a plan read from a file has too: sums of floats depend on it
+        for name, share in sorted(plan.mixture.items()):
+            tokens = profile.samples(name)
+            check = _held_out(len(tokens))
+            for held, windows in ((False, tokens[~check]), (True, tokens[check])):
+                for batch in batches(windows) if len(windows) else ():
+                    # every distribution counts by its share, however many samples it has
+                    self._parts.append((share / windows.numel(), held))
+                    found.append(batch)
+        self._hidden = HiddenStates(self._stages, work, "samples", found)
+
+    def inputs(self, layer: int) -> BlockInputs:
+        """Inputs of all units of a layer; the layer's weights are still the original ones."""
+        return BlockInputs(self._view, self._stages, layer, self._at(layer), self._work)
+
+    def advance(self, layer: int, done: Mapping[str, QuantizedUnit], schemes: Mapping[str, Scheme]) -> None:
+        """Move the hidden states past a layer that is quantized now."""
+        with quantized(self._view, layer, done, schemes):
+            self._hidden.advance(layer)
+
+    def forget(self, layer: int) -> None:
+        """Remove what lies in front of a layer that is done."""
+        self._hidden.forget(layer)
+
+    def _at(self, layer: int) -> Iterator[CalibrationBatch]:
+        for number, (share, held) in enumerate(self._parts):
+            yield CalibrationBatch(self._hidden.at(layer, number), share, held)
+
+
+def tokens_of(plan: Plan, profile: Profile) -> int:
+    """How many tokens of samples a plan's distributions have.
+
+    >>> tokens_of(plan, profile)
+    16384
+    """
+    return sum(profile.record.distributions[name].tokens for name in plan.mixture)
+
+
+def _held_out(windows: int) -> Tensor:
+    """[windows] which windows are not fitted on: one in eight, and one of fewer; a single one is fitted on."""
+    every = min(HELD_OUT_EVERY, windows)
+    return torch.arange(windows) % every == every - 1 if windows > 1 else torch.zeros(windows, dtype=torch.bool)

@@ -1,0 +1,105 @@
+"""Section on activation: where the tokens go, which experts meet and which resemble each other."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moqa.profiling.store import Profile
+from moqa.reports.blocks import CellGrid, Chart, Note, PageElement, Picker, Scale, Section
+from moqa.reports.charts import chart, heat_map, map_axes, stacked, upper
+from moqa.reports.drift import distributions
+from moqa.reports.significance import expert_map, titled
+
+_NAMED = 60
+
+
+def activation_section(profile: Profile) -> Section | None:
+    """Tokens per expert, experts that no token reached, co-activation and similarity."""
+    if not profile.expert_layers:
+        return None
+    tokens = {name: _tokens(profile, name) for name in distributions(profile)}
+    shares = {name: table / np.maximum(np.nansum(table, 1, keepdims=True), 1) * 100 for name, table in tokens.items()}
+    top = upper(np.stack(list(shares.values())))
+    hover = "layer %{y}, expert %{x}<br>%{customdata[0]:,} tokens<br>%{z:.2f} % of the layer's"
+    maps = tuple(
+        expert_map(titled(name), table, profile, hover, (0.0, top), "sequential",
+                   np.nan_to_num(tokens[name])[..., None].astype(np.int32))
+        for name, table in shares.items()
+    )  # fmt: skip
+    even = 100 / max(table.shape[1] for table in tokens.values())
+    ends = ("0 %", f"{top:.1f} % or more (even routing: {even:.1f} %)")
+    blocks: list[PageElement] = [CellGrid(maps, Scale("sequential", *ends, "share of the layer's routed tokens"))]
+    blocks.append(Note(_starved(profile), "Experts that no token reached"))
+    reading = (
+        "How often the router picks each expert. An expert that few tokens reach has little data to be fitted on. "
+        "Counts are not significance: a rarely picked expert can still carry much of what its layer does."
+    )
+    layers = _correlation(profile)
+    if layers:
+        blocks += [
+            Note(
+                "Co-activation: of the tokens that visit the expert of a row, the share that also visits the expert of "
+                "a column, over all given distributions together. Similarity: cosine between the weights of two "
+                "experts; near 0 means that they have nothing in common.",
+                "Experts that work together, experts that are alike",
+            ),
+            Picker("Layer", layers),
+        ]
+    return Section("activation", "Activation", "Where the tokens go", reading, blocks)
+
+
+def _tokens(profile: Profile, name: str) -> NDArray[np.float64]:
+    return stacked([profile.layer(name, layer, "tokens").double().numpy() for layer in profile.expert_layers])
+
+
+def _starved(profile: Profile) -> str:
+    found = profile.starved()
+    if not found:
+        return "None: every expert was reached on at least one of the given distributions."
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"{len(found)} on none of the given distributions: {', '.join(found[:_NAMED])}{more}."
+
+
+def _correlation(profile: Profile) -> tuple[tuple[str, tuple[PageElement, ...]], ...]:
+    together = {layer: _coactivation(profile, layer) for layer in profile.expert_layers}
+    alike = {n: s for n in profile.expert_layers if (s := _similarity(profile, n)) is not None}
+    has_pairs = profile.record.top_k > 1
+    if not has_pairs and not alike:
+        return ()
+    top = max(upper(table) for table in together.values())
+    limit = max((upper(np.abs(table)) for table in alike.values()), default=1.0)
+    options = []
+    for layer, table in together.items():
+        charts = []
+        if has_pairs:
+            hover = "of expert %{y}'s tokens<br>%{z:.1f} % also visit expert %{x}"
+            ends = Scale("sequential", "0 %", f"{top:.0f} % or more")
+            charts.append(_square("Co-activation", table, hover, "sequential", (0.0, top), ends))
+        if layer in alike:
+            hover = "experts %{y} and %{x}<br>cosine %{z:.3f}"
+            ends = Scale("diverging", f"\u2212{limit:.3f} or less", f"{limit:.3f} or more")
+            charts.append(_square("Similarity of weights", alike[layer], hover, "diverging", (-limit, limit), ends))
+        options.append((f"layer {layer}", (CellGrid(tuple(charts)),)))
+    return tuple(options)
+
+
+def _coactivation(profile: Profile, layer: int) -> NDArray[np.float64]:
+    """[experts, experts] share in percent of a row's tokens that visit a column, empty on the diagonal."""
+    table = sum(profile.layer(name, layer, "coactivation").double().numpy() for name in profile.names)
+    table = np.asarray(table)
+    share: NDArray[np.float64] = table / np.maximum(np.diag(table), 1)[:, None] * 100
+    np.fill_diagonal(share, np.nan)
+    return share
+
+
+def _similarity(profile: Profile, layer: int) -> NDArray[np.float64] | None:
+    found = profile.weights.get(f"layer.{layer}.similarity")
+    if found is None:
+        return None
+    table: NDArray[np.float64] = found.double().numpy().copy()
+    np.fill_diagonal(table, np.nan)
+    return table
+
+
+def _square(title: str, table: NDArray, hover: str, scale: str, limits: tuple[float, float], legend: Scale) -> Chart:
+    trace = heat_map(table, range(len(table)), hover, scale, limits)
+    return chart(title, [trace], map_axes("expert", "expert", *table.shape), 380, legend)

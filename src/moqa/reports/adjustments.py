@@ -1,0 +1,84 @@
+"""Section on adjustments: what they cost, what they bring, and which experts they change."""
+
+import numpy as np
+
+from moqa.evaluation import Evaluation
+from moqa.format.adjustment import Adjustment
+from moqa.reports.blocks import CellGrid, Chart, Column, PageElement, Scale, Section, Table, number, percent
+from moqa.reports.charts import chart, heat_map, map_axes, upper
+from moqa.reports.gather import Artifacts
+
+READING = (
+    "An adjustment gives rows and columns of experts bits of their own for texts that the checkpoint was not made for. "
+    "The maps show where they went; before and after are of the same held-out text."
+)
+
+
+def adjustments_section(found: Artifacts) -> Section | None:
+    """Adjustments in the folders, and evaluations with and without them."""
+    if not found.adjustments and not any(e.adjustment for e in found.evaluations):
+        return None
+    blocks: list[PageElement] = []
+    if found.adjustments:
+        blocks.append(_made(found.adjustments))
+    if changes := _changes(found.evaluations):
+        names = ("model", "adjustment", "text", "KL before", "after", "change", "perplexity before", "after")
+        heads = tuple(Column(name, numeric=i > 2) for i, name in enumerate(names))
+        blocks.append(Table("Before and after", heads, tuple(changes)))
+    if found.adjustments:
+        tables = [_counts(adjustment) for adjustment in found.adjustments]
+        top = upper(np.concatenate([table.ravel() for table in tables]))
+        maps = tuple(_map(a, table, top) for a, table in zip(found.adjustments, tables, strict=True))
+        blocks.append(CellGrid(maps, Scale("sequential", "0", f"{top:.0f} or more", "rows and columns of the expert")))
+    return Section("adjustments", "Adjustments", "Adjustments to novel texts", READING, blocks)
+
+
+def _made(adjustments: list[Adjustment]) -> Table:
+    names = ("adjustment", "for", "mode", "rule", "samples", "rows and columns", "units with fewer bits", "extra bytes")
+    rows = [
+        (
+            str(a.folder), a.record.name, a.record.mode, a.record.rule, str(a.record.samples),
+            f"{sum(sum(part.counts) for part in a.record.channels):,}", str(len(a.record.units)),
+            f"{a.record.extra_bytes:,}",
+        )
+        for a in adjustments
+    ]  # fmt: skip
+    return Table("Made", tuple(Column(name, numeric=i > 3) for i, name in enumerate(names)), tuple(rows))
+
+
+def _changes(evaluations: list[Evaluation]) -> list[tuple[str, ...]]:
+    """Every text of an adjusted evaluation beside the same model's without adjustment."""
+    rows: list[tuple[str, ...]] = []
+    for after in (e for e in evaluations if e.adjustment):
+        plain = [
+            e for e in evaluations if e.adjustment is None and (e.model, e.context) == (after.model, after.context)
+        ]
+        for name, quality in after.distributions.items():
+            before = next((e.distributions[name] for e in plain if name in e.distributions), None)
+            old, new = (None if q is None else q.kl_divergence for q in (before, quality))
+            change = new / old - 1 if new is not None and old else None
+            rows.append((
+                after.model, after.adjustment or "", name, number(old, 4), number(new, 4), percent(change),
+                number(before.perplexity if before else None), number(quality.perplexity),
+            ))  # fmt: skip
+    return rows
+
+
+def _counts(adjustment: Adjustment) -> np.ndarray:
+    """[layers, experts] rows and columns with bits of their own."""
+    record = adjustment.record
+    layers = len(record.channels[0].counts) if record.channels else 0
+    table = np.zeros((layers, record.sizes.experts))
+    for layer in range(layers):
+        for part in adjustment.layer(layer):
+            table[layer] += np.bincount(part.expert.numpy(), minlength=record.sizes.experts)
+    return table
+
+
+def _map(adjustment: Adjustment, table: np.ndarray, top: float) -> Chart:
+    layers, experts = table.shape
+    hover = "layer %{y}, expert %{x}<br>%{z} rows and columns"
+    trace = heat_map(table, range(layers), hover, "sequential", (0.0, top))
+    height = 90 + 22 * layers
+    title = f"{adjustment.record.name}, {adjustment.record.mode}"
+    return chart(title, [trace], map_axes("expert", "layer", layers, experts), height)

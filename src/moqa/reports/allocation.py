@@ -1,0 +1,149 @@
+"""The width of every unit, from plans and checkpoints alike."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from moqa.format.scheme import Scheme
+from moqa.planning import Account
+from moqa.profiling.record import UnitRecord
+from moqa.reports.gather import Artifacts
+
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class AllocatedUnit:
+    """A unit as a picture needs it; `weights` is 1 where no artifact tells the shape."""
+
+    layer: int
+    expert: int | None
+    role: str
+    projection: str
+    weights: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Which width every unit got.
+
+    Attributes:
+        label: strategy, hedge and size, told apart where several would read the same.
+        account: bytes.
+        hedge: share of the model's own text in the objective.
+        ties: units that share a width.
+    """
+
+    label: str
+    account: Account
+    hedge: float | None
+    ties: str
+    mixture: dict[str, float]
+    places: tuple[AllocatedUnit, ...]
+
+    @property
+    def widths(self) -> dict[int, float]:
+        """Width -> share of the weights, narrow ones first."""
+        total = sum(place.weights for place in self.places)
+        found: dict[int, int] = {}
+        for place in sorted(self.places, key=lambda p: p.width):
+            found[place.width] = found.get(place.width, 0) + place.weights
+        return {width: weights / total for width, weights in found.items()}
+
+
+def allocations(found: Artifacts) -> list[Allocation]:
+    """Every different allocation among plans and checkpoints, ordered by size."""
+    units = {u.name: u for profile in found.profiles for u in profile.record.units}
+    for checkpoint in found.checkpoints:
+        for name, stored in checkpoint.manifest.units.items():
+            projection = name.rpartition(".")[2]
+            units.setdefault(
+                name,
+                UnitRecord(name=name, layer=stored.layer, role=stored.role, projection=projection,
+                           expert=_number(_EXPERT, name), shape=stored.shape),
+            )  # fmt: skip
+    made: dict[object, Allocation] = {}
+    for plan in found.plans.values():
+        same = made.get(_key(plan.units))
+        label = plan.label if same is None else _joined(same.label, plan.label)
+        made[_key(plan.units)] = Allocation(
+            label, plan.account, plan.options.hedge, plan.ties, plan.mixture, _places(plan.units, units),
+        )  # fmt: skip
+    for checkpoint in found.checkpoints:
+        m = checkpoint.manifest
+        schemes = {name: stored.scheme for name, stored in m.units.items()}
+        if _key(schemes) not in made:
+            stored_bytes = sum(u.scheme.stored_bytes(u.shape) for u in m.units.values())
+            kept = sum(entry.size for entry in _kept(checkpoint.shards[0].entries.values()))
+            values = sum(entry.values for entry in _kept(checkpoint.shards[0].entries.values()))
+            account = Account(
+                units=stored_bytes, kept=kept, headers=checkpoint.bytes - stored_bytes - kept,
+                weights=checkpoint.unit_weights, kept_weights=values,
+            )  # fmt: skip
+            hedge = None if m.options.get("hedge") is None else float(m.options["hedge"] or 0)
+            label = m.strategy if hedge is None else f"{m.strategy} hedge {hedge:g}"
+            made[_key(schemes)] = Allocation(label, account, hedge, m.ties, m.mixture, _places(schemes, units))
+    # sizes within half a percent read as one size
+    return _told_apart(sorted(made.values(), key=lambda a: (round(math.log(a.account.checkpoint) * 200), a.label)))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    size: int
+    values: int
+
+
+def _kept(entries: Iterable[tuple]) -> list[_Kept]:
+    found = []
+    for dtype, shape in entries:
+        values = 1
+        for length in shape:
+            values *= length
+        found.append(_Kept(values * dtype.itemsize, values))
+    return found
+
+
+def _joined(label: str, other: str) -> str:
+    """Label of an allocation that several strategies chose."""
+    names = label.split(" = ")
+    return label if other in names else " = ".join([*names, other])
+
+
+def _told_apart(made: list[Allocation]) -> list[Allocation]:
+    counts: dict[str, int] = {}
+    result = []
+    for one in made:
+        names = one.label.split(" = ")
+        short = one.label if len(names) < 3 else f"{names[0]} and {len(names) - 1} others alike"
+        label = f"{short}, {one.account.checkpoint / 2**20:.2f} MiB"
+        counts[label] = counts.get(label, 0) + 1
+        again = f" ({counts[label]})" if counts[label] > 1 else ""
+        result.append(replace(one, label=label + again))
+    return result
+
+
+def _key(schemes: dict[str, Scheme]) -> object:
+    return tuple(sorted((name, scheme.width, scheme.group_size, scheme.symmetric) for name, scheme in schemes.items()))
+
+
+def _places(schemes: dict[str, Scheme], units: dict[str, UnitRecord]) -> tuple[AllocatedUnit, ...]:
+    places = []
+    for name, scheme in schemes.items():
+        unit = units.get(name)
+        if unit is not None:
+            places.append(
+                AllocatedUnit(unit.layer, unit.expert, unit.role, unit.projection, unit.weights, scheme.width)
+            )
+        else:
+            layer, expert = _number(_LAYER, name) or 0, _number(_EXPERT, name)
+            role = "expert" if expert is not None else "attention" if "attn" in name else "mlp"
+            places.append(AllocatedUnit(layer, expert, role, name.rpartition(".")[2], 1, scheme.width))
+    return tuple(places)
+
+
+def _number(pattern: re.Pattern[str], name: str) -> int | None:
+    match = pattern.search(name)
+    return int(match[1]) if match else None

@@ -1,0 +1,172 @@
+"""What a page is made of: the template draws each kind of block, the sections only fill them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Legend of a colour scale: what its two ends stand for."""
+
+    name: str
+    low: str
+    high: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure: plotly's JSON, drawn when it comes into view."""
+
+    kind: ClassVar[str] = "chart"
+    title: str
+    figure: str
+    height: int
+    scale: Scale | None = None
+
+
+@dataclass(frozen=True)
+class CellGrid:
+    """Figures side by side, with one legend for all; `lead` gives the first more room."""
+
+    kind: ClassVar[str] = "grid"
+    charts: tuple[Chart, ...]
+    scale: Scale | None = None
+    lead: bool = False
+
+
+@dataclass(frozen=True)
+class Picker:
+    """Alternatives of which one is shown."""
+
+    kind: ClassVar[str] = "picker"
+    label: str
+    options: tuple[tuple[str, "tuple[PageElement, ...]"], ...]
+
+
+@dataclass(frozen=True)
+class Column:
+    """Head of a table's column."""
+
+    title: str
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A plain table."""
+
+    kind: ClassVar[str] = "table"
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence between figures."""
+
+    kind: ClassVar[str] = "note"
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class KeyEntry:
+    """A colour or mark and what it stands for."""
+
+    label: str
+    light: str
+    dark: str
+    hollow: bool = False
+    shape: str = "circle"
+
+
+@dataclass(frozen=True)
+class Key:
+    """Legend of lines or segments."""
+
+    kind: ClassVar[str] = "key"
+    entries: tuple[KeyEntry, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number with a smaller one below it."""
+
+    main: str
+    minor: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """A model in the quality table."""
+
+    name: str
+    method: str
+    detail: str
+    hedge: str
+    sizes: tuple[str, ...]
+    known: tuple[Cell, ...]
+    novel: tuple[Cell, ...]
+    light: str
+    dark: str
+    tip: str
+
+
+@dataclass(frozen=True)
+class QualityTable:
+    """Sizes and qualities: groups of rows under a heading of their size."""
+
+    kind: ClassVar[str] = "quality"
+    known: tuple[str, ...]
+    novel: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[QualityRow, ...]], ...]
+
+
+@dataclass(frozen=True)
+class BarPart:
+    """A segment of a bar."""
+
+    label: str
+    share: float
+    light: str
+    dark: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Stacked bars; the shares of the longest add up to 1."""
+
+    kind: ClassVar[str] = "bars"
+    title: str
+    rows: tuple[tuple[str, tuple[BarPart, ...]], ...]
+
+
+PageElement = Chart | CellGrid | Picker | Table | Note | Key | QualityTable | Bars
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page with its place in the navigation."""
+
+    anchor: str
+    nav: str
+    title: str
+    reading: str
+    blocks: Sequence[PageElement]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number for a table, a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "\u2014"
+    return f"{value:.{digits}f}".replace("-", "\u2212")
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share for a table."""
+    return "\u2014" if value is None or math.isnan(value) else f"{number(value * 100, digits)} %"

@@ -1,0 +1,112 @@
+"""Plotly figures as JSON; colours that depend on light or dark are put in by the page's script."""
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+from moqa.reports.blocks import Chart, Scale
+from moqa.reports.palette import Pair
+
+MAX_TICKS = 32
+_DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+def chart(title: str, traces: Sequence[Any], layout: dict[str, Any], height: int, scale: Scale | None = None) -> Chart:
+    """A figure with the page's habits: no decoration, tight margins, no legend unless asked for."""
+    base: dict[str, Any] = {
+        "template": "none", "height": height, "showlegend": False, "margin": {"l": 54, "r": 12, "t": 10, "b": 42},
+        "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hoverlabel": {"align": "left"},
+    }  # fmt: skip
+    return Chart(title, str(go.Figure(list(traces), base | layout).to_json()), height, scale)
+
+
+def heat_map(
+    z: NDArray,
+    y: Sequence[int],
+    hover: str,
+    scale: str,
+    limits: tuple[float, float],
+    customdata: NDArray | None = None,
+    x: Sequence[str] | None = None,
+    suffix: str = "",
+) -> Any:
+    """Layers x experts (or experts x experts) as colours.
+
+    Args:
+        z: [rows, columns]; NaN stays empty.
+        y: label of every row.
+        hover: plotly's template for one cell.
+        scale: `sequential` or `diverging`, see `palette.SCALES`.
+        limits: values of the two ends of the scale.
+        customdata: [rows, columns, values] for `hover`.
+        x: label of every column; None numbers them.
+        suffix: of the axes in a figure with several maps.
+    """
+    gap = 1 if max(z.shape) <= MAX_TICKS else 0
+    return go.Heatmap(
+        z=np.asarray(z, dtype=np.float32), y=list(y), x=None if x is None else [escape(name) for name in x],
+        customdata=customdata, hovertemplate=hover + "<extra></extra>", zmin=limits[0], zmax=limits[1],
+        xgap=gap, ygap=gap, showscale=False, meta=scale, hoverongaps=False, xaxis=f"x{suffix}", yaxis=f"y{suffix}",
+    )  # fmt: skip
+
+
+def map_axes(x_title: str, y_title: str, rows: int, columns: int, suffix: str = "") -> dict[str, Any]:
+    """Axes of a heat map: first row on top, every row and column numbered while there is room."""
+    shared = {"showgrid": False, "zeroline": False, "ticks": "", "automargin": True}
+    x: dict[str, Any] = {"title": {"text": x_title, "standoff": 6}, **shared}
+    y: dict[str, Any] = {"title": {"text": y_title, "standoff": 8}, "autorange": "reversed", **shared}
+    if rows <= MAX_TICKS // 2:
+        y["dtick"] = 1
+    if columns <= MAX_TICKS // 2:
+        x["dtick"] = 1
+    return {f"xaxis{suffix}": x, f"yaxis{suffix}": y}
+
+
+def map_height(rows: int) -> int:
+    """Pixels for a heat map of some layers."""
+    return 70 + min(560, max(130, rows * 24 if rows <= 12 else 288 + (rows - 12) * 9))
+
+
+def line(x: Sequence[float], y: Sequence[float], name: str, colour: Pair, hover: str, **more: Any) -> Any:
+    """A line with a hover text; `more` goes to plotly."""
+    style = {"color": colour[0], "width": 2} | more.pop("line", {})
+    return go.Scatter(
+        x=list(x), y=list(y), name=escape(name), line=style, hovertemplate=hover + "<extra></extra>", **more
+    )
+
+
+def dash(index: int, colours: int) -> str:
+    """Dash of a line, the next one after all colours were used."""
+    return _DASHES[(index // colours) % len(_DASHES)]
+
+
+def upper(values: NDArray, quantile: float = 0.975) -> float:
+    """Upper end of a colour scale that a few extreme cells do not flatten."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 1.0
+    top = float(np.quantile(finite, quantile)) if finite.size >= 48 else float(finite.max())
+    return top if top > 0 else float(finite.max()) or 1.0
+
+
+def stacked(rows: Sequence[NDArray]) -> NDArray[np.float64]:
+    """Rows of different lengths as one table, filled up with NaN."""
+    width = max(len(row) for row in rows)
+    table = np.full((len(rows), width), np.nan)
+    for index, row in enumerate(rows):
+        table[index, : len(row)] = row
+    return table
+
+
+def escape(text: str) -> str:
+    """A user's string for plotly, which reads a little HTML in its texts."""
+    return html.escape(text, quote=False)
+
+
+def braces(text: str) -> str:
+    """A user's string for a hover template, where `%{` would start a variable."""
+    return escape(text).replace("%{", "%&#123;")

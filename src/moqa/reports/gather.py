@@ -1,0 +1,137 @@
+"""Find artifacts: what lies at the given paths, and below the given folders."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from moqa.errors import MoqaError
+from moqa.evaluation.run import Evaluation
+from moqa.format import adjustment
+from moqa.format.adjustment import Adjustment, read_adjustment
+from moqa.format.manifest import FORMAT, MANIFEST, Manifest
+from moqa.format.reader import Checkpoint
+from moqa.planning import Plan, read_plan
+from moqa.profiling.store import RECORD, Profile, read_profile
+from moqa.storage.artifact import read_json
+
+SUMMARY = "summary.json"
+KINDS = (
+    f"a profile folder ({RECORD}), a plan, a checkpoint folder ({MANIFEST}), an evaluation, "
+    f"an adjustment folder ({adjustment.RECORD}), a {SUMMARY}, "
+    "or a folder that holds such"
+)
+
+
+class Summary(BaseModel, frozen=True):
+    """What a report takes from the `summary.json` of a demo run; all else in it is left alone."""
+
+    roles: dict[str, Literal["known", "novel"]] = Field(description="distribution -> its role in the run")
+
+
+@dataclass
+class Artifacts:
+    """All artifacts that were found.
+
+    Attributes:
+        plans: by file name without its ending, or with its folder where two would be called the same.
+        evaluations: the same, for evaluations.
+        roles: distribution -> `known` or `novel`, from summaries.
+    """
+
+    profiles: list[Profile] = field(default_factory=list)
+    plans: dict[str, Plan] = field(default_factory=dict)
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    adjustments: list[Adjustment] = field(default_factory=list)
+    roles: dict[str, Literal["known", "novel"]] = field(default_factory=dict)
+
+    @property
+    def profile(self) -> Profile | None:
+        """The profile to draw: the one of most distributions."""
+        return max(self.profiles, key=lambda profile: len(profile.statistics), default=None)
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Of all models that the artifacts belong to."""
+        found = [p.record.fingerprint for p in self.profiles] + [p.fingerprint for p in self.plans.values()]
+        return tuple(dict.fromkeys([*found, *(c.manifest.fingerprint for c in self.checkpoints)]))
+
+
+def gather(paths: Sequence[str | Path]) -> Artifacts:
+    """Read every artifact at the given paths and below the given folders.
+
+    >>> len(gather(["runs"]).evaluations)
+    7
+
+    Raises:
+        MoqaError: if a path does not exist, a named file is no artifact, or nothing is found at all.
+    """
+    found, seen = Artifacts(), set[Path]()
+    for path in map(Path, paths):
+        if path.is_dir():
+            for file in sorted(path.rglob("*.json")):
+                beside_manifest = file.name != MANIFEST and (file.parent / MANIFEST).is_file()
+                if not beside_manifest and file.resolve() not in seen:
+                    seen.add(file.resolve())
+                    _take(file, found)
+        elif not path.exists():
+            raise MoqaError(f"there is nothing at {path}", f"a report is made from {KINDS}")
+        elif path.resolve() not in seen:
+            seen.add(path.resolve())
+            if not _take(path, found):
+                raise MoqaError(f"{path} is no artifact", f"a report is made from {KINDS}")
+    if not (found.profiles or found.plans or found.checkpoints or found.evaluations or found.adjustments):
+        raise MoqaError(f"no artifact in {', '.join(map(str, paths)) or 'nothing'}", f"a report is made from {KINDS}")
+    return found
+
+
+def _take(file: Path, found: Artifacts) -> bool:
+    """Add what a file is; False if it is no artifact."""
+    if file.name == RECORD:
+        found.profiles.append(read_profile(file.parent))
+    elif file.name == MANIFEST:
+        found.checkpoints.append(_checkpoint(file.parent))
+    elif file.name == adjustment.RECORD:
+        found.adjustments.append(read_adjustment(file.parent))
+    else:
+        return _take_record(file, found)
+    return True
+
+
+def _take_record(file: Path, found: Artifacts) -> bool:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if _is(Plan, data):
+        name = file.stem if file.stem not in found.plans else str(file.with_suffix(""))
+        found.plans[name] = read_plan(file)
+    elif _is(Evaluation, data):
+        record = Evaluation.model_validate(data)
+        if record not in found.evaluations:
+            found.evaluations.append(record)
+    elif file.name == SUMMARY and _is(Summary, data):
+        found.roles.update(Summary.model_validate(data).roles)
+    else:
+        return False
+    return True
+
+
+def _is(kind: type[BaseModel], data: object) -> bool:
+    try:
+        kind.model_validate(data)
+    except ValidationError:
+        return False
+    return True
+
+
+def _checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint as its manifest describes it; its weights are not read."""
+    manifest = read_json(Manifest, folder / MANIFEST)
+    if manifest.format > FORMAT:
+        raise MoqaError(f"{folder} has format {manifest.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    return Checkpoint(folder, manifest)

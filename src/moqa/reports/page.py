@@ -1,0 +1,135 @@
+"""The page: sections that have something to show, in one HTML text that needs nothing else."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from moqa import __version__
+from moqa.profiling.store import Profile
+from moqa.reports import palette
+from moqa.reports.account import account_section, provenance_section
+from moqa.reports.activation import activation_section
+from moqa.reports.adjustments import adjustments_section
+from moqa.reports.allocation import Allocation, allocations
+from moqa.reports.bits import bits_section
+from moqa.reports.blocks import Section, number
+from moqa.reports.gather import Artifacts
+from moqa.reports.quality import size_section, table_section
+from moqa.reports.rows import Row, make_rows
+from moqa.reports.significance import significance_section
+from moqa.reports.verdict import OURS, Verdict, verdict
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that the page shows first."""
+
+    value: str
+    label: str
+    role: str = ""
+
+
+def render(found: Artifacts) -> str:
+    """The whole page."""
+    rows, made, profile = make_rows(found), allocations(found), found.profile
+    judged = verdict(rows) if rows else Verdict(_unjudged(found, profile))
+    sections = [
+        table_section(rows),
+        size_section(rows),
+        significance_section(profile) if profile else None,
+        bits_section(made, _first(made, judged)),
+        activation_section(profile) if profile else None,
+        adjustments_section(found),
+        account_section(made),
+        provenance_section(found, made, rows),
+    ]
+    model = _model(found, rows)
+    environment = Environment(
+        loader=PackageLoader("moqa.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=tied,
+    )  # fmt: skip
+    environment.filters["embedded"] = embedded
+    return environment.get_template("report.html.j2").render(
+        model=model, verdict=judged, figures=_figures(judged, rows), sections=[s for s in sections if s],
+        plotly=Markup(get_plotlyjs()), version=__version__, scales=palette.SCALES, palette=palette,
+        colours={"scales": palette.SCALES, "dark": palette.every_pair()},
+    )  # fmt: skip
+
+
+def embedded(value: str | dict) -> Markup:
+    """JSON inside a script element, where `<` could end the element.
+
+    >>> embedded('{"name": "</script>"}')
+    Markup('{"name": "\\\\u003c/script\\\\u003e"}')
+    """
+    text = value if isinstance(value, str) else json.dumps(value)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def tied(value: object) -> object:
+    """Text in which no line breaks between a number and its unit.
+
+    >>> tied("43 % below")
+    '43\xa0% below'
+    """
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return re.sub(r"(?<=\d) (?=(?:%|MiB|bits?)(?:\W|$))", "\u00a0", value)
+    return value
+
+
+def _first(made: Sequence[Allocation], judged: Verdict) -> Allocation | None:
+    """The plan of the verdict, or one of ours."""
+    ours = [one for one in made if one.label.startswith(OURS)]
+    if not judged.comparison:
+        return ours[0] if ours else None
+    row = judged.comparison.ours
+    exact = [one for one in made if one.account.checkpoint == row.evaluation.bytes and one.label.startswith(OURS)]
+    named = [one for one in exact if one.hedge == row.evaluation.hedge]
+    return next(iter([*named, *exact, *ours]), None)
+
+
+def _unjudged(found: Artifacts, profile: Profile | None) -> str:
+    parts = []
+    if profile:
+        parts.append(f"a profile of {profile.record.model_type} on {', '.join(profile.names)}")
+    for count, noun in ((len(found.plans), "plan"), (len(found.checkpoints), "checkpoint")):
+        if count:
+            parts.append(f"{count} {noun}{'s' if count > 1 else ''}")
+    return f"Nothing was evaluated yet, so there is no verdict; this page shows {' and '.join(parts)}."
+
+
+def _model(found: Artifacts, rows: Sequence[Row]) -> str:
+    records = [p.record.model for p in found.profiles] + [p.model for p in found.plans.values()]
+    records += [c.manifest.model for c in found.checkpoints] + [r.evaluation.against or "" for r in rows]
+    named = next((record for record in records if record), "")
+    parts = [part for part in named.replace("\\", "/").split("/") if part]
+    return "/".join(parts[-2:])
+
+
+def _figures(judged: Verdict, rows: Sequence[Row]) -> list[Figure]:
+    if not judged.comparison:
+        return []
+    pair = judged.comparison
+    ours = pair.ours
+    original = next((row for row in rows if row.original), None)
+    share = f", {ours.evaluation.bytes / original.evaluation.bytes * 100:.0f} % of the original" if original else ""
+    figures = [
+        Figure(f"{ours.mebibytes:.2f} MiB", f"size{share}"),
+        Figure(number(ours.evaluation.bits_per_weight), "bits per weight, all stored bytes counted"),
+    ]
+    for role, change in (("known", pair.known), ("novel", pair.novel)):
+        if change is not None:
+            sign = "+" if change > 0 else ""
+            label = f"KL divergence against uniform, {role} texts"
+            figures.append(Figure(f"{sign}{number(change * 100, 0)} %", label, role))
+    return figures
+
+
+__all__ = ["Section", "render"]

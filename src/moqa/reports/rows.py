@@ -1,0 +1,117 @@
+"""Evaluations as rows: roles of distributions, groups of one size, the best of each group."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from moqa.evaluation import Evaluation, Quality
+from moqa.reports.gather import Artifacts
+
+MEBIBYTE = 2**20
+SAME_SIZE = 0.005
+
+
+@dataclass(frozen=True)
+class Row:
+    """One evaluated model.
+
+    Attributes:
+        evaluation: its record.
+        known: distributions of the run that a checkpoint was fitted on.
+        novel: distributions of the run that none was fitted on.
+    """
+
+    evaluation: Evaluation
+    known: tuple[str, ...]
+    novel: tuple[str, ...]
+
+    @property
+    def original(self) -> bool:
+        """Whether it is no checkpoint."""
+        return self.evaluation.strategy is None
+
+    @property
+    def name(self) -> str:
+        """Strategy, method and share of the model's own text."""
+        e = self.evaluation
+        hedge = "" if e.hedge is None else f" hedge {e.hedge:g}"
+        return "original" if self.original else f"{e.strategy}{hedge} {e.method}"
+
+    @property
+    def mebibytes(self) -> float:
+        """Size of all weight files."""
+        return self.evaluation.bytes / MEBIBYTE
+
+    @property
+    def known_divergence(self) -> float | None:
+        """Mean KL divergence over the known distributions; None where one was not measured."""
+        return self._mean(self.known)
+
+    @property
+    def novel_divergence(self) -> float | None:
+        """Mean KL divergence over the novel distributions; None where one was not measured."""
+        return self._mean(self.novel)
+
+    def quality(self, name: str) -> Quality | None:
+        """Scores on one distribution, None where it was not evaluated."""
+        return self.evaluation.distributions.get(name)
+
+    def _mean(self, names: Sequence[str]) -> float | None:
+        values = [q.kl_divergence if (q := self.quality(name)) else None for name in names]
+        measured = [value for value in values if value is not None]
+        return math.fsum(measured) / len(measured) if measured and len(measured) == len(values) else None
+
+
+def make_rows(found: Artifacts) -> list[Row]:
+    """All evaluations as rows, the original first, then by size and divergence.
+
+    A distribution is known if any evaluated checkpoint was fitted on it or a summary says so, otherwise novel.
+    """
+    # those with an adjustment are compared with themselves without it, in a section of their own
+    evaluations = [e for e in found.evaluations if e.adjustment is None]
+    names = list(dict.fromkeys(name for e in evaluations for name in e.distributions))
+    fitted = {name for e in evaluations for name in e.fitted_on}
+    known = tuple(n for n in names if n in fitted or found.roles.get(n) == "known")
+    rows = [Row(e, known, tuple(n for n in names if n not in known)) for e in evaluations]
+    return sorted(rows, key=lambda row: (not row.original, row.evaluation.bytes, _rank(row), row.name))
+
+
+def size_groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """Checkpoints in groups whose sizes differ by at most 0.5 %, small ones first; each ordered by divergence."""
+    groups: list[list[Row]] = []
+    for row in sorted((r for r in rows if not r.original), key=lambda r: r.evaluation.bytes):
+        if groups and same_size(row, groups[-1][0]):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [sorted(group, key=lambda row: (_rank(row), row.name)) for group in groups]
+
+
+def same_size(one: Row, other: Row) -> bool:
+    """Whether two models differ by at most 0.5 % of their bytes."""
+    sizes = sorted((one.evaluation.bytes, other.evaluation.bytes))
+    return sizes[1] - sizes[0] <= SAME_SIZE * sizes[0]
+
+
+def best(values: Sequence[float | None]) -> set[int]:
+    """Indices of the smallest value (several if they are equal); none where there is no contest.
+
+    >>> best([0.2, 0.1, None, 0.1])
+    {1, 3}
+    """
+    measured = [value for value in values if value is not None]
+    if len(set(measured)) < 2:
+        return set()
+    return {index for index, value in enumerate(values) if value == min(measured)}
+
+
+def series(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """Checkpoints by name (strategy, hedge and method), each with its sizes in ascending order."""
+    ordered = sorted((r for r in rows if not r.original), key=lambda r: (r.name, r.evaluation.bytes))
+    return [(name, list(group)) for name, group in groupby(ordered, key=lambda row: row.name)]
+
+
+def _rank(row: Row) -> float:
+    known, novel = row.known_divergence, row.novel_divergence
+    return novel if novel is not None else known if known is not None else math.inf

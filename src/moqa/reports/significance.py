@@ -1,0 +1,173 @@
+"""Section on significance: what the experts carry on each distribution, and how that drifts."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moqa.profiling.record import SELF
+from moqa.profiling.store import Profile
+from moqa.reports import drift
+from moqa.reports.blocks import (
+    CellGrid,
+    Chart,
+    Column,
+    Key,
+    KeyEntry,
+    Note,
+    PageElement,
+    Picker,
+    Scale,
+    Section,
+    Table,
+    number,
+    percent,
+)  # fmt: skip
+from moqa.reports.charts import braces, chart, dash, heat_map, line, map_axes, map_height, stacked, upper
+from moqa.reports.palette import LINES, MUTED, TEXT
+
+_CURVE = tuple(np.geomspace(0.001, 1, 61).tolist())
+
+
+def significance_section(profile: Profile) -> Section | None:
+    """Maps of significance, drift between every two distributions."""
+    if not profile.expert_layers:
+        return None
+    names = drift.distributions(profile)
+    tables = {name: _shares(profile, name) for name in names}
+    top = upper(np.stack(list(tables.values())))
+    hover = "layer %{y}, expert %{x}<br>%{z:.2f} % of the layer"
+    maps = tuple(expert_map(titled(n), t, profile, hover, (0.0, top), "sequential") for n, t in tables.items())
+    ends = ("0 %", f"{top:.1f} % or more")
+    blocks: list[PageElement] = [CellGrid(maps, Scale("sequential", *ends, "share of the layer's output"))]
+    reading = (
+        "A cell is an expert; its colour is the share of its layer's output that the expert carries on a distribution. "
+        "Where the maps of two distributions differ, a plan fitted on one spends its bits in the wrong place for the "
+        "other."
+    )
+    pairs = drift.pairs(profile)
+    if pairs:
+        limit = max(upper(np.abs(tables[b] - tables[a])) for a, b in pairs)
+        blocks += [
+            Note(
+                "The map compares a pair of distributions expert by expert. The curve asks whether few channels hold "
+                "most of the drift: the solid line above the dashed one means that drift is more concentrated than "
+                "significance itself, which is where it would lie if drift were proportional to significance.",
+                "Drift between two distributions",
+            ),
+            Picker("Pair", tuple((f"{a} \u2192 {b}", _pair(profile, tables, a, b, limit)) for a, b in pairs)),
+            _table(profile, pairs),
+            Note(
+                "Rank correlation 1: the same experts matter, in the same order; 0: no relation. The top 1 % are the "
+                "channels of largest drift, or of largest significance for the two controls. Routing divergence "
+                "(Jensen-Shannon) 0: the same experts are picked as often; 1: no expert in common."
+            ),
+            *_by_layer(profile, pairs),
+        ]
+    return Section("significance", "Significance", "What each expert carries", reading, blocks)
+
+
+def expert_map(
+    title: str, table: NDArray, profile: Profile, hover: str, limits: tuple[float, float], scale: str,
+    customdata: NDArray | None = None, height: int = 0,
+) -> Chart:  # fmt: skip
+    """Layers x experts of one distribution; at least `height` pixels high."""
+    rows, columns = table.shape
+    trace = heat_map(table, profile.expert_layers, hover, scale, limits, customdata)
+    return chart(title, [trace], map_axes("expert", "layer", rows, columns), max(height, map_height(rows)))
+
+
+def titled(name: str) -> str:
+    """A distribution as a picture's title."""
+    return f"{name} (the model's own text)" if name == SELF else name
+
+
+def _shares(profile: Profile, name: str) -> NDArray[np.float64]:
+    return stacked([profile.significance(name, layer).double().numpy() * 100 for layer in profile.expert_layers])
+
+
+def _pair(profile: Profile, tables: dict[str, NDArray], a: str, b: str, limit: float) -> tuple[PageElement, ...]:
+    change = tables[b] - tables[a]
+    both = np.stack([tables[a], tables[b]], axis=-1).astype(np.float32)
+    hover = (
+        f"layer %{{y}}, expert %{{x}}<br>{braces(a)} %{{customdata[0]:.2f}} %, {braces(b)} %{{customdata[1]:.2f}} %<br>"
+        "%{z:+.2f} points"
+    )
+    ends = (f"{limit:.1f} points less on {b}", f"{limit:.1f} points more on {b}")
+    left = expert_map(f"Significance: {b} minus {a}", change, profile, hover, (-limit, limit), "diverging", both, 300)
+    left = Chart(left.title, left.figure, left.height, Scale("diverging", *ends))
+    return (CellGrid((left, _curves(profile, a, b, left.height))),)
+
+
+def _curves(profile: Profile, a: str, b: str, height: int) -> Chart:
+    percents = [share * 100 for share in _CURVE]
+    lines = [
+        ("drift", drift.drift_concentration(profile, a, b, _CURVE), LINES[0], "solid"),
+        ("significance (control)", drift.significance_concentration(profile, a, b, _CURVE), TEXT, "dash"),
+        ("even spread", {share: share for share in _CURVE}, MUTED, "dot"),
+    ]
+    traces = [
+        line(percents, [v * 100 for v in held.values()], name, colour, f"{name}<br>%{{x:.2g}} % of the channels hold "
+             "%{y:.1f} %", line={"dash": style}, mode="lines")
+        for name, held, colour, style in lines
+    ]  # fmt: skip
+    layout = {
+        "showlegend": True, "legend": {"x": 0.02, "y": 0.98, "bgcolor": "rgba(0,0,0,0)"},
+        "xaxis": {"title": {"text": "% of all channels, largest first"}, "type": "log", "zeroline": False,
+                  "tickvals": [0.1, 1, 5, 10, 50, 100], "range": [-1, 2]},
+        "yaxis": {"title": {"text": "% held"}, "range": [0, 102], "zeroline": False, "automargin": True},
+    }  # fmt: skip
+    return chart("How concentrated the drift is", traces, layout, height)
+
+
+def _table(profile: Profile, pairs: list[tuple[str, str]]) -> Table:
+    rows = []
+    for a, b in pairs:
+        held, own = drift.drift_concentration(profile, a, b), drift.significance_concentration(profile, a, b)
+        layers = drift.layer_rank_correlations(profile, a, b)
+        routing = drift.routing_divergence(profile, a, b)
+        rows.append(
+            (f"{a} \u2192 {b}", number(drift.rank_correlation(profile, a, b)), number(_least(layers)),
+             *(percent(share) for share in held.values()), percent(own[0.01]),
+             percent(drift.drift_of_significant(profile, a, b)[0.01]), number(float(np.mean(routing)), 3),
+             number(-_least([-v for v in routing]), 3))
+        )  # fmt: skip
+    heads = (
+        "Rank correlation of experts", "Lowest layer", "Drift in top 1 %", "in top 5 %", "in top 10 %",
+        "Control: significance in its top 1 %", "Control: drift in the 1 % most significant before",
+        "Routing divergence, mean", "largest",
+    )  # fmt: skip
+    return Table("Drift in numbers", (Column("Pair", numeric=False), *map(Column, heads)), tuple(rows))
+
+
+def _least(values: list[float]) -> float:
+    return min((value for value in values if not math.isnan(value)), default=math.nan)
+
+
+def _by_layer(profile: Profile, pairs: list[tuple[str, str]]) -> list[PageElement]:
+    """Rank correlation and routing divergence over the layers, one line per pair."""
+    if len(profile.expert_layers) < 2:
+        return []
+    key: list[KeyEntry] = []
+    ranks: list[Any] = []
+    routing: list[Any] = []
+    for index, (a, b) in enumerate(pairs):
+        colour, style = LINES[index % len(LINES)], {"dash": dash(index, len(LINES))}
+        name = f"{a} \u2192 {b}"
+        key.append(KeyEntry(name, *colour))
+        for traces, values in (
+            (ranks, drift.layer_rank_correlations(profile, a, b)),
+            (routing, drift.routing_divergence(profile, a, b)),
+        ):
+            hover = f"{braces(name)}<br>layer %{{x}}: %{{y:.3f}}"
+            traces.append(line(profile.expert_layers, values, name, colour, hover, line=style, mode="lines+markers"))
+    few = {"dtick": 1} if len(profile.expert_layers) <= 16 else {}
+    x = {"title": {"text": "layer"}, "zeroline": False, **few}
+    layouts = [{"xaxis": x, "yaxis": {"zeroline": True, "automargin": True, **more}} for more in
+               ({"range": [None, 1.02]}, {"rangemode": "tozero"})]  # fmt: skip
+    charts = (
+        chart("Rank correlation of experts, by layer", ranks, layouts[0], 280),
+        chart("Routing divergence, by layer (bits)", routing, layouts[1], 280),
+    )
+    return [Key(tuple(key)), CellGrid(charts)]

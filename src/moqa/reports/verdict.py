@@ -1,0 +1,185 @@
+"""The verdict: ours against the uniform plan of the same size and method, in one sentence."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moqa.planning import HEDGED
+from moqa.reports.rows import Row, same_size
+
+OURS = "moqa-budget"
+BASELINE = "uniform"
+EQUAL = 0.005
+
+Outcome = Literal["win", "lose", "mixed", "equal", "open"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One of our checkpoints and the uniform one of the same size and method.
+
+    Attributes:
+        known: relative change of the mean KL divergence on known distributions, -0.4 for 40 % less.
+        novel: the same on novel distributions.
+    """
+
+    ours: Row
+    baseline: Row
+    known: float | None
+    novel: float | None
+
+    @property
+    def outcome(self) -> Outcome:
+        """Who has less divergence."""
+        signs = {0 if abs(c) < EQUAL else math.copysign(1, c) for c in (self.known, self.novel) if c is not None}
+        if not signs:
+            return "open"
+        if {1, -1} <= signs:
+            return "mixed"
+        return "win" if -1 in signs else "lose" if 1 in signs else "equal"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the page says first.
+
+    Attributes:
+        sentence: the verdict on one pair.
+        tally: what the other pairs say, and which other baseline is better; empty where there is nothing to add.
+        comparison: the pair, None where there is none.
+    """
+
+    sentence: str
+    tally: str = ""
+    comparison: Comparison | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        """Who has less divergence."""
+        return self.comparison.outcome if self.comparison else "open"
+
+
+def comparisons(rows: Sequence[Row]) -> list[Comparison]:
+    """Every checkpoint of a moqa strategy with the uniform one of the same method that is nearest in size."""
+    found = []
+    for row in filter(_is_ours, rows):
+        peers = [r for r in rows if r.evaluation.strategy == BASELINE and _comparable(row, r)]
+        if peers:
+            peer = min(peers, key=lambda r: abs(r.evaluation.bytes - row.evaluation.bytes))
+            known = _change(row.known_divergence, peer.known_divergence)
+            found.append(Comparison(row, peer, known, _change(row.novel_divergence, peer.novel_divergence)))
+    return found
+
+
+def verdict(rows: Sequence[Row]) -> Verdict:
+    """One sentence that compares ours with its baseline, and says so where ours loses or has none.
+
+    The pair is not chosen by its result: `moqa-budget` with its default hedge, a method that corrects errors before
+    plain rounding, and the middle one of the sizes.
+    """
+    ours = [row for row in rows if _is_ours(row)]
+    pairs = [c for c in comparisons(rows) if c.outcome != "open"]
+    if pairs:
+        chosen = _headline([c.ours for c in pairs])
+        pair = next(c for c in pairs if c.ours is chosen)
+        more = [_tally([c for c in pairs if _same_kind(c.ours, chosen)]), _still_better(chosen, rows)]
+        return Verdict(_sentence(pair), " ".join(filter(None, more)), pair)
+    if ours:
+        row = _headline(ours)
+        parts = [("known", row.known_divergence), ("novel", row.novel_divergence)]
+        measured = " and ".join(f"{value:.4f} nats on {role} texts" for role, value in parts if value is not None)
+        if not measured:
+            return Verdict(f"{_label(row)} was evaluated without its divergence from the original.")
+        return Verdict(
+            f"{_label(row)}: KL divergence {measured}; no uniform {row.evaluation.method} checkpoint of the same size "
+            "was evaluated, so nothing here says whether that is good."
+        )
+    if any(not row.original for row in rows):
+        return Verdict("Only baselines were evaluated: there is no checkpoint of a moqa strategy to judge.")
+    return Verdict("No checkpoint was evaluated yet: nothing here says how good a plan is.")
+
+
+def _sentence(pair: Comparison) -> str:
+    peer = pair.baseline.evaluation
+    against = f"uniform {peer.method} ({peer.bits_per_weight:.2f} bits per weight)"
+    changes = [(role, c) for role, c in (("known", pair.known), ("novel", pair.novel)) if c is not None]
+    (role, change), rest = changes[0], changes[1:]
+    but = ", but" if pair.outcome == "mixed" else ","
+    loses = " loses" if pair.outcome == "lose" else ""
+    text = f"{_label(pair.ours)}{loses}: KL divergence on {role} texts {_times(change)} {against} of the same size"
+    text += "".join(f"{but} on {role} texts {_times(change, alone=True)}" for role, change in rest)
+    if pair.outcome == "mixed":
+        worse = next(role for role, change in changes if change > 0)
+        text += f": on {worse} texts ours loses"
+    return text + "."
+
+
+def _tally(pairs: Sequence[Comparison]) -> str:
+    if len(pairs) < 2:
+        return ""
+    parts = []
+    for role in ("known", "novel"):
+        changes = [change for c in pairs if (change := getattr(c, role)) is not None]
+        if changes:
+            better, worse = sum(c <= -EQUAL for c in changes), sum(c >= EQUAL for c in changes)
+            counts = ((better, "better"), (len(changes) - better - worse, "equal"), (worse, "worse"))
+            parts.append(f"on {role} texts {', '.join(f'{count} {word}' for count, word in counts if count)}")
+    e = pairs[0].ours.evaluation
+    of = f"{e.strategy}{'' if e.hedge is None else f' (hedge {e.hedge:g})'}"
+    return f"All {len(pairs)} comparisons of {of} with uniform at the same size: {'; '.join(parts)}."
+
+
+def _still_better(ours: Row, rows: Sequence[Row]) -> str:
+    """Names a baseline other than uniform that beats ours at its size, with the same method."""
+    peers = [r for r in rows if not r.original and not _is_ours(r) and _comparable(ours, r)]
+    found: dict[str, list[str]] = {}
+    for role in ("known", "novel"):
+        mine = getattr(ours, f"{role}_divergence")
+        for peer in peers:
+            its = getattr(peer, f"{role}_divergence")
+            if peer.evaluation.strategy != BASELINE and mine and its is not None and its < mine * (1 - EQUAL):
+                found.setdefault(peer.evaluation.strategy or "", []).append(role)
+    return " ".join(f"At this size {name} is better on {' and '.join(roles)} texts." for name, roles in found.items())
+
+
+def _headline(rows: Sequence[Row]) -> Row:
+    default = HEDGED.get(OURS, 0.0)
+
+    def kind(row: Row) -> tuple[bool, float, bool]:
+        e = row.evaluation
+        hedge = abs((e.hedge or 0.0) - default) if e.strategy == OURS else 0.0
+        return e.strategy != OURS, hedge, e.method == "rtn"
+
+    first = min(kind(row) for row in rows)
+    sizes = sorted((row for row in rows if kind(row) == first), key=lambda row: row.evaluation.bytes)
+    return sizes[(len(sizes) - 1) // 2]
+
+
+def _same_kind(one: Row, other: Row) -> bool:
+    a, b = one.evaluation, other.evaluation
+    return (a.strategy, a.hedge) == (b.strategy, b.hedge)
+
+
+def _is_ours(row: Row) -> bool:
+    return (row.evaluation.strategy or "").startswith("moqa")
+
+
+def _comparable(one: Row, other: Row) -> bool:
+    a, b = one.evaluation, other.evaluation
+    return a.method == b.method and a.context == b.context and same_size(one, other)
+
+
+def _label(row: Row) -> str:
+    e = row.evaluation
+    return f"{e.strategy} {e.method} at {row.mebibytes:.2f} MiB"
+
+
+def _change(ours: float | None, baseline: float | None) -> float | None:
+    return ours / baseline - 1 if ours is not None and baseline else None
+
+
+def _times(change: float, alone: bool = False) -> str:
+    if abs(change) < EQUAL:
+        return "the same" if alone else "the same as"
+    return f"{abs(change) * 100:.0f} % {'below' if change < 0 else 'above'}"

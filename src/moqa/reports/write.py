@@ -1,0 +1,48 @@
+"""`moqa.report`: one self-contained HTML page from artifacts."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from moqa.errors import MoqaError
+
+
+def report(artifacts: Sequence[str | Path], out: str | Path) -> Path:
+    """One HTML page from profile folders, plan files, checkpoint folders, evaluation files, and folders that hold such.
+
+    >>> moqa.report(["runs/profile", "runs/evaluations"], "report.html")
+    PosixPath('report.html')
+
+    The page needs no network and no other file. A section whose artifacts are missing is left out.
+
+    Args:
+        artifacts: where to look; folders are searched with all that lies below them.
+        out: file to write; one that is there is replaced once the new page is complete.
+
+    Raises:
+        MoqaError: if a path is missing or no artifact, nothing is found, or jinja2 or plotly is not installed.
+    """
+    try:
+        from moqa.reports.page import render
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("jinja2", "plotly"):
+            raise MoqaError("the report needs `pip install 'moqa[report]'`", f"{error.name} is missing") from None
+        raise
+    from moqa.reports.gather import gather
+
+    out = Path(out)
+    if out.is_dir():
+        raise MoqaError(f"{out} is a folder", "name the HTML file to write")
+    text = render(gather(artifacts))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(unfinished).chmod(0o644)
+        Path(unfinished).replace(out)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+    return out

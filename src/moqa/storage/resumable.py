@@ -1,0 +1,211 @@
+"""Long work that survives a kill: what is done lies beside the result, and the same command goes on from there."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moqa.errors import MoqaError, Stopped, UnreadableError
+from moqa.storage.folders import check_free, put_in_place, sync
+
+_JOB, _LOCK, _RESULT, _STEPS = "job.json", "lock", "result", "steps"
+
+
+class ResumableRun:
+    """A folder on its way to be whole.
+
+    >>> with resumable(Path("out"), {"model": "..."}) as work:
+    ...     if work.noted("layer-0") is None:
+    ...         work.keep("hidden-1", {"x": torch.ones(3)})
+    ...         work.note("layer-0", {"error": 0.1})
+
+    Attributes:
+        folder: where the work lies; other processes open it by this.
+        result: folder that becomes the result.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._steps, self.result = folder, folder / _STEPS, folder / _RESULT
+        self._fresh: list[Path] = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether any step is done."""
+        return any(self._steps.glob("*.json"))
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors aside; they are safe once a later `note` is made."""
+        path, fresh = self._steps / f"{name}.safetensors", self._steps / f".{uuid4().hex}"
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, fresh)
+            # at once: a worker that was thought lost may write the same again while others read it
+            fresh.rename(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+        self._fresh.append(path)
+
+    def kept(self, name: str) -> dict[str, Tensor]:
+        """Tensors that were put aside.
+
+        Raises:
+            MoqaError: if they are damaged.
+        """
+        path = self._steps / f"{name}.safetensors"
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise MoqaError(f"{path} is damaged ({error})", "begin anew with --restart") from None
+
+    def drop(self, name: str) -> None:
+        """Remove tensors that are needed no more; a pattern removes several."""
+        for path in self._steps.glob(f"{name}.safetensors"):
+            path.unlink()
+
+    def note(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Record that a step is done: all that was put aside before is on the disk when this returns."""
+        self.flush()
+        _write_whole(self._steps / f"{name}.json", facts)
+
+    def flush(self) -> None:
+        """Have all that this process put aside on the disk, for a `note` that another one makes."""
+        for path in self._fresh:
+            if path.is_file():
+                sync(path)
+        self._fresh = []
+
+    def noted(self, name: str) -> dict[str, Any] | None:
+        """What was recorded of a step; None if it is not done."""
+        return _read(self._steps / f"{name}.json")
+
+
+@contextmanager
+def resumable(
+    out: Path, job: Mapping[str, Any], overwrite: bool = False, restart: bool = False
+) -> Iterator[ResumableRun]:
+    """Work on a folder that becomes `out` if the block ends well.
+
+    After a kill, a stop, or trouble with the disk or the memory, the steps that are done stay beside `out`
+    for the next time; after any other error nothing does.
+
+    Args:
+        out: the folder to make.
+        job: all that the result depends on, as JSON.
+        overwrite: replace a folder that is there.
+        restart: forget earlier work.
+
+    Raises:
+        MoqaError: if `out` may not be replaced or cannot be written, another process is at it, or earlier work on it
+            was another job.
+    """
+    check_free(out, overwrite)
+    folder = folder_beside(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder, out)
+    except OSError as error:
+        raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
+    with lock:
+        try:
+            _same_job(folder, job, out, restart)
+        except OSError as error:
+            raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
+        work = ResumableRun(folder)
+        keep = False
+        try:
+            for path in (folder / _STEPS, work.result):
+                path.mkdir(exist_ok=True)
+            yield work
+            if not _holds(lock, folder):
+                raise _removed(out, folder)
+            put_in_place(work.result, out)
+        except (OSError, SafetensorError, MoqaError) as error:
+            if not _holds(lock, folder):
+                raise _removed(out, folder) from None
+            if isinstance(error, MoqaError) and not isinstance(error, UnreadableError):
+                raise
+            keep = work.begun
+            again = "run the same command again to go on"
+            if isinstance(error, UnreadableError):
+                raise MoqaError(str(error), f"{again} once it can be" if keep else "") from None
+            raise MoqaError(f"{out} could not be written: {error}", again if keep else "nothing was kept") from None
+        except (KeyboardInterrupt, SystemExit, MemoryError, Stopped):
+            keep = work.begun
+            raise
+        finally:
+            # where the folder was removed, another process may have begun anew
+            if not keep and (_holds(lock, folder) or not (folder / _LOCK).exists()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def folder_beside(out: Path) -> Path:
+    """Where work on `out` lies until it is whole."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def _locked(folder: Path, out: Path) -> IO[str]:
+    """The folder's lock, held until it is closed or the process ends."""
+    while True:
+        lock = (folder / _LOCK).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise MoqaError(f"{out} is being written by another process", "wait for it, or choose another -o") from None
+        # the process that held it may have removed the folder meanwhile
+        if _holds(lock, folder):
+            return lock
+        lock.close()
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _holds(lock: IO[str], folder: Path) -> bool:
+    """Whether the folder's lock is still this one."""
+    path = folder / _LOCK
+    return path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
+
+
+def _removed(out: Path, folder: Path) -> MoqaError:
+    return MoqaError(f"{out} could not be written: somebody removed {folder}", "run the same command again")
+
+
+def _same_job(folder: Path, job: Mapping[str, Any], out: Path, restart: bool) -> None:
+    """Go on with earlier work on the same job, or clear the folder for this one."""
+    wanted, old = json.loads(json.dumps(job)), _read(folder / _JOB)
+    if old == wanted and not restart and (folder / _RESULT).is_dir():
+        return
+    if old is not None and old != wanted and ResumableRun(folder).begun and not restart:
+        key = next(key for key in sorted(old.keys() | wanted.keys()) if old.get(key) != wanted.get(key))
+        raise MoqaError(
+            f"{out} has an unfinished run with {key} {_short(old.get(key))}, this one has {_short(wanted.get(key))}",
+            "finish that one with its own command, or begin anew with --restart",
+        )
+    for path in (folder / _STEPS, folder / _RESULT):
+        shutil.rmtree(path, ignore_errors=True)
+    _write_whole(folder / _JOB, wanted)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _write_whole(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write JSON that is either there or not."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(facts), encoding="utf-8")
+    sync(fresh)
+    fresh.rename(path)
+    sync(path.parent)
