@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from moqa.cli.main import main
 from moqa.format.layout import shards
@@ -24,8 +24,8 @@ from moqa.profiling.record import DistributionRecord, Settings
 REFERENCE = Path(__file__).parents[1] / "reference"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# a shared machine may stall any single example
-settings.register_profile("moqa", deadline=None)
+# a shared machine may stall any single example, and what makes them
+settings.register_profile("moqa", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moqa")
 
 

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,6 +191,24 @@ class TestSplit:
             split_held_out(distribution("a b c"), share)
 
 
+def steps(work):
+    """Lines of Python that some work runs: what goes byte by byte runs millions, on any machine."""
+    count = 0
+
+    def trace(*_):
+        nonlocal count
+        count += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
 class TestOverlap:
     @settings(deadline=None)
     @given(st.data())
@@ -222,11 +239,10 @@ class TestOverlap:
         assert len(shingles([])) == len(shingles(["", "short"])) == 0
         assert overlap_share(shingles([]), hashes) == overlap_share(hashes, shingles([])) == 0
 
-    def test_a_megabyte_takes_less_than_a_second(self):
+    def test_a_megabyte_takes_no_more_steps_than_a_page(self):
         text = reference_text("novels")
-        start = time.perf_counter()
-        shingles([text])
-        assert time.perf_counter() - start < 1
+        shingles([text])  # imports what it needs
+        assert steps(lambda: shingles([text])) < 1000
 
     @pytest.mark.parametrize("name", NAMES)
     def test_held_out_reference_texts_are_accepted_and_fitted_ones_refused(self, name):

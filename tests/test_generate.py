@@ -450,7 +450,7 @@ class TestCommands:
                 chat.stdin.flush()
                 assert chat.stdout.read(20), "it answers"
                 chat.send_signal(signal.SIGINT)
-            _, err = chat.communicate(timeout=20)
+            _, err = chat.communicate(timeout=120)
         assert (chat.returncode, err) == (0, b"")
 
 

@@ -67,7 +67,7 @@ class ServedModel:
         # not the meta device: there, attention runs on other kernels than on the CPU, which take other buffers
         self._mode = FakeTensorMode()
         try:
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             check_language_model(config, model)
             self._stored, self._text = config.dtype, config.get_text_config()
             with self._mode:

@@ -69,7 +69,7 @@ def load_packed(
     if dtype not in (torch.float32, torch.bfloat16):
         raise MoqaError(f"activations of {dtype}", "choose float32 or bfloat16")
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         task = task_of(config, checkpoint.folder)
         depth = task.depth(config)
         if depth != checkpoint.manifest.layers:  # before a model of any depth is built

@@ -37,7 +37,7 @@ class ClassReader:
     def __init__(self, folder: str | Path, processor: Any) -> None:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         self._folder, self._processor = folder, processor
         classes = sorted((int(number), str(name)) for name, number in config.label2id.items())
         self._classes = {name: number for number, name in classes}
@@ -127,7 +127,7 @@ class ImageClassification(Task):
         from transformers import AutoImageProcessor
 
         try:
-            return AutoImageProcessor.from_pretrained(folder)
+            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         except ImportError:
             raise MoqaError("images need the package pillow", "pip install 'moqa[image]'") from None
         except Exception as error:  # transformers fails on a foreign configuration in any way
