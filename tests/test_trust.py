@@ -13,9 +13,10 @@ from moqa.format.manifest import MANIFEST
 from moqa.format.reader import open_checkpoint
 from moqa.format.writer import write_manifest
 from moqa.generation.load import load_any
-from moqa.models.load import load_tokenizer, read_config
+from moqa.models.load import read_config
 from moqa.models.view import open_model
 from moqa.runtime.load import load
+from moqa.tasks.causal_lm import load_tokenizer
 
 SOURCE = Path(__file__).parents[1] / "src" / "moqa"
 CODE = """

@@ -1,20 +1,17 @@
 """Quantize the units of one decoder layer, keep the better result of each, and let the layer run with them."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moqa.calibration.inputs import InputStatistics, input_space
-from moqa.calibration.stacks import UnitStack, stacks
+from moqa.calibration.stacks import UnitStack
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix, find_kernels
 from moqa.methods import METHODS, Method, SolveBatch
 from moqa.models.experts import weights_from
-from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.runtime.packed import PackedExperts, packed_like
 
@@ -34,43 +31,20 @@ class QuantizedUnit:
     error: float | None
 
 
-def quantize_units(
-    view: ModelView,
-    units: Sequence[Unit],
-    schemes: Mapping[str, Scheme],
-    method: Method,
-    inputs: dict[str, InputStatistics],
-) -> Iterator[tuple[Unit, QuantizedUnit]]:
-    """Quantize the units of a layer, in stacks of equal shape where they need data.
-
-    Args:
-        view: the model; its weights are read, not changed.
-        units: of one layer.
-        schemes: unit name -> scheme.
-        method: how.
-        inputs: input space -> what was seen there, which is taken out when it is used; empty for methods that need no
-            data.
-    """
-    for unit in units:
-        if schemes[unit.name].is_unquantized:
-            yield unit, QuantizedUnit({"weight": view.weight(unit).to(torch.bfloat16).contiguous()}, "none", None)
-    narrow = [unit for unit in units if not schemes[unit.name].is_unquantized]
-    if method.store is not None:
-        for unit in narrow:
-            yield unit, QuantizedUnit(method.store(view.weight(unit), schemes[unit.name]), method.name, None)
-        return
-    left = Counter(map(input_space, narrow))
-    for stack in stacks(view, narrow, schemes, inputs):
-        yield from solve(stack, schemes, method)
-        for sharing in stack.entries:
-            space = input_space(sharing[0])
-            left[space] -= len(sharing)
-            if not left[space]:
-                inputs.pop(space, None)
+def keep_unit(weights: Tensor) -> QuantizedUnit:
+    """A unit that stays in 16-bit floating point."""
+    return QuantizedUnit({"weight": weights.to(torch.bfloat16).contiguous()}, "none", None)
 
 
-def solve(stack: UnitStack, schemes: Mapping[str, Scheme], method: Method) -> Iterator[tuple[Unit, QuantizedUnit]]:
-    """Quantize a stack, and for each of its units keep the better of the method and plain rounding."""
+def store_unit(weights: Tensor, scheme: Scheme, method: Method) -> QuantizedUnit:
+    """A unit [out, in] quantized by a method that looks at no inputs."""
+    assert method.store is not None
+    return QuantizedUnit(method.store(weights, scheme), method.name, None)
+
+
+def solve(stack: UnitStack, schemes: Mapping[str, Scheme], method: Method) -> dict[str, QuantizedUnit]:
+    """Unit name -> result of a stack: for each of its units the better of the method and plain rounding."""
+    found_units: dict[str, QuantizedUnit] = {}
     widths = torch.empty(stack.weights.shape[:2], dtype=torch.int64)
     for unit, entry, rows in stack.places():
         widths[entry, rows] = schemes[unit.name].width
@@ -88,7 +62,8 @@ def solve(stack: UnitStack, schemes: Mapping[str, Scheme], method: Method) -> It
         whole = float(total[entry, rows].sum())
         error = errors[best] / whole if whole > 0 else None
         tensors = results[best][entry, rows].stored(schemes[unit.name].width)
-        yield unit, QuantizedUnit(tensors, best, error)
+        found_units[unit.name] = QuantizedUnit(tensors, best, error)
+    return found_units
 
 
 def _squares(stack: UnitStack, difference: Tensor) -> Tensor:

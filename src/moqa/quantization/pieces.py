@@ -1,5 +1,6 @@
 """Pieces of decoder layers that are quantized on their own, in this process or in another."""
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -7,12 +8,13 @@ from typing import TypeVar
 
 import torch
 
-from moqa.calibration.inputs import BlockInputs, CalibrationBatch, InputStatistics, by_input
+from moqa.calibration.inputs import BlockInputs, CalibrationBatch, InputStatistics, by_input, input_space
+from moqa.calibration.stacks import stacks
 from moqa.execution import Executor, Workspace
 from moqa.format.scheme import Scheme
 from moqa.methods import Method
 from moqa.progress import Report
-from moqa.quantization.layer import QuantizedUnit, quantize_units
+from moqa.quantization.layer import QuantizedUnit, keep_unit, solve, store_unit
 from moqa.quantization.samples import CalibrationSamples
 
 Thing = TypeVar("Thing")
@@ -78,7 +80,12 @@ def quantized_layers(
                 yield _collected(work, some, results)
         return
     for layer in layers:
-        yield _routed(work, flow, layer)
+        inputs = flow.inputs(layer)
+        pieces_of_layer = cut(work, layer, inputs)
+        with closing(work.executor.map(quantize_piece, work.site, pieces_of_layer)) as results:
+            done = _collected(work, pieces_of_layer, results)
+        inputs.drop()
+        yield done
 
 
 def cut(work: BlockWork, layer: int, inputs: BlockInputs | None) -> list[BlockPiece]:
@@ -117,19 +124,25 @@ def quantize_piece(site: Workspace, piece: BlockPiece) -> dict[str, QuantizedUni
     >>> list(quantize_piece(site, BlockPiece(0, METHODS["rtn"], {"model.layers.0.self_attn.q_proj": Scheme(width=4)})))
     ['model.layers.0.self_attn.q_proj']
     """
-    units = [unit for unit in site.view.layer_units(piece.layer) if unit.name in piece.schemes]
-    seen = dict(piece.linear)
+    view, schemes, method = site.view, piece.schemes, piece.method
+    units = [unit for unit in view.layer_units(piece.layer) if unit.name in schemes]
+    inputs = dict(piece.linear)
     if piece.parts:
-        seen = BlockInputs.recorded(site.view, piece.layer, piece.parts, site.work).experts(piece.experts)
-    return {unit.name: done for unit, done in quantize_units(site.view, units, piece.schemes, piece.method, seen)}
-
-
-def _routed(work: BlockWork, flow: CalibrationSamples, layer: int) -> dict[str, QuantizedUnit]:
-    inputs = flow.inputs(layer)
-    pieces = cut(work, layer, inputs)
-    with closing(work.executor.map(quantize_piece, work.site, pieces)) as results:
-        done = _collected(work, pieces, results)
-    inputs.drop()
+        inputs = BlockInputs.recorded(view, piece.layer, piece.parts, site.work).experts(piece.experts)
+    kept = [unit for unit in units if schemes[unit.name].is_unquantized]
+    done = {unit.name: keep_unit(view.weight(unit)) for unit in kept}
+    narrow = [unit for unit in units if not schemes[unit.name].is_unquantized]
+    if method.store is not None:
+        return done | {unit.name: store_unit(view.weight(unit), schemes[unit.name], method) for unit in narrow}
+    left = Counter(map(input_space, narrow))
+    for stack in stacks(view, narrow, schemes, inputs):
+        done |= solve(stack, schemes, method)
+        # what a stack was solved with takes more memory than the stack
+        for sharing in stack.entries:
+            space = input_space(sharing[0])
+            left[space] -= len(sharing)
+            if not left[space]:
+                inputs.pop(space, None)
     return done
 
 

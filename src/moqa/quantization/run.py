@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -101,31 +101,39 @@ def quantize(
     check_space(out, disk_needed(view, plan, profile, how, cache))
     engine.prepare(folder, out, report)
     with torch.no_grad(), resumable(out, _job(plan, profile, how, cache), overwrite, restart) as work:
-        target = work.result
         writer = CheckpointWriter(view, work, plan, profile, how)
         missing = writer.missing()
         if missing and room.ahead and engine.name == "local":
             view.read_ahead(missing[0])
         if work.done("start") is None:
-            for pattern in _COMPANIONS:
-                for path in sorted(folder.glob(pattern)):
-                    if path.name != original.INDEX:
-                        shutil.copyfile(path, target / path.name)
-            introduce(target)
+            _copy_companions(folder, work.result)
             if cache is not None:
                 report("cache", 0, 1)
                 layers = cache_layers(view, profile, plan.known, share)
-                write_cache(target, plan.fingerprint, share, len(view.layers), layers)
+                write_cache(work.result, plan.fingerprint, share, len(view.layers), layers)
                 report("cache", 1, 1)
-            describe_routing(target, profile, plan.known)
+            describe_routing(work.result, profile, plan.known)
             work.mark_done("start", {})
         samples = CalibrationSamples(view, plan, profile, work) if how.needs_data else None
-        _quantize(
-            BlockWork(Workspace(view, work), plan.units, how, engine, room.experts, report), writer, samples, room.ahead
-        )
+        todo = BlockWork(Workspace(view, work), plan.units, how, engine, room.experts, report)
+        with Background(room.ahead) as background, closing(quantized_layers(todo, samples, missing)) as results:
+            if not writer.has_kept():
+                background.do(writer.write_kept, view.kept_on_disk())
+            for layer in missing:
+                report("quantize", layer, writer.depth)
+                background.do(_finish, todo, writer, samples, layer, next(results))
         writer.finish(str(model))
         report("quantize", writer.depth, writer.depth)
     return out
+
+
+def _copy_companions(folder: Path, target: Path) -> None:
+    """Put the small files of the original beside the weights, and say in them that these are moqa's."""
+    for pattern in _COMPANIONS:
+        for path in sorted(folder.glob(pattern)):
+            if path.name != original.INDEX:
+                shutil.copyfile(path, target / path.name)
+    introduce(target)
 
 
 def disk_needed(view: ModelView, plan: Plan, profile: Profile, method: Method, cache: str | None) -> int:
@@ -146,18 +154,6 @@ def _job(plan: Plan, profile: Profile, method: Method, cache: str | None) -> dic
         digest.update(profile.statistics[name]["samples"].contiguous().numpy().tobytes())
     return {"moqa": __version__, "model": plan.fingerprint, "plan and samples": digest.hexdigest(),
             "method": method.name, "cache": cache}  # fmt: skip
-
-
-def _quantize(work: BlockWork, writer: CheckpointWriter, samples: CalibrationSamples | None, ahead: bool) -> None:
-    """Quantize and write what is not written yet; `ahead`: writing goes on while the next layer is worked on."""
-    missing = writer.missing()
-    with Background(ahead) as background, ExitStack() as stack:
-        if not writer.has_kept():
-            background.do(writer.write_kept, work.site.view.kept_on_disk())
-        results = stack.enter_context(closing(quantized_layers(work, samples, missing)))
-        for layer in missing:
-            work.report("quantize", layer, writer.depth)
-            background.do(_finish, work, writer, samples, layer, next(results))
 
 
 def _finish(
