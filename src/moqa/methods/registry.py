@@ -1,14 +1,21 @@
 """Quantization methods: a registry of functions from weights and inputs to what is stored."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from moqa.registry import Registry
 
-from moqa.calibration.inputs import InputStatistics
-from moqa.errors import MoqaError
-from moqa.format.grid import Grid
-from moqa.format.scheme import Scheme
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moqa.calibration.inputs import InputStatistics
+    from moqa.format.grid import Grid
+    from moqa.format.scheme import Scheme
+
+DEFAULT_METHOD = "gptq"
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ class Method:
         return self.store is None
 
 
-METHODS: dict[str, Method] = {}
+# a new method is a module of its name and its name here
+METHODS: Registry[Method] = Registry("--method", "moqa.methods", ("gptq", "rtn"))
 
 
 def method(
@@ -82,6 +90,4 @@ def find_method(name: str) -> Method:
     Raises:
         MoqaError: if there is none.
     """
-    if name not in METHODS:
-        raise MoqaError(f"--method {name} is unknown", f"there are {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+    return METHODS.find(name)
