@@ -14,14 +14,17 @@ The same in steps, each with an artifact that can be looked at and reused:
 Every name below is imported when it is first used: `import moqa` alone loads nothing heavy.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moqa.errors import MoqaError
 from moqa.integrations.on_import import on_import
+from moqa.lazy import lazily
 
 if TYPE_CHECKING:
     from moqa.adjustment import Adjusted, adjust
+    from moqa.compression.options import CompressOptions
+    from moqa.compression.result import CompressResult
+    from moqa.compression.run import compress
     from moqa.data import Distribution
     from moqa.evaluation import Evaluation, evaluate
     from moqa.execution import find_executor
@@ -40,6 +43,9 @@ __version__ = "0.1.0"
 # where each public name is defined; the imports above say the same to type checkers
 _HOMES = {
     "moqa.adjustment": ("Adjusted", "adjust"),
+    "moqa.compression.options": ("CompressOptions",),
+    "moqa.compression.result": ("CompressResult",),
+    "moqa.compression.run": ("compress",),
     "moqa.data": ("Distribution",),
     "moqa.evaluation": ("Evaluation", "evaluate"),
     "moqa.execution": ("find_executor",),
@@ -53,25 +59,16 @@ _HOMES = {
     "moqa.runtime.load": ("load",),
     "moqa.speed": ("Speed", "bench"),
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022  (functions first, in the order of the work)
-    "profile", "plan", "quantize", "evaluate", "report", "load", "generate", "adjust", "bench",
+    "compress", "profile", "plan", "quantize", "evaluate", "report", "load", "generate", "adjust", "bench",
     "memory_budget", "read_plan", "read_profile", "open_checkpoint", "find_executor",
-    "Adjusted", "Budget", "Distribution", "Evaluation", "MemoryBudget", "MemoryLimit", "MoqaError", "Plan", "Profile",
-    "Sampling", "Speed",
+    "Adjusted", "Budget", "CompressOptions", "CompressResult", "Distribution", "Evaluation", "MemoryBudget",
+    "MemoryLimit", "MoqaError", "Plan", "Profile", "Sampling", "Speed",
 ]  # fmt: skip
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazily(__name__, _HOMES)
 
 # from here on transformers' from_pretrained reads moqa's checkpoints
 on_import("transformers.quantizers.auto", "moqa.integrations.transformers")
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'moqa' has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

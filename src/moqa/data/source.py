@@ -36,7 +36,7 @@ class Distribution:
         return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
 
 
-Data = Sequence[Distribution] | Mapping[str, str | Path | Sequence[str]]
+Data = Sequence[Distribution] | Sequence[str] | Mapping[str, str | Path | Sequence[str]]
 
 
 def read_distribution(spec: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Distribution:
@@ -76,14 +76,16 @@ def as_distributions(data: Data, tokenizer: PreTrainedTokenizerBase | None = Non
     ['wiki', 'notes']
 
     Args:
-        data: distributions, or name -> source as on the command line, or name -> list of texts.
+        data: distributions, or NAME=SOURCE words, or name -> source as on the command line, or name -> list of texts.
         tokenizer: turns chat records into text.
 
     Raises:
         MoqaError: as `read_distribution`.
     """
     if not isinstance(data, Mapping):
-        return list(data)
+        words = [data] if isinstance(data, str) else [word for word in data if isinstance(word, str)]
+        given = [distribution for distribution in data if isinstance(distribution, Distribution)]
+        return [*given, *read_distributions(words, tokenizer)]
     return [
         read_distribution(f"{name}={value}", tokenizer)
         if isinstance(value, str | Path)
