@@ -1,6 +1,7 @@
 """The rules of the house, checked: imports point downwards, names and files are clear, nothing heavy loads at start."""
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -112,11 +113,13 @@ def test_nothing_heavy_is_imported_at_start(statement):
     assert done.stdout.strip() == "light"
 
 
-def test_every_public_name_is_there():
-    import moqa
-
-    assert all(getattr(moqa, name) is not None for name in moqa.__all__)
-    assert set(moqa.__all__) <= set(dir(moqa))
+@pytest.mark.parametrize("package", ["moqa", "moqa.planning", "moqa.methods", "moqa.execution"])
+def test_every_public_name_is_there(package):
+    found = importlib.import_module(package)
+    assert all(getattr(found, name) is not None for name in found.__all__)
+    assert set(found.__all__) <= set(dir(found))
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nonsense'"):
+        _ = found.nonsense
 
 
 def test_the_schema_in_the_docs_is_the_manifest():

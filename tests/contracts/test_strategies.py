@@ -293,6 +293,8 @@ class TestMistakes:
         [
             ({"strategy": "best"}, "--strategy best is unknown: there are .*moqa-budget"),
             ({"ties": "all"}, "--ties all is unknown: there are unit, expert"),
+            ({"objective": "best"}, "--objective best is unknown: there are mean, minimax"),
+            ({"scope": "unit"}, "--scope unit is unknown: there are global, layer"),
             ({"known": ["wiki", "german"]}, "--known wiki,german is not in the profile: it holds wiki, novels"),
             ({"known": []}, "--known"),
             ({"hedge": 1.5}, "--hedge 1.5 is no share"),

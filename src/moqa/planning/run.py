@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -62,6 +63,9 @@ def plan(
     member = STRATEGIES.find(strategy)
     if ties not in TIES:
         raise MoqaError(f"--ties {ties} is unknown", f"there are {', '.join(TIES)}")
+    for option, typed, values in (("objective", objective, get_args(Objective)), ("scope", scope, get_args(Scope))):
+        if typed not in values:
+            raise MoqaError(f"--{option} {typed} is unknown", f"there are {', '.join(values)}")
     known = tuple(profile.names if known is None else known)
     absent = [name for name in known if name not in profile.names]
     if absent or not known:
