@@ -15,7 +15,8 @@ from moqa.evaluation.proof import ProofSetup
 from moqa.methods import METHODS
 from moqa.models.view import open_model
 from moqa.planning import Plan
-from moqa.planning.problem import Choice, Problem, strategy
+from moqa.planning.problem import Choice, Problem
+from moqa.planning.registry import strategy
 from moqa.planning.solver import solve
 from moqa.profiling import SELF
 from moqa.profiling.sensitivity import Sensitivity
@@ -45,7 +46,7 @@ def hedged_by(problem: Problem, stand_in: np.ndarray, share: float) -> Choice:
     return solve(problem.masked((1 - share) * known + share * other)[None], problem.sizes, problem.limit or 0)
 
 
-@strategy("hedged by weights", hedge=0.3)
+@strategy("hedged by weights", needs_budget=True, hedge=0.3)
 def by_weights(problem: Problem) -> Choice:
     """Data-free: relative rounding error x number of weights."""
     weights = np.array([[unit.weights] for unit in problem.profile.record.units])
@@ -53,7 +54,7 @@ def by_weights(problem: Problem) -> Choice:
     return hedged_by(problem, error, problem.options.hedge or 0.0)
 
 
-@strategy("hedged by usage", hedge=0.3)
+@strategy("hedged by usage", needs_budget=True, hedge=0.3)
 def by_usage(problem: Problem) -> Choice:
     """As if every expert of a layer were as sensitive as their mean."""
     known = np.mean([problem.profile.sensitivity(name).double().numpy() for name in problem.known], axis=0)

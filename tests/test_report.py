@@ -13,7 +13,7 @@ import torch
 from moqa.errors import MoqaError
 from moqa.evaluation import Evaluation, Quality
 from moqa.format.manifest import Fitted, Manifest, StoredFile, StoredTensor, StoredUnit
-from moqa.planning import HEDGED, Budget, Plan, for_file, plan
+from moqa.planning import STRATEGIES, Budget, Plan, for_file, plan
 from moqa.profiling.record import DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profiling.store import Profile, write_profile
 from moqa.reports import drift, report
@@ -221,14 +221,14 @@ class TestVerdict:
 
     def test_the_pair_is_chosen_by_what_it_is_and_not_by_its_result(self):
         found = judge(
-            evaluation("moqa-budget", 10_000_000, 0.9, 0.9, hedge=HEDGED["moqa-budget"]),
+            evaluation("moqa-budget", 10_000_000, 0.9, 0.9, hedge=STRATEGIES["moqa-budget"].hedge),
             evaluation("uniform", 10_000_000, 1.0, 1.0),
             evaluation("moqa-budget", 10_000_000, 0.1, 0.1, hedge=0), evaluation("moqa", 10_000_000, 0.1, 0.1),
-            evaluation("moqa-budget", 20_000_000, 0.1, 0.1, hedge=HEDGED["moqa-budget"], method="rtn"),
+            evaluation("moqa-budget", 20_000_000, 0.1, 0.1, hedge=STRATEGIES["moqa-budget"].hedge, method="rtn"),
             evaluation("uniform", 20_000_000, 1.0, 1.0, method="rtn"),
         )  # fmt: skip
         assert "10 % below" in found.sentence
-        assert f"All 2 comparisons of moqa-budget (hedge {HEDGED['moqa-budget']})" in found.tally
+        assert f"All 2 comparisons of moqa-budget (hedge {STRATEGIES['moqa-budget'].hedge})" in found.tally
 
     def test_another_baseline_that_is_better_is_named(self):
         found = judge(

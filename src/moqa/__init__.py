@@ -15,16 +15,19 @@ Every name below is imported when it is first used: `import moqa` alone loads no
 not run on, it works too, and the first use is a `MoqaError`.
 """
 
-import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moqa.errors import MoqaError
 from moqa.integrations.on_import import on_import
+from moqa.lazy import lazily
 from moqa.support import Refusal, unsupported
 
 if TYPE_CHECKING:
     from moqa.adjustment import Adjusted, adjust
+    from moqa.compression.options import CompressOptions
+    from moqa.compression.result import CompressResult
+    from moqa.compression.run import compress
     from moqa.data import Distribution
     from moqa.evaluation import Evaluation, evaluate
     from moqa.execution import find_executor
@@ -43,6 +46,9 @@ if TYPE_CHECKING:
 # where each public name is defined; the imports above say the same to type checkers
 _HOMES = {
     "moqa.adjustment": ("Adjusted", "adjust"),
+    "moqa.compression.options": ("CompressOptions",),
+    "moqa.compression.result": ("CompressResult",),
+    "moqa.compression.run": ("compress",),
     "moqa.data": ("Distribution",),
     "moqa.evaluation": ("Evaluation", "evaluate"),
     "moqa.execution": ("find_executor",),
@@ -56,32 +62,27 @@ _HOMES = {
     "moqa.runtime.load": ("load",),
     "moqa.speed": ("Speed", "bench"),
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022  (functions first, in the order of the work)
-    "profile", "plan", "quantize", "evaluate", "report", "load", "generate", "adjust", "bench",
+    "compress", "profile", "plan", "quantize", "evaluate", "report", "load", "generate", "adjust", "bench",
     "memory_budget", "read_plan", "read_profile", "open_checkpoint", "find_executor",
-    "Adjusted", "Budget", "Distribution", "Evaluation", "MemoryBudget", "MemoryLimit", "MoqaError", "Plan", "Profile",
-    "Sampling", "Speed",
+    "Adjusted", "Budget", "CompressOptions", "CompressResult", "Distribution", "Evaluation", "MemoryBudget",
+    "MemoryLimit", "MoqaError", "Plan", "Profile", "Sampling", "Speed",
 ]  # fmt: skip
+
+if not TYPE_CHECKING:
+    _found, __dir__ = lazily(__name__, _HOMES)
+
+    def __getattr__(name: str) -> object:
+        if name != "__version__":
+            return _found(name)
+        from importlib.metadata import version  # takes longer to import than moqa
+
+        return globals().setdefault(name, version("moqa"))
+
 
 if unsupported():
     sys.meta_path.insert(0, Refusal())
 else:
     # from here on transformers' from_pretrained reads moqa's checkpoints
     on_import("transformers.quantizers.auto", "moqa.integrations.transformers")
-
-
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version  # takes longer to import than moqa
-
-        return globals().setdefault(name, version("moqa"))
-    if name not in _HOME:
-        raise AttributeError(f"module 'moqa' has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ from moqa.kernels import PackedMatrix
 from moqa.methods import METHODS, SolveBatch
 from moqa.methods.gptq import damping
 from moqa.models.units import Unit
-from moqa.quantization.layer import quantize_units
+from moqa.quantization.pieces import BlockPiece, quantize_piece
 
 SHAPES = [(40, 100), (16, 64), (3, 130)]
 each_method = pytest.mark.parametrize("method", sorted(METHODS))
@@ -176,7 +176,7 @@ def test_gptq_is_optimal_brain_quantization_column_by_column(features):
 
 
 class Layer:
-    """As much of a model view as `quantize_units` looks at."""
+    """As much of a workspace and its model view as `quantize_piece` looks at."""
 
     def __init__(self, experts=3, hidden=64, inner=40):
         self.units, self.weights = [], {}
@@ -192,6 +192,13 @@ class Layer:
         generator = torch.Generator().manual_seed(len(self.units))
         self.weights[name] = torch.randn(shape, generator=generator) * 0.1
 
+    @property
+    def view(self):
+        return self
+
+    def layer_units(self, _):
+        return self.units
+
     def weight(self, unit):
         return self.weights[unit.name]
 
@@ -202,12 +209,13 @@ class Layer:
         }
 
     def quantized(self, method, schemes, inputs):
-        found = quantize_units(self, self.units, schemes, METHODS[method], dict(inputs))
+        found = quantize_piece(self, BlockPiece(0, METHODS[method], schemes, linear=inputs))
         return {
             unit.name: SimpleNamespace(
-                **vars(result), dense=PackedMatrix(schemes[unit.name], unit.shape, result.tensors).dense()
+                **vars(found[unit.name]),
+                dense=PackedMatrix(schemes[unit.name], unit.shape, found[unit.name].tensors).dense(),
             )
-            for unit, result in found
+            for unit in self.units
         }
 
 

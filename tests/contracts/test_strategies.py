@@ -10,7 +10,7 @@ import torch
 from moqa.errors import MoqaError
 from moqa.format.layout import shards
 from moqa.format.scheme import Scheme
-from moqa.planning import DEFAULT_WIDTHS, HEDGED, STRATEGIES, TIES, Budget, Plan, for_file, plan, read_plan
+from moqa.planning import DEFAULT_WIDTHS, STRATEGIES, TIES, Budget, Plan, for_file, plan, read_plan
 from moqa.planning.problem import FLOOR
 from moqa.planning.run import kept_entries
 from moqa.planning.ties import tie_groups
@@ -18,7 +18,6 @@ from moqa.profiling import SELF
 from moqa.storage.artifact import read_json, write_json
 
 BITS = (4.0, 4.6, 6.0, 9.0)  # the tiny profile's rows are short, so filling makes 3.8 to 11.3 reachable
-EXPERT_ONLY = ("frequency", "moqa", "moqa-v1")
 each_strategy = pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 each_ties = pytest.mark.parametrize("ties", TIES)
 
@@ -148,7 +147,7 @@ class TestEveryStrategy:
 
     def test_a_dense_model(self, dense_profile, strategy):
         budget = Budget.parse(bpw=5.0)
-        if strategy in EXPERT_ONLY:
+        if STRATEGIES[strategy].needs_experts:
             with pytest.raises(MoqaError, match=r"tiny_dense.*has none: use uniform or moqa-budget"):
                 plan(dense_profile, budget, strategy=strategy)
         else:
@@ -172,7 +171,7 @@ class TestEveryStrategy:
                 assert experts == {max(widths)}
 
     def test_a_hedge_is_for_those_who_take_one(self, made, strategy):
-        if strategy in HEDGED:
+        if STRATEGIES[strategy].hedge is not None:
             assert made(strategy, 4.0, hedge=0.75).mixture[SELF] == 0.75
         else:
             with pytest.raises(MoqaError, match=f"does not apply to --strategy {strategy}"):
@@ -294,6 +293,8 @@ class TestMistakes:
         [
             ({"strategy": "best"}, "--strategy best is unknown: there are .*moqa-budget"),
             ({"ties": "all"}, "--ties all is unknown: there are unit, expert"),
+            ({"objective": "best"}, "--objective best is unknown: there are mean, minimax"),
+            ({"scope": "unit"}, "--scope unit is unknown: there are global, layer"),
             ({"known": ["wiki", "german"]}, "--known wiki,german is not in the profile: it holds wiki, novels"),
             ({"known": []}, "--known"),
             ({"hedge": 1.5}, "--hedge 1.5 is no share"),

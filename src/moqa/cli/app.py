@@ -1,8 +1,24 @@
 """The application that every command joins."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import typer
 
-app = typer.Typer(
+from moqa.cli.help import Command
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class App(typer.Typer):
+    """Commands with help from the library."""
+
+    def command(self, *args: Any, **options: Any) -> Callable[[Function], Function]:
+        """See `typer.Typer.command`."""
+        return super().command(*args, **{"cls": Command, **options})
+
+
+app = App(
     name="moqa",
     help="Gives precision to the parts of a Mixture-of-Experts model that the data needs.",
     no_args_is_help=True,

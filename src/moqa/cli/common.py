@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from moqa.compression.options import DEFAULTS
 from moqa.errors import MoqaError
 from moqa.storage.artifact import write_json
 
@@ -24,43 +25,29 @@ DataOption = Annotated[
 BpwOption = Annotated[float | None, typer.Option("--bpw", help="budget: stored bits per weight of the units")]
 SizeOption = Annotated[str | None, typer.Option("--size", help="budget: all weight files, e.g. 12MiB")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="also write the result to this file, - for stdout")]
-SeedOption = Annotated[int, typer.Option("--seed", help="of samples, labels, self-written text and random plans")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an output of moqa that is there")]
-StrategyOption = Annotated[
-    str, typer.Option("--strategy", help="moqa-budget, moqa, moqa-v1, frequency, uniform or random")
-]
-TiesOption = Annotated[
-    str, typer.Option("--ties", help="what must share a width: unit, expert, layer_projection or layer")
-]
-HedgeOption = Annotated[
-    float | None, typer.Option("--hedge", help="moqa-budget: share of the model's own text in the objective, 0 to 1")
-]
-ObjectiveOption = Annotated[
-    str, typer.Option("--objective", help="moqa-budget: mean or minimax over the known distributions")
-]
-ScopeOption = Annotated[
-    str, typer.Option("--scope", help="moqa: cluster experts over all layers (global) or per layer")
-]
-WidthsOption = Annotated[str, typer.Option("--widths", help="candidate widths, comma-separated")]
-MethodOption = Annotated[str, typer.Option("--method", help="gptq or rtn")]
-SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="windows per distribution to measure")]
-ContextOption = Annotated[int, typer.Option("--context", min=2, help="tokens in a window")]
-SelfSamplesOption = Annotated[
-    int | None, typer.Option("--self-samples", min=0, help="windows the model writes itself [default: as --samples]")
-]
-SensitivityOption = Annotated[
-    bool,
-    typer.Option("--no-sensitivity", help="measure none, which uniform plans and moqa-v1 do not need"),
-]
-GroupOption = Annotated[int, typer.Option("--group-size", min=8, help="weights that share a scale")]
-SymmetricOption = Annotated[bool, typer.Option("--symmetric", help="grids without a zero-point")]
-EngineOption = Annotated[
-    str, typer.Option("--engine", help="where the work is done: local, or ray for the machines of a cluster")
-]
 AddressOption = Annotated[
     str | None,
     typer.Option("--ray-address", metavar="HOST:PORT", help="head of the Ray cluster [default: this machine's]"),
 ]
+# the help of these is that of `CompressOptions`, or made from what is registered, see `moqa.cli.help`
+SeedOption = Annotated[int, typer.Option("--seed")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite")]
+StrategyOption = Annotated[str, typer.Option("--strategy")]
+TiesOption = Annotated[str, typer.Option("--ties")]
+HedgeOption = Annotated[float | None, typer.Option("--hedge")]
+ObjectiveOption = Annotated[str, typer.Option("--objective")]
+ScopeOption = Annotated[str, typer.Option("--scope")]
+WidthsOption = Annotated[str, typer.Option("--widths")]
+MethodOption = Annotated[str, typer.Option("--method")]
+SamplesOption = Annotated[int, typer.Option("--samples", min=1)]
+ContextOption = Annotated[int, typer.Option("--context", min=2)]
+SelfSamplesOption = Annotated[int | None, typer.Option("--self-samples", min=0)]
+SensitivityOption = Annotated[bool, typer.Option("--no-sensitivity")]
+GroupOption = Annotated[int, typer.Option("--group-size", min=8)]
+SymmetricOption = Annotated[bool, typer.Option("--symmetric")]
+EngineOption = Annotated[str, typer.Option("--engine")]
+
+DEFAULT_WIDTHS = ",".join(map(str, DEFAULTS.widths))
 
 console = Console(stderr=True)
 

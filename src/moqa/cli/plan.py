@@ -8,6 +8,7 @@ import typer
 
 from moqa.cli.app import app
 from moqa.cli.common import (
+    DEFAULT_WIDTHS,
     BpwOption,
     HedgeOption,
     JsonOption,
@@ -24,6 +25,7 @@ from moqa.cli.common import (
     widths_of,
     write_result,
 )  # fmt: skip
+from moqa.compression.options import DEFAULTS
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
@@ -52,14 +54,14 @@ def plan(
         typer.Option("--context", min=1, help="with --fit: tokens of a conversation [default: 8192, or the model's]"),
     ] = None,
     batch: BatchOption = None,
-    strategy: StrategyOption = "moqa-budget",
-    ties: TiesOption = "unit",
+    strategy: StrategyOption = DEFAULTS.strategy,
+    ties: TiesOption = DEFAULTS.ties,
     known: Annotated[str | None, typer.Option("--known", help="distributions to fit on [default: all]")] = None,
-    widths: WidthsOption = "2,3,4,5,6,8",
-    hedge: HedgeOption = None,
-    objective: ObjectiveOption = "mean",
-    scope: ScopeOption = "global",
-    seed: SeedOption = 0,
+    widths: WidthsOption = DEFAULT_WIDTHS,
+    hedge: HedgeOption = DEFAULTS.hedge,
+    objective: ObjectiveOption = DEFAULTS.objective,
+    scope: ScopeOption = DEFAULTS.scope,
+    seed: SeedOption = DEFAULTS.seed,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what quantizing by the plan costs, and write nothing")
     ] = False,

@@ -24,6 +24,8 @@ from moqa.cli.common import (
 )
 from moqa.cli.progress import LogOption, logged, progress
 from moqa.cli.progress.limits import MemoryOption, RestartOption, TimeOption, time_limited
+from moqa.compression.options import DEFAULTS
+from moqa.execution.registry import DEFAULT_EXECUTOR
 
 if TYPE_CHECKING:
     from moqa.profiling import Profile
@@ -35,18 +37,18 @@ def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of the original model")],
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="profile folder; reused if it is there")],
-    samples: SamplesOption = 64,
-    context: ContextOption = 256,
-    self_samples: SelfSamplesOption = None,
-    group_size: GroupOption = 64,
-    symmetric: SymmetricOption = False,
-    method: MethodOption = "gptq",
+    samples: SamplesOption = DEFAULTS.samples,
+    context: ContextOption = DEFAULTS.context,
+    self_samples: SelfSamplesOption = DEFAULTS.self_samples,
+    group_size: GroupOption = DEFAULTS.group_size,
+    symmetric: SymmetricOption = DEFAULTS.symmetric,
+    method: MethodOption = DEFAULTS.method,
     no_sensitivity: SensitivityOption = False,
-    seed: SeedOption = 0,
+    seed: SeedOption = DEFAULTS.seed,
     max_memory: MemoryOption = None,
     time_limit: TimeOption = None,
     restart: RestartOption = False,
-    engine: EngineOption = "local",
+    engine: EngineOption = DEFAULT_EXECUTOR,
     ray_address: AddressOption = None,
     json: JsonOption = None,
     log_json: LogOption = None,

@@ -1,12 +1,13 @@
 """`moqa quantize`: apply a plan, or do the whole job from texts and a size."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moqa.cli.app import app
 from moqa.cli.common import (
+    DEFAULT_WIDTHS,
     AddressOption,
     BpwOption,
     EngineOption,
@@ -31,11 +32,17 @@ from moqa.cli.common import (
     widths_of,
     write_result,
 )  # fmt: skip
-from moqa.cli.plan import BatchOption, FitOption, check_budgets, print_estimate
+from moqa.cli.plan import BatchOption, FitOption, check_budgets, print_estimate, print_fit
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import LogOption, logged, progress
 from moqa.cli.progress.limits import MemoryOption, RestartOption, TimeOption, time_limited
+from moqa.compression.options import DEFAULTS, CompressOptions
 from moqa.errors import MoqaError
+from moqa.execution.registry import DEFAULT_EXECUTOR
+
+if TYPE_CHECKING:
+    from moqa.compression.result import CompressResult
+    from moqa.evaluation.proof import Proof
 
 
 @app.command()
@@ -55,17 +62,15 @@ def quantize(
     size: SizeOption = None,
     fit: FitOption = None,
     batch: BatchOption = None,
-    strategy: StrategyOption = "moqa-budget",
-    ties: TiesOption = "unit",
-    method: MethodOption = "gptq",
-    widths: WidthsOption = "2,3,4,5,6,8",
-    hedge: HedgeOption = None,
-    objective: ObjectiveOption = "mean",
-    scope: ScopeOption = "global",
-    profile: Annotated[
-        Path | None, typer.Option("--profile", help="profile folder to reuse or make [default: OUT.profile]")
-    ] = None,
-    samples: SamplesOption = 64,
+    strategy: StrategyOption = DEFAULTS.strategy,
+    ties: TiesOption = DEFAULTS.ties,
+    method: MethodOption = DEFAULTS.method,
+    widths: WidthsOption = DEFAULT_WIDTHS,
+    hedge: HedgeOption = DEFAULTS.hedge,
+    objective: ObjectiveOption = DEFAULTS.objective,
+    scope: ScopeOption = DEFAULTS.scope,
+    profile: Annotated[Path | None, typer.Option("--profile")] = DEFAULTS.profile,
+    samples: SamplesOption = DEFAULTS.samples,
     context: Annotated[
         int | None,
         typer.Option(
@@ -75,22 +80,17 @@ def quantize(
             "model's], windows then have as many but at most 256",
         ),
     ] = None,
-    self_samples: SelfSamplesOption = None,
-    group_size: GroupOption = 64,
-    symmetric: SymmetricOption = False,
-    cache: Annotated[
-        str | None,
-        typer.Option("--cache", metavar="SHARE", help="keep for `moqa adjust`: 1% of the channels, or full"),
-    ] = None,
-    proof: Annotated[
-        bool, typer.Option("--proof/--no-proof", help="evaluate beside plain plans on held-out text")
-    ] = True,
-    overwrite: OverwriteOption = False,
-    seed: SeedOption = 0,
+    self_samples: SelfSamplesOption = DEFAULTS.self_samples,
+    group_size: GroupOption = DEFAULTS.group_size,
+    symmetric: SymmetricOption = DEFAULTS.symmetric,
+    cache: Annotated[str | None, typer.Option("--cache", metavar="SHARE")] = DEFAULTS.cache,
+    proof: Annotated[bool, typer.Option("--proof/--no-proof")] = DEFAULTS.proof,
+    overwrite: OverwriteOption = DEFAULTS.overwrite,
+    seed: SeedOption = DEFAULTS.seed,
     max_memory: MemoryOption = None,
     time_limit: TimeOption = None,
-    restart: RestartOption = False,
-    engine: EngineOption = "local",
+    restart: RestartOption = DEFAULTS.restart,
+    engine: EngineOption = DEFAULT_EXECUTOR,
     ray_address: AddressOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what it costs in bytes, memory, disk and time, and do nothing")
@@ -99,34 +99,26 @@ def quantize(
     log_json: LogOption = None,
 ) -> None:
     """Quantize a model: from a plan, or from the texts it will see and a size, with proof on held-out text."""
-    from moqa.cli.oneshot import Wish, fulfil, unproven
     from moqa.execution import find_executor
     from moqa.memory.limit import MemoryLimit
-    from moqa.methods.registry import find_method
-    from moqa.quantization import quantize as run
-    from moqa.quantization.cache import parse_cache
-    from moqa.storage.folders import check_free
 
-    find_method(method)
-    if cache is not None:
-        parse_cache(cache)
     memory = MemoryLimit.parse(max_memory) if max_memory else None
     where = find_executor(engine, address=ray_address)
-    if plan is not None or not (proof and unproven(out)):
-        check_free(out, overwrite)
     if plan is not None:
+        from moqa.planning import read_plan
+        from moqa.profiling import read_profile
+        from moqa.quantization import quantize as run
+        from moqa.quantization.estimate import estimate
+        from moqa.storage.folders import check_free
+
         if data or held_out or any(option is not None for option in (bpw, size, fit, batch)):
             raise MoqaError(
                 f"--plan {plan} already holds texts and budget",
                 "leave out --data, --held-out, --bpw, --size, --fit, --batch",
             )
-        from moqa.planning import read_plan
-        from moqa.profiling import read_profile
-
+        check_free(out, overwrite)
         chosen = read_plan(plan)
         if dry_run:
-            from moqa.quantization.estimate import estimate
-
             measured = read_profile(profile or chosen.profile)
             cost = estimate(
                 model, chosen, measured, method=method, cache=cache, memory=where.memory(memory), before=start_and_end()
@@ -134,27 +126,83 @@ def quantize(
             print_estimate(cost, chosen, measured, json)
             return
         with progress(log_json) as report:
-            known = read_profile(profile) if profile else None
             run(
-                model, chosen, out, method=method, overwrite=overwrite, report=time_limited(report, time_limit), profile=known, cache=cache,
-                memory=memory, restart=restart, engine=where,
+                model, chosen, out, method=method, overwrite=overwrite, report=time_limited(report, time_limit),
+                profile=read_profile(profile) if profile else None, cache=cache, memory=memory, restart=restart,
+                engine=where,
             )  # fmt: skip
         warn_starved(read_profile(profile or chosen.profile))
         print_checkpoint(out, json)
         return
     if not data:
         raise MoqaError("moqa quantize needs --plan FILE, or --data NAME=SOURCE with --bpw, --size or --fit")
+    from moqa.compression.run import compress, forecast
+    from moqa.planning import Budget, memory_budget
+
     check_budgets(bpw, size, fit, None, batch)
-    fulfil(
-        Wish(
-            model=model, out=out, data=data, held_out=held_out or [], bpw=bpw, size=size, fit=fit, batch=batch or 1,
-            strategy=strategy, ties=ties, method=method, widths=widths_of(widths), hedge=hedge, objective=objective,
-            scope=scope, profile=profile or out.with_name(out.name + ".profile"), samples=samples, context=context,
-            self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
-            overwrite=overwrite, seed=seed, dry_run=dry_run, memory=memory, time_limit=time_limit, restart=restart,
-            engine=where, json=json, log_json=log_json,
-        )
+    # with --fit, --context are the tokens of a served conversation
+    window = min(context or DEFAULTS.context, DEFAULTS.context) if fit else context or DEFAULTS.context
+    options = CompressOptions(
+        strategy=strategy, ties=ties, widths=widths_of(widths), hedge=hedge,  # type: ignore[arg-type]
+        objective=objective, scope=scope, method=method, profile=profile, samples=samples,  # type: ignore[arg-type]
+        context=window, self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
+        overwrite=overwrite, restart=restart, seed=seed,
     )  # fmt: skip
+    budget = memory_budget(model, fit, context=context, batch=batch or 1) if fit else Budget.parse(bpw, size)
+    if dry_run:
+        told = forecast(
+            model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=where,
+            before=start_and_end(),
+        )  # fmt: skip
+        print_estimate(told.cost, told.plan, told.profile, json)
+        return
+    with progress(log_json) as report:
+        result = compress(
+            model, data, budget, out, held_out=held_out, options=options, report=time_limited(report, time_limit),
+            memory=memory, executor=where, when_quantized=print_quantized,
+        )  # fmt: skip
+    print_compressed(result)
+    write_result(result.summary(), json)
+
+
+def print_quantized(result: "CompressResult") -> None:
+    """What is known when the checkpoint is written: experts without data, and how the memory divides."""
+    from moqa.planning import MemoryBudget
+
+    warn_starved(result.profile)
+    if isinstance(result.budget, MemoryBudget):
+        print_fit(result.budget, result.plan.account)
+
+
+def print_compressed(result: "CompressResult") -> None:
+    """The proof and where the page is, or what was written where no proof was wanted."""
+    if result.proof is None:
+        account = result.plan.account
+        typer.echo(f"{result.checkpoint}: {mib(account.checkpoint)}, {account.bits_per_weight:.3f} bits/weight")
+        return
+    print_proof(result.proof, result.checkpoint)
+    if result.report is None:
+        typer.echo(f"moqa: no report.html: {result.no_report}", err=True)
+    else:
+        typer.echo(f"report: {result.report}")
+
+
+def print_proof(proof: "Proof", out: Path) -> None:
+    """Our checkpoint and the plain ones in one table, and in one sentence per distribution what it is worth."""
+    names = list(proof.ours.distributions)
+    rows = []
+    for row in (proof.ours, *proof.baselines):
+        label = str(out) if row is proof.ours else f"{row.strategy} {row.bits_per_weight:.2f}"
+        cells = [f"{row.distributions[n].kl_divergence:.4f} / {row.distributions[n].perplexity:.3f}" for n in names]
+        rows.append([label, mib(row.bytes), f"{row.bits_per_weight:.3f}", *cells])
+    headings = ["held-out KL / perplexity", "size", "bits/weight", *names]
+    print_table(headings, rows)
+    for name in names:
+        gain = proof.gain(name)
+        side = "below" if gain >= 0 else "ABOVE"
+        typer.echo(f"{name}: KL divergence {abs(gain):.0%} {side} uniform {proof.ours.method} at the same bytes")
+    for loss in proof.lost():
+        typer.echo(f"moqa: warning: ours loses on {loss}", err=True)
 
 
 def print_checkpoint(out: Path, json: Path | None) -> None:

@@ -91,6 +91,7 @@ def as_distributions(data: Data, tokenizer: PreTrainedTokenizerBase | None = Non
             else Distribution(name, tuple(value), f"{len(value)} texts")
             for name, value in data.items()
         ]
+    data = [data] if isinstance(data, str) else data
     specs = [item for item in data if isinstance(item, str)]
     if specs:
         return read_distributions(specs, tokenizer)

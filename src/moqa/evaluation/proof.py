@@ -16,6 +16,7 @@ from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import give_back
 from moqa.models.view import ModelView
 from moqa.planning import Plan, plan
+from moqa.planning.registry import HAND_RULE, PLAIN
 from moqa.profiling import Profile
 from moqa.progress import Report
 from moqa.quantization import quantize
@@ -117,7 +118,7 @@ def prove(bench: ProofSetup, chosen: Plan, out: Path, method: str, report: Repor
         limit = f"{chosen.account.checkpoint}B"
         rows.append(
             bench.run(
-                plan(bench.profile, limit, strategy="frequency", ties=chosen.ties, known=chosen.known), method, report
+                plan(bench.profile, limit, strategy=HAND_RULE, ties=chosen.ties, known=chosen.known), method, report
             )
         )
     return Proof(ours=ours, baselines=tuple(rows), uniform=uniform)
@@ -127,7 +128,7 @@ def _uniform_around(bench: ProofSetup, chosen: Plan) -> tuple[Plan | None, Plan 
     """The largest uniform plan within the checkpoint's bytes and the smallest above."""
     widths = bench.profile.record.widths
     plans = [
-        plan(bench.profile, None, strategy="uniform", ties=chosen.ties, known=chosen.known, widths=[width])
+        plan(bench.profile, None, strategy=PLAIN, ties=chosen.ties, known=chosen.known, widths=[width])
         for width in widths
     ]
     fitting = [p for p in plans if p.account.checkpoint <= chosen.account.checkpoint]

@@ -1,7 +1,21 @@
 """Engines: where the pieces of long work are done, in this process or on the machines of a Ray cluster."""
 
-from moqa.execution.local import Executor, LocalExecutor
-from moqa.execution.registry import EXECUTORS, find_executor
-from moqa.execution.workspace import Workspace
+from typing import TYPE_CHECKING
+
+from moqa.lazy import lazily
+
+if TYPE_CHECKING:
+    from moqa.execution.local import Executor, LocalExecutor
+    from moqa.execution.registry import EXECUTORS, find_executor
+    from moqa.execution.workspace import Workspace
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "moqa.execution.local": ("Executor", "LocalExecutor"),
+            "moqa.execution.registry": ("EXECUTORS", "find_executor"),
+            "moqa.execution.workspace": ("Workspace",),
+        },
+    )
 
 __all__ = ["EXECUTORS", "Executor", "LocalExecutor", "Workspace", "find_executor"]

@@ -1,19 +1,60 @@
 """Engines by the name that users type."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from moqa.errors import MoqaError
-from moqa.execution.local import Executor, LocalExecutor
 
-EXECUTORS = ("local", "ray")
+if TYPE_CHECKING:
+    from moqa.execution.local import Executor
+
+DEFAULT_EXECUTOR = "local"
 
 
-def find_executor(name: str = "local", *, address: str | None = None) -> Executor:
+@dataclass(frozen=True)
+class ExecutorKind:
+    """A kind of engine.
+
+    Attributes:
+        help: where it does the work.
+        start: makes one; an address is refused where there is no cluster.
+    """
+
+    help: str
+    start: Callable[[str | None], Executor]
+
+
+def _local(address: str | None) -> Executor:
+    from moqa.execution.local import LocalExecutor
+
+    if address is not None:
+        raise MoqaError(f"--ray-address {address} is for --engine ray", "add it, or leave the address out")
+    return LocalExecutor()
+
+
+def _ray(address: str | None) -> Executor:
+    from moqa.execution.on_ray import RayExecutor
+
+    return RayExecutor(address or "auto")
+
+
+EXECUTORS = {
+    "local": ExecutorKind("this process", _local),
+    "ray": ExecutorKind("the machines of a cluster", _ray),
+}
+
+
+def find_executor(name: str = DEFAULT_EXECUTOR, *, address: str | None = None) -> Executor:
     """An engine that is ready.
 
-    >>> find_executor("ray", "10.0.0.1:6379").workers
+    >>> find_executor("ray", address="10.0.0.1:6379").workers
     12
 
     Args:
-        name: `local` for this process, `ray` for the machines of a Ray cluster.
+        name: one of `EXECUTORS`: `local` for this process, `ray` for the machines of a Ray cluster.
         address: of the cluster's head, as `ray start --head` tells it; None for the cluster of this machine.
 
     Raises:
@@ -21,10 +62,4 @@ def find_executor(name: str = "local", *, address: str | None = None) -> Executo
     """
     if name not in EXECUTORS:
         raise MoqaError(f"--engine {name} is unknown", f"there are {', '.join(EXECUTORS)}")
-    if name == "ray":
-        from moqa.execution.on_ray import RayExecutor
-
-        return RayExecutor(address or "auto")
-    if address is not None:
-        raise MoqaError(f"--ray-address {address} is for --engine ray", "add it, or leave the address out")
-    return LocalExecutor()
+    return EXECUTORS[name].start(address)

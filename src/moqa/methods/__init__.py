@@ -1,6 +1,19 @@
 """Quantization methods: from weights and what they are multiplied with to what is stored. One file per method."""
 
-from moqa.methods import gptq, rtn
-from moqa.methods.registry import METHODS, GridResult, Method, SolveBatch, SolveResult, method
+from typing import TYPE_CHECKING
 
-__all__ = ["METHODS", "GridResult", "Method", "SolveBatch", "SolveResult", "gptq", "method", "rtn"]
+from moqa.lazy import lazily
+
+if TYPE_CHECKING:
+    from moqa.methods.registry import METHODS, Method, SolveBatch, method
+    from moqa.methods.result import GridResult, SolveResult
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "moqa.methods.registry": ("METHODS", "Method", "SolveBatch", "method"),
+            "moqa.methods.result": ("GridResult", "SolveResult"),
+        },
+    )
+
+__all__ = ["METHODS", "GridResult", "Method", "SolveBatch", "SolveResult", "method"]

@@ -7,7 +7,8 @@ from moqa.calibration.inputs import InputStatistics
 from moqa.format.grid import Grid
 from moqa.kernels import Columns, Kernels, find_kernels
 from moqa.methods.grid import fit_grid
-from moqa.methods.registry import GridResult, SolveBatch, SolveResult, method
+from moqa.methods.registry import SolveBatch, method
+from moqa.methods.result import GridResult, SolveResult
 from moqa.models.products import fast_sums
 
 DAMPING = 0.01

@@ -1,17 +1,21 @@
 """Quantization methods: a registry of functions from weights and inputs to what is stored."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from moqa.registry import Registry
 
-from moqa.calibration.inputs import InputStatistics
-from moqa.errors import MoqaError
-from moqa.format.grid import Grid
-from moqa.format.planes import by_suffix
-from moqa.format.scheme import Scheme
-from moqa.kernels import find_kernels
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moqa.calibration.inputs import InputStatistics
+    from moqa.format.scheme import Scheme
+    from moqa.methods.result import SolveResult
+
+DEFAULT_METHOD = "gptq"
 
 
 @dataclass(frozen=True)
@@ -29,42 +33,6 @@ class SolveBatch:
     widths: Tensor
     inputs: list[InputStatistics]
     scheme: Scheme
-
-
-class SolveResult(Protocol):
-    """What a method found for a batch; it knows what it stands for and how it is stored."""
-
-    def decode(self) -> Tensor:
-        """[n, rows, in] weights as they are stored, float32."""
-
-    def __getitem__(self, index: Any) -> "SolveResult":
-        """A part: an entry and some of its rows."""
-
-    def stored(self, width: int) -> dict[str, Tensor]:
-        """Tensors by suffix, see `Scheme.tensors`, of a part that is one [rows, in] matrix.
-
-        Args:
-            width: of the unit that the matrix belongs to.
-        """
-
-
-@dataclass(frozen=True)
-class GridResult:
-    """Integers [n, rows, in] with their grid."""
-
-    integers: Tensor
-    grid: Grid
-
-    def decode(self) -> Tensor:
-        """See `SolveResult`."""
-        return self.grid.decode(self.integers)
-
-    def __getitem__(self, index: Any) -> "GridResult":
-        return GridResult(self.integers[index], self.grid[index])
-
-    def stored(self, width: int) -> dict[str, Tensor]:
-        """See `SolveResult`."""
-        return by_suffix(find_kernels().pack(self.integers, width), self.grid.scale, self.grid.zero)
 
 
 @dataclass(frozen=True)
@@ -88,7 +56,8 @@ class Method:
         return self.store is None
 
 
-METHODS: dict[str, Method] = {}
+# a new method is a module of its name and its name here
+METHODS: Registry[Method] = Registry("--method", "moqa.methods", ("gptq", "rtn"))
 
 
 def method(
@@ -109,6 +78,4 @@ def find_method(name: str) -> Method:
     Raises:
         MoqaError: if there is none.
     """
-    if name not in METHODS:
-        raise MoqaError(f"--method {name} is unknown", f"there are {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+    return METHODS.find(name)

@@ -6,7 +6,8 @@ from torch import Tensor
 from moqa.format.scheme import Scheme
 from moqa.kernels import find_kernels
 from moqa.methods.grid import fit_grid
-from moqa.methods.registry import GridResult, SolveBatch, SolveResult, method
+from moqa.methods.registry import SolveBatch, method
+from moqa.methods.result import GridResult, SolveResult
 
 
 def _store(weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:

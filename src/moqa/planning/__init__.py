@@ -1,15 +1,31 @@
 """Plans: which precision every unit gets, and why."""
 
-from moqa.planning.budget import Budget
-from moqa.planning.fit import MemoryBudget, memory_budget
-from moqa.planning.problem import HEDGED, STRATEGIES
-from moqa.planning.record import Account, Options, Plan
-from moqa.planning.run import DEFAULT_WIDTHS, for_file, plan, read_plan
-from moqa.planning.ties import TIES
+from typing import TYPE_CHECKING
+
+from moqa.lazy import lazily
+
+if TYPE_CHECKING:
+    from moqa.planning.budget import Budget
+    from moqa.planning.fit import MemoryBudget, memory_budget
+    from moqa.planning.record import Account, Options, Plan
+    from moqa.planning.registry import STRATEGIES, Strategy, strategy
+    from moqa.planning.run import DEFAULT_WIDTHS, for_file, plan, read_plan
+    from moqa.planning.ties import TIES
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "moqa.planning.budget": ("Budget",),
+            "moqa.planning.fit": ("MemoryBudget", "memory_budget"),
+            "moqa.planning.record": ("Account", "Options", "Plan"),
+            "moqa.planning.registry": ("STRATEGIES", "Strategy", "strategy"),
+            "moqa.planning.run": ("DEFAULT_WIDTHS", "for_file", "plan", "read_plan"),
+            "moqa.planning.ties": ("TIES",),
+        },
+    )
 
 __all__ = [
     "DEFAULT_WIDTHS",
-    "HEDGED",
     "STRATEGIES",
     "TIES",
     "Account",
@@ -17,8 +33,10 @@ __all__ = [
     "MemoryBudget",
     "Options",
     "Plan",
+    "Strategy",
     "for_file",
     "memory_budget",
     "plan",
     "read_plan",
+    "strategy",
 ]  # fmt: skip

@@ -1,12 +1,11 @@
 """What every strategy is given: groups of units, the widths allowed to each, bytes and errors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moqa.errors import MoqaError
 from moqa.format.layout import unit_bytes
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH
@@ -54,6 +53,10 @@ class Problem:
         """[groups, widths] expected rise of the KL divergence per token on one distribution, in nats."""
         return self.table(self.profile.sensitivity(name).double().numpy())
 
+    def own_errors(self) -> NDArray[np.float64]:
+        """The same on the model's own text."""
+        return self.errors(SELF)
+
     def masked(self, costs: NDArray) -> NDArray[np.float64]:
         """[..., groups, widths] costs with the widths that are not allowed made infinite."""
         return np.where(self.allowed, costs, np.inf)
@@ -79,14 +82,10 @@ class Problem:
         """Whether a choice is within the budget."""
         return self.limit is None or self.bytes(choice) <= self.limit
 
-    def needed_limit(self, strategy: str) -> int:
-        """The budget in bytes, for strategies that cannot do without.
-
-        Raises:
-            MoqaError: if none was given.
-        """
-        if self.limit is None:
-            raise MoqaError(f"--strategy {strategy} needs a budget", "give --bpw or --size")
+    @property
+    def needed_limit(self) -> int:
+        """The budget in bytes, for strategies that are registered with `needs_budget`."""
+        assert self.limit is not None
         return self.limit
 
     def routed_experts(self) -> dict[tuple[int, int], list[int]]:
@@ -98,21 +97,6 @@ class Problem:
                     rows = found.setdefault((unit.layer, unit.expert), [])
                     if index not in rows:
                         rows.append(index)
-        return found
-
-    def needed_experts(self, strategy: str) -> dict[tuple[int, int], list[int]]:
-        """`routed_experts`, for strategies that rank experts.
-
-        Raises:
-            MoqaError: if the model is dense.
-        """
-        found = self.routed_experts()
-        if not found:
-            kind = self.profile.record.model_type
-            raise MoqaError(
-                f"--strategy {strategy} ranks experts, {self.profile.record.model} ({kind}) has none",
-                "use uniform or moqa-budget",
-            )
         return found
 
     def fill(self, choice: Choice, order: Sequence[int]) -> Choice:
@@ -129,23 +113,6 @@ class Problem:
                     if size + more <= self.limit:
                         choice[index], size, raised = wider, size + more, True
         return choice
-
-
-Strategy = Callable[[Problem], Choice]
-STRATEGIES: dict[str, Strategy] = {}
-HEDGED: dict[str, float] = {}
-
-
-def strategy(name: str, hedge: float | None = None) -> Callable[[Strategy], Strategy]:
-    """Register a strategy; `hedge` is its default share of the model's own text, None if it takes none."""
-
-    def register(function: Strategy) -> Strategy:
-        STRATEGIES[name] = function
-        if hedge is not None:
-            HEDGED[name] = hedge
-        return function
-
-    return register
 
 
 def make_problem(
@@ -191,6 +158,3 @@ def make_problem(
     if budget is not None:
         limit = budget.limit(sum(unit.weights for unit in profile.record.units)) - (fixed_bytes if whole else 0)
     return Problem(profile, known, tuple(groups), candidates, sizes, allowed, limit, options)
-
-
-__all__ = ["FLOOR", "HEDGED", "SELF", "STRATEGIES", "Choice", "Problem", "Strategy", "make_problem", "strategy"]

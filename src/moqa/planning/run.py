@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -12,13 +13,12 @@ from moqa.errors import MoqaError
 from moqa.format.layout import Entry, entry_bytes, shards
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH
-from moqa.planning import strategies  # noqa: F401  (registers them)
 from moqa.planning.budget import Budget
-from moqa.planning.problem import HEDGED, SELF, STRATEGIES, Choice, Problem, make_problem
+from moqa.planning.problem import Choice, Problem, make_problem
 from moqa.planning.record import FORMAT, Account, Objective, Options, Plan, Scope, Ties
-from moqa.planning.strategies.budgeted import check_hedge
+from moqa.planning.registry import DEFAULT_STRATEGY, STRATEGIES, Strategy, for_dense_models
 from moqa.planning.ties import TIES, tie_groups
-from moqa.profiling import Profile
+from moqa.profiling import SELF, Profile
 from moqa.storage.artifact import read_json
 from moqa.tasks import find_task
 
@@ -29,7 +29,7 @@ def plan(
     profile: Profile,
     budget: Budget | str | None = None,
     *,
-    strategy: str = "moqa-budget",
+    strategy: str = DEFAULT_STRATEGY,
     ties: Ties = "unit",
     known: Sequence[str] | None = None,
     widths: Sequence[int] = DEFAULT_WIDTHS,
@@ -47,8 +47,7 @@ def plan(
     Args:
         profile: statistics of the model.
         budget: limit in bytes, e.g. "2.5bpw" (of the units) or "12MiB" (all weight files);
-            without one, `uniform` takes the widest of `widths` and
-            `moqa` and `moqa-v1` what their rule gives.
+            without one, strategies that need none give what their rule gives.
         strategy: one of `moqa.planning.STRATEGIES`.
         ties: which units must share a width, see `moqa.planning.TIES`.
         known: distributions of the profile to fit on; None means all.
@@ -63,23 +62,17 @@ def plan(
             budget is outside what can be reached.
     """
     budget = Budget.of(budget) if isinstance(budget, str) else budget
-    if strategy not in STRATEGIES:
-        raise MoqaError(f"--strategy {strategy} is unknown", f"there are {', '.join(sorted(STRATEGIES))}")
+    member = STRATEGIES.find(strategy)
     if ties not in TIES:
         raise MoqaError(f"--ties {ties} is unknown", f"there are {', '.join(TIES)}")
+    for option, typed, values in (("objective", objective, get_args(Objective)), ("scope", scope, get_args(Scope))):
+        if typed not in values:
+            raise MoqaError(f"--{option} {typed} is unknown", f"there are {', '.join(values)}")
     known = tuple(profile.names if known is None else known)
     absent = [name for name in known if name not in profile.names]
     if absent or not known:
         raise MoqaError(f"--known {','.join(known)} is not in the profile", f"it holds {', '.join(profile.names)}")
-    if hedge is not None and strategy not in HEDGED:
-        raise MoqaError(f"--hedge {hedge:g} does not apply to --strategy {strategy}", f"it does to {', '.join(HEDGED)}")
-    if hedge is not None and not 0 <= hedge <= 1:
-        raise MoqaError(f"--hedge {hedge:g} is no share", "give a number from 0 to 1")
-    share = HEDGED.get(strategy) if hedge is None else hedge
-    if hedge is None and share and not find_task(profile.record.task).writes_samples:
-        # a model that writes nothing itself has nothing to hedge with
-        share = 0.0
-    check_hedge(share or 0.0, SELF in profile.statistics)
+    share = _checked_hedge(hedge, member, profile)
     options = Options(hedge=share, objective=objective, scope=scope, seed=seed)
     widths = _checked_widths(widths, profile)
     groups = tie_groups(profile.record.units, ties)
@@ -88,7 +81,13 @@ def plan(
         profile, known, groups=groups, widths=widths, budget=budget, options=options, fixed_bytes=fixed
     )
     _check_reachable(problem, budget)
-    choice = STRATEGIES[strategy](problem)
+    check_budget(member, budget, "give --bpw or --size")
+    if member.needs_experts and not problem.routed_experts():
+        raise MoqaError(
+            f"--strategy {strategy} ranks experts, {profile.record.model} ({profile.record.model_type}) has none",
+            f"use {' or '.join(for_dense_models())}",
+        )
+    choice = member.choose(problem)
     if not problem.fits(choice):
         raise MoqaError(
             f"--strategy {strategy} has no plan within {budget.typed if budget else 'the budget'}", _reachable(problem)
@@ -127,6 +126,34 @@ def for_file(plan: Plan, path: str | Path) -> Plan:
     """A plan as it is written to a file: its profile's folder relative to that file."""
     relative = os.path.relpath(plan.profile, Path(path).parent)
     return plan.model_copy(update={"profile": relative})
+
+
+def check_budget(strategy: Strategy, budget: Budget | None, remedy: str) -> None:
+    """Refuse to plan without a budget by a strategy that needs one.
+
+    Raises:
+        MoqaError: naming the strategy.
+    """
+    if budget is None and strategy.needs_budget:
+        raise MoqaError(f"--strategy {strategy.name} needs a budget", remedy)
+
+
+def _checked_hedge(hedge: float | None, strategy: Strategy, profile: Profile) -> float | None:
+    """The hedge as typed, or else the strategy's default."""
+    if hedge is not None and strategy.hedge is None:
+        hedged = ", ".join(name for name, member in STRATEGIES.items() if member.hedge is not None)
+        raise MoqaError(f"--hedge {hedge:g} does not apply to --strategy {strategy.name}", f"it does to {hedged}")
+    if hedge is not None and not 0 <= hedge <= 1:
+        raise MoqaError(f"--hedge {hedge:g} is no share", "give a number from 0 to 1")
+    # a model that writes nothing itself has nothing to hedge with
+    default = strategy.hedge if find_task(profile.record.task).writes_samples else strategy.hedge and 0.0
+    share = default if hedge is None else hedge
+    if share and SELF not in profile.statistics:
+        raise MoqaError(
+            f"--hedge {share:g} needs the model's own text, the profile was made with --self-samples 0",
+            "profile again without that option, or plan with --hedge 0",
+        )
+    return share
 
 
 def _checked_widths(widths: Sequence[int], profile: Profile) -> tuple[int, ...]:

@@ -1,9 +1,14 @@
 """Multiple-choice knapsack: one width per group, least error, bytes within the budget. Exact, by HiGHS."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array, csr_array, hstack
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 # HiGHS stops when no better plan than this can exist, relative to the plan's error; far below what a profile can tell.
 _GAP = 1e-7
@@ -32,6 +37,9 @@ def solve(costs: NDArray[np.float64], sizes: NDArray[np.int64], limit: int) -> N
     Raises:
         ValueError: if even the smallest choices exceed the limit.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_array, csr_array
+
     objectives, groups, _ = costs.shape
     allowed = np.asarray(np.isfinite(costs).all(axis=0))
     group, choice = np.nonzero(allowed & ~_dominated(costs, sizes, allowed))
@@ -72,6 +80,8 @@ def solve(costs: NDArray[np.float64], sizes: NDArray[np.int64], limit: int) -> N
 
 def _wide(rows: NDArray | csr_array) -> csr_array:
     """Rows over the choices, with a zero column for the largest sum."""
+    from scipy.sparse import csr_array, hstack
+
     rows = csr_array(rows)
     return csr_array(hstack([rows, csr_array((rows.shape[0], 1))]))
 

@@ -53,7 +53,7 @@ class Settings(BaseModel, frozen=True):
     group_size: int = Field(64, description="weights that share a scale in the sensitivity's rounding")
     symmetric: bool = Field(False, description="whether that rounding has no zero-point")
     method: str = Field("gptq", description="quantization method whose errors the sensitivity is measured with")
-    sensitivity: bool = Field(True, description="whether it is measured: uniform plans and moqa-v1 need none")
+    sensitivity: bool = Field(True, description="whether it is measured: not all strategies need it")
 
 
 class ProfileRecord(BaseModel, frozen=True):

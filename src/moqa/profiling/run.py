@@ -74,8 +74,8 @@ def profile(
         view: the model, if it is open already.
         memory: what a process may take; None means all that is free.
         restart: begin anew, whatever an earlier run has finished.
-        sensitivity: whether to measure what losing precision costs, which takes most of the time; uniform plans and
-            moqa-v1 need none.
+        sensitivity: whether to measure what losing precision costs, which takes most of the time; not all
+            strategies need it (`needs_sensitivity` in `moqa.planning.STRATEGIES`).
         engine: where the work is done (`moqa.execution.find_executor`); None means in this process.
 
     Raises:

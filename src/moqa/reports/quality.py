@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moqa.planning import HEDGED
+from moqa.planning import STRATEGIES
 from moqa.reports.blocks import (
     Cell,
     CellGrid,
@@ -147,7 +147,7 @@ class _Style:
 
 def _styles(lines: Sequence[tuple[str, list[Row]]]) -> list[_Style]:
     first = [(name, group[0].evaluation) for name, group in lines]
-    hedges = sorted({e.hedge for _, e in first if e.hedge is not None}, key=lambda h: (h != HEDGED.get(OURS), h))
+    hedges = sorted({e.hedge for _, e in first if e.hedge is not None}, key=lambda h: (h != STRATEGIES[OURS].hedge, h))
     return [
         _Style(name, e.strategy or "", e.method == "rtn",
                _SHAPES[hedges.index(e.hedge) % len(_SHAPES)] if e.hedge is not None else _SHAPES[0])

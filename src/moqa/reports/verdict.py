@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moqa.planning import HEDGED
+from moqa.planning import STRATEGIES
+from moqa.planning.registry import DEFAULT_STRATEGY, PLAIN
 from moqa.reports.rows import Row, same_size
 
-OURS = "moqa-budget"
-BASELINE = "uniform"
+OURS, BASELINE = DEFAULT_STRATEGY, PLAIN
 EQUAL = 0.005
 
 Outcome = Literal["win", "lose", "mixed", "equal", "open"]
@@ -144,7 +144,7 @@ def _still_better(ours: Row, rows: Sequence[Row]) -> str:
 
 
 def _headline(rows: Sequence[Row]) -> Row:
-    default = HEDGED.get(OURS, 0.0)
+    default = STRATEGIES[OURS].hedge or 0.0
 
     def kind(row: Row) -> tuple[bool, float, bool]:
         e = row.evaluation

@@ -142,7 +142,7 @@ class ImageClassification(Task):
         if isinstance(data, Mapping):
             specs: list[Any] = [f"{name}={value}" for name, value in data.items()]
         else:
-            specs = list(data)
+            specs = [data] if isinstance(data, str) else list(data)
         found = [read_images(item) if isinstance(item, str) else item for item in specs]
         names = [source.name for source in found]
         twice = next((name for name in names if names.count(name) > 1), None)

@@ -17,7 +17,7 @@ TimeOption = Annotated[
     str | None,
     typer.Option("--time-limit", metavar="TIME", help="stop after the layer at e.g. 90m; the same command goes on"),
 ]
-RestartOption = Annotated[bool, typer.Option("--restart", help="begin anew, whatever an interrupted run has finished")]
+RestartOption = Annotated[bool, typer.Option("--restart")]  # help: that of `CompressOptions`
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

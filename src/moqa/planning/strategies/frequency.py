@@ -1,27 +1,32 @@
 """`frequency`: bits by how often the router picks an expert, the usual hand rule."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from moqa.planning.problem import Choice, Problem, strategy
+from moqa.planning.registry import strategy
 from moqa.planning.solver import solve
 
+if TYPE_CHECKING:
+    from moqa.planning.problem import Choice, Problem
 
-@strategy("frequency")
+
+@strategy("frequency", needs_budget=True, needs_experts=True)
 def frequency(problem: Problem) -> Choice:
     """Least rounding error, each expert's counted as often as it is picked on the known distributions.
 
     The rule of QuantMoE-Bench (arXiv 2406.08155) in the knapsack form of MC-MoE (arXiv 2410.06270); units that every
     token visits count as picked each time.
     """
-    limit = problem.needed_limit("frequency")
-    problem.needed_experts("frequency")
     picked = np.ones(len(problem.profile.record.units))
     for row, unit in enumerate(problem.profile.record.units):
         if unit.role == "expert":
             picked[row] = np.mean([share(problem, name, unit.layer)[unit.expert] for name in problem.known])
     weights = np.array([unit.weights for unit in problem.profile.record.units], float)
     errors = problem.profile.weights["rounding"].double().numpy() * (picked * weights)[:, None]
-    return solve(problem.masked(problem.table(errors))[None], problem.sizes, limit)
+    return solve(problem.masked(problem.table(errors))[None], problem.sizes, problem.needed_limit)
 
 
 def share(problem: Problem, name: str, layer: int) -> np.ndarray:

@@ -1,16 +1,24 @@
 """`moqa`: the paper's base quantization, fuzzy c-means on the joint significance of experts."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-from numpy.typing import NDArray
 
 from moqa.planning.clustering import fuzzy_c_means
-from moqa.planning.problem import Choice, Problem, strategy
+from moqa.planning.registry import strategy
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from moqa.planning.problem import Choice, Problem
 
 CLASSES = (2, 4, 6, 8)
 OVERLAP = 0.25
 
 
-@strategy("moqa")
+@strategy("moqa", needs_experts=True, options=("scope",))
 def moqa(problem: Problem) -> Choice:
     """Experts in four classes of 2, 4, 6 and 8 bits by their significance, low precision first in overlaps.
 
@@ -20,7 +28,7 @@ def moqa(problem: Problem) -> Choice:
 
     MoQa (arXiv 2503.21135), equation 2 and algorithm 1.
     """
-    experts = problem.needed_experts("moqa")
+    experts = problem.routed_experts()
     significance = joint_significance(problem, list(experts))
     layers = np.array([layer for layer, _ in experts])
     classes, pull = np.zeros(len(experts), int), np.zeros((len(experts), 2))

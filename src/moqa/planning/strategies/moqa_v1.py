@@ -1,14 +1,21 @@
 """`moqa-v1`: the paper's first version, two groups of experts by a threshold on re-weighted significance."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from moqa.planning.problem import Choice, Problem, strategy
+from moqa.planning.registry import strategy
 from moqa.planning.strategies.moqa import joint_significance
+
+if TYPE_CHECKING:
+    from moqa.planning.problem import Choice, Problem
 
 REWEIGHT = 0.3
 
 
-@strategy("moqa-v1")
+@strategy("moqa-v1", needs_sensitivity=False, needs_experts=True)
 def moqa_v1(problem: Problem) -> Choice:
     """Experts above a threshold get the higher of two widths, experts below it the lower.
 
@@ -19,7 +26,7 @@ def moqa_v1(problem: Problem) -> Choice:
     MoQa v1 (arXiv 2503.21135v1): threshold T and re-weighting factor a are the paper's, their values and the form of
     the re-weighting are ours.
     """
-    experts = problem.needed_experts("moqa-v1")
+    experts = problem.routed_experts()
     significance = joint_significance(problem, list(experts))
     for index, (layer, expert) in enumerate(experts):
         similarity = problem.profile.weights[f"layer.{layer}.similarity"][expert].clone()
@@ -48,7 +55,7 @@ def moqa_v1(problem: Problem) -> Choice:
 def _neighbours(problem: Problem) -> tuple[Choice, Choice]:
     """Uniform plans below and above the budget; a budget that one meets exactly lies between its two neighbours."""
     plans = [problem.at_width(width) for width in problem.widths]
-    limit = problem.needed_limit("moqa-v1")
+    limit = problem.needed_limit
     above = next((i for i, plan in enumerate(plans) if problem.bytes(plan) > limit), len(plans) - 1)
     below = max(above - 1, 0)
     if below > 0 and problem.bytes(plans[below]) > 0.98 * limit:

@@ -1,21 +1,27 @@
 """`random`: widths by lot, the control of every other strategy."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from moqa.planning.problem import Choice, Problem, strategy
+from moqa.planning.registry import strategy
+
+if TYPE_CHECKING:
+    from moqa.planning.problem import Choice, Problem
 
 
-@strategy("random")
+@strategy("random", needs_budget=True, options=("seed",), is_control=True)
 def random(problem: Problem) -> Choice:
     """Groups raised in random order, each to a random wider width that still fits, until the budget is used."""
-    limit = problem.needed_limit("random")
     generator = np.random.default_rng(problem.options.seed)
     choice = problem.smallest()
     order = generator.permutation(len(problem.groups))
     size = problem.bytes(choice)
     for index in order:
         more = problem.sizes[index] - problem.sizes[index, choice[index]]
-        fitting = np.flatnonzero(problem.allowed[index] & (more >= 0) & (size + more <= limit))
+        fitting = np.flatnonzero(problem.allowed[index] & (more >= 0) & (size + more <= problem.needed_limit))
         picked = int(generator.choice(fitting))
         size += int(more[picked])
         choice[index] = picked

@@ -1,9 +1,16 @@
 """`uniform`: one width for all routed experts, the baseline of every comparison."""
 
-from moqa.planning.problem import Choice, Problem, strategy
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moqa.planning.registry import strategy
+
+if TYPE_CHECKING:
+    from moqa.planning.problem import Choice, Problem
 
 
-@strategy("uniform")
+@strategy("uniform", needs_sensitivity=False)
 def uniform(problem: Problem) -> Choice:
     """The widest width that fits, the same for every unit (units with a floor take at least that)."""
     fitting = [choice for width in problem.widths if problem.fits(choice := problem.at_width(width))]

@@ -1,16 +1,23 @@
 """`moqa-budget`: least expected divergence for the bytes, exactly, hedged against texts that are not known."""
 
-import numpy as np
-from numpy.typing import NDArray
+from __future__ import annotations
 
-from moqa.errors import MoqaError
-from moqa.planning.problem import SELF, Choice, Problem, strategy
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moqa.planning.registry import strategy
 from moqa.planning.solver import solve
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from moqa.planning.problem import Choice, Problem
 
 DEFAULT_HEDGE = 0.3
 
 
-@strategy("moqa-budget", hedge=DEFAULT_HEDGE)
+@strategy("moqa-budget", needs_budget=True, hedge=DEFAULT_HEDGE, options=("objective",))
 def budgeted(problem: Problem) -> Choice:
     """Knapsack over the measured sensitivity of every unit and width.
 
@@ -19,8 +26,7 @@ def budgeted(problem: Problem) -> Choice:
     divergence. The hedge is the share of the model's own text in every objective: it stands in for all that the model
     can be asked, where the known texts are silent.
     """
-    limit = problem.needed_limit("moqa-budget")
-    hedge = problem.options.hedge or 0.0
+    limit, hedge = problem.needed_limit, problem.options.hedge or 0.0
     known = np.stack([problem.errors(name) for name in problem.known])
     if problem.options.objective == "minimax":
         # distributions differ in how much any plan costs them: compare each with what the uniform plan does to it
@@ -32,7 +38,7 @@ def budgeted(problem: Problem) -> Choice:
     else:
         known = known.mean(0, keepdims=True)
     if hedge:
-        own = problem.errors(SELF)
+        own = problem.own_errors()
         # a hedge is a share whatever the objective's unit is: both count by their cost at the narrowest widths
         cost, own_cost = (_sums(errors, problem.smallest()).mean() for errors in (known, own[None]))
         scale = cost / own_cost if own_cost else 0.0
@@ -43,16 +49,3 @@ def budgeted(problem: Problem) -> Choice:
 def _sums(errors: NDArray[np.float64], choice: Choice) -> NDArray[np.float64]:
     """[objectives] summed error of a choice."""
     return errors[:, np.arange(len(choice)), choice].sum(1)
-
-
-def check_hedge(hedge: float, own_text: bool) -> None:
-    """Refuse a hedge that the profile cannot give.
-
-    Raises:
-        MoqaError: if the profile holds none of the model's own text.
-    """
-    if hedge and not own_text:
-        raise MoqaError(
-            f"--hedge {hedge:g} needs the model's own text, the profile was made with --self-samples 0",
-            "profile again without that option, or plan with --hedge 0",
-        )

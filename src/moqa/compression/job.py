@@ -1,0 +1,143 @@
+"""One main job: its inputs read and checked, and the steps that several functions share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moqa.compression.options import CompressOptions
+from moqa.compression.result import lacks_proof
+from moqa.data import Data, Source
+from moqa.execution import Executor, LocalExecutor
+from moqa.format.cache import has_cache
+from moqa.format.reader import open_checkpoint
+from moqa.memory.limit import MemoryLimit
+from moqa.methods.registry import Method, find_method
+from moqa.models.load import read_config
+from moqa.models.view import ModelView
+from moqa.originals.folder import fingerprint, locate
+from moqa.planning import STRATEGIES, Budget, MemoryBudget, Plan, Strategy, plan
+from moqa.planning.run import check_budget
+from moqa.profiling import Profile, read_profile
+from moqa.profiling.blank import blank_profile
+from moqa.profiling.record import Settings
+from moqa.profiling.store import RECORD
+from moqa.quantization.cache import parse_cache
+from moqa.storage.folders import check_free
+from moqa.tasks import task_of
+
+
+@dataclass(frozen=True)
+class CompressJob:
+    """What `moqa.compress` was given, looked up.
+
+    Attributes:
+        model: as typed.
+        folder: of the model.
+        out: checkpoint to make.
+        options: how.
+        budget: the limit.
+        fitted: texts to fit on.
+        held_out: texts to prove on.
+        tokens: how many of these count.
+        windows: of each of them; None: all.
+        memory: what a process may take.
+        executor: where the work is done.
+    """
+
+    model: str
+    folder: Path
+    out: Path
+    options: CompressOptions
+    budget: Budget | None
+    fitted: list[Source]
+    held_out: list[Source]
+    tokens: int
+    windows: int | None
+    memory: MemoryLimit
+    executor: Executor
+
+    @classmethod
+    def of(
+        cls, model: str | Path, data: Data, budget: Budget | str | None, out: str | Path, *, held_out: Data | None,
+        options: CompressOptions, memory: MemoryLimit | None, executor: Executor | None,
+    ) -> "CompressJob":  # fmt: skip
+        """Read the texts, and refuse what cannot work before anything is measured; see `moqa.compress`."""
+        out, executor = Path(out), executor or LocalExecutor()
+        find_method(options.method)
+        if options.cache is not None:
+            parse_cache(options.cache)
+        if not (options.proof and lacks_proof(out)):
+            check_free(out, options.overwrite)
+        budget = Budget.of(budget) if isinstance(budget, str) else budget
+        if isinstance(budget, MemoryBudget):
+            budget.check(options.widths, options.group_size, options.symmetric)
+        check_budget(STRATEGIES.find(options.strategy), budget, "give --bpw, --size or --fit")
+        limits = executor.memory(memory)
+        folder = locate(str(model))
+        task = task_of(read_config(folder))
+        reader = task.reader(folder)
+        fitted, proving, tokens = task.sources(data, reader), list[Source](), 0
+        windows = None if held_out else options.samples
+        if options.proof:
+            if held_out:
+                proving = task.sources(held_out, reader)
+            else:
+                pairs = [task.split(distribution) for distribution in fitted]
+                fitted, proving = [first for first, _ in pairs], [second for _, second in pairs]
+            # a text too short for the proof is better found now than when the checkpoint is written
+            cut = [task.cut(distribution, reader, options.context, windows) for distribution in proving]
+            tokens = sum(task.count(found.inputs) for found in cut)
+        return cls(str(model), folder, out, options, budget, fitted, proving, tokens, windows, limits, executor)
+
+    @property
+    def strategy(self) -> Strategy:
+        """That of the plan."""
+        return STRATEGIES[self.options.strategy]
+
+    @property
+    def method(self) -> Method:
+        """That of all checkpoints."""
+        return find_method(self.options.method)
+
+    @property
+    def profile_folder(self) -> Path:
+        """Where the profile is, or will be."""
+        return self.options.profile or self.out.with_name(self.out.name + ".profile")
+
+    @property
+    def is_profiled(self) -> bool:
+        """Whether there is a profile already."""
+        return (self.profile_folder / RECORD).is_file()
+
+    def plan(self, profile: Profile) -> Plan:
+        """The plan that is asked for."""
+        return plan(
+            profile, self.budget, strategy=self.options.strategy, ties=self.options.ties,
+            known=[distribution.name for distribution in self.fitted], widths=self.options.widths,
+            hedge=self.options.hedge, objective=self.options.objective, scope=self.options.scope,
+            seed=self.options.seed,
+        )  # fmt: skip
+
+    def expected(self, view: ModelView) -> tuple[Profile, Plan]:
+        """The profile that is there, or one of the same size that says nothing, and a plan from it."""
+        if self.is_profiled:
+            measured = read_profile(self.profile_folder)
+        else:
+            options = self.options
+            settings = Settings(
+                context=view.task.context(options.context), samples=options.samples, seed=options.seed, group_size=options.group_size,
+                symmetric=options.symmetric, method=options.method, sensitivity=self.strategy.needs_sensitivity,
+            )  # fmt: skip
+            own = options.samples if options.self_samples is None else options.self_samples
+            own = own if view.task.writes_samples else 0
+            names = [distribution.name for distribution in self.fitted]
+            measured = blank_profile(view, self.model, fingerprint(self.folder), names, settings, own)
+        return measured, self.plan(measured)
+
+    def is_quantized(self, chosen: Plan) -> bool:
+        """Whether the checkpoint of a plan is there, but for its proof."""
+        if not lacks_proof(self.out):
+            return False
+        manifest = open_checkpoint(self.out).manifest
+        schemes = {name: unit.scheme for name, unit in manifest.units.items()}
+        found = (manifest.fingerprint, manifest.method, schemes, has_cache(self.out))
+        return found == (chosen.fingerprint, self.options.method, chosen.units, self.options.cache is not None)

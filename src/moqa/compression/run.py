@@ -1,0 +1,147 @@
+"""`moqa.compress`: from a model, texts and a budget to a checkpoint with its proof."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moqa.compression.job import CompressJob
+from moqa.compression.options import DEFAULTS, CompressOptions
+from moqa.compression.result import CompressResult
+from moqa.data import Data
+from moqa.evaluation.proof import ProofSetup, prove
+from moqa.execution import Executor
+from moqa.memory.limit import MemoryLimit
+from moqa.models.view import ModelView, open_model
+from moqa.originals import OriginalReader
+from moqa.planning import Budget, Plan
+from moqa.profiling import Profile, profile
+from moqa.progress import Report, quiet
+from moqa.quantization import quantize
+from moqa.quantization.estimate import Estimate, estimate, peak_bytes
+from moqa.quantization.run import disk_needed
+from moqa.storage.space import check_space
+
+
+def compress(
+    model: str | Path,
+    data: Data,
+    budget: Budget | str | None,
+    out: str | Path,
+    *,
+    held_out: Data | None = None,
+    options: CompressOptions = DEFAULTS,
+    report: Report = quiet,
+    memory: MemoryLimit | None = None,
+    executor: Executor | None = None,
+    when_quantized: Callable[[CompressResult], None] | None = None,
+) -> CompressResult:
+    """Profile, plan, quantize, evaluate beside plain plans on held-out text, and report.
+
+    >>> result = moqa.compress("reference/model", {"wiki": "wiki.txt", "novels": "novels.txt"}, "3bpw", "runs/out")
+    >>> result.proof.gain("wiki")
+    0.52
+
+    A run that was killed goes on where it was when it is started again; the bytes are the same.
+
+    Args:
+        model: folder or Hub id of the original model.
+        data: texts that the model will see: distributions, NAME=SOURCE words, or name -> source or texts.
+        budget: limit in bytes, e.g. "2.5bpw" (of the units), "12MiB" (all weight files) or a `moqa.memory_budget`; None
+            for a strategy that needs none.
+        out: checkpoint folder to make; it also gets `plan.json`, `proof.json` and `report.html`.
+        held_out: texts for the proof, likewise; None holds out the last fifth of each text of `data`.
+        options: all else, see `CompressOptions`.
+        report: called with what is done, how much of it, and of how much.
+        memory: what a process may take; None means all that is free.
+        executor: where the work is done (`moqa.find_executor`); None means in this process.
+        when_quantized: called when the checkpoint is written, before its proof.
+
+    Raises:
+        MoqaError: if the model or a text is unusable, an option unknown, the budget out of reach, memory or disk too
+            small, or `out` is taken.
+    """
+    job = CompressJob.of(
+        model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=executor
+    )  # fmt: skip
+    view = open_model(job.folder, keep=job.memory.holds(OriginalReader(job.folder).values))
+    _check_resources(job, view)
+    result = _quantized(job, view, report).store()
+    if when_quantized is not None:
+        when_quantized(result)
+    if not options.proof:
+        return result
+    setup = ProofSetup.open(
+        job.model, view, result.profile, held_out=job.held_out, windows=job.windows, report=report, memory=job.memory
+    )
+    return replace(result, proof=prove(setup, result.plan, job.out, options.method, report)).store()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a job would cost, and the plan and profile that this was told from."""
+
+    cost: Estimate
+    plan: Plan
+    profile: Profile
+
+
+def forecast(
+    model: str | Path, data: Data, budget: Budget | str | None, out: str | Path, *, held_out: Data | None = None,
+    options: CompressOptions = DEFAULTS, memory: MemoryLimit | None = None, executor: Executor | None = None,
+    before: float = 0.0,
+) -> Forecast:  # fmt: skip
+    """What `compress` with the same arguments would cost: by the profile that is there, or before there is one.
+
+    >>> forecast("reference/model", {"wiki": "wiki.txt"}, "3bpw", "runs/out").cost.peak_bytes
+    996853440
+
+    Args:
+        model: as for `compress`, and so are all others.
+        before: seconds that are spent beside the work, such as the start of a command.
+
+    Raises:
+        MoqaError: as `compress`.
+    """
+    began = time.perf_counter()
+    job = CompressJob.of(
+        model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=executor
+    )  # fmt: skip
+    view = open_model(job.folder, keep=False)
+    measured, chosen = job.expected(view)
+    cost = estimate(
+        job.folder, chosen, measured, method=options.method, cache=options.cache, memory=job.memory,
+        profiled=job.is_profiled, view=view, held_out=job.tokens,
+        before=before + time.perf_counter() - began,
+    )  # fmt: skip
+    return Forecast(cost, chosen, measured)
+
+
+def _check_resources(job: CompressJob, view: ModelView) -> None:
+    """After hours of measuring it would be late to find that the disk, or the memory, is too small."""
+    if job.is_profiled or (job.budget is None and job.strategy.needs_profile):
+        return
+    blank, likely = job.expected(view)
+    check_space(job.out, disk_needed(view, likely, blank, job.method, job.options.cache))
+    peak_bytes(view, likely, blank, job.method, job.memory, profiled=False, held_out=job.tokens)
+
+
+def _quantized(job: CompressJob, view: ModelView, report: Report) -> CompressResult:
+    """The checkpoint, from what an earlier run has left of it."""
+    options = job.options
+    measured = profile(
+        job.model, job.fitted, job.profile_folder, samples=options.samples, context=options.context,
+        self_samples=options.self_samples, group_size=options.group_size, symmetric=options.symmetric,
+        method=options.method, seed=options.seed, report=report, view=view, memory=job.memory,
+        restart=options.restart, sensitivity=job.strategy.needs_sensitivity, engine=job.executor,
+    )  # fmt: skip
+    chosen = job.plan(measured)
+    if options.overwrite or not job.is_quantized(chosen):
+        # of a profile that was there already nobody has looked whether a proof by it fits
+        peak_bytes(view, chosen, measured, job.method, job.memory, profiled=True, held_out=job.tokens)
+        quantize(
+            job.model, chosen, job.out, method=options.method, overwrite=options.overwrite, report=report,
+            profile=measured, view=view, cache=options.cache, memory=job.memory, restart=options.restart,
+            engine=job.executor,
+        )  # fmt: skip
+    return CompressResult(job.out, chosen, measured, job.budget)

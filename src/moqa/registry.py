@@ -1,0 +1,71 @@
+"""Registries: members by the name that users type, each imported from its own module when it is asked for."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Iterator, MutableMapping
+from pathlib import Path
+from typing import TypeVar
+
+from moqa.errors import MoqaError
+
+Member = TypeVar("Member")
+
+
+class Registry(MutableMapping[str, Member]):
+    """Members of one kind.
+
+    >>> METHODS = Registry[Method]("--method", "moqa.methods", ("gptq", "rtn"))
+    >>> METHODS.find("awq")
+    Traceback (most recent call last):
+    moqa.errors.MoqaError: --method awq is unknown: there are gptq, rtn
+
+    Args:
+        option: after which users type a name.
+        package: holds a module for each name; importing the module adds the member.
+        names: of the members.
+    """
+
+    def __init__(self, option: str, package: str, names: Iterable[str]) -> None:
+        self.option, self.package = option, package
+        self._members: dict[str, Member | None] = dict.fromkeys(sorted(names))
+
+    def find(self, name: str) -> Member:
+        """A member by the name that the user typed.
+
+        Raises:
+            MoqaError: if there is none.
+        """
+        if name not in self:
+            raise MoqaError(f"{self.option} {name} is unknown", f"there are {', '.join(sorted(self))}")
+        return self[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
+
+    def __getitem__(self, name: str) -> Member:
+        if self._members[name] is None:
+            importlib.import_module(f"{self.package}.{name.replace('-', '_')}")
+        found = self._members[name]
+        assert found is not None, f"the module of {name} in {self.package} does not register it"
+        return found
+
+    def __setitem__(self, name: str, member: Member) -> None:
+        self._members[name] = member
+
+    def __delitem__(self, name: str) -> None:
+        del self._members[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+
+def modules_in(folder: Path) -> list[str]:
+    """Names of the members that have a module in a folder, without importing one.
+
+    >>> modules_in(Path("src/moqa/planning/strategies"))
+    ['frequency', 'moqa', 'moqa-budget', 'moqa-v1', 'random', 'uniform']
+    """
+    return sorted(found.name.replace("_", "-") for found in pkgutil.iter_modules([str(folder)]))

@@ -1,0 +1,54 @@
+"""Every public name as a type checker sees it; never run. The comment behind a `reveal_type` is what must be found."""
+
+from pathlib import Path
+from typing import reveal_type
+
+import moqa
+
+texts = moqa.Distribution("notes", ("a text",), "notes.txt")
+profile = moqa.profile("model", {"wiki": "wiki.txt", "notes": ["a text"]}, "out.profile", samples=8)
+reveal_type(profile)  # moqa.profiling.store.Profile
+reveal_type(moqa.read_profile("out.profile"))  # moqa.profiling.store.Profile
+
+budget = moqa.memory_budget(profile, "8GiB", batch=2)
+reveal_type(budget)  # moqa.planning.fit.MemoryBudget
+reveal_type(moqa.Budget.parse(bpw=3))  # moqa.planning.budget.Budget | None
+plan = moqa.plan(profile, "3bpw", strategy="moqa-budget", ties="expert")
+reveal_type(plan)  # moqa.planning.record.Plan
+reveal_type(plan.account.bits_per_weight)  # float
+reveal_type(moqa.read_plan("plan.json"))  # moqa.planning.record.Plan
+
+executor = moqa.find_executor("local")
+reveal_type(executor)  # moqa.execution.local.Executor
+memory = moqa.MemoryLimit.parse("4GiB")
+reveal_type(memory)  # moqa.memory.limit.MemoryLimit
+reveal_type(moqa.quantize("model", plan, "out", memory=memory, engine=executor))  # pathlib.Path
+
+options = moqa.CompressOptions(strategy="uniform", widths=(2, 4), objective="minimax")
+reveal_type(options.profile)  # pathlib.Path | None
+result = moqa.compress("model", [texts], budget, Path("out"), held_out=["wiki=wiki.txt"], options=options)
+reveal_type(result)  # moqa.compression.result.CompressResult
+reveal_type(result.proof)  # moqa.evaluation.proof.Proof | None
+
+evaluation = moqa.evaluate("out", [texts], against="model")
+reveal_type(evaluation)  # moqa.evaluation.run.Evaluation
+reveal_type(evaluation.distributions["notes"].kl_divergence)  # float | None
+reveal_type(moqa.report(["out"], "report.html"))  # pathlib.Path
+
+model, tokenizer = moqa.load("out")
+for piece in moqa.generate(model, tokenizer, "The", moqa.Sampling(max_tokens=8)):
+    reveal_type(piece)  # moqa.generation.run.Piece
+reveal_type(moqa.adjust("out", {"german": "german.txt"}, "german"))  # moqa.adjustment.run.Adjusted
+reveal_type(moqa.bench("out"))  # moqa.speed.run.Speed
+reveal_type(moqa.open_checkpoint("out"))  # moqa.format.reader.Checkpoint
+records: tuple[type[moqa.Adjusted], type[moqa.Evaluation], type[moqa.Speed]]
+artifacts: tuple[moqa.Profile, moqa.Plan, moqa.CompressResult, moqa.MemoryBudget]
+mistake: moqa.MoqaError
+
+# each of these is a mistake
+moqa.plan(profile, "3bpw", nonsense=1)  # error
+moqa.plan(profile, "3bpw", ties="all")  # error
+moqa.CompressOptions(nonsense=1)  # error
+moqa.CompressOptions(samples="many")  # error
+moqa.compress("model", [texts])  # error
+moqa.nonsense()  # error
