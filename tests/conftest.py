@@ -16,6 +16,7 @@ from moqa.format.manifest import MANIFEST, Fitted, Manifest, StoredTensor, Store
 from moqa.format.planes import by_suffix, pack
 from moqa.format.scheme import WIDTHS, Scheme
 from moqa.format.writer import write_manifest, write_shard
+from moqa.kernels import KERNELS, native
 from moqa.methods.grid import fit_grid
 from moqa.profiling import SELF, Profile, ProfileRecord, UnitRecord
 from moqa.profiling.record import DistributionRecord, Settings
@@ -35,6 +36,17 @@ def threads_as_before():
     yield
     if torch.get_num_threads() != before:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For products so small that they are slower on several; the kernels' path is as before at the end, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    if KERNELS["native"].unusable(torch.device("cpu")) is None:
+        native.use_path(native.paths()[0])
 
 
 def make_profile(folder: Path, moe: bool = True) -> Profile:
