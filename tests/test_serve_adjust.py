@@ -12,7 +12,7 @@ import openai
 import pytest
 import torch
 from conftest import REFERENCE
-from test_serve import GREEDY, alone, complete, fails, gauges, running
+from serving import GREEDY, alone, complete, fails, gauges, running
 
 import moqa
 from moqa.adjustment import adjust
