@@ -220,7 +220,9 @@ def past(keys: list[int], values: list[int], capacity: int) -> Any:
     return _native.Past(keys, values, capacity)
 
 
-def decode(model: Any, past: Any, embedding: Tensor, position: int, cos: Tensor, sin: Tensor, logits: Tensor) -> None:
+def decode(
+    model: Any, past: Any, embedding: Tensor, *, position: int, angles: tuple[Tensor, Tensor], logits: Tensor
+) -> None:
     """One token through a `decoder`: fills `logits`, and the past at `position`.
 
     Args:
@@ -228,10 +230,10 @@ def decode(model: Any, past: Any, embedding: Tensor, position: int, cos: Tensor,
         past: from `past`, with room for the position.
         embedding: [hidden] of the token, float32.
         position: of the token.
-        cos: [positions, rotated] float32.
-        sin: the same.
+        angles: their cosines and sines, [positions, rotated] float32 each.
         logits: [vocabulary] float32.
     """
+    cos, sin = angles
     _native.decode(
         model, past, embedding.data_ptr(), position, cos[position].data_ptr(), sin[position].data_ptr(),
         cos.shape[1], logits.data_ptr(), torch.get_num_threads(),

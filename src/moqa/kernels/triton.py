@@ -150,7 +150,7 @@ class TritonKernels(InTorch):
         with torch.cuda.device_of(x):
             route = _route(index, len(stack.gate), sort=layer.first.keeps or layer.last.keeps)
             middle = x.new_empty(tokens * top_k, inner, dtype=torch.float32)
-            _product(layer.first, x, middle, layer.bias, stack.activation, route, shared=top_k)
+            _product(layer.first, x, middle, layer.bias, activation=stack.activation, route=route, shared=top_k)
             parts = x.new_empty(tokens * top_k, hidden, dtype=torch.float32)
             _product(layer.last, middle, parts, stack.down_bias, route=route)
             grid = (tokens, -(-hidden // 512))
@@ -270,6 +270,7 @@ def _product(
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
+    *,
     activation: str | None = None,
     route: _Route | None = None,
     shared: int = 1,

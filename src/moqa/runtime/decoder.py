@@ -91,10 +91,10 @@ class FusedDecoder:
         if self._angles is None or len(self._angles[0]) < room:
             cos, sin = self._rotary(torch.empty(0), torch.arange(room)[None])
             self._angles = cos[0].float().contiguous(), sin[0].float().contiguous()
-        cos, sin = self._angles
         embedding = self._table(torch.tensor([token])).float()
         logits = torch.empty(self._vocabulary)
-        native.decode(self._decoder, self._addresses(cache, room), embedding, position, cos, sin, logits)
+        past = self._addresses(cache, room)
+        native.decode(self._decoder, past, embedding, position=position, angles=self._angles, logits=logits)
         cache.advance(position + 1)
         return logits
 
