@@ -13,7 +13,7 @@ from torch import Tensor
 from moqa.format.grid import Grid
 from moqa.format.scheme import BLOCK, PLANES, TILE, Scheme
 from moqa.kernels.fitting import Columns, Rounded
-from moqa.kernels.matrix import PackedMatrix
+from moqa.kernels.matrix import PackedMatrix, Prepared
 from moqa.kernels.patch import Channels, Patch
 from moqa.kernels.registry import ExpertStack
 
@@ -271,9 +271,9 @@ def _prepare(matrix: PackedMatrix) -> Any:
 
 
 def _prepared_stack(stack: ExpertStack) -> Any:
-    if stack.prepared is None or stack.prepared[0] != PackedMatrix.changes:
-        stack.prepared = PackedMatrix.changes, _prepare_stack(stack)
-    return stack.prepared[1]
+    if stack.prepared is None or stack.prepared.ended:
+        stack.prepared = Prepared(_prepare_stack(stack), stack.matrices())
+    return stack.prepared.made
 
 
 def _prepare_stack(stack: ExpertStack) -> Any:
@@ -295,12 +295,13 @@ def _prepare_stack(stack: ExpertStack) -> Any:
 
 
 def _prepare_patch(patch: Patch, stack: ExpertStack) -> Any:
-    if patch.prepared is None or patch.prepared[0] != PackedMatrix.changes:
+    if patch.prepared is None or patch.prepared.ended:
         width, hidden = stack.gate[0].shape
         parts = [_prepare_channels(part, len(stack.gate), width, hidden, part is patch.down)
                  for part in (patch.gate, patch.up, patch.down)]  # fmt: skip
-        patch.prepared = PackedMatrix.changes, _native.Patch(*parts, patch.replaces)
-    return patch.prepared[1]
+        matrices = [channels.matrix for channels in patch.channels()]
+        patch.prepared = Prepared(_native.Patch(*parts, patch.replaces), matrices)
+    return patch.prepared.made
 
 
 def _prepare_channels(channels: Channels | None, experts: int, width: int, hidden: int, columns: bool) -> Any:

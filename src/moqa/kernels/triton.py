@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moqa.format.scheme import BLOCK, KEEP_WIDTH, TILE
 from moqa.kernels.fitting import InTorch
-from moqa.kernels.matrix import PackedMatrix
+from moqa.kernels.matrix import PackedMatrix, Prepared
 from moqa.kernels.registry import ExpertStack
 
 # Up to so many rows are multiplied in registers, more by the tensor cores, which need 16. Not measured yet:
@@ -201,9 +201,9 @@ def _prepare(matrices: Sequence[PackedMatrix]) -> _Packed:
 
 def _prepared_layer(stack: ExpertStack) -> _Layer:
     found = stack.prepared
-    if found is None or found[0] != PackedMatrix.changes or not isinstance(found[1], _Layer):
-        found = stack.prepared = PackedMatrix.changes, _prepare_layer(stack)
-    return found[1]
+    if found is None or found.ended or not isinstance(found.made, _Layer):
+        found = stack.prepared = Prepared(_prepare_layer(stack), stack.matrices())
+    return found.made
 
 
 def _prepare_layer(stack: ExpertStack) -> _Layer:
