@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from moqa.memory.limit import MemoryLimit
 from moqa.models.view import open_model
 from moqa.originals.folder import INDEX, fingerprint, headers
+from moqa.originals.reader import LazyTensor
 from moqa.planning import plan
 from moqa.profiling import profile
 from moqa.quantization import quantize
@@ -246,18 +247,16 @@ class TestSourceThatGoesAway:
         assert differ <= {"profile.json", "moqa.json"}
 
     def test_while_a_layer_is_being_read(self, work, folder, out, monkeypatch):
-        from moqa.originals import folder as stored
-
-        read = stored.OnDisk.read_into
+        read = LazyTensor.read_into
 
         def short(tensor, out):
-            if UP in tensor._what:
+            if UP in tensor.what:
                 os.truncate(shard_of(folder, UP), 1000)
             read(tensor, out)
 
         # a profile that holds the whole model has read it before it begins
         monkeypatch.setattr(MemoryLimit, "holds", lambda *_: False)
-        monkeypatch.setattr(stored.OnDisk, "read_into", short)
+        monkeypatch.setattr(LazyTensor, "read_into", short)
         message = refusal(work, folder, out)
         assert "the original can be read no more: " in message
         assert f"{shard_of(folder, UP)} is truncated or " in message
