@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from moqa.errors import MoqaError
-from moqa.models.load import empty_model, load_tokenizer
+from moqa.models.building import empty_model
+from moqa.models.load import load_tokenizer
 from moqa.models.view import ModelView, narrowest, open_model
 from moqa.originals import folder as original
 

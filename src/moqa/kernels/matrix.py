@@ -53,7 +53,7 @@ class PackedMatrix(nn.Module):
             return self.get_buffer("weight").float()
         zero = None if self.scheme.symmetric else untile_rows(self.get_buffer("zero"), self.shape[0])
         scale = untile_rows(self.get_buffer("scale"), self.shape[0])
-        top = torch.tensor(float(self.scheme.levels - 1), device=scale.device).expand(scale.shape)
+        top = torch.tensor(self.scheme.levels - 1, dtype=torch.float32, device=scale.device).expand(scale.shape)
         grid = Grid(scale, zero, self.scheme.group_size, top)
         return grid.decode(unpack(self.planes, self.scheme.width, self.shape))
 

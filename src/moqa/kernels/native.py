@@ -83,13 +83,14 @@ class NativeKernels:
         groups = -(-features // scheme.group_size)
         scale = torch.empty(count, out, groups, dtype=getattr(torch, scheme.scale_dtype))
         zero = None if scheme.symmetric else torch.empty(count, out, groups, dtype=torch.uint8)
-        error, integers = torch.empty(count, out, groups), torch.empty(weights.shape, dtype=torch.uint8)
+        error = torch.empty(count, out, groups, dtype=torch.float32)
+        integers = torch.empty(weights.shape, dtype=torch.uint8)
         _native.fit(
             count, out, features, scheme.group_size, scheme.symmetric, scale.dtype == torch.float16,
             weights.dtype == torch.bfloat16, weights.data_ptr(), bits.data_ptr(), _address(weight), scale.data_ptr(),
             _address(zero), error.data_ptr(), integers.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        top = (2.0 ** bits[..., None] - 1).expand(scale.shape)
+        top = (2.0 ** bits[..., None].float() - 1).expand(scale.shape)
         return Rounded(Grid(scale, zero, scheme.group_size, top), integers, error)
 
     def fit_packed(self, weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:

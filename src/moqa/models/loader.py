@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from moqa.errors import MoqaError, UnreadableError
 from moqa.memory.process import give_back
-from moqa.models.load import difference, quiet
+from moqa.models.building import BUILDING, quiet
+from moqa.models.load import difference
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.originals.reader import LazyTensor
@@ -137,7 +138,7 @@ class BlockLoader:
             for name in names:
                 _empty(self._model, name)
         if ENDS in self._there:
-            self._model.tie_weights()
+            self._tie()
         self._there = {}
         if not self.ahead:
             self._memory.free()
@@ -187,9 +188,13 @@ class BlockLoader:
             name, error = next(iter(result.conversion_errors.items()))
             raise MoqaError(f"{self._folder}: {name} cannot be read", error.strip().splitlines()[-1])
         if piece in (None, ENDS):
-            self._model.tie_weights()
+            self._tie()
         self._model.requires_grad_(False)
         return [name for name, p in self._model.named_parameters(remove_duplicate=False) if id(p) != before[name]]
+
+    def _tie(self) -> None:
+        with BUILDING:
+            self._model.tie_weights()
 
     def _fetch(self, piece: int) -> "_Fetched":
         """Read a piece's tensors, for a later `_put`."""

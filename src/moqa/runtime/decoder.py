@@ -93,10 +93,10 @@ class FusedDecoder:
         cache.reserve(position + 1)
         room = cache.layers[0].capacity
         if self._angles is None or len(self._angles[0]) < room:
-            cos, sin = self._rotary(torch.empty(0), torch.arange(room)[None])
+            cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), torch.arange(room)[None])
             self._angles = cos[0].float().contiguous(), sin[0].float().contiguous()
         embedding = self._table(torch.tensor([token])).float()
-        logits = torch.empty(self._vocabulary)
+        logits = torch.empty(self._vocabulary, dtype=torch.float32)
         past = self._addresses(cache, room)
         native.decode(self._decoder, past, embedding, position=position, angles=self._angles, logits=logits)
         cache.advance(position + 1)

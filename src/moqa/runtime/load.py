@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from moqa.errors import MoqaError
 from moqa.format.reader import Checkpoint, open_checkpoint
 from moqa.kernels import KERNELS, Kernels, PackedMatrix, find_kernels
+from moqa.models.building import BUILDING, empty_model
 from moqa.models.coverage import is_linear
 from moqa.models.experts import Experts
-from moqa.models.load import empty_model, load_tokenizer, one_line, read_generation_config
+from moqa.models.load import load_tokenizer, one_line, read_generation_config
 from moqa.models.view import ModelView
 from moqa.runtime.adjusted import make_adjustable
 from moqa.runtime.packed import KeptEmbedding, PackedExperts, PackedLinear
@@ -63,10 +64,15 @@ def load_packed(
     device: str | torch.device = "cpu",
 ) -> "PreTrainedModel":
     """The model of a checkpoint that has been checked; see `load`."""
-    from transformers import AutoConfig
-
     if dtype not in (torch.float32, torch.bfloat16):
         raise MoqaError(f"activations of {dtype}", "choose float32 or bfloat16")
+    with BUILDING:
+        return _build(checkpoint, dtype, kernels, device)
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype, kernels: str, device: str | torch.device) -> "PreTrainedModel":
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
         depth = config.get_text_config().num_hidden_layers

@@ -181,7 +181,7 @@ def activation_of(experts: Experts) -> str | None:
     rows = projection_rows(experts, width=64)
 
     def compute(gate: Tensor, up: Tensor) -> Tensor:
-        gate_up = torch.empty(1, 128)
+        gate_up = torch.empty(1, 128, dtype=torch.float32)
         gate_up[:, rows["gate_proj"]], gate_up[:, rows["up_proj"]] = gate, up
         return experts._apply_gate(gate_up)[0]
 
@@ -199,7 +199,7 @@ def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
 
 def _name_of(compute: Callable[[Tensor, Tensor], Tensor]) -> str | None:
     with torch.device("cpu"):  # a model may be built where tensors have no values
-        gate, up = torch.linspace(-12, 12, 64), torch.linspace(9, -9, 64)
+        gate, up = (torch.linspace(*ends, 64, dtype=torch.float32) for ends in ((-12, 12), (9, -9)))
         found = compute(gate, up)
         return next((name for name in ACTIVATIONS if torch.allclose(activate(name, gate, up), found, atol=1e-5)), None)
 
