@@ -1,6 +1,5 @@
 """A model's weights piece by piece: each decoder layer, and both ends, read from disk when they are used."""
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 import numpy as np
 import torch
@@ -287,30 +287,44 @@ class _Memory:
     into it takes."""
 
     def __init__(self) -> None:
-        self._blocks: list[np.ndarray] = []
+        self._blocks: list[_Block] = []
         self._lock = Lock()  # a layer may be read while another one is read ahead
 
     def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A tensor with any values."""
         size = shape.numel() * dtype.itemsize
         with self._lock:
-            block = next((block for block in self._blocks if block.size == size and _is_free(block)), None)
+            block = next((block for block in self._blocks if block.size == size and block.is_free), None)
             if block is None:
-                # the system hands it out in large pages, if it does: numpy asks for them, torch does not
-                block = np.empty(size, np.uint8)
+                block = _Block(size)
                 self._blocks.append(block)
-            return torch.from_numpy(block).view(dtype).view(shape)
+            return torch.from_numpy(block.lend()).view(dtype).view(shape)
 
     def free(self) -> None:
         """Give back what nobody holds."""
         with self._lock:
-            self._blocks = [block for block in self._blocks if not _is_free(block)]
+            self._blocks = [block for block in self._blocks if not block.is_free]
 
 
-def _is_free(block: np.ndarray) -> bool:
-    """Whether no tensor lies in a block: each of them holds a reference."""
-    # the list of blocks, the caller's loop, this argument, and that of the call
-    return sys.getrefcount(block) <= 4
+class _Block:
+    """Memory that is lent to one tensor after another."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        # the system hands it out in large pages, if it does: numpy asks for them, torch does not
+        self._memory = np.empty(size, np.uint8)
+        self._lent: ref[np.ndarray] | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no tensor lies in it, nor a part of one: all of them hold the array that was lent."""
+        return self._lent is None or self._lent() is None
+
+    def lend(self) -> np.ndarray:
+        """The memory, as an array that nothing but a tensor over it will hold."""
+        array = self._memory.view()
+        self._lent = ref(array)
+        return array
 
 
 def _targets(
