@@ -20,6 +20,7 @@ from moqa.format.layout import Shard, shards
 from moqa.format.manifest import MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
 from moqa.format.writer import introduce, write_index, write_manifest, write_shard
 from moqa.memory.limit import MemoryLimit
+from moqa.memory.process import settle
 from moqa.methods import Method
 from moqa.methods.registry import find_method
 from moqa.models.view import ModelView, open_model
@@ -98,6 +99,7 @@ def quantize(
     view = view or open_model(folder, keep=False)
     _check_units(view, plan)
     engine = engine or LocalExecutor()
+    settle()
     room = QuantizationWorkingSet.within(
         engine.memory(memory), view, how, tokens_of(plan, profile), largest_layer_bytes(view, plan.units)
     )
