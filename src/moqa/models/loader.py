@@ -5,17 +5,15 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import ref
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moqa.errors import MoqaError, UnreadableError
 from moqa.memory.process import give_back
+from moqa.memory.reused import ReusedMemory
 from moqa.models.building import BUILDING, quiet
 from moqa.models.load import difference
 from moqa.originals import OriginalReader
@@ -96,7 +94,7 @@ class BlockLoader:
         self._there: dict[int, list[str]] = {}
         self._without: int | None = None
         self._last = ENDS
-        self._memory = _Memory()
+        self._memory = ReusedMemory()
         self._fetcher = ThreadPoolExecutor(1, "moqa-fetcher")
         self._readers = ThreadPoolExecutor(_READERS, "moqa-reader")
         self._fetching: tuple[int, Future[_Fetched]] | None = None
@@ -267,7 +265,7 @@ class _Stack:
         return torch.equal(found[0] if isinstance(found, list) else found, torch.cat(matrices)[None])
 
     def read(
-        self, model: "PreTrainedModel", on_disk: Callable[[str], LazyTensor], memory: "_Memory", readers: Executor
+        self, model: "PreTrainedModel", on_disk: Callable[[str], LazyTensor], memory: ReusedMemory, readers: Executor
     ) -> Tensor:
         """All experts."""
         empty = model.get_parameter(self.target)
@@ -280,51 +278,6 @@ class _Stack:
         for _ in readers.map(LazyTensor.read_into, places, parts):
             pass
         return whole
-
-
-class _Memory:
-    """Memory of stacks, used again when nobody holds it: the system clears what it hands out, half as long as reading
-    into it takes."""
-
-    def __init__(self) -> None:
-        self._blocks: list[_Block] = []
-        self._lock = Lock()  # a layer may be read while another one is read ahead
-
-    def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A tensor with any values."""
-        size = shape.numel() * dtype.itemsize
-        with self._lock:
-            block = next((block for block in self._blocks if block.size == size and block.is_free), None)
-            if block is None:
-                block = _Block(size)
-                self._blocks.append(block)
-            return torch.from_numpy(block.lend()).view(dtype).view(shape)
-
-    def free(self) -> None:
-        """Give back what nobody holds."""
-        with self._lock:
-            self._blocks = [block for block in self._blocks if not block.is_free]
-
-
-class _Block:
-    """Memory that is lent to one tensor after another."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        # the system hands it out in large pages, if it does: numpy asks for them, torch does not
-        self._memory = np.empty(size, np.uint8)
-        self._lent: ref[np.ndarray] | None = None
-
-    @property
-    def is_free(self) -> bool:
-        """Whether no tensor lies in it, nor a part of one: all of them hold the array that was lent."""
-        return self._lent is None or self._lent() is None
-
-    def lend(self) -> np.ndarray:
-        """The memory, as an array that nothing but a tensor over it will hold."""
-        array = self._memory.view()
-        self._lent = ref(array)
-        return array
 
 
 def _targets(
