@@ -110,8 +110,8 @@ class PackedMatrix(nn.Module):
 class Prepared:
     """What was made of the addresses of some matrices, and whether one of them has moved since.
 
-    >>> prepared = Prepared(native.experts(stack), stack.matrices())
-    >>> stack.gate[0].to("cuda")
+    >>> prepared = Prepared([matrix.planes[0].data_ptr()], [matrix])
+    >>> matrix.to("cuda")
     >>> prepared.ended
     True
 
