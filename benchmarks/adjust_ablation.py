@@ -13,10 +13,10 @@ import moqa
 from moqa.adjustment import Search
 from moqa.data import cut_windows
 from moqa.evaluation.measure import Reference
-from moqa.models.load import load_tokenizer
 from moqa.models.view import open_model
 from moqa.profiling import read_profile
 from moqa.progress import quiet
+from moqa.tasks.causal_lm import load_tokenizer
 
 PAGE = ROOT / "docs" / "results" / "adjust-ablation.md"
 WINDOWS = 32

@@ -18,9 +18,9 @@ import moqa
 from moqa.adjustment import Search
 from moqa.data import cut_windows
 from moqa.evaluation.measure import Reference
-from moqa.models.load import load_tokenizer
 from moqa.models.view import open_model
 from moqa.progress import quiet
+from moqa.tasks.causal_lm import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from adjust_page import write_page

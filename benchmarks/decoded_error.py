@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moqa.models.layerwise import LayerwiseModel, batches
+from moqa.models.layerwise import LayerwiseModel
 from moqa.models.units import Unit
 from moqa.models.view import ModelView, open_model
 from moqa.planning.problem import FLOOR
@@ -56,7 +56,7 @@ def _on_grid(unit: Unit, row: Tensor, bits: int, group: int) -> bool:
 def _answers(view: ModelView, tokens: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Every layer's output and the log-probabilities, batch by batch."""
     stages = LayerwiseModel(view.model)
-    for batch in batches(tokens):
+    for batch in stages.task.batches(tokens):
         states = [stages.embed(batch)]
         for layer in range(stages.depth):
             states.append(stages.layer(layer, states[-1]))

@@ -45,7 +45,7 @@ def routed(model: object, tokenizer: object) -> dict[str, np.ndarray]:
     for name in (*KNOWN, *NOVEL):
         text = read_distributions([f"{name}={TEXT / f'{name}.test.txt'}"])[0]
         rows = []
-        for window in cut_windows(text, tokenizer, CONTEXT, TOKENS // CONTEXT).tokens:
+        for window in cut_windows(text, tokenizer, CONTEXT, TOKENS // CONTEXT).inputs:
             cache = decoder.cache()
             model(window[None, :1], past_key_values=cache, use_cache=True)
             rows.append(counts.take())

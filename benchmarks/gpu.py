@@ -22,7 +22,8 @@ from torch.nn.functional import linear, silu
 
 import moqa.kernels.triton as launcher
 from moqa.format.grid import from_groups, to_groups
-from moqa.format.scheme import WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import WIDTHS
 from moqa.kernels import ACTIVATIONS, ExpertStack, PackedMatrix
 from moqa.kernels.reference import ReferenceKernels, activate
 from moqa.kernels.triton import TritonKernels
@@ -47,7 +48,7 @@ def random_matrix(shape: tuple[int, int], scheme: Scheme, device: torch.device) 
         if dtype == torch.uint8:
             tensors[name] = torch.randint(256, stored, dtype=dtype, device=device)
         else:
-            size = shape[1] ** -0.5 / (1 if scheme.keeps else scheme.levels)
+            size = shape[1] ** -0.5 / (1 if scheme.is_unquantized else scheme.levels)
             values = torch.randn(stored, device=device) * size
             tensors[name] = (values.abs() if name == "scale" else values).to(dtype)
     return PackedMatrix(scheme, shape, tensors)
@@ -63,7 +64,7 @@ def moved(matrix: PackedMatrix, device: torch.device) -> PackedMatrix:
 
 def rounded(x: Tensor, scheme: Scheme) -> Tensor:
     """Activations as the kernels round them, float32."""
-    if scheme.keeps:
+    if scheme.is_unquantized:
         return x.float()
     groups = to_groups(x.float(), scheme.group_size)
     scale = groups.abs().amax(-1, keepdim=True) / 127

@@ -30,9 +30,9 @@ from torch import Tensor
 
 import moqa
 from moqa.data import cut_windows, read_distribution
-from moqa.models.layerwise import BATCH_TOKENS
-from moqa.models.load import load_tokenizer
 from moqa.planning.problem import FLOOR
+from moqa.tasks import TASKS
+from moqa.tasks.causal_lm import load_tokenizer
 
 RUNS = ROOT / "runs" / "scale"
 RESULTS = RUNS / "peers.json"
@@ -54,7 +54,7 @@ ROWS = {
 
 def windows(model: Path, split: str, count: int) -> Tensor:
     text = read_distribution(f"wiki={TEXT / f'wiki.{split}.txt'}")
-    return cut_windows(text, load_tokenizer(model), CONTEXT, count).tokens
+    return cut_windows(text, load_tokenizer(model), CONTEXT, count).inputs
 
 
 def samples_alone(name: str, tokens: Tensor) -> Path:
@@ -146,7 +146,7 @@ def main() -> None:
         for bits in options.bits:
             job = {
                 "model": str(model), "out": "out", "bits": bits, "attention_bits": max(bits, FLOOR),
-                "group_size": GROUP, "windows": tokens.tolist(), "batch": BATCH_TOKENS // CONTEXT,
+                "group_size": GROUP, "windows": tokens.tolist(), "batch": TASKS["causal_lm"].batch_size // CONTEXT,
                 "text": str(TEXT / "wiki.calib.txt"), "profile": str(profile),
             }  # fmt: skip
             fastest: dict[str, dict] = {}

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from long_work import SMALL
 
 from moqa.cli.main import main
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, Fitted, Manifest, StoredTensor, StoredUnit
 from moqa.format.planes import by_suffix, pack
-from moqa.format.scheme import WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import WIDTHS
 from moqa.format.writer import write_manifest, write_shard
 from moqa.kernels import KERNELS, native
 from moqa.methods.grid import fit_grid
@@ -28,8 +29,8 @@ from moqa.quantization import quantize
 REFERENCE = Path(__file__).parents[1] / "reference"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# a shared machine may stall any single example
-settings.register_profile("moqa", deadline=None)
+# a shared machine may stall any single example, and what makes them
+settings.register_profile("moqa", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moqa")
 
 
@@ -130,7 +131,7 @@ CHECKPOINT_UNITS = {
 
 def stored_tensors(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
     """What a unit rounded to nearest is stored as."""
-    if scheme.keeps:
+    if scheme.is_unquantized:
         return {f"{name}.weight": weight.bfloat16()}
     grid = fit_grid(weight, scheme).grid
     found = by_suffix(pack(grid.encode(weight), scheme.width), grid.scale, grid.zero)

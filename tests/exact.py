@@ -15,7 +15,8 @@ from torch.nn.functional import gelu, silu
 
 from moqa.format.grid import from_groups, to_groups
 from moqa.format.planes import pack, tile_rows
-from moqa.format.scheme import KEEP_WIDTH, WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import KEEP_WIDTH, WIDTHS
 from moqa.kernels import KERNELS, ExpertStack, Kernels, PackedMatrix, native
 
 CPU = torch.device("cpu")
@@ -87,14 +88,14 @@ class Known:
 
     @property
     def group(self) -> int | None:
-        return None if self.matrix.scheme.keeps else self.matrix.scheme.group_size
+        return None if self.matrix.scheme.is_unquantized else self.matrix.scheme.group_size
 
 
 def make_matrix(scheme: Scheme, shape: tuple[int, int], seed: int, size: float = 1.0) -> Known:
     """Any integers, scales and zeros that a checkpoint may hold; weights have about the given size."""
     generator = torch.Generator().manual_seed(seed)
     out, features = shape
-    if scheme.keeps:
+    if scheme.is_unquantized:
         weight = (torch.randn(shape, generator=generator) * size).bfloat16()
         return Known(PackedMatrix(scheme, shape, {"weight": weight}), weight.double(), weight.double().abs())
     top, groups = scheme.levels - 1, -(-features // scheme.group_size)

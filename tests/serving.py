@@ -1,5 +1,6 @@
 """A server in a thread, and how tests ask it."""
 
+import json
 import socket
 import threading
 import time
@@ -8,11 +9,12 @@ from contextlib import contextmanager
 from prometheus_client.parser import text_string_to_metric_families
 
 from moqa.generation import Sampling, generate
-from moqa.serve.run import GRACE, Server
+from moqa.serve.run import Server
 from moqa.serve.service import Service
 
 GREEDY = {"temperature": 0, "max_tokens": 12}
 LONG = {"prompt": "The", "max_tokens": 20000, "temperature": 0}  # half a minute, and no end token; no test waits
+PATIENCE = 300  # seconds, for a machine that is busy: what takes as long hangs
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def running(tiny, slots=4, queue=256, api_key=None, begin=None, adjusting=None):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(GRACE + 5)
+        thread.join(PATIENCE)
         service.scheduler.stop(0)
         service.close()
         assert not thread.is_alive()
@@ -50,9 +52,20 @@ def gauges(http):
     return {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
 
 
-def until(http, seconds=5, **expected):
+@contextmanager
+def asked(url, **body):
+    """A client that has asked for a completion, and leaves at the end of the block."""
+    host, port = url.removeprefix("http://").split(":")
+    text = json.dumps(body)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(f"{head}\r\n\r\n{text}".encode())
+        yield
+
+
+def until(http, **expected):
     """Wait until gauges have some values."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while True:
         found = gauges(http)
         if all(found[f"moqa_{name}",] == value for name, value in expected.items()):

@@ -20,8 +20,8 @@ from moqa.profiling import run as profiler
 from moqa.profiling.blank import blank_profile
 from moqa.profiling.record import Settings
 from moqa.progress import quiet
+from moqa.quantization import checkpoint as written
 from moqa.quantization import quantize
-from moqa.quantization import run as driver
 from moqa.quantization.run import disk_needed
 from moqa.storage import space
 from moqa.storage.resumable import ResumableRun
@@ -73,13 +73,13 @@ class TestOutput:
             assert list(out.parent.iterdir()) == []
 
     def test_that_somebody_removes_before_its_manifest(self, sharded, sharded_plan, sharded_profile, out, monkeypatch):
-        write = driver.write_manifest
+        write = written.write_manifest
 
         def gone(manifest, path):
             shutil.rmtree(out.with_name(".out.partial"))
             write(manifest, path)
 
-        monkeypatch.setattr(driver, "write_manifest", gone)
+        monkeypatch.setattr(written, "write_manifest", gone)
         assert "somebody removed" in refusal(quantize, sharded, sharded_plan, out, profile=sharded_profile)
         assert list(out.parent.iterdir()) == []
 
@@ -200,9 +200,9 @@ class TestSpace:
 
             monkeypatch.setattr(owner, name, after)
 
-        measured("keep", ResumableRun)
-        measured("note", ResumableRun)
-        measured("write_shard", driver)
+        measured("save", ResumableRun)
+        measured("mark_done", ResumableRun)
+        measured("write_shard", written)
         measured("write_profile", profiler)
         return lambda: max(sizes)
 

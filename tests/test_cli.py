@@ -189,8 +189,8 @@ class TestMistakes:
         fails(result, "wiki", "fitted")
 
     def test_a_copy_of_fitted_text_under_another_name(self, moqa, work, tmp_path):
-        from moqa.models.load import load_tokenizer
         from moqa.profiling import read_profile
+        from moqa.tasks.causal_lm import load_tokenizer
 
         samples = read_profile(work / "profile").samples("wiki")
         text = "\n".join(load_tokenizer(MODEL).batch_decode(samples))

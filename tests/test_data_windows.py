@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,15 +48,15 @@ class TestWindows:
                 cut_windows(distribution(*texts), TOKENIZER, context)
             return
         windows = cut_windows(distribution(*texts), TOKENIZER, context)
-        assert windows.tokens.dtype == torch.int64
-        assert windows.tokens.flatten().tolist() == stream[: len(stream) // context * context]
+        assert windows.inputs.dtype == torch.int64
+        assert windows.inputs.flatten().tolist() == stream[: len(stream) // context * context]
 
     @settings(deadline=None)
     @given(documents, st.integers(2, 5), st.integers(1, 8), st.integers(0, 2**70))
     def test_chosen_windows_are_different_ones_of_all(self, texts, context, count, seed):
         text = "".join(texts) + "0 1 2 3 4 5 6 7 8 9 " * 3
-        everything = cut_windows(distribution(text), TOKENIZER, context).tokens
-        chosen = cut_windows(distribution(text), TOKENIZER, context, count, seed).tokens
+        everything = cut_windows(distribution(text), TOKENIZER, context).inputs
+        chosen = cut_windows(distribution(text), TOKENIZER, context, count, seed).inputs
         assert chosen.shape == (min(count, len(everything)), context)
         # In order and without repetition: each is found after the one before.
         rows, position = everything.tolist(), -1
@@ -66,13 +65,13 @@ class TestWindows:
 
     def test_same_seed_same_windows_and_seed_0_starts_with_the_first(self):
         wiki = distribution(reference_text("wiki", size=30_000))
-        everything = cut_windows(wiki, TOKENIZER, 64).tokens
-        cuts = [cut_windows(wiki, TOKENIZER, 64, 8, seed).tokens for seed in (0, 0, 1, 2)]
+        everything = cut_windows(wiki, TOKENIZER, 64).inputs
+        cuts = [cut_windows(wiki, TOKENIZER, 64, 8, seed).inputs for seed in (0, 0, 1, 2)]
         assert torch.equal(cuts[0], cuts[1])
         assert torch.equal(cuts[0][0], everything[0])
         assert not torch.equal(cuts[0], cuts[2])
         assert not torch.equal(cuts[2], cuts[3])
-        assert torch.equal(cut_windows(wiki, TOKENIZER, 64, 10**6, seed=3).tokens, everything)
+        assert torch.equal(cut_windows(wiki, TOKENIZER, 64, 10**6, seed=3).inputs, everything)
 
     @settings(deadline=None)
     @given(documents)
@@ -89,7 +88,7 @@ class TestWindows:
     def test_text_bytes_are_those_of_the_decoded_text(self, name):
         text = reference_text(name, size=20_000)
         windows = cut_windows(distribution(text[:9000], text[9000:]), TOKENIZER, 32, 20)
-        decoded = [TOKENIZER.decode(window[1:], skip_special_tokens=True) for window in windows.tokens]
+        decoded = [TOKENIZER.decode(window[1:], skip_special_tokens=True) for window in windows.inputs]
         assert not any("\N{REPLACEMENT CHARACTER}" in text for text in decoded)  # no border inside a character
         assert windows.text_bytes == sum(len(text.encode()) for text in decoded)
 
@@ -114,20 +113,20 @@ class TestWindows:
         text = reference_text("wiki", size=60_000)
         whole = shingles([text])
         everything = cut_windows(distribution(text), TOKENIZER, 256)
-        assert overlap_share(everything.shingles, whole) == 1
-        assert overlap_share(whole, everything.shingles) > 0.98  # all but the tail of less than a window
+        assert overlap_share(everything.hashes, whole) == 1
+        assert overlap_share(whole, everything.hashes) > 0.98  # all but the tail of less than a window
         few = cut_windows(distribution(text), TOKENIZER, 256, 8)
-        assert 0 < len(few.shingles) < len(everything.shingles) / 4
-        assert overlap_share(few.shingles, whole) == 1
+        assert 0 < len(few.hashes) < len(everything.hashes) / 4
+        assert overlap_share(few.hashes, whole) == 1
 
     def test_short_windows_that_touch_are_hashed_as_one_text(self):
         text = reference_text("novels", size=20_000)
-        assert overlap_share(shingles([text]), cut_windows(distribution(text), TOKENIZER, 16).shingles) > 0.98
+        assert overlap_share(shingles([text]), cut_windows(distribution(text), TOKENIZER, 16).hashes) > 0.98
 
     def test_many_documents(self):
         texts = [f"Document {index}." for index in range(600)]
         assert (
-            cut_windows(distribution(*texts), TOKENIZER, 32).tokens.flatten().tolist()
+            cut_windows(distribution(*texts), TOKENIZER, 32).inputs.flatten().tolist()
             == all_tokens(texts)[: -(len(all_tokens(texts)) % 32) or None]
         )
 
@@ -192,6 +191,24 @@ class TestSplit:
             split_held_out(distribution("a b c"), share)
 
 
+def steps(work):
+    """Lines of Python that some work runs: what goes byte by byte runs millions, on any machine."""
+    count = 0
+
+    def trace(*_):
+        nonlocal count
+        count += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
 class TestOverlap:
     @settings(deadline=None)
     @given(st.data())
@@ -222,11 +239,10 @@ class TestOverlap:
         assert len(shingles([])) == len(shingles(["", "short"])) == 0
         assert overlap_share(shingles([]), hashes) == overlap_share(hashes, shingles([])) == 0
 
-    def test_a_megabyte_takes_less_than_a_second(self):
+    def test_a_megabyte_takes_no_more_steps_than_a_page(self):
         text = reference_text("novels")
-        start = time.perf_counter()
-        shingles([text])
-        assert time.perf_counter() - start < 1
+        shingles([text])  # imports what it needs
+        assert steps(lambda: shingles([text])) < 1000
 
     @pytest.mark.parametrize("name", NAMES)
     def test_held_out_reference_texts_are_accepted_and_fitted_ones_refused(self, name):

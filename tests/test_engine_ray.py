@@ -66,7 +66,7 @@ def engine(nodes):
     nodes.both()
     found = find_executor("ray", address=nodes.address)
     # a node that was lost is counted until its heartbeats are missed
-    for _ in range(300):
+    for _ in range(3000):
         if found.workers == 2:
             return found
         time.sleep(0.1)

@@ -355,4 +355,4 @@ class TestServed:
     def ask(self, url: str, seed: int) -> dict:
         ids = torch.randint(2, 8192, (self.CONTEXT - self.WRITTEN,), generator=torch.Generator().manual_seed(seed))
         body = {"prompt": ids.tolist(), "max_tokens": self.WRITTEN, "seed": seed}
-        return httpx.post(f"{url}/completions", json=body, timeout=120).raise_for_status().json()["usage"]
+        return httpx.post(f"{url}/completions", json=body, timeout=600).raise_for_status().json()["usage"]

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from moqa.format.layout import DTYPES, Shard, entry_bytes, header_bytes, shards, unit_bytes
-from moqa.format.scheme import PLANES, WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import PLANES, WIDTHS
 from moqa.format.writer import write_shard
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(lambda n: n != "__metadata__")

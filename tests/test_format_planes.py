@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moqa.format.planes import pack, unpack
-from moqa.format.scheme import PLANES, WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import PLANES, WIDTHS
 
 leading = st.lists(st.integers(1, 3), max_size=1)
 

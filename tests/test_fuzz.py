@@ -19,7 +19,7 @@ from hostile.victim import TRANSFORMERS, UNVERIFIED, VERIFIED
 SEEDS, BATCHES = 1200, 2
 CONFIG_SEEDS = 150
 SAMPLE = 50  # of from_pretrained
-BATCH_SECONDS = 240
+BATCH_SECONDS = 1800  # what takes as long hangs, on any machine
 
 
 @pytest.fixture(scope="module")

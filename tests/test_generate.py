@@ -21,10 +21,10 @@ from moqa.errors import MoqaError
 from moqa.generation import Chat, ContextError, PromptCache, Sampling, chat_prompt, generate, load_any, loop, tokens
 from moqa.generation.nucleus import Nucleus
 from moqa.generation.text import Detokenizer, StopStrings
-from moqa.models.load import load_tokenizer
 from moqa.planning import Budget, plan
 from moqa.profiling import profile
 from moqa.quantization import quantize
+from moqa.tasks.causal_lm import load_tokenizer
 
 MODEL = Path(__file__).parents[1] / "reference" / "model"
 GREEDY = Sampling(max_tokens=24, temperature=0)
@@ -450,7 +450,7 @@ class TestCommands:
                 chat.stdin.flush()
                 assert chat.stdout.read(20), "it answers"
                 chat.send_signal(signal.SIGINT)
-            _, err = chat.communicate(timeout=20)
+            _, err = chat.communicate(timeout=120)
         assert (chat.returncode, err) == (0, b"")
 
 

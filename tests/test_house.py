@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "moqa"
 FLOORS = [
     "cli", "serve", "speed", "reports", "adjustment", "evaluation", "quantization", "planning", "profiling",
     "execution", "forecast", "methods", "calibration", "generation", "integrations", "runtime", "kernels", "format",
-    "models", "originals", "storage", "memory", "data",
+    "models", "originals", "tasks", "storage", "memory", "data",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from moqa.format.grid import to_groups
 from moqa.format.planes import by_suffix, pack
-from moqa.format.scheme import WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import WIDTHS
 from moqa.kernels import ACTIVATIONS, ExpertStack, PackedMatrix
 from moqa.kernels.reference import activate
 from moqa.kernels.triton import TritonKernels
@@ -60,7 +61,7 @@ def test_says_why_it_does_not_run(monkeypatch):
 
 def make(shape, scheme, scale=1.0):
     weight = torch.randn(shape) * scale
-    if scheme.keeps:
+    if scheme.is_unquantized:
         return PackedMatrix(scheme, shape, {"weight": weight.bfloat16()})
     grid = fit_grid(weight, scheme).grid
     planes = pack(grid.encode(weight), scheme.width)
@@ -70,7 +71,7 @@ def make(shape, scheme, scale=1.0):
 def expected(matrix, x, bias=None):
     """[rows, out] float64 of quantized activations, and the largest that rounding one of them changes."""
     dense, step = matrix.dense().double(), 0.0
-    if not matrix.scheme.keeps:
+    if not matrix.scheme.is_unquantized:
         groups = to_groups(x.float(), matrix.scheme.group_size)
         scale = groups.abs().amax(-1, keepdim=True) / 127
         inverse = torch.where(scale >= 1e-36, 1 / scale, 0)

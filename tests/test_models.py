@@ -11,9 +11,9 @@ from transformers import AutoConfig
 
 from moqa.errors import MoqaError
 from moqa.models.building import empty_model
-from moqa.models.load import load_tokenizer
 from moqa.models.view import ModelView, narrowest, open_model
 from moqa.originals import folder as original
+from moqa.tasks.causal_lm import load_tokenizer
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.experts.2.up_proj.weight"

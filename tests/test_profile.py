@@ -11,7 +11,8 @@ import torch
 from scipy.stats import spearmanr
 
 from moqa.errors import MoqaError
-from moqa.format.scheme import WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import WIDTHS
 from moqa.methods.grid import fit_grid
 from moqa.models.precision import in_stored_precision
 from moqa.models.products import fast_dtype

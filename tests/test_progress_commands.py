@@ -33,7 +33,7 @@ def command(*args):
 
 def logs(path, count, process):
     """Wait until a running command has logged some lines."""
-    for _ in range(1200):
+    for _ in range(6000):
         if path.exists() and path.read_text().count("\n") >= count:
             return
         assert process.poll() is None, process.communicate()

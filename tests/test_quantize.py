@@ -82,7 +82,7 @@ class TestCheckpoint:
 
     def test_only_methods_that_see_data_know_their_error(self, made):
         manifest = open_checkpoint(made).manifest
-        quantized = [unit for unit in manifest.units.values() if not unit.scheme.keeps]
+        quantized = [unit for unit in manifest.units.values() if not unit.scheme.is_unquantized]
         if METHODS[manifest.method].needs_data:
             assert all(unit.error is not None and 0 <= unit.error < 2 for unit in quantized)
             assert {unit.method for unit in quantized} <= {manifest.method, "rtn"}

@@ -46,13 +46,13 @@ def serves(command: list[str], folder: Path, environment: dict[str, str]) -> Non
     port = command[command.index("--port") + 1]
     process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(120):
+        for _ in range(600):
             time.sleep(0.5)
             with contextlib.suppress(httpx.TransportError):
-                assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+                assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=120).status_code == 200
                 break
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
 
@@ -65,7 +65,7 @@ def test_the_readme_names_targets_that_exist():
 
 
 def test_every_link_in_the_documents_leads_somewhere():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"

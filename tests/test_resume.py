@@ -134,16 +134,16 @@ class TestUnfinished:
     def test_what_was_put_aside_comes_back(self, tmp_path):
         def begin():
             with resumable(tmp_path / "out", {"a": 1}) as work:
-                work.keep("x", {"y": torch.arange(3)})
-                work.note("first", {"error": 0.5})
+                work.save("x", {"y": torch.arange(3)})
+                work.mark_done("first", {"error": 0.5})
                 raise Stopped
 
         with pytest.raises(Stopped):
             begin()
         with resumable(tmp_path / "out", {"a": 1}) as work:
-            assert work.noted("first") == {"error": 0.5}
-            assert work.noted("second") is None
-            assert torch.equal(work.kept("x")["y"], torch.arange(3))
+            assert work.done("first") == {"error": 0.5}
+            assert work.done("second") is None
+            assert torch.equal(work.load("x")["y"], torch.arange(3))
         assert (tmp_path / "out").is_dir()
 
     def test_a_full_disk_keeps_what_is_done(self, tmp_path, monkeypatch):
@@ -152,16 +152,16 @@ class TestUnfinished:
 
         def fill():
             with resumable(tmp_path / "out", {}) as work:
-                work.note("first", {})
+                work.mark_done("first", {})
                 monkeypatch.setattr(unfinished_module, "sync", full)
-                work.note("second", {})
+                work.mark_done("second", {})
 
         with pytest.raises(MoqaError, match=r"No space left.*same command"):
             fill()
         monkeypatch.undo()
         with resumable(tmp_path / "out", {}) as work:
-            assert work.noted("first") == {}
-            assert work.noted("second") is None
+            assert work.done("first") == {}
+            assert work.done("second") is None
 
     def test_a_folder_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")

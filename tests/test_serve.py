@@ -3,15 +3,13 @@
 import asyncio
 import json
 import logging
-import socket
-import time
 
 import httpx
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import GREEDY, LONG, alone, complete, fails, gauges, running, until
+from serving import GREEDY, LONG, PATIENCE, alone, asked, complete, fails, gauges, running, until
 
 from moqa.generation import Sampling, generate, load_any
 from moqa.serve.guard import BODY_LIMIT
@@ -30,7 +28,7 @@ def url(tiny):
 
 @pytest.fixture(scope="module")
 def http(url):
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
         yield client
 
 
@@ -138,7 +136,7 @@ class TestLoad:
 
         async def ask():
             limits = httpx.Limits(max_connections=200)
-            async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits) as client:
                 return await asyncio.gather(*(client.post("/v1/completions", json=one) for one in options))
 
         found = asyncio.run(ask())
@@ -149,35 +147,32 @@ class TestLoad:
         with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as long:
             lines = long.iter_lines()  # closes the connection when it is forgotten
             assert next(lines)
-            start = time.monotonic()
             assert complete(http, prompt="A", **GREEDY).status_code == 200
-            assert time.monotonic() - start < 5
+            assert gauges(http)["moqa_active_slots",] == 1, "the long one is still written"
         until(http, active_slots=0)
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_client_that_leaves_frees_its_slot(self, http, url, stream):
-        host, port = url.removeprefix("http://").split(":")
-        body = json.dumps({**LONG, "stream": stream, "prompt": ["The", "A"]})
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        with socket.create_connection((host, int(port))) as client:
-            client.sendall(f"{head}\r\n\r\n{body}".encode())
+        with asked(url, **{**LONG, "stream": stream, "prompt": ["The", "A"]}):
             until(http, active_slots=2)
-        until(http, seconds=1, active_slots=0)
+            written = gauges(http)["moqa_completion_tokens_total",]
+        until(http, active_slots=0)
+        assert gauges(http)["moqa_completion_tokens_total",] - written < LONG["max_tokens"], "they were cut"
 
     def test_a_client_that_leaves_frees_its_place_in_the_queue(self, tiny):
-        with running(tiny, slots=1, queue=1) as url, httpx.Client(base_url=url, timeout=60) as http:
+        with running(tiny, slots=1, queue=1) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
             with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as active:
                 lines = active.iter_lines()  # closes the connection when it is forgotten
                 assert next(lines)
-                with pytest.raises(httpx.ReadTimeout):
-                    httpx.post(f"{url}/v1/completions", json=LONG, timeout=0.2)
-                until(http, seconds=1, queue_length=0, active_slots=1)
-            until(http, seconds=1, active_slots=0)
+                with asked(url, **LONG):
+                    until(http, queue_length=1, active_slots=1)
+                until(http, queue_length=0)
+                assert gauges(http)["moqa_active_slots",] == 1, "the other one is still written"
+            until(http, active_slots=0)
+            assert gauges(http)["moqa_completion_tokens_total",] < LONG["max_tokens"], "it was cut"
 
     def test_a_full_queue_is_a_429(self, tiny):
-        with running(tiny, slots=1, queue=1) as url, httpx.Client(base_url=url, timeout=60) as http:
+        with running(tiny, slots=1, queue=1) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
             fails(complete(http, **{**LONG, "prompt": ["a", "b", "c"]}), 400, "prompt", "at most 2")
             with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as active:
                 lines = active.iter_lines()  # closes the connection when it is forgotten
@@ -269,7 +264,7 @@ class TestRefusals:
         ["prompt", "messages", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "logprobs", "n", "model"]
     )
 
-    @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
     @given(st.dictionaries(fields | st.text(max_size=4), json_values, max_size=4), st.sampled_from(["", "chat/"]))
     def test_of_anything(self, http, body, kind):
         body = {"max_tokens": 2, **body}
@@ -279,7 +274,7 @@ class TestRefusals:
         if response.status_code != 200:
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
-    @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
     @given(st.binary(max_size=60))
     def test_of_any_bytes(self, http, content):
         fails(http.post("/v1/completions", content=content, headers={"content-type": "application/json"}), 400)
@@ -304,7 +299,7 @@ class TestFailures:
 
         with (
             running(tiny, begin=breaks) as url,
-            httpx.Client(base_url=url, timeout=60) as http,
+            httpx.Client(base_url=url, timeout=PATIENCE) as http,
             caplog.at_level(logging.ERROR),
         ):
             with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as other:
@@ -332,7 +327,7 @@ class TestFailures:
 
 class TestKeys:
     def test_are_asked_for(self, tiny):
-        with running(tiny, api_key="right ü") as url, httpx.Client(base_url=url) as http:
+        with running(tiny, api_key="right ü") as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
             for header in (None, "Bearer wrong", "right ü", "Bearer right"):
                 headers = {"authorization": header.encode()} if header else {}
                 fails(http.get("/v1/models", headers=headers), 401, word="Authorization")
@@ -345,7 +340,7 @@ class TestKeys:
 
 class TestMetrics:
     def test_count_what_happened(self, tiny):
-        with running(tiny, slots=3) as url, httpx.Client(base_url=url, timeout=60) as http:
+        with running(tiny, slots=3) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
             complete(http, prompt="The history of", **GREEDY)
             complete(http, prompt=["A", "In"], stream=True, **GREEDY)
             complete(http, prompt=7)
@@ -360,4 +355,4 @@ class TestMetrics:
         assert found["moqa_time_per_token_seconds_count",] == 33
         assert found["moqa_slots",] == 3
         assert found["moqa_queue_length",] == found["moqa_active_slots",] == 0
-        assert found["moqa_busy_seconds_total", "decode"] > found["moqa_busy_seconds_total", "prefill"] > 0
+        assert found["moqa_busy_seconds_total", "decode"] > 0 < found["moqa_busy_seconds_total", "prefill"]

@@ -12,7 +12,7 @@ import openai
 import pytest
 import torch
 from conftest import REFERENCE
-from serving import GREEDY, alone, complete, fails, gauges, running
+from serving import GREEDY, PATIENCE, alone, complete, fails, gauges, running
 
 import moqa
 from moqa.adjustment import adjust
@@ -71,7 +71,7 @@ def url(made):
 
 @pytest.fixture(scope="module")
 def http(url):
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
         yield client
 
 
@@ -143,7 +143,7 @@ class TestChoice:
         assert ("moqa_drift_state",) not in after
 
     def test_of_a_model_without_any(self, tiny_model):
-        with running(moqa.generation.load_any(tiny_model)) as url, httpx.Client(base_url=url, timeout=60) as http:
+        with running(moqa.generation.load_any(tiny_model)) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
             assert complete(http, prompt="The", **WRITE).json()["adjustment"] is None
             fails(complete(http, prompt="The", adjustment="python"), 400, "adjustment", "held: none")
 
@@ -198,7 +198,7 @@ def watched(made, monkeypatch):
 
 def until_made(http, **options):
     """Ask until something has come of a making in the background."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while True:
         found = complete(http, **options).json()
         shown = gauges(http)
@@ -222,7 +222,10 @@ class TestAuto:
 
         monkeypatch.setattr(auto, "read_adjustment", keep)
         adjusting = partial(AutoAdjusting, model, tokenizer, made[0])
-        with running((model, tokenizer), adjusting=adjusting) as url, httpx.Client(base_url=url, timeout=60) as http:
+        with (
+            running((model, tokenizer), adjusting=adjusting) as url,
+            httpx.Client(base_url=url, timeout=PATIENCE) as http,
+        ):
             ask = {"prompt": self.PROMPT, **GREEDY}
             first = complete(http, **ask).json()
             assert (first["adjustment"], first["drift"]) == (None, "novel")
@@ -254,7 +257,7 @@ class TestAuto:
         adjusting = partial(AutoAdjusting, model, tokenizer, made[0])
         with (
             running((model, tokenizer), adjusting=adjusting) as url,
-            httpx.Client(base_url=url, timeout=60) as http,
+            httpx.Client(base_url=url, timeout=PATIENCE) as http,
             caplog.at_level(logging.DEBUG, logger="moqa"),
         ):
             found, shown = until_made(http, prompt=self.PROMPT, **GREEDY)
@@ -277,7 +280,10 @@ class TestAuto:
 
         monkeypatch.setattr(auto, "adjust", endless)
         adjusting = partial(AutoAdjusting, model, tokenizer, made[0])
-        with running((model, tokenizer), adjusting=adjusting) as url, httpx.Client(base_url=url, timeout=60) as http:
+        with (
+            running((model, tokenizer), adjusting=adjusting) as url,
+            httpx.Client(base_url=url, timeout=PATIENCE) as http,
+        ):
             while not begun.is_set():
                 assert complete(http, prompt=self.PROMPT, **GREEDY).json()["adjustment"] is None
         assert not any(thread.name == "moqa-adjust" for thread in threading.enumerate())
@@ -367,12 +373,12 @@ def test_the_reference_model_is_adjusted_to_german_and_goes_back(tmp_path):
     model, tokenizer = moqa.load(out)
     with (
         running((model, tokenizer), adjusting=partial(AutoAdjusting, model, tokenizer, out)) as url,
-        httpx.Client(base_url=url, timeout=120) as http,
+        httpx.Client(base_url=url, timeout=PATIENCE) as http,
     ):
         for prompt in prompts("novels")[:3]:
             found = complete(http, prompt=prompt, max_tokens=4, temperature=0).json()
             assert (found["adjustment"], found["drift"]) == (None, "known")
-        end = time.monotonic() + 300
+        end = time.monotonic() + PATIENCE
         while found["adjustment"] is None:
             assert time.monotonic() < end, gauges(http)
             for prompt in prompts("german"):

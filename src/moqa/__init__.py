@@ -11,14 +11,17 @@ The same in steps, each with an artifact that can be looked at and reused:
 >>> out = moqa.quantize("reference/model", plan, "runs/out")
 >>> moqa.evaluate(out, {"wiki": "wiki.held-out.txt"}).distributions["wiki"].kl_divergence
 
-Every name below is imported when it is first used: `import moqa` alone loads nothing heavy.
+Every name below is imported when it is first used: `import moqa` alone loads nothing heavy. On a system that moqa does
+not run on, it works too, and the first use is a `MoqaError`.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from moqa.errors import MoqaError
 from moqa.integrations.on_import import on_import
+from moqa.support import Refusal, unsupported
 
 if TYPE_CHECKING:
     from moqa.adjustment import Adjusted, adjust
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from moqa.runtime.load import load
     from moqa.speed import Speed, bench
 
-__version__ = "0.1.0"
+    __version__: str  # that of pyproject.toml, read when it is asked for
 
 # where each public name is defined; the imports above say the same to type checkers
 _HOMES = {
@@ -62,11 +65,18 @@ __all__ = [  # noqa: RUF022  (functions first, in the order of the work)
     "Sampling", "Speed",
 ]  # fmt: skip
 
-# from here on transformers' from_pretrained reads moqa's checkpoints
-on_import("transformers.quantizers.auto", "moqa.integrations.transformers")
+if unsupported():
+    sys.meta_path.insert(0, Refusal())
+else:
+    # from here on transformers' from_pretrained reads moqa's checkpoints
+    on_import("transformers.quantizers.auto", "moqa.integrations.transformers")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # takes longer to import than moqa
+
+        return globals().setdefault(name, version("moqa"))
     if name not in _HOME:
         raise AttributeError(f"module 'moqa' has no attribute {name!r}")
     found = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)

@@ -37,3 +37,14 @@ class LittleMemoryError(MoqaError):
 
 class Stopped(Exception):  # noqa: N818  (nothing went wrong)
     """Work stopped on purpose before its end; what is done stays, and the same command goes on."""
+
+
+def one_line(error: Exception) -> str:
+    """What a foreign error says, in one line.
+
+    >>> one_line(ValueError("a first line\\nand a second"))
+    'a first line'
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text

@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import silu
 
-from moqa.format.scheme import KEEP_WIDTH, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import KEEP_WIDTH
 from moqa.kernels import ACTIVATIONS, ExpertStack, PackedMatrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")

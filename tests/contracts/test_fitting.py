@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from moqa.format.grid import to_groups
 from moqa.format.planes import by_suffix, pack
-from moqa.format.scheme import WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import WIDTHS
 from moqa.kernels import KERNELS, Columns, native
 
 CPU = torch.device("cpu")

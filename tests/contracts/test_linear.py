@@ -27,7 +27,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moqa.format.planes import pack, tile_rows
-from moqa.format.scheme import KEEP_WIDTH, WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import KEEP_WIDTH, WIDTHS
 from moqa.kernels import PackedMatrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")

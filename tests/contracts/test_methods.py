@@ -7,7 +7,8 @@ import torch
 
 from moqa.calibration.inputs import InputStatistics, input_space
 from moqa.format.planes import unpack, untile_rows
-from moqa.format.scheme import WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import WIDTHS
 from moqa.kernels import PackedMatrix
 from moqa.methods import METHODS, SolveBatch
 from moqa.methods.gptq import damping
@@ -231,7 +232,7 @@ class TestUnits:
             assert stored == scheme.tensors(unit.shape)
             assert result.dense.shape == unit.shape
             assert result.method in {method, "rtn", "none"}
-            if scheme.keeps:
+            if scheme.is_unquantized:
                 assert torch.equal(result.dense, layer.weight(unit).bfloat16().float())
 
     def test_what_is_stored_is_what_is_decoded(self, method, layer):

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moqa.format.scheme import KEEP_WIDTH, LARGEST_GROUP, WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import KEEP_WIDTH, LARGEST_GROUP, WIDTHS
 from moqa.kernels import ACTIVATIONS, Channels, Patch
 from moqa.kernels.reference import activate
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from moqa.adjustment.measure import ChannelGains
 from moqa.errors import MoqaError
 from moqa.format.adjustment import COLUMNS, ChannelPart, ExpertSizes, Replaced, layout
-from moqa.format.scheme import BLOCK, KEEP_WIDTH, LARGEST_GROUP, TILE, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import BLOCK, KEEP_WIDTH, LARGEST_GROUP, TILE
 from moqa.models.experts import PROJECTIONS
 
 # rows share a scale in groups of so many inputs

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from moqa.adjustment.cached import LayerOriginals
+from moqa.calibration.backward import run_back
+from moqa.calibration.hidden import HiddenStates
 from moqa.models.experts import PROJECTIONS, ExpertRun, observed, projection_rows
 from moqa.models.layerwise import LayerwiseModel
 from moqa.profiling.selfsample import draw
 from moqa.progress import Report
 from moqa.runtime.packed import unpacked
+from moqa.storage.in_memory import InMemoryRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,14 +40,14 @@ class ChannelGains:
             channel's row or column were exact; nats per token. -inf where the cache lacks a channel.
         significance: by layer, [experts, width] (`LayerStatistics.channel`), of the samples.
         stages: of the checkpoint's model.
-        hidden: by layer, its [batch, context, hidden] inputs.
+        hidden: the samples in front of every layer.
         divergence: KL divergence of the samples now, nats per token; None without the whole original.
     """
 
     gains: list[dict[str, Tensor]]
     significance: list[Tensor | None]
     stages: LayerwiseModel
-    hidden: list[list[Tensor]]
+    hidden: HiddenStates
     divergence: float | None
 
 
@@ -69,34 +72,37 @@ def measure(
     steps, weighed = 2 * stages.depth, tokens[::EVERY]
     parts = weighed.split(size)
     rest = [part for part in tokens[torch.arange(len(tokens)) % EVERY > 0].split(size) if len(part)]
-    hidden: list[list[Tensor]] = [[stages.embed(batch) for batch in (*parts, *rest)]]
-    original = hidden[0][: len(parts)] if whole else []
+    hidden = HiddenStates(stages, InMemoryRun(), "samples", [*parts, *rest])
+    original = HiddenStates(stages, InMemoryRun(), "original", parts if whole else ())
     with torch.no_grad():
         for layer in range(stages.depth):
             report("samples", layer, steps)
             if whole:
                 with open_layer(layer).as_original():
-                    original = [stages.layer(layer, part) for part in original]
+                    original.advance(layer, keep=False)
             with unpacked(stages.layers[layer]):
-                exact = [stages.layer(layer, part) for part in hidden[layer][: len(parts)]]
+                hidden.advance(layer, numbers=range(len(parts)))
                 with in_half():
-                    others = [stages.layer(layer, part).float() for part in hidden[layer][len(parts) :]]
-            hidden.append([*exact, *others])
+                    hidden.advance(layer, numbers=range(len(parts), len(hidden)))
     generator = torch.Generator().manual_seed(seed)
     divergence, gradients = 0.0, []
-    for index, part in enumerate(hidden.pop()[: len(parts)]):
+    for index in range(len(parts)):
+        part, answer = (one.at(stages.depth, index) if one else None for one in (hidden, original))
+        assert part is not None
         pieces = []
         for begin in range(0, len(part), windows := max(1, HEAD_TOKENS // tokens.shape[1])):
             some = slice(begin, begin + windows)
-            pieces.append(_gradient(stages, part[some], original[index][some] if whole else None, generator))
+            pieces.append(_gradient(stages, part[some], None if answer is None else answer[some], generator))
         divergence += sum(loss for loss, _ in pieces)
         gradients.append(torch.cat([gradient for _, gradient in pieces]))
+    hidden.forget(stages.depth)
     gains: list[dict[str, Tensor]] = []
     squares: list[dict[str, Tensor]] = []
     significance: list[Tensor | None] = []
     for layer in reversed(range(stages.depth)):
         report("samples", steps - 1 - layer, steps)
-        observer = _backward(stages, layer, open_layer(layer), hidden[layer][: len(parts)], gradients)
+        weighed_parts = [hidden.at(layer, number) for number in range(len(parts))]
+        observer = _backward(stages, layer, open_layer(layer), weighed_parts, gradients)
         gains.insert(0, {} if observer is None else observer.gains)
         squares.insert(0, {} if observer is None else observer.squares)
         significance.insert(0, None if observer is None else observer.significance)
@@ -202,11 +208,7 @@ def _backward(
 
 
 def _flow(stages: LayerwiseModel, layer: int, hidden: Sequence[Tensor], gradients: list[Tensor]) -> None:
-    for index, part in enumerate(hidden):
-        inputs = part.detach().requires_grad_(True)
-        with in_half():
-            out = stages.layer(layer, inputs)
-        gradients[index] = torch.autograd.grad(out, inputs, gradients[index])[0]
+    run_back(stages, layer, zip(hidden, gradients, strict=True), gradients.__setitem__, precision=in_half)
 
 
 def in_half() -> torch.autocast:

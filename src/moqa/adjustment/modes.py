@@ -14,7 +14,7 @@ from moqa.adjustment.residuals import FittedChannels, Grams, fit_layer, fit_unit
 from moqa.errors import MoqaError
 from moqa.format.adjustment import ChannelPart, ExpertSizes, Replaced, index_dtype
 from moqa.format.reader import Checkpoint
-from moqa.format.scheme import KEEP_WIDTH
+from moqa.format.tiles import KEEP_WIDTH
 from moqa.models.experts import observed
 from moqa.progress import Report
 from moqa.runtime.packed import unpacked
@@ -128,7 +128,7 @@ def fit_choice(
     situation: Situation, choice: Choice, units: dict[str, Replaced], report: Report
 ) -> tuple[list[list[FittedChannels]], dict[str, dict[str, Tensor]]]:
     """By layer, the residuals of the chosen channels; and units in other schemes, by name and suffix."""
-    stages = situation.evidence.measured.stages
+    stages, hidden = situation.evidence.measured.stages, situation.evidence.measured.hidden
     found: list[list[FittedChannels]] = []
     solved: dict[str, dict[str, Tensor]] = {}
     for layer, wanted in enumerate(choice):
@@ -145,8 +145,8 @@ def fit_choice(
         grams = Grams(experts)
         module = situation.model.get_submodule(originals.module)
         with torch.no_grad(), in_half(), unpacked(stages.layers[layer]), observed(module, grams):
-            for part in situation.evidence.measured.hidden[layer]:
-                stages.layer(layer, part)
+            for number in range(len(hidden)):
+                stages.layer(layer, hidden.at(layer, number))
         found.append(fit_layer(wanted, originals.missing(), grams))
         solved |= {name: fit_unit(originals.original(name), name, unit.scheme, grams) for name, unit in mine.items()}
     return found, solved

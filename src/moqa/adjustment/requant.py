@@ -9,7 +9,7 @@ from moqa.adjustment.modes import Change, Situation, mode, tensors_of
 from moqa.adjustment.residuals import FittedChannels, lacking, pack_columns, round_columns
 from moqa.errors import MoqaError
 from moqa.format.adjustment import COLUMNS, layout
-from moqa.format.planes import by_suffix, pack
+from moqa.methods import GridResult
 from moqa.methods.grid import fit_grid
 from moqa.models.experts import PROJECTIONS
 from moqa.planning.clustering import fuzzy_c_means
@@ -102,6 +102,6 @@ def _round_layer(
                 found.append(FittedChannels(projection, width, places, pack_columns(integers, width), factor))
                 continue
             rounded = fit_grid(rows, scheme_of(projection, width))
-            tensors = by_suffix(pack(rounded.integers, width), rounded.grid.scale, rounded.grid.zero)
+            tensors = GridResult(rounded.integers, rounded.grid).stored(width)
             found.append(FittedChannels(projection, width, places, tensors))
     return found

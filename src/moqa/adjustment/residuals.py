@@ -10,8 +10,9 @@ from moqa.adjustment.cached import ExpertErrors
 from moqa.adjustment.choose import scheme_of
 from moqa.calibration.inputs import InputStatistics
 from moqa.format.adjustment import COLUMNS, MIDDLE
-from moqa.format.planes import by_suffix, pack
-from moqa.format.scheme import KEEP_WIDTH, Scheme
+from moqa.format.planes import pack
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import KEEP_WIDTH
 from moqa.methods import METHODS, SolveBatch
 from moqa.models.experts import ExpertRun
 
@@ -83,8 +84,7 @@ def fit_unit(weight: Tensor, name: str, scheme: Scheme, grams: Grams) -> dict[st
     seen = (grams.inner if projection == COLUMNS else grams.inputs).get(int(expert))
     widths = torch.full((1, len(weight)), scheme.width)
     result = METHODS["gptq"].run(SolveBatch(weight[None], widths, [seen or InputStatistics(weight.shape[1])], scheme))
-    grid = result.grid[0]
-    return by_suffix(pack(result.integers[0], scheme.width), grid.scale, grid.zero)
+    return result[0].stored(scheme.width)
 
 
 def _fit_rows(
@@ -111,12 +111,10 @@ def _fit_rows(
     weights[entry, slot], widths[entry, slot] = everything, width
     inputs = [grams.inputs.get(e) or InputStatistics(everything.shape[1]) for e in experts.tolist()]
     result = METHODS["gptq"].run(SolveBatch(weights, widths, inputs, scheme_of(ROWS[0], 8)))
-    integers, scale = result.integers[entry, slot], result.grid.scale[entry, slot]
-    assert result.grid.zero is not None
-    zero, begin = result.grid.zero[entry, slot], 0
+    found_rows, begin = result[entry, slot], 0
     for p, w, places in narrow:
         rows = slice(begin, begin + len(places))
-        fitted.append(FittedChannels(p, w, places, by_suffix(pack(integers[rows], w), scale[rows], zero[rows])))
+        fitted.append(FittedChannels(p, w, places, found_rows[rows].stored(w)))
         begin += len(places)
     return fitted
 

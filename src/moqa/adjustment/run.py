@@ -18,11 +18,13 @@ from moqa.format.adjustment import Adjustment, AdjustmentRecord, ExpertSizes, la
 from moqa.format.cache import open_cache
 from moqa.format.manifest import Fitted, StoredFile
 from moqa.format.reader import Checkpoint, open_checkpoint
-from moqa.models.load import load_tokenizer
+from moqa.models.load import read_config
 from moqa.planning.budget import parse_share
 from moqa.progress import Report, quiet
 from moqa.runtime.load import load_packed
 from moqa.storage.folders import check_free
+from moqa.tasks import check_language_model
+from moqa.tasks.causal_lm import load_tokenizer
 
 DEFAULT_SAMPLES, CONTEXT = 64, 256
 # fewer say more about themselves than about their distribution
@@ -118,6 +120,7 @@ class Search:
         report: Report = quiet,
     ) -> None:
         self._packed, self._seed, self._report = open_checkpoint(checkpoint), seed, report
+        check_language_model(read_config(self._packed.folder, packed=True), checkpoint)
         self._cache = open_cache(self._packed.folder, self._packed.manifest.fingerprint)
         self._sizes = sizes_of(self._packed)
         tokenizer = load_tokenizer(self._packed.folder)
@@ -126,7 +129,7 @@ class Search:
             raise MoqaError(f"{len(distributions)} distributions to adjust to", "give one --data NAME=FILE")
         self._novel = distributions[0]
         self._windows = cut_windows(self._novel, tokenizer, CONTEXT, samples, seed)
-        count = len(self._windows.tokens)
+        count = len(self._windows.inputs)
         if count < FEWEST:
             raise MoqaError(
                 f"{self._novel.name}={self._novel.origin} gives {count} samples of {CONTEXT} tokens",
@@ -154,8 +157,8 @@ class Search:
         change = how.run(situation, self._report)
         record = AdjustmentRecord(
             moqa=__version__, checkpoint=packed.manifest.checksum, name=self._novel.name, mode=mode, rule=rule,
-            budget=share, samples=len(windows.tokens), tokens=windows.tokens.numel(), seed=self._seed,
-            expected=change.expected, fitted={self._novel.name: Fitted.of(self._novel.digest, windows.shingles)},
+            budget=share, samples=len(windows.inputs), tokens=windows.inputs.numel(), seed=self._seed,
+            expected=change.expected, fitted={self._novel.name: Fitted.of(self._novel.digest, windows.hashes)},
             sizes=self._sizes, channels=change.channels, units=change.units,
             extra_bytes=_extra_bytes(packed, self._sizes, change), weights=StoredFile(bytes=0, sha256=""),
         )  # fmt: skip
@@ -168,7 +171,7 @@ class Search:
         """What the samples say, and how long it took to ask them."""
         started = time.perf_counter()
         cache, layers = self._cache, self._packed.manifest.layers
-        measured = measure(self._model, self._open_layer, self._windows.tokens, cache.whole, self._seed, self._report)
+        measured = measure(self._model, self._open_layer, self._windows.inputs, cache.whole, self._seed, self._report)
         known = [cache.layer(layer).get("significance") for layer in range(layers)]
         return Evidence(measured, known, self._seed), time.perf_counter() - started
 

@@ -1,15 +1,15 @@
-"""Hidden states of some samples on their way through a model's decoder layers, on disk between layers."""
+"""Hidden states of some samples on their way through a model's blocks: the one way in which layers are run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
 from moqa.models.layerwise import LayerwiseModel
-from moqa.storage.resumable import ResumableRun
+from moqa.storage.in_memory import StepStore
 
 
 class HiddenStates:
-    """Samples in front of decoder layers; they lie on disk, and pass through memory in batches.
+    """Samples in front of blocks; between them they lie on disk or in memory, and are run in batches.
 
     >>> hidden = HiddenStates(stages, work, "wiki", batches(tokens))
     >>> hidden.advance(0)
@@ -23,9 +23,9 @@ class HiddenStates:
         batches: [windows, context] token ids each.
     """
 
-    def __init__(self, stages: LayerwiseModel, work: ResumableRun, name: str, batches: Sequence[Tensor]) -> None:
+    def __init__(self, stages: LayerwiseModel, work: StepStore, name: str, batches: Sequence[Tensor]) -> None:
         self._stages, self._work, self._name, self._count = stages, work, name, len(batches)
-        embedded, shapes = work.noted(f"embedded-{name}") is not None, set()
+        embedded, shapes = work.done(f"embedded-{name}") is not None, set()
         for number, batch in enumerate(batches):
             # masks and positions of every layer are made with the embedding, whatever the tokens are
             if embedded and batch.shape in shapes:
@@ -35,7 +35,7 @@ class HiddenStates:
             if not embedded:
                 self._put(0, number, hidden)
         if not embedded:
-            work.note(f"embedded-{name}", {})
+            work.mark_done(f"embedded-{name}", {})
 
     def at(self, layer: int, number: int) -> Tensor:
         """[windows, context, features] one batch at the input of a layer; behind the last layer, at the head's.
@@ -43,20 +43,32 @@ class HiddenStates:
         Raises:
             MoqaError: if what was put aside is damaged.
         """
-        return self._work.kept(self._file(layer, number))["x"]
+        return self._work.load(self._file(layer, number))["x"]
 
-    def advance(self, layer: int) -> None:
-        """Move all batches past a layer, as it computes now."""
-        for number in range(self._count):
-            self._put(layer + 1, number, self._stages.layer(layer, self.at(layer, number)))
+    def __len__(self) -> int:
+        """Number of batches."""
+        return self._count
+
+    def advance(self, layer: int, *, keep: bool = True, numbers: Iterable[int] | None = None) -> None:
+        """Move batches past a layer, as it computes now.
+
+        Args:
+            layer: index.
+            keep: whether what lies in front of the layer stays.
+            numbers: of the batches to move; None means all.
+        """
+        for number in range(self._count) if numbers is None else numbers:
+            self._put(layer + 1, number, self._stages.layer(layer, self.at(layer, number)).float())
+            if not keep:
+                self._work.remove(self._file(layer, number))
 
     def forget(self, layer: int) -> None:
         """Remove what lies in front of a layer."""
         for number in range(self._count):
-            self._work.drop(self._file(layer, number))
+            self._work.remove(self._file(layer, number))
 
     def _put(self, layer: int, number: int, hidden: Tensor) -> None:
-        self._work.keep(self._file(layer, number), {"x": hidden})
+        self._work.save(self._file(layer, number), {"x": hidden})
 
     def _file(self, layer: int, number: int) -> str:
         return f"hidden-{layer}-{self._name}-{number}"

@@ -11,7 +11,8 @@ from torch import Tensor
 from moqa.calibration.routed import routed
 from moqa.memory.process import give_back
 from moqa.models.experts import Experts, ParameterWeights, weights_from, with_bias
-from moqa.models.layerwise import BATCH_TOKENS, LayerwiseModel
+from moqa.models.layerwise import LayerwiseModel
+from moqa.models.layout import Convolution, input_rows, layout_of
 from moqa.models.precision import in_stored_precision
 from moqa.models.products import fast_sums, in_blocks
 from moqa.models.units import Unit
@@ -199,22 +200,24 @@ class BlockInputs:
     """
 
     def __init__(
-        self, view: ModelView, stages: LayerwiseModel, layer: int, parts: Iterable[CalibrationBatch], work: ResumableRun,
-        name: str = "experts",
+        self, view: ModelView, stages: LayerwiseModel, layer: int, parts: Iterable[CalibrationBatch],
+        work: ResumableRun, name: str = "experts",
     ) -> None:  # fmt: skip
         self._open(view, layer, work, name)
         later = False
-        # of the samples on their way: input -> the space that it is counted for; q, k and v mostly share theirs
-        shared: list[tuple[Tensor, str]] = []
+        # of the samples on their way: input, as rows of which layout -> the space that it is counted for; q, k and v
+        # mostly share theirs
+        shared: list[tuple[Tensor, Convolution | None, str]] = []
 
         def linear(unit: Unit, x: Tensor, _: Tensor) -> None:
             nonlocal later
-            part, space = self._parts[-1], input_space(unit)
-            counted = next((name for seen, name in shared if seen is x), space)
-            found = self.linear.setdefault(space, self.linear.get(counted) or InputStatistics(x.shape[-1]))
+            part, space, module = self._parts[-1], input_space(unit), view.module(unit.module)
+            layout = layout_of(module)
+            counted = next((name for seen, way, name in shared if seen is x and way == layout), space)
+            found = self.linear.setdefault(space, self.linear.get(counted) or InputStatistics(unit.shape[1]))
             if counted == space:
-                found.add(x.flatten(0, -2), part.share, part.check)
-                shared.append((x, space))
+                found.add(input_rows(module, x), part.share, part.check)
+                shared.append((x, layout, space))
             elif found is not self.linear[counted]:
                 raise RuntimeError(f"{space} shares its input with {counted} for some samples only")
             later |= recorder is not None and recorder.called
@@ -258,7 +261,7 @@ class BlockInputs:
         view.need(layer)
 
     def _add(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-        self._work.keep(f"{self._name}-{len(self._parts) - 1}", {"x": hidden, "index": index, "gate": weights})
+        self._work.save(f"{self._name}-{len(self._parts) - 1}", {"x": hidden, "index": index, "gate": weights})
 
     @torch.no_grad()
     def experts(self, which: Sequence[int]) -> dict[str, InputStatistics]:
@@ -269,10 +272,10 @@ class BlockInputs:
         found: dict[str, InputStatistics] = {}
         with in_stored_precision(self._view, self._layer):
             weights = ParameterWeights(self._module)
-        together = TOGETHER // BATCH_TOKENS
+        together = TOGETHER // self._view.task.batch_size
         for first in range(0, len(self._parts), together):
             numbers = range(first, min(first + together, len(self._parts)))
-            calls = [(self._parts[number], self._work.kept(f"{self._name}-{number}")) for number in numbers]
+            calls = [(self._parts[number], self._work.load(f"{self._name}-{number}")) for number in numbers]
             for expert, check in product(which, (False, True)):
                 # what sums left in the heap adds to the most that is taken; each time costs as much as a small sum
                 if expert % 16 == 0 and not check:
@@ -288,7 +291,7 @@ class BlockInputs:
 
     def drop(self) -> None:
         """Remove what was put aside."""
-        self._work.drop(f"{self._name}-*")
+        self._work.remove(f"{self._name}-*")
 
 
 class _Recorder(ParameterWeights):

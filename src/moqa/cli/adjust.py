@@ -32,13 +32,10 @@ def adjust(
 ) -> None:
     """Fit a checkpoint to texts it was not made for: a small file, applied and taken off in milliseconds."""
     from moqa.adjustment import adjust as run
-    from moqa.data import read_distributions
-    from moqa.models.load import load_tokenizer
 
-    distributions = read_distributions(data, load_tokenizer(checkpoint))
     with progress(log_json) as report:
         result = run(
-            checkpoint, distributions, out, samples=samples, budget=budget, mode=mode, rule=rule, seed=seed,
+            checkpoint, data, out, samples=samples, budget=budget, mode=mode, rule=rule, seed=seed,
             overwrite=overwrite, report=report,
         )  # fmt: skip
     print_adjusted(result)

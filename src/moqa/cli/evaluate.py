@@ -33,16 +33,12 @@ def evaluate(
     log_json: LogOption = None,
 ) -> None:
     """Measure perplexity, bits per byte, KL divergence and top-1 agreement from what is on disk."""
-    from moqa.data import read_distributions
     from moqa.evaluation import evaluate as run
-    from moqa.models.load import load_tokenizer
-    from moqa.originals.folder import locate
 
-    distributions = read_distributions(data, load_tokenizer(locate(model)))
     with progress(log_json) as report:
         result = run(
             model,
-            distributions,
+            data,
             against=against,
             context=context,
             windows=windows or None,
@@ -60,10 +56,12 @@ def print_evaluation(result: "Evaluation") -> None:
     def number(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
+    # text has bytes, images have labels
+    images = any(q.accuracy is not None for q in result.distributions.values())
     rows = [
         [
-            name, number(q.perplexity, 3), number(q.bits_per_byte, 4), number(q.kl_divergence, 5),
-            number(q.top1_agreement, 4), str(q.tokens),
+            name, number(q.perplexity, 3), number(q.accuracy if images else q.bits_per_byte, 4),
+            number(q.kl_divergence, 5), number(q.top1_agreement, 4), str(q.tokens),
         ]
         for name, q in result.distributions.items()
     ]  # fmt: skip
@@ -72,6 +70,7 @@ def print_evaluation(result: "Evaluation") -> None:
         title += f"; adjusted by {result.adjustment}: {100 * result.adjustment_bytes / result.bytes:+.2f} % bytes"
     if result.cache_bytes:
         title += f"; cache beside it: {mib(result.cache_bytes)}"
-    print_table(["distribution", "perplexity", "bits/byte", "KL", "top-1", "tokens"], rows, title)
+    headings = ["accuracy", "KL", "agreement", "images"] if images else ["bits/byte", "KL", "top-1", "tokens"]
+    print_table(["distribution", "perplexity", *headings], rows, title)
     if result.against is None:
         typer.echo("moqa: warning: no divergence without the original: give --against MODEL", err=True)

@@ -111,11 +111,12 @@ def _adjustment(path: Path, json: Path | None) -> None:
 
 
 def _model(path: Path, json: Path | None) -> None:
+    from moqa.models.units import ROLES
     from moqa.models.view import open_model
 
     view = open_model(path)
     rows = []
-    for role in ("expert", "shared", "attention", "mlp"):
+    for role in ROLES:
         units = [unit for unit in view.units.values() if unit.role == role]
         if units:
             shapes = Counter(unit.shape for unit in units)

@@ -5,11 +5,28 @@ import sys
 
 from moqa.cli.app import app
 from moqa.errors import MoqaError, Stopped
+from moqa.support import check_system
 
 
 def main() -> None:
     """Entry point: a mistake of the user's is one line and exit code 2, a bug keeps its traceback."""
-    from moqa.cli import (  # noqa: F401  (registers them)
+    try:
+        check_system()
+        _register()
+        app()
+    except MoqaError as error:
+        print(f"moqa: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stop:
+        print(f"moqa: {stop}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
+    except KeyboardInterrupt:
+        print("moqa: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _register() -> None:
+    from moqa.cli import (  # noqa: F401
         adjust,
         bench,
         chat,
@@ -23,15 +40,3 @@ def main() -> None:
         serve,
         verify,
     )  # fmt: skip
-
-    try:
-        app()
-    except MoqaError as error:
-        print(f"moqa: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stop:
-        print(f"moqa: {stop}", file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL)
-    except KeyboardInterrupt:
-        print("moqa: interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -14,7 +14,7 @@ from moqa.cli.progress.limits import time_limited
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
-    from moqa.data import Distribution
+    from moqa.data import Source
     from moqa.evaluation.proof import Proof
     from moqa.execution import Executor
     from moqa.memory.limit import MemoryLimit
@@ -151,23 +151,24 @@ def fulfil(wish: Wish) -> None:
     write_result(proof, wish.json)
 
 
-def _texts(wish: Wish, folder: Path) -> "tuple[list[Distribution], list[Distribution], int]":
+def _texts(wish: Wish, folder: Path) -> "tuple[list[Source], list[Source], int]":
     """Texts to fit on, texts to prove on, and how many tokens of these: as given, or a fifth of each held out."""
-    from moqa.data import cut_windows, read_distributions, split_held_out
-    from moqa.models.load import load_tokenizer
+    from moqa.models.load import read_config
+    from moqa.tasks import task_of
 
-    tokenizer = load_tokenizer(folder)
-    given = read_distributions(wish.data, tokenizer)
+    task = task_of(read_config(folder))
+    reader = task.reader(folder)
+    given = task.sources(wish.data, reader)
     if not wish.proof:
         return given, [], 0
     if wish.held_out:
-        fitted, held_out = given, read_distributions(wish.held_out, tokenizer)
+        fitted, held_out = given, task.sources(wish.held_out, reader)
     else:
-        pairs = [split_held_out(distribution) for distribution in given]
+        pairs = [task.split(distribution) for distribution in given]
         fitted, held_out = [first for first, _ in pairs], [second for _, second in pairs]
     # a text too short for the proof is better found now than when the checkpoint is written
-    cut = [cut_windows(distribution, tokenizer, wish.window, _windows(wish)) for distribution in held_out]
-    return fitted, held_out, sum(windows.tokens.numel() for windows in cut)
+    cut = [task.cut(distribution, reader, wish.window, _windows(wish)) for distribution in held_out]
+    return fitted, held_out, sum(task.count(samples.inputs) for samples in cut)
 
 
 def _windows(wish: Wish) -> int | None:

@@ -52,18 +52,14 @@ def profile(
     log_json: LogOption = None,
 ) -> None:
     """Measure what every expert and channel contributes, and what losing precision costs, on each distribution."""
-    from moqa.data import read_distributions
     from moqa.execution import find_executor
     from moqa.memory.limit import MemoryLimit
-    from moqa.models.load import load_tokenizer
-    from moqa.originals.folder import locate
     from moqa.profiling import profile as run
 
     where = find_executor(engine, address=ray_address)
-    distributions = read_distributions(data, load_tokenizer(locate(model)))
     with progress(log_json) as report:
         result = run(
-            model, distributions, out, samples=samples, context=context, self_samples=self_samples,
+            model, data, out, samples=samples, context=context, self_samples=self_samples,
             group_size=group_size, symmetric=symmetric, method=method, seed=seed,
             report=time_limited(report, time_limit), memory=MemoryLimit.parse(max_memory) if max_memory else None,
             restart=restart, engine=where, sensitivity=not no_sensitivity,
@@ -74,6 +70,8 @@ def profile(
 
 def print_profile(result: "Profile") -> None:
     """Routing and cost per distribution, and experts that no token reached."""
+    from moqa.models.units import ROLES
+
     record = result.record
     measured = (2, 3, 4) if record.settings.sensitivity else ()
     uniform = {w: record.widths.index(w) for w in measured if w in record.widths}
@@ -83,7 +81,7 @@ def print_profile(result: "Profile") -> None:
         rows.append([name, str(entry.samples), str(entry.tokens), *costs])
     kinds = ", ".join(
         f"{sum(u.role == role for u in record.units)} {role}"
-        for role in ("expert", "shared", "attention", "mlp")
+        for role in ROLES
         if any(u.role == role for u in record.units)
     )
     print_table(

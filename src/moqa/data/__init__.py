@@ -1,20 +1,36 @@
 """Distributions: named texts, the token windows cut from them, and the check that no text is used twice."""
 
+from moqa.data.images import Images, ImageSamples, cut_images, read_images, split_images
 from moqa.data.overlap import MAX_OVERLAP, overlap_share, refuse_overlap, shingles
-from moqa.data.source import Data, Distribution, as_distributions, read_distribution, read_distributions
+from moqa.data.source import (
+    Data,
+    Distribution,
+    Source,
+    as_distributions,
+    as_text,
+    read_distribution,
+    read_distributions,
+)
 from moqa.data.windows import Windows, cut_windows, split_held_out
 
 __all__ = [
     "MAX_OVERLAP",
     "Data",
     "Distribution",
+    "ImageSamples",
+    "Images",
+    "Source",
     "Windows",
     "as_distributions",
+    "as_text",
+    "cut_images",
     "cut_windows",
     "overlap_share",
     "read_distribution",
     "read_distributions",
+    "read_images",
     "refuse_overlap",
     "shingles",
     "split_held_out",
+    "split_images",
 ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moqa.data.images import Images, is_image
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Distribution:
         return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
 
 
-Data = Sequence[Distribution] | Mapping[str, str | Path | Sequence[str]]
+Source = Distribution | Images
+Data = Sequence[Source] | Sequence[str] | Mapping[str, str | Path | Sequence[str]]
 
 
 def read_distribution(spec: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Distribution:
@@ -70,26 +72,40 @@ def read_distribution(spec: str, tokenizer: PreTrainedTokenizerBase | None = Non
 
 
 def as_distributions(data: Data, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Distribution]:
-    """Distributions from whatever a function of the library is given.
+    """Distributions of text from whatever a function of the library is given.
 
     >>> [d.name for d in as_distributions({"wiki": "wiki.txt", "notes": ["a text", "another"]})]
     ['wiki', 'notes']
 
     Args:
-        data: distributions, or name -> source as on the command line, or name -> list of texts.
+        data: distributions, NAME=SOURCE specs, or name -> source as on the command line, or name -> list of texts.
         tokenizer: turns chat records into text.
 
     Raises:
-        MoqaError: as `read_distribution`.
+        MoqaError: as `read_distribution`, or if one holds no text.
     """
-    if not isinstance(data, Mapping):
-        return list(data)
-    return [
-        read_distribution(f"{name}={value}", tokenizer)
-        if isinstance(value, str | Path)
-        else Distribution(name, tuple(value), f"{len(value)} texts")
-        for name, value in data.items()
-    ]
+    if isinstance(data, Mapping):
+        return [
+            read_distribution(f"{name}={value}", tokenizer)
+            if isinstance(value, str | Path)
+            else Distribution(name, tuple(value), f"{len(value)} texts")
+            for name, value in data.items()
+        ]
+    specs = [item for item in data if isinstance(item, str)]
+    if specs:
+        return read_distributions(specs, tokenizer)
+    return [as_text(item) for item in data if not isinstance(item, str)]
+
+
+def as_text(source: Source) -> Distribution:
+    """A distribution of text.
+
+    Raises:
+        MoqaError: if it is one of images.
+    """
+    if isinstance(source, Images):
+        raise MoqaError(f"{source.name}={source.origin} holds images", "a causal language model reads text")
+    return source
 
 
 def read_distributions(specs: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None) -> list[Distribution]:
@@ -141,6 +157,8 @@ def _read(source: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterable[st
         return [_decoded(path.read_bytes(), str(path))]
     files = sorted(file for file in path.rglob("*.txt") if file.is_file())
     if not files:
+        if any(is_image(file) for file in path.rglob("*")):
+            raise MoqaError(f"the folder {path} holds images", "a causal language model reads text")
         raise MoqaError(f"the folder {path} holds no .txt file", "give a folder of .txt files, or one file")
     return [_decoded(file.read_bytes(), str(file)) for file in files]
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from moqa.data.overlap import shingles
 from moqa.data.source import Distribution
+from moqa.data.spacing import evenly_spaced
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH = 256  # documents tokenized at a time
-_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the phases of successive seeds lie far apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +26,9 @@ class Windows:
     """Token windows cut from one distribution."""
 
     name: str
-    tokens: Tensor  # [windows, context] int64
+    inputs: Tensor  # [windows, context] token ids, int64
     text_bytes: int  # UTF-8 bytes that the predicted tokens (all but the first of each window) stand for
-    shingles: np.ndarray  # [hashes] uint64, sorted and unique: content hashes of the text in these windows
+    hashes: np.ndarray  # [hashes] uint64, sorted and unique: content hashes of the text in these windows
 
 
 def cut_windows(
@@ -40,7 +40,7 @@ def cut_windows(
 ) -> Windows:
     """Cut a distribution in windows of tokens that do not overlap.
 
-    >>> cut_windows(wiki, tokenizer, context=256, count=32).tokens.shape
+    >>> cut_windows(wiki, tokenizer, context=256, count=32).inputs.shape
     torch.Size([32, 256])
 
     Args:
@@ -69,7 +69,7 @@ def cut_windows(
             f"{distribution.name}={distribution.origin} holds {len(tokens)} tokens",
             f"one window of --context {context} needs at least {context}",
         )
-    chosen = _evenly_spaced(available, available if count is None else min(count, available), seed)
+    chosen = evenly_spaced(available, available if count is None else min(count, available), seed)
     firsts, lasts = chosen * context, (chosen + 1) * context - 1
     bytes_before = _bytes_before(distribution.texts)
     text_bytes = int((bytes_before[ends[lasts]] - bytes_before[begins[firsts + 1]]).sum())
@@ -79,9 +79,9 @@ def cut_windows(
     runs = zip(firsts[np.r_[0, gaps + 1]], lasts[np.r_[gaps, len(chosen) - 1]], strict=True)
     return Windows(
         name=distribution.name,
-        tokens=torch.from_numpy(tokens[: available * context].reshape(available, context)[chosen]),
+        inputs=torch.from_numpy(tokens[: available * context].reshape(available, context)[chosen]),
         text_bytes=text_bytes,
-        shingles=shingles(text[begins[first] : ends[last]] for first, last in runs),
+        hashes=shingles(text[begins[first] : ends[last]] for first, last in runs),
     )
 
 
@@ -168,9 +168,3 @@ def _bytes_before(texts: tuple[str, ...]) -> np.ndarray:
         widths += code_points >= first
     widths[np.cumsum([len(text) + 1 for text in texts[:-1]], dtype=np.int64) - 1] = 0
     return np.concatenate([[0], np.cumsum(widths)])
-
-
-def _evenly_spaced(available: int, count: int, seed: int) -> np.ndarray:
-    """[count] different indices below `available`, ascending, int64."""
-    phase = (seed * _GOLDEN % 2**64) * available >> 64
-    return (np.arange(count) * available + phase) // count

@@ -7,32 +7,34 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from moqa.calibration.hidden import HiddenStates
 from moqa.data import Windows
-from moqa.models.layerwise import LayerwiseModel, batches
+from moqa.models.layerwise import LayerwiseModel
 from moqa.progress import Report
 from moqa.runtime.packed import unpacked
+from moqa.storage.in_memory import InMemoryRun
+from moqa.tasks import Samples
 
 
 @torch.no_grad()
-def final_hidden(model: nn.Module, windows: list[Windows], report: Report) -> dict[str, list[Tensor]]:
-    """Last layer's output for every window, one layer at a time so that each packed matrix is unpacked once.
+def final_hidden(model: nn.Module, samples: list[Samples], report: Report) -> dict[str, HiddenStates]:
+    """Samples behind the last block, one block at a time so that each packed matrix is unpacked once.
 
     Args:
         model: original or packed.
-        windows: one entry per distribution.
-        report: called per layer.
+        samples: one entry per distribution.
+        report: called per block.
 
     Returns:
-        Distribution -> list of [batch, context, features].
+        Distribution -> its hidden states.
     """
     stages = LayerwiseModel(model)
-    hidden = {w.name: [stages.embed(batch) for batch in batches(w.tokens)] for w in windows}
+    hidden = {s.name: HiddenStates(stages, InMemoryRun(), s.name, stages.task.batches(s.inputs)) for s in samples}
     for layer in range(stages.depth):
         report("evaluate", layer, stages.depth)
         with unpacked(stages.layers[layer]):
-            for parts in hidden.values():
-                for index, part in enumerate(parts):
-                    parts[index] = stages.layer(layer, part)
+            for states in hidden.values():
+                states.advance(layer, keep=False)
     report("evaluate", stages.depth, stages.depth)
     return hidden
 
@@ -46,11 +48,11 @@ class Reference:
     """
 
     model: nn.Module
-    windows: list[Windows]
-    hidden: dict[str, list[Tensor]] = field(repr=False)
+    windows: list[Samples]
+    hidden: dict[str, HiddenStates] = field(repr=False)
 
     @classmethod
-    def of(cls, model: nn.Module, windows: list[Windows], report: Report) -> "Reference":
+    def of(cls, model: nn.Module, windows: list[Samples], report: Report) -> "Reference":
         """Run the original once."""
         return cls(model, windows, final_hidden(model, windows, report))
 
@@ -58,15 +60,24 @@ class Reference:
 class Quality(BaseModel, frozen=True):
     """Quality of a model on one distribution."""
 
-    perplexity: float = Field(description="exponential of the mean negative log-likelihood per token")
-    bits_per_byte: float = Field(description="negative log-likelihood in bits per byte of text")
-    kl_divergence: float | None = Field(description="mean of KL(original || model) per token, nats; None: no reference")
-    top1_agreement: float | None = Field(description="share of tokens where both rank the same first; None likewise")
-    tokens: int = Field(description="predicted tokens")
+    perplexity: float = Field(description="exponential of the mean negative log-likelihood of a token, or of a label")
+    bits_per_byte: float | None = Field(
+        None, description="negative log-likelihood in bits per byte of text", exclude_if=lambda value: value is None
+    )
+    accuracy: float | None = Field(
+        None, description="share of images whose label is ranked first", exclude_if=lambda value: value is None
+    )
+    kl_divergence: float | None = Field(
+        description="mean of KL(original || model) per prediction, nats; None: no reference"
+    )
+    top1_agreement: float | None = Field(
+        description="share of predictions where both rank the same first; None likewise"
+    )
+    tokens: int = Field(description="predictions: tokens, or images")
 
 
 @torch.no_grad()
-def scores(model: nn.Module, windows: list[Windows], reference: Reference | None, report: Report) -> dict[str, Quality]:
+def scores(model: nn.Module, windows: list[Samples], reference: Reference | None, report: Report) -> dict[str, Quality]:
     """Quality of a model on every distribution.
 
     Args:
@@ -82,21 +93,22 @@ def scores(model: nn.Module, windows: list[Windows], reference: Reference | None
     found = {}
     for window in windows:
         loss = divergence = agreement = 0.0
-        tokens = 0
-        answers = reference.hidden[window.name] if reference is not None else [None] * len(hidden[window.name])
-        for batch, part, answer in zip(batches(window.tokens), hidden[window.name], answers, strict=True):
-            logp = _log_probabilities(stages, part)
-            labels = batch[:, 1:].reshape(-1)
+        tokens = right = 0
+        answers = reference.hidden[window.name] if reference is not None else None
+        for number, labels in enumerate(stages.task.targets(window)):
+            logp = _log_probabilities(stages, hidden[window.name].at(stages.depth, number))
+            right += int((logp.argmax(1) == labels).sum())
             loss -= float(logp.gather(1, labels[:, None]).double().sum())
             tokens += len(labels)
-            if own is not None and answer is not None:
-                true = logp if same else _log_probabilities(own, answer)
+            if own is not None and answers is not None:
+                true = logp if same else _log_probabilities(own, answers.at(own.depth, number))
                 divergence += float((true.exp() * (true - logp)).sum(1).double().sum())
                 agreement += int((true.argmax(1) == logp.argmax(1)).sum())
         compared = reference is not None
         found[window.name] = Quality(
             perplexity=math.exp(min(loss / tokens, 700.0)),
-            bits_per_byte=loss / math.log(2) / max(window.text_bytes, 1),
+            bits_per_byte=loss / math.log(2) / max(window.text_bytes, 1) if isinstance(window, Windows) else None,
+            accuracy=None if isinstance(window, Windows) else right / tokens,
             kl_divergence=max(divergence / tokens, 0.0) if compared else None,
             top1_agreement=agreement / tokens if compared else None,
             tokens=tokens,
@@ -105,5 +117,5 @@ def scores(model: nn.Module, windows: list[Windows], reference: Reference | None
 
 
 def _log_probabilities(stages: LayerwiseModel, hidden: Tensor) -> Tensor:
-    """[positions, vocabulary] log-probabilities of every token but the first of each window, float32."""
-    return stages.head(hidden)[:, :-1].flatten(0, 1).float().log_softmax(-1)
+    """[predictions, classes] log-probabilities of all that samples have labels for, float32."""
+    return stages.task.scored(stages.head(hidden)).float().log_softmax(-1)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-from moqa.data import Distribution, cut_windows
+from moqa.data import Source
 from moqa.evaluation.measure import Reference
 from moqa.evaluation.run import Evaluation, evaluate
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import give_back
-from moqa.models.load import load_tokenizer
 from moqa.models.view import ModelView
 from moqa.planning import Plan, plan
 from moqa.profiling import Profile
@@ -66,19 +65,19 @@ class ProofSetup:
     model: str
     view: ModelView
     profile: Profile
-    held_out: tuple[Distribution, ...]
+    held_out: tuple[Source, ...]
     reference: Reference
     memory: MemoryLimit | None = None
 
     @classmethod
     def open(
-        cls, model: str, view: ModelView, profile: Profile, *, held_out: Sequence[Distribution], windows: int | None,
+        cls, model: str, view: ModelView, profile: Profile, *, held_out: Sequence[Source], windows: int | None,
         report: Report, memory: MemoryLimit | None = None,
     ) -> "ProofSetup":  # fmt: skip
         """Run the original once on the held-out text."""
         assert view.folder is not None
-        tokenizer = load_tokenizer(view.folder)
-        cut = [cut_windows(d, tokenizer, profile.record.settings.context, windows) for d in held_out]
+        reader = view.task.reader(view.folder)
+        cut = [view.task.cut(d, reader, profile.record.settings.context, windows) for d in held_out]
         return cls(model, view, profile, tuple(held_out), Reference.of(view.model, cut, report), memory)
 
     def run(self, chosen: Plan, method: str, report: Report, out: Path | None = None) -> Evaluation:

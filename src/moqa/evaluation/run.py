@@ -6,19 +6,20 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 from torch import nn
 
-from moqa.data import Data, Distribution, Windows, as_distributions, cut_windows, refuse_overlap
+from moqa.data import Data, Source, refuse_overlap
 from moqa.errors import MoqaError
 from moqa.evaluation.measure import Quality, Reference, scores
 from moqa.format.adjustment import read_adjustment
 from moqa.format.cache import has_cache, open_cache
 from moqa.format.manifest import Fitted
 from moqa.format.reader import Checkpoint, is_checkpoint, open_checkpoint
-from moqa.models.load import load_tokenizer
+from moqa.models.load import read_config
 from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.progress import Report, quiet
 from moqa.runtime.load import load_packed
+from moqa.tasks import Samples, task_of
 
 DEFAULT_WINDOWS = 64
 
@@ -78,11 +79,12 @@ def evaluate(
     if adjusted and not packed:
         raise MoqaError(f"{model} is no checkpoint", f"an adjustment such as {adjustment} fits a checkpoint")
     folder = packed.folder if packed else original.locate(model)
-    tokenizer = load_tokenizer(folder)
-    distributions = as_distributions(data, tokenizer)
+    task = task_of(read_config(folder, packed=packed is not None))
+    reader = task.reader(folder)
+    distributions = task.sources(data, reader)
     if not distributions:
         raise MoqaError("no distribution to evaluate on", "give at least one --data NAME=FILE")
-    cut = reference.windows if reference else [cut_windows(d, tokenizer, context, windows) for d in distributions]
+    cut = reference.windows if reference else [task.cut(d, reader, context, windows) for d in distributions]
     if [w.name for w in cut] != [d.name for d in distributions]:
         raise ValueError("the reference was made for other distributions")
     if packed:
@@ -99,7 +101,7 @@ def evaluate(
     size = _size_of_checkpoint(packed) if packed else _size_of_original(folder, view)
     name = str(against) if against is not None else (packed.manifest.model if packed else str(model))
     return Evaluation(
-        model=str(model), against=name if reference else None, **size, context=context,
+        model=str(model), against=name if reference else None, **size, context=task.context(context),
         adjustment=None if adjustment is None else str(adjustment),
         adjustment_bytes=adjusted.record.extra_bytes if adjusted else 0,
         distributions={name: _rounded(quality) for name, quality in result.items()},
@@ -107,7 +109,7 @@ def evaluate(
 
 
 def _refuse_fitted(
-    what: str, fitted: Mapping[str, Fitted], distributions: Sequence[Distribution], cut: Sequence[Windows]
+    what: str, fitted: Mapping[str, Fitted], distributions: Sequence[Source], cut: Sequence[Samples]
 ) -> None:
     for distribution, windows in zip(distributions, cut, strict=True):
         same = [name for name, text in fitted.items() if text.digest == distribution.digest]
@@ -116,7 +118,7 @@ def _refuse_fitted(
                 f"{distribution.name}={distribution.origin} is the text that {what} was fitted on ({same[0]})",
                 "evaluate on held-out text",
             )
-        refuse_overlap(distribution.name, windows.shingles, {name: text.hashes() for name, text in fitted.items()})
+        refuse_overlap(distribution.name, windows.hashes, {name: text.hashes() for name, text in fitted.items()})
 
 
 def _reference(
@@ -124,7 +126,7 @@ def _reference(
     against: str | Path | None,
     packed: Checkpoint | None,
     module: nn.Module,
-    cut: list[Windows],
+    cut: list[Samples],
     report: Report,
 ) -> Reference | None:
     if against is None and packed is None:

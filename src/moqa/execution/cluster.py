@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from moqa.errors import MoqaError
-from moqa.models.load import one_line
+from moqa.errors import MoqaError, one_line
 
 Answer = TypeVar("Answer")
 _START = "start one with `ray start --head`, and `ray start --address=HOST:6379` on the other machines"

@@ -9,13 +9,12 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError
 
-from moqa.errors import MoqaError, Stopped
+from moqa.errors import MoqaError, Stopped, one_line
 from moqa.execution.cluster import ask, connect, nodes, token
 from moqa.execution.local import Item, Result
 from moqa.execution.workspace import Requirements, Workspace, WorkspaceAddress, opened
 from moqa.memory.free import free_on_machine
 from moqa.memory.limit import MemoryLimit
-from moqa.models.load import one_line
 from moqa.progress import Report
 
 # workers that one piece may lose: machines come and go, but a piece that kills all of them is no accident

@@ -9,7 +9,6 @@ from moqa.calibration.stacks import STACK_WEIGHTS
 from moqa.errors import LittleMemoryError
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import resident
-from moqa.models.layerwise import BATCH_TOKENS
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 
@@ -80,11 +79,10 @@ class Footprint:
             matrices = max(matrices, *(sum(unit.weights for unit in sharing) for sharing in spaces))
             features = max(features, *(unit.shape[1] for unit in units))
             experts = max(experts, count)
-        table = view.model.get_input_embeddings().weight
         outputs = _OUTPUTS * max(view.top_k, 1) + 8
         return cls(
-            base=resident(), ends=view.ends_bytes(), logits=4 * 4 * BATCH_TOKENS * table.shape[0], layer=layer,
-            weights=weights, batch=BATCH_TOKENS * view.stream * 4 * outputs, linear=linear, expert=expert,
+            base=resident(), ends=view.ends_bytes(), logits=4 * 4 * view.task.batch_size * view.classes, layer=layer,
+            weights=weights, batch=view.task.batch_size * view.stream * 4 * outputs, linear=linear, expert=expert,
             unit=largest, matrices=matrices, features=features, experts=experts,
             hidden=view.stream,
         )  # fmt: skip

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from moqa.errors import MoqaError
+from moqa.errors import MoqaError, one_line
 from moqa.forecast.dry_run import LARGE, dry_run
 from moqa.generation.loop import CHUNK
-from moqa.models.load import one_line
 from moqa.models.view import ModelView
 from moqa.originals.folder import locate
 from moqa.runtime.decoder import FAMILIES, ROPES
 from moqa.runtime.growing import SMALLEST, GrowingCache
+from moqa.tasks import check_language_model
 
 # Measured on the most resident memory of `moqa serve` (CPython 3.11, PyTorch 2.13 for CPUs, glibc 2.36), for 15 models
 # of 7 families, less their weight files and the dry run's cache and buffers. They are for the worst of 37 processes: a
@@ -67,10 +67,13 @@ class ServedModel:
         # not the meta device: there, attention runs on other kernels than on the CPU, which take other buffers
         self._mode = FakeTensorMode()
         try:
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            check_language_model(config, model)
             self._stored, self._text = config.dtype, config.get_text_config()
             with self._mode:
                 self._model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        except MoqaError:
+            raise
         except Exception as error:  # transformers fails on a foreign configuration in any way
             raise MoqaError(f"{folder} has no usable config.json", one_line(error)) from None
         self._grows = _grows(config)

@@ -15,7 +15,8 @@ from torch import Tensor
 from moqa.errors import MoqaError
 from moqa.format.layout import Entry, Shard, entry_bytes
 from moqa.format.manifest import Fitted, Length, Side, StoredFile
-from moqa.format.scheme import TILE, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import TILE
 from moqa.format.writer import write_shard
 from moqa.storage.artifact import checksum, read_json, write_json
 from moqa.storage.folders import finished_folder
@@ -202,7 +203,7 @@ class Adjustment:
             end = begin + entry_bytes(entry)
             tensors[suffix] = self._mapped["matrices"][begin:end].view(entry[0]).view(entry[1])
             begin = end
-        if part.projection == COLUMNS and not part.scheme.keeps:
+        if part.projection == COLUMNS and not part.scheme.is_unquantized:
             tensors |= column_grid(sizes.hidden)
         return tensors
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moqa.format.scheme import BLOCK, PLANES, TILE
+from moqa.format.tiles import BLOCK, PLANES, TILE
 
 
 def pack(integers: Tensor, width: int) -> list[Tensor]:

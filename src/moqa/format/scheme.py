@@ -3,27 +3,12 @@
 import math
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, Field, model_validator
 
-# A tile of 16 rows by 32 inputs is what a kernel takes at once: a plane of p bits stores it in p vectors of 64 bytes.
-TILE = 16
-BLOCK = 32
-KEEP_WIDTH = 16
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
-# products of 8 bits over a larger group would not fit in 32
-LARGEST_GROUP = 2**16
-# Most significant plane first, so that dropping planes from the end leaves a coarser version of the same weights.
-PLANES: dict[int, tuple[int, ...]] = {
-    1: (1,),
-    2: (2,),
-    3: (2, 1),
-    4: (4,),
-    5: (4, 1),
-    6: (4, 2),
-    7: (4, 2, 1),
-    8: (4, 4),
-}
+from moqa.format.encodings import ENCODINGS, Encoding, TensorSpec
+from moqa.format.tiles import BLOCK, KEEP_WIDTH, LARGEST_GROUP, WIDTHS
+
+DEFAULT_ENCODING = "integer_planes"
 
 
 class Scheme(BaseModel, frozen=True):
@@ -42,6 +27,10 @@ class Scheme(BaseModel, frozen=True):
     )  # fmt: skip
     symmetric: bool = Field(default=False, description="no zero-point: the grid is centred on zero")
     scale_dtype: Literal["bfloat16", "float16"] = Field(default="bfloat16", description="dtype of the stored scales")
+    encoding: str = Field(
+        default=DEFAULT_ENCODING, description="how integers or codes and their scales are stored",
+        exclude_if=lambda name: name == DEFAULT_ENCODING,
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _check(self) -> "Scheme":
@@ -49,10 +38,17 @@ class Scheme(BaseModel, frozen=True):
             raise ValueError(f"width {self.width} is not stored; widths are 1 to 8, and 16 for no quantization")
         if self.symmetric and self.width == 1:
             raise ValueError("width 1 cannot be symmetric: one of its two levels would be zero")
+        if self.encoding not in ENCODINGS:
+            raise ValueError(f"encoding {self.encoding} is unknown; there are {', '.join(ENCODINGS)}")
         return self
 
     @property
-    def keeps(self) -> bool:
+    def storage(self) -> Encoding:
+        """What says how the unit is stored."""
+        return ENCODINGS["unquantized" if self.is_unquantized else self.encoding]
+
+    @property
+    def is_unquantized(self) -> bool:
         """Whether the unit stays in floating point."""
         return self.width == KEEP_WIDTH
 
@@ -61,24 +57,13 @@ class Scheme(BaseModel, frozen=True):
         """Number of values that a stored integer can take."""
         return 2**self.width
 
-    def tensors(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor that stores a unit of [out, in] weights, by suffix.
 
         >>> Scheme(width=3).tensors((256, 100))["p0"]
         (torch.uint8, (16, 4, 128))
         """
-        out, features = shape
-        if self.keeps:
-            return {"weight": (torch.bfloat16, shape)}
-        tiles, blocks, groups = -(-out // TILE), -(-features // BLOCK), -(-features // self.group_size)
-        stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            f"p{index}": (torch.uint8, (tiles, blocks, TILE * BLOCK * bits // 8))
-            for index, bits in enumerate(PLANES[self.width])
-        }
-        stored["scale"] = (getattr(torch, self.scale_dtype), (tiles, groups, TILE))
-        if not self.symmetric:
-            stored["zero"] = (torch.uint8, (tiles, groups, TILE))
-        return stored
+        return self.storage.tensors(self, shape)
 
     def stored_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a unit of [out, in] weights with its scales and zero-points."""

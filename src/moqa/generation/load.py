@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from moqa.format.reader import is_checkpoint
-from moqa.models.load import load_original, load_tokenizer
+from moqa.models.load import load_original, read_config
 from moqa.originals import folder as original
 from moqa.runtime.load import load
+from moqa.tasks import check_language_model
+from moqa.tasks.causal_lm import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +28,7 @@ def load_any(model: str | Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBa
         MoqaError: if it is missing or damaged.
     """
     if is_checkpoint(model):
+        check_language_model(read_config(Path(model), packed=True), model)
         return load(model)
     folder = original.locate(model)
     original.check_finite(folder)

@@ -86,17 +86,17 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _hide_packed(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """Put empty modules, with the biases that are still to be loaded, in the places of packed ones."""
-    from moqa.runtime.packed import PackedExperts, PackedLinear
+    from moqa.runtime.packed import PackedConvolution, PackedExperts, PackedLinear
 
     places = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, PackedLinear | PackedExperts)
+        if isinstance(child, PackedLinear | PackedConvolution | PackedExperts)
     ]
     for parent, name, child in places:
         empty = nn.Module()
-        if isinstance(child, PackedLinear):
+        if not isinstance(child, PackedExperts):
             empty.register_parameter("bias", child.bias)
         setattr(parent, name, empty)
     return places

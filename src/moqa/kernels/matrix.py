@@ -7,9 +7,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from moqa.format.grid import Grid
-from moqa.format.planes import unpack, untile_rows
-from moqa.format.scheme import PLANES, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import PLANES
 
 
 class PackedMatrix(nn.Module):
@@ -49,13 +48,7 @@ class PackedMatrix(nn.Module):
         """[out, in] weights, float32."""
         if self._held is not None:
             return self._held
-        if self.scheme.keeps:
-            return self.get_buffer("weight").float()
-        zero = None if self.scheme.symmetric else untile_rows(self.get_buffer("zero"), self.shape[0])
-        scale = untile_rows(self.get_buffer("scale"), self.shape[0])
-        top = torch.tensor(self.scheme.levels - 1, dtype=torch.float32, device=scale.device).expand(scale.shape)
-        grid = Grid(scale, zero, self.scheme.group_size, top)
-        return grid.decode(unpack(self.planes, self.scheme.width, self.shape))
+        return self.scheme.storage.decode(self.scheme, self.shape, dict(self.named_buffers()))
 
     def hold(self, weights: Tensor | None = None) -> None:
         """Let `dense` give the unpacked weights, or others in their place, without unpacking until `release`."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moqa.format.grid import Grid
-from moqa.format.scheme import BLOCK, PLANES, TILE, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import BLOCK, PLANES, TILE
 from moqa.kernels.fitting import Columns, Rounded
 from moqa.kernels.matrix import PackedMatrix, Prepared
 from moqa.kernels.patch import Channels, Patch
@@ -312,7 +313,7 @@ def _prepare_channels(channels: Channels | None, experts: int, width: int, hidde
     wanted = (hidden, count) if columns else (count, hidden)
     if channels.matrix.shape != wanted or channels.expert.shape != (count,):
         raise ValueError(f"{count} channels in a matrix of {channels.matrix.shape}, {wanted} is needed")
-    if columns and not scheme.keeps and scheme.group_size < count:
+    if columns and not scheme.is_unquantized and scheme.group_size < count:
         raise ValueError(f"columns in groups of {scheme.group_size}: {count} of them are one group")
     places = channels.expert * width + channels.channel
     inside = count == 0 or (int(places[0]) >= 0 and int(places[-1]) < experts * width)

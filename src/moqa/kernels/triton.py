@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moqa.format.scheme import BLOCK, KEEP_WIDTH, TILE
+from moqa.format.tiles import BLOCK, KEEP_WIDTH, TILE
 from moqa.kernels.fitting import InTorch
 from moqa.kernels.matrix import PackedMatrix, Prepared
 from moqa.kernels.registry import ExpertStack
@@ -169,7 +169,7 @@ def _ready(x: Tensor, packed: _Packed) -> Tensor:
 
 def _kind(matrix: PackedMatrix) -> tuple[int, int, int, int]:
     scheme = matrix.scheme
-    if scheme.keeps:
+    if scheme.is_unquantized:
         return KEEP_WIDTH, BLOCK, 0, 0
     return scheme.width, scheme.group_size, int(scheme.symmetric), int(scheme.scale_dtype == "float16")
 
@@ -189,10 +189,10 @@ def _prepare(matrices: Sequence[PackedMatrix]) -> _Packed:
         # the kernels are compiled for this, which every allocation on a GPU is
         if any(tensor.data_ptr() % 16 for tensor in tensors.values()):
             raise ValueError("a matrix's tensors do not begin at multiples of 16 bytes")
-        weights = [tensors["weight"]] if matrix.scheme.keeps else matrix.planes
+        weights = [tensors["weight"]] if matrix.scheme.is_unquantized else matrix.planes
         addresses = [tensor.data_ptr() for tensor in weights] + [0] * (3 - len(weights))
         addresses += [tensors[name].data_ptr() if name in tensors else 0 for name in ("scale", "zero")]
-        before = 0 if matrix.scheme.keeps else sizes.index(matrix.scheme.group_size)
+        before = 0 if matrix.scheme.is_unquantized else sizes.index(matrix.scheme.group_size)
         inputs = sum(count * size for count, size in zip(groups[:before], sizes[:before], strict=True))
         entries.append([*addresses, 4 * kinds.index(_kind(matrix)), inputs, sum(groups[:before])])
     padded = tuple(number for size in sizes for number in (size, 1 << (size - 1).bit_length()))

@@ -1,6 +1,6 @@
 """Quantization methods: from weights and what they are multiplied with to what is stored. One file per method."""
 
 from moqa.methods import gptq, rtn
-from moqa.methods.registry import METHODS, Method, SolveBatch, SolveResult, method
+from moqa.methods.registry import METHODS, GridResult, Method, SolveBatch, SolveResult, method
 
-__all__ = ["METHODS", "Method", "SolveBatch", "SolveResult", "gptq", "method", "rtn"]
+__all__ = ["METHODS", "GridResult", "Method", "SolveBatch", "SolveResult", "gptq", "method", "rtn"]

@@ -7,7 +7,7 @@ from moqa.calibration.inputs import InputStatistics
 from moqa.format.grid import Grid
 from moqa.kernels import Columns, Kernels, find_kernels
 from moqa.methods.grid import fit_grid
-from moqa.methods.registry import SolveBatch, SolveResult, method
+from moqa.methods.registry import GridResult, SolveBatch, SolveResult, method
 from moqa.models.products import fast_sums
 
 DAMPING = 0.01
@@ -33,7 +33,7 @@ def gptq(job: SolveBatch) -> SolveResult:
     factor = torch.empty(*order.shape, order.shape[1])
     for inputs, columns, found in zip(job.inputs, order, factor, strict=True):
         _factor(inputs, columns, found)
-    return SolveResult(_round(job.weights, grid, order, factor), grid)
+    return GridResult(_round(job.weights, grid, order, factor), grid)
 
 
 def damping(features: int, tokens: int) -> float:

@@ -6,7 +6,7 @@ from torch import Tensor
 from moqa.format.scheme import Scheme
 from moqa.kernels import find_kernels
 from moqa.methods.grid import fit_grid
-from moqa.methods.registry import SolveBatch, SolveResult, method
+from moqa.methods.registry import GridResult, SolveBatch, SolveResult, method
 
 
 def _store(weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
@@ -18,4 +18,4 @@ def _store(weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
 def rtn(job: SolveBatch) -> SolveResult:
     """Clip-searched, least-squares refitted grid per group, then plain rounding."""
     found = fit_grid(job.weights, job.scheme, job.widths)
-    return SolveResult(found.integers, found.grid)
+    return GridResult(found.integers, found.grid)

@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from moqa.tasks import task_of
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -30,10 +32,8 @@ def empty_model(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedMo
     >>> next(empty_model(config, torch.float32).parameters()).is_meta
     True
     """
-    from transformers import AutoModelForCausalLM
-
     with BUILDING, quiet(), _parameters_on_meta(), _LargeOnMeta():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        return task_of(config).auto_class().from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
 @contextmanager

@@ -6,16 +6,17 @@ from torch import Tensor, nn
 
 from moqa.errors import MoqaError
 from moqa.models.experts import is_experts
+from moqa.models.layout import is_convolution
 from moqa.models.parts import LinearPart
 
 # Gates with a handful of rows (a shared expert's gate, a per-head gate) are kept: they cost nothing and decide much.
 SMALLEST_SIDE = 16
 
 
-def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | LinearPart]:
+def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d | LinearPart]:
     """Whether a module multiplies with its weight and does nothing else; a subclass may, if it computes the same."""
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or isinstance(module, LinearPart)
+    return plain or isinstance(module, LinearPart) or is_convolution(module)
 
 
 def router_paths(model: nn.Module, layers: nn.ModuleList) -> list[str]:
@@ -78,18 +79,18 @@ def check_nothing_skipped(root: str, layer: nn.Module, covered: set[str], kept: 
     for path, module in layer.named_modules():
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
             bias = is_experts(module) and parameter.dim() == 2
-            if not bias and not within(name, kept) and name not in covered and _is_matrix(module, parameter):
+            if not bias and not within(name, kept) and name not in covered and _holds_matrix(module, parameter):
                 skipped[name] = type(module).__name__, parameter
     if skipped:
         name, (kind, parameter) = next(iter(skipped.items()))
         kinds = sorted({kind for kind, _ in skipped.values()})
         raise MoqaError(
             f"{root}.{name} ({kind}, {list(parameter.shape)}) holds weights that moqa cannot quantize",
-            f"units are nn.Linear and experts behind transformers' experts interface; looked at {', '.join(kinds)}",
+            f"units are nn.Linear, nn.Conv2d without groups, and experts behind transformers' experts interface; looked at {', '.join(kinds)}",
         )
 
 
-def _is_matrix(module: nn.Module, parameter: Tensor) -> bool:
+def _holds_matrix(module: nn.Module, parameter: Tensor) -> bool:
     smallest = SMALLEST_SIDE if isinstance(module, nn.Linear) else SMALLEST_SIDE + 1
     return sum(side >= smallest for side in parameter.shape) >= 2
 

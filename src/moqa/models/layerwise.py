@@ -1,7 +1,7 @@
-"""Run a model one decoder layer at a time, through its own forward, whatever family it is."""
+"""Run a model one block at a time, through its own forward, whatever family it is."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,40 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from moqa.errors import MoqaError
+from moqa.models.building import quiet
+from moqa.tasks import Task, task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in order.
-
-    Raises:
-        MoqaError: if they cannot be found; says where they were looked for.
-    """
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if get_decoder else model
-    for owner in (decoder, getattr(decoder, "model", None)):
-        layers = getattr(owner, "layers", None)
-        if isinstance(layers, nn.ModuleList) and len(layers):
-            return layers
-    children = ", ".join(name for name, _ in decoder.named_children())
-    raise MoqaError(f"{type(model).__name__} has no decoder layers", f"looked for `layers` among {children}")
-
-
-# stands for a batch's token ids among what a layer is called with
-_TOKENS = object()
-# tokens that go through a layer together
-BATCH_TOKENS = 1024
-
-
-def batches(tokens: Tensor) -> tuple[Tensor, ...]:
-    """[windows, context] tokens in batches of about BATCH_TOKENS tokens."""
-    return tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
+# stands for a batch's inputs among what a block is called with
+_INPUTS = object()
 
 
 class LayerwiseModel:
-    """The three stages of a forward pass: embed, each layer, head.
+    """The stages of a forward pass: embed, each block, head.
 
     >>> stages = LayerwiseModel(model)
     >>> hidden = stages.embed(tokens)
@@ -58,52 +37,53 @@ class LayerwiseModel:
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
-        self.model = model
-        self.layers = decoder_layers(model)
+        self.model, self.task = model, task_of(model.config)
+        self.layers = self.task.blocks(model)
         self.depth = len(self.layers)
-        self._calls: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
+        self._calls: dict[torch.Size, list[tuple[tuple, dict]]] = {}
         self._outputs = 0  # how many a layer returns as a tuple
         self._streams, self._reads_tokens = torch.Size(), False
-        probe = torch.zeros(1, 2, dtype=torch.long)
+        probe = self.task.probe(model)
         try:
             with torch.no_grad(), self._replaced(partial(self._probe, probe)):
-                model(probe, use_cache=False)
+                self._call(probe)
         except ValueError as error:
             problem = f"{type(model).__name__} cannot be run one layer at a time"
             reason = "its layers pass on more than hidden states: " if self._outputs > 1 else ""
             raise MoqaError(problem, f"{reason}{error}") from None
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """[batch, context] token ids -> [batch, context, features] input of layer 0."""
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Input of the first block: [batch, context] token ids -> [batch, context, features], of images [batch, ...]."""
         first: list[Tensor] = []
         calls: list[tuple[tuple, dict]] = []
 
         def record(_: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             first.append(hidden)
-            calls.append((args, {k: _TOKENS if v is tokens else v for k, v in kwargs.items()}))
-            return hidden
+            calls.append((args, {k: _INPUTS if v is inputs else v for k, v in kwargs.items()}))
+            return self._passed_on(hidden, len(calls))
 
         with torch.no_grad(), self._replaced(record), self._short_head():
-            self.model(tokens, use_cache=False)
-        self._calls[tokens.shape[0], tokens.shape[1]] = calls
-        return self._joined(first[0], tokens)
+            self._call(inputs)
+        self._calls[inputs.shape[: self.task.batch_dims]] = calls
+        return self._joined(first[0], inputs)
 
     def layer(self, index: int, hidden: Tensor) -> Tensor:
-        """Output of decoder layer `index` for [batch, context, features] inputs; gradients flow if asked for."""
-        args, kwargs = self._calls[hidden.shape[0], hidden.shape[1]][index]
+        """Output of block `index` for its input; gradients flow if asked for."""
+        args, kwargs = self._calls[hidden.shape[: self.task.batch_dims]][index]
         states, tokens = self._parted(hidden)
-        out = self.layers[index](states, *args, **{k: tokens if v is _TOKENS else v for k, v in kwargs.items()})
+        out = self.layers[index](states, *args, **{k: tokens if v is _INPUTS else v for k, v in kwargs.items()})
         return self._joined(out[0] if isinstance(out, tuple) else out, tokens)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """[batch, context, vocabulary] logits from the last layer's output."""
-        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long)
+        """Logits from the last block's output: [batch, context, vocabulary], of images [batch, classes]."""
         states, _ = self._parted(hidden)
         with self._replaced(lambda *_, **__: states):
-            return self.model(tokens, use_cache=False).logits
+            return self.task.call(self.model, self.task.stand_in(self.model, hidden))
 
     def _joined(self, states: Tensor, tokens: Tensor | None) -> Tensor:
-        """What flows from one layer to the next as [batch, context, features]."""
+        """What flows from one block to the next: of tokens as [batch, context, features]."""
+        if not self.task.predicts_each:
+            return states
         flat = states.flatten(2)
         # float32 holds the ids of any vocabulary
         return torch.cat([flat, tokens[..., None].float()], -1) if self._reads_tokens and tokens is not None else flat
@@ -113,7 +93,8 @@ class LayerwiseModel:
         tokens = None
         if self._reads_tokens:
             hidden, tokens = hidden[..., :-1].to(self.model.dtype), hidden[..., -1].long()
-        return hidden.unflatten(2, self._streams) if len(self._streams) > 1 else hidden, tokens
+        several = self.task.predicts_each and len(self._streams) > 1
+        return hidden.unflatten(2, self._streams) if several else hidden, tokens
 
     def _probe(self, tokens: Tensor, index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # only the first layer really runs: it shows whether this family's layers return a tuple
@@ -127,6 +108,17 @@ class LayerwiseModel:
                 self._outputs = len(out) if isinstance(out, tuple) else 0
             finally:
                 layer.forward = stub
+        return self._passed_on(hidden, index + 1)
+
+    def _call(self, inputs: Tensor) -> None:
+        with suppress(_AllSeenError):
+            self.task.call(self.model, inputs)
+
+    def _passed_on(self, hidden: Tensor, called: int) -> Tensor:
+        """What stands for a block's output while nothing is computed, when so many have been called."""
+        # blocks that change the shape of what flows leave something behind them that nothing takes in their place
+        if called == self.depth and not self.task.predicts_each:
+            raise _AllSeenError
         return hidden
 
     @contextmanager
@@ -147,7 +139,7 @@ class LayerwiseModel:
     @contextmanager
     def _short_head(self) -> Iterator[None]:
         # embedding needs no logits, and a head over a large vocabulary costs as much as several layers
-        head = self.model.get_output_embeddings()
+        head = self.model.get_output_embeddings() if self.task.predicts_each else None
         if head is None:
             yield
             return
@@ -156,3 +148,27 @@ class LayerwiseModel:
             yield
         finally:
             del head.forward
+
+
+class _AllSeenError(Exception):
+    """Every block was called: what comes behind them is not needed."""
+
+
+def largest_stream(model: "PreTrainedModel", task: Task) -> int:
+    """Numbers between two blocks for one sample, where there are most: told from shapes, nothing is computed.
+
+    >>> largest_stream(resnet, task_of(resnet.config))
+    16384
+    """
+    with quiet(), torch.device("meta"):
+        copy = task.auto_class().from_config(model.config).eval()
+    sizes = [0]
+
+    def see(_: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+        first = out[0] if isinstance(out, tuple) else out
+        sizes.extend((args[0].numel(), first.numel()))
+
+    for block in task.blocks(copy):
+        block.register_forward_hook(see)
+    task.call(copy, task.probe(copy).to("meta"))
+    return max(sizes)

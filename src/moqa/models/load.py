@@ -5,29 +5,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moqa.errors import MoqaError
+from moqa.errors import MoqaError, one_line
 from moqa.models.building import BUILDING, quiet
 from moqa.originals import OriginalReader, find_format
+from moqa.tasks import check_language_model, task_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
-    """Tokenizer of a model folder.
-
-    >>> load_tokenizer("reference/model").vocab_size
-    8192
-
-    Raises:
-        MoqaError: if the folder has none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises bare exceptions, transformers all kinds
-        raise MoqaError(f"{folder} has no tokenizer that transformers can read", one_line(error)) from None
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
@@ -41,6 +25,7 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     config, stored = read_config(folder), OriginalReader(folder)
+    check_language_model(config, folder)
     wrong = (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, StrictDataclassError)
     try:
         with BUILDING, quiet():
@@ -64,24 +49,28 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     return model.eval().requires_grad_(False)
 
 
-def read_config(folder: Path) -> "PretrainedConfig":
+def read_config(folder: Path, packed: bool = False) -> "PretrainedConfig":
     """Configuration of a model folder that moqa can work on.
 
+    Args:
+        folder: of the model.
+        packed: whether it is one of moqa's own checkpoints.
+
     Raises:
-        MoqaError: if transformers cannot read it, or it is no causal language model or quantized in a format that is
+        MoqaError: if transformers cannot read it, or it is for no task of `moqa.tasks` or quantized in a format that is
             not read.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise MoqaError(f"{folder} has a config.json that transformers cannot read", one_line(error)) from None
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise MoqaError(f"{folder} is a {config.model_type}", "moqa works on causal language models of transformers")
-    if quantized := getattr(config, "quantization_config", None):
+    task_of(config, folder)
+    quantized = None if packed else getattr(config, "quantization_config", None)
+    if quantized:
         find_format(folder, quantized if isinstance(quantized, dict) else quantized.to_dict())
         # weights are plain when they are read
         del config.quantization_config
@@ -108,12 +97,11 @@ def read_generation_config(model: "PreTrainedModel", folder: Path) -> None:
 
 def difference(folder: Path, config: "PretrainedConfig") -> str | None:
     """The first difference between a folder's tensors and those that its architecture has, with names as on disk."""
-    from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
         with BUILDING, quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = task_of(config).auto_class().from_config(config)
     except Exception:  # whatever is wrong with the configuration, the caller knows a first error already
         return None
     state = {k: v for k, v in model.state_dict().items() if k not in (model.all_tied_weights_keys or {})}
@@ -130,14 +118,3 @@ def difference(folder: Path, config: "PretrainedConfig") -> str | None:
 
 def _more(names: list[str]) -> str:
     return f", and {len(names) - 1} more like it" if len(names) > 1 else ""
-
-
-def one_line(error: Exception) -> str:
-    """What a foreign error says, in one line.
-
-    >>> one_line(ValueError("a first line\\nand a second"))
-    'a first line'
-    """
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moqa.models.layout import layout_of
 from moqa.models.products import fast_dtype, product
 from moqa.models.view import ModelView
 
@@ -24,7 +25,8 @@ def in_stored_precision(view: "ModelView", layer: int) -> Iterator[None]:
     with ExitStack() as stack:
         for unit in view.layer_units(layer):
             module, dtype = view.module(unit.module), fast_dtype(view.stored_dtype(unit))
-            if dtype is None or "moqa_dtype" in vars(module):
+            # convolutions are fast in float32, too
+            if dtype is None or "moqa_dtype" in vars(module) or layout_of(module) is not None:
                 continue
             module.moqa_dtype = dtype  # type: ignore[assignment]
             stack.callback(delattr, module, "moqa_dtype")

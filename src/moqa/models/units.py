@@ -1,9 +1,10 @@
 """Units: the weight matrices of a model that each get a precision of their own."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Role = Literal["expert", "shared", "attention", "mlp"]
+Role = Literal["expert", "shared", "attention", "mlp", "convolution"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,10 @@ class Unit:
         name: path in the model; experts of a stacked parameter get their index in the path.
         layer: index of the decoder layer.
         role: `expert` (routed), `shared` (an expert that every token visits), `attention` (whatever mixes tokens),
-            or `mlp` (the feed-forward part of a dense layer).
+            `mlp` (the feed-forward part of a dense layer), or `convolution`.
         projection: last word of the name.
         expert: index of the routed expert, None for other roles.
-        shape: (out, in) of the matrix as it multiplies a column of activations.
+        shape: (out, in) of the matrix as it multiplies a column of activations; of a convolution, (out, patch).
         module: path of the module that multiplies with the matrix.
         parameter: path of the parameter that holds it, alone or with others.
     """

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from moqa.errors import MoqaError
+from moqa.errors import MoqaError, one_line
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import give_back
 from moqa.models.adapt import adapt
@@ -17,7 +18,7 @@ from moqa.models.coverage import (
     SMALLEST_SIDE,
     check_nothing_skipped,
     has_experts,
-    is_linear,
+    is_matrix,
     kept_paths,
     router_paths,
     within,
@@ -31,13 +32,14 @@ from moqa.models.experts import (
     is_experts,
     parameter_of,
 )
-from moqa.models.layerwise import decoder_layers
-from moqa.models.load import one_line, read_config
+from moqa.models.layerwise import largest_stream
+from moqa.models.load import read_config
 from moqa.models.loader import ENDS, BlockLoader
 from moqa.models.parts import LinearPart
 from moqa.models.units import Role, Unit
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
+from moqa.tasks import task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +48,7 @@ _FEED_FORWARD = ("mlp", "feed_forward", "ffn", "shared_mlp", "block_sparse_moe")
 
 
 class ModelView:
-    """A causal language model seen as decoder layers, units and kept tensors.
+    """A model seen as blocks, units and kept tensors.
 
     >>> view = open_model("reference/model")
     >>> len(view.layers), len(view.units), view.experts(0).num_experts
@@ -58,7 +60,8 @@ class ModelView:
     def __init__(self, model: "PreTrainedModel", folder: Path | None = None) -> None:
         self.model = model
         self.folder = folder
-        self.layers = decoder_layers(model)
+        self.task = task_of(model.config)
+        self.layers = self.task.blocks(model)
         adapt(model)
         self._modules = dict(model.named_modules())
         self._pieces: BlockLoader | None = None
@@ -84,11 +87,20 @@ class ModelView:
         chosen: Any = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", 0)
         return max(chosen) if isinstance(chosen, list) else int(chosen)
 
-    @property
+    @cached_property
     def stream(self) -> int:
-        """Features of a token between two layers: of all its residual streams, where a family has several."""
-        width = self.model.get_input_embeddings().weight.shape[1]
-        return int(width) * getattr(self.model.config.get_text_config(), "hc_mult", 1)
+        """Features between two blocks that one prediction stands for: of all residual streams, where there are several."""
+        if self.task.predicts_each:
+            width = self.model.get_input_embeddings().weight.shape[1]
+            return int(width) * getattr(self.model.config.get_text_config(), "hc_mult", 1)
+        return largest_stream(self.model, self.task)
+
+    @property
+    def classes(self) -> int:
+        """Classes of a prediction: words of the vocabulary, or labels."""
+        if self.task.predicts_each:
+            return int(self.model.get_input_embeddings().weight.shape[0])
+        return int(self.model.config.num_labels)
 
     def missing(self, memory: MemoryLimit) -> int:
         """Bytes that the original as a whole takes more than now, if the memory holds it whole, else 0."""
@@ -121,7 +133,7 @@ class ModelView:
         module: Any = self.module(unit.module)
         if unit.expert is not None:
             return expert_matrix(module, unit.expert, unit.projection)
-        return module.weight.detach()
+        return module.weight.detach().flatten(1)
 
     def set_weight(self, unit: Unit, matrix: Tensor) -> None:
         """Overwrite a unit's matrix with [out, in] values."""
@@ -143,8 +155,10 @@ class ModelView:
 
     def ends_bytes(self) -> int:
         """Bytes of the embedding and the head, as they are read."""
+        sizes = [end.weight.numel() * end.weight.dtype.itemsize for end in self.task.ends(self.model)]
+        if not sizes:
+            return 0
         tied = self.model.all_tied_weights_keys and self.model.config.get_text_config().tie_word_embeddings
-        sizes = [end.weight.numel() * end.weight.dtype.itemsize for end in self._ends()]
         return max(sizes) if tied else sum(sizes)
 
     def need(self, piece: int) -> None:
@@ -174,12 +188,12 @@ class ModelView:
             keep: whether all of it is read now, and stays.
         """
         paths = {id(module): path for path, module in self._modules.items()}
-        owners = {f"{paths[id(end)]}.weight": ENDS for end in self._ends()}
+        owners = {f"{paths[id(end)]}.weight": ENDS for end in self.task.ends(self.model)}
         owners |= {unit.parameter: unit.layer for unit in self.units.values()}
         experts = {unit.parameter for unit in self.units.values() if unit.expert is not None}
         self._pieces = BlockLoader(self.model, stored, owners, keep, set() if keep else experts)
         # the model, too: some families ask where their embedding lies before they call it
-        for caller in (self.model, *self._ends()):
+        for caller in (self.model, *self.task.ends(self.model)):
             self._pieces.read_when_called(caller, ENDS)
         for index, layer in enumerate(self.layers):
             self._pieces.read_when_called(layer, index)
@@ -232,11 +246,6 @@ class ModelView:
             if names.setdefault(id(parameter), name) != name:
                 raise MoqaError(f"{name} and {names[id(parameter)]} are one parameter", "shared weights are no units")
 
-    def _ends(self) -> list[Any]:
-        """The embedding, and the head if there is one."""
-        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        return [end for end in ends if end is not None]
-
     def _uncovered(self) -> dict[str, Tensor]:
         """Kept tensors; those of the ends may be on the meta device."""
         covered, tied = self.unit_parameters(), set(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -268,10 +277,12 @@ def _layer_units(root: str, index: int, layer: nn.Module, kept: list[str]) -> It
                     yield Unit(
                         f"{full}.{expert}.{projection}", index, "expert", projection, expert, shape, full, parameter
                     )
-        elif is_linear(module) and not within(path, kept) and min(module.weight.shape) >= SMALLEST_SIDE:
+        elif is_matrix(module) and not within(path, kept) and min(module.weight.flatten(1).shape) >= SMALLEST_SIDE:
             parameter = paths[id(module.owner.weight if isinstance(module, LinearPart) else module.weight)]
             projection = parameter.split(".")[-2]
-            yield Unit(full, index, _role(path, stacks), projection, None, _sides(module.weight), full, parameter)
+            role: Role = "convolution" if isinstance(module, nn.Conv2d) else _role(path, stacks)
+            shape = _sides(module.weight.flatten(1))
+            yield Unit(full, index, role, projection, None, shape, full, parameter)
 
 
 def narrowest(tensor: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ import torch
 from moqa.errors import MoqaError
 from moqa.forecast.serving import Needs, ServedModel
 from moqa.format.layout import Entry, shards
-from moqa.format.scheme import KEEP_WIDTH, WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import KEEP_WIDTH, WIDTHS
 from moqa.memory.free import free_memory
 from moqa.memory.limit import parse_size
+from moqa.models.units import ROLES
 from moqa.models.view import ModelView
 from moqa.planning.budget import Budget
 from moqa.planning.problem import FLOOR
@@ -108,7 +110,7 @@ def smallest_plan(view: ModelView, widths: Sequence[int], group_size: int = 64, 
         group_size: weights that share a scale.
         symmetric: whether grids have no zero-point.
     """
-    allowed = {role: min(widths) for role in ("expert", "shared", "attention", "mlp")}
+    allowed = {role: min(widths) for role in ROLES}
     if view.has_experts:
         floored = min((width for width in widths if width >= FLOOR), default=FLOOR)
         allowed = dict.fromkeys(allowed, floored) | {"expert": min(widths)}

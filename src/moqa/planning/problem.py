@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from moqa.errors import MoqaError
 from moqa.format.layout import unit_bytes
-from moqa.format.scheme import KEEP_WIDTH, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import KEEP_WIDTH
 from moqa.planning.budget import Budget
 from moqa.planning.record import Options
 from moqa.planning.ties import Group

@@ -10,7 +10,8 @@ import torch
 from moqa import __version__
 from moqa.errors import MoqaError
 from moqa.format.layout import Entry, entry_bytes, shards
-from moqa.format.scheme import KEEP_WIDTH, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import KEEP_WIDTH
 from moqa.planning import strategies  # noqa: F401  (registers them)
 from moqa.planning.budget import Budget
 from moqa.planning.problem import HEDGED, SELF, STRATEGIES, Choice, Problem, make_problem
@@ -19,6 +20,7 @@ from moqa.planning.strategies.budgeted import check_hedge
 from moqa.planning.ties import TIES, tie_groups
 from moqa.profiling import Profile
 from moqa.storage.artifact import read_json
+from moqa.tasks import find_task
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
 
@@ -74,6 +76,9 @@ def plan(
     if hedge is not None and not 0 <= hedge <= 1:
         raise MoqaError(f"--hedge {hedge:g} is no share", "give a number from 0 to 1")
     share = HEDGED.get(strategy) if hedge is None else hedge
+    if hedge is None and share and not find_task(profile.record.task).writes_samples:
+        # a model that writes nothing itself has nothing to hedge with
+        share = 0.0
     check_hedge(share or 0.0, SELF in profile.statistics)
     options = Options(hedge=share, objective=objective, scope=scope, seed=seed)
     widths = _checked_widths(widths, profile)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from moqa import __version__
-from moqa.format.scheme import WIDTHS
+from moqa.format.tiles import WIDTHS
 from moqa.models.view import ModelView
 from moqa.profiling.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profiling.store import Profile

@@ -45,7 +45,7 @@ class Measurement:
         self, site: Workspace, samples: Mapping[str, Tensor], how: ErrorSettings, seed: int, engine: Executor
     ) -> None:
         self._site, self._how, self._seed, self._engine = site, how, seed, engine
-        self._shapes = {name: tuple(tokens.shape) for name, tokens in samples.items()}
+        self._shapes = {name: (tuple(tokens.shape), tokens.dtype) for name, tokens in samples.items()}
         self._flows = {
             name: site.once(("flow", name), partial(ProfiledSamples, name, tokens, site.stages, site.work))
             for name, tokens in samples.items()
@@ -56,11 +56,11 @@ class Measurement:
         stages, work = self._site.stages, self._site.work
         depth = stages.depth
         for layer in range(depth):
-            if work.noted(f"forward-{layer}") is None:
+            if work.done(f"forward-{layer}") is None:
                 report("activation", layer, depth, layer=layer)
                 # the last pass is that of the weights alone
                 self._work(go_forward, [*self._passes(layer), BlockPass(layer, self._how)])
-                work.note(f"forward-{layer}", {})
+                work.mark_done(f"forward-{layer}", {})
         report("activation", depth, depth)
         if self._how.probes:
             self._go_back(report)
@@ -69,40 +69,40 @@ class Measurement:
     def _go_back(self, report: Report) -> None:
         stages, work = self._site.stages, self._site.work
         depth = stages.depth
-        if work.noted("labels") is None:
+        if work.done("labels") is None:
             generator = torch.Generator().manual_seed(self._seed)
             for flow in self._flows.values():
                 flow.draw_labels(stages, generator)
-            work.note("labels", {})
+            work.mark_done("labels", {})
         for layer in reversed(range(depth)):
-            if work.noted(f"backward-{layer}") is None:
+            if work.done(f"backward-{layer}") is None:
                 report("sensitivity", depth - 1 - layer, depth, layer=layer)
                 self._work(go_back, self._passes(layer))
-                work.note(f"backward-{layer}", {})
+                work.mark_done(f"backward-{layer}", {})
                 for flow in self._flows.values():
                     flow.forget(layer)
         report("sensitivity", depth, depth)
 
     def _passes(self, layer: int) -> list[BlockPass]:
-        return [BlockPass(layer, self._how, name, shape) for name, shape in self._shapes.items()]
+        return [BlockPass(layer, self._how, name, *shape) for name, shape in self._shapes.items()]
 
     def _work(self, work: Callable[[Workspace, BlockPass], None], passes: Sequence[BlockPass]) -> None:
         for _ in self._engine.map(work, self._site, passes):
             pass
 
     def _gathered(self) -> ProfileTables:
-        depth, kept = self._site.stages.depth, self._site.work.kept
-        weights = {layer: kept(f"weights-{layer}") for layer in range(depth)}
+        depth, load = self._site.stages.depth, self._site.work.load
+        weights = {layer: load(f"weights-{layer}") for layer in range(depth)}
         relative = torch.cat([weights[layer]["rounding"] for layer in range(depth)])
         found: dict[str, dict[str, Tensor]] = {}
         for name in self._shapes:
             found[name] = {
                 f"layer.{layer}.{key}": value
                 for layer in range(depth)
-                for key, value in kept(f"statistics-{layer}-{name}").items()
+                for key, value in load(f"statistics-{layer}-{name}").items()
             }
             if self._how.probes:
-                probed = torch.cat([kept(f"sensitivity-{layer}-{name}")["sensitivity"] for layer in range(depth)])
+                probed = torch.cat([load(f"sensitivity-{layer}-{name}")["sensitivity"] for layer in range(depth)])
                 found[name]["sensitivity"] = all_widths(probed, relative, self._how.probes, self._how.widths)
         similar = {f"layer.{n}.similarity": w["similarity"] for n, w in weights.items() if "similarity" in w}
         return ProfileTables(found, {"rounding": relative, **similar})

@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from moqa.calibration.backward import run_back
 from moqa.calibration.hidden import HiddenStates
 from moqa.calibration.inputs import BlockInputs, CalibrationBatch
 from moqa.execution import Workspace
 from moqa.format.scheme import Scheme
 from moqa.methods import Method
 from moqa.models.experts import projection_rows
-from moqa.models.layerwise import LayerwiseModel, batches
+from moqa.models.layerwise import LayerwiseModel
+from moqa.models.layout import input_rows, output_rows
 from moqa.models.precision import in_stored_precision
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
@@ -51,13 +54,15 @@ class BlockPass:
         layer: index of the decoder layer.
         how: errors are made and measured.
         name: of the distribution; none where only weights are looked at.
-        shape: its windows, and the tokens of each.
+        shape: of its inputs.
+        dtype: likewise.
     """
 
     layer: int
     how: ErrorSettings
     name: str = ""
     shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.int64
 
 
 class ProfiledSamples:
@@ -67,9 +72,10 @@ class ProfiledSamples:
         # A method that fits samples leaves less error there than elsewhere: errors are made on every other window and
         # measured on the rest.
         first, second = (tokens[0::2], tokens[1::2]) if len(tokens) > 1 else (tokens, tokens)
-        self._name, self._work, self.tokens = name, work, second.numel()
-        every = [*batches(first), *batches(second)]
-        self._calibrate = len(batches(first))
+        task = stages.task
+        self._name, self._work, self.predictions = name, work, task.count(second)
+        every = [*task.batches(first), *task.batches(second)]
+        self._calibrate = len(task.batches(first))
         self.hidden = HiddenStates(stages, work, name, every)
         # numbers of the batches that are measured on
         self.measured = range(self._calibrate, len(every))
@@ -78,7 +84,9 @@ class ProfiledSamples:
     def of(cls, site: Workspace, given: BlockPass) -> "ProfiledSamples":
         """Of a distribution whose hidden states are there already: tokens are no longer looked at."""
         key = ("flow", given.name)
-        return site.once(key, lambda: cls(given.name, torch.zeros(given.shape).long(), site.stages, site.work))
+        return site.once(
+            key, lambda: cls(given.name, torch.zeros(given.shape, dtype=given.dtype), site.stages, site.work)
+        )
 
     def draw_labels(self, stages: LayerwiseModel, generator: torch.Generator) -> None:
         """Gradients of the measured windows' log-likelihood, of labels drawn from the model."""
@@ -93,16 +101,16 @@ class ProfiledSamples:
 
     def gradient(self, layer: int, number: int) -> Tensor:
         """Gradient of a batch at the input of a layer."""
-        return self._work.kept(f"gradient-{layer}-{self._name}-{number}")["x"]
+        return self._work.load(f"gradient-{layer}-{self._name}-{number}")["x"]
 
     def put_gradient(self, layer: int, number: int, gradient: Tensor) -> None:
         """Put a gradient aside."""
-        self._work.keep(f"gradient-{layer}-{self._name}-{number}", {"x": gradient})
+        self._work.save(f"gradient-{layer}-{self._name}-{number}", {"x": gradient})
 
     def forget(self, layer: int) -> None:
         """Remove what nobody needs once a layer's sensitivity is known."""
         self.hidden.forget(layer + 1)
-        self._work.drop(f"gradient-{layer + 1}-{self._name}-*")
+        self._work.remove(f"gradient-{layer + 1}-{self._name}-*")
 
 
 @torch.no_grad()
@@ -113,13 +121,13 @@ def go_forward(site: Workspace, given: BlockPass) -> None:
         weights = {"rounding": relative_errors(view, view.layer_units(layer), given.how.scheme, given.how.widths)}
         if down:
             weights["similarity"] = layer_similarity(view, layer)
-        site.work.keep(f"weights-{layer}", weights)
+        site.work.save(f"weights-{layer}", weights)
         return
     flow = ProfiledSamples.of(site, given)
     statistics = LayerStatistics(torch.stack([matrix.float().norm(dim=0) for matrix in down])) if down else None
     with in_stored_precision(view, layer), watching(view, layer, statistics):
         flow.hidden.advance(layer)
-    site.work.keep(f"statistics-{layer}-{given.name}", statistics.tensors() if statistics else {})
+    site.work.save(f"statistics-{layer}-{given.name}", statistics.tensors() if statistics else {})
 
 
 def go_back(site: Workspace, given: BlockPass) -> None:
@@ -141,8 +149,8 @@ def go_back(site: Workspace, given: BlockPass) -> None:
         sums |= _run_back(view, site.stages, layer, flow, errors, keep=number == len(slices) - 1)
     if inputs:
         inputs.drop()
-    sensitivity = torch.stack([sums[unit.name] for unit in units]) / flow.tokens
-    site.work.keep(f"sensitivity-{layer}-{given.name}", {"sensitivity": sensitivity})
+    sensitivity = torch.stack([sums[unit.name] for unit in units]) / flow.predictions
+    site.work.save(f"sensitivity-{layer}-{given.name}", {"sensitivity": sensitivity})
 
 
 def _down(view: ModelView, layer: int) -> list[Tensor]:
@@ -153,7 +161,7 @@ def _down(view: ModelView, layer: int) -> list[Tensor]:
 def _label_gradient(stages: LayerwiseModel, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """Gradient of the negative log-likelihood of labels drawn from the model, for the last layer's output."""
     hidden = hidden.detach().requires_grad_(True)
-    logits = stages.head(hidden).float().flatten(0, 1)
+    logits = stages.task.predictions(stages.head(hidden)).float()
     labels = draw(logits.detach(), generator)
     return torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), hidden)[0]
 
@@ -167,15 +175,17 @@ def _run_back(
     observer = LayerObserver(sensitivity, path, projection_rows(view.module(path))) if path else None
 
     def linear(unit: Unit, x: Tensor, out: Tensor) -> None:
-        flat = x.detach().flatten(0, -2)
+        module, samples = view.module(unit.module), None if stages.task.predicts_each else len(x)
+        rows = input_rows(module, x.detach())
         if unit.name in sensitivity.sums:
-            out.register_hook(lambda gradient: sensitivity.add(unit.name, flat, gradient.flatten(0, -2)))
+            out.register_hook(lambda gradient: sensitivity.add(unit.name, rows, output_rows(module, gradient), samples))
 
     with in_stored_precision(view, layer), watching(view, layer, observer, linear):
-        for number in flow.measured:
-            hidden = flow.hidden.at(layer, number).requires_grad_(True)
-            gradient = flow.gradient(layer + 1, number)
-            gradient = torch.autograd.grad(stages.layer(layer, hidden), hidden, gradient)[0]
-            if keep:
-                flow.put_gradient(layer, number, gradient)
+        batches = ((flow.hidden.at(layer, number), flow.gradient(layer + 1, number)) for number in flow.measured)
+        put = partial(flow.put_gradient, layer) if keep else _forget
+        run_back(stages, layer, batches, lambda index, gradient: put(flow.measured[index], gradient))
     return sensitivity.sums
+
+
+def _forget(number: int, gradient: Tensor) -> None:
+    """What becomes of gradients that the last pass over a layer will give again."""

@@ -7,6 +7,8 @@ from moqa.models.units import Unit
 
 FORMAT = 1
 SELF = "self"
+# the task of every profile that names none
+CAUSAL_LM = "causal_lm"
 
 
 class UnitRecord(BaseModel, frozen=True):
@@ -59,6 +61,7 @@ class ProfileRecord(BaseModel, frozen=True):
 
     format: int = FORMAT
     moqa: str
+    task: str = Field(CAUSAL_LM, description="what the model is for", exclude_if=lambda task: task == CAUSAL_LM)
     model: str = Field(description="the model as the user gave it")
     model_type: str
     fingerprint: str = Field(description="tells this model from any other")

@@ -5,17 +5,18 @@ from pathlib import Path
 from torch import Tensor
 
 from moqa import __version__
-from moqa.data import Data, as_distributions, cut_windows
+from moqa.data import Data
 from moqa.errors import MoqaError
 from moqa.execution import Executor, LocalExecutor, Workspace
 from moqa.forecast.disk import profile_disk_bytes
 from moqa.forecast.working_set import ProfileWorkingSet
 from moqa.format.manifest import Fitted
-from moqa.format.scheme import WIDTHS, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import WIDTHS
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
 from moqa.methods.registry import find_method
-from moqa.models.load import load_tokenizer
+from moqa.models.load import read_config
 from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
@@ -24,11 +25,12 @@ from moqa.profiling.passes import ErrorSettings
 from moqa.profiling.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profiling.selfsample import self_sample
 from moqa.profiling.sensitivity import PROBES
-from moqa.profiling.store import RECORD, Profile, read_profile, write_profile
+from moqa.profiling.store import RECORD, Profile, read_profile, stored_samples, write_profile
 from moqa.progress import Report, quiet
 from moqa.storage.folders import is_taken
 from moqa.storage.resumable import ResumableRun, resumable
 from moqa.storage.space import check_space
+from moqa.tasks import task_of
 
 DEFAULT_SAMPLES = 64
 DEFAULT_CONTEXT = 256
@@ -83,25 +85,30 @@ def profile(
     out = Path(out)
     how = find_method(method)
     folder = original.locate(model)
-    tokenizer = load_tokenizer(folder)
-    distributions = as_distributions(data, tokenizer)
+    task = task_of(read_config(folder))
+    reader = task.reader(folder)
+    distributions = task.sources(data, reader)
     if not distributions:
         raise MoqaError("no distribution to profile on", "give at least one --data NAME=FILE")
     if any(d.name in (SELF, "weights") for d in distributions):
         raise MoqaError(f"--data {SELF}=... uses a name that moqa needs itself", "choose another name")
+    if self_samples and not task.writes_samples:
+        raise MoqaError(
+            f"--self-samples {self_samples}: {model} is an {task.kind}", "it writes no samples: leave it out"
+        )
     settings = Settings(
-        context=context, samples=samples, seed=seed, group_size=group_size, symmetric=symmetric, method=method,
+        context=task.context(context), samples=samples, seed=seed, group_size=group_size, symmetric=symmetric, method=method,
         sensitivity=sensitivity,
     )  # fmt: skip
-    cut = {d.name: cut_windows(d, tokenizer, context, samples, seed) for d in distributions}
+    cut = {d.name: task.cut(d, reader, context, samples, seed) for d in distributions}
     records = {
         d.name: DistributionRecord(
-            origin=d.origin, samples=len(cut[d.name].tokens), tokens=cut[d.name].tokens.numel(),
-            fitted=Fitted.of(d.digest, cut[d.name].shingles),
+            origin=d.origin, samples=len(cut[d.name].inputs), tokens=task.count(cut[d.name].inputs),
+            fitted=Fitted.of(d.digest, cut[d.name].hashes),
         )
         for d in distributions
     }  # fmt: skip
-    wanted = samples if self_samples is None else self_samples
+    wanted = (samples if self_samples is None else self_samples) if task.writes_samples else 0
     if wanted:
         records[SELF] = DistributionRecord(
             origin=f"{wanted} windows drawn from the model, seed {seed}", samples=wanted, tokens=wanted * context,
@@ -125,40 +132,40 @@ def profile(
     check_space(out, profile_disk_bytes(view, sum(records[name].tokens for name in missing), len(missing)))
     engine.prepare(folder, out, report)
     with resumable(out, job, overwrite=True, restart=restart) as work:
-        tokens = {name: cut[name].tokens for name in missing if name != SELF}
+        inputs = {name: cut[name].inputs for name in missing if name != SELF}
         if SELF in missing:
-            tokens[SELF] = _own_text(view, wanted, settings, work, report)
+            inputs[SELF] = _own_text(view, wanted, settings, work, report)
         scheme = Scheme(width=8, group_size=group_size, symmetric=symmetric)
         widths = tuple(w for w in WIDTHS if not (symmetric and w == 1))
         probes = tuple(width for width in PROBES if width in widths and settings.sensitivity)
         measurement = Measurement(
-            Workspace(view, work), tokens, ErrorSettings(scheme, widths, probes, how, room.experts), seed, engine
+            Workspace(view, work), inputs, ErrorSettings(scheme, widths, probes, how, room.experts), seed, engine
         )
         measured = measurement.run(report)
-        statistics = {name: {**measured.statistics[name], "samples": tokens[name].int()} for name in missing}
+        statistics = {name: {**measured.statistics[name], "samples": stored_samples(inputs[name])} for name in missing}
         if old is not None:
             statistics = {**old.statistics, **statistics}
             records = {**old.record.distributions, **records}
         kept = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in view.kept_on_disk().items()}
         record = ProfileRecord(
-            moqa=__version__, model=str(model), model_type=view.model.config.model_type, fingerprint=fingerprint,
+            moqa=__version__, task=task.name, model=str(model), model_type=view.model.config.model_type, fingerprint=fingerprint,
             kept=kept, layers=len(view.layers), top_k=view.top_k, settings=settings, widths=widths,
             units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
             distributions={name: records[name] for name in statistics},
         )  # fmt: skip
         write_profile(Profile(record, work.result, statistics, measured.weights))
-        work.note("profile", {})
+        work.mark_done("profile", {})
     return Profile(record, out, statistics, measured.weights)
 
 
 def _own_text(view: ModelView, windows: int, settings: Settings, work: ResumableRun, report: Report) -> Tensor:
     """[windows, context] that the model writes itself, or wrote before a kill."""
-    if work.noted("self") is None:
+    if work.done("self") is None:
         report("self-sampling", 0, 1)
-        work.keep("self", {"tokens": self_sample(view, windows, settings.context, settings.seed)})
+        work.save("self", {"tokens": self_sample(view, windows, settings.context, settings.seed)})
         report("self-sampling", 1, 1)
-        work.note("self", {})
-    return work.kept("self")["tokens"]
+        work.mark_done("self", {})
+    return work.load("self")["tokens"]
 
 
 def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None:

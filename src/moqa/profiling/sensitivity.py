@@ -109,12 +109,22 @@ class Sensitivity:
         self._errors = errors
         self.sums: dict[str, Tensor] = {name: torch.zeros(len(errors.probes)) for name in errors.names()}
 
-    def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        """Add [tokens, in] inputs and [tokens, out] gradients of the log-likelihood of drawn labels."""
+    def add(self, name: str, x: Tensor, gradient: Tensor, samples: int | None = None) -> None:
+        """Add [tokens, in] inputs and [tokens, out] gradients of the log-likelihood of drawn labels.
+
+        Args:
+            name: of the unit.
+            x: inputs.
+            gradient: of its outputs.
+            samples: that share one label each for all their rows: what these do to it adds up before it is squared.
+        """
         error = self._errors[name]
         widths, out, features = error.shape
         shift = (x.to(_DTYPE) @ error.reshape(widths * out, features).T).unflatten(-1, (widths, out))
-        self.sums[name] += 0.5 * torch.einsum("two,to->tw", shift, gradient.to(_DTYPE)).float().square().sum(0)
+        effect = torch.einsum("two,to->tw", shift, gradient.to(_DTYPE)).float()
+        if samples is not None:
+            effect = effect.unflatten(0, (samples, -1)).sum(1)
+        self.sums[name] += 0.5 * effect.square().sum(0)
 
 
 class LayerObserver:

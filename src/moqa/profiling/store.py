@@ -68,8 +68,9 @@ class Profile:
         return self.statistics[name][f"layer.{layer}.{statistic}"]
 
     def samples(self, name: str) -> Tensor:
-        """[windows, context] token ids that were measured, int64."""
-        return self.statistics[name]["samples"].long()
+        """What the model was called with: [windows, context] token ids, int64, or pixels of images, float32."""
+        found = self.statistics[name]["samples"]
+        return found if found.is_floating_point() else found.long()
 
     def starved(self) -> list[str]:
         """Experts that no token of any given distribution reached."""
@@ -78,6 +79,11 @@ class Profile:
             total = torch.stack([self.layer(name, layer, "tokens") for name in self.names]).sum(0)
             found += [f"layer {layer} expert {e}" for e in (total == 0).nonzero().flatten().tolist()]
         return found
+
+
+def stored_samples(inputs: Tensor) -> Tensor:
+    """Samples as a profile stores them: token ids in 32 bits."""
+    return inputs if inputs.is_floating_point() else inputs.int()
 
 
 def write_profile(profile: Profile) -> None:

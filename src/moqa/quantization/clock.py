@@ -16,7 +16,6 @@ from moqa.errors import MoqaError
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix, find_kernels
 from moqa.methods import Method
-from moqa.models.layerwise import BATCH_TOKENS
 from moqa.models.products import fast_dtype, product
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
@@ -62,7 +61,7 @@ class Clock:
         for sharing in by_input(units).values():
             unit = sharing[0]
             scheme, features = plan.units[unit.name], unit.shape[1]
-            if scheme.keeps:
+            if scheme.is_unquantized:
                 continue
             rows = sum(other.shape[0] for other in sharing)
             seconds += self._solved(rows, features, scheme, experts if unit.expert is not None else 1)
@@ -129,7 +128,7 @@ class Clock:
                 original += seen * self._multiplied(*unit.shape, view.stored_dtype(unit))
                 # the reference kernels unpack a matrix once, and multiply in float32
                 each += seen * self._multiplied(*unit.shape, torch.float32)
-                if not plan.units[unit.name].keeps:
+                if not plan.units[unit.name].is_unquantized:
                     each += self._unpacked(*unit.shape, plan.units[unit.name])
             around = tokens * self._around(view, layer, experts)
             original, each = original + around, each + around
@@ -201,7 +200,7 @@ class Clock:
 
     def _around(self, view: ModelView, layer: int, experts: int) -> float:
         """Seconds of a token in a layer beside the products with its weights, where a batch goes through together."""
-        return self._between(view, BATCH_TOKENS) + experts / BATCH_TOKENS * self._few(view, layer)
+        return self._between(view, view.task.batch_size) + experts / view.task.batch_size * self._few(view, layer)
 
     def _between(self, view: ModelView, tokens: int) -> float:
         """Seconds of a token in a layer between the products with its weights, where so many go through together."""

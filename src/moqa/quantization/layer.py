@@ -10,14 +10,13 @@ from torch import Tensor
 
 from moqa.calibration.inputs import InputStatistics, input_space
 from moqa.calibration.stacks import UnitStack, stacks
-from moqa.format.planes import by_suffix
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix, find_kernels
-from moqa.methods import METHODS, Method, SolveBatch, SolveResult
+from moqa.methods import METHODS, Method, SolveBatch
 from moqa.models.experts import weights_from
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
-from moqa.runtime.packed import PackedExperts, PackedLinear
+from moqa.runtime.packed import PackedExperts, packed_like
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ def quantize_units(
             data.
     """
     for unit in units:
-        if schemes[unit.name].keeps:
+        if schemes[unit.name].is_unquantized:
             yield unit, QuantizedUnit({"weight": view.weight(unit).to(torch.bfloat16).contiguous()}, "none", None)
-    narrow = [unit for unit in units if not schemes[unit.name].keeps]
+    narrow = [unit for unit in units if not schemes[unit.name].is_unquantized]
     if method.store is not None:
         for unit in narrow:
             yield unit, QuantizedUnit(method.store(view.weight(unit), schemes[unit.name]), method.name, None)
@@ -88,18 +87,13 @@ def solve(stack: UnitStack, schemes: Mapping[str, Scheme], method: Method) -> It
         best = min(errors, key=lambda name: (errors[name], name != "rtn"))
         whole = float(total[entry, rows].sum())
         error = errors[best] / whole if whole > 0 else None
-        tensors = _stored(results[best], entry, rows, schemes[unit.name].width)
+        tensors = results[best][entry, rows].stored(schemes[unit.name].width)
         yield unit, QuantizedUnit(tensors, best, error)
 
 
 def _squares(stack: UnitStack, difference: Tensor) -> Tensor:
     """[entries, rows] what a difference in the weights makes in each output, squared, for the check samples."""
     return torch.stack([seen.check.errors(one) for seen, one in zip(stack.inputs, difference, strict=True)])
-
-
-def _stored(result: SolveResult, entry: int, rows: slice, width: int) -> dict[str, Tensor]:
-    grid = result.grid[entry, rows]
-    return by_suffix(find_kernels().pack(result.integers[entry, rows], width), grid.scale, grid.zero)
 
 
 @contextmanager
@@ -125,7 +119,7 @@ def quantized(
                 continue
             parent, _, child = unit.module.rpartition(".")
             owner, linear = view.module(parent), view.module(unit.module)
-            setattr(owner, child, PackedLinear(matrix, linear.bias, kernels))  # type: ignore[arg-type]
+            setattr(owner, child, packed_like(linear, matrix, kernels))
             stack.callback(setattr, owner, child, linear)
         path = view.experts_path(layer)
         if path is not None:

@@ -11,7 +11,6 @@ from moqa.calibration.inputs import BlockInputs, CalibrationBatch, InputStatisti
 from moqa.execution import Executor, Workspace
 from moqa.format.scheme import Scheme
 from moqa.methods import Method
-from moqa.models.view import ModelView
 from moqa.progress import Report
 from moqa.quantization.layer import QuantizedUnit, quantize_units
 from moqa.quantization.samples import CalibrationSamples
@@ -40,50 +39,58 @@ class BlockPiece:
     linear: Mapping[str, InputStatistics] = field(default_factory=dict)
 
 
-def quantized_layers(
-    site: Workspace, schemes: Mapping[str, Scheme], method: Method, flow: CalibrationSamples | None, layers: Sequence[int],
-    engine: Executor, together: int, report: Report,
-) -> Generator[dict[str, QuantizedUnit], None, None]:  # fmt: skip
-    """Unit name -> result, of one decoder layer after the other.
+@dataclass(frozen=True)
+class BlockWork:
+    """What a run does to every block.
 
-    Args:
+    Attributes:
         site: the model and the work folder.
         schemes: unit name -> scheme.
-        method: how.
-        flow: samples, moved past each layer before the next is asked for; None for a method that needs none.
-        layers: indices, ascending.
-        engine: what does the work.
+        method: how units are quantized.
+        executor: what does the work.
         together: experts of a piece, at most.
         report: is told what is being waited for.
     """
-    depth = len(site.view.layers)
+
+    site: Workspace
+    schemes: Mapping[str, Scheme]
+    method: Method
+    executor: Executor
+    together: int
+    report: Report
+
+
+def quantized_layers(
+    work: BlockWork, flow: CalibrationSamples | None, layers: Sequence[int]
+) -> Generator[dict[str, QuantizedUnit], None, None]:
+    """Unit name -> result, of one decoder layer after the other.
+
+    Args:
+        work: what is done.
+        flow: samples, moved past each layer before the next is asked for; None for a method that needs none.
+        layers: indices, ascending.
+    """
     if flow is None:
-        # layers do not wait for each other: an engine may work ahead
-        pieces = [cut(site.view, layer, schemes, method, None, together, engine.workers) for layer in layers]
-        with closing(engine.map(quantize_piece, site, (piece for some in pieces for piece in some))) as results:
+        # layers do not wait for each other: an executor may work ahead
+        pieces = [cut(work, layer, None) for layer in layers]
+        with closing(work.executor.map(quantize_piece, work.site, (one for some in pieces for one in some))) as results:
             for some in pieces:
-                yield _collected(some, results, depth, report)
+                yield _collected(work, some, results)
         return
     for layer in layers:
-        yield _routed(site, schemes, method, flow, layer, engine, together, report)
+        yield _routed(work, flow, layer)
 
 
-def cut(
-    view: ModelView, layer: int, schemes: Mapping[str, Scheme], method: Method, inputs: BlockInputs | None,
-    together: int, workers: int,
-) -> list[BlockPiece]:  # fmt: skip
+def cut(work: BlockWork, layer: int, inputs: BlockInputs | None) -> list[BlockPiece]:
     """A layer in pieces, so that all workers have work; in one if that takes less than reading the layer.
 
     Args:
-        view: the model.
+        work: what is done.
         layer: index of the layer.
-        schemes: unit name -> scheme.
-        method: how they will be quantized.
         inputs: of the layer; None for a method that needs none, where layers do not wait for each other.
-        together: experts of a piece, at most.
-        workers: that there are.
     """
-    units = view.layer_units(layer)
+    schemes, method, workers = work.schemes, work.method, work.executor.workers
+    units = work.site.view.layer_units(layer)
     if inputs is None:
         experts = tuple(sorted({unit.expert for unit in units if unit.expert is not None}))
         return [BlockPiece(layer, method, {unit.name: schemes[unit.name] for unit in units}, experts)]
@@ -92,7 +99,7 @@ def cut(
         if unit.expert is not None:
             routed.setdefault(unit.expert, {})[unit.name] = schemes[unit.name]
     pieces = []
-    for some in _slices(sorted(routed), together, workers):
+    for some in _slices(sorted(routed), work.together, workers):
         mine = {name: scheme for expert in some for name, scheme in routed[expert].items()}
         pieces.append(BlockPiece(layer, method, mine, tuple(some), inputs.parts))
     dense = list(by_input(unit for unit in units if unit.expert is None).items())
@@ -117,26 +124,24 @@ def quantize_piece(site: Workspace, piece: BlockPiece) -> dict[str, QuantizedUni
     return {unit.name: done for unit, done in quantize_units(site.view, units, piece.schemes, piece.method, seen)}
 
 
-def _routed(
-    site: Workspace, schemes: Mapping[str, Scheme], method: Method, flow: CalibrationSamples, layer: int, engine: Executor, together: int,
-    report: Report,
-) -> dict[str, QuantizedUnit]:  # fmt: skip
+def _routed(work: BlockWork, flow: CalibrationSamples, layer: int) -> dict[str, QuantizedUnit]:
     inputs = flow.inputs(layer)
-    pieces = cut(site.view, layer, schemes, method, inputs, together, engine.workers)
-    with closing(engine.map(quantize_piece, site, pieces)) as results:
-        done = _collected(pieces, results, len(site.view.layers), report)
+    pieces = cut(work, layer, inputs)
+    with closing(work.executor.map(quantize_piece, work.site, pieces)) as results:
+        done = _collected(work, pieces, results)
     inputs.drop()
     return done
 
 
 def _collected(
-    pieces: Sequence[BlockPiece], results: Iterator[dict[str, QuantizedUnit]], depth: int, report: Report
+    work: BlockWork, pieces: Sequence[BlockPiece], results: Iterator[dict[str, QuantizedUnit]]
 ) -> dict[str, QuantizedUnit]:
     done: dict[str, QuantizedUnit] = {}
+    depth = len(work.site.view.layers)
     for piece in pieces:
         if piece.experts:
             error = _error(done)
-            report("quantize", piece.layer, depth, layer=piece.layer, expert=piece.experts[0], error=error)
+            work.report("quantize", piece.layer, depth, layer=piece.layer, expert=piece.experts[0], error=error)
         done |= next(results)
     return done
 

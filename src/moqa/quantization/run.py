@@ -7,7 +7,6 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from moqa import __version__
 from moqa.errors import MoqaError
@@ -16,9 +15,7 @@ from moqa.execution.background import Background
 from moqa.forecast.disk import largest_layer_bytes, quantization_disk_bytes
 from moqa.forecast.working_set import QuantizationWorkingSet
 from moqa.format.cache import write_cache
-from moqa.format.layout import Shard, shards
-from moqa.format.manifest import MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
-from moqa.format.writer import introduce, write_index, write_manifest, write_shard
+from moqa.format.writer import introduce
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
 from moqa.methods import Method
@@ -26,16 +23,16 @@ from moqa.methods.registry import find_method
 from moqa.models.view import ModelView, open_model
 from moqa.originals import folder as original
 from moqa.planning import Plan
-from moqa.planning.run import kept_entries
 from moqa.profiling import Profile, read_profile
 from moqa.progress import Report, quiet
 from moqa.quantization.cache import cache_layers, parse_cache
+from moqa.quantization.checkpoint import CheckpointWriter
 from moqa.quantization.layer import QuantizedUnit
-from moqa.quantization.pieces import quantized_layers
+from moqa.quantization.pieces import BlockWork, quantized_layers
 from moqa.quantization.routing import describe_routing
 from moqa.quantization.samples import CalibrationSamples, tokens_of
 from moqa.storage.folders import check_free
-from moqa.storage.resumable import ResumableRun, resumable
+from moqa.storage.resumable import resumable
 from moqa.storage.space import check_space
 
 # small files of the original that a transformers model needs beside its weights
@@ -107,10 +104,11 @@ def quantize(
     engine.prepare(folder, out, report)
     with torch.no_grad(), resumable(out, _job(plan, profile, how, cache), overwrite, restart) as work:
         target = work.result
-        missing = [layer for layer in range(len(view.layers)) if work.noted(f"layer-{layer}") is None]
+        writer = CheckpointWriter(view, work, plan, profile, how)
+        missing = writer.missing()
         if missing and room.ahead and engine.name == "local":
             view.read_ahead(missing[0])
-        if work.noted("start") is None:
+        if work.done("start") is None:
             for pattern in _COMPANIONS:
                 for path in sorted(folder.glob(pattern)):
                     if path.name != original.INDEX:
@@ -122,8 +120,13 @@ def quantize(
                 write_cache(target, plan.fingerprint, share, len(view.layers), layers)
                 report("cache", 1, 1)
             describe_routing(target, profile, plan.known)
-            work.note("start", {})
-        _write(Workspace(view, work), plan, how, profile, engine, room, missing, model, report)
+            work.mark_done("start", {})
+        samples = CalibrationSamples(view, plan, profile, work) if how.needs_data else None
+        _quantize(
+            BlockWork(Workspace(view, work), plan.units, how, engine, room.experts, report), writer, samples, room.ahead
+        )
+        writer.finish(str(model))
+        report("quantize", writer.depth, writer.depth)
     return out
 
 
@@ -147,78 +150,29 @@ def _job(plan: Plan, profile: Profile, method: Method, cache: str | None) -> dic
             "method": method.name, "cache": cache}  # fmt: skip
 
 
-def _write(
-    site: Workspace, plan: Plan, method: Method, profile: Profile, engine: Executor, room: QuantizationWorkingSet, missing: list[int],
-    model: str | Path, report: Report,
-) -> None:  # fmt: skip
-    view, work = site.view, site.work
-    kept, depth = kept_entries(profile), len(view.layers)
-    layout = shards(
-        kept, depth, {name: (unit.layer, unit.shape, plan.units[name]) for name, unit in view.units.items()}
-    )
-    with Background(room.ahead) as background, ExitStack() as stack:
-        if work.noted("kept") is None:
-            background.do(_write_kept, layout[0], view.kept_on_disk(), work)
-        flow = CalibrationSamples(view, plan, profile, work) if method.needs_data else None
-        layers = quantized_layers(site, plan.units, method, flow, missing, engine, room.experts, report)
-        results = stack.enter_context(closing(layers))
+def _quantize(work: BlockWork, writer: CheckpointWriter, samples: CalibrationSamples | None, ahead: bool) -> None:
+    """Quantize and write what is not written yet; `ahead`: writing goes on while the next layer is worked on."""
+    missing = writer.missing()
+    with Background(ahead) as background, ExitStack() as stack:
+        if not writer.has_kept():
+            background.do(writer.write_kept, work.site.view.kept_on_disk())
+        results = stack.enter_context(closing(quantized_layers(work, samples, missing)))
         for layer in missing:
-            report("quantize", layer, depth)
-            background.do(_finish, view, plan, flow, layer, next(results), layout[layer + 1], work)
-    files: dict[str, StoredFile] = {}
-    units: dict[str, StoredUnit] = {}
-    for shard, step in zip(layout, ("kept", *(f"layer-{layer}" for layer in range(depth))), strict=True):
-        done = work.noted(step)
-        assert done is not None
-        files[shard.file] = StoredFile.model_validate(done["file"])
-        units |= {name: StoredUnit.model_validate(unit) for name, unit in done["units"].items()}
-    if sum(file.bytes for file in files.values()) != plan.account.checkpoint:
-        raise RuntimeError(f"wrote {sum(f.bytes for f in files.values())} bytes, planned {plan.account.checkpoint}")
-    for name, file in files.items():
-        if not (work.result / name).is_file() or (work.result / name).stat().st_size != file.bytes:
-            raise MoqaError(f"{work.result / name} was changed after it was written", "begin anew with --restart")
-    fitted = {n: r.fitted for n, r in profile.record.distributions.items() if n in plan.known and r.fitted is not None}
-    manifest = Manifest(
-        moqa=__version__, model=str(model), model_type=plan.model_type, fingerprint=plan.fingerprint,
-        layers=depth, strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
-        budget=plan.budget, method=method.name, seed=profile.record.settings.seed, mixture=plan.mixture,
-        fitted=fitted,
-        units=units, kept={n: StoredTensor(dtype=str(dtype).removeprefix("torch."), shape=shape)
-                           for n, (dtype, shape) in kept.items()},
-        files=files,
-    )  # fmt: skip
-    write_manifest(manifest, work.result / MANIFEST)
-    write_index(manifest, work.result)
-    report("quantize", depth, depth)
-
-
-def _write_kept(shard: Shard, tensors: Mapping[str, Tensor], work: ResumableRun) -> None:
-    """Write what no unit covers, and note that it is done."""
-    work.note("kept", {"file": write_shard(work.result, shard, tensors).model_dump(mode="json"), "units": {}})
+            work.report("quantize", layer, writer.depth)
+            background.do(_finish, work, writer, samples, layer, next(results))
 
 
 def _finish(
-    view: ModelView, plan: Plan, flow: CalibrationSamples | None, layer: int, done: Mapping[str, QuantizedUnit], shard: Shard,
-    work: ResumableRun,
+    work: BlockWork, writer: CheckpointWriter, samples: CalibrationSamples | None, layer: int,
+    done: Mapping[str, QuantizedUnit],
 ) -> None:  # fmt: skip
     """Write a quantized layer, put the hidden states behind it aside, and note that it is done."""
-    file = write_shard(work.result, shard, _tensors(done))
-    if flow and layer + 1 < len(view.layers):
-        flow.advance(layer, done, plan.units)
-    stored = {
-        unit.name: StoredUnit(
-            layer=layer, role=unit.role, shape=unit.shape, scheme=plan.units[unit.name], method=done[unit.name].method,
-            error=None if done[unit.name].error is None else float(f"{done[unit.name].error:.6g}"),
-        ).model_dump(mode="json")
-        for unit in view.layer_units(layer)
-    }  # fmt: skip
-    work.note(f"layer-{layer}", {"file": file.model_dump(mode="json"), "units": stored})
-    if flow:
-        flow.forget(layer)
-
-
-def _tensors(done: Mapping[str, QuantizedUnit]) -> dict[str, Tensor]:
-    return {f"{name}.{suffix}": tensor for name, result in done.items() for suffix, tensor in result.tensors.items()}
+    written = writer.write_layer(layer, done)
+    if samples and layer + 1 < writer.depth:
+        samples.advance(layer, done, work.schemes)
+    writer.mark_done(layer, written)
+    if samples:
+        samples.forget(layer)
 
 
 def _profile_of(plan: Plan) -> Profile:

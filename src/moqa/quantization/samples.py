@@ -8,7 +8,7 @@ from torch import Tensor
 from moqa.calibration.hidden import HiddenStates
 from moqa.calibration.inputs import HELD_OUT_EVERY, BlockInputs, CalibrationBatch
 from moqa.format.scheme import Scheme
-from moqa.models.layerwise import LayerwiseModel, batches
+from moqa.models.layerwise import LayerwiseModel
 from moqa.models.view import ModelView
 from moqa.planning import Plan
 from moqa.profiling import Profile
@@ -35,9 +35,9 @@ class CalibrationSamples:
             tokens = profile.samples(name)
             check = _held_out(len(tokens))
             for held, windows in ((False, tokens[~check]), (True, tokens[check])):
-                for batch in batches(windows) if len(windows) else ():
+                for batch in self._stages.task.batches(windows) if len(windows) else ():
                     # every distribution counts by its share, however many samples it has
-                    self._parts.append((share / windows.numel(), held))
+                    self._parts.append((share / self._stages.task.count(windows), held))
                     found.append(batch)
         self._hidden = HiddenStates(self._stages, work, "samples", found)
 

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moqa.errors import MoqaError
+from moqa.errors import MoqaError, one_line
 from moqa.format.reader import Checkpoint, open_checkpoint
 from moqa.kernels import KERNELS, Kernels, PackedMatrix, find_kernels
 from moqa.models.building import BUILDING, empty_model
-from moqa.models.coverage import is_linear
 from moqa.models.experts import Experts
-from moqa.models.load import load_tokenizer, one_line, read_generation_config
+from moqa.models.load import read_generation_config
 from moqa.models.view import ModelView
 from moqa.runtime.adjusted import make_adjustable
-from moqa.runtime.packed import KeptEmbedding, PackedExperts, PackedLinear
+from moqa.runtime.packed import KeptEmbedding, PackedExperts, PackedLinear, packed_like
 from moqa.runtime.variants import Variants
+from moqa.tasks import task_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def load(
@@ -31,7 +31,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     kernels: str = "auto",
     device: str | torch.device = "cpu",
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+) -> "tuple[PreTrainedModel, Any]":
     """Load a checkpoint.
 
     >>> model, tokenizer = moqa.load("runs/out")
@@ -47,13 +47,14 @@ def load(
         device: where to compute; on another than the CPU, weights are copied there.
 
     Returns:
-        A transformers model whose units are packed, and its tokenizer.
+        A transformers model whose units are packed, and its tokenizer or image processor.
 
     Raises:
         MoqaError: if the checkpoint is damaged or does not fit its own configuration, or the kernels do not run here.
     """
     checkpoint = open_checkpoint(folder, verify)
-    return load_packed(checkpoint, dtype=dtype, kernels=kernels, device=device), load_tokenizer(checkpoint.folder)
+    model = load_packed(checkpoint, dtype=dtype, kernels=kernels, device=device)
+    return model, task_of(model.config).processor(checkpoint.folder)
 
 
 def load_packed(
@@ -74,8 +75,9 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, kernels: str, device: str
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
-        depth = config.get_text_config().num_hidden_layers
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        task = task_of(config, checkpoint.folder)
+        depth = task.depth(config)
         if depth != checkpoint.manifest.layers:  # before a model of any depth is built
             raise ValueError(f"{depth} layers, the manifest has {checkpoint.manifest.layers}")
         model = empty_model(config, dtype)
@@ -96,7 +98,8 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, kernels: str, device: str
         name = (report.unexpected_keys or left)[0]
         raise MoqaError(f"{checkpoint.folder}: {name} does not fit config.json", "one of the two was changed")
     keep_as_stored(model, stored, dtype, found)
-    read_generation_config(model, checkpoint.folder)
+    if task.writes_samples:
+        read_generation_config(model, checkpoint.folder)
     return model.requires_grad_(False).to(device)
 
 
@@ -129,7 +132,7 @@ def keep_as_stored(
     for name, module in tables.items():
         if isinstance(module, nn.Linear):
             model.set_output_embeddings(PackedLinear.of_kept(stored[name], module.bias, kernels))
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if tables else None
     for name, module in tables.items():
         if isinstance(module, nn.Embedding):
             if isinstance(head, nn.Linear) and head.weight is module.weight:
@@ -140,7 +143,7 @@ def keep_as_stored(
 def _tables(model: "PreTrainedModel", stored: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     """Names of the embedding's and the head's own tables that are stored in bfloat16."""
     names = {id(module): name for name, module in model.named_modules()}
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = task_of(model.config).ends(model)
     plain = {f"{names[id(end)]}.weight": end for end in ends if type(end) in (nn.Embedding, nn.Linear)}
     return {n: end for n, end in plain.items() if n in stored and stored[n].dtype == torch.bfloat16}
 
@@ -168,8 +171,7 @@ def _install(
             continue
         parent, _, child = unit.module.rpartition(".")
         linear = view.module(unit.module)
-        assert is_linear(linear)
-        setattr(view.module(parent), child, PackedLinear(matrices[unit.name], linear.bias, kernels))
+        setattr(view.module(parent), child, packed_like(linear, matrices[unit.name], kernels))
     for path, stacked in stacks.items():
         experts: Experts = view.module(path)
         experts.moqa_weights = PackedExperts(experts, stacked, kernels, variants=variants, layer=layer)

@@ -3,17 +3,19 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from moqa.format.scheme import KEEP_WIDTH, Scheme
+from moqa.format.scheme import Scheme
+from moqa.format.tiles import KEEP_WIDTH
 from moqa.kernels import ACTIVATIONS, ExpertStack, Kernels, PackedMatrix
 from moqa.kernels.patch import patched_down
 from moqa.kernels.reference import activate
 from moqa.models.experts import Experts, projection_rows
+from moqa.models.layout import Convolution, layout_of
 from moqa.runtime.variants import ExpertsVariant, Variants
 
 
@@ -43,6 +45,38 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return self.kernels.linear(self.matrix, x, self.bias)
+
+
+class PackedConvolution(nn.Module):
+    """A convolution of images whose weight is packed: a product with patches of its input.
+
+    >>> PackedConvolution(matrix, None, find_kernels(), Convolution.of(module))(torch.randn(2, 32, 8, 8)).shape
+    torch.Size([2, 64, 8, 8])
+
+    Args:
+        matrix: the weight, [out, channels * kernel height * kernel width].
+        bias: [out] or None.
+        kernels: what multiplies.
+        convolution: which patches.
+    """
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, kernels: Kernels, convolution: Convolution) -> None:
+        super().__init__()
+        self.matrix, self.kernels, self.convolution = matrix, kernels, convolution
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, channels, height, width] -> [batch, out, height, width]."""
+        return self.convolution.as_image(self.kernels.linear(self.matrix, self.convolution.patches(x), self.bias), x)
+
+
+def packed_like(module: nn.Module, matrix: PackedMatrix, kernels: Kernels) -> "PackedLinear | PackedConvolution":
+    """What stands in the place of a module with one matrix."""
+    bias: Any = module.bias
+    convolution = layout_of(module)
+    if convolution is None:
+        return PackedLinear(matrix, bias, kernels)
+    return PackedConvolution(matrix, bias, kernels, convolution)
 
 
 class KeptEmbedding(nn.Module):
@@ -207,7 +241,7 @@ def _name_of(compute: Callable[[Tensor, Tensor], Tensor]) -> str | None:
 @contextmanager
 def unpacked(module: nn.Module) -> Iterator[None]:
     """Unpack every matrix below a module once, for a block in which the reference kernels use it many times."""
-    users = [m for m in module.modules() if isinstance(m, PackedLinear | PackedExperts)]
+    users = [m for m in module.modules() if isinstance(m, PackedLinear | PackedConvolution | PackedExperts)]
     slow = [user for user in users if user.kernels.name == "reference"]
     matrices = [m for user in slow for m in user.modules() if isinstance(m, PackedMatrix)]
     matrices += [m for user in slow if isinstance(user, PackedExperts) for m in user.variant.parts()]

@@ -11,9 +11,10 @@ import torch
 from moqa.errors import MoqaError
 from moqa.format.reader import is_checkpoint, open_checkpoint
 from moqa.generation import Sampling, tokens
-from moqa.models.load import load_original
+from moqa.models.load import load_original, read_config
 from moqa.originals.folder import check_finite, weight_files
 from moqa.runtime.load import choose_kernels, load_packed
+from moqa.tasks import check_language_model
 
 
 def measure(
@@ -22,6 +23,7 @@ def measure(
     """What `Speed` holds, but the model's name."""
     torch.set_num_threads(threads)
     packed = is_checkpoint(folder)
+    check_language_model(read_config(folder, packed), folder)
     # both checks read every byte, into the page cache: what is measured is the loading, not the disk
     if packed:
         files = [folder / name for name in open_checkpoint(folder).manifest.files]

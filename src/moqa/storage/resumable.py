@@ -24,9 +24,9 @@ class ResumableRun:
     """A folder on its way to be whole.
 
     >>> with resumable(Path("out"), {"model": "..."}) as work:
-    ...     if work.noted("layer-0") is None:
-    ...         work.keep("hidden-1", {"x": torch.ones(3)})
-    ...         work.note("layer-0", {"error": 0.1})
+    ...     if work.done("layer-0") is None:
+    ...         work.save("hidden-1", {"x": torch.ones(3)})
+    ...         work.mark_done("layer-0", {"error": 0.1})
 
     Attributes:
         folder: where the work lies; other processes open it by this.
@@ -42,8 +42,8 @@ class ResumableRun:
         """Whether any step is done."""
         return any(self._steps.glob("*.json"))
 
-    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors aside; they are safe once a later `note` is made."""
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors aside; they are safe once a later `mark_done` is made."""
         path, fresh = self._steps / f"{name}.safetensors", self._steps / f".{uuid4().hex}"
         try:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, fresh)
@@ -53,7 +53,7 @@ class ResumableRun:
             fresh.unlink(missing_ok=True)
         self._fresh.append(path)
 
-    def kept(self, name: str) -> dict[str, Tensor]:
+    def load(self, name: str) -> dict[str, Tensor]:
         """Tensors that were put aside.
 
         Raises:
@@ -65,24 +65,24 @@ class ResumableRun:
         except (SafetensorError, OSError) as error:
             raise MoqaError(f"{path} is damaged ({error})", "begin anew with --restart") from None
 
-    def drop(self, name: str) -> None:
+    def remove(self, name: str) -> None:
         """Remove tensors that are needed no more; a pattern removes several."""
         for path in self._steps.glob(f"{name}.safetensors"):
             path.unlink()
 
-    def note(self, name: str, facts: Mapping[str, Any]) -> None:
+    def mark_done(self, name: str, facts: Mapping[str, Any]) -> None:
         """Record that a step is done: all that was put aside before is on the disk when this returns."""
         self.flush()
         _write_whole(self._steps / f"{name}.json", facts)
 
     def flush(self) -> None:
-        """Have all that this process put aside on the disk, for a `note` that another one makes."""
+        """Have all that this process put aside on the disk, for a `mark_done` that another one makes."""
         for path in self._fresh:
             if path.is_file():
                 sync(path)
         self._fresh = []
 
-    def noted(self, name: str) -> dict[str, Any] | None:
+    def done(self, name: str) -> dict[str, Any] | None:
         """What was recorded of a step; None if it is not done."""
         return _read(self._steps / f"{name}.json")
 

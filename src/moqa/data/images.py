@@ -1,0 +1,194 @@
+"""Images: folders with one folder for each class, and the pixels cut from them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from moqa.data.spacing import evenly_spaced
+from moqa.errors import MoqaError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+# images that are read and made to pixels together
+_TOGETHER = 64
+# bytes of each file that tell it from others of its size
+_LOOKED_AT = 4096
+
+
+@dataclass(frozen=True)
+class Images:
+    """A named source of images, each with a class.
+
+    Attributes:
+        name: of the distribution.
+        files: file and the name of its class, in order.
+        origin: what the user typed after NAME=.
+    """
+
+    name: str
+    files: tuple[tuple[Path, str], ...]
+    origin: str
+
+    @property
+    def digest(self) -> str:
+        """Hash by which the same images are recognised again: class, size and first bytes of every file."""
+        digest = hashlib.sha256()
+        for path, label in self.files:
+            with path.open("rb") as file:
+                digest.update(f"{label} {path.stat().st_size}\n".encode() + file.read(_LOOKED_AT))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSamples:
+    """Images as a model reads them.
+
+    Attributes:
+        name: of the distribution.
+        inputs: [images, channels, height, width] pixels as the image processor makes them, float32.
+        labels: [images] class, int64.
+        hashes: [hashes] uint64, sorted and unique: of each image's pixels before they were resized.
+    """
+
+    name: str
+    inputs: Tensor
+    labels: Tensor
+    hashes: np.ndarray
+
+
+class ImageReader(Protocol):
+    """What makes pixels and classes for one model: `moqa.tasks.image_classification.ImageProcessor`."""
+
+    def pixels(self, images: list[Any]) -> Tensor:
+        """[images, channels, height, width] of opened images."""
+
+    def label(self, name: str) -> int:
+        """Class of a name.
+
+        Raises:
+            MoqaError: if the model has no such class.
+        """
+
+
+def read_images(spec: str) -> Images:
+    """List the images of a folder that holds one folder for each class.
+
+    >>> read_images("test=reference/image/test").files[0]
+    (PosixPath('reference/image/test/airplane/0003.png'), 'airplane')
+
+    Args:
+        spec: NAME=FOLDER; folders in it are named as the model names its classes, or by their numbers.
+
+    Raises:
+        MoqaError: if it is no such folder, or an image lies outside the folders of classes.
+    """
+    name, equals, source = spec.partition("=")
+    if not equals or not source:
+        raise MoqaError(f"'{spec}' is not NAME=FOLDER", "give for example test=images/test")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise MoqaError(f"'{name}' in '{spec}' is not a name", "use letters, digits, '_', '.' and '-'")
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise MoqaError(
+            f"{spec}: {folder} {found}", "an image classifier reads a folder with one folder for each class"
+        )
+    loose = next((path for path in sorted(folder.iterdir()) if is_image(path)), None)
+    if loose is not None:
+        raise MoqaError(f"{spec}: {loose} has no label", f"put it into a folder named as its class, {folder}/CLASS")
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    files = tuple((path, label.name) for label in classes for path in sorted(label.rglob("*")) if is_image(path))
+    if not files:
+        kinds = ", ".join(sorted(_SUFFIXES))
+        raise MoqaError(f"{spec} holds no image", f"give a folder with one folder of {kinds} for each class")
+    return Images(name, files, source)
+
+
+def cut_images(images: Images, reader: ImageReader, count: int | None = None, seed: int = 0) -> ImageSamples:
+    """Read images as a model takes them, evenly spaced over all classes.
+
+    >>> cut_images(images, reader, count=32).inputs.shape
+    torch.Size([32, 3, 64, 64])
+
+    Args:
+        images: where they lie.
+        reader: of the model.
+        count: how many to take; all of them if None or more than there are.
+        seed: shifts which ones are taken.
+
+    Raises:
+        MoqaError: if an image cannot be read, or its class is none of the model's.
+    """
+    import torch
+
+    if count is not None and count < 1:
+        raise MoqaError(f"{count} images of {images.name} leave nothing to read", "take 1 or more")
+    available = len(images.files)
+    chosen = evenly_spaced(available, available if count is None else min(count, available), seed)
+    files = [images.files[index] for index in chosen]
+    labels = [_label(images, reader, label) for _, label in files]
+    pixels, hashes = [], []
+    for begin in range(0, len(files), _TOGETHER):
+        opened = [_open(images, path) for path, _ in files[begin : begin + _TOGETHER]]
+        hashes += [_content_hash(image) for image in opened]
+        pixels.append(reader.pixels(opened))
+    return ImageSamples(
+        images.name, torch.cat(pixels).float(), torch.tensor(labels), np.unique(np.array(hashes, np.uint64))
+    )
+
+
+def split_images(images: Images, share: float = 0.2) -> tuple[Images, Images]:
+    """Hold out a share of the images, evenly spaced over all classes.
+
+    >>> calibration, held_out = split_images(images)
+
+    Raises:
+        MoqaError: if either split would hold no image.
+    """
+    held = round(len(images.files) * share)
+    if not 0 < held < len(images.files):
+        raise MoqaError(
+            f"{images.name}={images.origin} is too short to hold out {share:.0%}",
+            f"it has {len(images.files)} images: give more, or a folder of its own for evaluation",
+        )
+    out = set(evenly_spaced(len(images.files), held, 0).tolist())
+    sides = [tuple(f for n, f in enumerate(images.files) if (n in out) == held_out) for held_out in (False, True)]
+    return replace(images, files=sides[0]), replace(images, files=sides[1])
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its name."""
+    return path.suffix.lower() in _SUFFIXES and path.is_file()
+
+
+def _label(images: Images, reader: ImageReader, label: str) -> int:
+    try:
+        return reader.label(label)
+    except MoqaError as error:
+        raise MoqaError(f"{images.name}={images.origin}: {error}") from None
+
+
+def _open(images: Images, path: Path) -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MoqaError("images need the package pillow", "pip install 'moqa[image]'") from None
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # decoders fail on damaged files in any way
+        raise MoqaError(f"{images.name}={images.origin}: {path} cannot be read as an image", one_line(error)) from None
+
+
+def _content_hash(image: Any) -> int:
+    """Of the decoded pixels: the same picture in another file format without loss has the same hash."""
+    digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
+    return int.from_bytes(digest[:8], "little")

@@ -1,0 +1,9 @@
+"""Encodings: how weights and what belongs to them are stored. One file each, one word here."""
+
+from moqa.format.encodings.encoding import Encoding, TensorSpec
+from moqa.format.encodings.integer_planes import IntegerPlanes
+from moqa.format.encodings.unquantized import Unquantized
+
+ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in (IntegerPlanes(), Unquantized())}
+
+__all__ = ["ENCODINGS", "Encoding", "TensorSpec"]

@@ -1,0 +1,38 @@
+"""`integer_planes`: integers on a grid, in planes of 4, 2 and 1 bits, with a scale and a zero-point for each group."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moqa.format.encodings.encoding import Encoding, Parameters, TensorSpec
+from moqa.format.grid import Grid
+from moqa.format.planes import unpack, untile_rows
+from moqa.format.tiles import BLOCK, PLANES, TILE
+
+
+class IntegerPlanes(Encoding):
+    """See `Encoding`; suffixes are `p0`, `p1`, ... for the planes, `scale`, and `zero` unless symmetric."""
+
+    name = "integer_planes"
+
+    def tensors(self, scheme: Parameters, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """See `Encoding`."""
+        out, features = shape
+        tiles, blocks, groups = -(-out // TILE), -(-features // BLOCK), -(-features // scheme.group_size)
+        stored: dict[str, TensorSpec] = {
+            f"p{index}": (torch.uint8, (tiles, blocks, TILE * BLOCK * bits // 8))
+            for index, bits in enumerate(PLANES[scheme.width])
+        }
+        stored["scale"] = (getattr(torch, scheme.scale_dtype), (tiles, groups, TILE))
+        if not scheme.symmetric:
+            stored["zero"] = (torch.uint8, (tiles, groups, TILE))
+        return stored
+
+    def decode(self, scheme: Parameters, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Tensor:
+        """See `Encoding`."""
+        zero = None if scheme.symmetric else untile_rows(tensors["zero"], shape[0])
+        scale = untile_rows(tensors["scale"], shape[0])
+        top = torch.tensor(2**scheme.width - 1, dtype=torch.float32, device=scale.device).expand(scale.shape)
+        planes = [tensors[f"p{index}"] for index in range(len(PLANES[scheme.width]))]
+        return Grid(scale, zero, scheme.group_size, top).decode(unpack(planes, scheme.width, shape))

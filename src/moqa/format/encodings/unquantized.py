@@ -1,0 +1,22 @@
+"""`unquantized`: the matrix as 16-bit floating point, which every scheme of 16 bits stores."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moqa.format.encodings.encoding import Encoding, Parameters, TensorSpec
+
+
+class Unquantized(Encoding):
+    """See `Encoding`; the only suffix is `weight`."""
+
+    name = "unquantized"
+
+    def tensors(self, scheme: Parameters, shape: tuple[int, int]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        """See `Encoding`."""
+        return {"weight": (torch.bfloat16, shape)}
+
+    def decode(self, scheme: Parameters, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        """See `Encoding`."""
+        return tensors["weight"].float()

@@ -1,0 +1,21 @@
+"""Sizes that every file of the format shares: tiles, planes and widths."""
+
+# A tile of 16 rows by 32 inputs is what a kernel takes at once: a plane of p bits stores it in p vectors of 64 bytes.
+TILE = 16
+BLOCK = 32
+# not quantized: 16-bit floating point
+KEEP_WIDTH = 16
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+# products of 8 bits over a larger group would not fit in 32
+LARGEST_GROUP = 2**16
+# Most significant plane first, so that dropping planes from the end leaves a coarser version of the same weights.
+PLANES: dict[int, tuple[int, ...]] = {
+    1: (1,),
+    2: (2,),
+    3: (2, 1),
+    4: (4,),
+    5: (4, 1),
+    6: (4, 2),
+    7: (4, 2, 1),
+    8: (4, 4),
+}

@@ -1,0 +1,71 @@
+"""How what a module is called with and answers becomes rows of one matrix product."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.functional import unfold
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution as a product of its [out, in * height * width] matrix with patches of its input.
+
+    >>> convolution = Convolution.of(nn.Conv2d(3, 16, 3, padding=1))
+    >>> convolution.patches(torch.ones(2, 3, 8, 8)).shape
+    torch.Size([128, 27])
+
+    Attributes:
+        kernel: height and width.
+        stride: down and right.
+        padding: likewise, with zeros.
+        dilation: likewise.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @classmethod
+    def of(cls, module: nn.Conv2d) -> "Convolution":
+        """That of a module for which `is_convolution` holds."""
+        sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+        return cls(*((int(size[0]), int(size[1])) for size in sizes))
+
+    def patches(self, x: Tensor) -> Tensor:
+        """[batch, channels, height, width] -> [batch * positions, channels * kernel height * kernel width]."""
+        columns = unfold(x, self.kernel, self.dilation, self.padding, self.stride)
+        return columns.mT.reshape(-1, columns.shape[1])
+
+    def as_image(self, rows: Tensor, x: Tensor) -> Tensor:
+        """[batch * positions, out] products for an input -> [batch, out, height, width]."""
+        height, width = (
+            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for side, kernel, stride, padding, dilation in zip(
+                x.shape[-2:], self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return rows.view(len(x), height, width, rows.shape[1]).permute(0, 3, 1, 2).contiguous()
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution of images that is one matrix product: without groups, padded with zeros."""
+    if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
+        return False
+    return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def layout_of(module: nn.Module) -> Convolution | None:
+    """The convolution that a module computes; None for a linear layer."""
+    return Convolution.of(module) if isinstance(module, nn.Conv2d) else None
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """[rows, in] of what a module that holds a unit was called with."""
+    convolution = layout_of(module)
+    return x.flatten(0, -2) if convolution is None else convolution.patches(x)
+
+
+def output_rows(module: nn.Module, out: Tensor) -> Tensor:
+    """[rows, out] of what it answered, or of its gradient."""
+    return out.flatten(0, -2) if layout_of(module) is None else out.movedim(1, -1).flatten(0, -2)

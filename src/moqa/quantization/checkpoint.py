@@ -1,0 +1,116 @@
+"""The files of a checkpoint on their way: one shard for what is kept, one for every decoder layer, then the manifest."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from moqa import __version__
+from moqa.errors import MoqaError
+from moqa.format.layout import shards
+from moqa.format.manifest import MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
+from moqa.format.writer import write_index, write_manifest, write_shard
+from moqa.methods import Method
+from moqa.models.view import ModelView
+from moqa.planning import Plan
+from moqa.planning.run import kept_entries
+from moqa.profiling import Profile
+from moqa.quantization.layer import QuantizedUnit
+from moqa.storage.resumable import ResumableRun
+
+
+class CheckpointWriter:
+    """Writes a checkpoint into the result of a run, shard by shard.
+
+    Args:
+        view: the original.
+        work: the run.
+        plan: scheme of every unit.
+        profile: the plan's.
+        method: how units are quantized.
+
+    Attributes:
+        depth: number of decoder layers.
+    """
+
+    def __init__(self, view: ModelView, work: ResumableRun, plan: Plan, profile: Profile, method: Method) -> None:
+        self._view, self._work, self._plan, self._profile, self._method = view, work, plan, profile, method
+        self._kept, self.depth = kept_entries(profile), len(view.layers)
+        units = {name: (unit.layer, unit.shape, plan.units[name]) for name, unit in view.units.items()}
+        self._layout = shards(self._kept, self.depth, units)
+
+    def missing(self) -> list[int]:
+        """Layers that are not written yet."""
+        return [layer for layer in range(self.depth) if self._work.done(_step(layer)) is None]
+
+    def has_kept(self) -> bool:
+        """Whether what no unit covers is written."""
+        return self._work.done("kept") is not None
+
+    def write_kept(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write what no unit covers, and note that it is done."""
+        file = write_shard(self._work.result, self._layout[0], tensors)
+        self._work.mark_done("kept", {"file": file.model_dump(mode="json"), "units": {}})
+
+    def write_layer(self, layer: int, done: Mapping[str, QuantizedUnit]) -> dict[str, Any]:
+        """Write a quantized layer; gives what `mark_done` records of it."""
+        tensors = {f"{name}.{key}": tensor for name, result in done.items() for key, tensor in result.tensors.items()}
+        file = write_shard(self._work.result, self._layout[layer + 1], tensors)
+        stored = {
+            unit.name: StoredUnit(
+                layer=layer, role=unit.role, shape=unit.shape, scheme=self._plan.units[unit.name],
+                method=done[unit.name].method, error=_rounded(done[unit.name].error),
+            ).model_dump(mode="json")
+            for unit in self._view.layer_units(layer)
+        }  # fmt: skip
+        return {"file": file.model_dump(mode="json"), "units": stored}
+
+    def mark_done(self, layer: int, written: Mapping[str, Any]) -> None:
+        """Note that a layer is done."""
+        self._work.mark_done(_step(layer), written)
+
+    def finish(self, model: str) -> None:
+        """Check all files and write the manifest.
+
+        Args:
+            model: the original as the user gave it.
+
+        Raises:
+            MoqaError: if a file is not what was written.
+        """
+        work, plan, profile = self._work, self._plan, self._profile
+        files: dict[str, StoredFile] = {}
+        units: dict[str, StoredUnit] = {}
+        for shard, step in zip(self._layout, ("kept", *map(_step, range(self.depth))), strict=True):
+            done = work.done(step)
+            assert done is not None
+            files[shard.file] = StoredFile.model_validate(done["file"])
+            units |= {name: StoredUnit.model_validate(unit) for name, unit in done["units"].items()}
+        written = sum(file.bytes for file in files.values())
+        if written != plan.account.checkpoint:
+            raise RuntimeError(f"wrote {written} bytes, planned {plan.account.checkpoint}")
+        for name, file in files.items():
+            if not (work.result / name).is_file() or (work.result / name).stat().st_size != file.bytes:
+                raise MoqaError(f"{work.result / name} was changed after it was written", "begin anew with --restart")
+        records = profile.record.distributions.items()
+        manifest = Manifest(
+            moqa=__version__, model=model, model_type=plan.model_type, fingerprint=plan.fingerprint,
+            layers=self.depth, strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
+            budget=plan.budget, method=self._method.name, seed=profile.record.settings.seed, mixture=plan.mixture,
+            fitted={name: record.fitted for name, record in records if name in plan.known and record.fitted is not None},
+            units=units, files=files,
+            kept={
+                name: StoredTensor(dtype=str(dtype).removeprefix("torch."), shape=shape)
+                for name, (dtype, shape) in self._kept.items()
+            },
+        )  # fmt: skip
+        write_manifest(manifest, work.result / MANIFEST)
+        write_index(manifest, work.result)
+
+
+def _step(layer: int) -> str:
+    return f"layer-{layer}"
+
+
+def _rounded(error: float | None) -> float | None:
+    return None if error is None else float(f"{error:.6g}")

@@ -1,0 +1,136 @@
+"""Causal language models: windows of tokens, each token predicted from those before it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moqa.data import (
+    Data,
+    Source,
+    Windows,
+    as_distributions,
+    as_text,
+    cut_windows,
+    split_held_out,
+)
+from moqa.errors import MoqaError, one_line
+from moqa.tasks.task import Samples, Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
+    """Tokenizer of a model folder.
+
+    >>> load_tokenizer("reference/model").vocab_size
+    8192
+
+    Raises:
+        MoqaError: if the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare exceptions, transformers all kinds
+        raise MoqaError(f"{folder} has no tokenizer that transformers can read", one_line(error)) from None
+
+
+class CausalLM(Task):
+    """See `Task`."""
+
+    name, kind = "causal_lm", "causal language model"
+    batch_size, batch_dims = 1024, 2
+    predicts_each, writes_samples = True, True
+
+    def accepts(self, config: "PretrainedConfig") -> bool:
+        """See `Task`."""
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+    def auto_class(self) -> Any:
+        """See `Task`."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        """Its decoder layers."""
+        get_decoder: Any = getattr(model, "get_decoder", None)
+        decoder = get_decoder() if get_decoder else model
+        for owner in (decoder, getattr(decoder, "model", None)):
+            layers = getattr(owner, "layers", None)
+            if isinstance(layers, nn.ModuleList) and len(layers):
+                return layers
+        children = ", ".join(name for name, _ in decoder.named_children())
+        raise MoqaError(f"{type(model).__name__} has no decoder layers", f"looked for `layers` among {children}")
+
+    def ends(self, model: "PreTrainedModel") -> list[Any]:
+        """The embedding, and the head if there is one."""
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        return [end for end in ends if end is not None]
+
+    def depth(self, config: "PretrainedConfig") -> int:
+        """See `Task`."""
+        return int(config.get_text_config().num_hidden_layers)
+
+    def probe(self, model: nn.Module) -> Tensor:  # noqa: ARG002
+        """Two tokens."""
+        return torch.zeros(1, 2, dtype=torch.long)
+
+    def call(self, model: nn.Module, batch: Tensor) -> Tensor:
+        """[batch, context] token ids -> [batch, context, vocabulary]."""
+        return model(batch, use_cache=False).logits
+
+    def stand_in(self, model: nn.Module, hidden: Tensor) -> Tensor:  # noqa: ARG002
+        """See `Task`."""
+        return torch.zeros(hidden.shape[:2], dtype=torch.long)
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """[batch, context, vocabulary] -> [tokens, vocabulary]."""
+        return logits.flatten(0, 1)
+
+    def scored(self, logits: Tensor) -> Tensor:
+        """Of every token of a window but the last, which predicts what is not there."""
+        return logits[:, :-1].flatten(0, 1)
+
+    def targets(self, samples: Samples) -> Iterator[Tensor]:
+        """The tokens that follow."""
+        return (batch[:, 1:].reshape(-1) for batch in self.batches(samples.inputs))
+
+    def processor(self, folder: str | Path) -> Any:
+        """See `Task`."""
+        return load_tokenizer(folder)
+
+    def reader(self, folder: str | Path) -> Any:
+        """The tokenizer."""
+        return load_tokenizer(folder)
+
+    def sources(self, data: Data, reader: Any) -> list[Source]:
+        """Texts; see `moqa.data.read_distribution`."""
+        return list(as_distributions(data, reader))
+
+    def split(self, source: Source) -> tuple[Source, Source]:
+        """See `moqa.data.split_held_out`."""
+        return split_held_out(as_text(source))
+
+    def context(self, context: int) -> int:
+        """Tokens of a window."""
+        return context
+
+    def cut(self, source: Source, reader: Any, context: int, count: int | None = None, seed: int = 0) -> Windows:
+        """See `moqa.data.cut_windows`."""
+        return cut_windows(as_text(source), reader, context, count, seed)
+
+    def batches(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """See `Task`."""
+        return inputs.split(max(1, self.batch_size // inputs.shape[1]))
+
+    def count(self, inputs: Tensor) -> int:
+        """Tokens."""
+        return inputs.numel()

@@ -1,0 +1,187 @@
+"""Image classifiers: pictures, each with one class."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moqa.data import Data, Images, ImageSamples, Source, cut_images, read_images, split_images
+from moqa.errors import MoqaError, one_line
+from moqa.tasks.task import Samples, Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# names under which families keep what an image goes through one after the other
+_BLOCKS = ("stages", "layers", "layer", "blocks")
+# pixels of a probe where a family takes images of any size
+_SMALLEST = 32
+
+
+class ClassReader:
+    """Makes pixels of images, and numbers of the names of their classes, for the model in a folder.
+
+    >>> ClassReader("reference/image/model", processor).label("airplane")
+    0
+
+    Args:
+        folder: of the model; its config.json names the classes.
+        processor: transformers' own.
+
+    Raises:
+        MoqaError: if the configuration names no classes.
+    """
+
+    def __init__(self, folder: str | Path, processor: Any) -> None:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        self._folder, self._processor = folder, processor
+        classes = sorted((int(number), str(name)) for name, number in config.label2id.items())
+        self._classes = {name: number for number, name in classes}
+
+    def pixels(self, images: list[Any]) -> Tensor:
+        """[images, channels, height, width] of opened images."""
+        return self._processor(images=images, return_tensors="pt")["pixel_values"]
+
+    def label(self, name: str) -> int:
+        """Number of a class, from its name or from the number itself."""
+        if name in self._classes:
+            return self._classes[name]
+        if name.isdecimal() and int(name) in self._classes.values():
+            return int(name)
+        names = list(self._classes)
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        raise MoqaError(f"{name} is no class of {self._folder}", f"its {len(names)} classes are {shown}")
+
+
+class ImageClassification(Task):
+    """See `Task`."""
+
+    name, kind = "image_classification", "image classifier"
+    batch_size, batch_dims = 32, 1
+    predicts_each, writes_samples = False, False
+
+    def accepts(self, config: "PretrainedConfig") -> bool:
+        """See `Task`."""
+        from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+        return type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    def auto_class(self) -> Any:
+        """See `Task`."""
+        from transformers import AutoModelForImageClassification
+
+        return AutoModelForImageClassification
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        """Stages of a convolutional network, or layers of an encoder: the outermost list of modules so named."""
+        found = [
+            (path.count("."), _BLOCKS.index(path.rpartition(".")[2]), module)
+            for path, module in model.named_modules()
+            if path.rpartition(".")[2] in _BLOCKS and isinstance(module, nn.ModuleList) and len(module)
+        ]
+        if not found:
+            names = ", ".join(_BLOCKS)
+            raise MoqaError(f"{type(model).__name__} has no blocks", f"looked for lists of modules named {names}")
+        return min(found, key=lambda entry: entry[:2])[2]
+
+    def ends(self, model: "PreTrainedModel") -> list[Any]:  # noqa: ARG002
+        """None: what is before and behind the blocks is small."""
+        return []
+
+    def depth(self, config: "PretrainedConfig") -> int:
+        """See `Task`."""
+        depths = getattr(config, "depths", None)
+        return len(depths) if depths else int(config.num_hidden_layers)
+
+    def probe(self, model: nn.Module) -> Tensor:
+        """One image."""
+        return torch.zeros(1, *_shape(model))
+
+    def call(self, model: nn.Module, batch: Tensor) -> Tensor:
+        """[batch, channels, height, width] pixels -> [batch, classes]."""
+        return model(batch).logits
+
+    def stand_in(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """See `Task`."""
+        return torch.zeros(len(hidden), *_shape(model))
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """[images, classes]."""
+        return logits
+
+    def scored(self, logits: Tensor) -> Tensor:
+        """Of every image."""
+        return logits
+
+    def targets(self, samples: Samples) -> Iterator[Tensor]:
+        """Classes."""
+        assert isinstance(samples, ImageSamples)
+        return iter(samples.labels.split(self.batch_size))
+
+    def processor(self, folder: str | Path) -> Any:
+        """transformers' image processor."""
+        from transformers import AutoImageProcessor
+
+        try:
+            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        except ImportError:
+            raise MoqaError("images need the package pillow", "pip install 'moqa[image]'") from None
+        except Exception as error:  # transformers fails on a foreign configuration in any way
+            raise MoqaError(f"{folder} has no image processor that transformers can read", one_line(error)) from None
+
+    def reader(self, folder: str | Path) -> "ClassReader":
+        """See `ClassReader`."""
+        return ClassReader(folder, self.processor(folder))
+
+    def sources(self, data: Data, reader: Any) -> list[Source]:  # noqa: ARG002
+        """Folders of images by class; see `moqa.data.read_images`."""
+        if isinstance(data, Mapping):
+            specs: list[Any] = [f"{name}={value}" for name, value in data.items()]
+        else:
+            specs = list(data)
+        found = [read_images(item) if isinstance(item, str) else item for item in specs]
+        names = [source.name for source in found]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise MoqaError(f"two distributions are named '{twice}'", "give each its own name")
+        return found
+
+    def split(self, source: Source) -> tuple[Source, Source]:
+        """See `moqa.data.split_images`."""
+        return split_images(_images(source))
+
+    def context(self, context: int) -> int:  # noqa: ARG002
+        """One prediction for an image."""
+        return 1
+
+    def cut(
+        self, source: Source, reader: Any, context: int, count: int | None = None, seed: int = 0  # noqa: ARG002
+    ) -> ImageSamples:  # fmt: skip
+        """See `moqa.data.cut_images`."""
+        return cut_images(_images(source), reader, count, seed)
+
+    def batches(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """See `Task`."""
+        return inputs.split(self.batch_size)
+
+    def count(self, inputs: Tensor) -> int:
+        """Images."""
+        return len(inputs)
+
+
+def _images(source: Source) -> Images:
+    if not isinstance(source, Images):
+        raise MoqaError(f"{source.name}={source.origin} holds text", "an image classifier reads folders of images")
+    return source
+
+
+def _shape(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of an image that the model takes."""
+    config: Any = model.config
+    size = getattr(config, "image_size", None) or _SMALLEST
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return config.num_channels, height, width

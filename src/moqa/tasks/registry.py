@@ -1,0 +1,67 @@
+"""The tasks by name, and the one that a configuration is for."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moqa.errors import MoqaError
+from moqa.tasks.causal_lm import CausalLM
+from moqa.tasks.image_classification import ImageClassification
+from moqa.tasks.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+TASKS: dict[str, Task] = {task.name: task for task in (CausalLM(), ImageClassification())}
+
+
+def find_task(name: str) -> Task:
+    """A task by the name that a profile recorded.
+
+    Raises:
+        MoqaError: if there is none.
+    """
+    if name not in TASKS:
+        raise MoqaError(f"task {name} is unknown", f"there are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def task_of(config: "PretrainedConfig", folder: Path | None = None) -> Task:
+    """The task of a model's configuration; where transformers has models of several, its `architectures` decide.
+
+    >>> task_of(model.config).name
+    'causal_lm'
+
+    Args:
+        config: of the model.
+        folder: that it was read from, for the message.
+
+    Raises:
+        MoqaError: if it is for none of them.
+    """
+    fitting = [task for task in TASKS.values() if task.accepts(config)]
+    named = [task for task in fitting if set(config.architectures or ()) & _class_names(task, config)]
+    found = named or fitting
+    if not found:
+        kinds = " and ".join(f"{task.kind}s" for task in TASKS.values())
+        raise MoqaError(f"{folder or 'the model'} is a {config.model_type}", f"moqa works on {kinds} of transformers")
+    return found[0]
+
+
+def check_language_model(config: "PretrainedConfig", what: str | Path) -> None:
+    """Refuse a model that writes no text.
+
+    Args:
+        config: of the model.
+        what: the user gave.
+
+    Raises:
+        MoqaError: naming what the model is.
+    """
+    task = task_of(config)
+    if not task.writes_samples:
+        raise MoqaError(f"{what} is an {task.kind}", "give a causal language model")
+
+
+def _class_names(task: Task, config: "PretrainedConfig") -> set[str]:
+    found = task.auto_class()._model_mapping[type(config)]
+    return {kind.__name__ for kind in (found if isinstance(found, tuple) else (found,))}

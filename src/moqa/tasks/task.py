@@ -1,0 +1,138 @@
+"""What every task says: the one place where text and images differ."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from moqa.data import Data, Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+class Samples(Protocol):
+    """Samples of one distribution as a model reads them.
+
+    Attributes:
+        name: of the distribution.
+        inputs: [samples, ...] what the model is called with.
+        hashes: [hashes] uint64, sorted and unique: of the samples' content, to find overlaps.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def inputs(self) -> Tensor: ...
+
+    @property
+    def hashes(self) -> np.ndarray: ...
+
+
+class Task(Protocol):
+    """A task of transformers' models.
+
+    >>> task = task_of(model.config)
+    >>> task.name, task.batch_size
+    ('causal_lm', 1024)
+
+    Attributes:
+        name: as profiles record it.
+        kind: what a model of this task is called in messages.
+        batch_size: predictions that go through a block together.
+        batch_dims: leading dimensions that hidden states share with the batch they come from.
+        predicts_each: whether there is a prediction for every position, and so a label of its own for each; else one
+            for a whole sample.
+        writes_samples: whether a model can write samples itself, for a plan's hedge.
+    """
+
+    name: str
+    kind: str
+    batch_size: int
+    batch_dims: int
+    predicts_each: bool
+    writes_samples: bool
+
+    def accepts(self, config: "PretrainedConfig") -> bool:
+        """Whether transformers has a model of this task for a configuration."""
+
+    def auto_class(self) -> Any:
+        """transformers' class that makes such models."""
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        """The blocks that hidden states go through one after the other.
+
+        Raises:
+            MoqaError: if they cannot be found; says where they were looked for.
+        """
+
+    def ends(self, model: "PreTrainedModel") -> list[Any]:
+        """Modules before and behind the blocks that are read from disk when they are used; all others are read at once."""
+
+    def depth(self, config: "PretrainedConfig") -> int:
+        """Number of blocks of a model with this configuration."""
+
+    def probe(self, model: nn.Module) -> Tensor:
+        """The smallest batch."""
+
+    def call(self, model: nn.Module, batch: Tensor) -> Tensor:
+        """What the model answers to a batch: logits."""
+
+    def stand_in(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """A batch as large as that of some hidden states, where its values do not matter."""
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """[predictions, classes] of all that was answered to a batch."""
+
+    def scored(self, logits: Tensor) -> Tensor:
+        """[predictions, classes] of what was answered to a batch and has a label."""
+
+    def targets(self, samples: Samples) -> Iterator[Tensor]:
+        """[predictions] labels of what `scored` gives, batch by batch."""
+
+    def processor(self, folder: str | Path) -> Any:
+        """transformers' tokenizer or image processor of a model folder.
+
+        Raises:
+            MoqaError: if the folder has none.
+        """
+
+    def reader(self, folder: str | Path) -> Any:
+        """What `sources` and `cut` read data with, for the model in a folder.
+
+        Raises:
+            MoqaError: if the folder lacks what is needed.
+        """
+
+    def sources(self, data: Data, reader: Any) -> list[Source]:
+        """Distributions from NAME=SOURCE specs, name -> source, or ready ones.
+
+        Raises:
+            MoqaError: if one cannot be read, or is for another task.
+        """
+
+    def split(self, source: Source) -> tuple[Source, Source]:
+        """A calibration split and a held-out split.
+
+        Raises:
+            MoqaError: if there is too little for both.
+        """
+
+    def context(self, context: int) -> int:
+        """Predictions of a sample, for the context that a user asked for."""
+
+    def cut(self, source: Source, reader: Any, context: int, count: int | None = None, seed: int = 0) -> Samples:
+        """Samples of a distribution, evenly spaced.
+
+        Raises:
+            MoqaError: if there are none, or one cannot be read.
+        """
+
+    def batches(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Inputs in batches of about `batch_size` predictions."""
+
+    def count(self, inputs: Tensor) -> int:
+        """How many predictions inputs have."""
