@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from long_work import SMALL
 
 from moqa.cli.main import main
 from moqa.format.layout import shards
@@ -17,9 +18,13 @@ from moqa.format.planes import by_suffix, pack
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import WIDTHS
 from moqa.format.writer import write_manifest, write_shard
+from moqa.kernels import KERNELS, native
 from moqa.methods.grid import fit_grid
-from moqa.profiling import SELF, Profile, ProfileRecord, UnitRecord
+from moqa.planning import plan
+from moqa.profiling import SELF, Profile, ProfileRecord, UnitRecord, profile
 from moqa.profiling.record import DistributionRecord, Settings
+from moqa.progress import quiet
+from moqa.quantization import quantize
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 
@@ -36,6 +41,17 @@ def threads_as_before():
     yield
     if torch.get_num_threads() != before:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For products so small that they are slower on several; the kernels' path is as before at the end, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    if KERNELS["native"].unusable(torch.device("cpu")) is None:
+        native.use_path(native.paths()[0])
 
 
 def make_profile(folder: Path, moe: bool = True) -> Profile:
@@ -196,6 +212,49 @@ def texts():
         return Distribution(name, (text,), f"{name}.calib.txt")
 
     return {name: read(name) for name in ("wiki", "novels", "python")}
+
+
+@pytest.fixture(scope="session")
+def sharded(tiny_model, tmp_path_factory):
+    """The tiny model as transformers shards it; do not change it."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("sharded") / "model"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto").save_pretrained(folder, max_shard_size="100KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_model / name, folder / name)
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sharded_profile(sharded, texts, tmp_path_factory):
+    return profile(sharded, [texts["wiki"]], tmp_path_factory.mktemp("profile") / "tiny", **SMALL)
+
+
+@pytest.fixture(scope="session")
+def sharded_plan(sharded_profile):
+    return plan(sharded_profile, strategy="uniform", widths=(3,))
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A name in a folder of its own, so that nothing but the run leaves anything there."""
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "runs" / "out"
+
+
+@pytest.fixture(params=["profile", "quantize"])
+def work(request, sharded_plan, sharded_profile, texts):
+    """Either kind of long work: called with a model, an output and a listener."""
+
+    def run(model, out, report=quiet):
+        if request.param == "profile":
+            profile(model, [texts["wiki"]], out, report=report, **SMALL)
+        else:
+            quantize(model, sharded_plan, out, profile=sharded_profile, report=report)
+
+    return run
 
 
 @pytest.fixture

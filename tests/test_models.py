@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from moqa.errors import MoqaError
-from moqa.models.load import empty_model
+from moqa.models.building import empty_model
 from moqa.models.view import ModelView, narrowest, open_model
 from moqa.originals import folder as original
 from moqa.tasks.causal_lm import load_tokenizer

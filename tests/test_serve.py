@@ -3,57 +3,16 @@
 import asyncio
 import json
 import logging
-import os
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
-from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prometheus_client.parser import text_string_to_metric_families
+from serving import GREEDY, LONG, PATIENCE, alone, asked, complete, fails, gauges, running, until
 
-from moqa.errors import MoqaError
-from moqa.generation import Finish, Piece, Sampling, generate, load_any
-from moqa.serve import serve
+from moqa.generation import Sampling, generate, load_any
 from moqa.serve.guard import BODY_LIMIT
-from moqa.serve.metrics import Metrics
-from moqa.serve.refusal import RefusalError
-from moqa.serve.run import GRACE, Server
-from moqa.serve.scheduler import Scheduler
-from moqa.serve.service import Service
-from moqa.serve.text import ServedText
-
-GREEDY = {"temperature": 0, "max_tokens": 12}
-LONG = {"prompt": "The", "max_tokens": 20000, "temperature": 0}  # half a minute, and no end token; no test waits
-PATIENCE = 300  # seconds, for a machine that is busy: what takes as long hangs
-
-
-@contextmanager
-def running(tiny, slots=4, queue=256, api_key=None, begin=None, adjusting=None):
-    """A server of a model in a thread, and where it answers."""
-    service = Service(*tiny, "tiny", slots, queue, adjusting)
-    if begin:
-        service.scheduler._begin = begin(service.scheduler._begin)
-    server = Server(service, api_key)
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    service.scheduler.start()
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(PATIENCE)
-        service.scheduler.stop(0)
-        service.close()
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -77,51 +36,6 @@ def http(url):
 def client(url):
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as found:
         yield found
-
-
-def complete(http, **body):
-    return http.post("/v1/completions", json=body)
-
-
-def alone(tiny, prompt, **options):
-    pieces = list(generate(*tiny, prompt, Sampling(**options)))
-    return "".join(piece.text for piece in pieces), pieces[-1].finish
-
-
-def gauges(http):
-    families = text_string_to_metric_families(http.get("/metrics").text)
-    return {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
-
-
-@contextmanager
-def asked(url, **body):
-    """A client that has asked for a completion, and leaves at the end of the block."""
-    host, port = url.removeprefix("http://").split(":")
-    text = json.dumps(body)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
-    with socket.create_connection((host, int(port))) as client:
-        client.sendall(f"{head}\r\n\r\n{text}".encode())
-        yield
-
-
-def until(http, **expected):
-    """Wait until gauges have some values."""
-    end = time.monotonic() + PATIENCE
-    while True:
-        found = gauges(http)
-        if all(found[f"moqa_{name}",] == value for name, value in expected.items()):
-            return
-        assert time.monotonic() < end, found
-        time.sleep(0.02)
-
-
-def fails(response, status, param=None, word=""):
-    assert response.status_code == status, response.text[:300]
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"].endswith("_error")
-    assert error["param"] == param
-    assert word in error["message"]
 
 
 class TestAnswers:
@@ -442,111 +356,3 @@ class TestMetrics:
         assert found["moqa_slots",] == 3
         assert found["moqa_queue_length",] == found["moqa_active_slots",] == 0
         assert found["moqa_busy_seconds_total", "decode"] > 0 < found["moqa_busy_seconds_total", "prefill"]
-
-
-class TestScheduler:
-    @staticmethod
-    def job(deliver=lambda event: None):
-        return ServedText([1], Sampling(), deliver)
-
-    def test_writes_texts_in_turns(self):
-        order, done = [], threading.Event()
-
-        def begin(job):
-            for count in range(1, 4):
-                order.append(job.ids[0])
-                yield Piece("x", completion_tokens=count, finish=self.finish if count == 3 else None)
-
-        scheduler = Scheduler(begin, 2, 9, Metrics())
-        jobs = [
-            ServedText([n], Sampling(), lambda event, n=n: n == 3 and event.finish and done.set()) for n in (1, 2, 3)
-        ]
-        scheduler.submit(jobs)
-        scheduler.start()
-        assert done.wait(PATIENCE)
-        scheduler.stop(0)
-        scheduler.join()
-        assert order == [1, 2, 1, 2, 1, 2, 3, 3, 3]
-
-    finish = Finish(
-        finish_reason="stop", prompt_tokens=1, cached_tokens=0, completion_tokens=3, prefill_seconds=0, decode_seconds=0
-    )
-
-    def test_stops_what_runs_and_what_waits(self):
-        events = []
-
-        def endless(job):
-            while True:
-                time.sleep(0.001)
-                yield Piece()
-
-        scheduler = Scheduler(endless, 1, 1, Metrics())
-        scheduler.submit([self.job(events.append), self.job(events.append)])
-        scheduler.start()
-        scheduler.stop(60)
-        scheduler.stop(0.1)
-        scheduler.join()
-        assert [event.status_code for event in events] == [503, 503]
-        with pytest.raises(RefusalError, match="stopping"):
-            scheduler.submit([self.job()])
-
-
-class TestCommand:
-    @staticmethod
-    def start(model, *options, **environment):
-        command = [sys.executable, "-m", "moqa", "serve", str(model), "--port", "0", "--threads", "1", *options]
-        server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
-        line = server.stderr.readline()
-        assert " at http://127.0.0.1:" in line, line
-        return server, line.split(" at ")[1].split("/v1")[0]
-
-    def test_finishes_and_exits_0(self, tiny_model):
-        server, url = self.start(tiny_model, "--slots", "1")
-        with server, httpx.Client(base_url=url, timeout=PATIENCE) as http:
-            assert complete(http, model=tiny_model.name, prompt="The", **GREEDY).status_code == 200
-            with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as cut:
-                lines = cut.iter_lines()
-                assert next(lines)
-                waits = threading.Thread(target=lambda: answers.append(complete(http, **LONG)))
-                answers = []
-                waits.start()
-                until(http, queue_length=1)
-                start = time.monotonic()
-                server.terminate()
-                last = [line for line in lines if line][-1]
-                waits.join()
-            assert server.wait(PATIENCE) == 0
-            assert time.monotonic() - start > GRACE - 1, "what runs gets some seconds"
-            assert json.loads(last[6:])["error"]["code"] == "stopping"
-            fails(answers[0], 503, word="stopping")
-            assert server.stderr.read() == "moqa: stopped\n"
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(f"{url}/health")
-
-    def test_takes_a_key_from_the_environment(self, tiny_model):
-        server, url = self.start(tiny_model, MOQA_API_KEY="right")
-        with server:
-            assert httpx.get(f"{url}/v1/models", timeout=PATIENCE).status_code == 401
-            assert (
-                httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer right"}, timeout=PATIENCE).status_code
-                == 200
-            )
-            server.send_signal(signal.SIGINT)
-            assert server.communicate(timeout=PATIENCE)[1] == "moqa: stopped\n"
-        assert server.returncode == 0
-
-    def test_a_port_that_is_taken(self, tiny_model):
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            with pytest.raises(MoqaError, match=f"--host 127.0.0.1 --port {port}: .*in use"):
-                serve(tiny_model, port=port)
-
-    def test_a_model_that_is_not_there(self, tmp_path):
-        with pytest.raises(MoqaError, match="no model at"):
-            serve(tmp_path / "none", port=0)
-
-    def test_names_the_extra_that_is_missing(self, tiny_model, monkeypatch):
-        monkeypatch.setitem(sys.modules, "uvicorn", None)
-        monkeypatch.delitem(sys.modules, "moqa.serve.run")
-        with pytest.raises(MoqaError, match=r"pip install 'moqa\[serve\]'"):
-            serve(tiny_model)

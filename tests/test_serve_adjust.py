@@ -12,20 +12,24 @@ import openai
 import pytest
 import torch
 from conftest import REFERENCE
-from test_serve import GREEDY, PATIENCE, alone, complete, fails, gauges, running
+from serving import GREEDY, PATIENCE, alone, complete, fails, gauges, running
 
 import moqa
 from moqa.adjustment import adjust
+from moqa.adjustment.drift import DriftDetector
 from moqa.cli.main import main
 from moqa.data import Distribution
 from moqa.errors import MoqaError
 from moqa.format.adjustment import read_adjustment
-from moqa.format.routing import ROUTING
+from moqa.format.reader import open_checkpoint
+from moqa.format.routing import ROUTING, read_routing
+from moqa.runtime.routing import RoutingCounts
 from moqa.serve import auto
 from moqa.serve.adjusting import Adjusting
-from moqa.serve.auto import AutoAdjusting
+from moqa.serve.auto import MOST, AutoAdjusting
 from moqa.serve.collected import PART, Collected
-from moqa.serve.metrics import Metrics
+from moqa.serve.kept import KeptAdjustments, MadeAdjustment
+from moqa.serve.watch import Watch
 
 SHARE = "30%"  # of a tiny random model; less changes too little
 WRITE = {"seed": 3, "max_tokens": 24}
@@ -284,54 +288,52 @@ class TestAuto:
                 assert complete(http, prompt=self.PROMPT, **GREEDY).json()["adjustment"] is None
         assert not any(thread.name == "moqa-adjust" for thread in threading.enumerate())
 
-    def test_keeps_few_and_drops_them_when_nothing_is_written_with_them(self, made, loaded):
-        metrics = Metrics()
-        model, tokenizer = moqa.load(made[0])
-        chooser = AutoAdjusting(model, tokenizer, made[0], metrics)
-        python = read_adjustment(made[1][0])
 
-        def hold(number):
-            made_one = auto._Made(f"auto-{number}", chooser._collected.shares)
-            chooser._results.put((python, made_one, 1.0))
-            chooser._receive()
+def shares_of(expert, model):
+    """Routing of text whose tokens all go to one expert."""
+    layers, experts = RoutingCounts(model).take().shape
+    return np.eye(experts)[[expert] * layers]
 
-        hold(0)
-        chosen = chooser.choose("auto-0", explicit=True)
+
+class TestKept:
+    def test_are_few_and_dropped_when_nothing_is_written_with_them(self, made):
+        model, _ = moqa.load(made[0])
+        kept, python = KeptAdjustments(model.adjustments), read_adjustment(made[1][0])
+
+        def add(number):
+            kept.add(python, MadeAdjustment(f"auto-{number}", shares_of(0, model)))
+
+        add(0)
+        writing = kept.find("auto-0")
         for number in range(1, 7):
-            hold(number)
-        assert chooser.names == ["auto-3", "auto-4", "auto-5", "auto-6"]
-        assert set(model.adjustments.names) == {"auto-0", *chooser.names}, "one is still written with"
-        del chosen
-        hold(7)
-        assert set(model.adjustments.names) == set(chooser.names)
-        chooser.close()
+            add(number)
+        assert kept.names == ["auto-3", "auto-4", "auto-5", "auto-6"]
+        assert set(model.adjustments.names) == {writing.name, *kept.names}, "one is still written with"
+        del writing
+        add(7)
+        assert set(model.adjustments.names) == set(kept.names)
 
-    def test_uses_one_again_when_its_text_comes_back(self, made, monkeypatch):
+    def test_one_is_used_again_when_its_text_comes_back(self, made):
         model, tokenizer = moqa.load(made[0])
-        chooser = AutoAdjusting(model, tokenizer, made[0], Metrics())
-        begun = []
-        monkeypatch.setattr(chooser, "_begin", lambda: begun.append(True))
-        layers, experts = chooser._counts.take().shape
-        shares = [np.eye(experts)[[expert] * layers] for expert in (0, 1, 2)]
+        kept, collected = KeptAdjustments(model.adjustments), Collected(tokenizer, MOST)
+        detector = DriftDetector(read_routing(made[0], open_checkpoint(made[0]).manifest.fingerprint))
+        watch = Watch(detector, collected, kept)
         for number, folder in enumerate(made[1]):
-            chooser._results.put((read_adjustment(folder), auto._Made(f"auto-{number}", shares[number]), 1.0))
-            chooser._receive()
+            kept.add(read_adjustment(folder), MadeAdjustment(f"auto-{number}", shares_of(number, model)))
 
-        def meet(number):
+        def meet(expert):
             for _ in range(40):
-                counts = (128 * shares[number]).astype(np.int64)
-                chooser._detector.add(counts)
-                chooser._collected.count(counts)
-                chooser._collected.take([5] * PART, last=False)
-                chooser._decide()
-            return chooser.choose(None, explicit=False).name
+                watch.count((128 * shares_of(expert, model)).astype(np.int64))
+                collected.take([5] * PART, last=False)
+                watch.decide()
+            return watch.default.name
 
-        chooser._not_before = 0.0
         assert [meet(0), meet(1), meet(0)] == ["auto-0", "auto-1", "auto-0"]
-        assert [made_one.name for made_one in chooser._kept] == ["auto-1", "auto-0"]
+        assert kept.names == ["auto-1", "auto-0"]
+        assert not watch.lacks_one
         assert meet(2) is None
-        assert begun, "one for text that is like neither"
-        assert chooser._collected.shares == pytest.approx(shares[2], abs=0.1)
+        assert watch.lacks_one, "text that is like neither"
+        assert collected.shares == pytest.approx(shares_of(2, model), abs=0.1)
 
 
 class TestCollected:

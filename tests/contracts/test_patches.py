@@ -1,10 +1,8 @@
 """What all kernels must compute where an adjustment gives some channels bits of their own."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from contracts.test_kernels import RUNNERS, Layer, Runner, make_layer, make_matrix, make_tokens
+from exact import RUNNERS, Layer, Runner, make_layer, make_matrix, make_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,17 +12,10 @@ from moqa.format.tiles import KEEP_WIDTH, LARGEST_GROUP, WIDTHS
 from moqa.kernels import ACTIVATIONS, Channels, Patch
 from moqa.kernels.reference import activate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PATCHING = [runner for runner in RUNNERS if runner.kernels.takes_patches]
 each_runner = pytest.mark.parametrize("runner", PATCHING, ids=str)
 BASE = [Scheme(width=width) for width in (3, 3, 4)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_channels(layer: Layer, projection: str, width: int, share: float, seed: int) -> Channels | None:

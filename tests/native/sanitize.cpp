@@ -1,5 +1,5 @@
 // Runs every kernel on buffers of exactly the size that it may touch, for the sanitizers, and compares with double
-// precision. Every difference allowed is derived, as in tests/contracts/test_kernels.py. Exits with 1 if a number is
+// precision. Every difference allowed is derived, as in tests/exact.py. Exits with 1 if a number is
 // wrong; a sanitizer ends the program itself.
 //
 //   sanitize [seed]

@@ -1,10 +1,11 @@
 """A Ray cluster: connect to it, and ask its nodes what they have."""
 
+import importlib
 import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from moqa.errors import MoqaError, one_line
 
 Answer = TypeVar("Answer")
 _START = "start one with `ray start --head`, and `ray start --address=HOST:6379` on the other machines"
+# in Ray's own module: what prints the errors of a cluster
+_PRINTS = "print_to_stdstream"
 # seconds in which a head answers
 _PATIENCE = 10.0
 
@@ -136,12 +139,19 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _speak_on_stderr() -> None:
-    """Have Ray's warnings of lost workers on stderr, in one line: it prints pages on stdout, where results go."""
-    import ray._private.worker as private
+    """Have Ray's warnings of lost workers on stderr, in one line: it prints pages on stdout, where results go.
 
-    def tell(data: dict[str, Any], ignore_prefix: bool) -> None:  # noqa: ARG001  (Ray's signature)
-        for text in data["lines"]:
+    Ray has neither an option nor a logger for it (2.60), so its private function is replaced; a Ray without that
+    function prints as it likes.
+    """
+    try:
+        private = importlib.import_module("ray._private.worker")
+    except ImportError:
+        return
+
+    def tell(data: Mapping[str, Any], *_: object, **_options: object) -> None:
+        for text in data.get("lines", ()):
             print(f"moqa: ray: {text.strip().splitlines()[0].split('. ')[0]}", file=sys.stderr, flush=True)
 
-    # there is no option for it (Ray 2.60)
-    private.print_to_stdstream = tell
+    if hasattr(private, _PRINTS):
+        setattr(private, _PRINTS, tell)

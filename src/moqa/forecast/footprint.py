@@ -8,7 +8,7 @@ from moqa.calibration.routed import ROWS
 from moqa.calibration.stacks import STACK_WEIGHTS
 from moqa.errors import LittleMemoryError
 from moqa.memory.limit import MemoryLimit
-from moqa.memory.process import give_back, resident, return_large_blocks
+from moqa.memory.process import resident
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 
@@ -63,9 +63,7 @@ class Footprint:
 
     @classmethod
     def of(cls, view: ModelView) -> "Footprint":
-        """Of a model; from now on the process takes no more than it uses."""
-        return_large_blocks()
-        give_back()
+        """Of a model, in a process that takes no more than it uses (`moqa.memory.process.settle`)."""
         layer = weights = linear = expert = largest = matrices = features = experts = 0
         for index in range(len(view.layers)):
             units = view.layer_units(index)

@@ -1,7 +1,8 @@
 """One packed unit as every kernel takes it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,6 @@ class PackedMatrix(nn.Module):
         ValueError: if a tensor has another dtype or shape than the scheme says, or is not contiguous.
     """
 
-    # how often any matrix got other tensors: what was made of several matrices is made again after that
-    changes = 0
-
     def __init__(self, scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.scheme, self.shape = scheme, shape
@@ -39,6 +37,7 @@ class PackedMatrix(nn.Module):
         # what a kernel made of this matrix, and the weights while they are held unpacked
         self.prepared: Any = None
         self._held: Tensor | None = None
+        self._uses: tuple[ref[Prepared], ...] = ()
 
     @property
     def planes(self) -> list[Tensor]:
@@ -71,6 +70,10 @@ class PackedMatrix(nn.Module):
             self._forget()
         return self
 
+    def used_in(self, prepared: "Prepared") -> None:
+        """Let something that has this matrix's addresses end with them."""
+        self._uses = (*(use for use in self._uses if use() is not None), ref(prepared))
+
     # what a kernel remembers are addresses: they end with the tensors they belong to
 
     def _places(self) -> list[tuple[torch.device, int]]:
@@ -78,7 +81,11 @@ class PackedMatrix(nn.Module):
 
     def _forget(self) -> None:
         self.prepared = None
-        PackedMatrix.changes += 1
+        for use in self._uses:
+            prepared = use()
+            if prepared is not None:
+                prepared.ended = True
+        self._uses = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -90,4 +97,23 @@ class PackedMatrix(nn.Module):
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"prepared": None, "_held": None}
+        return self.__dict__ | {"prepared": None, "_held": None, "_uses": ()}
+
+
+class Prepared:
+    """What was made of the addresses of some matrices, and whether one of them has moved since.
+
+    >>> prepared = Prepared([matrix.planes[0].data_ptr()], [matrix])
+    >>> matrix.to("cuda")
+    >>> prepared.ended
+    True
+
+    Args:
+        made: what was made of them.
+        matrices: all whose addresses it has.
+    """
+
+    def __init__(self, made: Any, matrices: Iterable[PackedMatrix]) -> None:
+        self.made, self.ended = made, False
+        for matrix in matrices:
+            matrix.used_in(self)

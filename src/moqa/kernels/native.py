@@ -14,7 +14,7 @@ from moqa.format.grid import Grid
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import BLOCK, PLANES, TILE
 from moqa.kernels.fitting import Columns, Rounded
-from moqa.kernels.matrix import PackedMatrix
+from moqa.kernels.matrix import PackedMatrix, Prepared
 from moqa.kernels.patch import Channels, Patch
 from moqa.kernels.registry import ExpertStack
 
@@ -84,13 +84,14 @@ class NativeKernels:
         groups = -(-features // scheme.group_size)
         scale = torch.empty(count, out, groups, dtype=getattr(torch, scheme.scale_dtype))
         zero = None if scheme.symmetric else torch.empty(count, out, groups, dtype=torch.uint8)
-        error, integers = torch.empty(count, out, groups), torch.empty(weights.shape, dtype=torch.uint8)
+        error = torch.empty(count, out, groups, dtype=torch.float32)
+        integers = torch.empty(weights.shape, dtype=torch.uint8)
         _native.fit(
             count, out, features, scheme.group_size, scheme.symmetric, scale.dtype == torch.float16,
             weights.dtype == torch.bfloat16, weights.data_ptr(), bits.data_ptr(), _address(weight), scale.data_ptr(),
             _address(zero), error.data_ptr(), integers.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        top = (2.0 ** bits[..., None] - 1).expand(scale.shape)
+        top = (2.0 ** bits[..., None].float() - 1).expand(scale.shape)
         return Rounded(Grid(scale, zero, scheme.group_size, top), integers, error)
 
     def fit_packed(self, weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
@@ -221,7 +222,9 @@ def past(keys: list[int], values: list[int], capacity: int) -> Any:
     return _native.Past(keys, values, capacity)
 
 
-def decode(model: Any, past: Any, embedding: Tensor, position: int, cos: Tensor, sin: Tensor, logits: Tensor) -> None:
+def decode(
+    model: Any, past: Any, embedding: Tensor, *, position: int, angles: tuple[Tensor, Tensor], logits: Tensor
+) -> None:
     """One token through a `decoder`: fills `logits`, and the past at `position`.
 
     Args:
@@ -229,10 +232,10 @@ def decode(model: Any, past: Any, embedding: Tensor, position: int, cos: Tensor,
         past: from `past`, with room for the position.
         embedding: [hidden] of the token, float32.
         position: of the token.
-        cos: [positions, rotated] float32.
-        sin: the same.
+        angles: their cosines and sines, [positions, rotated] float32 each.
         logits: [vocabulary] float32.
     """
+    cos, sin = angles
     _native.decode(
         model, past, embedding.data_ptr(), position, cos[position].data_ptr(), sin[position].data_ptr(),
         cos.shape[1], logits.data_ptr(), torch.get_num_threads(),
@@ -270,9 +273,9 @@ def _prepare(matrix: PackedMatrix) -> Any:
 
 
 def _prepared_stack(stack: ExpertStack) -> Any:
-    if stack.prepared is None or stack.prepared[0] != PackedMatrix.changes:
-        stack.prepared = PackedMatrix.changes, _prepare_stack(stack)
-    return stack.prepared[1]
+    if stack.prepared is None or stack.prepared.ended:
+        stack.prepared = Prepared(_prepare_stack(stack), stack.matrices())
+    return stack.prepared.made
 
 
 def _prepare_stack(stack: ExpertStack) -> Any:
@@ -294,12 +297,13 @@ def _prepare_stack(stack: ExpertStack) -> Any:
 
 
 def _prepare_patch(patch: Patch, stack: ExpertStack) -> Any:
-    if patch.prepared is None or patch.prepared[0] != PackedMatrix.changes:
+    if patch.prepared is None or patch.prepared.ended:
         width, hidden = stack.gate[0].shape
         parts = [_prepare_channels(part, len(stack.gate), width, hidden, part is patch.down)
                  for part in (patch.gate, patch.up, patch.down)]  # fmt: skip
-        patch.prepared = PackedMatrix.changes, _native.Patch(*parts, patch.replaces)
-    return patch.prepared[1]
+        matrices = [channels.matrix for channels in patch.channels()]
+        patch.prepared = Prepared(_native.Patch(*parts, patch.replaces), matrices)
+    return patch.prepared.made
 
 
 def _prepare_channels(channels: Channels | None, experts: int, width: int, hidden: int, columns: bool) -> Any:

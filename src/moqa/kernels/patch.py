@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from moqa.kernels.matrix import PackedMatrix
+from moqa.kernels.matrix import PackedMatrix, Prepared
 
 # multiplies [tokens, in] with a matrix: kernels.linear
 Multiply = Callable[[PackedMatrix, Tensor], Tensor]
@@ -47,14 +46,18 @@ class Patch:
         up: rows of `up_proj`, or None.
         down: columns of `down_proj`, or None.
         replaces: whether packed rows and columns of these channels do not count.
-        prepared: what a kernel made of this patch; good until `PackedMatrix.changes`.
+        prepared: what a kernel made of this patch.
     """
 
     gate: Channels | None
     up: Channels | None
     down: Channels | None
     replaces: bool = False
-    prepared: Any = field(default=None, repr=False, compare=False)
+    prepared: Prepared | None = field(default=None, repr=False, compare=False)
+
+    def channels(self) -> list[Channels]:
+        """Its parts that are there."""
+        return [part for part in (self.gate, self.up, self.down) if part is not None]
 
     def join(self, rows: Channels | None, expert: int, x: Tensor, product: Tensor, multiply: Multiply) -> Tensor:
         """An expert's [tokens, width] product with gate or up, with the patch's rows in it."""

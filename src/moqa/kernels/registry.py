@@ -10,7 +10,7 @@ from torch import Tensor
 from moqa.errors import MoqaError
 from moqa.format.scheme import Scheme
 from moqa.kernels.fitting import Columns, Rounded
-from moqa.kernels.matrix import PackedMatrix
+from moqa.kernels.matrix import PackedMatrix, Prepared
 from moqa.kernels.patch import Patch
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_clamped")
@@ -29,7 +29,7 @@ class ExpertStack:
         up_bias: [experts, width] float32, or None.
         down_bias: [experts, hidden] float32, or None.
         patches: channels with bits of their own, in the order in which they count.
-        prepared: what a kernel made of this stack; good until `PackedMatrix.changes`.
+        prepared: what a kernel made of this stack.
     """
 
     gate: Sequence[PackedMatrix]
@@ -40,7 +40,12 @@ class ExpertStack:
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     patches: Sequence[Patch] = ()
-    prepared: Any = field(default=None, repr=False, compare=False)
+    prepared: Prepared | None = field(default=None, repr=False, compare=False)
+
+    def matrices(self) -> list[PackedMatrix]:
+        """All of them, and those of the patches."""
+        patched = [channels.matrix for patch in self.patches for channels in patch.channels()]
+        return [*self.gate, *self.up, *self.down, *patched]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"prepared": None}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moqa.format.tiles import BLOCK, KEEP_WIDTH, TILE
 from moqa.kernels.fitting import InTorch
-from moqa.kernels.matrix import PackedMatrix
+from moqa.kernels.matrix import PackedMatrix, Prepared
 from moqa.kernels.registry import ExpertStack
 
 # Up to so many rows are multiplied in registers, more by the tensor cores, which need 16. Not measured yet:
@@ -150,7 +150,7 @@ class TritonKernels(InTorch):
         with torch.cuda.device_of(x):
             route = _route(index, len(stack.gate), sort=layer.first.keeps or layer.last.keeps)
             middle = x.new_empty(tokens * top_k, inner, dtype=torch.float32)
-            _product(layer.first, x, middle, layer.bias, stack.activation, route, shared=top_k)
+            _product(layer.first, x, middle, layer.bias, activation=stack.activation, route=route, shared=top_k)
             parts = x.new_empty(tokens * top_k, hidden, dtype=torch.float32)
             _product(layer.last, middle, parts, stack.down_bias, route=route)
             grid = (tokens, -(-hidden // 512))
@@ -201,9 +201,9 @@ def _prepare(matrices: Sequence[PackedMatrix]) -> _Packed:
 
 def _prepared_layer(stack: ExpertStack) -> _Layer:
     found = stack.prepared
-    if found is None or found[0] != PackedMatrix.changes or not isinstance(found[1], _Layer):
-        found = stack.prepared = PackedMatrix.changes, _prepare_layer(stack)
-    return found[1]
+    if found is None or found.ended or not isinstance(found.made, _Layer):
+        found = stack.prepared = Prepared(_prepare_layer(stack), stack.matrices())
+    return found.made
 
 
 def _prepare_layer(stack: ExpertStack) -> _Layer:
@@ -270,6 +270,7 @@ def _product(
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
+    *,
     activation: str | None = None,
     route: _Route | None = None,
     shared: int = 1,

@@ -39,3 +39,9 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def settle() -> None:
+    """From now on take no more memory than is used: before it is foretold how much long work will take."""
+    return_large_blocks()
+    give_back()

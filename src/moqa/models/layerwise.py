@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moqa.errors import MoqaError
-from moqa.models.load import quiet
+from moqa.models.building import quiet
 from moqa.tasks import Task, task_of
 
 if TYPE_CHECKING:

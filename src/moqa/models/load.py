@@ -1,23 +1,17 @@
 """Open a model folder or Hub id; refuse what transformers would quietly repair with random numbers."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from moqa.errors import MoqaError, one_line
+from moqa.models.building import BUILDING, quiet
 from moqa.originals import OriginalReader, find_format
 from moqa.tasks import check_language_model, task_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-# bytes that no buffer has
-_LARGE = 2**30
 
 
 def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
@@ -34,7 +28,7 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     check_language_model(config, folder)
     wrong = (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, StrictDataclassError)
     try:
-        with quiet():
+        with BUILDING, quiet():
             options = {"config": config, "dtype": dtype, "output_loading_info": True}
             if stored.is_plain:
                 model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -53,40 +47,6 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
             problem = difference(folder, config) or f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {name}"
             raise MoqaError(f"{folder} is not what its config.json says", problem)
     return model.eval().requires_grad_(False)
-
-
-def empty_model(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
-    """A model without memory for its parameters; buffers are made for real, no checkpoint holds all of them.
-
-    >>> next(empty_model(config, torch.float32).parameters()).is_meta
-    True
-    """
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        with quiet(), _LargeOnMeta():
-            return task_of(config).auto_class().from_config(config, dtype=dtype).eval().requires_grad_(False)
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-class _LargeOnMeta(TorchFunctionMode):
-    """Tensors too large for a buffer have no memory from the start: a stack of experts may exceed all there is."""
-
-    _makers = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._makers:
-            found = func(*args, **{**(kwargs or {}), "device": "meta"})
-            if found.nbytes >= _LARGE:
-                return found
-        return func(*args, **(kwargs or {}))
 
 
 def read_config(folder: Path, packed: bool = False) -> "PretrainedConfig":
@@ -140,7 +100,7 @@ def difference(folder: Path, config: "PretrainedConfig") -> str | None:
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
-        with quiet(), torch.device("meta"):
+        with BUILDING, quiet(), torch.device("meta"):
             model = task_of(config).auto_class().from_config(config)
     except Exception:  # whatever is wrong with the configuration, the caller knows a first error already
         return None
@@ -158,17 +118,3 @@ def difference(folder: Path, config: "PretrainedConfig") -> str | None:
 
 def _more(names: list[str]) -> str:
     return f", and {len(names) - 1} more like it" if len(names) > 1 else ""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' own reports: what is wrong becomes an error of ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

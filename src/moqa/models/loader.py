@@ -1,22 +1,21 @@
 """A model's weights piece by piece: each decoder layer, and both ends, read from disk when they are used."""
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moqa.errors import MoqaError, UnreadableError
 from moqa.memory.process import give_back
-from moqa.models.load import difference, quiet
+from moqa.memory.reused import ReusedMemory
+from moqa.models.building import BUILDING, quiet
+from moqa.models.load import difference
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.originals.reader import LazyTensor
@@ -95,7 +94,7 @@ class BlockLoader:
         self._there: dict[int, list[str]] = {}
         self._without: int | None = None
         self._last = ENDS
-        self._memory = _Memory()
+        self._memory = ReusedMemory()
         self._fetcher = ThreadPoolExecutor(1, "moqa-fetcher")
         self._readers = ThreadPoolExecutor(_READERS, "moqa-reader")
         self._fetching: tuple[int, Future[_Fetched]] | None = None
@@ -137,7 +136,7 @@ class BlockLoader:
             for name in names:
                 _empty(self._model, name)
         if ENDS in self._there:
-            self._model.tie_weights()
+            self._tie()
         self._there = {}
         if not self.ahead:
             self._memory.free()
@@ -187,9 +186,13 @@ class BlockLoader:
             name, error = next(iter(result.conversion_errors.items()))
             raise MoqaError(f"{self._folder}: {name} cannot be read", error.strip().splitlines()[-1])
         if piece in (None, ENDS):
-            self._model.tie_weights()
+            self._tie()
         self._model.requires_grad_(False)
         return [name for name, p in self._model.named_parameters(remove_duplicate=False) if id(p) != before[name]]
+
+    def _tie(self) -> None:
+        with BUILDING:
+            self._model.tie_weights()
 
     def _fetch(self, piece: int) -> "_Fetched":
         """Read a piece's tensors, for a later `_put`."""
@@ -262,7 +265,7 @@ class _Stack:
         return torch.equal(found[0] if isinstance(found, list) else found, torch.cat(matrices)[None])
 
     def read(
-        self, model: "PreTrainedModel", on_disk: Callable[[str], LazyTensor], memory: "_Memory", readers: Executor
+        self, model: "PreTrainedModel", on_disk: Callable[[str], LazyTensor], memory: ReusedMemory, readers: Executor
     ) -> Tensor:
         """All experts."""
         empty = model.get_parameter(self.target)
@@ -275,37 +278,6 @@ class _Stack:
         for _ in readers.map(LazyTensor.read_into, places, parts):
             pass
         return whole
-
-
-class _Memory:
-    """Memory of stacks, used again when nobody holds it: the system clears what it hands out, half as long as reading
-    into it takes."""
-
-    def __init__(self) -> None:
-        self._blocks: list[np.ndarray] = []
-        self._lock = Lock()  # a layer may be read while another one is read ahead
-
-    def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A tensor with any values."""
-        size = shape.numel() * dtype.itemsize
-        with self._lock:
-            block = next((block for block in self._blocks if block.size == size and _is_free(block)), None)
-            if block is None:
-                # the system hands it out in large pages, if it does: numpy asks for them, torch does not
-                block = np.empty(size, np.uint8)
-                self._blocks.append(block)
-            return torch.from_numpy(block).view(dtype).view(shape)
-
-    def free(self) -> None:
-        """Give back what nobody holds."""
-        with self._lock:
-            self._blocks = [block for block in self._blocks if not _is_free(block)]
-
-
-def _is_free(block: np.ndarray) -> bool:
-    """Whether no tensor lies in a block: each of them holds a reference."""
-    # the list of blocks, the caller's loop, this argument, and that of the call
-    return sys.getrefcount(block) <= 4
 
 
 def _targets(

@@ -13,6 +13,7 @@ from moqa.errors import MoqaError, one_line
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import give_back
 from moqa.models.adapt import adapt
+from moqa.models.building import empty_model
 from moqa.models.coverage import (
     SMALLEST_SIDE,
     check_nothing_skipped,
@@ -32,7 +33,7 @@ from moqa.models.experts import (
     parameter_of,
 )
 from moqa.models.layerwise import largest_stream
-from moqa.models.load import empty_model, read_config
+from moqa.models.load import read_config
 from moqa.models.loader import ENDS, BlockLoader
 from moqa.models.parts import LinearPart
 from moqa.models.units import Role, Unit

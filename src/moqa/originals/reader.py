@@ -117,14 +117,18 @@ class OriginalReader:
 
 
 class LazyTensor:
-    """A tensor of the original that is read, and looked at for NaN, when it is indexed."""
+    """A tensor of the original that is read, and looked at for NaN, when it is indexed.
+
+    Attributes:
+        what: where it lies, for messages.
+    """
 
     def __init__(self, what: str, place: "_Readable") -> None:
-        self._what, self._place = what, place
+        self.what, self._place = what, place
 
     def __getitem__(self, index: Any) -> Tensor:
         tensor = self._place[index]
-        original.refuse_bad(self._what, tensor)
+        original.refuse_bad(self.what, tensor)
         return tensor
 
     def read_into(self, out: Tensor) -> None:
@@ -133,7 +137,7 @@ class LazyTensor:
         >>> on_disk("model.norm.weight").read_into(torch.empty(256))
         """
         self._place.read_into(out)
-        original.refuse_bad(self._what, out)
+        original.refuse_bad(self.what, out)
 
 
 class _Readable(Protocol):

@@ -14,6 +14,7 @@ from moqa.format.manifest import Fitted
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import WIDTHS
 from moqa.memory.limit import MemoryLimit
+from moqa.memory.process import settle
 from moqa.methods.registry import find_method
 from moqa.models.load import read_config
 from moqa.models.view import ModelView, open_model
@@ -126,6 +127,7 @@ def profile(
     view = view or open_model(folder, keep=limits.holds(OriginalReader(folder).values))
     job = {"moqa": __version__, "model": fingerprint, **settings.model_dump(mode="json"),
            "texts": {name: records[name].model_dump(mode="json") for name in missing}}  # fmt: skip
+    settle()
     room = ProfileWorkingSet.within(limits, view, how, len(PROBES))
     check_space(out, profile_disk_bytes(view, sum(records[name].tokens for name in missing), len(missing)))
     engine.prepare(folder, out, report)

@@ -9,6 +9,7 @@ from moqa.errors import LittleMemoryError
 from moqa.forecast.disk import largest_layer_bytes, profile_disk_bytes
 from moqa.forecast.working_set import ProfileWorkingSet, QuantizationWorkingSet, comparison_peak
 from moqa.memory.limit import MemoryLimit
+from moqa.memory.process import settle
 from moqa.methods import Method
 from moqa.methods.registry import find_method
 from moqa.models.view import ModelView, open_model
@@ -106,6 +107,7 @@ def peak_bytes(
     def profiling() -> int:
         return ProfileWorkingSet.within(memory, view, method, len(PROBES)).peak + view.missing(memory)
 
+    settle()
     steps = [quantizing] if profiled else [quantizing, profiling]
     if held_out:
         steps.append(lambda: comparison_peak(memory, view, plan.account.checkpoint, held_out))

@@ -17,6 +17,7 @@ from moqa.forecast.working_set import QuantizationWorkingSet
 from moqa.format.cache import write_cache
 from moqa.format.writer import introduce
 from moqa.memory.limit import MemoryLimit
+from moqa.memory.process import settle
 from moqa.methods import Method
 from moqa.methods.registry import find_method
 from moqa.models.view import ModelView, open_model
@@ -95,6 +96,7 @@ def quantize(
     view = view or open_model(folder, keep=False)
     _check_units(view, plan)
     engine = engine or LocalExecutor()
+    settle()
     room = QuantizationWorkingSet.within(
         engine.memory(memory), view, how, tokens_of(plan, profile), largest_layer_bytes(view, plan.units)
     )

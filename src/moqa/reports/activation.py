@@ -21,8 +21,8 @@ def activation_section(profile: Profile) -> Section | None:
     top = upper(np.stack(list(shares.values())))
     hover = "layer %{y}, expert %{x}<br>%{customdata[0]:,} tokens<br>%{z:.2f} % of the layer's"
     maps = tuple(
-        expert_map(titled(name), table, profile, hover, (0.0, top), "sequential",
-                   np.nan_to_num(tokens[name])[..., None].astype(np.int32))
+        expert_map(titled(name), table, profile, hover, (0.0, top),
+                   customdata=np.nan_to_num(tokens[name])[..., None].astype(np.int32))
         for name, table in shares.items()
     )  # fmt: skip
     even = 100 / max(table.shape[1] for table in tokens.values())

@@ -70,7 +70,8 @@ def _expert_map(places: Sequence[AllocatedUnit]) -> Chart:
     mean = np.where(counts > 0, np.where(present, table, 0).sum(-1) / np.maximum(counts, 1), np.nan)
     each = "".join(f"<br>{name}: %{{customdata[{i}]}} bit" for i, name in enumerate(projections))
     hover = "layer %{y}, expert %{x}<br>mean width %{z:.2f}" + each
-    trace = heat_map(mean, layers, hover, "sequential", _LIMITS, np.where(present, table, 0).astype(np.uint8))
+    numbers = np.where(present, table, 0).astype(np.uint8)
+    trace = heat_map(mean, layers, hover, "sequential", _LIMITS, customdata=numbers)
     axes = map_axes("expert", "layer", *mean.shape)
     return chart("Routed experts: mean width", [trace], axes, map_height(len(layers)))
 

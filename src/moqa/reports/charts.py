@@ -30,6 +30,7 @@ def heat_map(
     hover: str,
     scale: str,
     limits: tuple[float, float],
+    *,
     customdata: NDArray | None = None,
     x: Sequence[str] | None = None,
     suffix: str = "",

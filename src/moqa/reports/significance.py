@@ -38,7 +38,7 @@ def significance_section(profile: Profile) -> Section | None:
     tables = {name: _shares(profile, name) for name in names}
     top = upper(np.stack(list(tables.values())))
     hover = "layer %{y}, expert %{x}<br>%{z:.2f} % of the layer"
-    maps = tuple(expert_map(titled(n), t, profile, hover, (0.0, top), "sequential") for n, t in tables.items())
+    maps = tuple(expert_map(titled(n), t, profile, hover, (0.0, top)) for n, t in tables.items())
     ends = ("0 %", f"{top:.1f} % or more")
     blocks: list[PageElement] = [CellGrid(maps, Scale("sequential", *ends, "share of the layer's output"))]
     reading = (
@@ -69,12 +69,12 @@ def significance_section(profile: Profile) -> Section | None:
 
 
 def expert_map(
-    title: str, table: NDArray, profile: Profile, hover: str, limits: tuple[float, float], scale: str,
-    customdata: NDArray | None = None, height: int = 0,
+    title: str, table: NDArray, profile: Profile, hover: str, limits: tuple[float, float], *,
+    scale: str = "sequential", customdata: NDArray | None = None, height: int = 0,
 ) -> Chart:  # fmt: skip
     """Layers x experts of one distribution; at least `height` pixels high."""
     rows, columns = table.shape
-    trace = heat_map(table, profile.expert_layers, hover, scale, limits, customdata)
+    trace = heat_map(table, profile.expert_layers, hover, scale, limits, customdata=customdata)
     return chart(title, [trace], map_axes("expert", "layer", rows, columns), max(height, map_height(rows)))
 
 
@@ -95,7 +95,10 @@ def _pair(profile: Profile, tables: dict[str, NDArray], a: str, b: str, limit: f
         "%{z:+.2f} points"
     )
     ends = (f"{limit:.1f} points less on {b}", f"{limit:.1f} points more on {b}")
-    left = expert_map(f"Significance: {b} minus {a}", change, profile, hover, (-limit, limit), "diverging", both, 300)
+    left = expert_map(
+        f"Significance: {b} minus {a}", change, profile, hover, (-limit, limit), scale="diverging", customdata=both,
+        height=300,
+    )  # fmt: skip
     left = Chart(left.title, left.figure, left.height, Scale("diverging", *ends))
     return (CellGrid((left, _curves(profile, a, b, left.height))),)
 

@@ -1,15 +1,17 @@
 """Adjustments on a loaded model: put on and taken off in milliseconds, several at hand, one in use."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moqa.errors import MoqaError
 from moqa.format.adjustment import COLUMNS, Adjustment, LayerChannels, read_adjustment
 from moqa.format.reader import Checkpoint
 from moqa.kernels import Channels, PackedMatrix, Patch
-from moqa.runtime.packed import ExpertsVariant, PackedExperts
+from moqa.runtime.variants import ExpertsVariant, Variants
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -24,10 +26,14 @@ class Adjustments:
     bit.
     """
 
-    def __init__(self, checkpoint: Checkpoint, experts: dict[int, PackedExperts]) -> None:
-        self._checkpoint, self._experts = checkpoint, experts
+    def __init__(self, checkpoint: Checkpoint, variants: Variants, layers: Sequence[int]) -> None:
+        self._checkpoint, self._variants, self._layers = checkpoint, variants, layers
         self._held: dict[str, Adjustment] = {}
-        self.current: str | None = None
+
+    @property
+    def current(self) -> str | None:
+        """The one in use."""
+        return self._variants.current
 
     @property
     def names(self) -> list[str]:
@@ -60,9 +66,7 @@ class Adjustments:
             manifest.units
         ):
             raise MoqaError(f"{found.folder} does not fit {self._checkpoint.folder}", "it has other layers or units")
-        variants = {layer: self._variant(found, layer) for layer in self._experts}
-        for layer, variant in variants.items():
-            self._experts[layer].hold(name, variant)
+        self._variants.hold(name, {layer: self._variant(found, layer) for layer in self._layers})
         self._held[name] = found
         return name
 
@@ -75,8 +79,7 @@ class Adjustments:
         self._check(name)
         if name == self.current:
             raise MoqaError(f"adjustment {name} is in use", "revert it first")
-        for experts in self._experts.values():
-            experts.drop(name)
+        self._variants.drop(name)
         del self._held[name]
 
     def switch(self, name: str | None) -> None:
@@ -87,10 +90,7 @@ class Adjustments:
         """
         if name is not None:
             self._check(name)
-        if name != self.current:
-            for experts in self._experts.values():
-                experts.use(name)
-            self.current = name
+        self._variants.switch(name)
 
     def apply(self, adjustment: str | Path | Adjustment) -> None:
         """Compute with an adjustment until `revert`.
@@ -145,21 +145,31 @@ def _patch(found: LayerChannels) -> Patch:
     return Patch(parts["gate_proj"], parts["up_proj"], parts[COLUMNS], found.replaces)
 
 
-def make_adjustable(model: "PreTrainedModel", checkpoint: Checkpoint, experts: dict[int, PackedExperts]) -> None:
-    """Give a model `adjustments`, and `apply` and `revert` as short ways to them."""
-    model.adjustments = Adjustments(checkpoint, experts)
+def make_adjustable(
+    model: "PreTrainedModel", checkpoint: Checkpoint, variants: Variants, layers: Sequence[int]
+) -> None:
+    """Give a model `adjustments`, and `apply` and `revert` as short ways to them.
+
+    Args:
+        model: of the checkpoint.
+        checkpoint: that adjustments must have been made for.
+        variants: of the model.
+        layers: those with packed experts.
+    """
+    model.adjustments = Adjustments(checkpoint, variants, layers)
     model.apply = _Apply(model)
     model.revert = model.adjustments.revert
 
 
 class _Apply:
-    """`model.apply`: of an adjustment, or of a function to every module as `torch.nn.Module.apply` does."""
+    """`model.apply` of this model alone: what its class has, for functions, and `Adjustments.apply` for adjustments."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self._model = model
 
-    def __call__(self, what: Any) -> "PreTrainedModel":
-        if isinstance(what, str | Path | Adjustment):
-            self._model.adjustments.apply(what)
-            return self._model
-        return type(self._model).apply(self._model, what)
+    def __call__(self, what: "str | Path | Adjustment | Callable[[nn.Module], object]") -> "PreTrainedModel":
+        if callable(what):
+            found: PreTrainedModel = type(self._model).apply(self._model, what)
+            return found
+        self._model.adjustments.apply(what)
+        return self._model

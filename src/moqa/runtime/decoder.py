@@ -10,10 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from moqa.kernels import PackedMatrix, native
+from moqa.kernels import PackedMatrix, Prepared, native
 from moqa.runtime.growing import GrowingCache
 from moqa.runtime.packed import PackedExperts, PackedLinear, activation_name
 from moqa.runtime.routing import uncounted
+from moqa.runtime.variants import Variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,8 +25,8 @@ ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the po
 TRIAL, CLOSE = 6, 0.03
 
 
-# of each model, and `PackedMatrix.changes` when it was made: a decoder holds addresses of the model's tensors
-_DECODERS: WeakKeyDictionary[nn.Module, tuple[int, Optional["FusedDecoder"]]] = WeakKeyDictionary()
+# of each model its decoder, or that it has none, until one of its matrices moves: a decoder holds their addresses
+_DECODERS: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
 
 
 class FusedDecoder:
@@ -46,7 +47,8 @@ class FusedDecoder:
         self._alive: list[Any] = []
         self._in_use: dict[int, tuple[Any, Tensor | None]] = {}
         self._experts = [(i, layer.mlp.experts) for i, layer in enumerate(base.layers) if hasattr(layer.mlp, "experts")]
-        self._switches = -1  # experts and counts are handed over at the first step
+        self._variants: Variants = self._experts[0][1].moqa_weights.variants if self._experts else Variants()
+        self._followed = -1  # experts and counts are handed over at the first step
         layers = [native.layer(self._describe(layer)) for layer in base.layers]
         head: Any = model.get_output_embeddings()
         self._decoder = native.decoder(layers, self._float(base.norm.weight), _epsilon(base.norm), head.matrix)
@@ -60,13 +62,15 @@ class FusedDecoder:
     def of(cls, model: "PreTrainedModel") -> Optional["FusedDecoder"]:
         """The decoder of a model; None if the model is of another form, or the two do not agree on a trial."""
         known = _DECODERS.get(model)
-        if known is None or known[0] != PackedMatrix.changes:
+        if known is None or known.ended:
             found = cls(model) if _usual(model) else None
             if found is not None:
                 with uncounted(model):
                     found = found if found._agrees(model) else None
-            known = _DECODERS[model] = PackedMatrix.changes, found
-        return known[1]
+            matrices = [module for module in model.modules() if isinstance(module, PackedMatrix)]
+            known = _DECODERS[model] = Prepared(found, matrices)
+        made: FusedDecoder | None = known.made
+        return made
 
     def cache(self) -> GrowingCache:
         """An empty cache that `step` can write to."""
@@ -83,18 +87,18 @@ class FusedDecoder:
         Returns:
             [vocabulary] logits of the next token, float32.
         """
-        if self._switches != PackedExperts.switches:
+        if self._followed != self._variants.generation:
             self._follow()
         position = cache.get_seq_length()
         cache.reserve(position + 1)
         room = cache.layers[0].capacity
         if self._angles is None or len(self._angles[0]) < room:
-            cos, sin = self._rotary(torch.empty(0), torch.arange(room)[None])
+            cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), torch.arange(room)[None])
             self._angles = cos[0].float().contiguous(), sin[0].float().contiguous()
-        cos, sin = self._angles
         embedding = self._table(torch.tensor([token])).float()
-        logits = torch.empty(self._vocabulary)
-        native.decode(self._decoder, self._addresses(cache, room), embedding, position, cos, sin, logits)
+        logits = torch.empty(self._vocabulary, dtype=torch.float32)
+        past = self._addresses(cache, room)
+        native.decode(self._decoder, past, embedding, position=position, angles=self._angles, logits=logits)
         cache.advance(position + 1)
         return logits
 
@@ -104,7 +108,7 @@ class FusedDecoder:
             packed: PackedExperts = experts.moqa_weights
             prepared = native.use_experts(self._decoder, layer, packed.stack(experts), packed.counts)
             self._in_use[layer] = prepared, packed.counts
-        self._switches = PackedExperts.switches
+        self._followed = self._variants.generation
 
     def _addresses(self, cache: GrowingCache, room: int) -> Any:
         places = tuple(address for layer in cache.layers for address in layer.addresses())

@@ -1,7 +1,7 @@
 """`moqa.load`: a checkpoint as a transformers model whose weights stay packed."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from moqa.errors import MoqaError, one_line
 from moqa.format.reader import Checkpoint, open_checkpoint
 from moqa.kernels import KERNELS, Kernels, PackedMatrix, find_kernels
+from moqa.models.building import BUILDING, empty_model
 from moqa.models.experts import Experts
-from moqa.models.load import empty_model, read_generation_config
-from moqa.models.units import Unit
+from moqa.models.load import read_generation_config
 from moqa.models.view import ModelView
 from moqa.runtime.adjusted import make_adjustable
 from moqa.runtime.packed import KeptEmbedding, PackedExperts, PackedLinear, packed_like
+from moqa.runtime.variants import Variants
 from moqa.tasks import task_of
 
 if TYPE_CHECKING:
@@ -64,10 +65,15 @@ def load_packed(
     device: str | torch.device = "cpu",
 ) -> "PreTrainedModel":
     """The model of a checkpoint that has been checked; see `load`."""
-    from transformers import AutoConfig
-
     if dtype not in (torch.float32, torch.bfloat16):
         raise MoqaError(f"activations of {dtype}", "choose float32 or bfloat16")
+    with BUILDING:
+        return _build(checkpoint, dtype, kernels, device)
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype, kernels: str, device: str | torch.device) -> "PreTrainedModel":
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         task = task_of(config, checkpoint.folder)
@@ -105,7 +111,7 @@ def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Ker
     """
     view = ModelView(model)
     _check_units(view, checkpoint)
-    experts: dict[int, PackedExperts] = {}
+    variants, with_experts = Variants(), []
     for layer in range(len(view.layers)):
         tensors = checkpoint.layer(layer)
         matrices: dict[str, PackedMatrix] = {}
@@ -113,9 +119,9 @@ def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Ker
             scheme = checkpoint.manifest.units[unit.name].scheme
             stored = {suffix: tensors[f"{unit.name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
             matrices[unit.name] = PackedMatrix(scheme, unit.shape, stored)
-        for packed in _install(view, view.layer_units(layer), matrices, kernels):
-            experts[layer] = packed
-    make_adjustable(model, checkpoint, experts)
+        if _install(view, layer, matrices, kernels, variants):
+            with_experts.append(layer)
+    make_adjustable(model, checkpoint, variants, with_experts)
 
 
 def keep_as_stored(
@@ -154,9 +160,10 @@ def choose_kernels(name: str, device: str | torch.device = "cpu") -> Kernels:
 
 
 def _install(
-    view: ModelView, units: list[Unit], matrices: dict[str, PackedMatrix], kernels: Kernels
-) -> Iterator[PackedExperts]:
-    """Put a layer's matrices in their places; gives its stacks of experts."""
+    view: ModelView, layer: int, matrices: Mapping[str, PackedMatrix], kernels: Kernels, variants: Variants
+) -> bool:
+    """Put a layer's matrices in their places; whether it has experts."""
+    units = view.layer_units(layer)
     stacks: dict[str, dict[tuple[int, str], PackedMatrix]] = {}
     for unit in units:
         if unit.expert is not None:
@@ -167,13 +174,13 @@ def _install(
         setattr(view.module(parent), child, packed_like(linear, matrices[unit.name], kernels))
     for path, stacked in stacks.items():
         experts: Experts = view.module(path)
-        experts.moqa_weights = PackedExperts(experts, stacked, kernels)
-        yield experts.moqa_weights
+        experts.moqa_weights = PackedExperts(experts, stacked, kernels, variants=variants, layer=layer)
     for parameter in {unit.parameter for unit in units}:
         owner, _, name = parameter.rpartition(".")
         module: Any = view.module(owner)
         delattr(module, name)
         module._is_hf_initialized = True  # transformers must not look for what is gone
+    return bool(stacks)
 
 
 def _check_units(view: ModelView, checkpoint: Checkpoint) -> None:

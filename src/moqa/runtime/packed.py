@@ -1,8 +1,7 @@
 """Packed modules: what stands in a model where its matrices were."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
@@ -12,11 +11,12 @@ from torch.nn.functional import embedding
 
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH
-from moqa.kernels import ACTIVATIONS, ExpertStack, Kernels, PackedMatrix, Patch
+from moqa.kernels import ACTIVATIONS, ExpertStack, Kernels, PackedMatrix
 from moqa.kernels.patch import patched_down
 from moqa.kernels.reference import activate
 from moqa.models.experts import Experts, projection_rows
 from moqa.models.layout import Convolution, layout_of
+from moqa.runtime.variants import ExpertsVariant, Variants
 
 
 class PackedLinear(nn.Module):
@@ -93,27 +93,6 @@ class KeptEmbedding(nn.Module):
         return embedding(ids, self.get_buffer("weight"), self.padding_idx).to(self.dtype)
 
 
-@dataclass(frozen=True)
-class ExpertsVariant:
-    """What an adjustment changes in a layer's experts.
-
-    Attributes:
-        patches: channels with bits of their own.
-        matrices: (expert, projection) -> what stands in the place of a packed matrix.
-    """
-
-    patches: Sequence[Patch] = ()
-    matrices: Mapping[tuple[int, str], PackedMatrix] = field(default_factory=dict)
-
-    def parts(self) -> list[PackedMatrix]:
-        """All matrices."""
-        channels = [part for patch in self.patches for part in (patch.gate, patch.up, patch.down) if part is not None]
-        return [*self.matrices.values(), *(part.matrix for part in channels)]
-
-
-BASE = ExpertsVariant()
-
-
 class PackedExperts(nn.Module):
     """All routed experts of a layer, packed; stands in for the stacked parameters (`ExpertWeights`).
 
@@ -121,19 +100,25 @@ class PackedExperts(nn.Module):
         experts: the module whose parameters it replaces.
         matrices: (expert, projection) -> matrix.
         kernels: what multiplies.
+        variants: of the model; None means that there are no others than these matrices.
+        layer: number of the layer, by which variants know it.
     """
 
-    # how often the experts or counts of any layer were changed for others: what refers to them looks anew after that
-    switches = 0
-
-    def __init__(self, experts: Experts, matrices: Mapping[tuple[int, str], PackedMatrix], kernels: Kernels) -> None:
+    def __init__(
+        self,
+        experts: Experts,
+        matrices: Mapping[tuple[int, str], PackedMatrix],
+        kernels: Kernels,
+        *,
+        variants: Variants | None = None,
+        layer: int = 0,
+    ) -> None:
         super().__init__()
         self._rows, self._count = projection_rows(experts), experts.num_experts
         self.activation = activation_of(experts)
-        self._variants: dict[str | None, ExpertsVariant] = {None: BASE}
-        self._variant: str | None = None
-        self._stacks: dict[str | None, ExpertStack] = {}
-        self._biases: tuple[Tensor, ...] = ()  # of the module that the stack was made for
+        self.variants, self._layer = variants or Variants(), layer
+        self._plain = ExpertsVariant()
+        self._biases: tuple[Tensor, ...] = ()  # of the module that the stacks were made for
         self.counts: Tensor | None = None
         self.kernels = kernels
         self.matrices = nn.ModuleDict({f"{e}:{projection}": matrix for (e, projection), matrix in matrices.items()})
@@ -143,29 +128,15 @@ class PackedExperts(nn.Module):
         """How many there are."""
         return self._count
 
-    def hold(self, name: str, variant: ExpertsVariant) -> None:
-        """Keep a variant at hand for `use`."""
-        self._variants[name] = variant
-
-    def drop(self, name: str) -> None:
-        """Forget a variant that is not in use."""
-        del self._variants[name]
-        self._stacks.pop(name, None)
-
-    def use(self, name: str | None) -> None:
-        """Compute with a variant from now on; None is the checkpoint as it is."""
-        self._variant = name
-        PackedExperts.switches += 1
-
     def count_in(self, counts: Tensor | None) -> None:
         """Add to [experts] int64 on the CPU for every token that an expert gets from now on; None counts nothing."""
         self.counts = counts
-        PackedExperts.switches += 1
+        self.variants.changed()
 
     @property
     def variant(self) -> ExpertsVariant:
-        """The one in use."""
-        return self._variants[self._variant]
+        """What differs from the checkpoint now."""
+        return self.variants.of_layer(self._layer) or self._plain
 
     def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
         """All experts in one call, or None if no kernel knows what this family does between the products."""
@@ -180,11 +151,13 @@ class PackedExperts(nn.Module):
         """The matrices as kernels take them; only if `activation` is known."""
         biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else ()
         if len(biases) != len(self._biases) or any(a is not b for a, b in zip(biases, self._biases, strict=True)):
-            self._stacks, self._biases = {}, biases
-        if self._variant not in self._stacks:
+            self._forget_stacks()
+            self._biases = biases
+        variant = self.variant
+        if variant.stack is None:
             assert self.activation is not None
-            self._stacks[self._variant] = self._as_stack(module, self.activation)
-        return self._stacks[self._variant]
+            variant.stack = self._as_stack(module, self.activation)
+        return variant.stack
 
     def gate_up(self, expert: int, x: Tensor) -> Tensor:
         """See `ExpertWeights`."""
@@ -222,11 +195,15 @@ class PackedExperts(nn.Module):
         return stack
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._stacks = {}
-        for variant in self._variants.values():
+        self._forget_stacks()
+        for variant in self.variants.all_of_layer(self._layer):
             for matrix in variant.parts():
                 matrix._apply(fn)
         return super()._apply(fn, recurse)
+
+    def _forget_stacks(self) -> None:
+        for variant in (self._plain, *self.variants.all_of_layer(self._layer)):
+            variant.stack = None
 
 
 def activation_of(experts: Experts) -> str | None:
@@ -238,7 +215,7 @@ def activation_of(experts: Experts) -> str | None:
     rows = projection_rows(experts, width=64)
 
     def compute(gate: Tensor, up: Tensor) -> Tensor:
-        gate_up = torch.empty(1, 128)
+        gate_up = torch.empty(1, 128, dtype=torch.float32)
         gate_up[:, rows["gate_proj"]], gate_up[:, rows["up_proj"]] = gate, up
         return experts._apply_gate(gate_up)[0]
 
@@ -256,7 +233,7 @@ def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
 
 def _name_of(compute: Callable[[Tensor, Tensor], Tensor]) -> str | None:
     with torch.device("cpu"):  # a model may be built where tensors have no values
-        gate, up = torch.linspace(-12, 12, 64), torch.linspace(9, -9, 64)
+        gate, up = (torch.linspace(*ends, 64, dtype=torch.float32) for ends in ((-12, 12), (9, -9)))
         found = compute(gate, up)
         return next((name for name in ACTIVATIONS if torch.allclose(activate(name, gate, up), found, atol=1e-5)), None)
 

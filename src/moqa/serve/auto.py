@@ -4,15 +4,11 @@ import logging
 import threading
 import time
 import traceback
-import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from moqa.adjustment.drift import EVERY, DriftDetector, State
 from moqa.adjustment.run import CONTEXT, DEFAULT_SAMPLES, adjust
@@ -27,8 +23,10 @@ from moqa.generation import Piece
 from moqa.runtime.routing import RoutingCounts
 from moqa.serve.adjusting import NONE, Adjusting
 from moqa.serve.collected import Collected
+from moqa.serve.kept import KeptAdjustments, MadeAdjustment
 from moqa.serve.metrics import Metrics
 from moqa.serve.text import Chosen
+from moqa.serve.watch import Watch
 from moqa.storage.artifact import read_json
 
 if TYPE_CHECKING:
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 # more than the 8 windows that an adjustment needs: texts are cut anew, and their ends are left out
 ENOUGH, MOST = 10 * CONTEXT, DEFAULT_SAMPLES * CONTEXT
-KEPT = 4
 # after one was made, this many times its seconds pass before the next: text without end and of many kinds must not
 # keep the machine busy with adjustments
 PAUSE = 10
@@ -47,14 +44,6 @@ PAUSE = 10
 
 class _StoppedError(Exception):
     """The server stops while an adjustment is being made."""
-
-
-@dataclass(eq=False)
-class _Made:
-    """An adjustment that was made, and the routing of the text that it is for."""
-
-    name: str
-    shares: np.ndarray
 
 
 class AutoAdjusting(Adjusting):
@@ -84,9 +73,9 @@ class AutoAdjusting(Adjusting):
         self._detector = DriftDetector(read_routing(folder, fingerprint))
         open_cache(folder, fingerprint)
         self._folder, self._collected = folder, Collected(tokenizer, MOST)
-        self._kept: list[_Made] = []  # the one used last at the end
-        self._leaving: list[tuple[str, weakref.ref[_Made]]] = []  # dropped once no text is written with them
-        self._results: SimpleQueue[tuple[Adjustment, _Made, float] | None] = SimpleQueue()
+        self._kept = KeptAdjustments(model.adjustments)
+        self._watch = Watch(self._detector, self._collected, self._kept)
+        self._results: SimpleQueue[tuple[Adjustment, MadeAdjustment, float] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._number, self._not_before = 0, 0.0
@@ -122,6 +111,10 @@ class AutoAdjusting(Adjusting):
                     self._collected.take(text, last=piece.finish is not None)
             yield piece
 
+    def choose(self, asked: str | None, explicit: bool) -> Chosen:
+        """See `Adjusting`."""
+        return self._find(asked) if explicit else self._watch.default
+
     def close(self) -> None:
         """Give up an adjustment that is being made."""
         self._stopping.set()
@@ -142,44 +135,25 @@ class AutoAdjusting(Adjusting):
         received = not self._results.empty()
         if received:
             self._receive()
-        counts, judged = self._counts.take(), self._detector.judgements
-        self._collected.count(counts)
-        self._detector.add(counts)
-        if received or self._detector.judgements > judged:
-            self._decide()
-
-    def _decide(self) -> None:
-        """Which adjustment requests get from now on; begins to make one where none fits."""
-        state = self._detector.state
-        if state == "known":
-            self._collected.clear()
-            self._default = Chosen()
-        elif state == "novel":
-            fitting = min(self._kept, key=self._distance, default=None)
-            if fitting is not None and self._distance(fitting) < self._detector.threshold:
-                self._collected.clear()
-                if self._default.keeps is not fitting:
-                    self._default = Chosen(fitting.name, keeps=fitting)
-                    self._kept.remove(fitting)
-                    self._kept.append(fitting)
-            else:
-                self._default = Chosen()
-                if self._thread is None and self._collected.tokens >= ENOUGH and time.monotonic() >= self._not_before:
-                    self._begin()
-
-    def _distance(self, made: _Made) -> float:
-        return self._detector.distance(made.shares)
+        decided = self._watch.count(self._counts.take())
+        if received and not decided:
+            self._watch.decide()
+        if (received or decided) and self._watch.lacks_one:
+            self._begin()
 
     def _begin(self) -> None:
+        """Make an adjustment, unless one is being made, was made just now, or there is too little text for it."""
+        if self._thread is not None or self._collected.tokens < ENOUGH or time.monotonic() < self._not_before:
+            return
         self._number += 1
-        made = _Made(f"auto-{self._number}", self._collected.shares)
+        made = MadeAdjustment(f"auto-{self._number}", self._collected.shares)
         self._thread = threading.Thread(
             target=self._make, args=(made, self._collected.texts()), name="moqa-adjust", daemon=True
         )
         self._collected.clear()
         self._thread.start()
 
-    def _make(self, made: _Made, texts: Sequence[str]) -> None:
+    def _make(self, made: MadeAdjustment, texts: Sequence[str]) -> None:
         """In a thread of its own."""
 
         def report(*_: object, **_facts: object) -> None:
@@ -207,28 +181,12 @@ class AutoAdjusting(Adjusting):
             self._metrics.failures.inc()
             return
         adjustment, made, seconds = result
-        assert self._held is not None
-        self._held.hold(adjustment, made.name)
+        self._kept.add(adjustment, made)
         self._metrics.adjustment_seconds.set(seconds)
         self._not_before = time.monotonic() + PAUSE * seconds
-        self._kept.append(made)
-        if len(self._kept) > KEPT:
-            oldest = self._kept.pop(0)
-            self._leaving.append((oldest.name, weakref.ref(oldest)))
-            del oldest
-        self._drop_unused()
-
-    def _drop_unused(self) -> None:
-        assert self._held is not None
-        for name, made in self._leaving.copy():
-            if made() is None:
-                if self._held.current == name:
-                    self._held.switch(None)
-                self._held.drop(name)
-                self._leaving.remove((name, made))
 
     def _find(self, asked: str | None) -> Chosen:
-        made = next((made for made in self._kept.copy() if made.name == asked), None)
+        made = self._kept.find(asked)
         return super()._find(asked) if made is None else Chosen(asked, explicit=True, keeps=made)
 
     def _label(self, chosen: Chosen) -> str:
@@ -238,4 +196,4 @@ class AutoAdjusting(Adjusting):
     @property
     def names(self) -> list[str]:
         """See `Adjusting`."""
-        return [made.name for made in self._kept.copy()]
+        return self._kept.names

@@ -31,7 +31,7 @@ class Scheduler:
     def __init__(
         self, begin: Callable[[ServedText], Iterator[Piece]], slots: int, queue: int, metrics: Metrics
     ) -> None:
-        self._begin, self._slots, self._queue, self._metrics = begin, slots, queue, metrics
+        self.begin, self._slots, self._queue, self._metrics = begin, slots, queue, metrics
         self._waiting: deque[ServedText] = deque()
         self._active: list[ServedText] = []
         self._deadline: float | None = None
@@ -114,7 +114,7 @@ class Scheduler:
         start = time.monotonic()
         try:
             if job.pieces is None:
-                job.pieces = self._begin(job)
+                job.pieces = self.begin(job)
             piece = next(job.pieces)
         except Exception as error:
             # whatever went wrong is this text's problem, the others go on

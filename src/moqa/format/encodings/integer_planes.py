@@ -33,6 +33,6 @@ class IntegerPlanes(Encoding):
         """See `Encoding`."""
         zero = None if scheme.symmetric else untile_rows(tensors["zero"], shape[0])
         scale = untile_rows(tensors["scale"], shape[0])
-        top = torch.tensor(float(2**scheme.width - 1), device=scale.device).expand(scale.shape)
+        top = torch.tensor(2**scheme.width - 1, dtype=torch.float32, device=scale.device).expand(scale.shape)
         planes = [tensors[f"p{index}"] for index in range(len(PLANES[scheme.width]))]
         return Grid(scale, zero, scheme.group_size, top).decode(unpack(planes, scheme.width, shape))
