@@ -190,7 +190,7 @@ class TestRefusals:
 
     def test_the_images_that_it_was_fitted_on(self, made, folders, tmp_path):
         name, _ = made
-        with pytest.raises(MoqaError, match="is the text that .* was fitted on"):
+        with pytest.raises(MoqaError, match=r"is the text that .* was fitted on"):
             moqa.evaluate(folders / f"{name}-8", {"t": folders / "calib"})
         # the same pictures under other names
         shutil.copytree(folders / "calib", tmp_path / "copy")

@@ -12,6 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+import moqa
+from moqa.planning import STRATEGIES
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -69,3 +72,23 @@ def test_every_link_in_the_documents_leads_somewhere():
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
+def test_the_first_change_names_functions_that_exist():
+    text = (ROOT / "docs" / "first-change.md").read_text()
+    hops = re.findall(r"^\| \d+ \| \[`(\w+)`\]\(\.\./(\S+)\)", text, re.MULTILINE)
+    assert len(hops) == 10
+    for function, path in hops:
+        assert re.search(rf"def {function}\(", (ROOT / path).read_text()), (function, path)
+
+
+def test_the_strategy_of_the_first_change_works(tiny_profile):
+    text = (ROOT / "docs" / "first-change.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@strategy" in block)
+    exec(code, {})
+    try:
+        plan = moqa.plan(tiny_profile, "5bpw", strategy="first-blocks")
+    finally:
+        del STRATEGIES["first-blocks"]
+    widths = [plan.units[f"model.layers.{layer}.mlp.experts.0.down_proj"].width for layer in (0, 2)]
+    assert widths[0] > widths[1]
