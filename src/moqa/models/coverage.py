@@ -1,5 +1,6 @@
 """What in a decoder layer is a unit, what is kept on purpose, and the refusal of everything else."""
 
+from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d | LinearPart
     return plain or isinstance(module, LinearPart) or is_convolution(module)
 
 
-def router_paths(model: nn.Module, layers: nn.ModuleList) -> list[str]:
+def router_paths(model: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
     """Paths in decoder layers of their routers: the modules whose outputs transformers records as router logits.
 
     >>> router_paths(model, model.model.layers)

@@ -17,7 +17,7 @@ class Unit:
 
     Attributes:
         name: path in the model; experts of a stacked parameter get their index in the path.
-        layer: index of the decoder layer.
+        layer: index of the block, a decoder layer in most models.
         role: `expert` (routed), `shared` (an expert that every token visits), `attention` (whatever mixes tokens),
             `mlp` (the feed-forward part of a dense layer), or `convolution`.
         projection: last word of the name.

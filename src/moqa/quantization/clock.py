@@ -53,7 +53,7 @@ class Clock:
 
     def layer(self, view: ModelView, layer: int, plan: Plan, tokens: int, ahead: bool) -> float:
         """Seconds that a decoder layer takes; `ahead`: storage and arithmetic do not wait for each other."""
-        units = view.layer_units(layer)
+        units = view.block_units(layer)
         experts = _count(units)
         read = sum(unit.weights * view.itemsize(unit) for unit in units)
         written = sum(plan.units[unit.name].stored_bytes(unit.shape) for unit in units)
@@ -91,8 +91,8 @@ class Clock:
             whole: whether the model is in memory while it writes its own text.
         """
         seconds, everything, probes = 0.0, sum(tokens.values()), len(PROBES)
-        for layer in range(len(view.layers)):
-            units = view.layer_units(layer)
+        for layer in range(len(view.blocks)):
+            units = view.block_units(layer)
             experts = _count(units)
             slices = -(-experts // together) if view.top_k else 1
             for unit in units:
@@ -120,8 +120,8 @@ class Clock:
     def compared(self, view: ModelView, plan: Plan, tokens: int, checkpoints: int) -> float:
         """Seconds of comparing so many checkpoints with the original on tokens of text, see `moqa.evaluation.proof`."""
         original = each = 0.0
-        for layer in range(len(view.layers)):
-            units = view.layer_units(layer)
+        for layer in range(len(view.blocks)):
+            units = view.block_units(layer)
             experts = _count(units)
             for unit in units:
                 seen = tokens * (view.top_k / experts if unit.expert is not None else 1)

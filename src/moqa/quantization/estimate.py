@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from moqa.errors import LittleMemoryError
-from moqa.forecast.disk import largest_layer_bytes, profile_disk_bytes
+from moqa.forecast.disk import largest_block_bytes, profile_disk_bytes
 from moqa.forecast.working_set import ProfileWorkingSet, QuantizationWorkingSet, comparison_peak
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
@@ -66,9 +66,9 @@ def estimate(
     limits = memory or MemoryLimit.free()
     peak = peak_bytes(view, plan, profile, how, limits, profiled, held_out)
     tokens = tokens_of(plan, profile) if how.needs_data else 0
-    room = QuantizationWorkingSet.within(limits, view, how, tokens, largest_layer_bytes(view, plan.units))
+    room = QuantizationWorkingSet.within(limits, view, how, tokens, largest_block_bytes(view, plan.units))
     clock = Clock(how, storage_rate(folder))
-    quantizing = sum(clock.layer(view, layer, plan, tokens, room.ahead) for layer in range(len(view.layers)))
+    quantizing = sum(clock.layer(view, layer, plan, tokens, room.ahead) for layer in range(len(view.blocks)))
     seconds, disk = before + quantizing, disk_needed(view, plan, profile, how, cache)
     if held_out:
         # uniform plans below and above, and the hand rule where there are experts
@@ -102,7 +102,7 @@ def peak_bytes(
 
     def quantizing() -> int:
         tokens = tokens_of(plan, profile) if method.needs_data else 0
-        return QuantizationWorkingSet.within(memory, view, method, tokens, largest_layer_bytes(view, plan.units)).peak
+        return QuantizationWorkingSet.within(memory, view, method, tokens, largest_block_bytes(view, plan.units)).peak
 
     def profiling() -> int:
         return ProfileWorkingSet.within(memory, view, method, len(PROBES)).peak + view.missing(memory)

@@ -17,7 +17,7 @@ from moqa.data import (
     split_held_out,
 )
 from moqa.errors import MoqaError, one_line
-from moqa.tasks.task import Samples, Task
+from moqa.tasks.task import Samples, Task, paths_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -59,14 +59,14 @@ class CausalLM(Task):
 
         return AutoModelForCausalLM
 
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
+    def blocks(self, model: nn.Module) -> list[str]:
         """Its decoder layers."""
         get_decoder: Any = getattr(model, "get_decoder", None)
         decoder = get_decoder() if get_decoder else model
         for owner in (decoder, getattr(decoder, "model", None)):
             layers = getattr(owner, "layers", None)
             if isinstance(layers, nn.ModuleList) and len(layers):
-                return layers
+                return paths_in(model, layers)
         children = ", ".join(name for name, _ in decoder.named_children())
         raise MoqaError(f"{type(model).__name__} has no decoder layers", f"looked for `layers` among {children}")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moqa.data import Data, Images, ImageSamples, Source, cut_images, read_images, split_images
 from moqa.errors import MoqaError, one_line
-from moqa.tasks.task import Samples, Task
+from moqa.tasks.task import Samples, Task, paths_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -76,7 +76,7 @@ class ImageClassification(Task):
 
         return AutoModelForImageClassification
 
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
+    def blocks(self, model: nn.Module) -> list[str]:
         """Stages of a convolutional network, or layers of an encoder: the outermost list of modules so named."""
         found = [
             (path.count("."), _BLOCKS.index(path.rpartition(".")[2]), module)
@@ -86,7 +86,7 @@ class ImageClassification(Task):
         if not found:
             names = ", ".join(_BLOCKS)
             raise MoqaError(f"{type(model).__name__} has no blocks", f"looked for lists of modules named {names}")
-        return min(found, key=lambda entry: entry[:2])[2]
+        return paths_in(model, min(found, key=lambda entry: entry[:2])[2])
 
     def ends(self, model: "PreTrainedModel") -> list[Any]:  # noqa: ARG002
         """None: what is before and behind the blocks is small."""

@@ -62,8 +62,8 @@ class Task(Protocol):
     def auto_class(self) -> Any:
         """transformers' class that makes such models."""
 
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
-        """The blocks that hidden states go through one after the other.
+    def blocks(self, model: nn.Module) -> list[str]:
+        """Paths of the blocks that hidden states go through, one after the other.
 
         Raises:
             MoqaError: if they cannot be found; says where they were looked for.
@@ -136,3 +136,13 @@ class Task(Protocol):
 
     def count(self, inputs: Tensor) -> int:
         """How many predictions inputs have."""
+
+
+def paths_in(model: nn.Module, blocks: nn.ModuleList) -> list[str]:
+    """Paths in a model of the modules of a list.
+
+    >>> paths_in(model, model.model.layers)[:2]
+    ['model.layers.0', 'model.layers.1']
+    """
+    root = next(path for path, module in model.named_modules() if module is blocks)
+    return [f"{root}.{index}" for index in range(len(blocks))]
