@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moqa.errors import LittleMemoryError, MoqaError
+from moqa.estimate import estimate, peak_bytes
 from moqa.forecast.footprint import SLACK, as_many
 from moqa.forecast.working_set import ProfileWorkingSet, QuantizationWorkingSet
 from moqa.memory.limit import MemoryLimit
@@ -22,7 +23,6 @@ from moqa.planning import plan
 from moqa.profiling import profile
 from moqa.quantization import quantize
 from moqa.quantization import run as driver
-from moqa.quantization.estimate import estimate, peak_bytes
 
 MODEL = "reference/model"
 

@@ -18,7 +18,7 @@ from moqa.planning import Budget, Plan
 from moqa.profiling import Profile, profile
 from moqa.progress import Report, quiet
 from moqa.quantization import quantize
-from moqa.quantization.estimate import Estimate, estimate, peak_bytes
+from moqa.estimate import Estimate, estimate, peak_bytes
 from moqa.quantization.run import disk_needed
 from moqa.storage.space import check_space
 
