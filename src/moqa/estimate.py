@@ -17,6 +17,7 @@ from moqa.execution import Workspace
 from moqa.forecast.disk import largest_layer_bytes, profile_disk_bytes
 from moqa.forecast.estimate import Estimate
 from moqa.forecast.rates import BlockRates, ComparisonRates, ProfileRates, Rates, TokenCost, block_kinds
+from moqa.forecast.samples import states_in_front
 from moqa.forecast.stopwatch import Stopwatch
 from moqa.forecast.time import comparison_seconds, loading_seconds, profile_seconds, quantization_seconds
 from moqa.forecast.working_set import ProfileWorkingSet, QuantizationWorkingSet, comparison_peak
@@ -190,11 +191,10 @@ class Trial:
         samples = tokens_of(self.plan, self.profile) // each
         batch = self._samples(min(together, max(samples, 1)))
         embedding = watch.seconds(lambda: stages.embed(batch)) / task.count(batch)
-        hidden, batches, moving = stages.embed(batch), list[CalibrationBatch](), None
+        fit, checked, size = trial_batches(samples, len(batch))
+        hidden = states_in_front(stages, batch, set(kinds))
+        held_out, moving = states_in_front(stages, self._samples(size), set(kinds)), None
         if self.method.needs_data:
-            fit, checked, size = trial_batches(samples, len(batch))
-            held_out = stages.embed(self._samples(size))
-            batches = [CalibrationBatch(hidden)] * fit + [CalibrationBatch(held_out, check=True)] * checked
             moving = HiddenStates(stages, site.work, "moving", [batch])
         profiling = self._profiling(site, self._samples(2), self._samples(2 * len(batch)))
         steps = self._steps(set(kinds), watch)
@@ -203,15 +203,18 @@ class Trial:
         blocks = {}
         for layer in dict.fromkeys(kinds):
             tried = TrialLayer(site, layer, self.plan.units, self.method, self.experts, each)
+            batches = list[CalibrationBatch]()
             if moving is not None:
-                moving.put(layer, 0, hidden)
+                moving.put(layer, 0, hidden[layer])
+                batches += [CalibrationBatch(hidden[layer])] * fit
+                batches += [CalibrationBatch(held_out[layer], check=True)] * checked
             found = try_quantization(tried, batches, moving, watch)
             blocks[layer] = BlockRates(
                 len({unit.expert for unit in tried.units() if unit.expert is not None}),
                 found.file,
                 found.rates,
                 self._profiled(profiling, tried, steps[1], watch),
-                try_comparison(tried, found, hidden, self.whole, watch) if self.compared else ComparisonRates(),
+                try_comparison(tried, found, hidden[layer], self.whole, watch) if self.compared else ComparisonRates(),
             )
         return Rates(
             kinds, blocks, storage_rate(view.folder), torch.get_num_threads(), watch.once, ends,

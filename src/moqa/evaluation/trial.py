@@ -9,6 +9,7 @@ from moqa.data import Windows
 from moqa.data.images import ImageSamples
 from moqa.evaluation.measure import quality
 from moqa.forecast.rates import ComparisonRates, TokenCost
+from moqa.forecast.samples import states_in_front
 from moqa.forecast.stopwatch import Stopwatch
 from moqa.kernels import find_kernels
 from moqa.models.layerwise import LayerwiseModel
@@ -55,7 +56,7 @@ def try_scoring(stages: LayerwiseModel, inputs: Tensor, watch: Stopwatch) -> Tok
     else:
         samples = Windows("trial", inputs, inputs.numel(), hashes)
     hidden, other = HiddenStates(stages, InMemoryRun(), "trial", [inputs]), LayerwiseModel(stages.model)
-    hidden.put(stages.depth, 0, hidden.at(0, 0))
+    hidden.put(stages.depth, 0, states_in_front(stages, inputs, (stages.depth,))[stages.depth])
     return TokenCost(0.0, watch.seconds(lambda: quality(samples, hidden, stages, hidden, other)) / task.count(inputs))
 
 

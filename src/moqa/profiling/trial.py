@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moqa.execution import Workspace
 from moqa.forecast.rates import ProfileRates, TokenCost
+from moqa.forecast.samples import states_in_front
 from moqa.forecast.stopwatch import Stopwatch
 from moqa.models.view import ModelView
 from moqa.profiling.passes import BlockPass, ErrorSettings, ProfiledSamples, go_back, go_forward
@@ -74,18 +75,20 @@ class ProfileTrial:
         """What drawing labels costs for each token of a distribution."""
         flow, stages = self._flow("few", self.few), self.site.stages
         for number in flow.measured:
-            flow.hidden.put(stages.depth, number, flow.hidden.at(0, number))
+            states = states_in_front(stages, self.few[len(self.few) // 2 :], (stages.depth,))
+            flow.hidden.put(stages.depth, number, states[stages.depth])
         generator = torch.Generator().manual_seed(0)
         return TokenCost(0.0, watch.seconds(lambda: flow.draw_labels(stages, generator)) / stages.task.count(self.few))
 
     def _place(self, layer: int, name: str, tokens: Tensor) -> None:
         """Put samples in front of a layer, and gradients behind it."""
         flow = self._flow(name, tokens)
-        for number in range(flow.measured.stop):
-            hidden = flow.hidden.at(0, number)
-            flow.hidden.put(layer, number, hidden)
+        # half of the samples are one batch to calibrate on, the others one to measure
+        for number, inputs in enumerate(tokens.chunk(2)):
+            states = states_in_front(self.site.stages, inputs, (layer, layer + 1))
+            flow.hidden.put(layer, number, states[layer])
             if number in flow.measured:
-                flow.put_gradient(layer + 1, number, torch.randn_like(hidden))
+                flow.put_gradient(layer + 1, number, torch.randn_like(states[layer + 1]))
 
     def _flow(self, name: str, tokens: Tensor) -> ProfiledSamples:
         stages, work = self.site.stages, self.site.work
@@ -109,7 +112,9 @@ def try_self_sampling(
         context: tokens of each; what is timed happens in their middle.
         watch: times the work.
     """
-    tokens = torch.zeros(min(windows, OWN_BATCH), max(1, context // 2), dtype=torch.long)
+    # not the same token everywhere: an expert that no window is sent to takes no time
+    shape = (min(windows, OWN_BATCH), max(1, context // 2))
+    tokens = torch.randint(view.classes, shape, generator=torch.Generator().manual_seed(0))
     with view.held(range(firsts[-1] + 1)):
         depths = sorted({0, *firsts, *(layer + 1 for layer in firsts)})
         found = {depth: _step(view, depth, tokens, watch) for depth in depths}
