@@ -12,8 +12,9 @@ from moqa.forecast.rates import ComparisonRates, TokenCost
 from moqa.forecast.samples import states_in_front
 from moqa.forecast.stopwatch import Stopwatch
 from moqa.kernels import find_kernels
+from moqa.models.building import empty_model
 from moqa.models.layerwise import LayerwiseModel
-from moqa.models.load import empty_model, read_config
+from moqa.models.load import read_config
 from moqa.models.view import ModelView
 from moqa.quantization.layer import quantized
 from moqa.quantization.trial import TrialLayer, TrialResult

@@ -18,7 +18,8 @@ from moqa.format.scheme import Scheme
 from moqa.format.writer import write_shard
 from moqa.methods import Method
 from moqa.models.units import Unit
-from moqa.quantization.layer import QuantizedUnit, quantize_units, quantized
+from moqa.quantization.layer import QuantizedUnit, quantized
+from moqa.quantization.pieces import BlockPiece, quantize_piece
 
 # experts' inputs are measured with as many batches; where a run has more, each costs as much as these
 _MOST_FIT, _MOST_CHECKED = 3, 4
@@ -103,8 +104,8 @@ def try_quantization(
     done: dict[str, QuantizedUnit] = {}
 
     def solve(some: Sequence[Unit]) -> None:
-        found = quantize_units(view, some, tried.schemes, tried.method, dict(seen))
-        done.update({unit.name: result for unit, result in found})
+        schemes = {unit.name: tried.schemes[unit.name] for unit in some}
+        done.update(quantize_piece(tried.site, BlockPiece(layer, tried.method, schemes, linear=seen)))
 
     linear = [unit for unit in units if unit.expert is None]
     routed = [unit for unit in units if unit.expert in few]
