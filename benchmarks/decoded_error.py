@@ -33,7 +33,7 @@ class Original:
         given = {unit: dense[f"{name}.weight"] for name, unit in view.units.items() if f"{name}.weight" in dense}
         for unit, weight in given.items():
             view.set_weight(unit, weight)
-        divergence, squares = 0.0, torch.zeros(len(view.layers), 2, dtype=torch.float64)
+        divergence, squares = 0.0, torch.zeros(len(view.blocks), 2, dtype=torch.float64)
         for (states, logp), (others, other) in zip(self._answers, _answers(view, self.tokens), strict=True):
             divergence += float((logp.exp() * (logp - other)).sum(dtype=torch.float64))
             pairs = zip(states, others, strict=True)
@@ -59,5 +59,5 @@ def _answers(view: ModelView, tokens: Tensor) -> Iterator[tuple[list[Tensor], Te
     for batch in stages.task.batches(tokens):
         states = [stages.embed(batch)]
         for layer in range(stages.depth):
-            states.append(stages.layer(layer, states[-1]))
+            states.append(stages.run_block(layer, states[-1]))
         yield states[1:], stages.head(states[-1]).log_softmax(-1)

@@ -130,7 +130,7 @@ class TestLoading:
         stages, x = LayerwiseModel(model), torch.randn(2, 3, SIZE, SIZE)
         hidden = stages.embed(x)
         for index in range(stages.depth):
-            hidden = stages.layer(index, hidden)
+            hidden = stages.run_block(index, hidden)
         with torch.no_grad():
             assert torch.equal(stages.head(hidden), model(x).logits)
 

@@ -60,7 +60,7 @@ class TestInputs:
             found = BlockInputs(
                 view, stages, 0, [CalibrationBatch(hidden), CalibrationBatch(hidden, check=True)], work
             ).linear
-        spaces = by_input(u for u in view.layer_units(0) if u.expert is None)
+        spaces = by_input(u for u in view.block_units(0) if u.expert is None)
         assert found.keys() == spaces.keys()
         q, k, v, o = (found[name] for name in spaces if "self_attn" in name)
         assert q is k is v
@@ -87,8 +87,8 @@ class TestProduct:
         stages = LayerwiseModel(view.model)
         hidden = stages.embed(torch.arange(64).reshape(1, 64))
         with torch.no_grad():
-            exact = stages.layer(0, hidden)
+            exact = stages.run_block(0, hidden)
             with in_stored_precision(view, 0):
-                narrow = stages.layer(0, hidden)
-            assert torch.equal(stages.layer(0, hidden), exact)
+                narrow = stages.run_block(0, hidden)
+            assert torch.equal(stages.run_block(0, hidden), exact)
         assert 1e-6 < float((narrow - exact).norm() / exact.norm()) < 0.01

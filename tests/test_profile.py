@@ -109,7 +109,7 @@ class TestActivation:
     def test_similarity_is_a_cosine(self, measured, view):
         table = measured.weights["layer.2.similarity"]
         first, second = (
-            torch.cat([view.weight(u).flatten() for u in view.layer_units(2) if u.expert == expert])
+            torch.cat([view.weight(u).flatten() for u in view.block_units(2) if u.expert == expert])
             for expert in (3, 11)
         )
         assert float(table[3, 11]) == pytest.approx(float(torch.cosine_similarity(first, second, dim=0)), abs=1e-5)

@@ -159,7 +159,7 @@ class TestModels:
         view = open_model(pairs[family][0], keep=False)
         view.need(1)
         assert view.experts(1).down_proj.dtype == torch.bfloat16
-        there = [n for n, layer in enumerate(view.layers) if not any(p.is_meta for p in layer.parameters())]
+        there = [n for n, layer in enumerate(view.blocks) if not any(p.is_meta for p in layer.parameters())]
         assert there == [1]
 
     def test_numbers_and_scales_in_different_files(self, family, pairs, tokens, tmp_path):

@@ -42,7 +42,7 @@ def profiled(tiny_model, texts, tmp_path_factory):
 
 def there(view):
     """Decoder layers that have memory."""
-    return [n for n, layer in enumerate(view.layers) if not any(p.is_meta for p in layer.parameters())]
+    return [n for n, layer in enumerate(view.blocks) if not any(p.is_meta for p in layer.parameters())]
 
 
 class TestPieces:
@@ -51,7 +51,7 @@ class TestPieces:
         hidden = stages.embed(torch.arange(8)[None])
         assert there(streamed) == []
         for layer in range(stages.depth):
-            hidden = stages.layer(layer, hidden)
+            hidden = stages.run_block(layer, hidden)
             assert there(streamed) == [layer]
         stages.head(hidden)
         assert there(streamed) == []
@@ -69,7 +69,7 @@ class TestPieces:
         for view in (streamed, open_model(tiny_model)):
             stages = LayerwiseModel(view.model)
             hidden = stages.embed(torch.arange(16)[None]).requires_grad_(True)
-            found.append(torch.autograd.grad(stages.layer(1, hidden).square().sum(), hidden)[0])
+            found.append(torch.autograd.grad(stages.run_block(1, hidden).square().sum(), hidden)[0])
         assert torch.equal(*found)
 
     def test_experts_stay_in_the_dtype_of_the_file(self, tiny_model, streamed):

@@ -14,7 +14,7 @@ from moqa.errors import LittleMemoryError
 from moqa.evaluation.proof import baselines
 from moqa.evaluation.trial import try_comparison, try_opening, try_scoring
 from moqa.execution import Workspace
-from moqa.forecast.disk import largest_layer_bytes, profile_disk_bytes
+from moqa.forecast.disk import largest_block_bytes, profile_disk_bytes
 from moqa.forecast.estimate import Estimate
 from moqa.forecast.rates import BlockRates, ComparisonRates, ProfileRates, Rates, TokenCost, block_kinds
 from moqa.forecast.samples import states_in_front
@@ -74,7 +74,7 @@ def estimate(
     limits = memory or MemoryLimit.free()
     peak = peak_bytes(view, plan, profile, how, limits, profiled=profiled, held_out=held_out)
     tokens = tokens_of(plan, profile) if how.needs_data else 0
-    room = QuantizationWorkingSet.within(limits, view, how, tokens, largest_layer_bytes(view, plan.units))
+    room = QuantizationWorkingSet.within(limits, view, how, tokens, largest_block_bytes(view, plan.units))
     first = None if profiled else ProfileWorkingSet.within(limits, view, how, len(PROBES))
     # one command for all steps keeps the original in memory if that holds it
     whole = bool(held_out or not profiled) and limits.holds(OriginalReader(folder).values)
@@ -123,7 +123,7 @@ def peak_bytes(
 
     def quantizing() -> int:
         tokens = tokens_of(plan, profile) if method.needs_data else 0
-        return QuantizationWorkingSet.within(memory, view, method, tokens, largest_layer_bytes(view, plan.units)).peak
+        return QuantizationWorkingSet.within(memory, view, method, tokens, largest_block_bytes(view, plan.units)).peak
 
     def profiling() -> int:
         return ProfileWorkingSet.within(memory, view, method, len(PROBES)).peak + view.missing(memory)

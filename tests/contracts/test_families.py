@@ -95,7 +95,7 @@ class TestEveryFamily:
         experts = [unit for unit in view.units.values() if unit.role == "expert"]
         assert len(experts) == expected.moe_layers * EXPERTS * 3
         assert view.top_k == (2 if expected.moe_layers else 0)
-        assert len(view.layers) == expected.layers
+        assert len(view.blocks) == expected.layers
 
     def test_keeps_routers_norms_and_embeddings(self, family, zoo):
         view = open_model(zoo(family))
@@ -125,7 +125,7 @@ class TestEveryFamily:
             stages.embed(tokens.flip(0, 1))  # another batch must change nothing
             assert hidden.dim() == 3
             for index in range(stages.depth):
-                hidden = stages.layer(index, hidden)
+                hidden = stages.run_block(index, hidden)
             assert torch.equal(stages.head(hidden), model(tokens).logits)
 
     def test_computes_the_same_layer_by_layer_from_disk(self, family, zoo, tokens):
@@ -138,7 +138,7 @@ class TestEveryFamily:
         made = quantized(family)
         reached = {
             (layer, expert)
-            for layer in range(len(made.view.layers))
+            for layer in range(len(made.view.blocks))
             if made.view.experts_path(layer)
             for expert in made.profile.statistics["wiki"][f"layer.{layer}.tokens"].nonzero()[:, 0].tolist()
         }
@@ -164,7 +164,7 @@ class TestEveryFamily:
         dense, stored = open_model(zoo(family)), open_checkpoint(made.gptq)
         for layer in range(len(dense.layers)):
             tensors = stored.layer(layer)
-            for unit in dense.layer_units(layer):
+            for unit in dense.block_units(layer):
                 scheme = made.plan.units[unit.name]
                 parts = {suffix: tensors[f"{unit.name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
                 matrix, original = PackedMatrix(scheme, unit.shape, parts).dense(), dense.weight(unit)

@@ -196,7 +196,7 @@ class Layer:
     def view(self):
         return self
 
-    def layer_units(self, _):
+    def block_units(self, _):
         return self.units
 
     def weight(self, unit):

@@ -80,7 +80,7 @@ def measure(
             if whole:
                 with open_layer(layer).as_original():
                     original.advance(layer, keep=False)
-            with unpacked(stages.layers[layer]):
+            with unpacked(stages.blocks[layer]):
                 hidden.advance(layer, numbers=range(len(parts)))
                 with in_half():
                     hidden.advance(layer, numbers=range(len(parts), len(hidden)))
@@ -196,7 +196,7 @@ def _backward(
 ) -> _Observer | None:
     """Run a layer again with gradients; replaces the gradients by those of the layer's inputs."""
     module = None if originals.module is None else stages.model.get_submodule(originals.module)
-    with unpacked(stages.layers[layer]):
+    with unpacked(stages.blocks[layer]):
         if module is None:
             _flow(stages, layer, hidden, gradients)
             return None

@@ -144,9 +144,9 @@ def fit_choice(
             continue
         grams = Grams(experts)
         module = situation.model.get_submodule(originals.module)
-        with torch.no_grad(), in_half(), unpacked(stages.layers[layer]), observed(module, grams):
+        with torch.no_grad(), in_half(), unpacked(stages.blocks[layer]), observed(module, grams):
             for number in range(len(hidden)):
-                stages.layer(layer, hidden.at(layer, number))
+                stages.run_block(layer, hidden.at(layer, number))
         found.append(fit_layer(wanted, originals.missing(), grams))
         solved |= {name: fit_unit(originals.original(name), name, unit.scheme, grams) for name, unit in mine.items()}
     return found, solved

@@ -31,5 +31,5 @@ def run_back(
     for number, (hidden, gradient) in enumerate(batches):
         inputs = hidden.detach().requires_grad_(True)
         with precision():
-            out = stages.layer(block, inputs)
+            out = stages.run_block(block, inputs)
         keep(number, torch.autograd.grad(out, inputs, gradient)[0])

@@ -58,7 +58,7 @@ class HiddenStates:
             numbers: of the batches to move; None means all.
         """
         for number in range(self._count) if numbers is None else numbers:
-            self.put(layer + 1, number, self._stages.layer(layer, self.at(layer, number)).float())
+            self.put(layer + 1, number, self._stages.run_block(layer, self.at(layer, number)).float())
             if not keep:
                 self._work.remove(self._file(layer, number))
 

@@ -172,7 +172,7 @@ def input_space(unit: Unit) -> str:
 def by_input(units: Iterable[Unit]) -> dict[str, list[Unit]]:
     """Input space -> the units that share it, both in the order of the units.
 
-    >>> [len(sharing) for sharing in by_input(view.layer_units(0)).values()][-2:]
+    >>> [len(sharing) for sharing in by_input(view.block_units(0)).values()][-2:]
     [2, 1]
     """
     found: dict[str, list[Unit]] = {}
@@ -228,7 +228,7 @@ class BlockInputs:
                 for part in parts:
                     # not a view, which would keep what it is a view of
                     self._parts.append(replace(part, hidden=part.hidden.new_empty(0)))
-                    stages.layer(layer, part.hidden)
+                    stages.run_block(layer, part.hidden)
                     shared.clear()
                     if recorder is not None:
                         # nothing but the output of the layer, which nobody wants here, may depend on its experts

@@ -32,7 +32,7 @@ def final_hidden(model: nn.Module, samples: list[Samples], report: Report) -> di
     hidden = {s.name: HiddenStates(stages, InMemoryRun(), s.name, stages.task.batches(s.inputs)) for s in samples}
     for layer in range(stages.depth):
         report("evaluate", layer, stages.depth)
-        with unpacked(stages.layers[layer]):
+        with unpacked(stages.blocks[layer]):
             for states in hidden.values():
                 states.advance(layer, keep=False)
     report("evaluate", stages.depth, stages.depth)

@@ -39,12 +39,12 @@ def try_comparison(
     site, layer, tokens = tried.site, tried.layer, len(hidden) * tried.predictions
     with site.view.held([layer] if whole else []):
         site.view.need(layer)
-        original = watch.seconds(lambda: site.stages.layer(layer, hidden))
+        original = watch.seconds(lambda: site.stages.run_block(layer, hidden))
     reference = find_kernels("reference")
     with quantized(site.view, layer, result.done, result.schemes, reference):
         unpacking = watch.seconds(lambda: _unpack(site.view, layer))
-        with unpacked(site.view.layers[layer]):
-            packed = watch.seconds(lambda: site.stages.layer(layer, hidden))
+        with unpacked(site.view.blocks[layer]):
+            packed = watch.seconds(lambda: site.stages.run_block(layer, hidden))
     return ComparisonRates(TokenCost(0.0, original / tokens), TokenCost(unpacking, packed / tokens))
 
 
@@ -69,5 +69,5 @@ def try_opening(view: ModelView, watch: Stopwatch) -> float:
 
 
 def _unpack(view: ModelView, layer: int) -> None:
-    with unpacked(view.layers[layer]):
+    with unpacked(view.blocks[layer]):
         pass

@@ -26,7 +26,7 @@ class Workspace:
     """The model and the work folder, as this process has them open.
 
     >>> site = Workspace(open_model("reference/model", keep=False), work)
-    >>> site.view.layer_units(0)[0].name
+    >>> site.view.block_units(0)[0].name
     'model.layers.0.self_attn.q_proj'
 
     Args:

@@ -19,15 +19,15 @@ def profile_disk_bytes(view: ModelView, tokens: int, distributions: int) -> int:
     """
     hidden = 4 * tokens * view.stream
     measured = similar = 0
-    for layer in range(len(view.layers)):
-        down = [unit for unit in view.layer_units(layer) if unit.role == "expert" and unit.projection == "down_proj"]
+    for layer in range(len(view.blocks)):
+        down = [unit for unit in view.block_units(layer) if unit.role == "expert" and unit.projection == "down_proj"]
         # of each expert its channels, and of every two how often they are chosen together and how alike they are
         measured += 4 * sum(unit.shape[1] for unit in down) + 4 * len(down) ** 2
         similar += 4 * len(down) ** 2
     measured = measured * distributions + similar
     # behind the last layer there are the hidden states too; half of the windows have gradients, before and behind a
     # layer, and what its experts are called with is there of the other half
-    return max(hidden * len(view.layers) + 5 * hidden // 2 + measured, 2 * (hidden + measured))
+    return max(hidden * len(view.blocks) + 5 * hidden // 2 + measured, 2 * (hidden + measured))
 
 
 def quantization_disk_bytes(view: ModelView, checkpoint: int, tokens: int, cached: float) -> int:
@@ -48,13 +48,13 @@ def quantization_disk_bytes(view: ModelView, checkpoint: int, tokens: int, cache
     return checkpoint + kept + put_aside
 
 
-def largest_layer_bytes(view: ModelView, schemes: Mapping[str, Scheme]) -> int:
+def largest_block_bytes(view: ModelView, schemes: Mapping[str, Scheme]) -> int:
     """Bytes of the largest decoder layer as a plan stores it.
 
-    >>> largest_layer_bytes(view, plan.units)
+    >>> largest_block_bytes(view, plan.units)
     2097152
     """
-    found = [0] * len(view.layers)
+    found = [0] * len(view.blocks)
     for unit in view.units.values():
         found[unit.layer] += schemes[unit.name].stored_bytes(unit.shape)
     return max(found)

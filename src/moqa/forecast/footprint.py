@@ -69,8 +69,8 @@ class Footprint:
         """Of a model, in a process that takes no more than it uses (`moqa.memory.process.settle`)."""
         layer = weights = linear = expert = largest = features = experts = 0
         alike: set[tuple[int, int, int]] = set()
-        for index in range(len(view.layers)):
-            units = view.layer_units(index)
+        for index in range(len(view.blocks)):
+            units = view.block_units(index)
             layer = max(layer, sum(unit.weights * view.itemsize(unit) for unit in units))
             weights = max(weights, sum(unit.weights for unit in units))
             spaces = list(by_input(units).values())

@@ -170,9 +170,9 @@ def block_kinds(view: ModelView) -> tuple[int, ...]:
     """
     first: dict[tuple, int] = {}
     kinds = []
-    for layer in range(len(view.layers)):
+    for layer in range(len(view.blocks)):
         key = tuple(
-            (unit.role, unit.projection, unit.shape, view.stored_dtype(unit)) for unit in view.layer_units(layer)
+            (unit.role, unit.projection, unit.shape, view.stored_dtype(unit)) for unit in view.block_units(layer)
         )
         kinds.append(first.setdefault(key, layer))
     return tuple(kinds)

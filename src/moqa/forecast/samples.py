@@ -30,5 +30,5 @@ def states_in_front(stages: LayerwiseModel, inputs: Tensor, blocks: Collection[i
     for block in range(max(blocks) + 1):
         found[block] = hidden
         if block < max(blocks):
-            hidden = stages.layer(block, hidden).float()
+            hidden = stages.run_block(block, hidden).float()
     return found

@@ -91,7 +91,7 @@ class ServedModel:
             MoqaError: if the model keeps no cache of the usual kind.
         """
         with self._mode:
-            run = dry_run(self._model, context, GrowingCache(len(self.view.layers)) if self._grows else None)
+            run = dry_run(self._model, context, GrowingCache(len(self.view.blocks)) if self._grows else None)
         # a cache that grows is dry-run with all its room
         room = max(SMALLEST, 1 << (context - 1).bit_length()) if self._grows else context
         filled = [size * context // room for size in run.cache]

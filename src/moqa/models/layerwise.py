@@ -26,7 +26,7 @@ class LayerwiseModel:
     >>> stages = LayerwiseModel(model)
     >>> hidden = stages.embed(tokens)
     >>> for index in range(stages.depth):
-    ...     hidden = stages.layer(index, hidden)
+    ...     hidden = stages.run_block(index, hidden)
     >>> torch.equal(stages.head(hidden), model(tokens).logits)
     True
 
@@ -38,8 +38,8 @@ class LayerwiseModel:
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model, self.task = model, task_of(model.config)
-        self.layers = self.task.blocks(model)
-        self.depth = len(self.layers)
+        self.blocks = self.task.blocks(model)
+        self.depth = len(self.blocks)
         self._calls: dict[torch.Size, list[tuple[tuple, dict]]] = {}
         self._outputs = 0  # how many a layer returns as a tuple
         self._streams, self._reads_tokens = torch.Size(), False
@@ -67,11 +67,11 @@ class LayerwiseModel:
         self._calls[inputs.shape[: self.task.batch_dims]] = calls
         return self._joined(first[0], inputs)
 
-    def layer(self, index: int, hidden: Tensor) -> Tensor:
+    def run_block(self, index: int, hidden: Tensor) -> Tensor:
         """Output of block `index` for its input; gradients flow if asked for."""
         args, kwargs = self._calls[hidden.shape[: self.task.batch_dims]][index]
         states, tokens = self._parted(hidden)
-        out = self.layers[index](states, *args, **{k: tokens if v is _INPUTS else v for k, v in kwargs.items()})
+        out = self.blocks[index](states, *args, **{k: tokens if v is _INPUTS else v for k, v in kwargs.items()})
         return self._joined(out[0] if isinstance(out, tuple) else out, tokens)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class LayerwiseModel:
         self._reads_tokens |= any(value is tokens for value in kwargs.values())
         self._streams = hidden.shape[2:]
         if index == 0:
-            layer = self.layers[0]
+            layer = self.blocks[0]
             stub = vars(layer).pop("forward")
             try:
                 out = layer(hidden, *args, **kwargs)
@@ -123,7 +123,7 @@ class LayerwiseModel:
 
     @contextmanager
     def _replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.blocks):
 
             def stub(*args: Any, index: int = index, **kwargs: Any) -> Any:
                 out = forward(index, *args, **kwargs)
@@ -133,7 +133,7 @@ class LayerwiseModel:
         try:
             yield
         finally:
-            for layer in self.layers:
+            for layer in self.blocks:
                 del layer.forward
 
     @contextmanager

@@ -17,13 +17,13 @@ def in_stored_precision(view: "ModelView", layer: int) -> Iterator[None]:
     """A block in which a layer's units multiply in bfloat16 if they are stored so and the processor does that natively.
 
     >>> with in_stored_precision(view, 3):
-    ...     stages.layer(3, hidden)
+    ...     stages.run_block(3, hidden)
 
     That is how such a model is served, at several times the speed of float32; everything between the units' products
     stays as it is.
     """
     with ExitStack() as stack:
-        for unit in view.layer_units(layer):
+        for unit in view.block_units(layer):
             module, dtype = view.module(unit.module), fast_dtype(view.stored_dtype(unit))
             # convolutions are fast in float32, too
             if dtype is None or "moqa_dtype" in vars(module) or layout_of(module) is not None:

@@ -51,7 +51,7 @@ class ModelView:
     """A model seen as blocks, units and kept tensors.
 
     >>> view = open_model("reference/model")
-    >>> len(view.layers), len(view.units), view.experts(0).num_experts
+    >>> len(view.blocks), len(view.units), view.experts(0).num_experts
     (6, 312, 16)
 
     Every parameter is either covered by units, completely, or kept: `units` and `kept` never overlap.
@@ -61,13 +61,13 @@ class ModelView:
         self.model = model
         self.folder = folder
         self.task = task_of(model.config)
-        self.layers = self.task.blocks(model)
+        self.blocks = self.task.blocks(model)
         adapt(model)
         self._modules = dict(model.named_modules())
         self._pieces: BlockLoader | None = None
         self.units: dict[str, Unit] = {unit.name: unit for unit in self._find_units()}
         if not self.units:
-            looked_at = sorted({type(module).__name__ for module in self.layers[0].modules()})
+            looked_at = sorted({type(module).__name__ for module in self.blocks[0].modules()})
             raise MoqaError(f"no units found in {type(model).__name__}", f"looked at {', '.join(looked_at)}")
         if self.has_experts:
             model.set_experts_implementation(IMPLEMENTATION)
@@ -114,7 +114,7 @@ class ModelView:
 
     def experts_path(self, layer: int) -> str | None:
         """Path of a layer's stack of routed experts, None in a dense layer."""
-        return next((u.module for u in self.layer_units(layer) if u.role == "expert"), None)
+        return next((u.module for u in self.block_units(layer) if u.role == "expert"), None)
 
     def experts(self, layer: int) -> Experts:
         """A layer's stack of routed experts."""
@@ -123,7 +123,7 @@ class ModelView:
             raise KeyError(f"layer {layer} has no routed experts")
         return self.module(path)
 
-    def layer_units(self, layer: int) -> list[Unit]:
+    def block_units(self, layer: int) -> list[Unit]:
         """Units of one decoder layer, in the model's order."""
         return [unit for unit in self.units.values() if unit.layer == layer]
 
@@ -190,7 +190,7 @@ class ModelView:
             for piece in (ENDS, *layers):
                 self.need(piece)
             for layer in layers:
-                for parameter in self.layers[layer].parameters():
+                for parameter in self.blocks[layer].parameters():
                     # experts that are read when they are used stay in the dtype of the file, and need it afterwards
                     stack.callback(setattr, parameter, "data", parameter.data)
                     parameter.data = parameter.data.float()
@@ -211,10 +211,10 @@ class ModelView:
         # the model, too: some families ask where their embedding lies before they call it
         for caller in (self.model, *self.task.ends(self.model)):
             self._pieces.read_when_called(caller, ENDS)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.blocks):
             self._pieces.read_when_called(layer, index)
         if keep:
-            for piece in (ENDS, *range(len(self.layers))):
+            for piece in (ENDS, *range(len(self.blocks))):
                 self.need(piece)
             give_back()  # what it was read through
 
@@ -268,9 +268,9 @@ class ModelView:
         return {k: v for k, v in self.model.state_dict().items() if k not in covered and k not in tied}
 
     def _find_units(self) -> Iterator[Unit]:
-        prefix = _layers_path(self.model, self.layers)
-        routers = router_paths(self.model, self.layers)
-        for index, layer in enumerate(self.layers):
+        prefix = _layers_path(self.model, self.blocks)
+        routers = router_paths(self.model, self.blocks)
+        for index, layer in enumerate(self.blocks):
             root = f"{prefix}.{index}"
             kept = [*(routers if has_experts(layer) else ()), *kept_paths(self.model, layer)]
             units = list(_layer_units(root, index, layer, kept))

@@ -20,7 +20,7 @@ def watching(
     """Call observers for everything that a layer's units compute in a block.
 
     >>> with watching(view, 3, statistics):
-    ...     stages.layer(3, hidden)
+    ...     stages.run_block(3, hidden)
 
     Args:
         view: the model.
@@ -33,7 +33,7 @@ def watching(
         if experts is not None and path is not None:
             stack.enter_context(observed(view.module(path), experts))
         if linear is not None:
-            for unit in view.layer_units(layer):
+            for unit in view.block_units(layer):
                 if unit.role != "expert":
                     hook = view.module(unit.module).register_forward_hook(_telling(linear, unit))
                     stack.callback(hook.remove)

@@ -120,7 +120,7 @@ def smallest_plan(view: ModelView, widths: Sequence[int], group_size: int = 64, 
         name: (torch.bfloat16 if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
         for name, tensor in view.kept().items()
     }
-    return sum(shard.bytes for shard in shards(kept, len(view.layers), units))
+    return sum(shard.bytes for shard in shards(kept, len(view.blocks), units))
 
 
 def memory_budget(

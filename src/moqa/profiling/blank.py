@@ -36,8 +36,8 @@ def blank_profile(
     statistics, records, weights = {}, {}, {"rounding": rounding}
     for name, count in windows.items():
         tables = {"sensitivity": sensitivity, "samples": torch.zeros(count, settings.context, dtype=torch.int32)}
-        for layer in range(len(view.layers)):
-            down = [u for u in view.layer_units(layer) if u.role == "expert" and u.projection == "down_proj"]
+        for layer in range(len(view.blocks)):
+            down = [u for u in view.block_units(layer) if u.role == "expert" and u.projection == "down_proj"]
             if down:
                 weights[f"layer.{layer}.similarity"] = torch.eye(len(down))
                 tables |= {
@@ -53,7 +53,7 @@ def blank_profile(
     record = ProfileRecord(
         moqa=__version__, task=view.task.name, model=model, model_type=view.model.config.model_type, fingerprint=fingerprint,
         kept={name: (str(dtype).removeprefix("torch."), shape) for name, (dtype, shape) in view.kept_entries().items()},
-        layers=len(view.layers), top_k=view.top_k, settings=settings, widths=widths,
+        layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=widths,
         units=tuple(UnitRecord.of(unit) for unit in units), distributions=records,
     )  # fmt: skip
     return Profile(record, Path(), statistics, weights)

@@ -130,7 +130,7 @@ def go_forward(site: Workspace, given: BlockPass) -> None:
     """Move a distribution past a layer and put its statistics aside; without one, what the weights alone tell."""
     view, layer, down = site.view, given.layer, _down(site.view, given.layer)
     if not given.name:
-        weights = {"rounding": relative_errors(view, view.layer_units(layer), given.how.scheme, given.how.widths)}
+        weights = {"rounding": relative_errors(view, view.block_units(layer), given.how.scheme, given.how.widths)}
         if down:
             weights["similarity"] = layer_similarity(view, layer)
         site.work.save(f"weights-{layer}", weights)
@@ -145,7 +145,7 @@ def go_forward(site: Workspace, given: BlockPass) -> None:
 def go_back(site: Workspace, given: BlockPass) -> None:
     """Sensitivity of a layer's units, some experts at a time: their errors are a profile's largest memory."""
     view, layer, how = site.view, given.layer, given.how
-    flow, units = ProfiledSamples.of(site, given), view.layer_units(layer)
+    flow, units = ProfiledSamples.of(site, given), view.block_units(layer)
     experts = sorted({unit.expert for unit in units if unit.expert is not None})
     if given.experts is not None:
         experts = list(given.experts)
@@ -170,7 +170,7 @@ def go_back(site: Workspace, given: BlockPass) -> None:
 
 def _down(view: ModelView, layer: int) -> list[Tensor]:
     """The experts' `down_proj`."""
-    return [view.weight(u) for u in view.layer_units(layer) if u.role == "expert" and u.projection == "down_proj"]
+    return [view.weight(u) for u in view.block_units(layer) if u.role == "expert" and u.projection == "down_proj"]
 
 
 def _label_gradient(stages: LayerwiseModel, hidden: Tensor, generator: torch.Generator) -> Tensor:

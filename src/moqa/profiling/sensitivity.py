@@ -28,7 +28,7 @@ PROBES = (1, 2, 3, 4)
 class LayerErrors:
     """Errors that a method makes in a layer's units at the probed widths, calibrated on one distribution.
 
-    >>> errors = LayerErrors(view, view.layer_units(0), Scheme(width=4), METHODS["gptq"], inputs, (2, 3, 4))
+    >>> errors = LayerErrors(view, view.block_units(0), Scheme(width=4), METHODS["gptq"], inputs, (2, 3, 4))
     >>> errors["model.layers.0.self_attn.q_proj"].shape
     torch.Size([3, 256, 256])
     """

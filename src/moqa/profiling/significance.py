@@ -103,7 +103,7 @@ def layer_similarity(view: ModelView, layer: int) -> Tensor:
     def parts() -> Iterator[Tensor]:
         for projection in PROJECTIONS:
             matrices = [
-                view.weight(u) for u in view.layer_units(layer) if u.expert is not None and u.projection == projection
+                view.weight(u) for u in view.block_units(layer) if u.expert is not None and u.projection == projection
             ]
             for rows in range(0, matrices[0].shape[0], _ROWS):
                 yield torch.stack([matrix[rows : rows + _ROWS].flatten() for matrix in matrices])

@@ -139,12 +139,12 @@ def _step(view: ModelView, depth: int, tokens: Tensor, watch: Stopwatch) -> floa
 @contextmanager
 def _first_layers(view: ModelView, count: int) -> Iterator[None]:
     """Let a model end after its first decoder layers."""
-    owner = next(module for module in view.model.modules() if getattr(module, "layers", None) is view.layers)
-    owner.layers = nn.ModuleList(list(view.layers)[:count])
+    owner = next(module for module in view.model.modules() if getattr(module, "layers", None) is view.blocks)
+    owner.layers = nn.ModuleList(list(view.blocks)[:count])
     try:
         yield
     finally:
-        owner.layers = view.layers
+        owner.layers = view.blocks
 
 
 def _line(counts: Sequence[int], seconds: Sequence[float]) -> TokenCost:

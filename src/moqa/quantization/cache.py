@@ -55,8 +55,8 @@ def cache_layers(
     places: dict[int, Tensor] = {}
     if share is not None:
         places = _most_dynamic({n: found.max(0).values - found.min(0).values for n, found in shares.items()}, share)
-    for layer in range(len(view.layers)):
-        units = view.layer_units(layer)
+    for layer in range(len(view.blocks)):
+        units = view.block_units(layer)
         stored = {unit.name: narrowest(view.weight(unit)).contiguous() for unit in units} if share is None else {}
         if layer in shares:
             stored["significance"] = shares[layer][: len(known)].mean(0)

@@ -35,7 +35,7 @@ class CheckpointWriter:
 
     def __init__(self, view: ModelView, work: ResumableRun, plan: Plan, profile: Profile, method: Method) -> None:
         self._view, self._work, self._plan, self._profile, self._method = view, work, plan, profile, method
-        self._kept, self.depth = kept_entries(profile), len(view.layers)
+        self._kept, self.depth = kept_entries(profile), len(view.blocks)
         units = {name: (unit.layer, unit.shape, plan.units[name]) for name, unit in view.units.items()}
         self._layout = shards(self._kept, self.depth, units)
 
@@ -61,7 +61,7 @@ class CheckpointWriter:
                 layer=layer, role=unit.role, shape=unit.shape, scheme=self._plan.units[unit.name],
                 method=done[unit.name].method, error=_rounded(done[unit.name].error),
             ).model_dump(mode="json")
-            for unit in self._view.layer_units(layer)
+            for unit in self._view.block_units(layer)
         }  # fmt: skip
         return {"file": file.model_dump(mode="json"), "units": stored}
 

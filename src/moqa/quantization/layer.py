@@ -92,7 +92,7 @@ def quantized(
     experts: dict[tuple[int, str], PackedMatrix] = {}
     with ExitStack() as stack:
         stack.enter_context(view.without(layer))
-        for unit in view.layer_units(layer):
+        for unit in view.block_units(layer):
             matrix = PackedMatrix(schemes[unit.name], unit.shape, done[unit.name].tensors)
             if unit.expert is not None:
                 experts[unit.expert, unit.projection] = matrix

@@ -97,7 +97,7 @@ def cut(work: BlockWork, layer: int, inputs: BlockInputs | None) -> list[BlockPi
         inputs: of the layer; None for a method that needs none, where layers do not wait for each other.
     """
     schemes, method, workers = work.schemes, work.method, work.executor.workers
-    units = work.site.view.layer_units(layer)
+    units = work.site.view.block_units(layer)
     if inputs is None:
         experts = tuple(sorted({unit.expert for unit in units if unit.expert is not None}))
         return [BlockPiece(layer, method, {unit.name: schemes[unit.name] for unit in units}, experts)]
@@ -125,7 +125,7 @@ def quantize_piece(site: Workspace, piece: BlockPiece) -> dict[str, QuantizedUni
     ['model.layers.0.self_attn.q_proj']
     """
     view, schemes, method = site.view, piece.schemes, piece.method
-    units = [unit for unit in view.layer_units(piece.layer) if unit.name in schemes]
+    units = [unit for unit in view.block_units(piece.layer) if unit.name in schemes]
     inputs = dict(piece.linear)
     if piece.parts:
         inputs = BlockInputs.recorded(view, piece.layer, piece.parts, site.work).experts(piece.experts)
@@ -150,7 +150,7 @@ def _collected(
     work: BlockWork, pieces: Sequence[BlockPiece], results: Iterator[dict[str, QuantizedUnit]]
 ) -> dict[str, QuantizedUnit]:
     done: dict[str, QuantizedUnit] = {}
-    depth = len(work.site.view.layers)
+    depth = len(work.site.view.blocks)
     for piece in pieces:
         if piece.experts:
             error = _error(done)

@@ -12,7 +12,7 @@ from moqa import __version__
 from moqa.errors import MoqaError
 from moqa.execution import Executor, LocalExecutor, Workspace
 from moqa.execution.background import Background
-from moqa.forecast.disk import largest_layer_bytes, quantization_disk_bytes
+from moqa.forecast.disk import largest_block_bytes, quantization_disk_bytes
 from moqa.forecast.working_set import QuantizationWorkingSet
 from moqa.format.cache import write_cache
 from moqa.format.writer import introduce
@@ -98,7 +98,7 @@ def quantize(
     engine = engine or LocalExecutor()
     settle()
     room = QuantizationWorkingSet.within(
-        engine.memory(memory), view, how, tokens_of(plan, profile), largest_layer_bytes(view, plan.units)
+        engine.memory(memory), view, how, tokens_of(plan, profile), largest_block_bytes(view, plan.units)
     )
     check_space(out, disk_needed(view, plan, profile, how, cache))
     engine.prepare(folder, out, report)
@@ -112,7 +112,7 @@ def quantize(
             if cache is not None:
                 report("cache", 0, 1)
                 layers = cache_layers(view, profile, plan.known, share)
-                write_cache(work.result, plan.fingerprint, share, len(view.layers), layers)
+                write_cache(work.result, plan.fingerprint, share, len(view.blocks), layers)
                 report("cache", 1, 1)
             describe_routing(work.result, profile, plan.known)
             work.mark_done("start", {})

@@ -47,7 +47,7 @@ class TrialLayer:
 
     def units(self) -> list[Unit]:
         """All units of the layer."""
-        return self.site.view.layer_units(self.layer)
+        return self.site.view.block_units(self.layer)
 
     def few_experts(self) -> list[int]:
         """As many experts as make a full stack, from all over the layer."""
@@ -200,7 +200,7 @@ def _written(
 ) -> tuple[int, float, float]:
     """Bytes of the result, seconds of writing them, and of one core in that."""
     entries = {unit.name: (tried.layer, unit.shape, schemes[unit.name]) for unit in tried.units()}
-    shard = shards({}, len(tried.site.view.layers), entries)[tried.layer + 1]
+    shard = shards({}, len(tried.site.view.blocks), entries)[tried.layer + 1]
     tensors = {f"{name}.{suffix}": tensor for name, result in done.items() for suffix, tensor in result.tensors.items()}
     work = tried.site.work
 

@@ -112,10 +112,10 @@ def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Ker
     view = ModelView(model)
     _check_units(view, checkpoint)
     variants, with_experts = Variants(), []
-    for layer in range(len(view.layers)):
+    for layer in range(len(view.blocks)):
         tensors = checkpoint.layer(layer)
         matrices: dict[str, PackedMatrix] = {}
-        for unit in view.layer_units(layer):
+        for unit in view.block_units(layer):
             scheme = checkpoint.manifest.units[unit.name].scheme
             stored = {suffix: tensors[f"{unit.name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
             matrices[unit.name] = PackedMatrix(scheme, unit.shape, stored)
@@ -163,7 +163,7 @@ def _install(
     view: ModelView, layer: int, matrices: Mapping[str, PackedMatrix], kernels: Kernels, variants: Variants
 ) -> bool:
     """Put a layer's matrices in their places; whether it has experts."""
-    units = view.layer_units(layer)
+    units = view.block_units(layer)
     stacks: dict[str, dict[tuple[int, str], PackedMatrix]] = {}
     for unit in units:
         if unit.expert is not None:
