@@ -20,11 +20,11 @@ import moqa
 import moqa.quantization.layer
 import moqa.quantization.run
 from moqa.calibration.inputs import BlockInputs
+from moqa.estimate import estimate
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import resident
 from moqa.models.loader import BlockLoader
 from moqa.profiling import read_profile
-from moqa.quantization.estimate import estimate
 from moqa.quantization.samples import CalibrationSamples
 
 

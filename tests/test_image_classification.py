@@ -11,6 +11,7 @@ from transformers import AutoModelForImageClassification
 import moqa
 from moqa.cli.main import main
 from moqa.errors import MoqaError
+from moqa.estimate import estimate
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.layout import Convolution, input_rows, output_rows
 from moqa.models.view import open_model
@@ -40,6 +41,15 @@ def made(request, folders):
 
 
 class TestSteps:
+    def test_a_dry_run_tells_what_it_costs(self, made, folders):
+        name, profile = made
+        chosen = moqa.plan(profile, widths=[3], strategy="uniform")
+        some, more = (
+            estimate(folders / name, chosen, profile, profiled=profiled, held_out=12) for profiled in (True, False)
+        )
+        assert some.checkpoint_bytes == more.checkpoint_bytes == chosen.account.checkpoint
+        assert min(some.seconds, more.seconds) > 0
+
     def test_a_profile_measures_every_unit(self, made):
         name, profile = made
         record = profile.record

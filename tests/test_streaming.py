@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 from functools import partial
+from itertools import count
 
 import pytest
 import torch
 
 from moqa.errors import LittleMemoryError, MoqaError
+from moqa.estimate import estimate, peak_bytes
 from moqa.forecast.footprint import SLACK, as_many
+from moqa.forecast.stopwatch import Stopwatch
 from moqa.forecast.working_set import ProfileWorkingSet, QuantizationWorkingSet
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import resident
@@ -22,7 +25,6 @@ from moqa.planning import plan
 from moqa.profiling import profile
 from moqa.quantization import quantize
 from moqa.quantization import run as driver
-from moqa.quantization.estimate import estimate, peak_bytes
 
 MODEL = "reference/model"
 
@@ -182,8 +184,8 @@ class TestEstimate:
 
     def test_a_comparison_with_others_takes_its_time_and_memory(self, tiny_model, profiled, monkeypatch):
         # three estimates on a machine whose pace is the same for all of them
-        monkeypatch.setattr("moqa.quantization.clock.Clock._once", lambda *_: 1e-3)
-        monkeypatch.setattr("moqa.quantization.estimate.storage_rate", lambda _: 1e9)
+        monkeypatch.setattr("moqa.estimate.Stopwatch", lambda: Stopwatch(map(float, count()).__next__, lambda: 0.0))
+        monkeypatch.setattr("moqa.estimate.storage_rate", lambda _: 1e9)
         chosen = plan(profiled, strategy="uniform", widths=(3,))
         without, some, more = (estimate(tiny_model, chosen, profiled, held_out=tokens) for tokens in (0, 2**20, 2**22))
         assert without.seconds < some.seconds < more.seconds

@@ -33,7 +33,7 @@ class HiddenStates:
             hidden = stages.embed(batch)
             shapes.add(batch.shape)
             if not embedded:
-                self._put(0, number, hidden)
+                self.put(0, number, hidden)
         if not embedded:
             work.mark_done(f"embedded-{name}", {})
 
@@ -58,7 +58,7 @@ class HiddenStates:
             numbers: of the batches to move; None means all.
         """
         for number in range(self._count) if numbers is None else numbers:
-            self._put(layer + 1, number, self._stages.run_block(layer, self.at(layer, number)).float())
+            self.put(layer + 1, number, self._stages.run_block(layer, self.at(layer, number)).float())
             if not keep:
                 self._work.remove(self._file(layer, number))
 
@@ -67,7 +67,8 @@ class HiddenStates:
         for number in range(self._count):
             self._work.remove(self._file(layer, number))
 
-    def _put(self, layer: int, number: int, hidden: Tensor) -> None:
+    def put(self, layer: int, number: int, hidden: Tensor) -> None:
+        """Put one batch in front of a layer."""
         self._work.save(self._file(layer, number), {"x": hidden})
 
     def _file(self, layer: int, number: int) -> str:

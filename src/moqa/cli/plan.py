@@ -29,9 +29,9 @@ from moqa.compression.options import DEFAULTS
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
+    from moqa.forecast.estimate import Estimate
     from moqa.planning import Account, MemoryBudget, Plan
     from moqa.profiling import Profile
-    from moqa.quantization.estimate import Estimate
 
 FitOption = Annotated[
     str | None,
@@ -83,7 +83,7 @@ def plan(
         objective=objective, scope=scope, seed=seed,  # type: ignore[arg-type]
     )  # fmt: skip
     if dry_run:
-        from moqa.quantization.estimate import estimate
+        from moqa.estimate import estimate
 
         print_estimate(
             estimate(measured.record.model, result, measured, before=start_and_end()), result, measured, json

@@ -105,10 +105,10 @@ def quantize(
     memory = MemoryLimit.parse(max_memory) if max_memory else None
     where = find_executor(engine, address=ray_address)
     if plan is not None:
+        from moqa.estimate import estimate
         from moqa.planning import read_plan
         from moqa.profiling import read_profile
         from moqa.quantization import quantize as run
-        from moqa.quantization.estimate import estimate
         from moqa.storage.folders import check_free
 
         if data or held_out or any(option is not None for option in (bpw, size, fit, batch)):

@@ -9,8 +9,10 @@ from moqa.compression.job import CompressJob
 from moqa.compression.options import DEFAULTS, CompressOptions
 from moqa.compression.result import CompressResult
 from moqa.data import Data
+from moqa.estimate import estimate, peak_bytes
 from moqa.evaluation.proof import ProofSetup, prove
 from moqa.execution import Executor
+from moqa.forecast.estimate import Estimate
 from moqa.memory.limit import MemoryLimit
 from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
@@ -18,7 +20,6 @@ from moqa.planning import Budget, Plan
 from moqa.profiling import Profile, profile
 from moqa.progress import Report, quiet
 from moqa.quantization import quantize
-from moqa.quantization.estimate import Estimate, estimate, peak_bytes
 from moqa.quantization.run import disk_needed
 from moqa.storage.space import check_space
 

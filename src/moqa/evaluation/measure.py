@@ -88,32 +88,52 @@ def scores(model: nn.Module, windows: list[Samples], reference: Reference | None
     """
     same = reference is not None and reference.model is model
     hidden = reference.hidden if reference is not None and same else final_hidden(model, windows, report)
-    stages = LayerwiseModel(model)
-    own = LayerwiseModel(reference.model) if reference is not None else None
+    stages, own = LayerwiseModel(model), None
+    if reference is not None:
+        own = stages if same else LayerwiseModel(reference.model)
     found = {}
     for window in windows:
-        loss = divergence = agreement = 0.0
-        tokens = right = 0
         answers = reference.hidden[window.name] if reference is not None else None
-        for number, labels in enumerate(stages.task.targets(window)):
-            logp = _log_probabilities(stages, hidden[window.name].at(stages.depth, number))
-            right += int((logp.argmax(1) == labels).sum())
-            loss -= float(logp.gather(1, labels[:, None]).double().sum())
-            tokens += len(labels)
-            if own is not None and answers is not None:
-                true = logp if same else _log_probabilities(own, answers.at(own.depth, number))
-                divergence += float((true.exp() * (true - logp)).sum(1).double().sum())
-                agreement += int((true.argmax(1) == logp.argmax(1)).sum())
-        compared = reference is not None
-        found[window.name] = Quality(
-            perplexity=math.exp(min(loss / tokens, 700.0)),
-            bits_per_byte=loss / math.log(2) / max(window.text_bytes, 1) if isinstance(window, Windows) else None,
-            accuracy=None if isinstance(window, Windows) else right / tokens,
-            kl_divergence=max(divergence / tokens, 0.0) if compared else None,
-            top1_agreement=agreement / tokens if compared else None,
-            tokens=tokens,
-        )
+        found[window.name] = quality(window, hidden[window.name], stages, answers, own)
     return found
+
+
+def quality(
+    window: Samples,
+    hidden: HiddenStates,
+    stages: LayerwiseModel,
+    answers: HiddenStates | None = None,
+    own: LayerwiseModel | None = None,
+) -> Quality:
+    """Quality of a model on one distribution, from the last layer's outputs.
+
+    Args:
+        window: the distribution.
+        hidden: behind the last layer of the model.
+        stages: of the model.
+        answers: behind the last layer of the original.
+        own: stages of the original; the same as `stages` if the model is the original.
+    """
+    loss = divergence = agreement = 0.0
+    tokens = right = 0
+    for number, labels in enumerate(stages.task.targets(window)):
+        logp = _log_probabilities(stages, hidden.at(stages.depth, number))
+        right += int((logp.argmax(1) == labels).sum())
+        loss -= float(logp.gather(1, labels[:, None]).double().sum())
+        tokens += len(labels)
+        if own is not None and answers is not None:
+            true = logp if own is stages else _log_probabilities(own, answers.at(own.depth, number))
+            divergence += float((true.exp() * (true - logp)).sum(1).double().sum())
+            agreement += int((true.argmax(1) == logp.argmax(1)).sum())
+    compared = own is not None
+    return Quality(
+        perplexity=math.exp(min(loss / tokens, 700.0)),
+        bits_per_byte=loss / math.log(2) / max(window.text_bytes, 1) if isinstance(window, Windows) else None,
+        accuracy=None if isinstance(window, Windows) else right / tokens,
+        kl_divergence=max(divergence / tokens, 0.0) if compared else None,
+        top1_agreement=agreement / tokens if compared else None,
+        tokens=tokens,
+    )
 
 
 def _log_probabilities(stages: LayerwiseModel, hidden: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, Field
@@ -111,29 +112,21 @@ def prove(bench: ProofSetup, chosen: Plan, out: Path, method: str, report: Repor
         MoqaError: if a text is unusable.
     """
     ours = bench.run(chosen, method, report, out)
-    below, above = _uniform_around(bench, chosen)
-    rows = [bench.run(p, method, report) for p in (below, above) if p is not None]
-    uniform = {name: _at_bytes(rows, name, ours.bytes) for name in ours.distributions}
-    if bench.view.has_experts:
-        limit = f"{chosen.account.checkpoint}B"
-        rows.append(
-            bench.run(
-                plan(bench.profile, limit, strategy=HAND_RULE, ties=chosen.ties, known=chosen.known), method, report
-            )
-        )
+    rows = [bench.run(other, method, report) for other in baselines(bench.profile, chosen)]
+    around = [row for row in rows if row.strategy == PLAIN]
+    uniform = {name: _at_bytes(around, name, ours.bytes) for name in ours.distributions}
     return Proof(ours=ours, baselines=tuple(rows), uniform=uniform)
 
 
-def _uniform_around(bench: ProofSetup, chosen: Plan) -> tuple[Plan | None, Plan | None]:
-    """The largest uniform plan within the checkpoint's bytes and the smallest above."""
-    widths = bench.profile.record.widths
-    plans = [
-        plan(bench.profile, None, strategy=PLAIN, ties=chosen.ties, known=chosen.known, widths=[width])
-        for width in widths
-    ]
+def baselines(profile: Profile, chosen: Plan) -> list[Plan]:
+    """Plans that a checkpoint is compared with: the largest uniform one within its bytes, the smallest above, and where
+    there are experts the hand rule."""
+    of = partial(plan, profile, ties=chosen.ties, known=chosen.known)
+    plans = [of(None, strategy=PLAIN, widths=[width]) for width in profile.record.widths]
     fitting = [p for p in plans if p.account.checkpoint <= chosen.account.checkpoint]
     larger = [p for p in plans if p.account.checkpoint > chosen.account.checkpoint]
-    return (fitting[-1] if fitting else None), (larger[0] if larger else None)
+    rule = [of(f"{chosen.account.checkpoint}B", strategy=HAND_RULE)] if profile.expert_layers else []
+    return [*fitting[-1:], *larger[:1], *rule]
 
 
 def _at_bytes(rows: Sequence[Evaluation], name: str, size: int) -> float:

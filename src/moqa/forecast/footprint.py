@@ -1,7 +1,9 @@
 """What is worked on at a time, so that a process stays within its memory."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from moqa.calibration.inputs import TOGETHER, by_input
 from moqa.calibration.routed import ROWS
@@ -12,8 +14,9 @@ from moqa.memory.process import resident
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 
-# float32 copies of a stack of matrices that solving it takes, and float64 ones of the statistics of their inputs
-_COPIES, _SQUARES = 10, 4
+# float32 copies of a stack of matrices that solving it takes, and beside the factors of all its inputs' statistics
+# float64 copies of one
+_COPIES, _SQUARES = 10, 3
 # what the C library keeps of small blocks, as a factor
 SLACK = 1.08
 # what threads and libraries take once they compute: compiled products, buffers
@@ -41,8 +44,8 @@ class Footprint:
         linear: statistics of the inputs of units that are no experts.
         expert: statistics of one expert's inputs.
         unit: number of weights of the largest.
-        matrices: number of weights of one expert, or of the largest units that share an input.
-        features: of their inputs.
+        spaces: of units that share an input: their weights, the input's features, and how many are alike in a layer.
+        features: of the largest input.
         experts: how many a layer has.
         hidden: features of a token between two layers.
     """
@@ -56,7 +59,7 @@ class Footprint:
     linear: int
     expert: int
     unit: int
-    matrices: int
+    spaces: frozenset[tuple[int, int, int]]
     features: int
     experts: int
     hidden: int
@@ -64,7 +67,8 @@ class Footprint:
     @classmethod
     def of(cls, view: ModelView) -> "Footprint":
         """Of a model, in a process that takes no more than it uses (`moqa.memory.process.settle`)."""
-        layer = weights = linear = expert = largest = matrices = features = experts = 0
+        layer = weights = linear = expert = largest = features = experts = 0
+        alike: set[tuple[int, int, int]] = set()
         for index in range(len(view.blocks)):
             units = view.block_units(index)
             layer = max(layer, sum(unit.weights * view.itemsize(unit) for unit in units))
@@ -76,14 +80,15 @@ class Footprint:
             linear = max(linear, _squares(dense))
             expert = max(expert, _squares(routed) // max(count, 1))
             largest = max(largest, *(unit.weights for unit in units))
-            matrices = max(matrices, *(sum(unit.weights for unit in sharing) for sharing in spaces))
+            shapes = Counter(tuple(unit.shape for unit in sharing) for sharing in spaces)
+            alike |= {(sum(map(prod, shape)), shape[0][1], count) for shape, count in shapes.items()}
             features = max(features, *(unit.shape[1] for unit in units))
             experts = max(experts, count)
         outputs = _OUTPUTS * max(view.top_k, 1) + 8
         return cls(
             base=resident(), ends=view.ends_bytes(), logits=4 * 4 * view.task.batch_size * view.classes, layer=layer,
             weights=weights, batch=view.task.batch_size * view.stream * 4 * outputs, linear=linear, expert=expert,
-            unit=largest, matrices=matrices, features=features, experts=experts,
+            unit=largest, spaces=frozenset(alike), features=features, experts=experts,
             hidden=view.stream,
         )  # fmt: skip
 
@@ -106,8 +111,12 @@ class Footprint:
 
     def solving(self, copies: int = 1) -> int:
         """While a method works on one stack of matrices, each so many times."""
-        stack = max(self.matrices * copies, min(STACK_WEIGHTS, self.weights))
-        return 4 * _COPIES * stack + 8 * _SQUARES * self.features**2
+        found = []
+        for weights, features, count in self.spaces:
+            entries = min(count, max(1, STACK_WEIGHTS // (copies * weights)))
+            stack = 4 * _COPIES * entries * copies * weights
+            found.append(stack + (4 * entries + 8 * _SQUARES) * features**2)
+        return max(found)
 
 
 def _squares(spaces: Sequence[Sequence[Unit]]) -> int:

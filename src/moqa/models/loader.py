@@ -154,6 +154,17 @@ class BlockLoader:
         finally:
             self._without = None
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """A block in which pieces stay once they are read."""
+        before, self.keep = self.keep, True
+        try:
+            yield
+        finally:
+            self.keep = before
+            if not before:
+                self.forget()
+
     def read_when_called(self, module: nn.Module, piece: int) -> None:
         """Let a module's call need its piece."""
 

@@ -1,7 +1,7 @@
 """One family-independent view of a transformers model: decoder layers, experts, units and what is kept."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,6 +179,22 @@ class ModelView:
             yield
             return
         with self._pieces.without(layer):
+            yield
+
+    @contextmanager
+    def held(self, layers: Sequence[int]) -> Iterator[None]:
+        """A block in which the ends and some decoder layers are in memory as in a model that is kept whole."""
+        if self._pieces is None:
+            yield
+            return
+        with self._pieces.kept(), ExitStack() as stack:
+            for piece in (ENDS, *layers):
+                self.need(piece)
+            for layer in layers:
+                for parameter in self.blocks[layer].parameters():
+                    # experts that are read when they are used stay in the dtype of the file, and need it afterwards
+                    stack.callback(setattr, parameter, "data", parameter.data)
+                    parameter.data = parameter.data.float()
             yield
 
     def read_from_disk(self, stored: OriginalReader, keep: bool) -> None:

@@ -13,6 +13,7 @@ from moqa.calibration.hidden import HiddenStates
 from moqa.calibration.inputs import BlockInputs, CalibrationBatch
 from moqa.execution import Workspace
 from moqa.format.scheme import Scheme
+from moqa.format.tiles import WIDTHS
 from moqa.methods import Method
 from moqa.models.experts import projection_rows
 from moqa.models.layerwise import LayerwiseModel
@@ -21,8 +22,9 @@ from moqa.models.precision import in_stored_precision
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.models.watch import watching
+from moqa.profiling.record import Settings
 from moqa.profiling.selfsample import draw
-from moqa.profiling.sensitivity import LayerErrors, LayerObserver, Sensitivity, relative_errors
+from moqa.profiling.sensitivity import PROBES, LayerErrors, LayerObserver, Sensitivity, relative_errors
 from moqa.profiling.significance import LayerStatistics, layer_similarity
 from moqa.storage.resumable import ResumableRun
 
@@ -45,6 +47,14 @@ class ErrorSettings:
     method: Method
     experts: int
 
+    @classmethod
+    def of(cls, settings: Settings, method: Method, experts: int) -> "ErrorSettings":
+        """Those of a profile with some settings."""
+        scheme = Scheme(width=8, group_size=settings.group_size, symmetric=settings.symmetric)
+        widths = tuple(w for w in WIDTHS if not (settings.symmetric and w == 1))
+        probes = tuple(width for width in PROBES if width in widths and settings.sensitivity)
+        return cls(scheme, widths, probes, method, experts)
+
 
 @dataclass(frozen=True)
 class BlockPass:
@@ -56,6 +66,7 @@ class BlockPass:
         name: of the distribution; none where only weights are looked at.
         shape: of its inputs.
         dtype: likewise.
+        experts: whose sensitivity is measured; None means all.
     """
 
     layer: int
@@ -63,6 +74,7 @@ class BlockPass:
     name: str = ""
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.int64
+    experts: tuple[int, ...] | None = None
 
 
 class ProfiledSamples:
@@ -135,6 +147,9 @@ def go_back(site: Workspace, given: BlockPass) -> None:
     view, layer, how = site.view, given.layer, given.how
     flow, units = ProfiledSamples.of(site, given), view.block_units(layer)
     experts = sorted({unit.expert for unit in units if unit.expert is not None})
+    if given.experts is not None:
+        experts = list(given.experts)
+        units = [unit for unit in units if unit.expert is None or unit.expert in experts]
     slices = [experts[begin : begin + how.experts] for begin in range(0, len(experts), how.experts)] or [[]]
     inputs = None
     if how.method.needs_data:

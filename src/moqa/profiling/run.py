@@ -11,8 +11,6 @@ from moqa.execution import Executor, LocalExecutor, Workspace
 from moqa.forecast.disk import profile_disk_bytes
 from moqa.forecast.working_set import ProfileWorkingSet
 from moqa.format.manifest import Fitted
-from moqa.format.scheme import Scheme
-from moqa.format.tiles import WIDTHS
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
 from moqa.methods.registry import find_method
@@ -135,12 +133,8 @@ def profile(
         inputs = {name: cut[name].inputs for name in missing if name != SELF}
         if SELF in missing:
             inputs[SELF] = _own_text(view, wanted, settings, work, report)
-        scheme = Scheme(width=8, group_size=group_size, symmetric=symmetric)
-        widths = tuple(w for w in WIDTHS if not (symmetric and w == 1))
-        probes = tuple(width for width in PROBES if width in widths and settings.sensitivity)
-        measurement = Measurement(
-            Workspace(view, work), inputs, ErrorSettings(scheme, widths, probes, how, room.experts), seed, engine
-        )
+        errors = ErrorSettings.of(settings, how, room.experts)
+        measurement = Measurement(Workspace(view, work), inputs, errors, seed, engine)
         measured = measurement.run(report)
         statistics = {name: {**measured.statistics[name], "samples": stored_samples(inputs[name])} for name in missing}
         if old is not None:
@@ -149,7 +143,7 @@ def profile(
         kept = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in view.kept_on_disk().items()}
         record = ProfileRecord(
             moqa=__version__, task=task.name, model=str(model), model_type=view.model.config.model_type, fingerprint=fingerprint,
-            kept=kept, layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=widths,
+            kept=kept, layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=errors.widths,
             units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
             distributions={name: records[name] for name in statistics},
         )  # fmt: skip

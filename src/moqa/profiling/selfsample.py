@@ -5,9 +5,12 @@ from torch import Tensor
 
 from moqa.models.view import ModelView
 
+# windows that are written at the same time
+OWN_BATCH = 64
+
 
 @torch.no_grad()
-def self_sample(view: ModelView, windows: int, context: int, seed: int, batch: int = 64) -> Tensor:
+def self_sample(view: ModelView, windows: int, context: int, seed: int, batch: int = OWN_BATCH) -> Tensor:
     """Windows drawn from the model's own distribution, each from a random first token.
 
     >>> self_sample(view, windows=4, context=256, seed=0).shape

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moqa.calibration.stacks import UnitStack
 from moqa.format.scheme import Scheme
-from moqa.kernels import PackedMatrix, find_kernels
+from moqa.kernels import Kernels, PackedMatrix, find_kernels
 from moqa.methods import METHODS, Method, SolveBatch
 from moqa.models.experts import weights_from
 from moqa.models.view import ModelView
@@ -73,7 +73,11 @@ def _squares(stack: UnitStack, difference: Tensor) -> Tensor:
 
 @contextmanager
 def quantized(
-    view: ModelView, layer: int, done: Mapping[str, QuantizedUnit], schemes: Mapping[str, Scheme]
+    view: ModelView,
+    layer: int,
+    done: Mapping[str, QuantizedUnit],
+    schemes: Mapping[str, Scheme],
+    kernels: Kernels | None = None,
 ) -> Iterator[None]:
     """Let a decoder layer compute with its quantized units for a block, exactly as the checkpoint will.
 
@@ -82,8 +86,9 @@ def quantized(
         layer: index of the layer.
         done: result of every unit of the layer.
         schemes: unit name -> scheme.
+        kernels: that multiply; None means those of a run.
     """
-    kernels = find_kernels()
+    kernels = kernels or find_kernels()
     experts: dict[tuple[int, str], PackedMatrix] = {}
     with ExitStack() as stack:
         stack.enter_context(view.without(layer))

@@ -1,0 +1,241 @@
+"""A trial of quantizing one decoder layer: each piece of the driver's work is done on a few samples, and timed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import fmean
+
+import torch
+
+from moqa.calibration.hidden import HiddenStates
+from moqa.calibration.inputs import HELD_OUT_EVERY, BlockInputs, CalibrationBatch, InputStatistics, by_input
+from moqa.calibration.stacks import STACK_WEIGHTS
+from moqa.execution import Workspace
+from moqa.forecast.rates import FileRates, QuantizationRates, TokenCost
+from moqa.forecast.stopwatch import Stopwatch
+from moqa.format.layout import shards
+from moqa.format.scheme import Scheme
+from moqa.format.writer import write_shard
+from moqa.methods import Method
+from moqa.models.units import Unit
+from moqa.quantization.layer import QuantizedUnit, quantized
+from moqa.quantization.pieces import BlockPiece, quantize_piece
+
+# experts' inputs are measured with as many batches; where a run has more, each costs as much as these
+_MOST_FIT, _MOST_CHECKED = 3, 4
+
+
+@dataclass(frozen=True)
+class TrialLayer:
+    """What is tried.
+
+    Attributes:
+        site: the model, and a work folder that is thrown away.
+        layer: index of the decoder layer.
+        schemes: unit name -> scheme.
+        method: how it is quantized.
+        experts: whose statistics are held together, at most.
+        predictions: of one sample, see `Task.count`.
+    """
+
+    site: Workspace
+    layer: int
+    schemes: Mapping[str, Scheme]
+    method: Method
+    experts: int
+    predictions: int
+
+    def units(self) -> list[Unit]:
+        """All units of the layer."""
+        return self.site.view.block_units(self.layer)
+
+    def few_experts(self) -> list[int]:
+        """As many experts as make a full stack, from all over the layer."""
+        units = self.units()
+        every = sorted({unit.expert for unit in units if unit.expert is not None})
+        spaces = by_input(unit for unit in units if unit.expert is not None).values()
+        largest = max((sum(unit.weights for unit in sharing) for sharing in spaces), default=1)
+        count = max(1, min(max(2, STACK_WEIGHTS // largest), self.experts, len(every)))
+        return [every[len(every) * number // count] for number in range(count)] if every else []
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A layer that was quantized for a trial: experts that were not take the place of others.
+
+    Attributes:
+        rates: of the work.
+        file: of reading the layer and writing the result.
+        done: unit name -> result.
+        schemes: unit name -> scheme of that result.
+    """
+
+    rates: QuantizationRates
+    file: FileRates
+    done: dict[str, QuantizedUnit]
+    schemes: dict[str, Scheme]
+
+
+@torch.no_grad()
+def try_quantization(
+    tried: TrialLayer, batches: Sequence[CalibrationBatch], moving: HiddenStates | None, watch: Stopwatch
+) -> TrialResult:
+    """Quantize a decoder layer as `moqa.quantize` does, with a few samples and a few of its experts.
+
+    Args:
+        tried: the layer.
+        batches: samples to fit on, then those by which results are compared; none for a method that needs no data.
+        moving: one batch of samples in front of the layer; None likewise.
+        watch: times the work.
+    """
+    view, layer = tried.site.view, tried.layer
+    read = watch.single(lambda: view.need(layer))
+    units, few = tried.units(), tried.few_experts()
+    inputs, rates = None, QuantizationRates()
+    seen: dict[str, InputStatistics] = {}
+    if batches:
+        inputs, cost = _inputs(tried, batches, watch)
+        rates = replace(rates, inputs=cost)
+        seen |= inputs.linear
+        if few:
+            calls, expert = _experts(tried, inputs, few, watch)
+            rates = replace(rates, calls=calls, expert=expert)
+            seen |= inputs.experts(few)
+    done: dict[str, QuantizedUnit] = {}
+
+    def solve(some: Sequence[Unit]) -> None:
+        schemes = {unit.name: tried.schemes[unit.name] for unit in some}
+        done.update(quantize_piece(tried.site, BlockPiece(layer, tried.method, schemes, linear=seen)))
+
+    linear = [unit for unit in units if unit.expert is None]
+    routed = [unit for unit in units if unit.expert in few]
+    rates = replace(
+        rates,
+        linear=watch.seconds(lambda: solve(linear)) if linear else 0.0,
+        solve=watch.seconds(lambda: solve(routed)) / len(few) if few else 0.0,
+    )
+    schemes = {name: tried.schemes[name] for name in done}
+    for unit, other in _stand_ins(units, few):
+        done[unit.name], schemes[unit.name] = done[other.name], tried.schemes[other.name]
+    if moving is not None:
+        rates = replace(rates, advance=_advance(tried, done, schemes, moving, watch))
+    if inputs is not None:
+        inputs.drop()
+    stored = sum(unit.weights * view.stored_dtype(unit).itemsize for unit in units)
+    file = FileRates(stored, read[0], read[1], *_written(tried, done, schemes, watch))
+    return TrialResult(rates, file, done, schemes)
+
+
+def _inputs(tried: TrialLayer, batches: Sequence[CalibrationBatch], watch: Stopwatch) -> tuple[BlockInputs, TokenCost]:
+    """Inputs of the layer, and what a token of the samples costs there."""
+    marks: list[float] = []
+
+    def told() -> Iterator[CalibrationBatch]:
+        for batch in batches:
+            marks.append(watch.clock())
+            yield batch
+
+    inputs = BlockInputs(tried.site.view, tried.site.stages, tried.layer, told(), tried.site.work)
+    marks.append(watch.clock())
+    took = [end - begin for begin, end in pairwise(marks)]
+    fit = [seconds for seconds, batch in zip(took, batches, strict=True) if not batch.check]
+    checked = [seconds for seconds, batch in zip(took, batches, strict=True) if batch.check]
+    again = fmean(fit[1:] or fit)
+    watch.once += max(fit[0] - again, 0.0)
+    each = again / (len(batches[0].hidden) * tried.predictions)
+    return inputs, TokenCost(
+        0.0, _mixed(each, fmean(checked) / (len(batches[-1].hidden) * tried.predictions) if checked else each)
+    )
+
+
+def _experts(
+    tried: TrialLayer, inputs: BlockInputs, few: Sequence[int], watch: Stopwatch
+) -> tuple[TokenCost, TokenCost]:
+    """What it costs to read all calls of the experts, and to gather one expert's inputs."""
+    view, parts = tried.site.view, inputs.parts
+    fit = [part for part in parts if not part.check]
+    # parts know their share only: tokens are counted where the calls lie
+    counts = [len(tried.site.work.load(f"experts-{number}")["index"]) for number in range(len(parts))]
+
+    def seconds(which: Sequence[int], some: Sequence[CalibrationBatch]) -> float:
+        recorded = BlockInputs.recorded(view, tried.layer, some, tried.site.work)
+        return watch.seconds(lambda: recorded.experts(which))
+
+    every, fitted, first = sum(counts), sum(counts[: len(fit)]), counts[0]
+    call = seconds((), parts) / every
+    one, some, all_ = (seconds(few, parts[:count]) for count in (1, len(fit), len(parts)))
+    found = inputs.experts(few)
+    rows = sum(statistics.tokens for name, statistics in found.items() if name.endswith(".in"))
+    # a router may send these experts more than others: an average one gets this much
+    share = fitted * view.top_k / tried.site.view.experts(tried.layer).num_experts * len(few) / max(rows, 1)
+    line = TokenCost.through((first, one - call * first), (fitted, some - call * fitted))
+    check = (all_ - some - call * (every - fitted)) / (every - fitted) if every > fitted else line.token
+    token = _mixed(line.token, max(check, 0.0)) * share / len(few)
+    return TokenCost(0.0, call), TokenCost(line.fixed / len(few), token)
+
+
+def _advance(
+    tried: TrialLayer, done: Mapping[str, QuantizedUnit], schemes: Mapping[str, Scheme], moving: HiddenStates,
+    watch: Stopwatch,
+) -> TokenCost:  # fmt: skip
+    view, layer = tried.site.view, tried.layer
+    hidden = moving.at(layer, 0)
+
+    def move() -> None:
+        moving.advance(layer)
+        tried.site.work.flush()
+
+    def whole() -> None:
+        with quantized(view, layer, done, schemes):
+            move()
+
+    first = watch.seconds(whole)
+    with quantized(view, layer, done, schemes):
+        each = watch.seconds(move)
+    return TokenCost(max(first - each, 0.0), each / (len(hidden) * tried.predictions))
+
+
+def _written(
+    tried: TrialLayer, done: Mapping[str, QuantizedUnit], schemes: Mapping[str, Scheme], watch: Stopwatch
+) -> tuple[int, float, float]:
+    """Bytes of the result, seconds of writing them, and of one core in that."""
+    entries = {unit.name: (tried.layer, unit.shape, schemes[unit.name]) for unit in tried.units()}
+    shard = shards({}, len(tried.site.view.blocks), entries)[tried.layer + 1]
+    tensors = {f"{name}.{suffix}": tensor for name, result in done.items() for suffix, tensor in result.tensors.items()}
+    work = tried.site.work
+
+    def write() -> None:
+        work.mark_done(f"layer-{tried.layer}", write_shard(work.result, shard, tensors).model_dump(mode="json"))
+
+    return shard.bytes, *watch.single(write)
+
+
+def _stand_ins(units: Sequence[Unit], few: Sequence[int]) -> Iterator[tuple[Unit, Unit]]:
+    """Units of experts that were not quantized, each with one that was."""
+    routed = {(unit.expert, unit.projection): unit for unit in units if unit.expert is not None}
+    for (expert, projection), unit in routed.items():
+        if expert is not None and expert not in few:
+            yield unit, routed[few[expert % len(few)], projection]
+
+
+def _mixed(fit: float, check: float) -> float:
+    """Seconds of a token where one in so many is not fitted on."""
+    return fit + (check - fit) / HELD_OUT_EVERY
+
+
+def trial_batches(windows: int, together: int) -> tuple[int, int, int]:
+    """How a trial stands for some windows of samples: batches to fit on, batches to compare by, and windows of these.
+
+    >>> trial_batches(windows=64, together=4)
+    (3, 2, 4)
+    >>> trial_batches(windows=16, together=4)
+    (3, 1, 2)
+
+    Args:
+        windows: of all samples.
+        together: windows of a batch.
+    """
+    checked = max(1, windows // HELD_OUT_EVERY)
+    size = min(checked, together)
+    fit = max(1, min(_MOST_FIT, (windows - checked) // together))
+    return fit, max(1, min(_MOST_CHECKED, checked // size)), size

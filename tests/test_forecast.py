@@ -1,0 +1,166 @@
+"""Forecasts of time: arithmetic on made-up rates, and a trial that does every piece of the work."""
+
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+from conftest import REFERENCE
+from families import random_model, save, train_tokenizer
+
+from moqa.estimate import Trial
+from moqa.evaluation.proof import baselines
+from moqa.forecast.rates import (
+    BlockRates,
+    ComparisonRates,
+    FileRates,
+    ProfileRates,
+    QuantizationRates,
+    Rates,
+    TokenCost,
+    block_kinds,
+)
+from moqa.forecast.stopwatch import Stopwatch
+from moqa.forecast.time import comparison_seconds, loading_seconds, profile_seconds, quantization_seconds
+from moqa.methods import METHODS
+from moqa.models.view import open_model
+from moqa.planning import plan
+from moqa.profiling import profile
+from moqa.quantization.trial import trial_batches
+
+BLOCK = BlockRates(
+    experts=8,
+    file=FileRates(bytes=1000, read=0.5, read_work=0.4, written=100, write=1.0, write_work=0.2),
+    quantization=QuantizationRates(
+        TokenCost(0.0, 0.01), TokenCost(0.0, 0.001), TokenCost(0.5, 0.002), 3.0, 4.0, TokenCost(1.0, 0.02)
+    ),
+    profile=ProfileRates(
+        7.0, TokenCost(1.0, 0.01), TokenCost(2.0, 0.02), TokenCost(0.0, 0.03), TokenCost(3.0, 0.04), 0.5
+    ),
+    comparison=ComparisonRates(TokenCost(0.0, 0.01), TokenCost(2.0, 0.02)),
+)
+RATES = Rates(
+    (0, 0), {0: BLOCK}, 10_000.0, 2, ends=6.0, embed=TokenCost(0.0, 0.1), labels=TokenCost(0.0, 0.05), step=0.25,
+    score=TokenCost(0.0, 0.1), checkpoint=9.0,
+)  # fmt: skip
+
+
+class TestTokenCost:
+    def test_lies_on_two_measurements(self):
+        cost = TokenCost.through((100, 1.5), (300, 3.5))
+        assert (cost.of(100), cost.of(300), cost.of(200)) == pytest.approx((1.5, 3.5, 2.5))
+
+    @pytest.mark.parametrize("few", [(100, 9.0), (100, 0.1), (200, 2.0)], ids=["falling", "steep", "equal"])
+    def test_noise_makes_no_part_negative(self, few):
+        assert TokenCost.through(few, (200, 2.0)) == TokenCost(0.0, 0.01)
+
+
+class TestSeconds:
+    def test_quantization_adds_up_what_every_layer_takes(self):
+        # read, solved, inputs, calls of two slices, statistics, written; the last layer moves nothing on
+        layer = 0.5 + (3 + 8 * 4) + 100 * 0.01 + 2 * 100 * 0.001 + 8 * (0.5 + 100 * 0.002) + 1.0
+        expected = 2 * layer + (1 + 100 * 0.02) + 6 + 100 * 0.1 + 50 * 0.01
+        assert quantization_seconds(RATES, 100, 50, 4) == pytest.approx(expected)
+
+    def test_a_method_without_data_runs_no_layer(self):
+        assert quantization_seconds(RATES, 0, 0, 8) == pytest.approx(2 * (0.5 + 35 + 1.0) + 6)
+
+    def test_storage_and_work_beside_each_other_take_as_long_as_the_slower(self):
+        assert quantization_seconds(RATES, 0, 0, 8, ahead=True) == pytest.approx(2 * (35 + 0.3) + 6)
+        slow = replace(RATES, storage=10.0)
+        assert quantization_seconds(slow, 0, 0, 8, ahead=True) == pytest.approx(2 * (100 + 1.0) + 6)
+
+    def test_a_model_in_memory_is_read_once(self):
+        assert loading_seconds(RATES) == pytest.approx(6 + 2 * 0.5)
+        less = quantization_seconds(RATES, 0, 0, 8) - quantization_seconds(RATES, 0, 0, 8, whole=True)
+        assert less == pytest.approx(loading_seconds(RATES))
+
+    def test_a_profile_goes_forward_back_and_writes(self):
+        layer = 0.5 + 7 + 3 * (0.5 + 0.5) + 2 * 2.0 + 0.5 + 2 * (4.0 + 3.0) + 2 * 8 * 7.0
+        expected = 200 * 0.1 + 2 * layer + (6 + 200 * 0.05) + 6 + 3 * (6 + 0.25)
+        assert profile_seconds(RATES, [100, 100], 3, 4) == pytest.approx(expected)
+
+    def test_without_sensitivity_nothing_goes_back(self):
+        found = profile_seconds(RATES, [100], 0, 4, sensitivity=False, whole=True)
+        assert found == pytest.approx(100 * 0.1 + 2 * (7 + 2.0))
+
+    def test_a_comparison_runs_the_original_once(self):
+        original, each = 6 + 2 * (0.5 + 1.0), 9 + 100 * 0.1 + 2 * 4.0
+        assert comparison_seconds(RATES, 100, 4) == pytest.approx(original + 4 * each)
+
+
+class TestStopwatch:
+    def test_a_first_time_that_takes_longer_counts_once(self):
+        marks = iter([0, 0.5, 1, 1.1, 2, 2.1])
+        watch = Stopwatch(lambda: next(marks), lambda: 0.0)
+        assert watch.seconds(lambda: None) == pytest.approx(0.1)
+        assert watch.once == pytest.approx(0.4)
+
+    def test_long_work_is_done_once(self):
+        done, seconds = [], count(step=5)
+        assert Stopwatch(lambda: next(seconds), lambda: 0.0).seconds(lambda: done.append(1)) == 5
+        assert done == [1]
+
+
+def test_a_trial_stands_for_the_samples_of_a_run():
+    assert trial_batches(windows=64, together=4) == (3, 2, 4)
+    assert trial_batches(windows=16, together=4) == (3, 1, 2)
+    assert trial_batches(windows=1, together=1) == (1, 1, 1)
+
+
+@pytest.fixture(scope="module", params=["llama", "deepseek_v2", "qwen3_next"])
+def mixed(request, texts, tmp_path_factory):
+    """A family, its profile, and a plan: dense, two kinds of layers, and layers of two kinds of attention."""
+    folder = save(
+        random_model(request.param),
+        train_tokenizer(sorted((REFERENCE / "text").glob("*.calib.txt"))),
+        tmp_path_factory.mktemp("model"),
+    )
+    out = tmp_path_factory.mktemp("profile") / "out"
+    measured = profile(folder, [texts["wiki"]], out, samples=6, context=32, self_samples=2)
+    return folder, measured, plan(measured, strategy="uniform", widths=(3,))
+
+
+class TestTrial:
+    def rates(self, mixed, method="gptq", errors=4, compared=True):
+        folder, measured, chosen = mixed
+        ticks = (float(number**2) for number in count())
+        view = open_model(folder, keep=False)
+        trial = Trial(view, chosen, measured, METHODS[method], 4, errors, compared, whole=False)
+        # a clock by which the same work takes longer every time: whatever is timed twice has a part for each token
+        return view, trial.run(Stopwatch(lambda: next(ticks), lambda: 0.0))
+
+    def test_every_kind_of_layer_and_every_piece_of_work_is_timed(self, mixed):
+        view, rates = self.rates(mixed)
+        assert rates.layers == block_kinds(view)
+        assert rates.blocks.keys() == set(rates.layers)
+        for layer, block in rates.blocks.items():
+            work, routed = block.quantization, view.experts_path(layer) is not None
+            assert min(work.inputs.token, work.linear, work.advance.token) > 0
+            assert (work.solve > 0, work.expert.token > 0, block.experts > 0) == (routed, routed, routed)
+            profiled = block.profile
+            assert min(profiled.weights, profiled.forward.token, profiled.back.token, profiled.step) > 0
+            assert (profiled.back_expert.of(1) > 0, profiled.back_slice.of(1) > 0) == (routed, routed)
+            assert min(block.comparison.original.token, block.comparison.packed.of(1)) > 0
+            assert min(block.file.read, block.file.write, block.file.bytes, block.file.written) > 0
+        assert min(rates.ends, rates.labels.token, rates.score.token, rates.checkpoint, rates.step) > 0
+
+    def test_a_method_without_data_needs_no_samples(self, mixed):
+        _, rates = self.rates(mixed, "rtn", errors=None, compared=False)
+        for block in rates.blocks.values():
+            assert block.quantization.linear > 0
+            assert (block.quantization.inputs, block.profile, block.comparison) == (
+                TokenCost(), ProfileRates(), ComparisonRates(),
+            )  # fmt: skip
+
+    def test_leaves_the_model_as_it_was(self, mixed):
+        folder, measured, chosen = mixed
+        view, tokens = open_model(folder, keep=False), torch.arange(16)[None]
+        before = view.model(tokens).logits
+        Trial(view, chosen, measured, METHODS["gptq"], 4, 4, True, whole=True).run()
+        assert torch.equal(view.model(tokens).logits, before)
+
+    def test_a_proof_compares_as_many_plans_as_are_foretold(self, mixed):
+        _, measured, chosen = mixed
+        strategies = [other.strategy for other in baselines(measured, chosen)]
+        assert strategies == ["uniform", "uniform"] + ["frequency"] * bool(measured.expert_layers)
