@@ -61,8 +61,8 @@ def samples_alone(name: str, tokens: Tensor) -> Path:
     """The least profile that moqa can quantize a uniform plan with: nothing but its windows is used."""
     folder = RUNS / "peers" / f"{name}-samples"
     profile = moqa.profile(
-        MODELS[name], {"wiki": TEXT / "wiki.calib.txt"}, folder, samples=SAMPLES, context=CONTEXT, self_samples=0, group_size=GROUP,
-        symmetric=True, method="rtn", sensitivity=False,
+        MODELS[name], {"wiki": TEXT / "wiki.calib.txt"}, folder, samples=SAMPLES, context=CONTEXT, self_samples=0,
+        group_size=GROUP, symmetric=True, method="rtn", sensitivity=False,
     )  # fmt: skip
     assert torch.equal(profile.samples("wiki"), tokens)
     return folder

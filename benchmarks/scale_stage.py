@@ -117,8 +117,8 @@ def main() -> None:
     began, used = time.perf_counter(), time.process_time()
     if job["stage"] == "profile":
         moqa.profile(
-            job["model"], {"wiki": job["text"]}, job["profile"], samples=job["windows"], context=job["context"], self_samples=0,
-            method="rtn", memory=memory, report=watch.report, sensitivity=False, restart=True,
+            job["model"], {"wiki": job["text"]}, job["profile"], samples=job["windows"], context=job["context"],
+            self_samples=0, method="rtn", memory=memory, report=watch.report, sensitivity=False, restart=True,
         )  # fmt: skip
     else:
         profile = read_profile(job["profile"])

@@ -87,7 +87,8 @@ def check_nothing_skipped(root: str, layer: nn.Module, covered: set[str], kept: 
         kinds = sorted({kind for kind, _ in skipped.values()})
         raise MoqaError(
             f"{root}.{name} ({kind}, {list(parameter.shape)}) holds weights that moqa cannot quantize",
-            f"units are nn.Linear, nn.Conv2d without groups, and experts behind transformers' experts interface; looked at {', '.join(kinds)}",
+            "units are nn.Linear, nn.Conv2d without groups, and experts behind transformers' experts interface; "
+            f"looked at {', '.join(kinds)}",
         )
 
 

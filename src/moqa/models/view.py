@@ -90,7 +90,7 @@ class ModelView:
 
     @cached_property
     def stream(self) -> int:
-        """Features between two blocks that one prediction stands for: of all residual streams, where there are several."""
+        """Features between two blocks that one prediction stands for: of all residual streams, if there are several."""
         if self.task.predicts_each:
             width = self.model.get_input_embeddings().weight.shape[1]
             return int(width) * getattr(self.model.config.get_text_config(), "hc_mult", 1)

@@ -51,7 +51,8 @@ def blank_profile(
             origin="not read", samples=count, tokens=count * settings.context, fitted=None
         )
     record = ProfileRecord(
-        moqa=__version__, task=view.task.name, model=model, model_type=view.model.config.model_type, fingerprint=fingerprint,
+        moqa=__version__, task=view.task.name, model=model, model_type=view.model.config.model_type,
+        fingerprint=fingerprint,
         kept={name: (str(dtype).removeprefix("torch."), shape) for name, (dtype, shape) in view.kept_entries().items()},
         layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=widths,
         units=tuple(UnitRecord.of(unit) for unit in units), distributions=records,

@@ -95,7 +95,8 @@ def profile(
             f"--self-samples {self_samples}: {model} is an {task.kind}", "it writes no samples: leave it out"
         )
     settings = Settings(
-        context=task.context(context), samples=samples, seed=seed, group_size=group_size, symmetric=symmetric, method=method,
+        context=task.context(context), samples=samples, seed=seed, group_size=group_size, symmetric=symmetric,
+        method=method,
         sensitivity=sensitivity,
     )  # fmt: skip
     cut = {d.name: task.cut(d, reader, context, samples, seed) for d in distributions}
@@ -142,7 +143,8 @@ def profile(
             records = {**old.record.distributions, **records}
         kept = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in view.kept_on_disk().items()}
         record = ProfileRecord(
-            moqa=__version__, task=task.name, model=str(model), model_type=view.model.config.model_type, fingerprint=fingerprint,
+            moqa=__version__, task=task.name, model=str(model), model_type=view.model.config.model_type,
+            fingerprint=fingerprint,
             kept=kept, layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=errors.widths,
             units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
             distributions={name: records[name] for name in statistics},

@@ -1,4 +1,4 @@
-"""The files of a checkpoint on their way: one shard for what is kept, one for every decoder layer, then the manifest."""
+"""The files of a checkpoint on their way: one shard for what is kept, one for every block, then the manifest."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -97,7 +97,11 @@ class CheckpointWriter:
             moqa=__version__, model=model, model_type=plan.model_type, fingerprint=plan.fingerprint,
             layers=self.depth, strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
             budget=plan.budget, method=self._method.name, seed=profile.record.settings.seed, mixture=plan.mixture,
-            fitted={name: record.fitted for name, record in records if name in plan.known and record.fitted is not None},
+            fitted={
+                name: record.fitted
+                for name, record in records
+                if name in plan.known and record.fitted is not None
+            },
             units=units, files=files,
             kept={
                 name: StoredTensor(dtype=str(dtype).removeprefix("torch."), shape=shape)

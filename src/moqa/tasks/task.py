@@ -23,13 +23,16 @@ class Samples(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """See the attributes."""
 
     @property
-    def inputs(self) -> Tensor: ...
+    def inputs(self) -> Tensor:
+        """See the attributes."""
 
     @property
-    def hashes(self) -> np.ndarray: ...
+    def hashes(self) -> np.ndarray:
+        """See the attributes."""
 
 
 class Task(Protocol):
@@ -70,7 +73,7 @@ class Task(Protocol):
         """
 
     def ends(self, model: "PreTrainedModel") -> list[Any]:
-        """Modules before and behind the blocks that are read from disk when they are used; all others are read at once."""
+        """Modules before and behind the blocks that are read when they are used; all others are read at once."""
 
     def depth(self, config: "PretrainedConfig") -> int:
         """Number of blocks of a model with this configuration."""
