@@ -65,7 +65,7 @@ def names(tmp_path_factory):
     view = open_model("reference/model")
     profile = moqa.profile(
         "reference/model", {"wiki": "wiki.txt", "novels": "novels.txt"}, "runs/profile", samples=2, context=32,
-        self_samples=1, view=view,
+        self_samples=1, view=view, method="rtn",
     )  # fmt: skip
     plan = moqa.plan(profile, "3bpw")
     moqa.quantize("reference/model", plan, "runs/out", method="rtn", profile=profile, view=view, cache="full")

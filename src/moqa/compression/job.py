@@ -125,7 +125,8 @@ class CompressJob:
             options = self.options
             settings = Settings(
                 context=view.task.context(options.context), samples=options.samples, seed=options.seed,
-                group_size=options.group_size, symmetric=options.symmetric, method=options.method, sensitivity=self.strategy.needs_sensitivity,
+                group_size=options.group_size, symmetric=options.symmetric, method=options.method,
+                sensitivity=self.strategy.needs_sensitivity,
             )  # fmt: skip
             own = options.samples if options.self_samples is None else options.self_samples
             own = own if view.task.writes_samples else 0

@@ -53,7 +53,7 @@ class LayerwiseModel:
             raise MoqaError(problem, f"{reason}{error}") from None
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Input of the first block: [batch, context] token ids -> [batch, context, features], images -> [batch, ...]."""
+        """Input of the first block: [batch, context] tokens -> [batch, context, features], images -> [batch, ...]."""
         first: list[Tensor] = []
         calls: list[tuple[tuple, dict]] = []
 
