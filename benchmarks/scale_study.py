@@ -23,7 +23,7 @@ from demo import ROOT, TEXT
 from torch import Tensor
 
 from moqa.format.scheme import Scheme
-from moqa.kernels import PackedMatrix, find_kernels
+from moqa.kernels import PackedMatrix, find_grid_kernels, find_kernels
 from moqa.kernels.native import read
 from moqa.models.products import fast_sums
 
@@ -69,7 +69,7 @@ def machine() -> dict[str, float | str | int]:
     matrix = PackedMatrix(scheme, (side, side), tensors)
     rates["packed"] = 2 * side**3 / fastest(lambda: find_kernels().linear(matrix, x))
     rates["fitted"] = x.numel() / fastest(
-        lambda: find_kernels().fit_grid(x[None], torch.full((1, side), BITS), Scheme(width=BITS), None)
+        lambda: find_grid_kernels().fit_grid(x[None], torch.full((1, side), BITS), Scheme(width=BITS), None)
     )
     much = torch.zeros(GIB, dtype=torch.uint8)
     rates["memory"] = GIB / fastest(lambda: read(much))

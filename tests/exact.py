@@ -17,7 +17,7 @@ from moqa.format.grid import from_groups, to_groups
 from moqa.format.planes import pack, tile_rows
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH, WIDTHS
-from moqa.kernels import KERNELS, ExpertStack, Kernels, PackedMatrix, native
+from moqa.kernels import KERNELS, ExpertStack, PackedMatrix, ProductKernels, native
 
 CPU = torch.device("cpu")
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
@@ -35,7 +35,7 @@ SMALLEST = 2.0**-126
 class Runner:
     """Kernels on one of their paths."""
 
-    kernels: Kernels
+    kernels: ProductKernels
     path: str | None = None
 
     @property

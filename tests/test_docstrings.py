@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import moqa
+from moqa.format.reader import open_checkpoint
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.view import open_model
 from moqa.progress import quiet
@@ -69,6 +70,7 @@ def names(tmp_path_factory):
     )  # fmt: skip
     plan = moqa.plan(profile, "3bpw")
     moqa.quantize("reference/model", plan, "runs/out", method="rtn", profile=profile, view=view, cache="full")
+    moqa.adjust("runs/out", {"german": "german.txt"}, "runs/german", samples=8)
     packed, tokenizer = moqa.load("runs/out")
     tokens = torch.randint(8192, (2, 16), generator=torch.Generator().manual_seed(0))
     with resumable(folder / "work", {}) as work:
@@ -76,7 +78,8 @@ def names(tmp_path_factory):
             "torch": torch, "np": np, "Path": Path, "moqa": moqa, "report": quiet, "folder": folder, "work": work,
             "view": view, "model": packed, "tokenizer": tokenizer, "profile": profile, "plan": plan, "tokens": tokens,
             "stages": LayerwiseModel(view.model), "config": view.model.config,
-            "unit": view.units["model.layers.3.mlp.experts.7.down_proj"],
+            "unit": view.units["model.layers.3.mlp.experts.7.down_proj"], "checkpoint": open_checkpoint("runs/out"),
+            "matrix": packed.get_submodule("model.layers.0.self_attn.q_proj").matrix,
         }  # fmt: skip
     os.chdir(before)
 

@@ -68,7 +68,10 @@ class TestLoad:
 
     @pytest.mark.parametrize(
         ("options", "message"),
-        [({"kernels": "fast"}, "no kernels named 'fast'"), ({"dtype": torch.float16}, "activations of torch.float16")],
+        [
+            ({"kernels": "fast"}, "no kernels named 'fast'"),
+            ({"dtype": torch.float16}, "torch.float16 is not supported for activations"),
+        ],
     )
     def test_what_does_not_exist_is_refused(self, packed, options, message):
         with pytest.raises(MoqaError, match=message):
@@ -77,7 +80,7 @@ class TestLoad:
     def test_the_slow_path_is_not_silent(self, packed, monkeypatch):
         monkeypatch.setattr(native, "_native", None)
         monkeypatch.setattr(native, "_missing", "No module named _native", raising=False)
-        with pytest.warns(UserWarning, match="slow reference, native kernels are missing: .*C\\+\\+ compiler"):
+        with pytest.warns(UserWarning, match="slow reference kernels, native kernels are missing: .*C\\+\\+ compiler"):
             moqa.load(packed)
         with pytest.raises(MoqaError, match="'native' do not run on cpu"):
             moqa.load(packed, kernels="native")

@@ -9,13 +9,13 @@ from moqa.format.grid import to_groups
 from moqa.format.planes import by_suffix, pack
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import WIDTHS
-from moqa.kernels import KERNELS, Columns, native
+from moqa.kernels import GRID_KERNELS, Columns, native
 
 CPU = torch.device("cpu")
 
 
 def runners():
-    for kernels in KERNELS.values():
+    for kernels in GRID_KERNELS.values():
         if kernels.unusable(CPU) is None:
             for path in native.paths() if kernels.name == "native" else [None]:
                 yield pytest.param((kernels, path), id=kernels.name if path is None else f"{kernels.name}-{path}")
@@ -54,7 +54,7 @@ class TestFitGrid:
         weights, widths, importance = random_problem(shape, seed, size)
         importance = importance if weighted else None
         found = kernels.fit_grid(weights, widths, scheme, importance)
-        wanted = KERNELS["reference"].fit_grid(weights, widths, scheme, importance)
+        wanted = GRID_KERNELS["reference"].fit_grid(weights, widths, scheme, importance)
         # ties and roundings may be decided otherwise: the result is then as good
         rounding = 1e-10 * weights.square().sum()  # of float32, where a grid fits exactly
         assert found.error.sum() <= wanted.error.sum() * 1.001 + rounding
@@ -138,7 +138,7 @@ class TestRoundColumns:
     def test_every_column_is_rounded_from_its_weight_and_later_errors(self, kernels, scheme, shape, block, seed):
         weights, widths, _ = random_problem(shape, seed, 1.0)
         n, rows, features = shape
-        grid = KERNELS["reference"].fit_grid(weights, widths, scheme, None).grid
+        grid = GRID_KERNELS["reference"].fit_grid(weights, widths, scheme, None).grid
         generator = torch.Generator().manual_seed(seed)
         order = torch.stack([torch.randperm(features, generator=generator) for _ in range(n)])
         factor = 0.2 * torch.randn(n, features, features, generator=generator)
@@ -169,7 +169,7 @@ class TestRoundColumns:
         assert ((integers - clamped).abs() <= slack).all()
 
     def test_what_does_not_fit_is_refused(self):
-        if KERNELS["native"].unusable(CPU):
+        if GRID_KERNELS["native"].unusable(CPU):
             pytest.skip("the native kernels were not built")
         ones = torch.ones(1, 4, 3)
         columns = Columns(
@@ -178,6 +178,6 @@ class TestRoundColumns:
             group_size=32,
         )  # fmt: skip
         with pytest.raises(ValueError, match="from column 3"):
-            KERNELS["native"].round_columns(columns, ones[:, :2], 3)
+            GRID_KERNELS["native"].round_columns(columns, ones[:, :2], 3)
         with pytest.raises(ValueError, match="importance"):
-            KERNELS["native"].fit_grid(ones, torch.full((1, 4), 2), Scheme(width=2), torch.ones(1, 5))
+            GRID_KERNELS["native"].fit_grid(ones, torch.full((1, 4), 2), Scheme(width=2), torch.ones(1, 5))

@@ -15,8 +15,9 @@ from exact import (
 )
 
 from moqa.errors import MoqaError
+from moqa.format.encodings import ENCODINGS
 from moqa.format.scheme import Scheme
-from moqa.kernels import KERNELS, find_kernels, native
+from moqa.kernels import KERNELS, PackedMatrix, check_encoding, find_kernels, native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,6 +126,40 @@ class TestWrongArguments:
         matrix = make_matrix(Scheme(width=3), (40, 100), 0).matrix.to("meta")
         with pytest.raises(ValueError, match="CPU"):
             self.kernels.linear(matrix, torch.ones(3, 100))
+
+
+class Halves:
+    """An encoding that no kernels have heard of: float16."""
+
+    name = "halves"
+
+    def tensors(self, scheme, shape):
+        return {"codes": (torch.float16, shape)}
+
+    def decode(self, scheme, shape, tensors):
+        return tensors["codes"].float()
+
+
+class TestANewEncoding:
+    @pytest.fixture
+    def matrix(self, monkeypatch):
+        monkeypatch.setitem(ENCODINGS, Halves.name, Halves())
+        half = torch.randn(40, 100, generator=torch.Generator().manual_seed(0)).half()
+        return PackedMatrix(Scheme(width=8, encoding=Halves.name), (40, 100), {"codes": half})
+
+    def test_is_decoded_by_the_reference(self, matrix):
+        x = torch.randn(3, 100, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(find_kernels("reference").linear(matrix, x), x @ matrix.codes.float().T)
+
+    @pytest.mark.parametrize("name", ["native", "triton"])
+    def test_is_refused_by_kernels_that_do_not_name_it(self, matrix, name):
+        with pytest.raises(MoqaError, match=f"'{name}' do not multiply encoding 'halves': choose kernels reference"):
+            check_encoding(KERNELS[name], matrix)
+
+    @needs_native
+    def test_is_refused_before_a_product(self, matrix):
+        with pytest.raises(MoqaError, match="do not multiply encoding 'halves'"):
+            KERNELS["native"].linear(matrix, torch.ones(3, 100))
 
 
 class TestFinding:

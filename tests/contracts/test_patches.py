@@ -144,8 +144,8 @@ class TestPatches:
     ("change", "said"),
     [
         (lambda c: setattr(c, "channel", c.channel.flip(0)), "ascending"),
-        (lambda c: setattr(c, "channel", c.channel + 64), "outside"),
-        (lambda c: setattr(c, "expert", c.expert + 4), "outside"),
+        (lambda c: setattr(c, "channel", c.channel + 64), "out of range"),
+        (lambda c: setattr(c, "expert", c.expert + 4), "out of range"),
         (lambda c: setattr(c, "channel", c.channel[1:]), "channels in a matrix"),
         (lambda c: setattr(c, "scale", torch.ones(3)), "scales"),
     ],

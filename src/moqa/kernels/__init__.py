@@ -1,18 +1,32 @@
-"""Products with packed weights: the reference in torch, and kernels that give the same numbers faster."""
+"""Products with packed weights, and grids for weights: a reference in torch, and kernels that are faster."""
 
 from moqa.kernels.fitting import Columns, Rounded
 from moqa.kernels.matrix import PackedMatrix, Prepared
 from moqa.kernels.native import NativeKernels
 from moqa.kernels.patch import Channels, Patch
 from moqa.kernels.reference import ReferenceKernels
-from moqa.kernels.registry import ACTIVATIONS, KERNELS, ExpertStack, Kernels, find_kernels, register
+from moqa.kernels.registry import (
+    ACTIVATIONS,
+    GRID_KERNELS,
+    KERNELS,
+    ExpertStack,
+    GridKernels,
+    ProductKernels,
+    check_encoding,
+    find_grid_kernels,
+    find_kernels,
+    register,
+    register_grid,
+)
 from moqa.kernels.triton import TritonKernels
 
 register(NativeKernels())
 register(TritonKernels())
 register(ReferenceKernels())
+register_grid(NativeKernels())
+register_grid(ReferenceKernels())
 
 __all__ = [
-    "ACTIVATIONS", "KERNELS", "Channels", "Columns", "ExpertStack", "Kernels", "PackedMatrix", "Patch", "Prepared",
-    "Rounded", "find_kernels",
+    "ACTIVATIONS", "GRID_KERNELS", "KERNELS", "Channels", "Columns", "ExpertStack", "GridKernels", "PackedMatrix",
+    "Patch", "Prepared", "ProductKernels", "Rounded", "check_encoding", "find_grid_kernels", "find_kernels",
 ]  # fmt: skip

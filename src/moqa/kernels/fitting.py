@@ -1,4 +1,4 @@
-"""The two loops of quantization in torch, on any device: the grid of each group of weights, and GPTQ's columns."""
+"""The two loops of quantization in torch, on any device: fitting each group's grid, and rounding GPTQ's columns."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,16 @@ from moqa.format.grid import ZERO_STEPS, Grid, nearest, to_groups
 from moqa.format.planes import by_suffix, pack
 from moqa.format.scheme import Scheme
 
-# twice as many gain nothing below 4 bits, where the refits do the rest, and 1 % at 4
+# factors by which a group's range is shrunk; twice as many improve nothing below 4 bits and the error by 1 % at 4
 _SHRINKS = (1.0, 0.95, 0.9, 0.82, 0.72, 0.6)
 _REFITS = 3
-# a fit passes over its weights dozens of times: pieces that stay in the cache are ten times faster than whole stacks
+# a fit passes over its weights dozens of times: chunks that fit in the cache are ten times faster than whole stacks
 _CHUNK_WEIGHTS = 2**18
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Weights rounded to the nearest on the grid that suits them best.
+    """Weights rounded to nearest on the grid with the smallest error.
 
     Attributes:
         grid: scales and zero-points, as they are stored.
@@ -37,13 +37,13 @@ class Columns:
 
     Attributes:
         order: [matrices, in] columns of the matrices, the one that is rounded first at the end, int64.
-        work: [matrices, in, out] weights in that order, float32; what is stored is subtracted as they are rounded.
-        factor: [matrices, in, in] lower triangular: L[j, k] / L[k, k] of the error of column j in the order goes to the
-            one k before it, float32.
+        work: [matrices, in, out] weights in that order, float32; rounding a column subtracts its stored weights.
+        factor: [matrices, in, in] lower triangular: L[j, k] / L[k, k] of the error of column j in the order is passed
+            on to an earlier column k, float32.
         scale: [matrices, groups, out] float32.
-        offset: [matrices, groups, out] position of weight zero, float32.
+        offset: [matrices, groups, out] position of weight zero on the grid, float32.
         top: [matrices, out] largest integer, float32.
-        integers: [matrices, in, out] uint8, columns as in the matrices: the result.
+        integers: [matrices, in, out] uint8, columns in the order of the matrices: the result.
         group_size: columns of the matrices that share a scale.
     """
 
@@ -57,11 +57,11 @@ class Columns:
     group_size: int
 
 
-class InTorch:
-    """What kernels do of quantization that have no faster way of their own."""
+class TorchGrids:
+    """`GridKernels` in torch, for devices that have no faster ones."""
 
     def fit_grid(self, weights: Tensor, widths: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
-        """See `Kernels`."""
+        """See `GridKernels`."""
         weights = weights.float()
         step = max(1, _CHUNK_WEIGHTS * weights.shape[1] // max(weights.numel(), 1))
         parts = [
@@ -69,21 +69,21 @@ class InTorch:
             for i in range(0, weights.shape[1], step)
         ]
         scale, top, error = (
-            torch.cat(found, 1) for found in zip(*((g.scale, g.top, e) for g, e in parts), strict=True)
+            torch.cat(pieces, 1) for pieces in zip(*((g.scale, g.top, e) for g, e in parts), strict=True)
         )
         zero = None if scheme.symmetric else torch.cat([grid.zero for grid, _ in parts if grid.zero is not None], 1)
         grid = Grid(scale, zero, scheme.group_size, top)
         return Rounded(grid, grid.encode(weights), error)
 
     def fit_packed(self, weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-        """See `Kernels`."""
+        """See `GridKernels`."""
         widths = torch.full((1, len(weights)), scheme.width, device=weights.device)
-        found = self.fit_grid(weights[None], widths, scheme, None)
-        grid = found.grid[0]
-        return by_suffix(self.pack(found.integers[0], scheme.width), grid.scale, grid.zero)
+        rounded = self.fit_grid(weights[None], widths, scheme, None)
+        grid = rounded.grid[0]
+        return by_suffix(self.pack(rounded.integers[0], scheme.width), grid.scale, grid.zero)
 
     def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
-        """See `Kernels`."""
+        """See `GridKernels`."""
         c, stacked = columns, torch.arange(len(values), device=values.device)
         last = first + values.shape[1]
         for at in reversed(range(first, last)):
@@ -96,17 +96,17 @@ class InTorch:
             c.work[:, at] -= scale * (integer - offset)
 
     def pack(self, integers: Tensor, width: int) -> list[Tensor]:
-        """See `Kernels`."""
+        """See `GridKernels`."""
         return pack(integers, width)
 
 
 def _fit(weights: Tensor, scheme: Scheme, widths: Tensor, importance: Tensor | None) -> tuple[Grid, Tensor]:
     groups = to_groups(weights, scheme.group_size)
-    # what a short last group is filled up with is not stored and must not count
+    # padding of a short last group is not stored and must not count
     weight = to_groups(torch.ones(weights.shape[-1], device=weights.device), scheme.group_size)
     if importance is not None:
         given = to_groups(importance, scheme.group_size)[:, None]
-        # a group whose inputs were never active has no preference; equal weights keep its fit sane
+        # a group whose inputs were never active has no importance; equal weights keep its fit well defined
         weight = weight * (given + given.mean(-1, keepdim=True).clamp_min(1e-12) * 1e-2)
     top = (2.0 ** widths[..., None] - 1).expand(groups.shape[:-1])
     low = groups.amin(-1).clamp_max(0.0)
@@ -147,7 +147,7 @@ def _better(groups: Tensor, weight: Tensor, grid: Grid, best: Grid | None, error
 
 
 def _refit(groups: Tensor, weight: Tensor, grid: Grid, scheme: Scheme) -> Grid:
-    """Least-squares scale, and offset if there is one, for the integers that the present grid chooses."""
+    """Least-squares scale, and offset if there is one, for the integers of the current grid."""
     scale, offset = grid.scale.float()[..., None], grid.offset()[..., None]
     integers = nearest(groups, scale, offset, grid.top[..., None])
     weight = weight.expand_as(groups)

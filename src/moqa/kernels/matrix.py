@@ -1,4 +1,4 @@
-"""One packed unit as every kernel takes it."""
+"""One packed unit in the form that all kernels take."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
@@ -14,8 +14,8 @@ from moqa.format.tiles import PLANES
 class PackedMatrix(nn.Module):
     """One unit as it is stored.
 
-    >>> PackedMatrix(scheme, (256, 256), tensors).dense().shape
-    torch.Size([256, 256])
+    >>> PackedMatrix(Scheme(width=16), (2, 32), {"weight": torch.zeros(2, 32, dtype=torch.bfloat16)}).dense().shape
+    torch.Size([2, 32])
 
     Args:
         scheme: how it is stored.
@@ -23,7 +23,7 @@ class PackedMatrix(nn.Module):
         tensors: by suffix, see `Scheme.tensors`.
 
     Raises:
-        ValueError: if a tensor has another dtype or shape than the scheme says, or is not contiguous.
+        ValueError: if a tensor is not contiguous, or its dtype or shape is not the scheme's.
     """
 
     def __init__(self, scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
@@ -34,7 +34,7 @@ class PackedMatrix(nn.Module):
             if (tensor.dtype, tuple(tensor.shape)) != entry or not tensor.is_contiguous():
                 raise ValueError(f"{suffix} is {tensor.dtype} {tuple(tensor.shape)}, not {entry}")
             self.register_buffer(suffix, tensor)
-        # what a kernel made of this matrix, and the weights while they are held unpacked
+        # what kernels derived from this matrix, and the weights while they are held unpacked
         self.prepared: Any = None
         self._held: Tensor | None = None
         self._uses: tuple[ref[Prepared], ...] = ()
@@ -51,15 +51,15 @@ class PackedMatrix(nn.Module):
         return self.scheme.storage.decode(self.scheme, self.shape, dict(self.named_buffers()))
 
     def hold(self, weights: Tensor | None = None) -> None:
-        """Let `dense` give the unpacked weights, or others in their place, without unpacking until `release`."""
+        """Unpack once: until `release`, `dense` returns these weights, or those given in their place."""
         self._held = self.dense() if weights is None else weights
 
     def release(self) -> None:
-        """Forget the unpacked weights."""
+        """Free the unpacked weights."""
         self._held = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # a model that is cast to another dtype keeps its scales as they are stored; only their device may change
+        # casting a model to another dtype leaves the stored scales alone; only their device may change
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             return new if new.dtype == tensor.dtype else tensor.to(new.device)
@@ -71,10 +71,10 @@ class PackedMatrix(nn.Module):
         return self
 
     def used_in(self, prepared: "Prepared") -> None:
-        """Let something that has this matrix's addresses end with them."""
+        """Register something that holds this matrix's addresses, to be marked as ended once they are invalid."""
         self._uses = (*(use for use in self._uses if use() is not None), ref(prepared))
 
-    # what a kernel remembers are addresses: they end with the tensors they belong to
+    # kernels remember addresses, which are valid as long as the tensors they belong to
 
     def _places(self) -> list[tuple[torch.device, int]]:
         return [(tensor.device, tensor.data_ptr()) for tensor in self.buffers()]
@@ -101,16 +101,15 @@ class PackedMatrix(nn.Module):
 
 
 class Prepared:
-    """What was made of the addresses of some matrices, and whether one of them has moved since.
+    """Something that holds the addresses of matrices, and whether one of these has moved since (`ended`).
 
     >>> prepared = Prepared([matrix.planes[0].data_ptr()], [matrix])
-    >>> matrix.to("cuda")
     >>> prepared.ended
-    True
+    False
 
     Args:
-        made: what was made of them.
-        matrices: all whose addresses it has.
+        made: what holds the addresses.
+        matrices: all matrices whose addresses it holds.
     """
 
     def __init__(self, made: Any, matrices: Iterable[PackedMatrix]) -> None:

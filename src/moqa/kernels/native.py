@@ -1,7 +1,7 @@
-"""The C++ kernels (`native/`): this file checks what it hands over, for there only addresses arrive.
+"""The C++ kernels (`native/`). They receive plain addresses, so this file checks dtypes, shapes and devices first.
 
 Activations are quantized to 8 bits per group of inputs; sums within a group are exact integers. A row's result depends
-neither on the number of threads nor on the rows beside it.
+neither on the number of threads nor on the other rows of the batch.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from moqa.format.tiles import BLOCK, PLANES, TILE
 from moqa.kernels.fitting import Columns, Rounded
 from moqa.kernels.matrix import PackedMatrix, Prepared
 from moqa.kernels.patch import Channels, Patch
-from moqa.kernels.registry import ExpertStack
+from moqa.kernels.registry import ExpertStack, check_encoding
 
 try:
     _native: Any = importlib.import_module("moqa.kernels._native")
@@ -28,19 +28,20 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class NativeKernels:
-    """See the file. Runs on as many threads as torch does (`torch.set_num_threads`)."""
+    """`ProductKernels` and `GridKernels` in C++, on as many threads as torch uses (`torch.set_num_threads`)."""
 
     name = "native"
     takes_patches = True
+    encodings = frozenset({"integer_planes", "unquantized"})
 
     def unusable(self, device: torch.device) -> str | None:
-        """See `Kernels`."""
+        """See `ProductKernels`."""
         if _native is None:
-            return f"they were not built ({_missing}): install moqa where a C++ compiler is"
+            return f"they were not built ({_missing}): install moqa on a machine with a C++ compiler"
         return None if device.type == "cpu" else "they are for the CPU"
 
     def linear(self, matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See `Kernels`."""
+        """See `ProductKernels`."""
         prepared = matrix.prepared or _prepare(matrix)
         x = _ready(x, matrix.shape[1])
         y = x.new_empty(*x.shape[:-1], matrix.shape[0])
@@ -56,7 +57,7 @@ class NativeKernels:
         return y
 
     def experts(self, stack: ExpertStack, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """See `Kernels`."""
+        """See `ProductKernels`."""
         prepared = _prepared_stack(stack)
         x = _ready(x, stack.gate[0].shape[1])
         if x.dim() != 2 or index.shape != weights.shape or index.shape[:1] != x.shape[:1] or index.dim() != 2:
@@ -72,7 +73,7 @@ class NativeKernels:
         return y
 
     def fit_grid(self, weights: Tensor, widths: Tensor, scheme: Scheme, importance: Tensor | None) -> Rounded:
-        """See `Kernels`."""
+        """See `GridKernels`."""
         if weights.dtype not in _DTYPES or weights.device.type != "cpu":
             raise ValueError(f"{weights.dtype} on {weights.device}: weights are float32 or bfloat16 on the CPU")
         weights = weights.contiguous()
@@ -95,7 +96,7 @@ class NativeKernels:
         return Rounded(Grid(scale, zero, scheme.group_size, top), integers, error)
 
     def fit_packed(self, weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-        """See `Kernels`."""
+        """See `GridKernels`."""
         if weights.dtype not in _DTYPES or weights.device.type != "cpu" or weights.dim() != 2:
             raise ValueError(
                 f"{weights.dtype} {tuple(weights.shape)} on {weights.device}: a float32 or bfloat16 matrix"
@@ -113,7 +114,7 @@ class NativeKernels:
         return stored
 
     def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
-        """See `Kernels`."""
+        """See `GridKernels`."""
         c, values = columns, _floats(values)
         count, features, out = c.work.shape
         groups, block = -(-features // c.group_size), values.shape[1]
@@ -136,7 +137,7 @@ class NativeKernels:
         )  # fmt: skip
 
     def pack(self, integers: Tensor, width: int) -> list[Tensor]:
-        """See `Kernels`."""
+        """See `GridKernels`."""
         if integers.dtype != torch.uint8 or integers.dim() != 2 or integers.device.type != "cpu":
             raise ValueError(f"integers are {integers.dtype} {tuple(integers.shape)} on {integers.device}")
         integers = integers.contiguous()
@@ -163,7 +164,7 @@ def use_path(name: str) -> None:
 
 
 def read(data: Tensor) -> int:
-    """Read every whole MiB of a tensor at the speed of memory; gives the XOR of its words, so that nothing is left out.
+    """Read every whole MiB of a tensor at the speed of memory; returns the XOR of its words, so that none is skipped.
 
     >>> read(torch.zeros(2**20, dtype=torch.uint8))
     0
@@ -175,7 +176,7 @@ def layer(parts: dict[str, Any]) -> Any:
     """A decoder layer for `decoder`, see `native/decoder.h`.
 
     Args:
-        parts: name -> matrix, stack of experts, float32 tensor, number, or None where a layer has no such part.
+        parts: name -> matrix, stack of experts, float32 tensor, number, or None if the layer has no such part.
     """
     found: dict[str, Any] = {"activation": _native.Activation.silu}
     for name, part in parts.items():
@@ -195,18 +196,18 @@ def layer(parts: dict[str, Any]) -> Any:
 
 
 def decoder(layers: list[Any], norm: Tensor | None, epsilon: float, head: PackedMatrix) -> Any:
-    """All layers, the last norm and the head; whoever holds it keeps their tensors alive."""
+    """All layers, the last norm and the head; the caller keeps their tensors alive as long as the decoder."""
     return _native.Decoder(layers, _address(norm), epsilon, head.prepared or _prepare(head), head.shape[1])
 
 
 def use_experts(model: Any, layer: int, stack: ExpertStack, counts: Tensor | None) -> Any:
-    """Let a layer of a `decoder` compute with other experts; whoever holds it keeps what this gives and counts alive.
+    """Let a layer of a `decoder` compute with other experts; the caller keeps the result and `counts` alive.
 
     Args:
         model: from `decoder`.
-        layer: its number.
+        layer: number of the layer.
         stack: the experts.
-        counts: [experts] int64 to add to for every token that an expert gets; None: not counted.
+        counts: [experts] int64, incremented for every token that an expert receives; None counts nothing.
     """
     if counts is not None:
         wanted = (torch.int64, (len(stack.gate),), "cpu")
@@ -225,14 +226,14 @@ def past(keys: list[int], values: list[int], capacity: int) -> Any:
 def decode(
     model: Any, past: Any, embedding: Tensor, *, position: int, angles: tuple[Tensor, Tensor], logits: Tensor
 ) -> None:
-    """One token through a `decoder`: fills `logits`, and the past at `position`.
+    """Run one token through a `decoder`: fills `logits`, and the past at `position`.
 
     Args:
         model: from `decoder`.
         past: from `past`, with room for the position.
         embedding: [hidden] of the token, float32.
         position: of the token.
-        angles: their cosines and sines, [positions, rotated] float32 each.
+        angles: cosines and sines of all positions, [positions, rotated] float32 each.
         logits: [vocabulary] float32.
     """
     cos, sin = angles
@@ -259,11 +260,12 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _prepare(matrix: PackedMatrix) -> Any:
+    check_encoding(NativeKernels(), matrix)
     scheme, (out, features) = matrix.scheme, matrix.shape
     tensors = dict(matrix.named_buffers())
     if any(tensor.device.type != "cpu" for tensor in tensors.values()):
-        raise ValueError("a matrix of the native kernels is on the CPU")
-    # kept units have no groups; any size that a scheme can have will do
+        raise ValueError("the native kernels take matrices on the CPU")
+    # unquantized units have no groups; any size that a scheme can have will do
     matrix.prepared = _native.Matrix(
         out, features, scheme.width, scheme.group_size, [plane.data_ptr() for plane in matrix.planes],
         _address(tensors.get("scale")), _address(tensors.get("zero")), scheme.scale_dtype == "float16",
@@ -312,13 +314,13 @@ def _prepare_channels(channels: Channels | None, experts: int, width: int, hidde
     count, scheme = len(channels.channel), channels.matrix.scheme
     wanted = (hidden, count) if columns else (count, hidden)
     if channels.matrix.shape != wanted or channels.expert.shape != (count,):
-        raise ValueError(f"{count} channels in a matrix of {channels.matrix.shape}, {wanted} is needed")
+        raise ValueError(f"{count} channels in a matrix of shape {channels.matrix.shape}: it must be {wanted}")
     if columns and not scheme.is_unquantized and scheme.group_size < count:
-        raise ValueError(f"columns in groups of {scheme.group_size}: {count} of them are one group")
+        raise ValueError(f"{count} columns in groups of {scheme.group_size}: all must be in one group")
     places = channels.expert * width + channels.channel
     inside = count == 0 or (int(places[0]) >= 0 and int(places[-1]) < experts * width)
     if not inside or not bool((places.diff() > 0).all()) or not bool((channels.channel < width).all()):
-        raise ValueError(f"channels that are not ascending, or outside of {experts} experts of {width}")
+        raise ValueError(f"channels are not ascending, or out of range for {experts} experts of {width} channels")
     scale = [] if channels.scale is None else channels.scale.tolist()
     if len(scale) != (count if columns else 0):
         raise ValueError(f"{len(scale)} scales for {count} channels")

@@ -1,4 +1,4 @@
-"""Channels of experts with bits of their own, beside the packed matrices: what an adjustment adds to a layer."""
+"""Channels of experts with bits of their own, next to the packed matrices: what an adjustment adds to a layer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Channels:
         matrix: [channels, hidden] rows, or [hidden, channels] columns with a single group.
         expert: [channels] int64, ascending.
         channel: [channels] int64, ascending within an expert.
-        scale: [channels] float32, multiplies the inputs of columns; None for rows.
+        scale: [channels] float32 factors of the inputs of columns; None for rows.
     """
 
     matrix: PackedMatrix
@@ -29,7 +29,7 @@ class Channels:
     scale: Tensor | None = None
 
     def of(self, expert: int) -> slice:
-        """Where an expert's channels stand."""
+        """Positions of an expert's channels."""
         first, last = torch.searchsorted(self.expert, torch.tensor([expert, expert + 1])).tolist()
         return slice(first, last)
 
@@ -38,15 +38,15 @@ class Channels:
 class Patch:
     """Channels of one layer's experts.
 
-    What their rows and columns give is added to what the packed matrices give, or stands in its place; a channel that
-    one patch of a layer replaces is in no other.
+    The products with their rows and columns are added to those of the packed matrices, or replace them; a channel that
+    one patch of a layer replaces is in no other patch.
 
     Attributes:
         gate: rows of `gate_proj`, or None.
         up: rows of `up_proj`, or None.
         down: columns of `down_proj`, or None.
-        replaces: whether packed rows and columns of these channels do not count.
-        prepared: what a kernel made of this patch.
+        replaces: whether these channels replace the packed ones, rather than being added to them.
+        prepared: what kernels derived from this patch and keep.
     """
 
     gate: Channels | None
@@ -56,11 +56,11 @@ class Patch:
     prepared: Prepared | None = field(default=None, repr=False, compare=False)
 
     def channels(self) -> list[Channels]:
-        """Its parts that are there."""
+        """The parts that it has."""
         return [part for part in (self.gate, self.up, self.down) if part is not None]
 
     def join(self, rows: Channels | None, expert: int, x: Tensor, product: Tensor, multiply: Multiply) -> Tensor:
-        """An expert's [tokens, width] product with gate or up, with the patch's rows in it."""
+        """An expert's [tokens, width] product with gate or up, with the patch's rows applied."""
         at = slice(0, 0) if rows is None else rows.of(expert)
         if rows is None or at.start == at.stop:
             return product
@@ -71,7 +71,7 @@ class Patch:
         return product
 
     def choose(self, expert: int, inner: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Inputs [tokens, channels] to the patch's columns, and the activations that are left to the packed ones."""
+        """Inputs [tokens, channels] to the patch's columns, and the activations left for the packed columns."""
         columns = self.down
         at = slice(0, 0) if columns is None else columns.of(expert)
         if columns is None or columns.scale is None or at.start == at.stop:

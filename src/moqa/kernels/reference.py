@@ -1,4 +1,4 @@
-"""The reference: weights unpacked and multiplied by torch, on any device. Slow, exact, and short."""
+"""The reference kernels: weights are unpacked and multiplied by torch, on any device. Slow, exact, and short."""
 
 from functools import partial
 
@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 
-from moqa.kernels.fitting import InTorch
+from moqa.format.encodings import ENCODINGS
+from moqa.kernels.fitting import TorchGrids
 from moqa.kernels.matrix import PackedMatrix
 from moqa.kernels.patch import patched_down
 from moqa.kernels.registry import ExpertStack
 
 
 def activate(name: str, gate: Tensor, up: Tensor) -> Tensor:
-    """What joins the two first products of an expert.
+    """Combine the first two products of an expert.
 
     >>> activate("silu", torch.zeros(2), torch.ones(2))
     tensor([0., 0.])
@@ -31,22 +32,27 @@ def activate(name: str, gate: Tensor, up: Tensor) -> Tensor:
     return gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none") * up
 
 
-class ReferenceKernels(InTorch):
-    """See the file."""
+class ReferenceKernels(TorchGrids):
+    """`ProductKernels` and `GridKernels` in torch."""
 
     name = "reference"
     takes_patches = True
 
+    @property
+    def encodings(self) -> frozenset[str]:
+        """Every encoding, as its own `decode` unpacks it."""
+        return frozenset(ENCODINGS)
+
     def unusable(self, device: torch.device) -> str | None:  # noqa: ARG002
-        """See `Kernels`."""
+        """See `ProductKernels`."""
         return None
 
     def linear(self, matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See `Kernels`."""
+        """See `ProductKernels`."""
         return linear(x, matrix.dense().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def experts(self, stack: ExpertStack, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """See `Kernels`."""
+        """See `ProductKernels`."""
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         biases = (stack.gate_bias, stack.up_bias, stack.down_bias)
         for expert in index.unique().tolist():

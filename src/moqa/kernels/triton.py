@@ -1,7 +1,7 @@
-"""The Triton kernels (`triton_ops.py`) for CUDA GPUs: what is launched on which tensors.
+"""The Triton kernels (`triton_ops.py`) for CUDA GPUs: which of them is launched on which tensors.
 
-Weights are used where they lie: a launch takes a table of their addresses, so that experts of any widths and group
-sizes share it. Numbers are those of the C++ kernels, and a row's result does not depend on the rows beside it.
+Weights are read in place: a launch takes a table of their addresses, so that experts of any widths and group sizes
+share it. Results equal those of the C++ kernels, and a row's result does not depend on the other rows of the batch.
 """
 
 import importlib
@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 
 from moqa.format.tiles import BLOCK, KEEP_WIDTH, TILE
-from moqa.kernels.fitting import InTorch
 from moqa.kernels.matrix import PackedMatrix, Prepared
-from moqa.kernels.registry import ExpertStack
+from moqa.kernels.registry import ExpertStack, check_encoding
 
-# Up to so many rows are multiplied in registers, more by the tensor cores, which need 16. Not measured yet:
+# Up to this many rows are multiplied in registers, more by the tensor cores, which need 16. Not measured yet:
 # benchmarks/gpu.py times both.
 FEW_ROWS = 16
-# Up to so many slots (a token's experts) per expert of a layer each is computed by itself, which needs no sorting.
+# Up to this many slots (pairs of token and expert) per expert, each slot is computed alone, which needs no sorting.
 FEW_SLOTS = 2
-# outputs of a piece of work for the tensor cores
+# outputs of a work item for the tensor cores
 _OUT = 64
 
 
@@ -44,9 +43,9 @@ class _Packed:
     """Matrices of one shape that a launch chooses from.
 
     Attributes:
-        table: [matrices, 8] int64: addresses of three planes (or the kept weight), scales and zero-points; where its
+        table: [matrices, 8] int64: addresses of three planes (or the 16-bit weight), scales and zero-points; where its
             kind begins in `kinds`; where its group size begins in a row's q and in its steps (`_Rows`).
-        kinds: what is compiled, four numbers for each: width, group size, symmetric, float16 scales.
+        kinds: compile-time constants, four numbers for each kind: width, group size, symmetric, float16 scales.
         sizes: group sizes, each followed by the power of two that holds it; rows are quantized once for each.
         shape: (out, in).
     """
@@ -58,13 +57,13 @@ class _Packed:
 
     @property
     def keeps(self) -> bool:
-        """Whether one of them is not quantized."""
+        """Whether one of the matrices is not quantized."""
         return KEEP_WIDTH in self.kinds[::4]
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A stack of experts: matrices of gate, then of up; those of down; [2, experts, width] biases of gate and up."""
+    """A stack of experts: matrices of gate and then up, matrices of down, [2, experts, width] biases of gate and up."""
 
     first: _Packed
     last: _Packed
@@ -73,7 +72,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows, and what they are quantized to, one group size of a `_Packed` after the other.
+    """Rows, and their quantized values, one group size of a `_Packed` after the other.
 
     Attributes:
         values: [rows, in] float32 or bfloat16.
@@ -88,7 +87,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Route:
-    """Which expert works on which slot: each slot by itself, or `pieces` of `rows` slots in `order` by expert."""
+    """Which expert computes which slot: each slot alone, or `pieces` of `rows` slots each, in `order` by expert."""
 
     index: Tensor
     experts: int
@@ -100,14 +99,15 @@ class _Route:
     ends: Tensor | None = None
 
 
-class TritonKernels(InTorch):
-    """See the file. Where Triton interprets (TRITON_INTERPRET=1), they run on the CPU instead, for tests."""
+class TritonKernels:
+    """`ProductKernels` in Triton. In its interpreter (TRITON_INTERPRET=1), they run on the CPU instead, for tests."""
 
     name = "triton"
     takes_patches = False
+    encodings = frozenset({"integer_planes", "unquantized"})
 
     def unusable(self, device: torch.device) -> str | None:
-        """See `Kernels`."""
+        """See `ProductKernels`."""
         if device.type != ("cpu" if _interpreted() else "cuda"):
             return "they are for CUDA GPUs"
         if device.type == "cuda" and not torch.cuda.is_available():
@@ -119,7 +119,7 @@ class TritonKernels(InTorch):
         return None
 
     def linear(self, matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See `Kernels`."""
+        """See `ProductKernels`."""
         if not isinstance(matrix.prepared, _Packed):
             matrix.prepared = _prepare([matrix])
         packed = matrix.prepared
@@ -135,7 +135,7 @@ class TritonKernels(InTorch):
         return y
 
     def experts(self, stack: ExpertStack, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """See `Kernels`. Launches the same few kernels for any number of experts, and never waits for the GPU."""
+        """See `ProductKernels`. Launches the same few kernels for any number of experts, never waits for the GPU."""
         layer = _prepared_layer(stack)
         x = _ready(x, layer.first)
         if x.dim() != 2 or index.shape != weights.shape or index.shape[:1] != x.shape[:1] or index.dim() != 2:
@@ -175,6 +175,8 @@ def _kind(matrix: PackedMatrix) -> tuple[int, int, int, int]:
 
 
 def _prepare(matrices: Sequence[PackedMatrix]) -> _Packed:
+    for matrix in matrices:
+        check_encoding(TritonKernels(), matrix)
     shapes = {matrix.shape for matrix in matrices}
     devices = {tensor.device for matrix in matrices for tensor in matrix.buffers()}
     if len(shapes) != 1 or len(devices) != 1:
@@ -186,9 +188,9 @@ def _prepare(matrices: Sequence[PackedMatrix]) -> _Packed:
     entries = []
     for matrix in matrices:
         tensors = dict(matrix.named_buffers())
-        # the kernels are compiled for this, which every allocation on a GPU is
+        # the kernels are compiled for this alignment, which every allocation on a GPU has
         if any(tensor.data_ptr() % 16 for tensor in tensors.values()):
-            raise ValueError("a matrix's tensors do not begin at multiples of 16 bytes")
+            raise ValueError("tensors of a matrix must be aligned to 16 bytes")
         weights = [tensors["weight"]] if matrix.scheme.is_unquantized else matrix.planes
         addresses = [tensor.data_ptr() for tensor in weights] + [0] * (3 - len(weights))
         addresses += [tensors[name].data_ptr() if name in tensors else 0 for name in ("scale", "zero")]
@@ -200,10 +202,10 @@ def _prepare(matrices: Sequence[PackedMatrix]) -> _Packed:
 
 
 def _prepared_layer(stack: ExpertStack) -> _Layer:
-    found = stack.prepared
-    if found is None or found.ended or not isinstance(found.made, _Layer):
-        found = stack.prepared = Prepared(_prepare_layer(stack), stack.matrices())
-    return found.made
+    prepared = stack.prepared
+    if prepared is None or prepared.ended or not isinstance(prepared.made, _Layer):
+        prepared = stack.prepared = Prepared(_prepare_layer(stack), stack.matrices())
+    return prepared.made
 
 
 def _prepare_layer(stack: ExpertStack) -> _Layer:
@@ -227,7 +229,7 @@ def _prepare_layer(stack: ExpertStack) -> _Layer:
 
 
 def _options() -> dict[str, Any]:
-    # what is fused is written in the kernels: left to the compiler, each might round differently
+    # the kernels fuse operations explicitly: the compiler might choose differently in each and round differently
     return {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 
@@ -254,14 +256,14 @@ def _route(index: Tensor, experts: int, sort: bool) -> _Route:
     found, order = torch.where((flat < 0) | (flat >= experts), experts, flat).sort(stable=True)
     starts = torch.searchsorted(found, torch.arange(experts + 1, device=index.device))
     ends = ((starts.diff() + (rows - 1)) // rows).cumsum(0)
-    # as many as there can be: how many there are is known on the device alone
+    # an upper bound: only the device knows how many there are
     pieces = (slots + min(experts, slots) * (rows - 1)) // rows
     work = torch.searchsorted(ends, torch.arange(pieces, device=index.device), right=True)
     return _Route(index, experts, rows, pieces, order, work, starts, ends)
 
 
 def _power_of_two(rows: int) -> int:
-    """Rows of a piece of work for the tensor cores."""
+    """Rows of a work item for the tensor cores."""
     return min(max(16, 1 << (rows - 1).bit_length()), 64)
 
 
@@ -275,7 +277,7 @@ def _product(
     route: _Route | None = None,
     shared: int = 1,
 ) -> None:
-    """Outputs of all slots: slot s takes row s // shared of x, and its own expert's matrix if there is a route."""
+    """Compute all slots: slot s multiplies row s // shared of x, with its own expert's matrix if there is a route."""
     rows, (out, features) = _quantize(packed, x), packed.shape
     slots, experts = y.numel() // out, 1 if route is None else route.experts
     numbers = (slots, shared, experts, features, rows.q.shape[1], rows.steps.shape[1], out)

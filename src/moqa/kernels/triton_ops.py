@@ -1,19 +1,20 @@
 # mypy: ignore-errors
-# ruff: noqa: RET505 (Triton compiles what stands after a return, unless an `else` says not to)
+# ruff: noqa: RET505 (Triton compiles the code after a return unless it is in an `else`)
 """The four Triton kernels and what they share; `triton.py` launches them. Importing this file imports triton.
 
-All of them do the arithmetic of the C++ kernels in one order: integers within a group, then one fused step per group,
-the groups of a slice from left to right, then the slices from left to right. Nothing is fused that is not written so
-(`enable_fp_fusion=False`). So a row's result depends neither on the rows beside it nor on which kernel computed it.
+All of them do the arithmetic of the C++ kernels in the same order: integers within a group, then one fused step per
+group, the groups of a slice from left to right, then the slices from left to right. Operations are fused only where the
+code says so (`enable_fp_fusion=False`). So a row's result depends neither on the other rows nor on the kernel that
+computed it.
 
-`KINDS` are what a table's matrices are, four numbers for each: width, group size, symmetric, float16 scales. A width's
-planes have B0, B1 and B2 bits. Only what every Triton since 3.4 compiles is used: that is what torch 2.8 comes with.
+`KINDS` lists the kinds of matrices in a table, four numbers for each: width, group size, symmetric, float16 scales. The
+planes of a width have B0, B1 and B2 bits. Only features of Triton 3.4 are used, the version that torch 2.8 comes with.
 """
 
 import triton
 import triton.language as tl
 
-# groups of a matrix are split in so many runs that a single row sums at the same time
+# groups of a matrix are split into this many runs, which a single row sums in parallel
 SLICES = tl.constexpr(8)
 TILE = tl.constexpr(16)
 BLOCK = tl.constexpr(32)
@@ -21,9 +22,9 @@ BLOCK = tl.constexpr(32)
 
 @triton.jit
 def quantize(x, q, steps, features, q_stride, stride, SIZES: tl.constexpr, COUNT: tl.constexpr):
-    """Rows to 8 bits, once for every group size: value = scale * q. A step is the sum of q above the scale's bits.
+    """Quantize rows to 8 bits, once per group size: value = scale * q. A step is the sum of q above the scale's bits.
 
-    SIZES: every group size, each followed by the power of two that holds it.
+    SIZES: every group size, each followed by the next power of two.
     """
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
@@ -35,7 +36,7 @@ def quantize(x, q, steps, features, q_stride, stride, SIZES: tl.constexpr, COUNT
         at = group[:, None] * SIZES[i] + inner
         stored = (inner < SIZES[i]) & (group < groups)[:, None]
         values = tl.load(x + row * features + at, mask=stored & (at < features), other=0.0).to(tl.float32)
-        # magnitudes compare as their bits do; NaN and infinite ones are the largest
+        # magnitudes are ordered like their bit patterns; NaN and infinity are the largest
         largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
         lost = largest >= 0x7F800000
         scale = tl.div_rn(tl.where(lost, 0, largest).to(tl.float32, bitcast=True), 127.0)
@@ -44,7 +45,7 @@ def quantize(x, q, steps, features, q_stride, stride, SIZES: tl.constexpr, COUNT
         shifted = tl.where(lost[:, None], 0.0, values) * inverse[:, None] + 12582912.0
         n = shifted.to(tl.int32, bitcast=True) - 0x4B400000
         tl.store(q + at, n.to(tl.int8), mask=stored)
-        # a NaN in the scale makes all outputs of the row NaN
+        # a NaN scale makes all outputs of the row NaN
         scale = tl.where(lost, float("nan"), scale).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         tl.store(steps + group, (tl.sum(n, 1).to(tl.int64) << 32) | scale, mask=group < groups)
         q += groups * SIZES[i]
@@ -66,10 +67,10 @@ def _offsets(zeros, at, mask, WIDTH: tl.constexpr, SYMMETRIC: tl.constexpr):
 
 @triton.jit
 def _rescaled(total, dot, weight_scale, zero, step, SIGNED: tl.constexpr):
-    """What every group adds: total + weight scale * (scale * dot - zero * scale * sum)."""
+    """Add one group: total + weight scale * (scale * dot - zero * scale * sum)."""
     scale = step.to(tl.int32).to(tl.float32, bitcast=True)
     sums = (step >> 32).to(tl.int32)
-    if SIGNED:  # 128 was taken from every weight
+    if SIGNED:  # 128 was subtracted from every weight
         dot += 128 * sums
     return tl.fma(weight_scale, tl.fma(-zero, scale * sums.to(tl.float32), scale * dot.to(tl.float32)), total)
 
@@ -98,7 +99,7 @@ def _few_of_kind(
     B2: tl.constexpr = WIDTH - B0 - B1
     CHUNK: tl.constexpr = 128 if (G & -G) > 128 else (G & -G)
     BLOCKS: tl.constexpr = CHUNK // BLOCK
-    # all that so many groups need is asked for before any of it is used: a single row does little but wait
+    # loads of this many groups are issued before any is used: a single row is bound by memory latency
     BATCH: tl.constexpr = 128 // G if CHUNK == G else 1
     EAGER: tl.constexpr = ROWS <= 2
     p0 = _pointer(entry, tl.int32)
@@ -187,7 +188,7 @@ def _tile_of_plane(
     stored = here[None, :] & (block + vector // BITS < blocks)
     word = ((tile * blocks + block) * (BITS * TILE) + lane)[None, :] + vector * TILE
     words = tl.load(plane + word, mask=stored, other=0)
-    # a thread that holds a word shall hold all that is in it: bytes are joined, for broadcast ones lie in many threads
+    # bytes are joined rather than broadcast, so that the thread that holds a word holds all of its fields
     fields = words[:, :, None] >> (tl.arange(0, 8 // BITS) * BITS)[None, None, :]
     b0 = ((fields & (2**BITS - 1)) << LOW).to(tl.int8)
     b1 = (((fields >> 8) & (2**BITS - 1)) << LOW).to(tl.int8)
@@ -239,7 +240,7 @@ def _tile_of_kind(
                 if B2 > 0:
                     w |= _tile_of_plane(p2, tile, lane, here, block, blocks, B2, 0, OUT, CHUNK)
                 if WIDTH == 8:
-                    w ^= -128  # 128 less, for products of signed bytes
+                    w ^= -128  # subtracts 128, for products of signed bytes
                 dot = tl.dot(w, tl.trans(x), acc=dot, out_dtype=tl.int32)
             part = _rescaled(part, dot, weight_scale, zero, step, WIDTH == 8)
         total += part
@@ -248,7 +249,7 @@ def _tile_of_kind(
 
 @triton.jit
 def _add_dot(total, w, x, EMULATED: tl.constexpr):
-    if EMULATED:  # the interpreter has no products of bfloat16
+    if EMULATED:  # the interpreter cannot multiply bfloat16
         return tl.dot(w.to(tl.float32), tl.trans(x.to(tl.float32)), acc=total)
     else:
         return tl.dot(w, tl.trans(x), acc=total)
@@ -258,7 +259,7 @@ def _add_dot(total, w, x, EMULATED: tl.constexpr):
 def _tile_of_kept(
     entry, first, rows, live, values, features, out, OUT: tl.constexpr, ROWS: tl.constexpr, EMULATED: tl.constexpr
 ):
-    """Products with bfloat16 weights; float32 inputs are cut in three bfloat16 parts, which lose nothing."""
+    """Products with bfloat16 weights; float32 inputs are split into three bfloat16 parts, without loss."""
     weight = _pointer(entry, tl.bfloat16)
     row = first + tl.arange(0, OUT)
     total = tl.zeros([OUT, ROWS], tl.float32)
@@ -286,7 +287,7 @@ def _few(
     entry, tile, rows, live, q, steps, features, q_stride, stride,
     KINDS: tl.constexpr, ROWS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    # where there is only one kind, nothing waits for the table to say which
+    # with only one kind, there is no need to wait for the table to say which
     if len(KINDS) == 4:
         return _few_of_kind(
             entry, tile, rows, live, q, steps, features, q_stride, stride, KINDS[0], KINDS[1], KINDS[2], KINDS[3],
@@ -347,7 +348,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _activated(gate, up, NAME: tl.constexpr):
-    """`reference.activate`; comparisons are such that NaN stays NaN."""
+    """Same as `reference.activate`; the comparisons let NaN stay NaN."""
     if NAME == "silu":
         return gate * _sigmoid(gate) * up
     elif NAME == "gelu":
@@ -368,7 +369,7 @@ def few(
 ):  # fmt: skip
     """A tile of 16 outputs of `ROWS` rows: unpacked in registers and multiplied there.
 
-    Slot s takes input row s // shared and gives output row s. ROUTED: one slot, whose expert is in `index`.
+    Slot s multiplies input row s // shared and writes output row s. ROUTED: one slot, whose expert is in `index`.
     """
     tile = tl.program_id(0)
     slot = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -385,7 +386,7 @@ def few(
     inside = column < out
     total = tl.zeros([ROWS, TILE], tl.float32)
     gate = total
-    # a loop, so that what is compiled for gate serves up
+    # a loop, so that the code for gate is compiled once and used for up, too
     for matrix in range(1 if ACTIVATION is None else 2):
         gate = total
         total = _few(
@@ -407,8 +408,8 @@ def many(
 ):  # fmt: skip
     """A tile of `OUT` outputs of `ROWS` rows: unpacked to bytes and multiplied by the tensor cores.
 
-    ROUTED: slots in `order` by expert; those of expert e are starts[e] .. starts[e + 1], and its last piece of `ROWS`
-    is ends[e] - 1; piece p belongs to expert work[p].
+    ROUTED: slots in `order` by expert; those of expert e are starts[e] .. starts[e + 1] - 1, and its last piece of
+    `ROWS` slots is ends[e] - 1; piece p belongs to expert work[p].
     """
     first = tl.program_id(0) * OUT
     piece = tl.program_id(1)
@@ -454,7 +455,7 @@ def combine(y, parts, index, weights, experts, out, top_k, SIZE: tl.constexpr):
     for k in range(top_k):
         slot = token * top_k + k
         expert = tl.load(index + slot)
-        # columns of a slot that no expert worked on were never written
+        # the outputs of a slot without an expert were never written
         limit = tl.where((expert >= 0) & (expert < experts), out, 0)
         part = tl.load(parts + slot * out + column, mask=column < limit, other=0.0)
         total += tl.where(column < limit, tl.load(weights + slot).to(tl.float32) * part, 0.0)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moqa.calibration.inputs import InputStatistics
 from moqa.format.grid import Grid
-from moqa.kernels import Columns, Kernels, find_kernels
+from moqa.kernels import Columns, GridKernels, find_grid_kernels
 from moqa.methods.grid import fit_grid
 from moqa.methods.registry import SolveBatch, method
 from moqa.methods.result import GridResult, SolveResult
@@ -87,7 +87,7 @@ def _cholesky(matrix: Tensor) -> bool:
 def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor:
     """[n, rows, in] integers; every column is rounded from its weight and the errors of those after it in `order`."""
     n, rows, features = weights.shape
-    kernels = find_kernels("auto", weights.device)
+    kernels = find_grid_kernels(weights.device)
     # columns are worked on one by one: each of them lies in one piece, [n, in, rows]
     work = torch.empty(n, features, rows)
     for matrix, sequence, found in zip(weights, order, work, strict=True):
@@ -102,7 +102,7 @@ def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor
     return columns.integers.mT.contiguous()
 
 
-def _from_last(columns: Columns, kernels: Kernels, first: int, last: int, errors: Tensor | None) -> None:
+def _from_last(columns: Columns, kernels: GridKernels, first: int, last: int, errors: Tensor | None) -> None:
     """Round columns `first` to `last`, the later half before the other, which then learns of its errors.
 
     So errors go into few large products: there are as many columns' worth of them as if each block learned of all

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moqa.format.scheme import Scheme
-from moqa.kernels import Rounded, find_kernels
+from moqa.kernels import Rounded, find_grid_kernels
 
 
 def fit_grid(
@@ -29,5 +29,5 @@ def fit_grid(
     bits = bits.reshape(*bits.shape, *[1] * (2 - bits.dim())).expand(stack.shape[:2])
     if importance is not None and importance.dim() == 1:
         importance = importance.expand(len(stack), -1)
-    found = find_kernels("auto", weights.device).fit_grid(stack, bits, scheme, importance)
+    found = find_grid_kernels(weights.device).fit_grid(stack, bits, scheme, importance)
     return found if weights.dim() == 3 else Rounded(found.grid[0], found.integers[0], found.error[0])

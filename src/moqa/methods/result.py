@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moqa.format.grid import Grid
 from moqa.format.planes import by_suffix
-from moqa.kernels import find_kernels
+from moqa.kernels import find_grid_kernels
 
 
 class SolveResult(Protocol):
@@ -43,4 +43,6 @@ class GridResult:
 
     def stored(self, width: int) -> dict[str, Tensor]:
         """See `SolveResult`."""
-        return by_suffix(find_kernels().pack(self.integers, width), self.grid.scale, self.grid.zero)
+        return by_suffix(
+            find_grid_kernels(self.integers.device).pack(self.integers, width), self.grid.scale, self.grid.zero
+        )

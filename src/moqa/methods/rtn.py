@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moqa.format.scheme import Scheme
-from moqa.kernels import find_kernels
+from moqa.kernels import find_grid_kernels
 from moqa.methods.grid import fit_grid
 from moqa.methods.registry import SolveBatch, method
 from moqa.methods.result import GridResult, SolveResult
@@ -12,7 +12,7 @@ from moqa.methods.result import GridResult, SolveResult
 
 def _store(weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     weights = weights if weights.dtype == torch.bfloat16 else weights.float()
-    return find_kernels("auto", weights.device).fit_packed(weights, scheme)
+    return find_grid_kernels(weights.device).fit_packed(weights, scheme)
 
 
 @method("rtn", store=_store)

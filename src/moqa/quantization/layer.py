@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moqa.calibration.stacks import UnitStack
 from moqa.format.scheme import Scheme
-from moqa.kernels import Kernels, PackedMatrix, find_kernels
+from moqa.kernels import PackedMatrix, ProductKernels, find_kernels
 from moqa.methods import METHODS, Method, SolveBatch
 from moqa.models.experts import weights_from
 from moqa.models.view import ModelView
@@ -77,7 +77,7 @@ def quantized(
     layer: int,
     done: Mapping[str, QuantizedUnit],
     schemes: Mapping[str, Scheme],
-    kernels: Kernels | None = None,
+    kernels: ProductKernels | None = None,
 ) -> Iterator[None]:
     """Let a decoder layer compute with its quantized units for a block, exactly as the checkpoint will.
 

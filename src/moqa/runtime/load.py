@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moqa.errors import MoqaError, one_line
 from moqa.format.reader import Checkpoint, open_checkpoint
-from moqa.kernels import KERNELS, Kernels, PackedMatrix, find_kernels
+from moqa.kernels import KERNELS, PackedMatrix, ProductKernels, check_encoding, find_kernels
 from moqa.models.building import BUILDING, empty_model
 from moqa.models.experts import Experts
 from moqa.models.load import read_generation_config
@@ -35,22 +35,23 @@ def load(
     """Load a checkpoint.
 
     >>> model, tokenizer = moqa.load("runs/out")
-    >>> model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=8)
+    >>> output = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=8)
+    >>> text = tokenizer.decode(output[0])
 
-    Weights are mapped from the files, not copied: units stay packed, and embeddings as they are stored.
+    Weights are mapped from the files, not copied: units stay packed, and embeddings stay in their stored dtype.
 
     Args:
         folder: of the checkpoint.
-        verify: compare the files' hashes first, which reads every byte.
+        verify: check the files' hashes first, which reads every byte.
         dtype: of activations: float32 or bfloat16.
         kernels: `native`, `triton`, `reference`, or `auto`: the fastest that run on the device.
-        device: where to compute; on another than the CPU, weights are copied there.
+        device: where to compute; weights are copied there unless it is the CPU.
 
     Returns:
         A transformers model whose units are packed, and its tokenizer or image processor.
 
     Raises:
-        MoqaError: if the checkpoint is damaged or does not fit its own configuration, or the kernels do not run here.
+        MoqaError: if the checkpoint is damaged or does not match its own configuration, or the kernels do not run here.
     """
     checkpoint = open_checkpoint(folder, verify)
     model = load_packed(checkpoint, dtype=dtype, kernels=kernels, device=device)
@@ -66,7 +67,7 @@ def load_packed(
 ) -> "PreTrainedModel":
     """The model of a checkpoint that has been checked; see `load`."""
     if dtype not in (torch.float32, torch.bfloat16):
-        raise MoqaError(f"activations of {dtype}", "choose float32 or bfloat16")
+        raise MoqaError(f"dtype {dtype} is not supported for activations", "choose float32 or bfloat16")
     with BUILDING:
         return _build(checkpoint, dtype, kernels, device)
 
@@ -78,13 +79,13 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, kernels: str, device: str
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         task = task_of(config, checkpoint.folder)
         depth = task.depth(config)
-        if depth != checkpoint.manifest.layers:  # before a model of any depth is built
+        if depth != checkpoint.manifest.layers:  # checked before a model of that depth is built
             raise ValueError(f"{depth} layers, the manifest has {checkpoint.manifest.layers}")
         model = empty_model(config, dtype)
-    except Exception as error:  # transformers fails on a foreign configuration in any way
+    except Exception as error:  # on a foreign configuration, transformers raises all kinds of exceptions
         raise MoqaError(f"{checkpoint.folder} has no usable config.json", one_line(error)) from None
-    found = choose_kernels(kernels, device)
-    install_units(model, checkpoint, found)
+    chosen = choose_kernels(kernels, device)
+    install_units(model, checkpoint, chosen)
     stored = checkpoint.layer(None)
     _check_kept(model, stored, checkpoint.folder)
     mapped = _tables(model, stored)
@@ -97,17 +98,17 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, kernels: str, device: str
     if report.unexpected_keys or left:
         name = (report.unexpected_keys or left)[0]
         raise MoqaError(f"{checkpoint.folder}: {name} does not fit config.json", "one of the two was changed")
-    keep_as_stored(model, stored, dtype, found)
+    keep_as_stored(model, stored, dtype, chosen)
     if task.writes_samples:
         read_generation_config(model, checkpoint.folder)
     return model.requires_grad_(False).to(device)
 
 
-def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Kernels) -> None:
-    """Put a checkpoint's packed units in the place of a model's matrices.
+def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: ProductKernels) -> None:
+    """Replace a model's matrices with the packed units of a checkpoint.
 
     Raises:
-        MoqaError: if the model has other units than the checkpoint.
+        MoqaError: if the model has other units than the checkpoint, or the kernels do not multiply their encodings.
     """
     view = ModelView(model)
     _check_units(view, checkpoint)
@@ -119,15 +120,16 @@ def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Ker
             scheme = checkpoint.manifest.units[unit.name].scheme
             stored = {suffix: tensors[f"{unit.name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
             matrices[unit.name] = PackedMatrix(scheme, unit.shape, stored)
+            check_encoding(kernels, matrices[unit.name])
         if _install(view, layer, matrices, kernels, variants):
             with_experts.append(layer)
     make_adjustable(model, checkpoint, variants, with_experts)
 
 
 def keep_as_stored(
-    model: "PreTrainedModel", stored: Mapping[str, Tensor], dtype: torch.dtype, kernels: Kernels
+    model: "PreTrainedModel", stored: Mapping[str, Tensor], dtype: torch.dtype, kernels: ProductKernels
 ) -> None:
-    """Let the embedding and the head use their tables where the files are mapped, instead of a wider copy."""
+    """Let the embedding and the head use the mapped tables of the files, instead of wider copies."""
     tables = _tables(model, stored)
     for name, module in tables.items():
         if isinstance(module, nn.Linear):
@@ -148,21 +150,21 @@ def _tables(model: "PreTrainedModel", stored: Mapping[str, Tensor]) -> dict[str,
     return {n: end for n, end in plain.items() if n in stored and stored[n].dtype == torch.bfloat16}
 
 
-def choose_kernels(name: str, device: str | torch.device = "cpu") -> Kernels:
-    """Kernels by name, with a warning if `auto` finds only the slow reference."""
+def choose_kernels(name: str, device: str | torch.device = "cpu") -> ProductKernels:
+    """Kernels by name, with a warning if `auto` finds only the slow reference kernels."""
     device = torch.device(device)
-    found = find_kernels(name, device)
-    if name == "auto" and found.name == "reference":
+    chosen = find_kernels(name, device)
+    if name == "auto" and chosen.name == "reference":
         fast = "native" if device.type == "cpu" else "triton"
         reason = KERNELS[fast].unusable(device)
-        warnings.warn(f"moqa computes with its slow reference, {fast} kernels are missing: {reason}", stacklevel=2)
-    return found
+        warnings.warn(f"moqa uses its slow reference kernels, {fast} kernels are missing: {reason}", stacklevel=2)
+    return chosen
 
 
 def _install(
-    view: ModelView, layer: int, matrices: Mapping[str, PackedMatrix], kernels: Kernels, variants: Variants
+    view: ModelView, layer: int, matrices: Mapping[str, PackedMatrix], kernels: ProductKernels, variants: Variants
 ) -> bool:
-    """Put a layer's matrices in their places; whether it has experts."""
+    """Replace a layer's matrices with packed ones; returns whether it has experts."""
     units = view.block_units(layer)
     stacks: dict[str, dict[tuple[int, str], PackedMatrix]] = {}
     for unit in units:
@@ -179,7 +181,7 @@ def _install(
         owner, _, name = parameter.rpartition(".")
         module: Any = view.module(owner)
         delattr(module, name)
-        module._is_hf_initialized = True  # transformers must not look for what is gone
+        module._is_hf_initialized = True  # transformers must not look for the removed parameter
     return bool(stacks)
 
 
@@ -202,7 +204,7 @@ def _check_kept(model: "PreTrainedModel", stored: Mapping[str, Tensor], folder: 
     wanted = model.state_dict()
     for name, tensor in stored.items():
         other = wanted.get(name)
-        # a buffer that is made when the model is built may be stored too, in any floating type
+        # a buffer that is created with the model may be stored too, in any floating-point dtype
         if other is not None and (
             other.shape != tensor.shape or other.is_floating_point() != tensor.is_floating_point()
         ):

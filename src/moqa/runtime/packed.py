@@ -1,4 +1,4 @@
-"""Packed modules: what stands in a model where its matrices were."""
+"""Packed modules: they replace the modules of a model whose matrices are packed."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.nn.functional import embedding
 
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH
-from moqa.kernels import ACTIVATIONS, ExpertStack, Kernels, PackedMatrix
+from moqa.kernels import ACTIVATIONS, ExpertStack, PackedMatrix, ProductKernels
 from moqa.kernels.patch import patched_down
 from moqa.kernels.reference import activate
 from moqa.models.experts import Experts, projection_rows
@@ -22,23 +22,24 @@ from moqa.runtime.variants import ExpertsVariant, Variants
 class PackedLinear(nn.Module):
     """A linear layer whose weight is packed.
 
+    >>> from moqa.kernels import find_kernels
     >>> PackedLinear(matrix, None, find_kernels())(torch.randn(3, 256)).shape
     torch.Size([3, 256])
 
     Args:
         matrix: the weight.
         bias: [out] or None.
-        kernels: what multiplies.
+        kernels: that multiply.
     """
 
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, kernels: Kernels) -> None:
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, kernels: ProductKernels) -> None:
         super().__init__()
         self.matrix, self.kernels = matrix, kernels
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def of_kept(cls, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> "PackedLinear":
-        """A layer that keeps a [out, in] bfloat16 weight as it is stored, for inputs of any dtype."""
+    def of_kept(cls, weight: Tensor, bias: Tensor | None, kernels: ProductKernels) -> "PackedLinear":
+        """A layer with an unquantized [out, in] bfloat16 weight, for inputs of any dtype."""
         matrix = PackedMatrix(Scheme(width=KEEP_WIDTH), (weight.shape[0], weight.shape[1]), {"weight": weight})
         return cls(matrix, bias, kernels)
 
@@ -50,17 +51,22 @@ class PackedLinear(nn.Module):
 class PackedConvolution(nn.Module):
     """A convolution of images whose weight is packed: a product with patches of its input.
 
-    >>> PackedConvolution(matrix, None, find_kernels(), Convolution.of(module))(torch.randn(2, 32, 8, 8)).shape
-    torch.Size([2, 64, 8, 8])
+    >>> from moqa.kernels import find_kernels
+    >>> module = nn.Conv2d(8, 64, 3, padding=1)
+    >>> matrix = PackedMatrix(Scheme(width=16), (64, 72), {"weight": module.weight.data.flatten(1).bfloat16()})
+    >>> PackedConvolution(matrix, None, find_kernels(), Convolution.of(module))(torch.randn(2, 8, 5, 5)).shape
+    torch.Size([2, 64, 5, 5])
 
     Args:
         matrix: the weight, [out, channels * kernel height * kernel width].
         bias: [out] or None.
-        kernels: what multiplies.
-        convolution: which patches.
+        kernels: that multiply.
+        convolution: defines the patches.
     """
 
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, kernels: Kernels, convolution: Convolution) -> None:
+    def __init__(
+        self, matrix: PackedMatrix, bias: Tensor | None, kernels: ProductKernels, convolution: Convolution
+    ) -> None:
         super().__init__()
         self.matrix, self.kernels, self.convolution = matrix, kernels, convolution
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -70,8 +76,8 @@ class PackedConvolution(nn.Module):
         return self.convolution.as_image(self.kernels.linear(self.matrix, self.convolution.patches(x), self.bias), x)
 
 
-def packed_like(module: nn.Module, matrix: PackedMatrix, kernels: Kernels) -> "PackedLinear | PackedConvolution":
-    """What stands in the place of a module with one matrix."""
+def packed_like(module: nn.Module, matrix: PackedMatrix, kernels: ProductKernels) -> "PackedLinear | PackedConvolution":
+    """The packed module that replaces a module with one matrix."""
     bias: Any = module.bias
     convolution = layout_of(module)
     if convolution is None:
@@ -80,11 +86,11 @@ def packed_like(module: nn.Module, matrix: PackedMatrix, kernels: Kernels) -> "P
 
 
 class KeptEmbedding(nn.Module):
-    """An embedding whose table stays in the dtype in which it is stored; rows come out in the model's."""
+    """An embedding whose table stays in its stored dtype; rows are returned in the dtype of the model."""
 
     def __init__(self, weight: Tensor, padding_idx: int | None, dtype: torch.dtype) -> None:
         super().__init__()
-        # no parameter: transformers takes a model's dtype from its first one
+        # not a parameter: transformers takes a model's dtype from the first one
         self.register_buffer("weight", weight)
         self.padding_idx, self.dtype = padding_idx, dtype
 
@@ -94,21 +100,21 @@ class KeptEmbedding(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """All routed experts of a layer, packed; stands in for the stacked parameters (`ExpertWeights`).
+    """All routed experts of a layer, packed; they replace the stacked parameters (`ExpertWeights`).
 
     Args:
-        experts: the module whose parameters it replaces.
+        experts: the module whose parameters are replaced.
         matrices: (expert, projection) -> matrix.
-        kernels: what multiplies.
-        variants: of the model; None means that there are no others than these matrices.
-        layer: number of the layer, by which variants know it.
+        kernels: that multiply.
+        variants: of the model; None means that these matrices are never replaced.
+        layer: index of the layer, which variants use.
     """
 
     def __init__(
         self,
         experts: Experts,
         matrices: Mapping[tuple[int, str], PackedMatrix],
-        kernels: Kernels,
+        kernels: ProductKernels,
         *,
         variants: Variants | None = None,
         layer: int = 0,
@@ -125,30 +131,30 @@ class PackedExperts(nn.Module):
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of experts."""
         return self._count
 
     def count_in(self, counts: Tensor | None) -> None:
-        """Add to [experts] int64 on the CPU for every token that an expert gets from now on; None counts nothing."""
+        """From now on, count the tokens of each expert in [experts] int64 on the CPU; None counts nothing."""
         self.counts = counts
         self.variants.changed()
 
     @property
     def variant(self) -> ExpertsVariant:
-        """What differs from the checkpoint now."""
+        """What currently differs from the checkpoint."""
         return self.variants.of_layer(self._layer) or self._plain
 
     def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
-        """All experts in one call, or None if no kernel knows what this family does between the products."""
+        """All experts in one call, or None if the kernels cannot compute this family's activation or the patches."""
         if self.counts is not None:
-            # an index past the last expert means none
+            # an index past the last expert stands for none
             self.counts += torch.bincount(index.flatten().cpu(), minlength=self._count)[: self._count]
         if self.activation is None or (self.variant.patches and not self.kernels.takes_patches):
             return None
         return self.kernels.experts(self.stack(module), hidden, index, weights)
 
     def stack(self, module: Experts) -> ExpertStack:
-        """The matrices as kernels take them; only if `activation` is known."""
+        """The matrices in the form that kernels take; only if `activation` is known."""
         biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else ()
         if len(biases) != len(self._biases) or any(a is not b for a, b in zip(biases, self._biases, strict=True)):
             self._forget_stacks()
@@ -207,9 +213,9 @@ class PackedExperts(nn.Module):
 
 
 def activation_of(experts: Experts) -> str | None:
-    """Which of the kernels' activations a family's experts compute: found by trying, not by names.
+    """Which of the kernels' activations a family's experts compute, found by computing it; None if it is another.
 
-    >>> activation_of(layer.mlp.experts)
+    >>> activation_of(view.module("model.layers.0.mlp.experts"))
     'silu'
     """
     rows = projection_rows(experts, width=64)
@@ -223,7 +229,7 @@ def activation_of(experts: Experts) -> str | None:
 
 
 def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
-    """Which of the kernels' activations `function(gate) * up` is.
+    """Which of the kernels' activations `function(gate) * up` is; None if it is another.
 
     >>> activation_name(torch.nn.SiLU())
     'silu'
@@ -232,15 +238,15 @@ def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
 
 
 def _name_of(compute: Callable[[Tensor, Tensor], Tensor]) -> str | None:
-    with torch.device("cpu"):  # a model may be built where tensors have no values
+    with torch.device("cpu"):  # a model may be built on the meta device
         gate, up = (torch.linspace(*ends, 64, dtype=torch.float32) for ends in ((-12, 12), (9, -9)))
-        found = compute(gate, up)
-        return next((name for name in ACTIVATIONS if torch.allclose(activate(name, gate, up), found, atol=1e-5)), None)
+        wanted = compute(gate, up)
+        return next((name for name in ACTIVATIONS if torch.allclose(activate(name, gate, up), wanted, atol=1e-5)), None)
 
 
 @contextmanager
 def unpacked(module: nn.Module) -> Iterator[None]:
-    """Unpack every matrix below a module once, for a block in which the reference kernels use it many times."""
+    """Unpack every matrix below a module once, while the reference kernels use it many times."""
     users = [m for m in module.modules() if isinstance(m, PackedLinear | PackedConvolution | PackedExperts)]
     slow = [user for user in users if user.kernels.name == "reference"]
     matrices = [m for user in slow for m in user.modules() if isinstance(m, PackedMatrix)]
