@@ -81,7 +81,7 @@ class TestSound:
 
     def test_a_folder_without_manifest_is_none(self, tmp_path):
         assert not is_checkpoint(tmp_path)
-        refused(tmp_path, "no moqa checkpoint")
+        refused(tmp_path, "is not a moqa checkpoint")
 
     def test_whitespace_in_the_manifest_means_nothing(self, checkpoint, sound_checkpoint):
         path = checkpoint / MANIFEST

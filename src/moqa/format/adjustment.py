@@ -25,7 +25,7 @@ FORMAT = 1
 RECORD, WEIGHTS = "adjustment.json", "adjustment.safetensors"
 ROWS, COLUMNS = ("gate_proj", "up_proj"), "down_proj"
 GRID = ("scale", "zero")
-# zero-point of columns: the middle of their grid, as near as a stored byte comes to it
+# zero-point of columns: the stored byte that is closest to the middle of their grid
 MIDDLE = 127
 
 
@@ -34,17 +34,17 @@ class ChannelPart(BaseModel, frozen=True):
 
     projection: str
     scheme: Scheme
-    replaces: bool = Field(description="they stand in the place of the packed ones, else they are added to them")
+    replaces: bool = Field(description="whether they replace the packed ones; otherwise they are added to them")
     counts: tuple[Length, ...] = Field(description="channels of each decoder layer")
 
     def bytes(self, sizes: "ExpertSizes") -> int:
-        """Bytes of its matrices: of each layer in turn what it stores, padded to whole tiles."""
+        """Bytes of its matrices: what each layer stores, padded to whole tiles."""
         return sum(entry_bytes(entry) for n in self.counts for entry in self.stored(n, sizes).values())
 
     def stored(self, count: int, sizes: "ExpertSizes") -> dict[str, Entry]:
-        """Dtype and shape of what is stored of a layer's matrix, by suffix.
+        """Dtype and shape of the stored tensors of a layer's matrix, by suffix.
 
-        Columns have factors of their own and the same grid everywhere, which is not stored.
+        Columns have factors of their own and share one constant grid, which is not stored.
         """
         entries = self.scheme.tensors(self.shape(count, sizes)) if count else {}
         constant = GRID if self.projection == COLUMNS else ()
@@ -64,31 +64,31 @@ class ExpertSizes(BaseModel, frozen=True):
 
 
 class Replaced(BaseModel, frozen=True):
-    """A unit that stands in the place of the checkpoint's."""
+    """A unit that replaces the checkpoint's."""
 
     shape: tuple[Side, Side]
     scheme: Scheme
 
 
 class AdjustmentRecord(BaseModel, frozen=True):
-    """What `adjustment.json` says."""
+    """The content of `adjustment.json`."""
 
     format: int = FORMAT
     moqa: str = Field(description="version that wrote it")
-    checkpoint: str = Field(description="checksum of the checkpoint's manifest: it fits no other")
+    checkpoint: str = Field(description="checksum of the manifest of the checkpoint that it fits")
     name: str = Field(description="the novel distribution")
     mode: str
-    rule: str = Field(description="by which channels were chosen")
+    rule: str = Field(description="by which the channels were chosen")
     budget: float = Field(description="bytes it may add, as a share of the checkpoint's")
     samples: int
     tokens: int
     seed: int
-    expected: float = Field(description="by how much KL divergence should fall on the samples, nats per token")
+    expected: float = Field(description="expected decrease of the KL divergence on the samples, nats per token")
     fitted: dict[str, Fitted] = Field(description="texts that it was fitted on")
     sizes: ExpertSizes
     channels: tuple[ChannelPart, ...]
     units: dict[str, Replaced]
-    extra_bytes: int = Field(description="by which the weights in use grow: its own less those it stands for")
+    extra_bytes: int = Field(description="growth of the weights in use: its own bytes less those that it replaces")
     weights: StoredFile
     checksum: str = ""
 
@@ -100,10 +100,11 @@ class AdjustmentRecord(BaseModel, frozen=True):
 def layout(sizes: ExpertSizes, channels: tuple[ChannelPart, ...], units: Mapping[str, Replaced]) -> Shard:
     """Layout of an adjustment's weight file.
 
-    >>> layout(sizes, channels, {}).bytes
-    129472
+    >>> rows = ChannelPart(projection="up_proj", scheme=Scheme(width=2), replaces=False, counts=(16, 0))
+    >>> list(layout(ExpertSizes(experts=8, hidden=64, width=32), (rows,), {}).entries)
+    ['factor', 'experts', 'channel', 'matrices']
     """
-    # few tensors, since each takes a place in the header: what lies in them follows from the record
+    # few tensors, since each has an entry in the header: their contents follow from the record
     entries: dict[str, Entry] = {}
     if channels:
         total = sum(sum(part.counts) for part in channels)
@@ -119,7 +120,7 @@ def layout(sizes: ExpertSizes, channels: tuple[ChannelPart, ...], units: Mapping
 
 
 def index_dtype(sizes: ExpertSizes) -> torch.dtype:
-    """The smaller of two that can tell an expert's channels apart."""
+    """The smallest of two integer types that can number an expert's channels."""
     return torch.uint8 if sizes.width <= 2**8 else torch.int16
 
 
@@ -172,12 +173,12 @@ class Adjustment:
         return self.record.shard().mapped(self.folder)
 
     def unit(self, name: str) -> dict[str, Tensor]:
-        """Tensors of a unit that stands in the place of the checkpoint's, by suffix."""
+        """Tensors of a unit that replaces the checkpoint's, by suffix."""
         unit = self.record.units[name]
         return {suffix: self._mapped[f"{name}.{suffix}"] for suffix in unit.scheme.tensors(unit.shape)}
 
     def layer(self, layer: int) -> Iterator[LayerChannels]:
-        """What it has for one decoder layer's experts."""
+        """Its channels of one layer's experts."""
         sizes, begin, column = self.record.sizes, 0, 0
         for number, part in enumerate(self.record.channels):
             count, before = part.counts[layer], sum(part.counts[:layer])
@@ -208,7 +209,7 @@ class Adjustment:
         return tensors
 
     def check_values(self) -> None:
-        """Look for channels that do not exist and for scales that are no numbers.
+        """Check that all channels exist and that all values are finite.
 
         Raises:
             MoqaError: naming the part.
@@ -217,13 +218,13 @@ class Adjustment:
         for number, part in enumerate(self.record.channels):
             counts = self._mapped["experts"][number]
             if counts.sum(1).tolist() != list(part.counts) or bool((counts < 0).any()):
-                raise MoqaError(f"{self.folder}: part {number} has other channels than its experts")
+                raise MoqaError(f"{self.folder}: the channels of part {number} do not match its counts per expert")
         for layer in range(len(self.record.channels[0].counts) if self.record.channels else 0):
             for found in self.layer(layer):
                 places = found.expert * sizes.width + found.channel
                 inside = bool((found.channel >= 0).all()) and bool((found.channel < sizes.width).all())
                 if not inside or not bool((places.diff() > 0).all()):
-                    raise MoqaError(f"{self.folder}: layer {layer} has channels that do not exist or do not ascend")
+                    raise MoqaError(f"{self.folder}: layer {layer} has channels that do not exist or are not ascending")
                 for suffix in found.tensors.keys() & {"scale", "weight"}:
                     self._check_finite(f"a {suffix} of layer {layer}", found.tensors[suffix])
                 if found.factor is not None:
@@ -242,10 +243,10 @@ def write_adjustment(record: AdjustmentRecord, tensors: Mapping[str, Tensor], ou
     """Write an adjustment, whole or not at all.
 
     Args:
-        record: all of it but `weights` and `checksum`.
-        tensors: by the names of its layout.
-        out: folder to make.
-        overwrite: replace one that is there.
+        record: everything except `weights` and `checksum`, which are filled in.
+        tensors: by their names in the layout.
+        out: folder to create.
+        overwrite: replace an adjustment that exists there.
     """
     with finished_folder(out, overwrite) as folder:
         stored = write_shard(folder, record.shard(), tensors)
@@ -258,8 +259,11 @@ def write_adjustment(record: AdjustmentRecord, tensors: Mapping[str, Tensor], ou
 def read_adjustment(folder: str | Path) -> Adjustment:
     """Read an adjustment and check all of it.
 
+    >>> read_adjustment("runs/german").record.checkpoint == checkpoint.manifest.checksum
+    True
+
     Raises:
-        MoqaError: if it is none, from a newer format, truncated or changed.
+        MoqaError: if it is not an adjustment, has a newer format, or is truncated or changed.
     """
     folder = Path(folder)
     record = read_json(AdjustmentRecord, folder / RECORD)

@@ -1,4 +1,4 @@
-"""The original's channels beside a checkpoint, so that an adjustment can give them more bits later."""
+"""Channels of the original, stored with a checkpoint so that an adjustment can give them more bits later."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -19,10 +19,10 @@ FOLDER, RECORD = "cache", "cache.json"
 
 
 class CacheRecord(BaseModel, frozen=True):
-    """What `cache/cache.json` says."""
+    """The content of `cache/cache.json`."""
 
     fingerprint: str = Field(description="of the original model")
-    share: float | None = Field(description="of the channels; None: the whole original")
+    share: float | None = Field(description="share of the channels that is kept; None: the whole original")
     layers: tuple[dict[str, tuple[str, tuple[int, ...]]], ...] = Field(
         description="of each decoder layer: tensor name -> dtype and shape"
     )
@@ -34,8 +34,8 @@ class CacheRecord(BaseModel, frozen=True):
 class Cache:
     """The cache of a checkpoint.
 
-    >>> open_cache("runs/out", manifest.fingerprint).bytes
-    37781504
+    >>> open_cache("runs/out", checkpoint.manifest.fingerprint).bytes
+    40247424
     """
 
     folder: Path
@@ -63,9 +63,9 @@ class Cache:
     def layer(self, index: int) -> dict[str, Tensor]:
         """A decoder layer's tensors, mapped and not copied.
 
-        A whole original has its units by name. A part of it has `channel` [channels, 2] int32 (expert, channel), and
-        [channels, hidden] rows of `gate_proj` and `up_proj` and columns of `down_proj`. Both have the channels'
-        `significance` [experts, width] on the known distributions, in layers with experts.
+        A whole original has the units by name. A part has `channel` [channels, 2] int32 (expert, channel), and
+        [channels, hidden] rows of `gate_proj` and `up_proj` and columns of `down_proj`. In layers with experts, both
+        have the channels' `significance` [experts, width] on the known distributions.
         """
         return self._shards[index].mapped(self.folder)
 
@@ -81,8 +81,8 @@ class Cache:
                 raise MoqaError(f"{path} is missing or truncated", f"{shard.bytes} bytes were written")
             with path.open("rb") as file:
                 if file.read(len(shard.header())) != shard.header():
-                    raise MoqaError(f"{path} has another header than was written")
-                # a whole original may be larger than memory, and is mapped for the few channels that are needed
+                    raise MoqaError(f"{path} has a different header than was written")
+                # a whole original may be larger than memory; it is mapped, and only the needed channels are read
                 if not self.whole:
                     file.seek(0)
                     if hashlib.file_digest(file, "sha256").hexdigest() != recorded.sha256:
@@ -90,7 +90,7 @@ class Cache:
 
 
 def _shard(layer: int, layers: int, entries: Mapping[str, Entry]) -> Shard:
-    """A layer's file: the widest numbers first, so that each tensor begins at a multiple of its element size."""
+    """A layer's file: the widest dtypes first, so that each tensor is aligned to its element size."""
     ordered = sorted(entries.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
     return Shard(f"cache-{layer + 1:05d}-of-{layers:05d}.safetensors", dict(ordered))
 
@@ -130,7 +130,7 @@ def open_cache(folder: str | Path, fingerprint: str) -> Cache:
     """Open the cache of a checkpoint, made from the original with this fingerprint, and check it.
 
     Raises:
-        MoqaError: if the checkpoint has none, or it is damaged.
+        MoqaError: if the checkpoint has no cache, or it is damaged.
     """
     path = Path(folder) / FOLDER
     if not has_cache(folder):

@@ -1,4 +1,4 @@
-"""The integer grid: which numbers a group of weights can take."""
+"""The integer grid: which values the weights of a group can take."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Zero-points are stored in a byte whatever the width is: 1/255 of the grid's span per step.
+# Zero-points are stored in a byte for every width: 1/255 of the grid's span per step.
 ZERO_STEPS = 255
 
 
@@ -50,7 +50,7 @@ class Grid:
 
 
 def to_groups(weights: Tensor, group_size: int) -> Tensor:
-    """[..., in] -> [..., groups, group_size], the last group filled up with zeros."""
+    """[..., in] -> [..., groups, group_size], the last group padded with zeros."""
     features = weights.shape[-1]
     groups = -(-features // group_size)
     if groups * group_size != features:
@@ -59,7 +59,7 @@ def to_groups(weights: Tensor, group_size: int) -> Tensor:
 
 
 def from_groups(groups: Tensor, features: int) -> Tensor:
-    """[..., groups, group_size] -> [..., in], the filling dropped."""
+    """[..., groups, group_size] -> [..., in], without the padding."""
     return groups.flatten(-2)[..., :features]
 
 

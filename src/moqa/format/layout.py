@@ -1,4 +1,4 @@
-"""Which tensor lies in which shard, and exactly how long every file is: planned here, written by `writer`."""
+"""Which tensor is in which shard, and exactly how long every file is: planned here, written by `writer`."""
 
 import json
 import math
@@ -34,7 +34,7 @@ class Shard:
     entries: dict[str, Entry]
 
     def header(self) -> bytes:
-        """The file's first bytes, up to its data: a length and JSON, each entry filled up with spaces."""
+        """The file's first bytes, up to its data: a length and JSON, with each entry padded with spaces."""
         last = next(reversed(self.entries), None)
         offset, parts = 0, [b"{".ljust(ALIGNMENT - 8)]
         for name, entry in self.entries.items():
@@ -47,7 +47,7 @@ class Shard:
         return len(text).to_bytes(8, "little") + text
 
     def mapped(self, folder: Path) -> dict[str, Tensor]:
-        """Its tensors where the file in a folder has them, mapped and not copied."""
+        """Its tensors in the file of a folder, mapped and not copied."""
         data = torch.from_file(str(folder / self.file), shared=False, size=self.bytes, dtype=torch.uint8)
         tensors, begin = {}, len(self.header())
         for name, entry in self.entries.items():
@@ -70,10 +70,10 @@ def entry_bytes(entry: Entry) -> int:
 def shards(
     kept: Mapping[str, Entry], layers: int, units: Mapping[str, tuple[int, tuple[int, int], Scheme]]
 ) -> list[Shard]:
-    """All files of a checkpoint: one for what is kept, one per decoder layer for its units.
+    """All files of a checkpoint: one for tensors that are kept, and one per layer for its units.
 
-    >>> [shard.file for shard in shards(kept, 6, units)][:2]
-    ['model-00001-of-00007.safetensors', 'model-00002-of-00007.safetensors']
+    >>> [shard.file for shard in shards({}, 1, {})]
+    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
 
     Args:
         kept: tensors stored unchanged, by name.
@@ -81,8 +81,8 @@ def shards(
         units: unit name -> layer, [out, in] shape and scheme.
 
     Returns:
-        Shards whose tensors are ordered by the power of two that divides their bytes, then by name: so each begins at
-        a multiple of its element size, and packed planes at a multiple of 64.
+        Shards whose tensors are ordered by the power of two that divides their bytes, then by name: so each is aligned
+        to its element size, and packed planes to 64 bytes.
     """
     stored: list[dict[str, Entry]] = [dict(kept)] + [{} for _ in range(layers)]
     for name, (layer, shape, scheme) in units.items():
@@ -95,17 +95,17 @@ def shards(
 
 
 def header_bytes(name: str, entry: Entry) -> int:
-    """Bytes that a tensor takes in its file's header.
+    """Bytes of a tensor's entry in the header of its file.
 
-    A multiple of 64 that does not depend on where the tensor lies: so headers keep the data aligned, and the length of
-    a file is a plain sum over its tensors, which a plan can add up before anything is written.
+    A multiple of 64 that does not depend on the tensor's offset: so headers keep the data aligned, and the length of a
+    file is a plain sum over its tensors, which a plan can add up before anything is written.
     """
     longest = len(_describe(name, entry, "")) + 2 * _DIGITS + len(",,}")
     return -(-longest // ALIGNMENT) * ALIGNMENT
 
 
 def unit_bytes(name: str, shape: tuple[int, int], scheme: Scheme) -> int:
-    """Bytes that a unit adds to its file: its tensors and their places in the header."""
+    """Bytes that a unit adds to its file: its tensors and their entries in the header."""
     return sum(
         entry_bytes(entry) + header_bytes(f"{name}.{suffix}", entry) for suffix, entry in scheme.tensors(shape).items()
     )

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint (`moqa.json`): what it was made from, how, and what every file must be."""
+"""The manifest of a checkpoint (`moqa.json`): what it was made from, how, and what each of its files contains."""
 
 import base64
 from typing import Annotated
@@ -31,7 +31,7 @@ class StoredUnit(BaseModel, frozen=True):
 
 
 class StoredTensor(BaseModel, frozen=True):
-    """A tensor that is no unit."""
+    """A tensor that is not a unit."""
 
     dtype: str
     shape: tuple[Length, ...]
@@ -45,7 +45,7 @@ class StoredFile(BaseModel, frozen=True):
 
 
 class Fitted(BaseModel, frozen=True):
-    """What identifies a text that a fitting step saw, so that no evaluation runs on it."""
+    """Identifies a text that a fitting step saw, so that no evaluation runs on it."""
 
     digest: str = Field(description="sha256 of the whole text that was given")
     shingles: str = Field(description="content hashes of the samples: little-endian uint64, base64")
@@ -82,5 +82,5 @@ class Manifest(BaseModel, frozen=True):
     units: dict[str, StoredUnit]
     kept: dict[str, StoredTensor]
     files: dict[str, StoredFile]
-    config: str = Field("", description="sha256 of config.json, which says how the weights are computed with")
+    config: str = Field("", description="sha256 of config.json, which says how the model computes with the weights")
     checksum: str = Field("", description="sha256 of all other fields; files have their own in `files`")

@@ -1,4 +1,4 @@
-"""Packing: matrices of b-bit integers as planes of 4, 2 and 1 bits, in the order in which a kernel reads them."""
+"""Packing: matrices of b-bit integers as planes of 4, 2 and 1 bits, in the order in which kernels read them."""
 
 import torch
 from torch import Tensor
@@ -8,15 +8,15 @@ from moqa.format.tiles import BLOCK, PLANES, TILE
 
 
 def pack(integers: Tensor, width: int) -> list[Tensor]:
-    """Split a matrix of `width`-bit integers in planes, the most significant first, and pack each plane in tiles.
+    """Split a matrix of `width`-bit integers into planes, the most significant first, and pack each plane in tiles.
 
     >>> [plane.shape for plane in pack(torch.zeros(256, 128, dtype=torch.uint8), 3)]
     [torch.Size([16, 4, 128]), torch.Size([16, 4, 64])]
 
     A tile holds 16 rows and 32 inputs. Four neighbouring inputs of all its rows make a vector of 64 bytes: byte
-    4 r + i is input i of row r, which is what a product of bytes in 32-bit lanes takes. A plane of p bits stores the
-    eight vectors of a tile in p: bit field k of vector j holds vector (8 / p) j + k. So one load, a shift and a mask
-    give each of them, whatever p is. Matrices are filled up with zeros to whole tiles.
+    4 r + i is input i of row r, the order that a product of bytes in 32-bit lanes takes. A plane of p bits stores the
+    eight vectors of a tile in p vectors: bit field k of vector j holds vector (8 / p) j + k. So one load, a shift and a
+    mask unpack each of them, whatever p is. Matrices are padded with zeros to whole tiles.
 
     Args:
         integers: [..., out, in] uint8, each below 2^width.
@@ -44,8 +44,8 @@ def unpack(planes: list[Tensor], width: int, shape: tuple[int, int]) -> Tensor:
     True
 
     Args:
-        planes: one [..., tiles, blocks, 64 p] uint8 tensor per plane; fewer than `PLANES[width]` has gives a coarser
-            version whose missing low bits are zero.
+        planes: one [..., tiles, blocks, 64 p] uint8 tensor per plane; with fewer than `PLANES[width]` has, the missing
+            low bits are zero.
         width: 1 to 8.
         shape: (out, in) of the matrix.
 
@@ -89,7 +89,7 @@ def untile_rows(tiled: Tensor, out: int) -> Tensor:
 def by_suffix(planes: list[Tensor], scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:
     """The tensors that store a matrix, see `Scheme.tensors`.
 
-    >>> by_suffix(pack(integers, 3), torch.ones(24, 2).bfloat16(), None).keys()
+    >>> by_suffix(pack(torch.zeros(24, 128, dtype=torch.uint8), 3), torch.ones(24, 2), None).keys()
     dict_keys(['p0', 'p1', 'scale'])
 
     Args:

@@ -1,4 +1,4 @@
-"""Read a checkpoint: its manifest, and its tensors only after every file has been found to be as it must."""
+"""Read a checkpoint: its manifest, and its tensors only after every file has been checked."""
 
 import hashlib
 import json
@@ -22,8 +22,8 @@ class Checkpoint:
     """A quantized model on disk.
 
     >>> checkpoint = open_checkpoint("runs/out")
-    >>> checkpoint.bytes, round(checkpoint.bits_per_weight, 2)
-    (13033920, 3.43)
+    >>> checkpoint.manifest.budget, round(checkpoint.bits_per_weight, 1)
+    ('--bpw 3', 3.0)
     """
 
     folder: Path
@@ -58,18 +58,18 @@ class Checkpoint:
         return self.bytes * 8 / (self.unit_weights + kept)
 
     def layer(self, index: int | None) -> dict[str, Tensor]:
-        """Tensors of one decoder layer's units, or of all that is kept if `index` is None, mapped and not copied."""
+        """Tensors of one layer's units, or all tensors that are kept if `index` is None, mapped and not copied."""
         return self.shards[0 if index is None else index + 1].mapped(self.folder)
 
     def check_config(self) -> None:
         """Compare `config.json` with its recorded hash.
 
         Raises:
-            MoqaError: if it is another.
+            MoqaError: if they differ.
         """
         path = self.folder / CONFIG
         try:
-            # a pipe in its place would never end
+            # reading a pipe in its place would never end
             digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         except OSError as error:
             raise MoqaError(f"{path} cannot be read", error.strerror or str(error)) from None
@@ -101,9 +101,9 @@ class Checkpoint:
             if path.stat().st_size != recorded.bytes or recorded.bytes != shard.bytes:
                 raise MoqaError(f"{path} has {path.stat().st_size} bytes", f"{shard.bytes} were written")
             with path.open("rb") as file:
-                # entries and offsets follow from the layout, so only one header can be right
+                # entries and offsets follow from the layout, so only one header is correct
                 if file.read(len(shard.header())) != shard.header():
-                    raise MoqaError(f"{path} has another header than was written", _difference(path, shard))
+                    raise MoqaError(f"{path} has a different header than was written", _difference(path, shard))
 
     def check_hashes(self) -> None:
         """Compare every weight file with its recorded hash.
@@ -117,7 +117,7 @@ class Checkpoint:
                     raise MoqaError(f"{self.folder / name} is corrupted", "its sha256 differs from the manifest's")
 
     def check_values(self) -> None:
-        """Look for NaN, infinite or negative scales.
+        """Check that no scale is NaN, infinite or negative.
 
         Raises:
             MoqaError: naming the tensor.
@@ -138,19 +138,19 @@ def is_checkpoint(folder: str | Path) -> bool:
 def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
     """Open a checkpoint and check it.
 
-    >>> open_checkpoint("runs/out").manifest.strategy
-    'moqa-budget'
+    >>> open_checkpoint("runs/out").manifest.layers
+    6
 
     Args:
         folder: of the checkpoint.
         verify: also compare the hashes, which reads every byte.
 
     Raises:
-        MoqaError: if it is no checkpoint, from a newer format, or not what its manifest says.
+        MoqaError: if it is not a checkpoint, has a newer format, or does not match its manifest.
     """
     folder = Path(folder)
     if not is_checkpoint(folder):
-        raise MoqaError(f"{folder} is no moqa checkpoint", f"it has no {MANIFEST}")
+        raise MoqaError(f"{folder} is not a moqa checkpoint", f"it has no {MANIFEST}")
     manifest = read_json(Manifest, folder / MANIFEST)
     if manifest.format > FORMAT:
         raise MoqaError(f"{folder} has format {manifest.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
@@ -166,7 +166,7 @@ def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
 
 
 def _checksum(path: Path) -> str:
-    # of the file's own JSON: fields that a later version adds count too
+    # of the JSON in the file: it includes fields that a later version adds
     try:
         return checksum(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError):
@@ -176,12 +176,12 @@ def _checksum(path: Path) -> str:
 def _dtype(name: str, text: str) -> torch.dtype:
     known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     if text not in known:
-        raise MoqaError(f"{MANIFEST}: {name} has dtype {text!r}", f"stored are {', '.join(known)}")
+        raise MoqaError(f"{MANIFEST}: {name} has dtype {text!r}", f"known dtypes are {', '.join(known)}")
     return known[text]
 
 
 def _difference(path: Path, shard: Shard) -> str:
-    """The first tensor that a file describes in another way than its layout."""
+    """The first tensor whose description in a file differs from the layout."""
     try:
         header = read_header(path)
         found = {name: (entry.get("dtype"), entry.get("shape")) for name, entry in header.items()}
@@ -191,4 +191,4 @@ def _difference(path: Path, shard: Shard) -> str:
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             return f"{name} is {found.get(name)}, the manifest says {wanted.get(name)}"
-    return "its tensors lie in other places"
+    return "its tensors are at other offsets"

@@ -1,4 +1,4 @@
-"""Which experts the known distributions use, beside a checkpoint: what live traffic is compared with."""
+"""Which experts the known distributions use, stored with a checkpoint: live traffic is compared with it."""
 
 import math
 from pathlib import Path
@@ -11,13 +11,13 @@ from moqa.storage.artifact import checksum, read_json, write_json
 
 ROUTING = "routing.json"
 DIGITS = 6
-_CLOSE = 1e-3  # to 1, of shares that were rounded
+_TOLERANCE = 1e-3  # of the sum of rounded shares
 
 Shares = tuple[tuple[Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)], ...], ...]
 
 
 class Routing(BaseModel, frozen=True):
-    """What `routing.json` says."""
+    """The content of `routing.json`."""
 
     fingerprint: str = Field(description="of the original model")
     top_k: int = Field(ge=1, description="experts of each token")
@@ -30,10 +30,10 @@ class Routing(BaseModel, frozen=True):
     @model_validator(mode="after")
     def _shares_are_shares(self) -> Self:
         for name, shares in self.known.items():
-            if len(shares) != len(self.layers) or any(abs(math.fsum(layer) - 1) > _CLOSE for layer in shares):
-                raise ValueError(f"{name} does not have shares of sum 1 for {len(self.layers)} layers")
+            if len(shares) != len(self.layers) or any(abs(math.fsum(layer) - 1) > _TOLERANCE for layer in shares):
+                raise ValueError(f"{name} must have shares with a sum of 1 for each of {len(self.layers)} layers")
         if len({tuple(map(len, shares)) for shares in self.known.values()}) > 1:
-            raise ValueError("the distributions differ in their numbers of experts")
+            raise ValueError("the distributions have different numbers of experts")
         return self
 
 
@@ -46,11 +46,11 @@ def write_routing(folder: Path, routing: Routing) -> None:
 def read_routing(folder: str | Path, fingerprint: str) -> Routing:
     """Read the routing of the known distributions of a checkpoint, made from the original with this fingerprint.
 
-    >>> read_routing("runs/out", manifest.fingerprint).known.keys()
-    dict_keys(['wiki', 'novels'])
+    >>> sorted(read_routing("runs/out", checkpoint.manifest.fingerprint).known)
+    ['novels', 'wiki']
 
     Raises:
-        MoqaError: if the checkpoint has none, or it was changed, or is of another model.
+        MoqaError: if the checkpoint has no routing, or it was changed or is of another model.
     """
     path = Path(folder) / ROUTING
     if not path.is_file():

@@ -15,12 +15,12 @@ class Scheme(BaseModel, frozen=True):
     """How one unit's weights are stored.
 
     >>> Scheme(width=3).stored_bytes((256, 256))
-    30720
+    27648
 
     Width 16 keeps the matrix as 16-bit floating point; the other fields then do not matter.
     """
 
-    width: int = Field(ge=1, le=16, description="bits of each stored integer; 16 is not quantized: 16-bit floats")
+    width: int = Field(ge=1, le=16, description="bits of each stored integer; 16 means not quantized: 16-bit floats")
     group_size: int = Field(
         default=64, ge=BLOCK, le=LARGEST_GROUP, multiple_of=BLOCK,
         description="weights along the input dimension that share a scale",
@@ -35,16 +35,16 @@ class Scheme(BaseModel, frozen=True):
     @model_validator(mode="after")
     def _check(self) -> "Scheme":
         if self.width not in (*WIDTHS, KEEP_WIDTH):
-            raise ValueError(f"width {self.width} is not stored; widths are 1 to 8, and 16 for no quantization")
+            raise ValueError(f"width {self.width} is not supported; widths are 1 to 8, and 16 for no quantization")
         if self.symmetric and self.width == 1:
             raise ValueError("width 1 cannot be symmetric: one of its two levels would be zero")
         if self.encoding not in ENCODINGS:
-            raise ValueError(f"encoding {self.encoding} is unknown; there are {', '.join(ENCODINGS)}")
+            raise ValueError(f"encoding {self.encoding} is unknown; known are {', '.join(ENCODINGS)}")
         return self
 
     @property
     def storage(self) -> Encoding:
-        """What says how the unit is stored."""
+        """The encoding by which the unit is stored."""
         return ENCODINGS["unquantized" if self.is_unquantized else self.encoding]
 
     @property

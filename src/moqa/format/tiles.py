@@ -1,12 +1,12 @@
 """Sizes that every file of the format shares: tiles, planes and widths."""
 
-# A tile of 16 rows by 32 inputs is what a kernel takes at once: a plane of p bits stores it in p vectors of 64 bytes.
+# Kernels work on tiles of 16 rows by 32 inputs: a plane of p bits stores a tile in p vectors of 64 bytes.
 TILE = 16
 BLOCK = 32
 # not quantized: 16-bit floating point
 KEEP_WIDTH = 16
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
-# products of 8 bits over a larger group would not fit in 32
+# sums of 8-bit products over a larger group would not fit in 32 bits
 LARGEST_GROUP = 2**16
 # Most significant plane first, so that dropping planes from the end leaves a coarser version of the same weights.
 PLANES: dict[int, tuple[int, ...]] = {

@@ -19,7 +19,7 @@ def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> St
     """Write one file of a checkpoint, byte for byte as it was planned.
 
     Args:
-        folder: where to.
+        folder: to write it to.
         shard: its layout.
         tensors: name -> tensor, exactly those of the layout.
 
@@ -45,7 +45,7 @@ def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> St
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
-    """Write a checkpoint's manifest with its checksum and that of `config.json`: the reader can tell changed ones."""
+    """Write a checkpoint's manifest with its checksum and that of `config.json`, so that readers detect changes."""
     config = path.with_name(CONFIG)
     digest = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else ""
     manifest = manifest.model_copy(update={"config": digest})
@@ -53,7 +53,7 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
 
 
 def introduce(folder: Path) -> None:
-    """Say in `config.json` that the checkpoint is moqa's, for transformers; before the manifest is written."""
+    """Mark `config.json` as moqa's, for transformers; call it before the manifest is written."""
     path = folder / CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     write_json(config | {"quantization_config": {"quant_method": "moqa"}}, path)

@@ -1,4 +1,4 @@
-"""Encodings: how weights and what belongs to them are stored. One file each, one word here."""
+"""Encodings: how integers or codes and their scales are stored. One file each, and one word here."""
 
 from moqa.format.encodings.encoding import Encoding, TensorSpec
 from moqa.format.encodings.integer_planes import IntegerPlanes

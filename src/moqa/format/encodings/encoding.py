@@ -1,4 +1,4 @@
-"""What an encoding says: which tensors store a unit, and which weights they stand for."""
+"""What an encoding defines: which tensors store a unit, and which weights they represent."""
 
 from collections.abc import Mapping
 from typing import Literal, Protocol
@@ -10,7 +10,7 @@ TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
 
 class Parameters(Protocol):
-    """The fields of `moqa.format.scheme.Scheme` that encodings look at."""
+    """The fields of `moqa.format.scheme.Scheme` that encodings use."""
 
     @property
     def width(self) -> int:
@@ -33,7 +33,7 @@ class Encoding(Protocol):
     """One way to store a unit's weights.
 
     Attributes:
-        name: as schemes name it.
+        name: by which schemes refer to it.
     """
 
     name: str
@@ -42,4 +42,4 @@ class Encoding(Protocol):
         """Dtype and shape of every tensor that stores [out, in] weights, by suffix: a plan's bytes are their sum."""
 
     def decode(self, scheme: Parameters, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Tensor:
-        """[out, in] weights that stored tensors stand for, float32: what every kernel must agree with."""
+        """[out, in] weights that stored tensors represent, float32: every kernel must agree with them."""

@@ -1,4 +1,4 @@
-"""`integer_planes`: integers on a grid, in planes of 4, 2 and 1 bits, with a scale and a zero-point for each group."""
+"""`integer_planes`: integers on a grid, in planes of 4, 2 and 1 bits, with a scale and a zero-point per group."""
 
 from collections.abc import Mapping
 

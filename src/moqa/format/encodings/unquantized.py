@@ -1,4 +1,4 @@
-"""`unquantized`: the matrix as 16-bit floating point, which every scheme of 16 bits stores."""
+"""`unquantized`: the matrix as 16-bit floating point; every scheme of width 16 uses it."""
 
 from collections.abc import Mapping
 
