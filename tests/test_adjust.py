@@ -240,7 +240,7 @@ class TestRefused:
             model.revert()
         model.apply(python)
         changed = logits(model)
-        with pytest.raises(MoqaError, match="python is applied already"):
+        with pytest.raises(MoqaError, match="python is already applied"):
             model.apply(python)
         assert torch.equal(logits(model), changed)
         model.revert()

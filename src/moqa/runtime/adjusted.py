@@ -1,4 +1,4 @@
-"""Adjustments on a loaded model: put on and taken off in milliseconds, several at hand, one in use."""
+"""Adjustments of a loaded model: applied and reverted in milliseconds; several can be held, one is in use."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,10 +19,12 @@ class Adjustments:
     """The adjustments of one model (`model.adjustments`).
 
     >>> model, tokenizer = moqa.load("runs/out")
-    >>> model.apply("runs/german")
+    >>> _ = model.apply("runs/german")
+    >>> model.adjustments.current
+    'german'
     >>> model.revert()
 
-    A checkpoint's files and tensors stay as they are: after `revert` a model computes what it computed before, bit for
+    The checkpoint's files and tensors stay unchanged: after `revert` a model computes what it computed before, bit for
     bit.
     """
 
@@ -32,29 +34,29 @@ class Adjustments:
 
     @property
     def current(self) -> str | None:
-        """The one in use."""
+        """Name of the adjustment in use; None if there is none."""
         return self._variants.current
 
     @property
     def names(self) -> list[str]:
-        """Those at hand."""
+        """Names of the adjustments that are held."""
         return list(self._held)
 
     def hold(self, adjustment: str | Path | Adjustment, name: str | None = None) -> str:
-        """Keep an adjustment at hand for `switch`.
+        """Hold an adjustment for `switch`, and return its name.
 
         Args:
             adjustment: its folder, or one that was read.
-            name: to call it by; None means the name of its distribution.
+            name: to hold it under; None means the name of its distribution.
 
         Raises:
             MoqaError: if it is damaged, or was made for another checkpoint, or the name is taken by another.
         """
-        found = adjustment if isinstance(adjustment, Adjustment) else read_adjustment(adjustment)
-        record, manifest = found.record, self._checkpoint.manifest
+        read = adjustment if isinstance(adjustment, Adjustment) else read_adjustment(adjustment)
+        record, manifest = read.record, self._checkpoint.manifest
         if record.checkpoint != manifest.checksum:
             raise MoqaError(
-                f"{found.folder} was made for another checkpoint ({record.checkpoint[:8]})",
+                f"{read.folder} was made for another checkpoint ({record.checkpoint[:8]})",
                 f"{self._checkpoint.folder} is {manifest.checksum[:8]}",
             )
         name = name or record.name
@@ -65,16 +67,16 @@ class Adjustments:
         if any(len(part.counts) != manifest.layers for part in record.channels) or not record.units.keys() <= set(
             manifest.units
         ):
-            raise MoqaError(f"{found.folder} does not fit {self._checkpoint.folder}", "it has other layers or units")
-        self._variants.hold(name, {layer: self._variant(found, layer) for layer in self._layers})
-        self._held[name] = found
+            raise MoqaError(f"{read.folder} does not fit {self._checkpoint.folder}", "it has other layers or units")
+        self._variants.hold(name, {layer: self._variant(read, layer) for layer in self._layers})
+        self._held[name] = read
         return name
 
     def drop(self, name: str) -> None:
         """Forget an adjustment that is not in use.
 
         Raises:
-            MoqaError: if it is in use, or none of that name is held.
+            MoqaError: if it is in use, or no adjustment of that name is held.
         """
         self._check(name)
         if name == self.current:
@@ -86,7 +88,7 @@ class Adjustments:
         """Compute with another adjustment that is held, or with none.
 
         Raises:
-            MoqaError: if none of that name is held.
+            MoqaError: if no adjustment of that name is held.
         """
         if name is not None:
             self._check(name)
@@ -96,10 +98,10 @@ class Adjustments:
         """Compute with an adjustment until `revert`.
 
         Raises:
-            MoqaError: as `hold` does, or if one is applied already; the model then stays as it was.
+            MoqaError: as in `hold`, or if one is already applied; the model then stays as it was.
         """
         if self.current is not None:
-            raise MoqaError(f"adjustment {self.current} is applied already", "revert it first, or switch")
+            raise MoqaError(f"adjustment {self.current} is already applied", "revert it first, or switch")
         self.switch(self.hold(adjustment))
 
     def revert(self) -> None:
@@ -113,12 +115,12 @@ class Adjustments:
         self.switch(None)
 
     def extra_bytes(self, name: str) -> int:
-        """By how many bytes the weights in use grow with an adjustment."""
+        """Bytes by which the weights in use grow with an adjustment."""
         self._check(name)
         return self._held[name].record.extra_bytes
 
     def record(self, name: str) -> Adjustment:
-        """One that is held."""
+        """An adjustment that is held."""
         self._check(name)
         return self._held[name]
 
@@ -138,23 +140,23 @@ class Adjustments:
         return ExpertsVariant(patches, matrices)
 
 
-def _patch(found: LayerChannels) -> Patch:
-    matrix = PackedMatrix(found.scheme, found.shape, found.tensors)
-    channels = Channels(matrix, found.expert, found.channel, found.factor)
-    parts = {"gate_proj": None, "up_proj": None, COLUMNS: None, found.projection: channels}
-    return Patch(parts["gate_proj"], parts["up_proj"], parts[COLUMNS], found.replaces)
+def _patch(stored: LayerChannels) -> Patch:
+    matrix = PackedMatrix(stored.scheme, stored.shape, stored.tensors)
+    channels = Channels(matrix, stored.expert, stored.channel, stored.factor)
+    parts = {"gate_proj": None, "up_proj": None, COLUMNS: None, stored.projection: channels}
+    return Patch(parts["gate_proj"], parts["up_proj"], parts[COLUMNS], stored.replaces)
 
 
 def make_adjustable(
     model: "PreTrainedModel", checkpoint: Checkpoint, variants: Variants, layers: Sequence[int]
 ) -> None:
-    """Give a model `adjustments`, and `apply` and `revert` as short ways to them.
+    """Give a model the attribute `adjustments`, and the shortcuts `apply` and `revert`.
 
     Args:
         model: of the checkpoint.
         checkpoint: that adjustments must have been made for.
         variants: of the model.
-        layers: those with packed experts.
+        layers: indices of those with packed experts.
     """
     model.adjustments = Adjustments(checkpoint, variants, layers)
     model.apply = _Apply(model)
@@ -162,14 +164,14 @@ def make_adjustable(
 
 
 class _Apply:
-    """`model.apply` of this model alone: what its class has, for functions, and `Adjustments.apply` for adjustments."""
+    """`model.apply` of one model: its class's `apply` for functions, `Adjustments.apply` for adjustments."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self._model = model
 
     def __call__(self, what: "str | Path | Adjustment | Callable[[nn.Module], object]") -> "PreTrainedModel":
         if callable(what):
-            found: PreTrainedModel = type(self._model).apply(self._model, what)
-            return found
+            applied: PreTrainedModel = type(self._model).apply(self._model, what)
+            return applied
         self._model.adjustments.apply(what)
         return self._model

@@ -1,7 +1,7 @@
-"""One token through the whole model in one native call, for decoders of the usual form.
+"""One token through the whole model in one native call, for decoders of the usual structure.
 
-At one token the framework's work between the products takes longer than the products. Which models have the usual form
-is found by their parts and then by trying: a decoder is used only if it computes what transformers computes.
+With a single token, the framework's overhead between the products takes longer than the products. Whether a model has
+the usual structure is found from its parts and then by a trial: a decoder is used only if it agrees with transformers.
 """
 
 from typing import TYPE_CHECKING, Any, Optional
@@ -19,13 +19,13 @@ from moqa.runtime.variants import Variants
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# families whose forward has been compared in the tests; what they share is that nothing else happens between the parts
+# families whose forward pass is compared in the tests; they compute nothing else between the parts
 FAMILIES = ("llama", "mixtral", "olmoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
-ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
-TRIAL, CLOSE = 6, 0.03
+ROPES = ("default", "linear", "llama3", "yarn")  # whose angles depend only on the position
+TRIAL_TOKENS, TOLERANCE = 6, 0.03
 
 
-# of each model its decoder, or that it has none, until one of its matrices moves: a decoder holds their addresses
+# the decoder of each model, or that it has none, until one of its matrices moves: a decoder holds their addresses
 _DECODERS: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
 
 
@@ -34,8 +34,8 @@ class FusedDecoder:
 
     >>> decoder = FusedDecoder.of(model)
     >>> cache = decoder.cache()
-    >>> model(ids, past_key_values=cache, use_cache=True)
-    >>> decoder.step(token, cache).shape
+    >>> logits = model(tokens[:1], past_key_values=cache, use_cache=True).logits
+    >>> decoder.step(int(logits[0, -1].argmax()), cache).shape
     torch.Size([8192])
     """
 
@@ -43,12 +43,12 @@ class FusedDecoder:
         self._table: Any = model.get_input_embeddings()
         base: Any = model.base_model
         self._rotary = base.rotary_emb
-        # native code has addresses: the tensors that they point to are kept here
+        # native code holds addresses: the tensors that they point to are kept alive here
         self._alive: list[Any] = []
         self._in_use: dict[int, tuple[Any, Tensor | None]] = {}
         self._experts = [(i, layer.mlp.experts) for i, layer in enumerate(base.layers) if hasattr(layer.mlp, "experts")]
         self._variants: Variants = self._experts[0][1].moqa_weights.variants if self._experts else Variants()
-        self._followed = -1  # experts and counts are handed over at the first step
+        self._generation = -1  # of the variants whose experts native code has; it gets them at the first step
         layers = [native.layer(self._describe(layer)) for layer in base.layers]
         head: Any = model.get_output_embeddings()
         self._decoder = native.decoder(layers, self._float(base.norm.weight), _epsilon(base.norm), head.matrix)
@@ -60,15 +60,15 @@ class FusedDecoder:
 
     @classmethod
     def of(cls, model: "PreTrainedModel") -> Optional["FusedDecoder"]:
-        """The decoder of a model; None if the model is of another form, or the two do not agree on a trial."""
+        """The decoder of a model; None if its structure is not supported, or the two do not agree in a trial."""
         known = _DECODERS.get(model)
         if known is None or known.ended:
-            found = cls(model) if _usual(model) else None
-            if found is not None:
+            decoder = cls(model) if _is_supported(model) else None
+            if decoder is not None:
                 with uncounted(model):
-                    found = found if found._agrees(model) else None
+                    decoder = decoder if decoder._agrees(model) else None
             matrices = [module for module in model.modules() if isinstance(module, PackedMatrix)]
-            known = _DECODERS[model] = Prepared(found, matrices)
+            known = _DECODERS[model] = Prepared(decoder, matrices)
         made: FusedDecoder | None = known.made
         return made
 
@@ -78,17 +78,17 @@ class FusedDecoder:
 
     @torch.inference_mode()
     def step(self, token: int, cache: GrowingCache) -> Tensor:
-        """Read one token.
+        """Process one token.
 
         Args:
             token: its id.
-            cache: of all tokens before it, at least one; it remembers this one too.
+            cache: of all tokens before it, at least one; this token is appended.
 
         Returns:
             [vocabulary] logits of the next token, float32.
         """
-        if self._followed != self._variants.generation:
-            self._follow()
+        if self._generation != self._variants.generation:
+            self._follow_variants()
         position = cache.get_seq_length()
         cache.reserve(position + 1)
         room = cache.layers[0].capacity
@@ -102,13 +102,13 @@ class FusedDecoder:
         cache.advance(position + 1)
         return logits
 
-    def _follow(self) -> None:
-        """Take the experts that the model has now, those of an adjustment or the checkpoint's, and their counts."""
+    def _follow_variants(self) -> None:
+        """Use the experts of the current variant, and the counts that they are counted in."""
         for layer, experts in self._experts:
             packed: PackedExperts = experts.moqa_weights
             prepared = native.use_experts(self._decoder, layer, packed.stack(experts), packed.counts)
             self._in_use[layer] = prepared, packed.counts
-        self._followed = self._variants.generation
+        self._generation = self._variants.generation
 
     def _addresses(self, cache: GrowingCache, room: int) -> Any:
         places = tuple(address for layer in cache.layers for address in layer.addresses())
@@ -123,53 +123,53 @@ class FusedDecoder:
         return self._alive[-1]
 
     def _describe(self, layer: Any) -> dict[str, Any]:
-        """The parts of a layer as native code takes them."""
+        """The parts of a layer in the form that native code takes."""
         attention, mlp = layer.self_attn, layer.mlp
-        found: dict[str, Any] = {
+        parts: dict[str, Any] = {
             "epsilon": _epsilon(layer.input_layernorm), "scale": attention.scaling, "head_dim": attention.head_dim,
             "before_attention": self._float(layer.input_layernorm.weight),
             "before_mlp": self._float(layer.post_attention_layernorm.weight),
         }  # fmt: skip
         for name in "qkvo":
             linear = getattr(attention, f"{name}_proj")
-            found |= {name: linear.matrix, f"{name}_bias": self._float(linear.bias)}
-        found["heads"] = found["q"].shape[0] // attention.head_dim
-        found["kv_heads"] = found["k"].shape[0] // attention.head_dim
+            parts |= {name: linear.matrix, f"{name}_bias": self._float(linear.bias)}
+        parts["heads"] = parts["q"].shape[0] // attention.head_dim
+        parts["kv_heads"] = parts["k"].shape[0] // attention.head_dim
         for name in ("q_norm", "k_norm"):
             norm = getattr(attention, name, None)
-            found[name] = None if norm is None else self._float(norm.weight)
-        found["norm_heads"] = found["q_norm"] is not None and len(found["q_norm"]) == attention.head_dim
+            parts[name] = None if norm is None else self._float(norm.weight)
+        parts["norm_heads"] = parts["q_norm"] is not None and len(parts["q_norm"]) == attention.head_dim
         dense = mlp
         if hasattr(mlp, "experts"):
             packed: PackedExperts = mlp.experts.moqa_weights
-            found |= {
+            parts |= {
                 "router": self._float(mlp.gate.weight), "experts": packed.stack(mlp.experts),
                 "experts_count": mlp.experts.num_experts, "top_k": mlp.gate.top_k,
                 "normalize": int(getattr(mlp.gate, "norm_topk_prob", True)),
             }  # fmt: skip
             dense = getattr(mlp, "shared_expert", None)
             if dense is not None:
-                found["share"] = self._float(mlp.shared_expert_gate.weight)
+                parts["share"] = self._float(mlp.shared_expert_gate.weight)
         if dense is not None:
-            found |= {name: getattr(dense, f"{name}_proj").matrix for name in ("gate", "up", "down")}
-            found["activation"] = activation_name(dense.act_fn)
-        self._alive.append(found)
-        return found
+            parts |= {name: getattr(dense, f"{name}_proj").matrix for name in ("gate", "up", "down")}
+            parts["activation"] = activation_name(dense.act_fn)
+        self._alive.append(parts)
+        return parts
 
     @torch.inference_mode()
     def _agrees(self, model: "PreTrainedModel") -> bool:
         vocabulary = model.config.get_text_config().vocab_size
-        ids = torch.randint(vocabulary, (1, TRIAL), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(vocabulary, (1, TRIAL_TOKENS), generator=torch.Generator().manual_seed(0))
         ours, theirs = self.cache(), self.cache()
         model(ids[:, :3], past_key_values=ours, use_cache=True)
         expected = model(ids, past_key_values=theirs, use_cache=True).logits[0, 3:].float()
-        found = torch.stack([self.step(int(token), ours) for token in ids[0, 3:]])
-        errors = (found - expected).norm(dim=1) / (expected - expected.mean(1, keepdim=True)).norm(dim=1)
-        # the median: a router whose experts are nearly even may choose another after any change of rounding
-        return bool(errors.median() < CLOSE)
+        logits = torch.stack([self.step(int(token), ours) for token in ids[0, 3:]])
+        errors = (logits - expected).norm(dim=1) / (expected - expected.mean(1, keepdim=True)).norm(dim=1)
+        # the median: a router with a near tie between experts may choose another one after any change of rounding
+        return bool(errors.median() < TOLERANCE)
 
 
-def _usual(model: "PreTrainedModel") -> bool:
+def _is_supported(model: "PreTrainedModel") -> bool:
     config: Any = model.config
     if config.model_type not in FAMILIES or model.dtype != torch.float32 or model.device.type != "cpu":
         return False
@@ -201,8 +201,8 @@ def _experts_known(mlp: Any) -> bool:
 
 
 def _rope_type(config: Any) -> str:
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return str(found.get("rope_type", "default"))
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return str(rope.get("rope_type", "default"))
 
 
 def _epsilon(norm: Any) -> float:

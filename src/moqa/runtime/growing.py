@@ -1,4 +1,4 @@
-"""A key-value cache with room to grow: a new token is written where it belongs instead of copying all before it."""
+"""A key-value cache with spare capacity: a new token is written in place, without copying those before it."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ SMALLEST = 256
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one layer in buffers that double; `keys` and `values` are views of what is filled."""
+    """Keys and values of one layer in buffers that double in size; `keys` and `values` are views of the filled part."""
 
     def __init__(self, **options: Any) -> None:
         self.length = 0
@@ -40,12 +40,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def reserve(self, length: int) -> None:
-        """Make room for so many tokens."""
+        """Make room for this many tokens."""
         for name in self._buffers:
             self._grow(name, length)
 
     def addresses(self) -> tuple[int, int]:
-        """Where the buffers of keys and values begin."""
+        """Addresses of the buffers of keys and values."""
         return self._buffers["keys"].data_ptr(), self._buffers["values"].data_ptr()
 
     def get_seq_length(self) -> int:
@@ -53,7 +53,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """See `DynamicLayer`: a negative number of tokens."""
+        """See `DynamicLayer`; the number is negative."""
         self.length -= min(abs(tokens_to_remove), self.length)
 
     def reset(self) -> None:
@@ -82,26 +82,29 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if old is None or old.data_ptr() != states.data_ptr() or old.shape[:-2] != states.shape[:-2]:
             self._buffers[name] = states.contiguous()
 
-    # transformers reads and sets them: reorders and repeats along the batch
+    # transformers reads and sets them, to reorder and repeat along the batch
     keys = property(lambda self: self._filled("keys"), lambda self, states: self._replace("keys", states))
     values = property(lambda self: self._filled("values"), lambda self, states: self._replace("values", states))
 
 
 class GrowingCache(Cache):  # type: ignore[misc]
-    """A cache of `GrowingLayer`s, for models whose layers all attend to everything.
+    """A cache of `GrowingLayer`s, for models whose layers all use full attention.
 
-    >>> model.generate(ids, past_key_values=GrowingCache(layers=model.config.num_hidden_layers))
+    >>> cache = GrowingCache(layers=model.config.num_hidden_layers)
+    >>> output = model(tokens, past_key_values=cache, use_cache=True)
+    >>> cache.get_seq_length()
+    16
     """
 
     def __init__(self, layers: int) -> None:
         super().__init__(layers=[GrowingLayer() for _ in range(layers)])
 
     def reserve(self, length: int) -> None:
-        """Make room for so many tokens in every layer."""
+        """Make room for this many tokens in every layer."""
         for layer in self.layers:
             layer.reserve(length)
 
     def advance(self, length: int) -> None:
-        """Say that every layer now holds so many tokens, written by a kernel."""
+        """Set the number of tokens that every layer holds, after a kernel has written them."""
         for layer in self.layers:
             layer.length = length

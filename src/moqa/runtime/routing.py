@@ -1,4 +1,4 @@
-"""How many tokens each expert of a model gets, counted while it reads and writes."""
+"""Counts of the tokens that each expert of a model receives, while the model is used."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
 
 
 class RoutingCounts:
-    """Counts of a loaded model; nothing is counted before `start`, and no output changes by it.
+    """Counts of a loaded model; nothing is counted before `start`, and outputs do not change.
 
     >>> counts = RoutingCounts(model)
     >>> counts.start()
-    >>> model(ids)
+    >>> logits = model(tokens).logits
     >>> counts.take().sum(1)
-    array([512, 512, 512, 512, 512, 512])
+    array([64, 64, 64, 64, 64, 64])
+    >>> counts.stop()
 
-    Tokens are counted wherever `moqa_weights` computes: in prompts, in native decoding, under any adjustment. What an
-    observer watches (a profile, an adjustment being made) is not.
+    Tokens are counted wherever `moqa_weights` computes: in prompts, in native decoding, with any adjustment. Runs under
+    an observer (for a profile, or while an adjustment is made) are not counted.
 
     Raises:
         MoqaError: if the model has no packed experts.
@@ -45,20 +46,20 @@ class RoutingCounts:
             packed.count_in(row[:count])
 
     def stop(self) -> None:
-        """Count no longer."""
+        """Stop counting."""
         for packed in self._experts:
             packed.count_in(None)
 
     def take(self) -> np.ndarray:
-        """[layers with experts, experts] int64 since the last call, and begin again at 0."""
-        found = self._view.copy()
+        """[layers with experts, experts] int64 counts since the last call; they are reset to 0."""
+        counts = self._view.copy()
         self._view.fill(0)
-        return found
+        return counts
 
 
 @contextmanager
 def uncounted(model: nn.Module) -> Iterator[None]:
-    """Let what a model computes in a block leave its counts alone."""
+    """Count nothing that a model computes inside this context."""
     counted = [(packed, packed.counts) for packed in _packed_experts(model) if packed.counts is not None]
     for packed, _ in counted:
         packed.count_in(None)

@@ -1,4 +1,4 @@
-"""What a loaded model can switch between while it runs: the checkpoint as it is, and variants held beside it."""
+"""What a loaded model can switch between while it runs: the checkpoint as it is, and variants of it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ class ExpertsVariant:
 
     Attributes:
         patches: channels with bits of their own.
-        matrices: (expert, projection) -> what stands in the place of a packed matrix.
-        stack: all experts as kernels take them, once they were used.
+        matrices: (expert, projection) -> replacement of a packed matrix.
+        stack: all experts in the form that kernels take, after their first use.
     """
 
     patches: Sequence[Patch] = ()
@@ -29,14 +29,15 @@ class ExpertsVariant:
 class Variants:
     """The variants of one model, one of them in use. Adjustments are variants.
 
-    >>> variants.hold("german", {0: ExpertsVariant(patches), 1: ExpertsVariant(other)})
+    >>> variants = Variants()
+    >>> variants.hold("german", {0: ExpertsVariant(), 1: ExpertsVariant()})
     >>> variants.switch("german")
-    >>> variants.generation
-    1
+    >>> variants.current, variants.generation
+    ('german', 1)
 
     Attributes:
         current: the variant in use; None is the checkpoint as it is.
-        generation: how often what the model computes with was changed; a decoder looks anew after that.
+        generation: number of changes so far to what the model computes with; after one, decoders look again.
     """
 
     def __init__(self) -> None:
@@ -45,11 +46,11 @@ class Variants:
         self._held: dict[str, Mapping[int, ExpertsVariant]] = {}
 
     def hold(self, name: str, layers: Mapping[int, ExpertsVariant]) -> None:
-        """Keep a variant at hand for `switch`.
+        """Hold a variant for `switch`.
 
         Args:
-            name: to call it by.
-            layers: number -> what it changes there; it changes nothing in others.
+            name: to hold it under.
+            layers: index -> what it changes in that layer; it changes nothing in others.
         """
         self._held[name] = layers
 
@@ -66,13 +67,13 @@ class Variants:
             self.changed()
 
     def changed(self) -> None:
-        """Say that decoders must look anew: at the variant in use, or where tokens are counted."""
+        """Tell decoders to look again at the variant in use and at where tokens are counted."""
         self.generation += 1
 
     def of_layer(self, layer: int) -> ExpertsVariant | None:
-        """What the variant in use changes in a layer; None if that is nothing."""
+        """What the variant in use changes in a layer; None if nothing."""
         return None if self.current is None else self._held[self.current].get(layer)
 
     def all_of_layer(self, layer: int) -> Iterator[ExpertsVariant]:
-        """What the variants change in a layer, in use or not."""
+        """What each held variant changes in a layer, in use or not."""
         return (layers[layer] for layers in self._held.values() if layer in layers)
