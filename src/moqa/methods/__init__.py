@@ -1,4 +1,4 @@
-"""Quantization methods: from weights and what they are multiplied with to what is stored. One file per method."""
+"""Quantization methods: from weights and statistics of their inputs to what is stored. One file per method."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""`gptq`: round column by column and let the columns not yet rounded make up for the error."""
+"""`gptq`: round column by column and let the columns not yet rounded compensate for the error."""
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from moqa.methods.result import GridResult, SolveResult
 from moqa.models.products import fast_sums
 
 DAMPING = 0.01
-# columns that are rounded before all others learn of their errors
+# columns that are rounded before their errors are passed on to the others
 _BLOCK = 64
-# columns of a Cholesky factor that are found together
+# columns of a Cholesky factor that are computed together
 _PANEL = 192
 
 
@@ -22,25 +22,25 @@ _PANEL = 192
 def gptq(job: SolveBatch) -> SolveResult:
     """GPTQ for a stack of matrices at once, columns in order of falling input energy, static groups.
 
-    The grid weighs each input feature's error by its energy. Stack entries that no token reached are rounded as `rtn`
-    does.
+    The grid weights each input feature's error by its energy. Stack entries that no token reached are rounded as by
+    `rtn`.
 
     GPTQ (arXiv 2210.17323), algorithm 1; the batch over experts and the damping by token count are ours.
     """
     energy = torch.stack([inputs.energy for inputs in job.inputs])
     grid = fit_grid(job.weights, job.scheme, job.widths, energy).grid
-    # the last one is rounded first: so a Cholesky factorization gives the factor
+    # the last one is rounded first, so that the factor is that of a Cholesky factorization
     order = energy.argsort(dim=1, stable=True)
     factor = torch.empty(*order.shape, order.shape[1])
-    for inputs, columns, found in zip(job.inputs, order, factor, strict=True):
-        _factor(inputs, columns, found)
+    for inputs, columns, out in zip(job.inputs, order, factor, strict=True):
+        _factor(inputs, columns, out)
     return GridResult(_round(job.weights, grid, order, factor), grid)
 
 
 def damping(features: int, tokens: int) -> float:
-    """Share of the mean energy that is added to every feature's.
+    """Share of the mean energy that is added to the energy of every feature.
 
-    It grows with the inverse of the token count: an expert that saw 30 tokens has a Gram matrix of rank 30, and an
+    It grows with the inverse of the token count: an expert that received 30 tokens has a Gram matrix of rank 30, and an
     undamped solve then fits noise (docs/results/ablations.md).
     """
     return DAMPING * max(1.0, features / tokens)
@@ -49,8 +49,8 @@ def damping(features: int, tokens: int) -> float:
 def _factor(inputs: InputStatistics, order: Tensor, out: Tensor) -> None:
     """Fill [in, in] with the Cholesky factor L, lower triangular, of the inputs' Gram matrix in an order of columns.
 
-    GPTQ's updates by the Cholesky factor of the inverse Gram matrix add up to this: with columns from the last to the
-    first, the weight that column k is rounded from is its own plus the sum over later columns j of their error times
+    GPTQ's updates with the Cholesky factor of the inverse Gram matrix are equivalent to this: with columns from the last
+    to the first, column k is rounded from its own weight plus the sum over later columns j of their error times
     L[j, k] / L[k, k]. So no inverse is needed.
     """
     features, mean = len(inputs.energy), inputs.energy.mean()
@@ -60,14 +60,14 @@ def _factor(inputs: InputStatistics, order: Tensor, out: Tensor) -> None:
     gram = inputs.fit.index_select(0, order).index_select(1, order)
     gram.diagonal().add_(damping(features, inputs.tokens) * mean)
     out.copy_(gram)
-    if not _cholesky(out):  # rounding made it indefinite
+    if not _cholesky(out):  # indefinite due to rounding
         out.copy_(torch.linalg.cholesky(gram.double()))
 
 
 def _cholesky(matrix: Tensor) -> bool:
-    """Put the Cholesky factor in the place of the lower triangle of [n, n]; False, and a part of it, if there is none.
+    """Replace the lower triangle of [n, n] with its Cholesky factor; returns False, with a part of it, if there is none.
 
-    In blocks: LAPACK's own, through torch, spends three times as long on copies and on the other triangle.
+    In blocks: LAPACK's own, through torch, takes three times as long, for copies and the other triangle.
     """
     for begin in range(0, len(matrix), _PANEL):
         end = begin + _PANEL
@@ -85,13 +85,13 @@ def _cholesky(matrix: Tensor) -> bool:
 
 
 def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor:
-    """[n, rows, in] integers; every column is rounded from its weight and the errors of those after it in `order`."""
+    """[n, rows, in] integers; every column is rounded from its weight and the errors of later columns in `order`."""
     n, rows, features = weights.shape
     kernels = find_grid_kernels(weights.device)
-    # columns are worked on one by one: each of them lies in one piece, [n, in, rows]
+    # columns are processed one by one, so each is contiguous: [n, in, rows]
     work = torch.empty(n, features, rows)
-    for matrix, sequence, found in zip(weights, order, work, strict=True):
-        torch.index_select(matrix.T.contiguous(), 0, sequence, out=found)
+    for matrix, sequence, out in zip(weights, order, work, strict=True):
+        torch.index_select(matrix.T.contiguous(), 0, sequence, out=out)
     columns = Columns(
         order=order, work=work, factor=factor,
         scale=grid.scale.float().mT.contiguous(), offset=grid.offset().mT.contiguous(),
@@ -103,17 +103,17 @@ def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor
 
 
 def _from_last(columns: Columns, kernels: GridKernels, first: int, last: int, errors: Tensor | None) -> None:
-    """Round columns `first` to `last`, the later half before the other, which then learns of its errors.
+    """Round columns `first` to `last`: the later half, whose errors are then passed on to the earlier half, recursively.
 
-    So errors go into few large products: there are as many columns' worth of them as if each block learned of all
-    columns behind it, but most of these are read a few times instead of once for every block.
+    So errors are passed on in few large products. The number of operations is the same as if each block received the
+    errors of all later columns, but most of these are read a few times instead of once per block.
 
     Args:
-        columns: work on them; those from `last` on are rounded.
+        columns: the stack; its columns from `last` on are already rounded.
         kernels: that round a block.
         first: column.
         last: column after the last one.
-        errors: [n, last - first, rows] of the columns from `last` on, as these columns learn of them.
+        errors: [n, last - first, rows] errors of the columns from `last` on, as passed on to these columns.
     """
     blocks = -(-(last - first) // _BLOCK)
     if blocks == 1:
@@ -128,7 +128,7 @@ def _from_last(columns: Columns, kernels: GridKernels, first: int, last: int, er
     beta = 0 if errors is None else 1
     earlier = torch.empty_like(columns.work[:, first:middle]) if errors is None else errors[:, : middle - first]
     with fast_sums():
-        # one by one: a product of stacks copies what does not lie in one piece
-        for found, left, right in zip(earlier, share, later, strict=True):
-            found.addmm_(left.T, right, beta=beta)
+        # one by one: a batched product copies operands that are not contiguous
+        for out, left, right in zip(earlier, share, later, strict=True):
+            out.addmm_(left.T, right, beta=beta)
     _from_last(columns, kernels, first, middle, earlier)

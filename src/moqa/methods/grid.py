@@ -17,17 +17,17 @@ def fit_grid(
 
     Args:
         weights: [matrices, out, in] or [out, in] float32 or bfloat16.
-        scheme: group size, symmetry and scale dtype; its width holds where `widths` is not given.
+        scheme: group size, symmetry and scale dtype; its width is used if `widths` is None.
         widths: [matrices] or [matrices, out] bits of each matrix or row, int, to fit mixed widths at once.
         importance: [matrices, in] or [in] weight of each input feature's squared error, float32; None means equal.
 
     Returns:
-        The grid, with scales and zero-points already rounded to what is stored, and integers and errors on it.
+        The grid, with scales and zero-points already rounded as they are stored, and the integers and errors on it.
     """
     stack = weights if weights.dim() == 3 else weights[None]
     bits = torch.tensor(scheme.width) if widths is None else widths
     bits = bits.reshape(*bits.shape, *[1] * (2 - bits.dim())).expand(stack.shape[:2])
     if importance is not None and importance.dim() == 1:
         importance = importance.expand(len(stack), -1)
-    found = find_grid_kernels(weights.device).fit_grid(stack, bits, scheme, importance)
-    return found if weights.dim() == 3 else Rounded(found.grid[0], found.integers[0], found.error[0])
+    rounded = find_grid_kernels(weights.device).fit_grid(stack, bits, scheme, importance)
+    return rounded if weights.dim() == 3 else Rounded(rounded.grid[0], rounded.integers[0], rounded.error[0])

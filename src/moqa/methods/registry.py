@@ -20,12 +20,12 @@ DEFAULT_METHOD = "gptq"
 
 @dataclass(frozen=True)
 class SolveBatch:
-    """A stack of equally large problems.
+    """A stack of problems of the same shape.
 
     Attributes:
         weights: [n, rows, in] float32; rows of all units that share an input space.
         widths: [n, rows] bits, int.
-        inputs: one per stack entry; methods that need no data do not look at them.
+        inputs: one per stack entry; methods that need no data ignore them.
         scheme: group size, symmetry, scale dtype.
     """
 
@@ -42,8 +42,8 @@ class Method:
     Attributes:
         name: as users type it.
         run: the function.
-        store: of methods that look at no inputs: the same for one matrix, straight to what is stored; weights [out, in]
-            and their scheme -> tensors by suffix, see `Scheme.tensors`.
+        store: only of methods that use no inputs: the same for one matrix, directly to what is stored; weights
+            [out, in] and their scheme -> tensors by suffix, see `Scheme.tensors`.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Method:
 
     @property
     def needs_data(self) -> bool:
-        """Whether it looks at inputs."""
+        """Whether it uses inputs."""
         return self.store is None
 
 
-# a new method is a module of its name and its name here
+# to add a method, add a module of its name, and its name here
 METHODS: Registry[Method] = Registry("--method", "moqa.methods", ("gptq", "rtn"))
 
 
@@ -75,7 +75,10 @@ def method(
 def find_method(name: str) -> Method:
     """A method by the name that the user typed.
 
+    >>> find_method("rtn").needs_data
+    False
+
     Raises:
-        MoqaError: if there is none.
+        MoqaError: if no method has that name.
     """
     return METHODS.find(name)

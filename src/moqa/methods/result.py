@@ -1,4 +1,4 @@
-"""What a method found: the weights it stands for, and how it is stored."""
+"""The result of a method: the weights that it represents, and how it is stored."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,13 +11,13 @@ from moqa.kernels import find_grid_kernels
 
 
 class SolveResult(Protocol):
-    """What a method found for a batch; it knows what it stands for and how it is stored."""
+    """The result of a method for a batch: it can be decoded to weights, and be stored."""
 
     def decode(self) -> Tensor:
-        """[n, rows, in] weights as they are stored, float32."""
+        """[n, rows, in] weights that the result represents, float32."""
 
     def __getitem__(self, index: Any) -> "SolveResult":
-        """A part: an entry and some of its rows."""
+        """A part of it: an entry and some of its rows."""
 
     def stored(self, width: int) -> dict[str, Tensor]:
         """Tensors by suffix, see `Scheme.tensors`, of a part that is one [rows, in] matrix.

@@ -1,4 +1,4 @@
-"""`rtn`: round to nearest on the grid with the least squared error. Needs no data."""
+"""`rtn`: round to nearest on the grid with the smallest squared error. Needs no data."""
 
 import torch
 from torch import Tensor
@@ -17,6 +17,6 @@ def _store(weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
 
 @method("rtn", store=_store)
 def rtn(job: SolveBatch) -> SolveResult:
-    """Clip-searched, least-squares refitted grid per group, then plain rounding."""
-    found = fit_grid(job.weights, job.scheme, job.widths)
-    return GridResult(found.integers, found.grid)
+    """A grid per group, from a search over clipped ranges and least-squares refits; then rounding to nearest."""
+    rounded = fit_grid(job.weights, job.scheme, job.widths)
+    return GridResult(rounded.integers, rounded.grid)
