@@ -1,4 +1,4 @@
-"""Evaluation: perplexity, divergence from the original, on text that no fit has seen."""
+"""Evaluation: perplexity and divergence from the original, on data that no fit has seen."""
 
 from moqa.evaluation.measure import Quality, Reference
 from moqa.evaluation.run import Evaluation, evaluate

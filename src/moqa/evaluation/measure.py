@@ -1,4 +1,4 @@
-"""Quality of a model on held-out windows: likelihood, and how far it is from the original."""
+"""Quality of a model on held-out windows: its likelihood, and its divergence from the original."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from moqa.tasks import Samples
 
 @torch.no_grad()
 def final_hidden(model: nn.Module, samples: list[Samples], report: Report) -> dict[str, HiddenStates]:
-    """Samples behind the last block, one block at a time so that each packed matrix is unpacked once.
+    """Outputs of the last block for samples; one block at a time, so that each packed matrix is unpacked once.
 
     Args:
         model: original or packed.
@@ -41,10 +41,12 @@ def final_hidden(model: nn.Module, samples: list[Samples], report: Report) -> di
 
 @dataclass
 class Reference:
-    """The original model's answers on some windows, kept as hidden states so that logits need no memory.
+    """The original's outputs on some windows, kept as hidden states because logits would need more memory.
 
-    >>> reference = Reference.of(original, windows, report)
-    >>> scores(packed, windows, reference, report)["wiki"].kl_divergence
+    >>> windows = [Windows("wiki", tokens, text_bytes=120, hashes=np.zeros(0, np.uint64))]
+    >>> reference = Reference.of(view.model, windows, report)
+    >>> scores(model, windows, reference, report)["wiki"].kl_divergence > 0
+    True
     """
 
     model: nn.Module
@@ -71,7 +73,7 @@ class Quality(BaseModel, frozen=True):
         description="mean of KL(original || model) per prediction, nats; None: no reference"
     )
     top1_agreement: float | None = Field(
-        description="share of predictions where both rank the same first; None likewise"
+        description="share of predictions where both rank the same class first; None: no reference"
     )
     tokens: int = Field(description="predictions: tokens, or images")
 
@@ -83,7 +85,7 @@ def scores(model: nn.Module, windows: list[Samples], reference: Reference | None
     Args:
         model: original or packed.
         windows: one entry per distribution.
-        reference: the original's answers on the same windows.
+        reference: the original's outputs on the same windows.
         report: called per layer.
     """
     same = reference is not None and reference.model is model
@@ -91,11 +93,11 @@ def scores(model: nn.Module, windows: list[Samples], reference: Reference | None
     stages, own = LayerwiseModel(model), None
     if reference is not None:
         own = stages if same else LayerwiseModel(reference.model)
-    found = {}
+    qualities = {}
     for window in windows:
         answers = reference.hidden[window.name] if reference is not None else None
-        found[window.name] = quality(window, hidden[window.name], stages, answers, own)
-    return found
+        qualities[window.name] = quality(window, hidden[window.name], stages, answers, own)
+    return qualities
 
 
 def quality(
@@ -109,10 +111,10 @@ def quality(
 
     Args:
         window: the distribution.
-        hidden: behind the last layer of the model.
+        hidden: outputs of the last layer of the model.
         stages: of the model.
-        answers: behind the last layer of the original.
-        own: stages of the original; the same as `stages` if the model is the original.
+        answers: outputs of the last layer of the original.
+        own: stages of the original; the same object as `stages` if the model is the original.
     """
     loss = divergence = agreement = 0.0
     tokens = right = 0
@@ -137,5 +139,5 @@ def quality(
 
 
 def _log_probabilities(stages: LayerwiseModel, hidden: Tensor) -> Tensor:
-    """[predictions, classes] log-probabilities of all that samples have labels for, float32."""
+    """[predictions, classes] log-probabilities of all predictions with labels, float32."""
     return stages.task.scored(stages.head(hidden)).float().log_softmax(-1)

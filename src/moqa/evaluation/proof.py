@@ -1,4 +1,4 @@
-"""Proof: a checkpoint beside uniform and hand-rule ones of the same bytes, on held-out text."""
+"""Proof: a checkpoint compared with uniform and hand-rule checkpoints of the same size, on held-out data."""
 
 import gc
 import math
@@ -24,31 +24,33 @@ from moqa.quantization import quantize
 
 
 class Proof(BaseModel, frozen=True):
-    """What a checkpoint is worth beside the obvious ones (`proof.json`)."""
+    """How a checkpoint compares with simple ones of the same size (`proof.json`)."""
 
     ours: Evaluation
-    baselines: tuple[Evaluation, ...] = Field(description="uniform plans around our size, and the hand rule at it")
+    baselines: tuple[Evaluation, ...] = Field(
+        description="uniform plans just below and above our size, and the hand rule at our size"
+    )
     uniform: dict[str, float] = Field(
-        description="KL divergence of uniform at our bytes: between the two uniform rows, linear in bytes and log KL"
+        description="KL divergence of a uniform plan at our size: interpolated, linear in bytes and log KL"
     )
 
     def gain(self, name: str) -> float:
-        """Share of uniform's KL divergence that ours saves on a distribution; negative if ours is worse."""
+        """Share by which our KL divergence on a distribution is below uniform's; negative if ours is higher."""
         ours = self.ours.distributions[name].kl_divergence or 0.0
         return 1 - ours / max(self.uniform[name], 1e-12)
 
     def lost(self) -> list[str]:
-        """Each distribution and baseline of no more bytes than ours that has the lower divergence there."""
-        found = []
+        """Where we lose: each distribution with a baseline that has a lower divergence and is not larger than ours."""
+        losses = []
         for name, quality in self.ours.distributions.items():
             ours = quality.kl_divergence or 0.0
             if ours > self.uniform[name]:
-                found.append(f"{name}: uniform at the same bytes ({self.uniform[name]:.4f} against {ours:.4f})")
+                losses.append(f"{name}: uniform at the same bytes ({self.uniform[name]:.4f} against {ours:.4f})")
             for row in self.baselines:
                 other = row.distributions[name].kl_divergence or 0.0
                 if row.bytes <= self.ours.bytes and other < ours:
-                    found.append(f"{name}: {row.strategy} ({other:.4f} against {ours:.4f})")
-        return found
+                    losses.append(f"{name}: {row.strategy} ({other:.4f} against {ours:.4f})")
+        return losses
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ class ProofSetup:
 
     Attributes:
         model: as the user gave it.
-        view: the model for quantizing; its weights are restored after each.
+        view: the model for quantizing; its weights are restored after each run.
         profile: statistics and samples.
         held_out: text that no fit saw.
-        reference: the original's answers on it.
-        memory: what quantizing may take, see `moqa.quantize`.
+        reference: the original's outputs on it.
+        memory: what quantizing may use, see `moqa.quantize`.
     """
 
     model: str
@@ -83,7 +85,7 @@ class ProofSetup:
         return cls(model, view, profile, tuple(held_out), Reference.of(view.model, cut, report), memory)
 
     def run(self, chosen: Plan, method: str, report: Report, out: Path | None = None) -> Evaluation:
-        """Quantize by a plan and measure what lies on disk; into a temporary folder if `out` is None."""
+        """Quantize by a plan and measure the checkpoint on disk; in a temporary folder if `out` is None."""
         with tempfile.TemporaryDirectory(prefix="moqa-") as temporary:
             target = out or Path(temporary) / "checkpoint"
             if out is None or not out.exists():
@@ -92,21 +94,21 @@ class ProofSetup:
                     memory=self.memory,
                 )  # fmt: skip
             give_back()
-            found = evaluate(target, self.held_out, against=self.model, report=report, reference=self.reference)
-            # a model refers to itself: until it is found to be garbage, its mapped checkpoint takes memory
+            evaluation = evaluate(target, self.held_out, against=self.model, report=report, reference=self.reference)
+            # models have reference cycles: until they are collected, the mapped checkpoint takes memory
             gc.collect()
-            return found
+            return evaluation
 
 
 def prove(bench: ProofSetup, chosen: Plan, out: Path, method: str, report: Report) -> Proof:
-    """Measure a checkpoint beside uniform and hand-rule ones.
+    """Measure a checkpoint and the baselines that it is compared with.
 
     Args:
         bench: the original and the held-out text.
         chosen: the plan of the checkpoint.
         out: the checkpoint.
         method: quantization method of all rows.
-        report: called with what is done, how much of it, and of how much.
+        report: called with the name of a step, how much of it is done, and its total.
 
     Raises:
         MoqaError: if a text is unusable.
@@ -119,8 +121,8 @@ def prove(bench: ProofSetup, chosen: Plan, out: Path, method: str, report: Repor
 
 
 def baselines(profile: Profile, chosen: Plan) -> list[Plan]:
-    """Plans that a checkpoint is compared with: the largest uniform one within its bytes, the smallest above, and where
-    there are experts the hand rule."""
+    """Plans that a checkpoint is compared with: the largest uniform plan within its size, the smallest above it, and the
+    hand rule if the model has experts."""
     of = partial(plan, profile, ties=chosen.ties, known=chosen.known)
     plans = [of(None, strategy=PLAIN, widths=[width]) for width in profile.record.widths]
     fitting = [p for p in plans if p.account.checkpoint <= chosen.account.checkpoint]
@@ -130,7 +132,7 @@ def baselines(profile: Profile, chosen: Plan) -> list[Plan]:
 
 
 def _at_bytes(rows: Sequence[Evaluation], name: str, size: int) -> float:
-    """KL divergence at a size between two rows."""
+    """KL divergence at a size, interpolated between two rows."""
     values = [max(row.distributions[name].kl_divergence or 0.0, 1e-12) for row in rows]
     if len(rows) == 1:
         return values[0]

@@ -25,10 +25,10 @@ DEFAULT_WINDOWS = 64
 
 
 class Evaluation(BaseModel, frozen=True):
-    """What `moqa evaluate --json` writes."""
+    """The output of `moqa evaluate --json`."""
 
     model: str = Field(description="as the user gave it")
-    against: str | None = Field(description="the original that divergence is measured from")
+    against: str | None = Field(description="the original that the divergence is measured from")
     strategy: str | None = Field(None, description="of the checkpoint; None for an original model")
     method: str | None = None
     hedge: float | None = None
@@ -36,9 +36,9 @@ class Evaluation(BaseModel, frozen=True):
     bytes: int = Field(description="all weight files")
     bits_per_weight: float = Field(description="stored bits per weight of the units")
     model_bits_per_weight: float = Field(description="stored bits per weight of the whole model")
-    cache_bytes: int = Field(0, description="of the original's channels kept beside the checkpoint")
+    cache_bytes: int = Field(0, description="of the original's channels that the checkpoint keeps")
     adjustment: str | None = Field(None, description="as the user gave it")
-    adjustment_bytes: int = Field(0, description="by which the weights in use grow with it")
+    adjustment_bytes: int = Field(0, description="by which the weights in use grow with the adjustment")
     context: int
     distributions: dict[str, Quality]
 
@@ -57,27 +57,29 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model or checkpoint on held-out text, from what is on disk.
 
-    >>> moqa.evaluate("runs/out", {"wiki": "wiki.test.txt"}).distributions["wiki"].kl_divergence
+    >>> evaluation = moqa.evaluate("runs/out", {"wiki": "wiki.test.txt"}, windows=2)
+    >>> evaluation.distributions["wiki"].kl_divergence > 0
+    True
 
     Args:
         model: folder of an original model or of a checkpoint, or a Hub id.
-        data: held-out texts, as distributions or name -> source; one that the checkpoint was fitted on is refused.
-        against: the original model to compare with; an original is compared with itself if None, a checkpoint with
-            the model it was made from, where that is still there.
+        data: held-out texts, as distributions or name -> source; those that the checkpoint was fitted on are refused.
+        against: the original to compare with; None compares an original with itself, and a checkpoint with the model
+            that it was made from, if that still exists.
         context: tokens in a window.
-        windows: per distribution, evenly spaced; None takes all of the text.
-        report: called with what is done, how much of it, and of how much.
-        reference: the original's answers on windows of these distributions, if they are known already.
-        kernels: what a checkpoint computes with (`moqa.load`); the reference adds no error of its own to the weights'.
-        adjustment: folder of one that is applied to the checkpoint.
+        windows: number per distribution, evenly spaced; None takes all of the text.
+        report: called with the name of a step, how much of it is done, and its total.
+        reference: the original's outputs on windows of these distributions, if they are already known.
+        kernels: that a checkpoint computes with (`moqa.load`); the reference adds no rounding of activations.
+        adjustment: folder of an adjustment to apply to the checkpoint.
 
     Raises:
-        MoqaError: if something is missing or damaged, or a text overlaps what the checkpoint was fitted on.
+        MoqaError: if something is missing or damaged, or a text overlaps those that the checkpoint was fitted on.
     """
     packed = open_checkpoint(model) if is_checkpoint(model) else None
     adjusted = None if adjustment is None else read_adjustment(adjustment)
     if adjusted and not packed:
-        raise MoqaError(f"{model} is no checkpoint", f"an adjustment such as {adjustment} fits a checkpoint")
+        raise MoqaError(f"{model} is not a checkpoint", f"an adjustment such as {adjustment} needs one")
     folder = packed.folder if packed else original.locate(model)
     task = task_of(read_config(folder, packed=packed is not None))
     reader = task.reader(folder)
@@ -136,7 +138,7 @@ def _reference(
         return None
     view = open_model(wanted)
     if packed and original.fingerprint(view.folder or Path(wanted)) != packed.manifest.fingerprint:
-        raise MoqaError(f"--against {wanted} is not the model that {model} was made from", "give that one")
+        raise MoqaError(f"--against {wanted} is not the model that {model} was made from", "give that model")
     return Reference.of(view.model, cut, report)
 
 
@@ -161,7 +163,7 @@ def _size_of_original(folder: Path, view: ModelView | None) -> dict:
     stored = OriginalReader(folder)
     units = sum(unit.weights for unit in view.units.values())
     unit_bytes = size - sum(t.numel() * t.element_size() for t in view.kept_on_disk().values())
-    # headers count as units' bytes: of plain weights the width is known to be whole
+    # headers are counted as bytes of units: plain weights are known to have a whole number of bits
     bits = round(unit_bytes * 8 / units, 0 if stored.is_plain else 2)
     return {"bytes": size, "bits_per_weight": bits, "model_bits_per_weight": size * 8 / stored.values}
 

@@ -1,4 +1,4 @@
-"""A trial of comparing a quantized decoder layer with the original, timed."""
+"""A timed trial of comparing a quantized layer with the original."""
 
 import numpy as np
 import torch
@@ -27,30 +27,30 @@ from moqa.tasks import Samples
 def try_comparison(
     tried: TrialLayer, result: TrialResult, hidden: Tensor, whole: bool, watch: Stopwatch
 ) -> ComparisonRates:
-    """Rates of a decoder layer.
+    """Rates of a layer.
 
     Args:
         tried: the layer.
         result: of quantizing it.
-        hidden: of one batch of samples in front of it.
-        whole: whether the original is in memory as a whole.
+        hidden: one batch of samples as inputs of the layer.
+        whole: whether the whole original is in memory.
         watch: times the work.
     """
-    site, layer, tokens = tried.site, tried.layer, len(hidden) * tried.predictions
-    with site.view.held([layer] if whole else []):
-        site.view.need(layer)
-        original = watch.seconds(lambda: site.stages.run_block(layer, hidden))
+    workspace, layer, tokens = tried.workspace, tried.layer, len(hidden) * tried.predictions
+    with workspace.view.held([layer] if whole else []):
+        workspace.view.need(layer)
+        original = watch.seconds(lambda: workspace.stages.run_block(layer, hidden))
     reference = find_kernels("reference")
-    with quantized(site.view, layer, result.done, result.schemes, reference):
-        unpacking = watch.seconds(lambda: _unpack(site.view, layer))
-        with unpacked(site.view.blocks[layer]):
-            packed = watch.seconds(lambda: site.stages.run_block(layer, hidden))
+    with quantized(workspace.view, layer, result.done, result.schemes, reference):
+        unpacking = watch.seconds(lambda: _unpack(workspace.view, layer))
+        with unpacked(workspace.view.blocks[layer]):
+            packed = watch.seconds(lambda: workspace.stages.run_block(layer, hidden))
     return ComparisonRates(TokenCost(0.0, original / tokens), TokenCost(unpacking, packed / tokens))
 
 
 @torch.no_grad()
 def try_scoring(stages: LayerwiseModel, inputs: Tensor, watch: Stopwatch) -> TokenCost:
-    """What comparing predictions costs for a batch of inputs."""
+    """Cost of comparing predictions, from a batch of inputs."""
     hashes, task = np.zeros(0, np.uint64), stages.task
     if inputs.is_floating_point():
         samples: Samples = ImageSamples("trial", inputs, torch.zeros(len(inputs), dtype=torch.long), hashes)
@@ -62,7 +62,7 @@ def try_scoring(stages: LayerwiseModel, inputs: Tensor, watch: Stopwatch) -> Tok
 
 
 def try_opening(view: ModelView, watch: Stopwatch) -> float:
-    """Seconds of opening a checkpoint: an empty model, and what reads its data."""
+    """Seconds to open a checkpoint: an empty model, and its tokenizer or image processor."""
     folder = view.folder
     assert folder is not None
     return watch.seconds(lambda: (empty_model(read_config(folder), torch.float32), view.task.reader(folder)))

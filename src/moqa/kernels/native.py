@@ -178,21 +178,21 @@ def layer(parts: dict[str, Any]) -> Any:
     Args:
         parts: name -> matrix, stack of experts, float32 tensor, number, or None if the layer has no such part.
     """
-    found: dict[str, Any] = {"activation": _native.Activation.silu}
+    described: dict[str, Any] = {"activation": _native.Activation.silu}
     for name, part in parts.items():
         if isinstance(part, PackedMatrix):
-            found[name] = part.prepared or _prepare(part)
+            described[name] = part.prepared or _prepare(part)
         elif isinstance(part, ExpertStack):
-            found[name] = _prepared_stack(part)
+            described[name] = _prepared_stack(part)
         elif isinstance(part, Tensor):
             if part.dtype != torch.float32 or not part.is_contiguous():
                 raise ValueError(f"{name} is {part.dtype}: parts of a layer are contiguous float32")
-            found[name] = part.data_ptr()
+            described[name] = part.data_ptr()
         elif isinstance(part, str):
-            found[name] = getattr(_native.Activation, part)
+            described[name] = getattr(_native.Activation, part)
         elif part is not None:
-            found[name] = part
-    return _native.Layer(found)
+            described[name] = part
+    return _native.Layer(described)
 
 
 def decoder(layers: list[Any], norm: Tensor | None, epsilon: float, head: PackedMatrix) -> Any:
@@ -283,7 +283,7 @@ def _prepared_stack(stack: ExpertStack) -> Any:
 def _prepare_stack(stack: ExpertStack) -> Any:
     parts = (stack.gate, stack.up, stack.down)
     shapes = [{matrix.shape for matrix in part} for part in parts]
-    if any(len(found) != 1 for found in shapes) or shapes[0] != shapes[1] or shapes[0] != {s[::-1] for s in shapes[2]}:
+    if any(len(sizes) != 1 for sizes in shapes) or shapes[0] != shapes[1] or shapes[0] != {s[::-1] for s in shapes[2]}:
         raise ValueError(f"experts of different shapes: {shapes}")
     if len({len(part) for part in parts}) != 1:
         raise ValueError(f"{', '.join(str(len(part)) for part in parts)} matrices of gate, up and down")

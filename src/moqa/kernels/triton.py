@@ -253,8 +253,8 @@ def _route(index: Tensor, experts: int, sort: bool) -> _Route:
         return _Route(index, experts)
     rows = _power_of_two(slots // experts)
     flat = index.flatten()
-    found, order = torch.where((flat < 0) | (flat >= experts), experts, flat).sort(stable=True)
-    starts = torch.searchsorted(found, torch.arange(experts + 1, device=index.device))
+    chosen, order = torch.where((flat < 0) | (flat >= experts), experts, flat).sort(stable=True)
+    starts = torch.searchsorted(chosen, torch.arange(experts + 1, device=index.device))
     ends = ((starts.diff() + (rows - 1)) // rows).cumsum(0)
     # an upper bound: only the device knows how many there are
     pieces = (slots + min(experts, slots) * (rows - 1)) // rows

@@ -1,4 +1,4 @@
-"""Quantization: the driver that applies a plan layer by layer."""
+"""Quantization: the driver that applies a plan block by block."""
 
 from moqa.methods import METHODS
 from moqa.quantization.run import quantize

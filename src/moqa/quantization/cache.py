@@ -10,7 +10,7 @@ from moqa.models.experts import PROJECTIONS
 from moqa.models.view import ModelView, narrowest
 from moqa.profiling import SELF, Profile
 
-WHOLE = "full"
+WHOLE_ORIGINAL = "full"
 
 
 def parse_cache(text: str) -> float | None:
@@ -20,16 +20,18 @@ def parse_cache(text: str) -> float | None:
     (0.01, None)
 
     Raises:
-        MoqaError: if it is neither.
+        MoqaError: if it is neither a share nor `full`.
     """
-    if text.strip().lower() == WHOLE:
+    if text.strip().lower() == WHOLE_ORIGINAL:
         return None
     try:
         share = float(text.strip().removesuffix("%")) / 100
     except ValueError:
         share = 0.0
     if not text.strip().endswith("%") or not 0 < share <= 1:
-        raise MoqaError(f"--cache {text} is no share of the channels", "give e.g. 1%, or full for the whole original")
+        raise MoqaError(
+            f"--cache {text} is not a share of the channels", "give e.g. 1%, or full for the whole original"
+        )
     return share
 
 
@@ -38,11 +40,11 @@ def cache_layers(
 ) -> Iterator[dict[str, Tensor]]:
     """Tensors of every decoder layer for `moqa.format.cache.write_cache`.
 
-    Of a part, the channels whose share of their layer's significance changes most between distributions (MoQa's ~1 %;
-    the paper leaves the measure of change open, ours is the range) are kept, those of the model's own text included.
+    A part consists of the channels whose share of their layer's significance changes most between distributions,
+    including the model's own text (MoQa's ~1 %; the paper leaves the measure of change open, ours is the range).
 
     Args:
-        view: the original; its weights are read.
+        view: the original, whose weights are read.
         profile: of the known distributions.
         known: their names.
         share: of all channels; None for the whole original.
@@ -54,7 +56,7 @@ def cache_layers(
     }
     places: dict[int, Tensor] = {}
     if share is not None:
-        places = _most_dynamic({n: found.max(0).values - found.min(0).values for n, found in shares.items()}, share)
+        places = _most_dynamic({n: table.max(0).values - table.min(0).values for n, table in shares.items()}, share)
     for layer in range(len(view.blocks)):
         units = view.block_units(layer)
         stored = {unit.name: narrowest(view.weight(unit)).contiguous() for unit in units} if share is None else {}
@@ -80,10 +82,10 @@ def _most_dynamic(dynamics: Mapping[int, Tensor], share: float) -> dict[int, Ten
 
 def _rows(view: ModelView, layer: int, places: Tensor) -> dict[str, Tensor]:
     path = view.experts_path(layer)
-    found: dict[str, list[Tensor]] = {projection: [] for projection in PROJECTIONS}
+    vectors: dict[str, list[Tensor]] = {projection: [] for projection in PROJECTIONS}
     for expert, channel in places.tolist():
         for projection in PROJECTIONS:
             matrix = view.weight(view.units[f"{path}.{expert}.{projection}"])
-            found[projection].append(matrix[:, channel] if projection == "down_proj" else matrix[channel])
-    rows = {projection: narrowest(torch.stack(parts)) for projection, parts in found.items()}
+            vectors[projection].append(matrix[:, channel] if projection == "down_proj" else matrix[channel])
+    rows = {projection: narrowest(torch.stack(parts)) for projection, parts in vectors.items()}
     return rows | {"channel": places.int()}

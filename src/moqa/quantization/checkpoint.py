@@ -1,4 +1,4 @@
-"""The files of a checkpoint on their way: one shard for what is kept, one for every block, then the manifest."""
+"""Writing the files of a checkpoint: one shard for tensors that are kept, one per block, then the manifest."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +26,7 @@ class CheckpointWriter:
         view: the original.
         work: the run.
         plan: scheme of every unit.
-        profile: the plan's.
+        profile: that the plan was made from.
         method: how units are quantized.
 
     Attributes:
@@ -40,20 +40,20 @@ class CheckpointWriter:
         self._layout = shards(self._kept, self.depth, units)
 
     def missing(self) -> list[int]:
-        """Layers that are not written yet."""
+        """Indices of the layers that are not written yet."""
         return [layer for layer in range(self.depth) if self._work.done(_step(layer)) is None]
 
     def has_kept(self) -> bool:
-        """Whether what no unit covers is written."""
+        """Whether the tensors that are not units are written."""
         return self._work.done("kept") is not None
 
     def write_kept(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write what no unit covers, and note that it is done."""
+        """Write the tensors that are not units, and record that it is done."""
         file = write_shard(self._work.result, self._layout[0], tensors)
         self._work.mark_done("kept", {"file": file.model_dump(mode="json"), "units": {}})
 
     def write_layer(self, layer: int, done: Mapping[str, QuantizedUnit]) -> dict[str, Any]:
-        """Write a quantized layer; gives what `mark_done` records of it."""
+        """Write a quantized layer; returns what `mark_done` records of it."""
         tensors = {f"{name}.{key}": tensor for name, result in done.items() for key, tensor in result.tensors.items()}
         file = write_shard(self._work.result, self._layout[layer + 1], tensors)
         stored = {
@@ -66,7 +66,7 @@ class CheckpointWriter:
         return {"file": file.model_dump(mode="json"), "units": stored}
 
     def mark_done(self, layer: int, written: Mapping[str, Any]) -> None:
-        """Note that a layer is done."""
+        """Record that a layer is done."""
         self._work.mark_done(_step(layer), written)
 
     def finish(self, model: str) -> None:
@@ -76,7 +76,7 @@ class CheckpointWriter:
             model: the original as the user gave it.
 
         Raises:
-            MoqaError: if a file is not what was written.
+            MoqaError: if a file has changed since it was written.
         """
         work, plan, profile = self._work, self._plan, self._profile
         files: dict[str, StoredFile] = {}
@@ -91,7 +91,7 @@ class CheckpointWriter:
             raise RuntimeError(f"wrote {written} bytes, planned {plan.account.checkpoint}")
         for name, file in files.items():
             if not (work.result / name).is_file() or (work.result / name).stat().st_size != file.bytes:
-                raise MoqaError(f"{work.result / name} was changed after it was written", "begin anew with --restart")
+                raise MoqaError(f"{work.result / name} was changed after it was written", "start again with --restart")
         records = profile.record.distributions.items()
         manifest = Manifest(
             moqa=__version__, model=model, model_type=plan.model_type, fingerprint=plan.fingerprint,

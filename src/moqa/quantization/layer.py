@@ -1,4 +1,4 @@
-"""Quantize the units of one decoder layer, keep the better result of each, and let the layer run with them."""
+"""Quantize the units of one layer, keep the better result of each, and run the layer with them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -37,14 +37,14 @@ def keep_unit(weights: Tensor) -> QuantizedUnit:
 
 
 def store_unit(weights: Tensor, scheme: Scheme, method: Method) -> QuantizedUnit:
-    """A unit [out, in] quantized by a method that looks at no inputs."""
+    """A unit [out, in] quantized by a method that uses no inputs."""
     assert method.store is not None
     return QuantizedUnit(method.store(weights, scheme), method.name, None)
 
 
 def solve(stack: UnitStack, schemes: Mapping[str, Scheme], method: Method) -> dict[str, QuantizedUnit]:
     """Unit name -> result of a stack: for each of its units the better of the method and plain rounding."""
-    found_units: dict[str, QuantizedUnit] = {}
+    solved: dict[str, QuantizedUnit] = {}
     widths = torch.empty(stack.weights.shape[:2], dtype=torch.int64)
     for unit, entry, rows in stack.places():
         widths[entry, rows] = schemes[unit.name].width
@@ -52,22 +52,22 @@ def solve(stack: UnitStack, schemes: Mapping[str, Scheme], method: Method) -> di
     results = {method.name: method.run(job)}
     results["rtn"] = METHODS["rtn"].run(job)
     dense = {name: result.decode() for name, result in results.items()}
-    # of each row of each entry: squared errors of the results, and squared outputs, on the check samples
-    found = {name: _squares(stack, result.sub_(stack.weights)) for name, result in dense.items()}
+    # for each row of each entry, on the check samples: squared errors of the results, and squared outputs
+    squared = {name: _squares(stack, result.sub_(stack.weights)) for name, result in dense.items()}
     total = _squares(stack, stack.weights)
     for unit, entry, rows in stack.places():
-        errors = {name: float(squares[entry, rows].sum()) for name, squares in found.items()}
-        # an expert that no sample reached gives no reason to prefer the method that fits samples
+        errors = {name: float(squares[entry, rows].sum()) for name, squares in squared.items()}
+        # without samples for an expert, there is no reason to prefer the method that fits samples
         best = min(errors, key=lambda name: (errors[name], name != "rtn"))
         whole = float(total[entry, rows].sum())
         error = errors[best] / whole if whole > 0 else None
         tensors = results[best][entry, rows].stored(schemes[unit.name].width)
-        found_units[unit.name] = QuantizedUnit(tensors, best, error)
-    return found_units
+        solved[unit.name] = QuantizedUnit(tensors, best, error)
+    return solved
 
 
 def _squares(stack: UnitStack, difference: Tensor) -> Tensor:
-    """[entries, rows] what a difference in the weights makes in each output, squared, for the check samples."""
+    """[entries, rows] squared change of each output on the check samples, for a difference in the weights."""
     return torch.stack([seen.check.errors(one) for seen, one in zip(stack.inputs, difference, strict=True)])
 
 
@@ -79,14 +79,14 @@ def quantized(
     schemes: Mapping[str, Scheme],
     kernels: ProductKernels | None = None,
 ) -> Iterator[None]:
-    """Let a decoder layer compute with its quantized units for a block, exactly as the checkpoint will.
+    """Inside this context, a layer computes with its quantized units, exactly as the checkpoint will.
 
     Args:
-        view: the model; the layer's own weights are forgotten, if they can be read again.
+        view: the model; the layer's own weights are freed if they can be read again.
         layer: index of the layer.
         done: result of every unit of the layer.
         schemes: unit name -> scheme.
-        kernels: that multiply; None means those of a run.
+        kernels: that multiply; None means the fastest.
     """
     kernels = kernels or find_kernels()
     experts: dict[tuple[int, str], PackedMatrix] = {}

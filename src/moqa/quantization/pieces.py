@@ -1,4 +1,4 @@
-"""Pieces of decoder layers that are quantized on their own, in this process or in another."""
+"""Pieces of layers that are quantized independently, in this process or in another."""
 
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from moqa.progress import Report
 from moqa.quantization.layer import QuantizedUnit, keep_unit, solve, store_unit
 from moqa.quantization.samples import CalibrationSamples
 
-Thing = TypeVar("Thing")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class BlockPiece:
         method: how they are quantized.
         schemes: unit name -> scheme, of these units.
         experts: whose units are among them.
-        parts: of the samples; what the experts were called with lies in the work folder.
-        linear: inputs of units that are no experts.
+        parts: batches of the samples; the recorded inputs of the experts are in the work folder.
+        linear: inputs of the units that do not belong to experts.
     """
 
     layer: int
@@ -46,15 +46,15 @@ class BlockWork:
     """What a run does to every block.
 
     Attributes:
-        site: the model and the work folder.
+        workspace: the model and the work folder.
         schemes: unit name -> scheme.
         method: how units are quantized.
-        executor: what does the work.
-        together: experts of a piece, at most.
-        report: is told what is being waited for.
+        executor: that does the work.
+        together: largest number of experts in a piece.
+        report: called with what is being waited for.
     """
 
-    site: Workspace
+    workspace: Workspace
     schemes: Mapping[str, Scheme]
     method: Method
     executor: Executor
@@ -65,39 +65,41 @@ class BlockWork:
 def quantized_layers(
     work: BlockWork, flow: CalibrationSamples | None, layers: Sequence[int]
 ) -> Generator[dict[str, QuantizedUnit], None, None]:
-    """Unit name -> result, of one decoder layer after the other.
+    """Unit name -> result, for one layer after the other.
 
     Args:
         work: what is done.
-        flow: samples, moved past each layer before the next is asked for; None for a method that needs none.
+        flow: samples, moved past each layer before the next is requested; None for a method that needs none.
         layers: indices, ascending.
     """
     if flow is None:
-        # layers do not wait for each other: an executor may work ahead
+        # layers do not depend on each other: an executor may work ahead
         pieces = [cut(work, layer, None) for layer in layers]
-        with closing(work.executor.map(quantize_piece, work.site, (one for some in pieces for one in some))) as results:
+        with closing(
+            work.executor.map(quantize_piece, work.workspace, (one for some in pieces for one in some))
+        ) as results:
             for some in pieces:
                 yield _collected(work, some, results)
         return
     for layer in layers:
         inputs = flow.inputs(layer)
         pieces_of_layer = cut(work, layer, inputs)
-        with closing(work.executor.map(quantize_piece, work.site, pieces_of_layer)) as results:
+        with closing(work.executor.map(quantize_piece, work.workspace, pieces_of_layer)) as results:
             done = _collected(work, pieces_of_layer, results)
         inputs.drop()
         yield done
 
 
 def cut(work: BlockWork, layer: int, inputs: BlockInputs | None) -> list[BlockPiece]:
-    """A layer in pieces, so that all workers have work; in one if that takes less than reading the layer.
+    """A layer in pieces, so that all workers are busy; in a single piece if the method needs no samples.
 
     Args:
         work: what is done.
         layer: index of the layer.
-        inputs: of the layer; None for a method that needs none, where layers do not wait for each other.
+        inputs: of the layer; None for a method that needs none, for which layers are independent.
     """
     schemes, method, workers = work.schemes, work.method, work.executor.workers
-    units = work.site.view.block_units(layer)
+    units = work.workspace.view.block_units(layer)
     if inputs is None:
         experts = tuple(sorted({unit.expert for unit in units if unit.expert is not None}))
         return [BlockPiece(layer, method, {unit.name: schemes[unit.name] for unit in units}, experts)]
@@ -118,17 +120,19 @@ def cut(work: BlockWork, layer: int, inputs: BlockInputs | None) -> list[BlockPi
 
 
 @torch.no_grad()
-def quantize_piece(site: Workspace, piece: BlockPiece) -> dict[str, QuantizedUnit]:
+def quantize_piece(workspace: Workspace, piece: BlockPiece) -> dict[str, QuantizedUnit]:
     """Unit name -> result, for all units of a piece.
 
-    >>> list(quantize_piece(site, BlockPiece(0, METHODS["rtn"], {"model.layers.0.self_attn.q_proj": Scheme(width=4)})))
+    >>> from moqa.methods import METHODS
+    >>> piece = BlockPiece(0, METHODS["rtn"], {"model.layers.0.self_attn.q_proj": Scheme(width=4)})
+    >>> list(quantize_piece(Workspace(view, work), piece))
     ['model.layers.0.self_attn.q_proj']
     """
-    view, schemes, method = site.view, piece.schemes, piece.method
+    view, schemes, method = workspace.view, piece.schemes, piece.method
     units = [unit for unit in view.block_units(piece.layer) if unit.name in schemes]
     inputs = dict(piece.linear)
     if piece.parts:
-        inputs = BlockInputs.recorded(view, piece.layer, piece.parts, site.work).experts(piece.experts)
+        inputs = BlockInputs.recorded(view, piece.layer, piece.parts, workspace.work).experts(piece.experts)
     kept = [unit for unit in units if schemes[unit.name].is_unquantized]
     done = {unit.name: keep_unit(view.weight(unit)) for unit in kept}
     narrow = [unit for unit in units if not schemes[unit.name].is_unquantized]
@@ -137,7 +141,7 @@ def quantize_piece(site: Workspace, piece: BlockPiece) -> dict[str, QuantizedUni
     left = Counter(map(input_space, narrow))
     for stack in stacks(view, narrow, schemes, inputs):
         done |= solve(stack, schemes, method)
-        # what a stack was solved with takes more memory than the stack
+        # the inputs of a stack take more memory than the stack
         for sharing in stack.entries:
             space = input_space(sharing[0])
             left[space] -= len(sharing)
@@ -150,7 +154,7 @@ def _collected(
     work: BlockWork, pieces: Sequence[BlockPiece], results: Iterator[dict[str, QuantizedUnit]]
 ) -> dict[str, QuantizedUnit]:
     done: dict[str, QuantizedUnit] = {}
-    depth = len(work.site.view.blocks)
+    depth = len(work.workspace.view.blocks)
     for piece in pieces:
         if piece.experts:
             error = _error(done)
@@ -165,6 +169,6 @@ def _error(done: Mapping[str, QuantizedUnit]) -> float:
     return sum(errors) / max(len(errors), 1)
 
 
-def _slices(things: Sequence[Thing], together: int, workers: int) -> Iterator[Sequence[Thing]]:
-    size = max(1, min(together, -(-len(things) // workers)))
-    return (things[begin : begin + size] for begin in range(0, len(things), size))
+def _slices(items: Sequence[Item], together: int, workers: int) -> Iterator[Sequence[Item]]:
+    size = max(1, min(together, -(-len(items) // workers)))
+    return (items[begin : begin + size] for begin in range(0, len(items), size))

@@ -1,4 +1,4 @@
-"""What a checkpoint says about the routing of its known distributions."""
+"""Record in a checkpoint how its known distributions are routed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from moqa.profiling import Profile
 
 
 def describe_routing(target: Path, profile: Profile, known: Sequence[str]) -> None:
-    """Write how the known distributions use the experts; nothing for a model without experts or known distributions.
+    """Write how the known distributions use the experts; nothing if the model has no experts or no known distributions.
 
     Args:
         target: folder of the checkpoint, still being written.

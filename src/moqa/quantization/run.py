@@ -1,4 +1,4 @@
-"""`moqa.quantize`: apply a plan, layer by layer, and write the checkpoint."""
+"""`moqa.quantize`: apply a plan, block by block, and write the checkpoint."""
 
 import hashlib
 import shutil
@@ -35,7 +35,7 @@ from moqa.storage.folders import check_free
 from moqa.storage.resumable import resumable
 from moqa.storage.space import check_space
 
-# small files of the original that a transformers model needs beside its weights
+# small files of the original that a transformers model needs in addition to its weights
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -54,30 +54,30 @@ def quantize(
     restart: bool = False,
     engine: Executor | None = None,
 ) -> Path:
-    """Quantize a model by a plan and write it as a checkpoint, one decoder layer at a time.
+    """Quantize a model by a plan and write it as a checkpoint, one block at a time.
 
-    >>> moqa.quantize("reference/model", plan, "runs/out", method="gptq")
-    PosixPath('runs/out')
+    >>> moqa.quantize("reference/model", plan, "runs/quantized", method="rtn", profile=profile)
+    PosixPath('runs/quantized')
 
-    A run that was killed goes on from the last finished layer when it is started again; the bytes are the same.
+    When a run that was killed is started again, it continues after the last finished block; the bytes are the same.
 
     Args:
-        model: folder or Hub id of the original model, the one that the plan was made for.
+        model: folder or Hub id of the original that the plan was made for.
         plan: scheme of every unit.
-        out: folder to make.
+        out: folder to create.
         method: one of `moqa.quantization.METHODS`.
-        overwrite: replace a checkpoint that is there.
-        report: called with what is done, how much of it, and of how much.
-        profile: the plan's profile, which holds the samples; None reads it from where the plan says.
-        view: the model, if it is open already.
+        overwrite: replace a checkpoint that exists at `out`.
+        report: called with the name of a step, how much of it is done, and its total.
+        profile: the plan's profile, which holds the samples; None reads it from the folder that the plan names.
+        view: the model, if it is already open.
         cache: what to keep of the original for adjustments: a share of the channels such as `1%`, or `full`.
-        memory: what a process may take; None means all that is free.
-        restart: begin anew, whatever an earlier run has finished.
+        memory: what a process may use; None means all free memory.
+        restart: start again from the beginning and discard what an earlier run has finished.
         engine: where the work is done (`moqa.execution.find_executor`); None means in this process.
 
     Raises:
-        MoqaError: if the plan is for another model, the method unknown, the samples are missing, the memory is too
-            small, or `out` is taken or holds an unfinished run with other options.
+        MoqaError: if the plan is for another model, the method is unknown, the samples are missing, the memory is too
+            small, or `out` exists or holds an unfinished run with other options.
     """
     out = Path(out)
     how = find_method(method)
@@ -90,22 +90,22 @@ def quantize(
             f"the plan is for {plan.model} ({plan.model_type}, {plan.fingerprint[:8]})",
             f"{model} is another model ({fingerprint[:8]}): plan from its own profile",
         )
-    # also a method that needs no data comes from a plan that was fitted on texts: their hashes go into the manifest
+    # even if the method needs no data, the plan was fitted on texts, whose hashes go into the manifest
     profile = profile or _profile_of(plan)
     _check_profile(profile, plan)
     view = view or open_model(folder, keep=False)
     _check_units(view, plan)
-    engine = engine or LocalExecutor()
+    executor = engine or LocalExecutor()
     settle()
     room = QuantizationWorkingSet.within(
-        engine.memory(memory), view, how, tokens_of(plan, profile), largest_block_bytes(view, plan.units)
+        executor.memory(memory), view, how, tokens_of(plan, profile), largest_block_bytes(view, plan.units)
     )
     check_space(out, disk_needed(view, plan, profile, how, cache))
-    engine.prepare(folder, out, report)
+    executor.prepare(folder, out, report)
     with torch.no_grad(), resumable(out, _job(plan, profile, how, cache), overwrite, restart) as work:
         writer = CheckpointWriter(view, work, plan, profile, how)
         missing = writer.missing()
-        if missing and room.ahead and engine.name == "local":
+        if missing and room.ahead and executor.name == "local":
             view.read_ahead(missing[0])
         if work.done("start") is None:
             _copy_companions(folder, work.result)
@@ -117,7 +117,7 @@ def quantize(
             describe_routing(work.result, profile, plan.known)
             work.mark_done("start", {})
         samples = CalibrationSamples(view, plan, profile, work) if how.needs_data else None
-        todo = BlockWork(Workspace(view, work), plan.units, how, engine, room.experts, report)
+        todo = BlockWork(Workspace(view, work), plan.units, how, executor, room.experts, report)
         with Background(room.ahead) as background, closing(quantized_layers(todo, samples, missing)) as results:
             if not writer.has_kept():
                 background.do(writer.write_kept, view.kept_on_disk())
@@ -130,7 +130,7 @@ def quantize(
 
 
 def _copy_companions(folder: Path, target: Path) -> None:
-    """Put the small files of the original beside the weights, and say in them that these are moqa's."""
+    """Copy the small files of the original, and mark the configuration as that of a moqa checkpoint."""
     for pattern in _COMPANIONS:
         for path in sorted(folder.glob(pattern)):
             if path.name != original.INDEX:
@@ -139,10 +139,10 @@ def _copy_companions(folder: Path, target: Path) -> None:
 
 
 def disk_needed(view: ModelView, plan: Plan, profile: Profile, method: Method, cache: str | None) -> int:
-    """Bytes on the disk at the fullest moment of a run of `quantize` with these arguments.
+    """Peak disk space in bytes of a run of `quantize` with these arguments.
 
-    >>> disk_needed(view, plan, profile, METHODS["gptq"], None)
-    63254528
+    >>> disk_needed(view, plan, profile, find_method("gptq"), None) > plan.account.checkpoint
+    True
     """
     share = 0.0 if cache is None else parse_cache(cache)
     tokens = tokens_of(plan, profile) if method.needs_data else 0
@@ -150,7 +150,7 @@ def disk_needed(view: ModelView, plan: Plan, profile: Profile, method: Method, c
 
 
 def _job(plan: Plan, profile: Profile, method: Method, cache: str | None) -> dict:
-    """All that a checkpoint's bytes depend on."""
+    """Everything that a checkpoint's bytes depend on."""
     digest = hashlib.sha256(plan.model_dump_json(exclude={"profile", "model"}).encode())
     for name in sorted(plan.mixture):
         digest.update(profile.statistics[name]["samples"].contiguous().numpy().tobytes())
@@ -162,7 +162,7 @@ def _finish(
     work: BlockWork, writer: CheckpointWriter, samples: CalibrationSamples | None, layer: int,
     done: Mapping[str, QuantizedUnit],
 ) -> None:  # fmt: skip
-    """Write a quantized layer, put the hidden states behind it aside, and note that it is done."""
+    """Write a quantized layer, store the hidden states after it, and record that it is done."""
     written = writer.write_layer(layer, done)
     if samples and layer + 1 < writer.depth:
         samples.advance(layer, done, work.schemes)
@@ -182,7 +182,7 @@ def _check_profile(profile: Profile, plan: Plan) -> None:
     absent = [name for name in (*plan.known, *plan.mixture) if name not in profile.statistics]
     if profile.record.fingerprint != plan.fingerprint or absent:
         lack = f"lacks {', '.join(dict.fromkeys(absent))}" if absent else f"is of {profile.record.model}"
-        raise MoqaError(f"profile {profile.folder} {lack}", "it is not the one the plan was made from")
+        raise MoqaError(f"profile {profile.folder} {lack}", "it is not the one that the plan was made from")
 
 
 def _check_units(view: ModelView, plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""The samples' hidden states on their way through the model, quantized as far as it is."""
+"""The hidden states of the samples as they pass through the model, whose earlier blocks are already quantized."""
 
 from collections.abc import Iterator, Mapping
 
@@ -17,41 +17,41 @@ from moqa.storage.resumable import ResumableRun
 
 
 class CalibrationSamples:
-    """Samples in front of the decoder layer whose turn it is; they lie on disk, and pass through memory in batches.
+    """Samples as inputs of the current layer; they are on disk, and are loaded in batches.
 
     Args:
         view: the model.
         plan: names the distributions and their shares.
         profile: holds the samples.
-        work: where hidden states are put aside.
+        work: stores the hidden states.
     """
 
     def __init__(self, view: ModelView, plan: Plan, profile: Profile, work: ResumableRun) -> None:
         self._view, self._work, self._stages = view, work, LayerwiseModel(view.model)
-        self._parts: list[tuple[float, bool]] = []  # of each batch: share, whether it is kept from fitting
-        found: list[Tensor] = []
-        # in an order that a plan read from a file has too: sums of floats depend on it
+        self._parts: list[tuple[float, bool]] = []  # of each batch: share, whether it is held out
+        batches: list[Tensor] = []
+        # sorted, so that a plan read from a file has the same order: sums of floats depend on it
         for name, share in sorted(plan.mixture.items()):
             tokens = profile.samples(name)
             check = _held_out(len(tokens))
             for held, windows in ((False, tokens[~check]), (True, tokens[check])):
                 for batch in self._stages.task.batches(windows) if len(windows) else ():
-                    # every distribution counts by its share, however many samples it has
+                    # every distribution is weighted by its share, whatever its number of samples
                     self._parts.append((share / self._stages.task.count(windows), held))
-                    found.append(batch)
-        self._hidden = HiddenStates(self._stages, work, "samples", found)
+                    batches.append(batch)
+        self._hidden = HiddenStates(self._stages, work, "samples", batches)
 
     def inputs(self, layer: int) -> BlockInputs:
-        """Inputs of all units of a layer; the layer's weights are still the original ones."""
+        """Inputs of all units of a layer, whose weights are still the original ones."""
         return BlockInputs(self._view, self._stages, layer, self._at(layer), self._work)
 
     def advance(self, layer: int, done: Mapping[str, QuantizedUnit], schemes: Mapping[str, Scheme]) -> None:
-        """Move the hidden states past a layer that is quantized now."""
+        """Move the hidden states past a layer that has been quantized."""
         with quantized(self._view, layer, done, schemes):
             self._hidden.advance(layer)
 
     def forget(self, layer: int) -> None:
-        """Remove what lies in front of a layer that is done."""
+        """Remove the stored inputs of a layer that is done."""
         self._hidden.forget(layer)
 
     def _at(self, layer: int) -> Iterator[CalibrationBatch]:
@@ -60,15 +60,15 @@ class CalibrationSamples:
 
 
 def tokens_of(plan: Plan, profile: Profile) -> int:
-    """How many tokens of samples a plan's distributions have.
+    """Number of sample tokens of a plan's distributions.
 
     >>> tokens_of(plan, profile)
-    16384
+    160
     """
     return sum(profile.record.distributions[name].tokens for name in plan.mixture)
 
 
 def _held_out(windows: int) -> Tensor:
-    """[windows] which windows are not fitted on: one in eight, and one of fewer; a single one is fitted on."""
+    """[windows] which windows are held out from fitting: one in eight, one of fewer than eight, never the only one."""
     every = min(HELD_OUT_EVERY, windows)
     return torch.arange(windows) % every == every - 1 if windows > 1 else torch.zeros(windows, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""A trial of quantizing one decoder layer: each piece of the driver's work is done on a few samples, and timed."""
+"""A trial of quantizing one layer: each part of the driver's work is done on a few samples, and timed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,24 +21,24 @@ from moqa.models.units import Unit
 from moqa.quantization.layer import QuantizedUnit, quantized
 from moqa.quantization.pieces import BlockPiece, quantize_piece
 
-# experts' inputs are measured with as many batches; where a run has more, each costs as much as these
-_MOST_FIT, _MOST_CHECKED = 3, 4
+# largest numbers of batches in a trial; a run may have more, of the same cost each
+_MAX_FIT, _MAX_CHECKED = 3, 4
 
 
 @dataclass(frozen=True)
 class TrialLayer:
-    """What is tried.
+    """The layer of a trial.
 
     Attributes:
-        site: the model, and a work folder that is thrown away.
-        layer: index of the decoder layer.
+        workspace: the model, and a temporary work folder.
+        layer: index of the layer.
         schemes: unit name -> scheme.
         method: how it is quantized.
-        experts: whose statistics are held together, at most.
+        experts: largest number of experts whose statistics are held at a time.
         predictions: of one sample, see `Task.count`.
     """
 
-    site: Workspace
+    workspace: Workspace
     layer: int
     schemes: Mapping[str, Scheme]
     method: Method
@@ -47,10 +47,10 @@ class TrialLayer:
 
     def units(self) -> list[Unit]:
         """All units of the layer."""
-        return self.site.view.block_units(self.layer)
+        return self.workspace.view.block_units(self.layer)
 
     def few_experts(self) -> list[int]:
-        """As many experts as make a full stack, from all over the layer."""
+        """As many experts as fill a stack, evenly spread over the layer."""
         units = self.units()
         every = sorted({unit.expert for unit in units if unit.expert is not None})
         spaces = by_input(unit for unit in units if unit.expert is not None).values()
@@ -61,11 +61,11 @@ class TrialLayer:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A layer that was quantized for a trial: experts that were not take the place of others.
+    """A layer that was quantized for a trial: results of a few experts are used for the others, too.
 
     Attributes:
         rates: of the work.
-        file: of reading the layer and writing the result.
+        file: rates of reading the layer and writing the result.
         done: unit name -> result.
         schemes: unit name -> scheme of that result.
     """
@@ -80,15 +80,15 @@ class TrialResult:
 def try_quantization(
     tried: TrialLayer, batches: Sequence[CalibrationBatch], moving: HiddenStates | None, watch: Stopwatch
 ) -> TrialResult:
-    """Quantize a decoder layer as `moqa.quantize` does, with a few samples and a few of its experts.
+    """Quantize a layer as `moqa.quantize` does, with a few samples and a few of its experts.
 
     Args:
         tried: the layer.
-        batches: samples to fit on, then those by which results are compared; none for a method that needs no data.
-        moving: one batch of samples in front of the layer; None likewise.
+        batches: samples to fit on, then those on which results are compared; none for a method that needs no data.
+        moving: one batch of samples, as inputs of the layer; None for a method that needs no data.
         watch: times the work.
     """
-    view, layer = tried.site.view, tried.layer
+    view, layer = tried.workspace.view, tried.layer
     read = watch.single(lambda: view.need(layer))
     units, few = tried.units(), tried.few_experts()
     inputs, rates = None, QuantizationRates()
@@ -105,7 +105,7 @@ def try_quantization(
 
     def solve(some: Sequence[Unit]) -> None:
         schemes = {unit.name: tried.schemes[unit.name] for unit in some}
-        done.update(quantize_piece(tried.site, BlockPiece(layer, tried.method, schemes, linear=seen)))
+        done.update(quantize_piece(tried.workspace, BlockPiece(layer, tried.method, schemes, linear=seen)))
 
     linear = [unit for unit in units if unit.expert is None]
     routed = [unit for unit in units if unit.expert in few]
@@ -127,15 +127,15 @@ def try_quantization(
 
 
 def _inputs(tried: TrialLayer, batches: Sequence[CalibrationBatch], watch: Stopwatch) -> tuple[BlockInputs, TokenCost]:
-    """Inputs of the layer, and what a token of the samples costs there."""
+    """Inputs of the layer, and the cost of collecting them per token of the samples."""
     marks: list[float] = []
 
-    def told() -> Iterator[CalibrationBatch]:
+    def timed() -> Iterator[CalibrationBatch]:
         for batch in batches:
             marks.append(watch.clock())
             yield batch
 
-    inputs = BlockInputs(tried.site.view, tried.site.stages, tried.layer, told(), tried.site.work)
+    inputs = BlockInputs(tried.workspace.view, tried.workspace.stages, tried.layer, timed(), tried.workspace.work)
     marks.append(watch.clock())
     took = [end - begin for begin, end in pairwise(marks)]
     fit = [seconds for seconds, batch in zip(took, batches, strict=True) if not batch.check]
@@ -151,23 +151,23 @@ def _inputs(tried: TrialLayer, batches: Sequence[CalibrationBatch], watch: Stopw
 def _experts(
     tried: TrialLayer, inputs: BlockInputs, few: Sequence[int], watch: Stopwatch
 ) -> tuple[TokenCost, TokenCost]:
-    """What it costs to read all calls of the experts, and to gather one expert's inputs."""
-    view, parts = tried.site.view, inputs.parts
+    """Costs of reading all calls of the experts, and of gathering one expert's inputs."""
+    view, parts = tried.workspace.view, inputs.parts
     fit = [part for part in parts if not part.check]
-    # parts know their share only: tokens are counted where the calls lie
-    counts = [len(tried.site.work.load(f"experts-{number}")["index"]) for number in range(len(parts))]
+    # parts only know their share: tokens are counted in the recorded calls
+    counts = [len(tried.workspace.work.load(f"experts-{number}")["index"]) for number in range(len(parts))]
 
     def seconds(which: Sequence[int], some: Sequence[CalibrationBatch]) -> float:
-        recorded = BlockInputs.recorded(view, tried.layer, some, tried.site.work)
+        recorded = BlockInputs.recorded(view, tried.layer, some, tried.workspace.work)
         return watch.seconds(lambda: recorded.experts(which))
 
     every, fitted, first = sum(counts), sum(counts[: len(fit)]), counts[0]
     call = seconds((), parts) / every
     one, some, all_ = (seconds(few, parts[:count]) for count in (1, len(fit), len(parts)))
-    found = inputs.experts(few)
-    rows = sum(statistics.tokens for name, statistics in found.items() if name.endswith(".in"))
-    # a router may send these experts more than others: an average one gets this much
-    share = fitted * view.top_k / tried.site.view.experts(tried.layer).num_experts * len(few) / max(rows, 1)
+    gathered = inputs.experts(few)
+    rows = sum(statistics.tokens for name, statistics in gathered.items() if name.endswith(".in"))
+    # a router may send more tokens to these experts than to others: scale to an average expert
+    share = fitted * view.top_k / tried.workspace.view.experts(tried.layer).num_experts * len(few) / max(rows, 1)
     line = TokenCost.through((first, one - call * first), (fitted, some - call * fitted))
     check = (all_ - some - call * (every - fitted)) / (every - fitted) if every > fitted else line.token
     token = _mixed(line.token, max(check, 0.0)) * share / len(few)
@@ -178,12 +178,12 @@ def _advance(
     tried: TrialLayer, done: Mapping[str, QuantizedUnit], schemes: Mapping[str, Scheme], moving: HiddenStates,
     watch: Stopwatch,
 ) -> TokenCost:  # fmt: skip
-    view, layer = tried.site.view, tried.layer
+    view, layer = tried.workspace.view, tried.layer
     hidden = moving.at(layer, 0)
 
     def move() -> None:
         moving.advance(layer)
-        tried.site.work.flush()
+        tried.workspace.work.flush()
 
     def whole() -> None:
         with quantized(view, layer, done, schemes):
@@ -198,11 +198,11 @@ def _advance(
 def _written(
     tried: TrialLayer, done: Mapping[str, QuantizedUnit], schemes: Mapping[str, Scheme], watch: Stopwatch
 ) -> tuple[int, float, float]:
-    """Bytes of the result, seconds of writing them, and of one core in that."""
+    """Bytes of the result, seconds to write them, and processor seconds of that."""
     entries = {unit.name: (tried.layer, unit.shape, schemes[unit.name]) for unit in tried.units()}
-    shard = shards({}, len(tried.site.view.blocks), entries)[tried.layer + 1]
+    shard = shards({}, len(tried.workspace.view.blocks), entries)[tried.layer + 1]
     tensors = {f"{name}.{suffix}": tensor for name, result in done.items() for suffix, tensor in result.tensors.items()}
-    work = tried.site.work
+    work = tried.workspace.work
 
     def write() -> None:
         work.mark_done(f"layer-{tried.layer}", write_shard(work.result, shard, tensors).model_dump(mode="json"))
@@ -211,7 +211,7 @@ def _written(
 
 
 def _stand_ins(units: Sequence[Unit], few: Sequence[int]) -> Iterator[tuple[Unit, Unit]]:
-    """Units of experts that were not quantized, each with one that was."""
+    """Units of experts that were not quantized, each with one that was and stands in for it."""
     routed = {(unit.expert, unit.projection): unit for unit in units if unit.expert is not None}
     for (expert, projection), unit in routed.items():
         if expert is not None and expert not in few:
@@ -219,12 +219,12 @@ def _stand_ins(units: Sequence[Unit], few: Sequence[int]) -> Iterator[tuple[Unit
 
 
 def _mixed(fit: float, check: float) -> float:
-    """Seconds of a token where one in so many is not fitted on."""
+    """Average seconds per token, of which one in `HELD_OUT_EVERY` is held out from fitting."""
     return fit + (check - fit) / HELD_OUT_EVERY
 
 
 def trial_batches(windows: int, together: int) -> tuple[int, int, int]:
-    """How a trial stands for some windows of samples: batches to fit on, batches to compare by, and windows of these.
+    """Size of a trial for a number of windows: batches to fit on, batches to compare on, windows per batch of these.
 
     >>> trial_batches(windows=64, together=4)
     (3, 2, 4)
@@ -232,10 +232,10 @@ def trial_batches(windows: int, together: int) -> tuple[int, int, int]:
     (3, 1, 2)
 
     Args:
-        windows: of all samples.
-        together: windows of a batch.
+        windows: number of windows of all samples.
+        together: windows per batch.
     """
     checked = max(1, windows // HELD_OUT_EVERY)
     size = min(checked, together)
-    fit = max(1, min(_MOST_FIT, (windows - checked) // together))
-    return fit, max(1, min(_MOST_CHECKED, checked // size)), size
+    fit = max(1, min(_MAX_FIT, (windows - checked) // together))
+    return fit, max(1, min(_MAX_CHECKED, checked // size)), size

@@ -1,5 +1,5 @@
-// What Python sees: matrices by the addresses of tensors that the caller keeps alive. moqa/kernels/native.py checks
-// dtypes, shapes and strides before an address comes here.
+// The Python interface: matrices by the addresses of tensors that the caller keeps alive. moqa/kernels/native.py checks
+// dtypes, shapes and strides before it passes an address.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -29,7 +29,7 @@ void set_path(const std::string& name) {
     throw std::invalid_argument("this processor has no path " + name);
 }
 
-// A layer from a dictionary: what it lacks is null. Addresses are integers, matrices and experts objects.
+// A layer from a dictionary; missing parts are null. Addresses are integers, matrices and experts are objects.
 Layer layer_of(const nb::dict& d) {
     const auto floats = [&](const char* name) -> const float* {
         return d.contains(name) ? at<float>(nb::cast<uintptr_t>(d[name])) : nullptr;

@@ -72,7 +72,7 @@ void attend(const Path& path, const Attention& a, const float* x, int layer, con
     float* scores = work.floats<3>(size_t(a.heads) * length);
     float* mixed = work.floats<4>(queries);
     const int sharing = a.heads / a.kv_heads;
-    // short pasts are read before another thread is awake
+    // with a short past, this is done before another thread has woken up
     parallel(size_t(length) * keys * 8 < (1 << 18) ? 1 : threads, a.kv_heads, [&](int h) {
         const size_t at = size_t(h) * past.capacity * a.head_dim;
         path.attend(q + size_t(h) * sharing * a.head_dim, sharing, past.keys[layer] + at, past.values[layer] + at,

@@ -1,5 +1,5 @@
-// One token through all layers of a decoder in one call. At one token a framework's own work between the products
-// takes longer than the products.
+// One token through all layers of a decoder in one call. With a single token, a framework's overhead between the
+// products takes longer than the products.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +19,12 @@ struct Attention {
     const Matrix *q, *k, *v, *o;
     const float *q_bias, *k_bias, *v_bias, *o_bias;
     Norm q_norm, k_norm;
-    bool norm_heads;  // each head apart, or all of them as one
+    bool norm_heads;  // normalize each head separately, or all of them as one
     int heads, kv_heads, head_dim;
     float scale;
 };
 
-// gate, up and down of an MLP that every token visits; `share` is what its output is multiplied with, if it is learnt.
+// gate, up and down of an MLP that every token passes; `share` computes a learned factor of its output, or is null.
 struct Mlp {
     const Matrix *gate, *up, *down;
     const float* share;
@@ -36,7 +36,7 @@ struct Router {
     const float* weight;  // [experts, hidden]; null: no routed experts
     int experts, top_k;
     bool normalize;
-    int64_t* counts = nullptr;  // [experts] how many tokens each got, to be added to; null: not counted
+    int64_t* counts = nullptr;  // [experts] tokens of each expert, incremented; null: not counted
 };
 
 struct Layer {
@@ -54,7 +54,7 @@ struct Decoder {
     int hidden;
 };
 
-// Keys and values of what was read, [kv_heads, capacity, head_dim] for each layer.
+// Keys and values of the tokens so far, [kv_heads, capacity, head_dim] for each layer.
 struct Past {
     std::vector<float*> keys, values;
     int capacity;

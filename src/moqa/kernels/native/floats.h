@@ -1,4 +1,4 @@
-// Work on plain floats in loops that the compiler turns into vectors of the path's instructions.
+// Work on plain floats in loops that the compiler vectorizes with the path's instructions.
 #pragma once
 
 #include <algorithm>
@@ -48,11 +48,11 @@ inline void quantize(const Rows& x, int index) {
         const int begin = group * x.group, size = std::min(x.group, x.in - begin);
         const size_t at = size_t(group) * x.count + index;
         int8_t* q = x.q + at * x.group;
-        // magnitudes compare as their bits do, and integers reduce in any order
+        // magnitudes are ordered like their bit patterns, and integers can be reduced in any order
         int32_t bits = 0;
         for (int i = 0; i < size; ++i) bits = std::max(bits, bits_of(values[begin + i]) & 0x7fffffff);
         std::memset(q, 0, x.group);
-        if (bits >= 0x7f800000) {  // NaN or infinite: every output of the row must say so
+        if (bits >= 0x7f800000) {  // NaN or infinity: all outputs of the row become NaN
             x.scale[at] = x.sum[at] = NAN;
             continue;
         }
@@ -70,7 +70,7 @@ inline void quantize(const Rows& x, int index) {
     }
 }
 
-// e^x within 2e-7; compilers turn loops over it into vectors, which they do not for the library's.
+// e^x within 2e-7; compilers vectorize loops over it, unlike the library's.
 MOQA_INLINE float exponential(float x) {
     x = std::min(std::max(x, -87.0f), 88.0f);
     const float shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;

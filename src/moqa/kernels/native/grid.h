@@ -21,11 +21,11 @@ MOQA_INLINE Lanes from_half(Bits half) {
     return half >= 0x7c00 ? all(INFINITY) : half < 0x400 ? small : normal;
 }
 
-// What is shrunk of a group's range in search of its grid.
+// Factors by which a group's range is shrunk in the search for its grid.
 constexpr float SHRINKS[] = {1.0f, 0.95f, 0.9f, 0.82f, 0.72f, 0.6f};
 constexpr int CANDIDATES = sizeof(SHRINKS) / sizeof(float);
 
-// What depends on the widths of some rows alone: divisions that no group repeats.
+// Values that depend only on the widths of some rows, so that divisions are not repeated for each group.
 struct LaneWidths {
     Lanes top;                 // the largest integer
     Integers integers;
@@ -63,7 +63,7 @@ struct LaneSums {
     }
 };
 
-// Weights of a group of some rows, and what the search needs of them. `weighted`: squared errors do not all count 1.
+// Weights of a group of some rows, and what the search needs of them. `weighted`: squared errors have weights.
 template <bool weighted>
 struct LaneGroup {
     const Lanes* x;       // [size]
@@ -88,7 +88,7 @@ struct LaneGroup {
         return value;
     }
 
-    // The grid as it can be stored: `low` is what lies at integer zero.
+    // The grid as it is stored; `low` is the value of integer zero.
     MOQA_INLINE LaneGrid grid(Lanes scale, Lanes low) const {
         LaneGrid g;
         if (half) {
@@ -114,7 +114,7 @@ struct LaneGroup {
     MOQA_INLINE Lanes place(const LaneGrid& g, int i) const { return x[i] * g.inverse + g.offset; }
     MOQA_INLINE Lanes integer(Lanes place) const { return widths.integers.nearest(place); }
 
-    // Squared error of a grid, from the squares of what is between integers and places in units of its scale.
+    // Squared error of a grid, from the squared distances between integers and positions in units of its scale.
     MOQA_INLINE Lanes error(const LaneGrid& g, Lanes squares) const {
         const Bits usable = g.inverse > 0.0f, none = g.scale < 1.0f;
         return usable ? squares * g.scale * g.scale : none ? energy : all(INFINITY);
@@ -149,13 +149,13 @@ struct LaneGroup {
     MOQA_INLINE LaneGrid refit(const LaneGrid& g, const LaneSums& s) const {
         const Lanes mean = symmetric ? Lanes{} : s.steps / sum, mean_x = symmetric ? Lanes{} : sum_x / sum;
         const Lanes spread = s.squares - mean * s.steps, along = s.products - mean * sum_x;
-        // what rounding leaves of equal steps is no spread
+        // rounding errors of equal steps are not a spread
         const Lanes slope = spread > 1e-5f * s.squares ? most(along / spread, Lanes{}) : g.scale;
         return grid(slope, mean_x - slope * (mean + g.offset));
     }
 };
 
-// Searches shrunken ranges, then refits; see moqa/kernels/fitting.py, which says the same in torch.
+// Searches shrunken ranges, then refits; moqa/kernels/fitting.py does the same in torch.
 template <bool weighted>
 MOQA_INLINE LaneGrid search(const LaneGroup<weighted>& group, Lanes& error) {
     constexpr int together = 3, refits = 3;
@@ -192,7 +192,7 @@ MOQA_INLINE LaneGrid search(const LaneGroup<weighted>& group, Lanes& error) {
         error = better ? found : error;
         int any = 0;
         for (int l = 0; l < WIDE; ++l) any |= better[l];
-        if (!any) break;  // a refit that improves no row would be found again
+        if (!any) break;  // the next refit would be the same
     }
     return best;
 }
@@ -230,7 +230,7 @@ MOQA_INLINE Bits four(const Lanes* q, int count) {
     return found;
 }
 
-// Integers of columns begin .. begin + size of some rows, from vectors of one column each, which are lost.
+// Integers of columns begin .. begin + size of some rows, from vectors of one column each, which are overwritten.
 MOQA_INLINE void put_integers(Lanes* q, const Fitting& f, size_t row, int rows, int begin, int size) {
     uint8_t* to = f.integers + row * f.in + begin;
     for (int i = size / 4 * 4; i < size; ++i)
@@ -267,7 +267,7 @@ MOQA_INLINE void fit_rows(const Fitting& f, size_t row, int rows, const float* i
         if (weighted) {
             float sum = 0;
             for (int i = 0; i < size; ++i) sum += importance[begin + i];
-            // a group whose inputs were never active has no preference: equal weights keep it sane
+            // a group whose inputs were never active has no importance: equal weights keep its fit well defined
             const float floor = std::max(sum / float(f.group), 1e-12f) * 1e-2f;
             for (int i = 0; i < size; ++i) weight[i] = floor + importance[begin + i];
         }

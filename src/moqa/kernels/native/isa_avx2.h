@@ -46,7 +46,7 @@ struct Avx2 {
         if constexpr (Width < 8) {
             return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
         } else {
-            // two products of 8 bits do not fit in the 16 bits in which pairs are summed: nibbles apart
+            // two products of 8 bits do not fit in the 16 bits in which pairs are summed: nibbles separately
             const __m256i nibble = _mm256_set1_epi8(15);
             const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble), low = _mm256_and_si256(w, nibble);
             const __m256i sixteens = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), _mm256_set1_epi16(16));

@@ -33,7 +33,7 @@ struct Avx512 {
     static Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
     template <int Width>
     static Sums dot(Sums sums, Words w, int32_t quad) {
-        // said in assembly, since gcc copies each sum to another register before the intrinsic and back after it
+        // in assembly, since gcc copies each sum to another register before the intrinsic and back after it
         asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(_mm512_set1_epi32(quad)));
         return sums;
     }

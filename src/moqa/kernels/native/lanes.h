@@ -25,21 +25,21 @@ using Bits = int32_t __attribute__((vector_size(4 * WIDE)));
 MOQA_INLINE Lanes all(float x) { return x - Lanes{}; }
 MOQA_INLINE Lanes least(Lanes a, Lanes b) { return a < b ? a : b; }
 MOQA_INLINE Lanes most(Lanes a, Lanes b) { return a > b ? a : b; }
-// Adding 1.5 * 2^23 rounds what is smaller than 2^22, to even where two are as near.
+// Adding 1.5 * 2^23 rounds numbers below 2^22 to the nearest integer, ties to even.
 constexpr float ROUNDER = 12582912.0f;
 MOQA_INLINE Lanes nearest(Lanes x) { return (x + ROUNDER) - ROUNDER; }
 
-// The integers 0 .. top, as they are before ROUNDER is taken away again.
+// The integers 0 .. top, before ROUNDER is subtracted again.
 struct Integers {
     Lanes lowest, highest;
 
-    // gcc makes one instruction of a bound that it does not know, and two of one that it does
+    // gcc emits one instruction for a bound that it does not know, and two for one that it knows
     MOQA_INLINE explicit Integers(Lanes top) : lowest(top * 0.0f + ROUNDER), highest(top + ROUNDER) {}
 
     MOQA_INLINE Lanes nearest(Lanes x) const { return least(most(x + ROUNDER, lowest), highest) - ROUNDER; }
 };
 
-// The lower halves of two vectors with their lanes in turns, or the upper halves.
+// The lanes of the lower halves of two vectors, interleaved, or those of the upper halves.
 template <bool upper, size_t... lane>
 MOQA_INLINE Bits in_turns(Bits a, Bits b, std::index_sequence<lane...>) {
 #if defined(__clang__)
@@ -67,7 +67,7 @@ struct Square {
     }
 };
 
-// `count` times four bytes of every row, from rows that are `stride` bytes apart to a vector for each four.
+// Loads `count` times four bytes of every row; rows are `stride` bytes apart, and each four bytes go to one vector.
 MOQA_INLINE void gather(const uint8_t* from, size_t stride, int rows, int count, Lanes* to) {
     int i = 0;
     for (; i + WIDE <= count && rows == WIDE; i += WIDE) {
@@ -87,7 +87,7 @@ MOQA_INLINE void gather(const uint8_t* from, size_t stride, int rows, int count,
     }
 }
 
-// The other way round.
+// The inverse of it.
 MOQA_INLINE void scatter(const Lanes* from, int count, uint8_t* to, size_t stride, int rows) {
     int i = 0;
     for (; i + WIDE <= count && rows == WIDE; i += WIDE) {

@@ -1,4 +1,4 @@
-// A packed matrix and quantized rows: what every path computes with. Layout: docs/format.md.
+// A packed matrix and quantized rows, which all paths compute with. Layout: docs/format.md.
 #pragma once
 
 #include <cstddef>
@@ -26,7 +26,7 @@ struct Matrix {
     int tiles() const { return (out + TILE - 1) / TILE; }
     int blocks() const { return (in + BLOCK - 1) / BLOCK; }
     int groups() const { return (in + group - 1) / group; }
-    // Weight zero lies at `zero * zero_step()`, or at half the grid if symmetric.
+    // The position of weight zero is `zero * zero_step()`, or the middle of the grid if symmetric.
     float zero_step() const { return float((1 << width) - 1) / 255.0f; }
     float middle() const { return float(1 << (width - 1)); }
     size_t row_bytes() const { return width == 16 ? size_t(in) * 2 : size_t(in) * width / 8; }
@@ -37,7 +37,7 @@ struct Rows {
     int count, in, group;
     int8_t* q;      // [groups, count, group], zero beyond `in`
     float* scale;   // [groups, count]
-    float* sum;     // [groups, count]: scale * (sum of q), what a zero-point multiplies
+    float* sum;     // [groups, count]: scale * (sum of q), which is multiplied with zero-points
     const float** values;  // [count] rows of `in` floats, for dense matrices
 
     int groups() const { return (in + group - 1) / group; }

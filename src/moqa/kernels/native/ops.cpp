@@ -10,10 +10,10 @@
 namespace moqa {
 namespace {
 
-constexpr int ITEM_TILES = 8;           // tiles of a piece of work, at least
-constexpr size_t WAKE_BYTES = 1 << 17;  // smaller products are done before another thread is awake
+constexpr int ITEM_TILES = 8;           // smallest number of tiles of a work item
+constexpr size_t WAKE_BYTES = 1 << 17;  // smaller products are done before another thread has woken up
 
-// Tiles of a piece of a single product: eight pieces per thread even out, and longer ones read on where they prefetch.
+// Tiles of a work item of a single product: eight per thread balance the load; larger items profit from prefetching.
 int item_tiles(int tiles, int threads) { return std::max(ITEM_TILES, tiles / (8 * threads)); }
 
 float to_float(uint16_t bits) {
@@ -30,7 +30,7 @@ uint16_t to_bfloat16(float x) {
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Rows of an array as floats: its own memory, or a copy.
+// Rows of an array as floats: the array itself, or a copy.
 const float* floats(Array x, size_t count, Scratch& memory) {
     if (!x.bfloat16) return static_cast<const float*>(x.data);
     float* copy = memory.get<float>(count);
@@ -58,7 +58,7 @@ void linear(const Path& path, const Matrix& m, Array x, int rows, const float* b
     quantized.shape(rows, m.in, m.group);
     for (int row = 0; row < rows; ++row) quantized.values[row] = values + size_t(row) * m.in;
     if (m.row_bytes() * m.out < WAKE_BYTES && rows < 16) threads = 1;
-    // thread-local names would mean another thread's in the pieces of work
+    // thread-local variables would be those of other threads inside the work items
     const Rows& input = quantized;
     if (m.width != 16) {
         const int batch = 16;
@@ -99,7 +99,7 @@ void products(const Path& path, std::initializer_list<Product> list, const float
             work.push_back({&product, tile, std::min(m.tiles(), tile + size)});
         bytes += m.row_bytes() * m.out;
     }
-    if (group < 0) {  // inputs are quantized by group: matrices of other group sizes go one by one
+    if (group < 0) {  // inputs are quantized by group: matrices of different group sizes are multiplied one by one
         for (const Product& product : list) products(path, {product}, x, rows, threads);
         return;
     }
@@ -123,7 +123,7 @@ struct Share {
     int expert, begin, count;  // its slots are begin .. begin + count in the order by expert
 };
 
-// Everything that one call works on; kept between calls for its memory.
+// Working data of one call; kept between calls to reuse its memory.
 struct Call {
     Scratch copied, order_memory, inner_memory, out_memory;
     std::map<int, QuantizedRows> tokens;    // by group size
@@ -186,7 +186,7 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
     float* middle = call.inner_memory.get<float>(size_t(slots) * inner);
     float* results = call.out_memory.get<float>(size_t(slots) * out);
 
-    // every token once for each group size that a matrix of this layer has
+    // every token is quantized once per group size of the layer's matrices
     std::vector<int> sizes;
     for (const Share& share : call.shares)
         for (const Matrix* m : {e.gate[share.expert], e.up[share.expert]})
@@ -284,7 +284,7 @@ void experts(const Path& path, const Experts& e, Array x, int tokens, int top_k,
                          std::min(out, last * TILE) - begin);
     });
 
-    // in the order of a token's own list, whatever the experts' order was
+    // in the order of the token's own list, independent of the order of the experts
     parallel(tokens < 16 ? 1 : threads, (tokens + 15) / 16, [&](int item) {
         static thread_local Scratch memory;
         for (int t = item * 16; t < std::min(tokens, item * 16 + 16); ++t) {

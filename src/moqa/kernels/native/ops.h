@@ -8,7 +8,7 @@
 
 namespace moqa {
 
-// Activations as the caller has them: [rows, features], rows one after the other.
+// Activations of the caller: [rows, features], contiguous.
 struct Array {
     void* data;
     bool bfloat16;  // or float32
@@ -17,7 +17,7 @@ struct Array {
 // y[rows, out] = x[rows, in] times the matrix, plus bias[out] if given.
 void linear(const Path& path, const Matrix& matrix, Array x, int rows, const float* bias, Array y, int threads);
 
-// y[out] = matrix times x, plus bias[out] if given; several matrices for one row x[in], in one piece of work.
+// y[out] = matrix times x, plus bias[out] if given; several matrices for one row x[in], in one call.
 struct Product {
     const Matrix* matrix;
     const float* bias;
@@ -34,11 +34,11 @@ struct Experts {
     std::vector<const Patch*> patches;
 };
 
-// y[t] = sum over k of weights[t, k] * expert index[t, k] of x[t]. An index past the last expert means none.
+// y[t] = sum over k of weights[t, k] * expert index[t, k] of x[t]. An index past the last expert stands for none.
 void experts(const Path& path, const Experts& experts, Array x, int tokens, int top_k, const int64_t* index,
              const float* weights, Array y, int threads);
 
-// Reads every byte, as fast as this machine does: what a product that is limited by memory is measured against.
+// Reads every byte as fast as this machine can: the reference for products that are limited by memory.
 uint64_t read(const Path& path, const void* data, size_t bytes, int threads);
 
 }  // namespace moqa

@@ -1,4 +1,4 @@
-// Integers into planes, see moqa/format/planes.py.
+// Packs integers into planes, see moqa/format/planes.py.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int FOURS = BLOCK / 4;  // vectors of a block, with four inputs of a row in each lane
 
-// A block of rows `row`, `row` + 1, ... of a tile, with zeros in lanes that are no rows.
+// A block of rows `row`, `row` + 1, ... of a tile, with zeros in lanes without a row.
 MOQA_INLINE void put_block(const Bits* fours, int width, size_t block, int row, uint8_t* const* planes) {
     int low = width;
     for (int n = 0; n < plane_count(width); ++n) {

@@ -10,7 +10,7 @@ void quantize_all(const Path& path, const Matrix& m, const Rows& rows) {
         for (int t = 0; t < rows.count; ++t) path.quantize(rows, t);
 }
 
-// Inputs begin ... begin + count - 1 of a matrix of one group: whole blocks of a packed one.
+// Inputs begin ... begin + count - 1 of a matrix with a single group; whole blocks of a packed matrix.
 Matrix inputs_of(const Matrix& m, int begin, int count) {
     Matrix part = m;
     if (m.width == 16) {

@@ -1,4 +1,4 @@
-// Channels of experts that an adjustment gives bits of their own, beside the packed ones and in the same call.
+// Channels of experts that an adjustment gives bits of their own, computed in the same call as the packed ones.
 #pragma once
 
 #include <vector>
@@ -18,8 +18,8 @@ struct Channels {
     int count(int expert) const { return matrix == nullptr ? 0 : begin[expert + 1] - begin[expert]; }
 };
 
-// What these channels give is added to what the packed matrices give, or stands in its place; a channel that one patch
-// replaces is in no other.
+// Products with these channels are added to those of the packed matrices, or replace them; a channel that one patch
+// replaces is in no other patch.
 struct Patch {
     Channels gate, up, down;
     bool replaces;
@@ -30,9 +30,9 @@ class PatchedShare {
   public:
     // The products with gate and up of `tokens` rows of inputs.
     void first(const Path& path, const Patch& patch, int expert, int tokens, const float* const* x);
-    // Into one token's products with the rows begin ... begin + width - 1.
+    // Applies them to one token's products with the rows begin ... begin + width - 1.
     void join(int token, int begin, int width, float* gate, float* up) const;
-    // Takes the channels' activations [tokens, inner] as inputs to `down`; what is replaced becomes zero there.
+    // Takes the channels' activations [tokens, inner] as inputs to `down`; replaced ones are set to zero there.
     void choose(const Path& path, float* activations, int inner);
     // Adds the products with tiles first ... last - 1 of `down` to y[tokens, stride].
     void second(const Path& path, int first, int last, float* y, size_t stride) const;

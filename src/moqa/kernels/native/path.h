@@ -1,4 +1,4 @@
-// One way to compute on a processor. A path is compiled with its own instruction set; run time picks one.
+// One way to compute on a processor. Each path is compiled with its own instruction set; one is chosen at run time.
 #pragma once
 
 #include <vector>
@@ -24,7 +24,7 @@ struct Path {
     // Attention of `heads` queries [heads, dim] to keys and values [length, dim]; scores is [heads, length] of memory.
     void (*attend)(const float* q, int heads, const float* keys, const float* values, int length, int dim, float scale,
                    float* scores, float* y);
-    // Reads every byte and gives the XOR of its words.
+    // Reads every byte and returns the XOR of the words.
     uint64_t (*read)(const uint8_t* data, size_t bytes);
     // See solve.h: a tile of rows of one matrix, and `ROUND_ROWS` of them.
     void (*fit)(const Fitting& fitting, int matrix, int tile);

@@ -11,8 +11,8 @@
 namespace moqa {
 namespace {
 
-// Waking a sleeping thread takes some ten microseconds, as long as a tenth of a small product. So a thread that has
-// nothing to do looks for about as long whether something comes, and only then sleeps.
+// Waking a sleeping thread takes about ten microseconds, a tenth of a small product. So a thread without work polls for
+// about as long, and only then sleeps.
 constexpr int LOOKS = 500;
 
 void relax() {
@@ -47,7 +47,7 @@ class Pool {
         take(0);
         {
             const std::lock_guard<std::mutex> lock(mutex_);
-            open_ = false;  // a helper that wakes only now is not waited for
+            open_ = false;  // threads that wake up from now on are not waited for
         }
         look([this] { return active_ == 0; });
         std::unique_lock<std::mutex> lock(mutex_);
@@ -55,8 +55,8 @@ class Pool {
     }
 
   private:
-    // Items side by side, which a thread takes one after the other: what it has asked of the memory ahead is its own
-    // next item. Who is done with his share helps with the others'.
+    // A thread takes neighbouring items one after the other, so that the memory that it prefetches belongs to its own
+    // next item. A thread that has finished its share helps with the others.
     struct alignas(64) Share {
         std::atomic<int> next{0};
         int end = 0;
@@ -94,8 +94,8 @@ class Pool {
     bool open_ = false;
 };
 
-// A child of fork has no threads of its parent: it gets a pool of its own. Pools are never destroyed, since their
-// threads may outlive the end of main.
+// A forked child has none of its parent's threads: it gets a pool of its own. Pools are never destroyed, since their
+// threads may outlive main.
 Pool& pool() {
     static std::mutex mutex;
     static Pool* current = nullptr;

@@ -5,9 +5,9 @@
 
 namespace moqa {
 
-// Calls work(0) ... work(items - 1) on up to `threads` threads, this one included, and returns when all are done.
-// Which thread takes an item must not matter to its result. A thread without work looks for some ten microseconds
-// whether more comes, then sleeps until it does.
+// Calls work(0) ... work(items - 1) on up to `threads` threads, including this one, and returns when all are done. The
+// result of an item must not depend on the thread. A thread without work polls for about ten microseconds, then sleeps
+// until there is more.
 void parallel(int threads, int items, const std::function<void(int)>& work);
 
 }  // namespace moqa

@@ -14,10 +14,10 @@ namespace moqa {
 namespace {
 
 // Sums of one row over one tile and group, plane by plane: fields are multiplied where they lie in their bytes, so that
-// nothing is shifted but the sums. It multiplies more often, which a single row leaves time for.
+// only the sums are shifted. It needs more multiplications, for which a single row leaves time.
 template <class Isa, int Width>
 MOQA_INLINE typename Isa::Sums row_sums(const Matrix& m, int tile, int begin, int end, const int8_t* q) {
-    // field k and field k + 4 of a plane of single bits share a sum: that one shift spares four sums
+    // field k and field k + 4 of a plane of single bits share a sum: one shift saves four sums
     typename Isa::Sums sums[plane_count(Width)][4];
     times<plane_count(Width)>([&](auto n) { times<4>([&](auto k) { sums[n][k] = Isa::no_sums(); }); });
     for (int block = begin; block < end; ++block, q += BLOCK) {
@@ -62,7 +62,7 @@ void one_row(const Matrix& m, const Rows& x, int first, int last, float* y) {
 template <class Isa, int Width, int Count>
 void few_rows(const Matrix& m, const Rows& x, int first, int last, float* y, size_t stride) {
     const int per_group = m.group / BLOCK;
-    // two chains of sums where few rows would leave the multiplier waiting for its own result
+    // two chains of sums, because with few rows the multiplier would wait for its own result
     constexpr int chains = Count < 4 ? 2 : 1;
     for (int tile = first; tile < last; ++tile) {
         typename Isa::Floats total[Count];
@@ -101,7 +101,7 @@ constexpr int CHUNK = 128;  // rows whose sums stay in the nearest cache
 template <class Isa, int Width, int Tiles, int Count>
 MOQA_INLINE void register_block(const uint8_t* weights, int quads, const int8_t* q, int group, const Grid<Isa>* grid,
                                 const float* scale, const float* sum, float (*totals)[Tiles * TILE]) {
-    // loops over these are unrolled by hand: one that the compiler keeps would keep the sums in memory
+    // loops over these are unrolled by hand: if the compiler kept a loop, it would keep the sums in memory
     typename Isa::Sums sums[Count][Tiles];
     times<Count>([&](auto t) { times<Tiles>([&](auto n) { sums[t][n] = Isa::no_sums(); }); });
     for (int i = 0; i < quads; ++i, weights += Tiles * VECTOR, q += 4) {

@@ -1,4 +1,4 @@
-// Quantized rows with the memory that they live in.
+// Quantized rows with their memory.
 #pragma once
 
 #include <vector>
@@ -21,8 +21,8 @@ struct QuantizedRows : Rows {
     }
 };
 
-// Quantized rows in parts, whose memory is as much as all of them need: were it each part's own, every one would keep
-// what it needed at most in any call.
+// Quantized rows in parts that share memory: if each part had its own, each would keep the most that it needed in any
+// call.
 struct QuantizedParts {
     std::vector<Rows> parts;
     Scratch bytes, scales, sums, rows;

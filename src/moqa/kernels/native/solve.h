@@ -30,9 +30,9 @@ struct Fitting {
 // One block of GPTQ's columns, from the last in its order to the first. Weight = scale * (integer - offset).
 struct Rounding {
     int matrices, rows, in, group, groups, first, columns;
-    const float* values;   // [matrices, columns, rows] what the block's weights are by now
+    const float* values;   // [matrices, columns, rows] current weights of the block
     float* work;           // [matrices, in, rows] weights, which become weight minus stored weight
-    const float* factor;   // [matrices, in, in] L: column k takes L[j][k] / L[k][k] of the error of column j behind it
+    const float* factor;   // [matrices, in, in] L: column k gets L[j][k] / L[k][k] of the error of a later column j
     const int64_t* order;  // [matrices, in] columns of the matrix
     const float* scale;    // [matrices, groups, rows]
     const float* offset;   // [matrices, groups, rows]

@@ -1,5 +1,5 @@
-// From planes to vectors of integers, and from sums of integers to values. What is written here has the types of a path
-// (isa_*.h) and stays inside the file that includes it, since every path compiles it with its own instructions.
+// From planes to vectors of integers, and from sums of integers to values. The code uses the types of a path (isa_*.h)
+// and is local to the file that includes it, since every path compiles it with its own instructions.
 #pragma once
 
 #include <algorithm>
@@ -28,11 +28,11 @@ constexpr int plane_count(int width) {
     return (PLANES[width][0] > 0) + (PLANES[width][1] > 0) + (PLANES[width][2] > 0);
 }
 
-// Bytes by which weights are asked for before they are used: the processor's own prefetching runs too short for
-// weights that are used as fast as they come.
+// Distance in bytes at which weights are prefetched: the processor's own prefetching is too short for weights that are
+// used as fast as they arrive.
 constexpr int AHEAD = 8192;
 
-// Where the packed bytes of one tile and block begin, for each plane.
+// Addresses of the packed bytes of one tile and block, for each plane.
 struct Place {
     const uint8_t* planes[3];
 };
