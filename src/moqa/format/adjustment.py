@@ -220,15 +220,15 @@ class Adjustment:
             if counts.sum(1).tolist() != list(part.counts) or bool((counts < 0).any()):
                 raise MoqaError(f"{self.folder}: the channels of part {number} do not match its counts per expert")
         for layer in range(len(self.record.channels[0].counts) if self.record.channels else 0):
-            for found in self.layer(layer):
-                places = found.expert * sizes.width + found.channel
-                inside = bool((found.channel >= 0).all()) and bool((found.channel < sizes.width).all())
+            for channels in self.layer(layer):
+                places = channels.expert * sizes.width + channels.channel
+                inside = bool((channels.channel >= 0).all()) and bool((channels.channel < sizes.width).all())
                 if not inside or not bool((places.diff() > 0).all()):
                     raise MoqaError(f"{self.folder}: layer {layer} has channels that do not exist or are not ascending")
-                for suffix in found.tensors.keys() & {"scale", "weight"}:
-                    self._check_finite(f"a {suffix} of layer {layer}", found.tensors[suffix])
-                if found.factor is not None:
-                    self._check_finite(f"a factor of layer {layer}", found.factor)
+                for suffix in channels.tensors.keys() & {"scale", "weight"}:
+                    self._check_finite(f"a {suffix} of layer {layer}", channels.tensors[suffix])
+                if channels.factor is not None:
+                    self._check_finite(f"a factor of layer {layer}", channels.factor)
         for name in self.record.units:
             for suffix, tensor in self.unit(name).items():
                 if suffix in ("scale", "weight"):

@@ -187,9 +187,9 @@ def _is_supported(model: "PreTrainedModel") -> bool:
 
 
 def _linears(layer: Any) -> list[nn.Module]:
-    found = [getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"]
+    attention = [getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"]
     dense = getattr(layer.mlp, "shared_expert", None) if hasattr(layer.mlp, "experts") else layer.mlp
-    return found + ([] if dense is None else [getattr(dense, f"{name}_proj") for name in ("gate", "up", "down")])
+    return attention + ([] if dense is None else [getattr(dense, f"{name}_proj") for name in ("gate", "up", "down")])
 
 
 def _experts_known(mlp: Any) -> bool:
