@@ -178,7 +178,7 @@ class TestMistakes:
 
     def test_a_profile_of_another_model(self, tiny_model, planned, profiled, tmp_path):
         record = profiled.record.model_copy(update={"fingerprint": "0" * 64, "model": "other/model"})
-        with pytest.raises(MoqaError, match=r"is of other/model: it is not the one the plan was made from"):
+        with pytest.raises(MoqaError, match=r"is of other/model: it is not the one that the plan was made from"):
             quantize(tiny_model, planned, tmp_path / "out", profile=dataclasses.replace(profiled, record=record))
 
     @pytest.mark.parametrize("change", ["one less", "one more"])

@@ -121,8 +121,8 @@ def prove(bench: ProofSetup, chosen: Plan, out: Path, method: str, report: Repor
 
 
 def baselines(profile: Profile, chosen: Plan) -> list[Plan]:
-    """Plans that a checkpoint is compared with: the largest uniform plan within its size, the smallest above it, and the
-    hand rule if the model has experts."""
+    """Plans that a checkpoint is compared with: the largest uniform plan within its size, the smallest above it, and
+    the hand rule if the model has experts."""
     of = partial(plan, profile, ties=chosen.ties, known=chosen.known)
     plans = [of(None, strategy=PLAIN, widths=[width]) for width in profile.record.widths]
     fitting = [p for p in plans if p.account.checkpoint <= chosen.account.checkpoint]
