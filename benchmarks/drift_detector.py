@@ -13,7 +13,7 @@ import torch
 from timing import take_turns
 
 import moqa
-from moqa.adjustment.drift import DEFAULT_THRESHOLD, EVERY, WINDOW, DriftDetector
+from moqa.adjustment.drift import DEFAULT_THRESHOLD, INTERVAL, WINDOW, DriftDetector
 from moqa.data import cut_windows, read_distributions
 from moqa.format.routing import Routing, read_routing
 from moqa.profiling import read_profile
@@ -129,7 +129,7 @@ def cost(folder: Path) -> dict:
         def block(number: int) -> None:
             for token in range(BLOCK):
                 decoder.step((number * BLOCK + token) * 7 % 8192, cache)
-                if watched and token % EVERY == 0:
+                if watched and token % INTERVAL == 0:
                     detector.add(counts.take())
             cache.crop(-BLOCK)
 
@@ -169,7 +169,7 @@ Command: `python benchmarks/drift_detector.py`, after `make demo`. Reference mod
 wiki and novels; python, math, german and french are novel. Held-out texts, {TOKENS:,} tokens each, decoded token by
 token; {ORDERS} streams of all of them in stretches of {STRETCH:,} tokens in random order (fixed seeds), together
 {first["switches"]} switches from known to novel text and {first["known_tokens"]:,} known tokens.
-Memory of {WINDOW} tokens, judged every {EVERY}.
+Memory of {WINDOW} tokens, judged every {INTERVAL}.
 
 **Delay**: tokens from the switch to the state `novel`. **False alarm**: entering `novel` within known text.
 **Return**: tokens until `novel` is left after a switch back. The default threshold is {DEFAULT_THRESHOLD}.

@@ -80,8 +80,8 @@ class TestMaking:
     def test_swap_adds_no_byte(self, made, texts, tmp_path, monkeypatch):
         # experts of a random model are all alike, and so small that headers outweigh a few of them: let losing cost
         # nothing, and what half of them free move
-        monkeypatch.setattr("moqa.adjustment.swap.WORSE", 1.0)
-        monkeypatch.setattr("moqa.adjustment.swap.MOVED", (0.005,))
+        monkeypatch.setattr("moqa.adjustment.swap.ERROR_GROWTH", 1.0)
+        monkeypatch.setattr("moqa.adjustment.swap.MOVED_SHARES", (0.005,))
         found = moqa.adjust(made / "wider", [texts["python"]], tmp_path / "adj", samples=8, mode="swap")
         assert found.extra_bytes <= 0 < found.units
         units, record = open_checkpoint(made / "wider").manifest.units, read_adjustment(tmp_path / "adj").record
@@ -282,7 +282,7 @@ class TestRefused:
             moqa.evaluate(made / "full", [other], against=tiny_model, context=64, adjustment=python)
 
     def test_an_adjustment_of_an_original(self, python, texts, tiny_model):
-        with pytest.raises(MoqaError, match="is no checkpoint"):
+        with pytest.raises(MoqaError, match="is not a checkpoint"):
             moqa.evaluate(tiny_model, [texts["wiki"]], adjustment=python)
 
 
@@ -322,7 +322,7 @@ class TestCommand:
             ("full", ("--mode", "fp8"), "--mode fp8 is unknown"),
             ("full", ("--rule", "size"), "--rule size is unknown"),
             ("full", ("--bytes", "half"), "--bytes half is no share"),
-            ("full", ("--bytes", "0.01%"), "bytes hold no channel of this model: give at least"),
+            ("full", ("--bytes", "0.01%"), "bytes are too few for a channel of this model: give at least"),
             ("full", ("--samples", "3"), "needs at least 8: 2048 tokens"),
             ("full", ("--data", PYTHON.replace("python", "math")), "2 distributions to adjust to"),
         ],
@@ -364,7 +364,7 @@ class TestCommand:
             "-o", tmp_path / "out",
         )  # fmt: skip
         assert code == 2
-        assert f"--cache {cache} is no share" in err
+        assert f"--cache {cache} is not a share" in err
         assert not (tmp_path / "out").exists()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 import moqa
-from moqa.adjustment.drift import EVERY, FEWEST, WINDOW, DriftDetector, padded
+from moqa.adjustment.drift import INTERVAL, MIN_TOKENS, WINDOW, DriftDetector, padded
 from moqa.errors import MoqaError
 from moqa.format.reader import open_checkpoint
 from moqa.format.routing import ROUTING, Routing, read_routing, write_routing
@@ -250,7 +250,7 @@ class TestDetector:
     def test_says_nothing_of_a_phrase(self):
         routing, other = make_routing(), make_routing(9, ("math",))
         detector = DriftDetector(routing)
-        states = read(detector, draw(other.known["math"], FEWEST - 1, np.random.default_rng(0)))
+        states = read(detector, draw(other.known["math"], MIN_TOKENS - 1, np.random.default_rng(0)))
         assert set(states) == {"known"}
 
     def test_nothing_changes_nothing(self):
@@ -262,8 +262,8 @@ class TestDetector:
         detector = DriftDetector(make_routing(), threshold=0.1)
         values = iter([0.07, 0.08, 0.07, 0.1, 0.09, 0.086, 0.08, 0.07, 0.06])
         monkeypatch.setattr(detector, "_divergence", lambda *_: next(values))
-        rows = draw(make_routing().known["wiki"], EVERY * 10, np.random.default_rng(0))
-        states = read(detector, [rows[at : at + EVERY].sum(0) for at in range(0, len(rows), EVERY)])
+        rows = draw(make_routing().known["wiki"], INTERVAL * 10, np.random.default_rng(0))
+        states = read(detector, [rows[at : at + INTERVAL].sum(0) for at in range(0, len(rows), INTERVAL)])
         a, b, c = "known", "drifting", "novel"
         assert states[1:] == [a, b, b, c, c, c, b, b, a]
 

@@ -1,4 +1,4 @@
-"""What the cache knows of the original: a layer's errors, and the original itself where it is whole."""
+"""What the cache holds of the original: errors of a layer's channels, or the whole original."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from moqa.runtime.packed import PackedExperts
 
 @dataclass(frozen=True)
 class ExpertErrors:
-    """What quantization took from the cached channels of one expert.
+    """Quantization errors of the cached channels of one expert.
 
     Attributes:
         channels: [channels] int64, ascending.
@@ -29,10 +29,11 @@ class ExpertErrors:
 
 
 class LayerOriginals:
-    """One decoder layer of a checkpoint beside its cache.
+    """One layer of a checkpoint, with its cache.
 
-    >>> originals = LayerOriginals(model, manifest, cache, 0)
-    >>> originals.errors[7].missing["up_proj"].shape
+    >>> from moqa.format.cache import open_cache
+    >>> cache = open_cache("runs/out", checkpoint.manifest.fingerprint)
+    >>> LayerOriginals(model, checkpoint.manifest, cache, 0).missing()[7].missing["up_proj"].shape
     torch.Size([256, 256])
     """
 
@@ -50,16 +51,16 @@ class LayerOriginals:
         return sum(unit.role == "expert" for unit in self._units.values()) // len(PROJECTIONS)
 
     def name(self, expert: int, projection: str) -> str:
-        """Of an expert's unit."""
+        """Name of an expert's unit."""
         return f"{self.module}.{expert}.{projection}"
 
     def original(self, name: str) -> Tensor:
-        """[out, in] of a unit, float32; only of a whole original."""
+        """[out, in] original weights of a unit, float32; only if the cache holds the whole original."""
         return self.stored[name].float()
 
     def missing(self) -> dict[int, ExpertErrors]:
         """Errors of every expert that has cached channels."""
-        found = {}
+        errors = {}
         for expert in range(self.experts):
             base = {p: self.matrices[self.name(expert, p)].dense() for p in PROJECTIONS}
             base["down_proj"] = base["down_proj"].T
@@ -72,8 +73,8 @@ class LayerOriginals:
                 channels = self.stored["channel"][mine, 1].long()
                 rows = {p: self.stored[p][mine].float() for p in PROJECTIONS}
             if len(channels):
-                found[expert] = ExpertErrors(channels, {p: rows[p] - base[p][channels] for p in PROJECTIONS})
-        return found
+                errors[expert] = ExpertErrors(channels, {p: rows[p] - base[p][channels] for p in PROJECTIONS})
+        return errors
 
     def packed_rows(self, projection: str, places: Tensor) -> Tensor:
         """[channels, hidden] packed weights of [channels, 2] (expert, channel); columns of `down_proj` as rows."""
@@ -86,7 +87,7 @@ class LayerOriginals:
 
     @contextmanager
     def as_original(self) -> Iterator[None]:
-        """Let the layer compute with the original weights for a block; only of a whole original."""
+        """Inside this context, the layer computes with its original weights; only if the cache holds all of them."""
         for name, matrix in self.matrices.items():
             matrix.hold(self.original(name))
         try:
@@ -99,11 +100,11 @@ class LayerOriginals:
 def matrix_of(model: nn.Module, unit: str) -> PackedMatrix:
     """The packed matrix of a unit in a loaded model."""
     try:
-        found = model.get_submodule(f"{unit}.matrix")
+        matrix = model.get_submodule(f"{unit}.matrix")
     except AttributeError:
         module, expert, projection = unit.rsplit(".", 2)
         packed = model.get_submodule(module).moqa_weights
         assert isinstance(packed, PackedExperts)
-        found = packed.matrices[f"{expert}:{projection}"]
-    assert isinstance(found, PackedMatrix)
-    return found
+        matrix = packed.matrices[f"{expert}:{projection}"]
+    assert isinstance(matrix, PackedMatrix)
+    return matrix

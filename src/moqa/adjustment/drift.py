@@ -1,6 +1,6 @@
-"""Drift: whether the experts that live text uses are those that the known distributions use.
+"""Drift: whether live text uses the experts that the known distributions use.
 
-The routers decide it for every token anyway, so watching costs a few counters; no text is looked at.
+The routers choose experts for every token anyway, so watching only takes a few counters; the text itself is not used.
 """
 
 import math
@@ -16,46 +16,48 @@ State = Literal["known", "drifting", "novel"]
 STATES: tuple[State, ...] = ("known", "drifting", "novel")
 
 DEFAULT_THRESHOLD = 0.1  # bits
-WINDOW = 256  # tokens of memory: docs/results/drift-detector.md
-FEWEST = 96  # tokens in memory; a judgement on fewer is one on a phrase
-EVERY = 64  # tokens between two judgements: one takes a third of the time of a small model's token
-_DRIFTING = 0.75  # of the threshold
-_BACK = 0.85  # a state is left for a calmer one only this far below the divergence at which it is entered
-_STEPS = 3  # of the mixture's fit, which goes on from the last one
+WINDOW = 256  # tokens in memory: docs/results/drift-detector.md
+MIN_TOKENS = 96  # in memory, for a judgement; fewer are about as long as a phrase
+INTERVAL = 64  # tokens between two judgements: one takes a third of the time of a small model's token
+_DRIFTING = 0.75  # share of the threshold
+_HYSTERESIS = 0.85  # a state is left only below this share of the divergence at which it is entered
+_STEPS = 3  # of the mixture's fit, which continues from the last one
 _TINY = 1e-30
-_LEAST = 1e-6  # share of an expert that a distribution does not use, and of a distribution in the mixture
-# neighbouring tokens are routed alike: as much noise as of so many times fewer independent ones (2.3 on the reference
-# model's wiki)
-_CLUMPING = 2.5
+_MIN_SHARE = 1e-6  # of an expert that a distribution does not use, and of a distribution in the mixture
+# neighbouring tokens are routed alike: their noise is that of this many times fewer independent tokens (2.3 on the
+# reference model's wiki)
+_CORRELATION = 2.5
 
 
 class DriftDetector:
     """Judges recent tokens by the experts that they were routed to.
 
-    >>> detector = DriftDetector(read_routing("runs/out", fingerprint))
-    >>> detector.add(counts.take())
-    >>> detector.state, round(detector.divergence, 3)
-    ('known', 0.012)
+    >>> detector = DriftDetector(Routing(fingerprint="", top_k=1, layers=(0,), known={"wiki": ((0.5, 0.5),)}))
+    >>> detector.add(np.array([[60, 40]]))
+    'known'
+    >>> detector.add(np.array([[0, 300]]))
+    'novel'
 
-    The memory forgets exponentially. Its routing is compared with the mixture of known distributions that fits it best,
-    by the Jensen-Shannon divergence in bits, averaged over layers, less what so few tokens would give by chance.
+    The memory decays exponentially. Its routing is compared with the mixture of known distributions that fits it best,
+    by the Jensen-Shannon divergence in bits, averaged over layers, minus the divergence that so few tokens would have
+    by chance.
 
     Args:
         routing: of the known distributions.
-        threshold: divergence from which text is novel, in bits; from three quarters of it on it is drifting.
-        window: tokens that the memory holds.
+        threshold: divergence in bits from which text is novel; it is drifting from three quarters of the threshold.
+        window: number of tokens in memory.
 
     Raises:
-        MoqaError: if a number is out of its range.
+        MoqaError: if a number is out of range.
     """
 
     def __init__(self, routing: Routing, threshold: float = DEFAULT_THRESHOLD, window: int = WINDOW) -> None:
         if not 0 < threshold < 1:
-            raise MoqaError(f"a drift threshold of {threshold}", "it is in bits, above 0 and below 1, e.g. 0.1")
-        if window < FEWEST:
-            raise MoqaError(f"a drift window of {window} tokens", f"give {FEWEST} or more")
+            raise MoqaError(f"drift threshold {threshold} is out of range", "give bits above 0 and below 1, e.g. 0.1")
+        if window < MIN_TOKENS:
+            raise MoqaError(f"a drift window of {window} tokens is too small", f"give {MIN_TOKENS} or more")
         self._known = padded(routing.known)
-        self._basis = np.maximum(self._known, _LEAST)
+        self._basis = np.maximum(self._known, _MIN_SHARE)
         self._mixture = np.full(len(self._known), 1 / len(self._known))
         self._slots = routing.top_k
         self._forget = math.exp(-1 / window)
@@ -70,7 +72,7 @@ class DriftDetector:
 
     @property
     def state(self) -> State:
-        """What recent tokens are."""
+        """State of the recent tokens."""
         return STATES[self._level]
 
     @property
@@ -80,34 +82,34 @@ class DriftDetector:
 
     @property
     def recent(self) -> np.ndarray:
-        """[layers, experts] share of recent tokens' routing that each expert has; only after some were added."""
-        return self._counts / np.maximum(self._counts.sum(1, keepdims=True), _LEAST)
+        """[layers, experts] share of each expert in the routing of recent tokens; only after some were added."""
+        return self._counts / np.maximum(self._counts.sum(1, keepdims=True), _MIN_SHARE)
 
     def add(self, counts: np.ndarray) -> State:
-        """Take further tokens into account.
+        """Add tokens.
 
         Args:
-            counts: [layers, experts] how many of them each expert got.
+            counts: [layers, experts] number of these tokens that each expert received.
 
         Returns:
-            The state after them; it is judged every 64 tokens.
+            The state after them; it is updated every 64 tokens.
         """
         self._fresh += counts
         tokens = int(self._fresh[0].sum()) / self._slots
-        if tokens >= EVERY:
+        if tokens >= INTERVAL:
             self._remember(self._fresh, tokens)
             self._fresh.fill(0)
-            if self._tokens >= FEWEST:
+            if self._tokens >= MIN_TOKENS:
                 self._judge()
         return self.state
 
     def distance(self, shares: np.ndarray) -> float:
         """Divergence of recent tokens from other [layers, experts] shares, as `divergence` is from the known ones."""
-        return self._divergence(self.recent, np.maximum(shares, _LEAST))
+        return self._divergence(self.recent, np.maximum(shares, _MIN_SHARE))
 
     def _remember(self, counts: np.ndarray, tokens: float) -> None:
         kept = self._forget**tokens
-        # a long prompt counts for no more than the memory holds
+        # a long prompt must not count for more than the memory holds
         gain = (1 - kept) / (1 - self._forget) / tokens
         self._counts *= kept
         self._counts += counts * gain
@@ -121,14 +123,14 @@ class DriftDetector:
         self.divergence = self._divergence(recent, np.tensordot(self._mixture, self._basis, 1))
         while self._level < 2 and self.divergence >= self._enter[self._level]:
             self._level += 1
-        while self._level > 0 and self.divergence < self._enter[self._level - 1] * _BACK:
+        while self._level > 0 and self.divergence < self._enter[self._level - 1] * _HYSTERESIS:
             self._level -= 1
 
     def _fit(self, recent: np.ndarray) -> None:
-        """The likeliest mixture, by expectation and maximization."""
+        """Fit the most likely mixture by expectation-maximization."""
         if len(self._basis) == 1:
             return
-        shares = np.maximum(self._mixture, _LEAST)
+        shares = np.maximum(self._mixture, _MIN_SHARE)
         basis, weights = self._basis.reshape(len(shares), -1), recent.reshape(-1) / len(recent)
         for _ in range(_STEPS):
             shares = shares * (basis @ (weights / (shares @ basis)))
@@ -138,14 +140,14 @@ class DriftDetector:
         both = np.stack([recent + other, recent, other]).reshape(3, -1)
         # 0 log 0 is 0
         middle, *ends = (both * np.log2(both + _TINY)).sum(1).tolist()
-        found = (sum(ends) - middle) / (2 * len(recent)) + 1
-        # of n independent draws from k kinds, in the limit of many: (k - 1) / 8n nats
-        draws = self._tokens**2 / self._squares * self._slots / _CLUMPING
+        divergence = (sum(ends) - middle) / (2 * len(recent)) + 1
+        # expected divergence of n independent draws from k classes, for large n: (k - 1) / 8n nats
+        draws = self._tokens**2 / self._squares * self._slots / _CORRELATION
         noise = (recent.shape[1] - 1) / (8 * math.log(2) * draws)
-        return max(0.0, found - noise)
+        return max(0.0, divergence - noise)
 
 
 def padded(known: Mapping[str, Sequence[Sequence[float]]]) -> np.ndarray:
-    """[distributions, layers, most experts] shares; an expert that a layer does not have gets 0."""
+    """[distributions, layers, largest number of experts] shares; an expert that a layer does not have gets 0."""
     most = max(len(layer) for shares in known.values() for layer in shares)
     return np.array([[[*layer, *[0.0] * (most - len(layer))] for layer in shares] for shares in known.values()])

@@ -1,4 +1,4 @@
-"""What every cached channel would bring on some samples if it were exact."""
+"""How much every cached channel would gain on some samples if it were exact."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from moqa.storage.in_memory import InMemoryRun
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# One window in this many is weighed; all of them say what the residuals are fitted to. What a channel is worth needs
-# less text than how it is to be rounded (docs/methods/adjust.md).
-EVERY = 3
-# Weight of a channel's squared effects beside its mean effect, scaled to the same total: the mean alone is noise for
-# the many channels that matter little.
-SQUARES = 1.5
+# One window in this many is used to measure gains; residuals are fitted on all of them. Gains need less text than
+# rounding (docs/methods/adjust.md).
+MEASURED_EVERY = 3
+# Weight of a channel's squared effects relative to its mean effect, scaled to the same total: the mean alone is noise
+# for the many channels that matter little.
+SQUARES_WEIGHT = 1.5
 # tokens that go through a layer together, and through the head
 BATCH_TOKENS, HEAD_TOKENS = 8192, 2048
 Open = Callable[[int], LayerOriginals]
@@ -33,15 +33,15 @@ Open = Callable[[int], LayerOriginals]
 
 @dataclass(frozen=True)
 class ChannelGains:
-    """What the samples say.
+    """Measurements on the samples.
 
     Attributes:
-        gains: by layer and projection, [experts, width]: by how much the KL divergence from the original falls if a
-            channel's row or column were exact; nats per token. -inf where the cache lacks a channel.
-        significance: by layer, [experts, width] (`LayerStatistics.channel`), of the samples.
+        gains: by layer and projection, [experts, width]: decrease of the KL divergence from the original if a channel's
+            row or column were exact, nats per token; -inf for channels that the cache does not have.
+        significance: by layer, [experts, width] (`LayerStatistics.channel`), on the samples.
         stages: of the checkpoint's model.
-        hidden: the samples in front of every layer.
-        divergence: KL divergence of the samples now, nats per token; None without the whole original.
+        hidden: the samples as inputs of every layer.
+        divergence: current KL divergence on the samples, nats per token; None without the whole original.
     """
 
     gains: list[dict[str, Tensor]]
@@ -54,24 +54,24 @@ class ChannelGains:
 def measure(
     model: "PreTrainedModel", open_layer: Open, tokens: Tensor, whole: bool, seed: int, report: Report
 ) -> ChannelGains:
-    """Run samples forward and back through a checkpoint, one layer at a time.
+    """Run samples forward and backward through a checkpoint, one layer at a time.
 
     With the whole original, the gradient is that of the KL divergence between the original and the checkpoint, which
-    knows how errors of different units add up. Without, it is that of labels drawn from the checkpoint's own
-    predictions, and a channel's gain is half its squared effect (as in `moqa.profiling.sensitivity`).
+    includes how errors of different units add up. Without it, the gradient is that of labels drawn from the
+    checkpoint's own predictions, and a channel's gain is half its squared effect (as in `moqa.profiling.sensitivity`).
 
     Args:
         model: of the checkpoint, with the reference kernels.
-        open_layer: a layer beside its cache.
+        open_layer: opens a layer with its cache.
         tokens: [windows, context] samples.
         whole: whether the cache holds the whole original.
         seed: of the labels.
         report: called per layer.
     """
     stages, size = LayerwiseModel(model), max(1, BATCH_TOKENS // tokens.shape[1])
-    steps, weighed = 2 * stages.depth, tokens[::EVERY]
+    steps, weighed = 2 * stages.depth, tokens[::MEASURED_EVERY]
     parts = weighed.split(size)
-    rest = [part for part in tokens[torch.arange(len(tokens)) % EVERY > 0].split(size) if len(part)]
+    rest = [part for part in tokens[torch.arange(len(tokens)) % MEASURED_EVERY > 0].split(size) if len(part)]
     hidden = HiddenStates(stages, InMemoryRun(), "samples", [*parts, *rest])
     original = HiddenStates(stages, InMemoryRun(), "original", parts if whole else ())
     with torch.no_grad():
@@ -135,14 +135,14 @@ def _gradient(
 def _combined(
     gains: list[dict[str, Tensor]], squares: list[dict[str, Tensor]], tokens: int, first_order: bool
 ) -> list[dict[str, Tensor]]:
-    """What channels are worth, from summed effects and half their squares, per token."""
+    """Gains of channels per token, from sums of effects and half their squares."""
     if not first_order:
         return [{p: square / tokens for p, square in layer.items()} for layer in squares]
     total, energy = (
         sum(float(table.clamp_min(0).sum()) for layer in layers for table in layer.values())
         for layers in (gains, squares)
     )
-    share = SQUARES * max(total, 1e-30) / max(energy, 1e-30)
+    share = SQUARES_WEIGHT * max(total, 1e-30) / max(energy, 1e-30)
     return [
         {p: (gain[p].clamp_min(0) + share * square[p]) / tokens for p in gain}
         for gain, square in zip(gains, squares, strict=True)
@@ -150,14 +150,14 @@ def _combined(
 
 
 class _Observer:
-    """Collects the effects of what channels miss, and their significance, while gradients flow back."""
+    """Collects the effects of channels' quantization errors, and their significance, in the backward pass."""
 
     def __init__(self, originals: LayerOriginals, rows: dict[str, slice], width: int) -> None:
         self._errors, self._rows = originals.missing(), rows
         self._norms = [originals.matrices[originals.name(e, "down_proj")].dense().norm(dim=0)
                        for e in range(originals.experts)]  # fmt: skip
         shape = (originals.experts, width)
-        # -inf where the cache lacks a channel
+        # -inf for channels that the cache does not have
         self.gains = {p: torch.full(shape, -torch.inf) for p in PROJECTIONS}
         for expert, errors in self._errors.items():
             for gain in self.gains.values():
@@ -166,7 +166,7 @@ class _Observer:
         self.significance = torch.zeros(shape)
 
     def routed(self, index: Tensor, weights: Tensor) -> None:
-        """Routing shows in the runs."""
+        """Nothing to do: the runs include the routing."""
 
     def expert(self, run: ExpertRun) -> None:
         """Wait for the gradients of one expert's two products."""
@@ -183,7 +183,7 @@ class _Observer:
         run.out.register_hook(lambda gradient: self._add(run.expert, "down_proj", inner, gradient))
 
     def _add(self, expert: int, projection: str, of_channels: Tensor, others: Tensor) -> None:
-        """Add what rows or columns would do, from [tokens, width] and [tokens, hidden] at their two ends."""
+        """Add the effects of rows or columns, from [tokens, width] and [tokens, hidden] at their two ends."""
         errors = self._errors[expert]
         channels = slice(None) if len(errors.channels) == of_channels.shape[1] else errors.channels
         effect = of_channels[:, channels] * (others @ errors.missing[projection].T.to(others.dtype))
@@ -194,7 +194,7 @@ class _Observer:
 def _backward(
     stages: LayerwiseModel, layer: int, originals: LayerOriginals, hidden: Sequence[Tensor], gradients: list[Tensor]
 ) -> _Observer | None:
-    """Run a layer again with gradients; replaces the gradients by those of the layer's inputs."""
+    """Run a layer again with gradients; replaces `gradients` with those of the layer's inputs."""
     module = None if originals.module is None else stages.model.get_submodule(originals.module)
     with unpacked(stages.blocks[layer]):
         if module is None:
@@ -212,5 +212,5 @@ def _flow(stages: LayerwiseModel, layer: int, hidden: Sequence[Tensor], gradient
 
 
 def in_half() -> torch.autocast:
-    """Products in bfloat16: three times as fast, and exact enough for slopes and sums of squares."""
+    """Products in bfloat16: three times as fast, and exact enough for gradients and sums of squares."""
     return torch.autocast("cpu", torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Modes: what an adjustment spends its bytes on."""
+"""Modes: what an adjustment uses its bytes for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moqa.adjustment.cached import LayerOriginals
-from moqa.adjustment.choose import LEFT, Choice, Evidence, Scores, allocate, describe
+from moqa.adjustment.choose import REMAINING_ERROR, Choice, Evidence, Scores, allocate, describe
 from moqa.adjustment.measure import in_half
 from moqa.adjustment.residuals import FittedChannels, Grams, fit_layer, fit_unit
 from moqa.errors import MoqaError
@@ -27,13 +27,13 @@ RESIDUAL_WIDTHS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Situation:
-    """Everything that a mode decides from.
+    """Everything that a mode bases its decision on.
 
     Attributes:
         packed: the checkpoint.
         model: loaded from it, with the reference kernels.
-        open_layer: a layer beside its cache.
-        evidence: what the samples say.
+        open_layer: opens a layer with its cache.
+        evidence: measurements on the samples.
         rule: ranks channels.
         sizes: of the layers of experts.
         limit: bytes that may be added.
@@ -50,13 +50,13 @@ class Situation:
 
 @dataclass(frozen=True)
 class Change:
-    """What a mode decided.
+    """The decision of a mode.
 
     Attributes:
         channels: parts with bits of their own.
         tensors: of the adjustment's weight file, by name.
-        expected: by how much KL divergence should fall on the samples, nats per token.
-        units: units that stand in the place of the checkpoint's.
+        expected: expected decrease of the KL divergence on the samples, nats per token.
+        units: units that replace the checkpoint's.
     """
 
     channels: tuple[ChannelPart, ...]
@@ -71,7 +71,7 @@ class Mode:
 
     Attributes:
         name: as users type it.
-        needs_whole: whether a cache of some channels is not enough.
+        needs_whole: whether it needs a cache of the whole original.
         run: the function.
     """
 
@@ -97,7 +97,7 @@ def find_mode(name: str) -> Mode:
     """A mode by the name that the user typed.
 
     Raises:
-        MoqaError: if there is none.
+        MoqaError: if no mode has that name.
     """
     if name not in MODES:
         raise MoqaError(f"--mode {name} is unknown", f"there are {', '.join(MODES)}")
@@ -112,12 +112,12 @@ def residual(situation: Situation, report: Report) -> Change:
 
 @mode("fp16")
 def fp16(situation: Situation, report: Report) -> Change:
-    """What is missing in 16 bits: MoQa's channels that compute in half precision (v2)."""
+    """Quantization errors in 16 bits: MoQa's channels that compute in half precision (v2)."""
     return add_bits(situation, (KEEP_WIDTH,), situation.limit, report)
 
 
 def add_bits(situation: Situation, widths: tuple[int, ...], limit: int, report: Report) -> Change:
-    """Residuals of these widths for the channels that a rule puts first."""
+    """Residuals of these widths for the channels that a rule ranks first."""
     choice = allocate(situation.rule(situation.evidence), situation.sizes, widths, limit)
     fitted = fit_choice(situation, choice, {}, report)[0]
     channels = describe(choice, replaces=False)
@@ -127,9 +127,9 @@ def add_bits(situation: Situation, widths: tuple[int, ...], limit: int, report: 
 def fit_choice(
     situation: Situation, choice: Choice, units: dict[str, Replaced], report: Report
 ) -> tuple[list[list[FittedChannels]], dict[str, dict[str, Tensor]]]:
-    """By layer, the residuals of the chosen channels; and units in other schemes, by name and suffix."""
+    """By layer, the residuals of the chosen channels; and by name and suffix, units in other schemes."""
     stages, hidden = situation.evidence.measured.stages, situation.evidence.measured.hidden
-    found: list[list[FittedChannels]] = []
+    residuals: list[list[FittedChannels]] = []
     solved: dict[str, dict[str, Tensor]] = {}
     for layer, wanted in enumerate(choice):
         report("fit", layer, len(choice))
@@ -140,33 +140,33 @@ def fit_choice(
         }
         experts |= {int(name.rsplit(".", 2)[1]) for name in mine}
         if not experts or originals.module is None:
-            found.append([])
+            residuals.append([])
             continue
         grams = Grams(experts)
         module = situation.model.get_submodule(originals.module)
         with torch.no_grad(), in_half(), unpacked(stages.blocks[layer]), observed(module, grams):
             for number in range(len(hidden)):
                 stages.run_block(layer, hidden.at(layer, number))
-        found.append(fit_layer(wanted, originals.missing(), grams))
+        residuals.append(fit_layer(wanted, originals.missing(), grams))
         solved |= {name: fit_unit(originals.original(name), name, unit.scheme, grams) for name, unit in mine.items()}
-    return found, solved
+    return residuals, solved
 
 
 def tensors_of(
     channels: tuple[ChannelPart, ...], fitted: list[list[FittedChannels]], sizes: ExpertSizes
 ) -> dict[str, Tensor]:
-    """Tensors of the weight file: part by part, and in a part layer by layer."""
+    """Tensors of the weight file: part by part, and layer by layer within a part."""
     experts, places, factors, stored = [], [], [], []
     for part in channels:
         for layer in fitted:
             mine = [f for f in layer if (f.projection, f.width) == (part.projection, part.scheme.width)]
             counts = torch.zeros(sizes.experts, dtype=torch.int64)
-            for found in mine:
-                counts += found.places[:, 0].bincount(minlength=sizes.experts)
-                places.append(found.places[:, 1])
-                factors += [] if found.factor is None else [found.factor]
-                stored += [found.tensors[suffix].contiguous().view(torch.uint8).flatten() for suffix in
-                           part.stored(len(found.places), sizes)]  # fmt: skip
+            for one in mine:
+                counts += one.places[:, 0].bincount(minlength=sizes.experts)
+                places.append(one.places[:, 1])
+                factors += [] if one.factor is None else [one.factor]
+                stored += [one.tensors[suffix].contiguous().view(torch.uint8).flatten() for suffix in
+                           part.stored(len(one.places), sizes)]  # fmt: skip
             experts.append(counts)
     shape = (len(channels), len(fitted), sizes.experts)
     return {
@@ -178,11 +178,11 @@ def tensors_of(
 
 
 def expected_gain(situation: Situation, choice: Choice) -> float:
-    """First-order fall of the divergence: what it would be if nothing else mattered."""
+    """First-order decrease of the divergence, as if the gains of channels were independent."""
     total = 0.0
     for gains, wanted in zip(situation.evidence.measured.gains, choice, strict=True):
         for projection, by_width in wanted.items():
             for width, places in by_width.items():
                 gain = gains[projection][places[:, 0], places[:, 1]].sum()
-                total += float(gain) * (1 - LEFT[width])
+                total += float(gain) * (1 - REMAINING_ERROR[width])
     return total

@@ -1,4 +1,4 @@
-"""Mode `requant`: MoQa's runtime switching (v3), channels of experts whose class changed take the class's width."""
+"""Mode `requant`: MoQa's runtime switching (v3); channels of experts whose class changed take the class's width."""
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from moqa.progress import Report
 
 @mode("requant")
 def requant(situation: Situation, report: Report) -> Change:
-    """Experts are put in classes by their significance on the samples, as for the known distributions; of those whose
-    class changed, cached channels stand in the place of the packed ones, with the width of the new class.
+    """Experts are classified by their significance on the samples, as for the known distributions; cached channels of
+    experts whose class changed replace the packed ones, with the width of the new class.
 
     MoQa (arXiv 2503.21135), section on distribution-aware switching. The paper does not say which of the cached
-    channels; here the rule decides (`--rule dynamics` is the paper's), until the bytes are used.
+    channels to take; here the rule decides (`--rule dynamics` is the paper's), until the bytes are used.
     """
     novel = [None if s is None else s.sum(1) for s in situation.evidence.measured.significance]
     known = [None if s is None else s.sum(1) for s in situation.evidence.known]
@@ -42,21 +42,21 @@ def requant(situation: Situation, report: Report) -> Change:
 
 
 def classes(significance: list[Tensor | None]) -> list[Tensor | None]:
-    """By layer, [experts] index of each expert's class among 2, 4, 6 and 8 bits; over all layers together."""
+    """By layer, [experts] index of each expert's class among 2, 4, 6 and 8 bits; all layers are clustered together."""
     shares = [None if s is None else (s / s.sum().clamp_min(1e-30)).double() for s in significance]
     everything = torch.cat([share for share in shares if share is not None])
     _, membership = fuzzy_c_means(everything.numpy(), len(CLASSES))
-    found, begin = low_precision_first(membership), 0
+    indices, begin = low_precision_first(membership), 0
     layers: list[Tensor | None] = []
     for share in shares:
         count = 0 if share is None else len(share)
-        layers.append(None if share is None else torch.from_numpy(np.asarray(found[begin : begin + count])))
+        layers.append(None if share is None else torch.from_numpy(np.asarray(indices[begin : begin + count])))
         begin += count
     return layers
 
 
 def _fitting(situation: Situation, scores: list[dict[str, Tensor]], now: list[Tensor | None]) -> Choice:
-    """The best channels, as many as fit."""
+    """As many of the best channels as fit."""
     sizes, flat = situation.sizes, [table.flatten() for layer in scores for table in layer.values()]
     ranked = torch.cat(flat).sort(descending=True).values
     ranked = ranked[ranked > -torch.inf]
@@ -70,21 +70,21 @@ def _fitting(situation: Situation, scores: list[dict[str, Tensor]], now: list[Te
         else:
             high = middle - 1
     if best is None:
-        raise MoqaError(f"{situation.limit} bytes hold no channel of this model", "give more --bytes")
+        raise MoqaError(f"{situation.limit} bytes are too few for a channel of this model", "give more --bytes")
     return best
 
 
 def _above(scores: list[dict[str, Tensor]], limit: float, now: list[Tensor | None]) -> Choice:
     choice: Choice = []
     for tables, level in zip(scores, now, strict=True):
-        found: dict[str, dict[int, Tensor]] = {}
+        chosen: dict[str, dict[int, Tensor]] = {}
         for projection, table in tables.items():
             places = (table >= limit).nonzero()
             assert level is not None
             widths = torch.tensor(CLASSES)[level[places[:, 0]]]
             by_width = {w: places[widths == w] for w in CLASSES if bool((widths == w).any())}
-            found[projection] = by_width
-        choice.append(found)
+            chosen[projection] = by_width
+        choice.append(chosen)
     return choice
 
 
@@ -93,15 +93,15 @@ def _round_layer(
 ) -> list[FittedChannels]:
     report("fit", layer, len(situation.evidence.known))
     originals = situation.open_layer(layer)
-    missing, found = originals.missing(), []
+    missing, fitted = originals.missing(), []
     for projection, by_width in wanted.items():
         for width, places in by_width.items():
             rows = originals.packed_rows(projection, places) + lacking(missing, places, projection)
             if projection == COLUMNS:
                 factor, integers = round_columns(rows, width)
-                found.append(FittedChannels(projection, width, places, pack_columns(integers, width), factor))
+                fitted.append(FittedChannels(projection, width, places, pack_columns(integers, width), factor))
                 continue
             rounded = fit_grid(rows, scheme_of(projection, width))
             tensors = GridResult(rounded.integers, rounded.grid).stored(width)
-            found.append(FittedChannels(projection, width, places, tensors))
-    return found
+            fitted.append(FittedChannels(projection, width, places, tensors))
+    return fitted

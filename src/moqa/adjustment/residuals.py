@@ -1,4 +1,4 @@
-"""Residuals: what is missing from the chosen channels, rounded so that the samples' outputs come out right."""
+"""Residuals: quantization errors of the chosen channels, rounded for small errors in the samples' outputs."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from moqa.methods import METHODS, SolveBatch
 from moqa.models.experts import ExpertRun
 
 ROWS = ("gate_proj", "up_proj")
-# share of the mean energy added to that of the columns whose errors take over those of others
+# share of the mean energy added to the energy of columns that compensate for the errors of others
 DAMPING = 0.1
 
 
@@ -26,7 +26,7 @@ class FittedChannels:
     """Channels of one projection and width of a layer, as they are stored.
 
     Attributes:
-        projection: which.
+        projection: name of the projection.
         width: bits.
         places: [channels, 2] int64 (expert, channel), ascending.
         tensors: of the matrix, by suffix.
@@ -41,7 +41,7 @@ class FittedChannels:
 
 
 class Grams:
-    """Observer of the inputs of a layer's experts, each counted by its gate weight."""
+    """Observer of the inputs of a layer's experts, each weighted by its gate weight."""
 
     def __init__(self, experts: Collection[int]) -> None:
         self._wanted = set(experts)
@@ -49,7 +49,7 @@ class Grams:
         self.inner: dict[int, InputStatistics] = {}
 
     def routed(self, index: Tensor, weights: Tensor) -> None:
-        """Routing shows in the runs."""
+        """Nothing to do: the runs include the routing."""
 
     def expert(self, run: ExpertRun) -> None:
         """Add one expert's tokens."""
@@ -65,21 +65,21 @@ def fit_layer(
 ) -> list[FittedChannels]:
     """Residuals of a layer's chosen channels.
 
-    Rows are rounded by gptq on the samples' inputs: the base's own errors were shaped so that they cancel there, and
-    plain rounding of what is missing would undo that. Columns take over what the samples' activations let them take
-    of the errors of columns that are not chosen (least squares), the widest last.
+    Rows are rounded by gptq on the samples' inputs: the errors of the packed weights were shaped so that they cancel
+    there, and plain rounding of these errors would undo that. Columns also compensate for the errors of columns that
+    are not chosen, by least squares on the samples' activations, the widest last.
 
     Args:
         choice: projection -> width -> [channels, 2] (expert, channel).
-        missing: expert -> what quantization took from its channels.
-        grams: what the samples put into the layer's experts.
+        missing: expert -> quantization errors of its channels.
+        grams: statistics of the samples' inputs to the layer's experts.
     """
     return [*_fit_rows({p: choice.get(p, {}) for p in ROWS}, missing, grams),
             *_fit_columns(choice.get(COLUMNS, {}), missing, grams)]  # fmt: skip
 
 
 def fit_unit(weight: Tensor, name: str, scheme: Scheme, grams: Grams) -> dict[str, Tensor]:
-    """A whole unit in another scheme, by suffix: gptq on the samples' inputs, as far as they reach it."""
+    """A whole unit in another scheme, by suffix: gptq on the samples' inputs, if any reach it."""
     _, expert, projection = name.rsplit(".", 2)
     seen = (grams.inner if projection == COLUMNS else grams.inputs).get(int(expert))
     widths = torch.full((1, len(weight)), scheme.width)
@@ -91,15 +91,15 @@ def _fit_rows(
     choice: dict[str, dict[int, Tensor]], missing: dict[int, ExpertErrors], grams: Grams
 ) -> list[FittedChannels]:
     wanted = [(p, w, places) for p, by_width in choice.items() for w, places in by_width.items()]
-    found = {(p, w): lacking(missing, places, p) for p, w, places in wanted}
+    errors = {(p, w): lacking(missing, places, p) for p, w, places in wanted}
     narrow = [(p, w, places) for p, w, places in wanted if w != KEEP_WIDTH]
     fitted = [
-        FittedChannels(p, w, places, {"weight": found[p, w].bfloat16()}) for p, w, places in wanted if w == KEEP_WIDTH
+        FittedChannels(p, w, places, {"weight": errors[p, w].bfloat16()}) for p, w, places in wanted if w == KEEP_WIDTH
     ]
     if not narrow:
         return fitted
     # all rows of an expert share its inputs: one entry of a batch of gptq problems
-    everything = torch.cat([found[p, w] for p, w, _ in narrow])
+    everything = torch.cat([errors[p, w] for p, w, _ in narrow])
     expert = torch.cat([places[:, 0] for _, _, places in narrow])
     width = torch.cat([torch.full((len(places),), w) for _, w, places in narrow])
     experts, entry, counts = expert.unique(return_inverse=True, return_counts=True)
@@ -111,17 +111,17 @@ def _fit_rows(
     weights[entry, slot], widths[entry, slot] = everything, width
     inputs = [grams.inputs.get(e) or InputStatistics(everything.shape[1]) for e in experts.tolist()]
     result = METHODS["gptq"].run(SolveBatch(weights, widths, inputs, scheme_of(ROWS[0], 8)))
-    found_rows, begin = result[entry, slot], 0
+    solved, begin = result[entry, slot], 0
     for p, w, places in narrow:
         rows = slice(begin, begin + len(places))
-        fitted.append(FittedChannels(p, w, places, found_rows[rows].stored(w)))
+        fitted.append(FittedChannels(p, w, places, solved[rows].stored(w)))
         begin += len(places)
     return fitted
 
 
 def _fit_columns(by_width: dict[int, Tensor], missing: dict[int, ExpertErrors], grams: Grams) -> list[FittedChannels]:
-    # expert -> [channels, hidden] what is missing now, which shrinks from width to width
-    left = {expert: errors.missing[COLUMNS].clone() for expert, errors in missing.items()}
+    # expert -> [channels, hidden] remaining errors, which shrink from width to width
+    remaining = {expert: errors.missing[COLUMNS].clone() for expert, errors in missing.items()}
     fitted = []
     for width in sorted(by_width):
         places, wanted = by_width[width], []
@@ -129,7 +129,7 @@ def _fit_columns(by_width: dict[int, Tensor], missing: dict[int, ExpertErrors], 
         for expert in places[:, 0].unique().tolist():
             channels = missing[expert].channels
             at, after = (torch.searchsorted(channels, p[p[:, 0] == expert, 1].sort().values) for p in (places, later))
-            wanted.append(_taking_over(left[expert], at, after, channels, grams.inner.get(expert)))
+            wanted.append(_compensating(remaining[expert], at, after, channels, grams.inner.get(expert)))
         target = torch.cat(wanted)
         if width == KEEP_WIDTH:
             factor, stored = torch.ones(len(target), dtype=torch.bfloat16), target.bfloat16().float()
@@ -141,19 +141,21 @@ def _fit_columns(by_width: dict[int, Tensor], missing: dict[int, ExpertErrors], 
         fitted.append(FittedChannels(COLUMNS, width, places, tensors, factor))
         for expert in places[:, 0].unique().tolist():
             mine = places[:, 0] == expert
-            left[expert][torch.searchsorted(missing[expert].channels, places[mine, 1])] -= stored[mine]
+            remaining[expert][torch.searchsorted(missing[expert].channels, places[mine, 1])] -= stored[mine]
     return fitted
 
 
-def _taking_over(missing: Tensor, at: Tensor, after: Tensor, channels: Tensor, inner: InputStatistics | None) -> Tensor:
-    """[at, hidden] what columns should add: what they lack, and what they can take over of columns not chosen.
+def _compensating(
+    missing: Tensor, at: Tensor, after: Tensor, channels: Tensor, inner: InputStatistics | None
+) -> Tensor:
+    """[at, hidden] what columns should add: their own errors, and compensation for those of columns not chosen.
 
     Args:
-        missing: [channels, hidden] what every cached column lacks.
-        at: which of them are fitted now.
-        after: these and those that will be fitted after them, ascending.
-        channels: [channels] which channels are cached.
-        inner: the samples' activations.
+        missing: [channels, hidden] errors of every cached column.
+        at: positions of the columns that are fitted now.
+        after: positions of these and of those that will be fitted after them, ascending.
+        channels: [channels] indices of the cached channels.
+        inner: statistics of the samples' activations.
     """
     if inner is None:
         return missing[at]
@@ -167,7 +169,7 @@ def _taking_over(missing: Tensor, at: Tensor, after: Tensor, channels: Tensor, i
 
 
 def lacking(missing: dict[int, ExpertErrors], places: Tensor, projection: str) -> Tensor:
-    """[channels, hidden] what is missing from rows or columns, in their order."""
+    """[channels, hidden] quantization errors of rows or columns, in their order."""
     parts = []
     for expert in places[:, 0].unique().tolist():
         errors = missing[expert]
@@ -177,16 +179,18 @@ def lacking(missing: dict[int, ExpertErrors], places: Tensor, projection: str) -
 
 
 def round_columns(columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Columns on a grid around zero, each with the step that leaves the least squared error.
+    """Columns on a grid around zero, each with the step that has the smallest squared error.
 
     >>> factor, integers = round_columns(torch.randn(5, 256), 2)
+    >>> factor.shape, bool(integers.max() <= 3)
+    (torch.Size([5]), True)
 
     Args:
         columns: [channels, hidden] float32.
         width: bits.
 
     Returns:
-        [channels] bfloat16 steps and [channels, hidden] uint8 integers; zero lies at MIDDLE of 255 of the grid.
+        [channels] bfloat16 steps and [channels, hidden] uint8 integers; zero is at MIDDLE / 255 of the grid.
     """
     top = 2**width - 1
     zero, widest = MIDDLE * top / 255, columns.abs().amax(1, keepdim=True).clamp_min(1e-12)
@@ -203,5 +207,5 @@ def round_columns(columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def pack_columns(integers: Tensor, width: int) -> dict[str, Tensor]:
-    """[channels, hidden] integers of columns as they are stored, by suffix."""
+    """[channels, hidden] integers of columns, packed as they are stored, by suffix."""
     return {f"p{index}": plane for index, plane in enumerate(pack(integers.T.contiguous(), width))}

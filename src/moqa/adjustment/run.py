@@ -27,12 +27,12 @@ from moqa.tasks import check_language_model
 from moqa.tasks.causal_lm import load_tokenizer
 
 DEFAULT_SAMPLES, CONTEXT = 64, 256
-# fewer say more about themselves than about their distribution
-FEWEST = 8
+# fewer samples do not represent their distribution
+MIN_SAMPLES = 8
 
 
 class Adjusted(BaseModel, frozen=True):
-    """What `moqa adjust --json` writes."""
+    """The output of `moqa adjust --json`."""
 
     adjustment: str
     checkpoint: str
@@ -42,12 +42,12 @@ class Adjusted(BaseModel, frozen=True):
     samples: int
     tokens: int
     channels: int = Field(description="rows and columns with bits of their own")
-    units: int = Field(description="units that stand in the place of the checkpoint's")
+    units: int = Field(description="units that replace the checkpoint's")
     bytes: int = Field(description="of the adjustment's weight file")
     extra_bytes: int = Field(description="by which the weights in use grow")
     extra_bytes_percent: float = Field(description="of the checkpoint's bytes")
-    divergence: float | None = Field(description="KL divergence of the samples before; None without the whole original")
-    expected: float = Field(description="by how much it should fall")
+    divergence: float | None = Field(description="KL divergence on the samples before; None without the whole original")
+    expected: float = Field(description="expected decrease of the divergence")
     search_seconds: float = Field(description="from tokens to the file, without loading the checkpoint")
 
 
@@ -66,26 +66,27 @@ def adjust(
 ) -> Adjusted:
     """Make an adjustment for a novel distribution.
 
-    >>> moqa.adjust("runs/out", {"german": "german.txt"}, "runs/german").extra_bytes_percent
-    0.98
+    >>> adjusted = moqa.adjust("runs/out", {"german": "german.txt"}, "runs/german-1", samples=8)
+    >>> adjusted.mode, adjusted.extra_bytes_percent <= 1
+    ('residual', True)
 
     Args:
         checkpoint: folder of a checkpoint with a channel cache (`moqa.quantize(..., cache="full")`).
         data: one distribution, as distributions or name -> source; no held-out text of an evaluation.
-        out: folder to make.
-        samples: windows of 256 tokens to look at.
-        budget: bytes it may add, as a share of the checkpoint's; mode `swap` adds none and takes its bytes from units
-            that the samples do not need.
+        out: folder to create.
+        samples: number of windows of 256 tokens to use.
+        budget: bytes that it may add, as a share of the checkpoint's; mode `swap` adds none and takes its bytes from
+            units that the samples do not need.
         mode: one of `residual` (1 to 3 bits on top of the packed ones for many channels), `fp16` (16 bits for few),
             `requant` (MoQa's: cached channels of experts whose class changed take the class's width) and `swap`.
         rule: by which channels are chosen: `gain` (ours), `dynamics` (MoQa's) or `random` (the control).
-        seed: of the choice of windows, and of what is drawn.
-        overwrite: replace an adjustment that is there.
-        report: called with what is done, how much of it, and of how much.
+        seed: of the choice of windows, and of random choices.
+        overwrite: replace an adjustment that exists at `out`.
+        report: called with the name of a step, how much of it is done, and its total.
 
     Raises:
-        MoqaError: if the checkpoint has no cache, or only a part of it where the mode needs all, the samples are too
-            few, or the bytes hold nothing.
+        MoqaError: if the checkpoint has no cache, or only a part of the original although the mode needs all of it, the
+            samples are too few, or the bytes are too few for a channel.
     """
     find_mode(mode)
     find_rule(rule)
@@ -95,17 +96,18 @@ def adjust(
 
 
 class Search:
-    """Samples of a novel distribution in a checkpoint: measured once, good for any number of adjustments.
+    """Samples of a novel distribution, measured once in a checkpoint, for any number of adjustments.
 
-    >>> search = Search("runs/out", {"german": "german.txt"})
-    >>> search.make("runs/german-1", "1%"), search.make("runs/german-3", "3%")
+    >>> search = Search("runs/out", {"german": "german.txt"})  # doctest: +SKIP
+    >>> search.make("runs/german-2", "2%")  # doctest: +SKIP
+    >>> search.make("runs/german-3", "3%")  # doctest: +SKIP
 
     Args:
         checkpoint: as for `adjust`.
-        data: likewise.
-        samples: likewise.
-        seed: likewise.
-        report: likewise.
+        data: as for `adjust`.
+        samples: as for `adjust`.
+        seed: as for `adjust`.
+        report: as for `adjust`.
 
     Raises:
         MoqaError: if the checkpoint has no cache, or the samples are too few.
@@ -130,10 +132,10 @@ class Search:
         self._novel = distributions[0]
         self._windows = cut_windows(self._novel, tokenizer, CONTEXT, samples, seed)
         count = len(self._windows.inputs)
-        if count < FEWEST:
+        if count < MIN_SAMPLES:
             raise MoqaError(
-                f"{self._novel.name}={self._novel.origin} gives {count} samples of {CONTEXT} tokens",
-                f"an adjustment needs at least {FEWEST}: {FEWEST * CONTEXT} tokens of text",
+                f"{self._novel.name}={self._novel.origin} has only {count} samples of {CONTEXT} tokens",
+                f"an adjustment needs at least {MIN_SAMPLES}: {MIN_SAMPLES * CONTEXT} tokens of text",
             )
         self._model = load_packed(self._packed, kernels="reference")
 
@@ -168,7 +170,7 @@ class Search:
 
     @cached_property
     def _evidence(self) -> tuple[Evidence, float]:
-        """What the samples say, and how long it took to ask them."""
+        """Measurements on the samples, and how many seconds they took."""
         started = time.perf_counter()
         cache, layers = self._cache, self._packed.manifest.layers
         measured = measure(self._model, self._open_layer, self._windows.inputs, cache.whole, self._seed, self._report)
@@ -180,21 +182,26 @@ class Search:
 
 
 def sizes_of(packed: Checkpoint) -> ExpertSizes:
-    """What all layers of experts of a checkpoint have in common.
+    """The sizes that all layers of experts of a checkpoint share.
+
+    >>> sizes_of(checkpoint).experts
+    16
 
     Raises:
         MoqaError: if it has no routed experts, or layers of different sizes.
     """
-    found = set()
+    sizes = set()
     for layer in range(packed.manifest.layers):
         units = [(n, u) for n, u in packed.manifest.units.items() if u.layer == layer and u.role == "expert"]
         shapes = {unit.shape for name, unit in units if name.endswith("down_proj")}
-        found |= {(len(units) // 3, *shape) for shape in shapes}
-    if not found:
-        raise MoqaError(f"{packed.folder} has no routed experts", "adjustments give bits to channels of experts")
-    if len(found) > 1:
+        sizes |= {(len(units) // 3, *shape) for shape in shapes}
+    if not sizes:
+        raise MoqaError(
+            f"{packed.folder} has no routed experts", "adjustments need some: they give bits to their channels"
+        )
+    if len(sizes) > 1:
         raise MoqaError(f"{packed.folder} has layers of experts of different sizes", "adjustments need one size")
-    experts, hidden, width = found.pop()
+    experts, hidden, width = sizes.pop()
     return ExpertSizes(experts=experts, hidden=hidden, width=width)
 
 

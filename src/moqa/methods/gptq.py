@@ -49,8 +49,8 @@ def damping(features: int, tokens: int) -> float:
 def _factor(inputs: InputStatistics, order: Tensor, out: Tensor) -> None:
     """Fill [in, in] with the Cholesky factor L, lower triangular, of the inputs' Gram matrix in an order of columns.
 
-    GPTQ's updates with the Cholesky factor of the inverse Gram matrix are equivalent to this: with columns from the last
-    to the first, column k is rounded from its own weight plus the sum over later columns j of their error times
+    GPTQ's updates with the Cholesky factor of the inverse Gram matrix are equivalent to this: with columns from the
+    last to the first, column k is rounded from its own weight plus the sum over later columns j of their error times
     L[j, k] / L[k, k]. So no inverse is needed.
     """
     features, mean = len(inputs.energy), inputs.energy.mean()
@@ -65,7 +65,7 @@ def _factor(inputs: InputStatistics, order: Tensor, out: Tensor) -> None:
 
 
 def _cholesky(matrix: Tensor) -> bool:
-    """Replace the lower triangle of [n, n] with its Cholesky factor; returns False, with a part of it, if there is none.
+    """Replace the lower triangle of [n, n] with the Cholesky factor; returns False, and leaves a part, if none exists.
 
     In blocks: LAPACK's own, through torch, takes three times as long, for copies and the other triangle.
     """
@@ -103,7 +103,7 @@ def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor
 
 
 def _from_last(columns: Columns, kernels: GridKernels, first: int, last: int, errors: Tensor | None) -> None:
-    """Round columns `first` to `last`: the later half, whose errors are then passed on to the earlier half, recursively.
+    """Round columns `first` to `last`: the later half, then the earlier half with the errors of the later one.
 
     So errors are passed on in few large products. The number of operations is the same as if each block received the
     errors of all later columns, but most of these are read a few times instead of once per block.

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from moqa.adjustment.drift import EVERY, DriftDetector, State
+from moqa.adjustment.drift import INTERVAL, DriftDetector, State
 from moqa.adjustment.run import CONTEXT, DEFAULT_SAMPLES, adjust
 from moqa.data import Distribution
 from moqa.errors import MoqaError
@@ -99,7 +99,7 @@ class AutoAdjusting(Adjusting):
                 text.append(token.id)
             steps += 1
             # a step may be a chunk of a prompt
-            if steps >= EVERY or piece.completion_tokens <= 1 or piece.finish:
+            if steps >= INTERVAL or piece.completion_tokens <= 1 or piece.finish:
                 steps = 0
                 if piece.completion_tokens and not read:
                     text[:0] = job.ids
