@@ -102,8 +102,9 @@ class TestConfigurations:
         assert refusal(folder).startswith("MODEL has a config.json that transformers cannot read: ")
 
     def test_of_another_kind_of_model(self, folder):
-        (folder / "config.json").write_text('{"model_type": "vit"}')
-        assert refusal(folder) == "MODEL is a vit: moqa works on causal language models of transformers"
+        (folder / "config.json").write_text('{"model_type": "t5"}')
+        works_on = "causal language models and image classifiers of transformers"
+        assert refusal(folder) == f"MODEL is a t5: moqa works on {works_on}"
 
     def test_wrong_type(self, folder):
         configure(folder, hidden_size="wide")
