@@ -158,8 +158,8 @@ class TestFit:
             r"it fits in (\d+) MiB or with --batch (\d+) or with --context (\d+)$", line
         ).groups()
         memory = budget.typed.split()[1]
-        for typed in ((f"{size}MiB", 2048, 4), (memory, 2048, int(batch)), (memory, int(context), 4)):
-            other = memory_budget(measured, *typed)
+        for typed, length, count in ((f"{size}MiB", 2048, 4), (memory, 2048, int(batch)), (memory, int(context), 4)):
+            other = memory_budget(measured, typed, context=length, batch=count)
             assert plan(measured, other).account.checkpoint <= other.bytes
         with pytest.raises(MoqaError, match="is too little"):
             plan(measured, memory_budget(measured, memory, context=2048, batch=int(batch) + 1))
