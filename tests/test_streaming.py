@@ -111,7 +111,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("text", ["", "much", "-1GiB", "4 GiB or so", "1.2.3G"])
     def test_no_sizes(self, text):
-        with pytest.raises(MoqaError, match=r"--max-memory .* is no size"):
+        with pytest.raises(MoqaError, match=r"--max-memory .* is not a size"):
             MemoryLimit.parse(text)
 
     def test_free_memory_holds_a_small_model(self, tiny_model):
@@ -255,7 +255,7 @@ class TestCommand:
         ("options", "said"),
         [
             (("--max-memory", "10MiB"), "--max-memory 10MiB holds no decoder layer of this model"),
-            (("--max-memory", "lots"), "--max-memory lots is no size"),
+            (("--max-memory", "lots"), "--max-memory lots is not a size"),
             (("--time-limit", "soon"), "--time-limit soon is no time"),
         ],
     )
