@@ -116,7 +116,7 @@ class TestHeader:
             (twice, f"{UP} is named twice"),
             (two_dtypes, "dtype is named twice"),
             (over_another, f"{UP} at bytes "),
-            (moved(10**9), f"{UP} lies at bytes 100"),
+            (moved(10**9), f"{UP} is at bytes 100"),
             (moved(-(10**9)), f"{UP} has data_offsets [-"),
             (with_entry(data_offsets=[6000, 240]), f"{UP} [40, 72] in BF16 takes 5760 bytes, its data_offsets are "),
             (with_entry(shape=[3, 3]), f"{UP} [3, 3] in BF16 takes 18 bytes, its data_offsets are ["),

@@ -93,7 +93,7 @@ class TestCache:
 
     def test_a_model_without_one_is_refused(self, tmp_path):
         random_model("mamba", state_size=8).config.save_pretrained(tmp_path)
-        with pytest.raises(MoqaError, match="a mamba model keeps no cache"):
+        with pytest.raises(MoqaError, match="a mamba model has no cache"):
             ServedModel(tmp_path).needs(16)
 
     def test_needs_grow_with_the_context(self):

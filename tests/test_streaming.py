@@ -120,7 +120,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("within", ROOMS, ids=["quantize", "profile"])
     def test_too_little_is_refused_with_what_would_do(self, within, streamed):
-        with pytest.raises(MoqaError, match=r"--max-memory 10MiB holds no decoder layer .* at least [0-9.]+ GiB do"):
+        with pytest.raises(MoqaError, match=r"--max-memory 10MiB cannot hold one block .* at least [0-9.]+ GiB "):
             within(MemoryLimit.parse("10MiB"), streamed, METHODS["gptq"])
 
     @pytest.mark.parametrize("within", ROOMS, ids=["quantize", "profile"])
@@ -254,7 +254,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--max-memory", "10MiB"), "--max-memory 10MiB holds no decoder layer of this model"),
+            (("--max-memory", "10MiB"), "--max-memory 10MiB cannot hold one block of this model"),
             (("--max-memory", "lots"), "--max-memory lots is not a size"),
             (("--time-limit", "soon"), "--time-limit soon is no time"),
         ],

@@ -224,7 +224,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
         records = load_dataset(dataset["id"], split=dataset["split"] or "train")
     except Exception as error:  # the network, the Hub and a dataset's files raise many kinds
         raise MoqaError(
-            "there is no such file or folder, and it cannot be loaded as a dataset of the Hub", _one_line(error)
+            "there is no such file or folder, and loading it from the Hub as a dataset failed", _one_line(error)
         ) from None
     for number, record in enumerate(records, 1):
         yield f"row {number}", record

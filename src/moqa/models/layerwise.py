@@ -48,8 +48,8 @@ class LayerwiseModel:
             with torch.no_grad(), self._replaced(partial(self._probe, probe)):
                 self._call(probe)
         except ValueError as error:
-            problem = f"{type(model).__name__} cannot be run one layer at a time"
-            reason = "its layers return more than hidden states: " if self._outputs > 1 else ""
+            problem = f"{type(model).__name__} cannot be run one block at a time"
+            reason = "its blocks return more than hidden states: " if self._outputs > 1 else ""
             raise MoqaError(problem, f"{reason}{error}") from None
 
     def embed(self, inputs: Tensor) -> Tensor:
