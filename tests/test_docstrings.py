@@ -17,6 +17,8 @@ import pytest
 import torch
 
 import moqa
+from moqa.data import read_distribution
+from moqa.execution import Workspace
 from moqa.format.reader import open_checkpoint
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.view import open_model
@@ -73,11 +75,13 @@ def names(tmp_path_factory):
     moqa.adjust("runs/out", {"german": "german.txt"}, "runs/german", samples=8)
     packed, tokenizer = moqa.load("runs/out")
     tokens = torch.randint(8192, (2, 16), generator=torch.Generator().manual_seed(0))
+    stages = LayerwiseModel(view.model)
     with resumable(folder / "work", {}) as work:
         yield {
             "torch": torch, "np": np, "Path": Path, "moqa": moqa, "report": quiet, "folder": folder, "work": work,
             "view": view, "model": packed, "tokenizer": tokenizer, "profile": profile, "plan": plan, "tokens": tokens,
-            "stages": LayerwiseModel(view.model), "config": view.model.config,
+            "stages": stages, "config": view.model.config, "hidden": stages.embed(tokens),
+            "wiki": read_distribution("wiki=wiki.txt"), "workspace": Workspace(view, work),
             "unit": view.units["model.layers.3.mlp.experts.7.down_proj"], "checkpoint": open_checkpoint("runs/out"),
             "matrix": packed.get_submodule("model.layers.0.self_attn.q_proj").matrix,
         }  # fmt: skip

@@ -125,7 +125,7 @@ def quantize_piece(workspace: Workspace, piece: BlockPiece) -> dict[str, Quantiz
 
     >>> from moqa.methods import METHODS
     >>> piece = BlockPiece(0, METHODS["rtn"], {"model.layers.0.self_attn.q_proj": Scheme(width=4)})
-    >>> list(quantize_piece(Workspace(view, work), piece))
+    >>> list(quantize_piece(workspace, piece))
     ['model.layers.0.self_attn.q_proj']
     """
     view, schemes, method = workspace.view, piece.schemes, piece.method
