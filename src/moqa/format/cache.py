@@ -104,7 +104,7 @@ def write_cache(
         folder: of the checkpoint, still being written.
         fingerprint: of the original model.
         share: of the channels; None for the whole original.
-        depth: number of decoder layers.
+        depth: number of layers.
         layers: tensors of each of them, see `Cache.layer`.
     """
     target = folder / FOLDER

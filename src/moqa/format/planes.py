@@ -95,7 +95,7 @@ def by_suffix(planes: list[Tensor], scale: Tensor, zero: Tensor | None) -> dict[
     Args:
         planes: of its integers.
         scale: [..., out, groups].
-        zero: likewise; None if symmetric.
+        zero: [..., out, groups]; None if symmetric.
     """
     tensors = {f"p{index}": plane for index, plane in enumerate(planes)} | {"scale": tile_rows(scale)}
     return tensors if zero is None else tensors | {"zero": tile_rows(zero)}

@@ -38,7 +38,7 @@ def parse_cache(text: str) -> float | None:
 def cache_layers(
     view: ModelView, profile: Profile, known: tuple[str, ...], share: float | None
 ) -> Iterator[dict[str, Tensor]]:
-    """Tensors of every decoder layer for `moqa.format.cache.write_cache`.
+    """Tensors of every layer for `moqa.format.cache.write_cache`.
 
     A part consists of the channels whose share of their layer's significance changes most between distributions,
     including the model's own text (MoQa's ~1 %; the paper leaves the measure of change open, ours is the range).

@@ -30,7 +30,7 @@ class CheckpointWriter:
         method: how units are quantized.
 
     Attributes:
-        depth: number of decoder layers.
+        depth: number of layers.
     """
 
     def __init__(self, view: ModelView, work: ResumableRun, plan: Plan, profile: Profile, method: Method) -> None:

@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class BlockPiece:
-    """Some units of a decoder layer.
+    """Some units of a layer.
 
     Attributes:
         layer: index of the layer.
