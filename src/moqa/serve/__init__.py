@@ -1,4 +1,4 @@
-"""The server: OpenAI-style requests, answered by one model in turns."""
+"""The server: answers OpenAI-style requests with one model, several texts in turns."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def serve(model: str | Path, **options: Any) -> None:
     >>> serve("runs/out", port=8000)
 
     Raises:
-        MoqaError: if the model is missing or damaged, the port is taken, or a library of the server is missing.
+        MoqaError: if the model is missing or damaged, the port is in use, or a library of the server is missing.
     """
     try:
         from moqa.serve.run import serve as run
