@@ -1,6 +1,6 @@
 """moqa gives precision to the parts of a Mixture-of-Experts model that the data needs.
 
->>> import moqa
+>>> import moqa  # doctest: +SKIP
 >>> moqa.compress("reference/model", {"wiki": "wiki.txt", "novels": "novels.txt"}, "3bpw", "runs/out")
 >>> model, tokenizer = moqa.load("runs/out")
 
@@ -9,7 +9,7 @@ The same step by step; every step makes an artifact that can be inspected and re
 >>> profile = moqa.profile("reference/model", {"wiki": "wiki.txt", "novels": "novels.txt"}, "runs/profile")
 >>> plan = moqa.plan(profile, "3bpw")
 >>> out = moqa.quantize("reference/model", plan, "runs/out")
->>> moqa.evaluate(out, {"wiki": "wiki.held-out.txt"}).distributions["wiki"].kl_divergence
+>>> moqa.evaluate(out, {"wiki": "wiki.test.txt"}).distributions["wiki"].kl_divergence
 
 Every name below is imported when it is first used: `import moqa` alone loads nothing heavy. On an unsupported system
 the import still works, and the first use raises a `MoqaError`.

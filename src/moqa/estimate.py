@@ -49,8 +49,8 @@ def estimate(
 ) -> Estimate:  # fmt: skip
     """Cost of quantizing a model by a plan.
 
-    >>> estimate("reference/model", plan, profile).checkpoint_bytes
-    12922880
+    >>> estimate("reference/model", plan, profile, method="rtn").checkpoint_bytes == plan.account.checkpoint
+    True
 
     Args:
         model: folder or Hub id of the original; one decoder layer of each kind is read and tried for a few seconds.
@@ -114,8 +114,9 @@ def peak_bytes(
 ) -> int:
     """Peak resident memory over all steps of a run, in bytes; for the arguments see `estimate`.
 
-    >>> peak_bytes(view, plan, profile, METHODS["gptq"], MemoryLimit.parse("4GiB"), profiled=True, held_out=0)
-    996853440
+    >>> limit = MemoryLimit.parse("4GiB")
+    >>> peak_bytes(view, plan, profile, find_method("gptq"), limit, profiled=True, held_out=0) < 4 * 2**30
+    True
 
     Raises:
         LittleMemoryError: if a step does not fit the memory limit; it names the step that needs most.

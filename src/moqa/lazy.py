@@ -9,8 +9,9 @@ from typing import Any
 def lazily(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make `__getattr__` and `__dir__` for a package; type checkers need separate imports of the same names.
 
-    >>> if not TYPE_CHECKING:
-    ...     __getattr__, __dir__ = lazily(__name__, {"moqa.planning.budget": ("Budget",)})
+    >>> __getattr__, __dir__ = lazily("moqa.planning", {"moqa.planning.budget": ("Budget",)})
+    >>> __getattr__("Budget").__module__
+    'moqa.planning.budget'
 
     Args:
         package: name of the package.

@@ -8,7 +8,7 @@ Fact = float | int | str
 class Report(Protocol):
     """A function that work calls to report its progress.
 
-    >>> report("quantize", layer, depth, layer=layer, expert=17, experts=64, error=0.0123, tokens=32768)
+    >>> report("quantize", 3, 24, layer=3, expert=17, experts=64, error=0.0123, tokens=32768)
 
     Args:
         step: name of the step. Another name, or a smaller `done` than before, begins a new step.

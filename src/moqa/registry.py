@@ -14,7 +14,7 @@ Member = TypeVar("Member")
 class Registry(MutableMapping[str, Member]):
     """Members of one kind.
 
-    >>> METHODS = Registry[Method]("--method", "moqa.methods", ("gptq", "rtn"))
+    >>> METHODS = Registry("--method", "moqa.methods", ("gptq", "rtn"))
     >>> METHODS.find("awq")
     Traceback (most recent call last):
     moqa.errors.MoqaError: --method awq is unknown: there are gptq, rtn
@@ -65,7 +65,7 @@ class Registry(MutableMapping[str, Member]):
 def modules_in(folder: Path) -> list[str]:
     """Names of the members that have a module in a folder; no module is imported.
 
-    >>> modules_in(Path("src/moqa/planning/strategies"))
+    >>> modules_in(Path(moqa.__file__).parent / "planning/strategies")
     ['frequency', 'moqa', 'moqa-budget', 'moqa-v1', 'random', 'uniform']
     """
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules([str(folder)]))

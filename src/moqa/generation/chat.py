@@ -65,9 +65,10 @@ def _line(message: Message) -> str:
 class Chat:
     """A conversation in which every turn reads only the new tokens.
 
-    >>> chat = Chat(model, tokenizer, Sampling(max_tokens=64))
-    >>> for piece in chat.say("Hello"):
-    ...     print(piece.text, end="")
+    >>> chat = Chat(model, tokenizer, Sampling(max_tokens=8))
+    >>> answer = "".join(piece.text for piece in chat.say("Hello"))
+    >>> chat.messages[-1]["content"] == answer
+    True
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sampling: Sampling) -> None:

@@ -59,9 +59,10 @@ def generate(
 ) -> Iterator[Piece]:
     """Continue a text, streamed in pieces.
 
-    >>> for piece in moqa.generate(model, tokenizer, "The history of", Sampling(max_tokens=8, temperature=0)):
-    ...     print(piece.text, end="")
-    >>> piece.finish.finish_reason
+    >>> pieces = list(moqa.generate(model, tokenizer, "The history of", Sampling(max_tokens=8, temperature=0)))
+    >>> "".join(piece.text for piece in pieces)
+    ' the ...'
+    >>> pieces[-1].finish.finish_reason
     'length'
 
     Args:

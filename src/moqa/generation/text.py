@@ -13,7 +13,7 @@ _BEFORE = 5  # tokens of the prompt to decode as well: some tokenizers drop the 
 class Detokenizer:
     """Turns a stream of tokens into text.
 
-    >>> words = Detokenizer(tokenizer, prompt)
+    >>> words = Detokenizer(tokenizer)
     >>> [words.push(token) for token in tokenizer("é!")["input_ids"]]
     ['', 'é', '!']
     """

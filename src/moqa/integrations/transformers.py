@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class MoqaConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The entry `quantization_config` in the `config.json` of a checkpoint.
 
-    >>> AutoModelForCausalLM.from_pretrained("runs/out", quantization_config=MoqaConfig(kernels="reference"))
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = AutoModelForCausalLM.from_pretrained("runs/out", quantization_config=MoqaConfig(kernels="reference"))
 
     Args:
         kernels: see `moqa.load`.

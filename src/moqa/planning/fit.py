@@ -101,7 +101,7 @@ class MemoryBudget(Budget):
 def smallest_plan(view: ModelView, widths: Sequence[int], group_size: int = 64, symmetric: bool = False) -> int:
     """Bytes of the weight files of the smallest plan, computed from a model's shapes.
 
-    >>> smallest_plan(served.view, (2, 3, 4))
+    >>> smallest_plan(view, (2, 3, 4))
     10660160
 
     Args:
@@ -128,7 +128,9 @@ def memory_budget(
 ) -> MemoryBudget:
     """Budget for a model that is served within a limit on all memory: weights, caches and everything else.
 
-    >>> plan = moqa.plan(profile, memory_budget(profile, "8GiB", context=8192, batch=4))
+    >>> budget = memory_budget(profile, "1GiB", context=1024, batch=2)
+    >>> moqa.plan(profile, budget).account.checkpoint <= budget.bytes
+    True
 
     Args:
         model: folder or Hub id of the original model, or a profile of it.

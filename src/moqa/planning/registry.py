@@ -68,8 +68,11 @@ def strategy(
 ) -> Callable[[Callable[[Problem], Choice]], Callable[[Problem], Choice]]:
     """Register a strategy; see `Strategy`. Its help is the first line of the function's docstring.
 
-    >>> @strategy("frequency", needs_budget=True, needs_experts=True)
-    ... def frequency(problem: Problem) -> Choice: ...
+    >>> @strategy("narrowest", needs_sensitivity=False)
+    ... def narrowest(problem: Problem) -> Choice:
+    ...     return problem.smallest()
+    >>> STRATEGIES.pop("narrowest").needs_sensitivity
+    False
     """
 
     def register(choose: Callable[[Problem], Choice]) -> Callable[[Problem], Choice]:

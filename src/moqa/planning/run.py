@@ -109,6 +109,7 @@ def plan(
 def read_plan(path: str | Path) -> Plan:
     """Read a plan; the path of its profile is resolved against the plan's folder.
 
+    >>> _ = Path("plan.json").write_text(plan(profile, "3bpw").model_dump_json())
     >>> read_plan("plan.json").strategy
     'moqa-budget'
 

@@ -13,7 +13,7 @@ _EXTRA = ("fastapi", "starlette", "uvicorn", "prometheus_client")
 def serve(model: str | Path, **options: Any) -> None:
     """Answer OpenAI-style requests until SIGTERM or Ctrl-C; for the options see `moqa.serve.run.serve`.
 
-    >>> serve("runs/out", port=8000)
+    >>> serve("runs/out", port=8000)  # doctest: +SKIP
 
     Raises:
         MoqaError: if the model is missing or damaged, the port is in use, or a library of the server is missing.

@@ -22,9 +22,9 @@ NONE = "(none)"  # label of metrics; no adjustment can have this name
 class Adjusting:
     """Adjustments that are given when the server starts; there may be none.
 
-    >>> adjusting = Adjusting(model, metrics, ["runs/german"])
-    >>> adjusting.choose(None, explicit=False).name
-    'german'
+    >>> adjusting = Adjusting(model, Metrics())
+    >>> adjusting.names, adjusting.choose(None, explicit=False).name
+    ([], None)
 
     Args:
         model: the served model; only the scheduler's thread switches its adjustment.

@@ -58,7 +58,7 @@ def serve(
 ) -> None:
     """Answer OpenAI-style requests until SIGTERM or Ctrl-C.
 
-    >>> serve("runs/out", port=8000)
+    >>> serve("runs/out", port=8000)  # doctest: +SKIP
 
     Args:
         model: folder of a checkpoint or of an original model, or a Hub id.

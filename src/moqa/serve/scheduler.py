@@ -14,9 +14,9 @@ from moqa.serve.text import ServedText
 class Scheduler:
     """Slots for texts that are written at the same time, and a bounded queue of waiting texts.
 
-    >>> scheduler = Scheduler(lambda job: generate(model, tokenizer, job.ids, job.sampling), 4, 256, Metrics())
+    >>> scheduler = Scheduler(lambda job: moqa.generate(model, tokenizer, job.ids, job.sampling), 4, 256, Metrics())
     >>> scheduler.start()
-    >>> scheduler.submit([job])
+    >>> scheduler.submit([ServedText([599, 3523], moqa.Sampling(max_tokens=4), deliver=lambda piece: None)])
 
     Each text is a generator with its own key-value cache and random generator, and every step belongs to a single text:
     a text does not depend on the other texts.

@@ -11,10 +11,12 @@ from moqa.serve.text import Chosen
 class Watch:
     """Decides which adjustment requests get that name none.
 
-    >>> watch.count(counts)
-    True
-    >>> watch.default.name
-    'auto-1'
+    >>> from moqa.format.routing import read_routing
+    >>> detector = DriftDetector(read_routing("runs/out", plan.fingerprint))
+    >>> watch = Watch(detector, Collected(tokenizer, 4096), KeptAdjustments(model.adjustments))
+    >>> watch.decide()
+    >>> watch.default.name, watch.lacks_one
+    (None, False)
 
     Args:
         detector: detects whether text is known or novel.

@@ -41,7 +41,7 @@ def bench(
 ) -> Speed:
     """Measure a model in a fresh process: it reads random tokens at once, then writes more one by one.
 
-    >>> moqa.bench("runs/out").decode_tokens_per_second
+    >>> moqa.bench("runs/out").decode_tokens_per_second  # doctest: +SKIP
 
     Args:
         model: folder of a checkpoint, or folder or Hub id of an original, which runs in transformers in bfloat16.

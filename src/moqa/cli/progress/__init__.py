@@ -17,7 +17,7 @@ __all__ = ["Log", "LogOption", "logged", "progress"]
 def progress(log: Log | None = None) -> Iterator[Report]:
     """Show the progress of a `with` block: live on a terminal, as plain lines elsewhere, and in a log if given.
 
-    >>> with progress(log) as report:
+    >>> with progress() as report:
     ...     report("quantize", 0, 24, layer=0)
 
     Args:

@@ -12,8 +12,7 @@ INTERVAL = 10.0  # seconds between two lines of a step
 class Lines:
     """A line when a step begins, one every ten seconds while it reports, and one when it ends.
 
-    >>> Lines().show(step)
-    moqa: quantize
+    >>> Lines().show(Step("quantize"))  # writes "moqa: quantize"
 
     Args:
         clock: seconds.

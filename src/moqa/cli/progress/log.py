@@ -27,8 +27,11 @@ Options = ParamSpec("Options")
 class Log:
     """Writes a line when a command begins, lines while its steps report, and a line when it ends or fails.
 
-    >>> with Log("run.jsonl").lasting("profile"):
-    ...     work()
+    >>> log = Log("run.jsonl")
+    >>> with log.lasting("profile"):
+    ...     log.show(Step("activation"))
+    >>> len(Path("run.jsonl").read_text().splitlines())
+    3
 
     Args:
         path: file to write; - for stderr.
@@ -125,8 +128,7 @@ LogOption = Annotated[
 def logged(command: Callable[Options, None]) -> Callable[Options, None]:
     """Decorate a command so that it writes the log that it gets as `log_json`.
 
-    >>> @app.command()
-    ... @logged
+    >>> @logged
     ... def profile(model: str, log_json: LogOption = None) -> None: ...
     """
 

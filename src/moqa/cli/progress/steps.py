@@ -85,9 +85,9 @@ class View(Protocol):
 class Steps:
     """A `Report` that collects reports into steps and shows them.
 
+    >>> from moqa.cli.progress.lines import Lines
     >>> report = Steps([Lines()])
-    >>> report("quantize", 0, 24)
-    moqa: quantize
+    >>> report("quantize", 0, 24)  # writes "moqa: quantize" to stderr
 
     Args:
         views: displays of the steps.

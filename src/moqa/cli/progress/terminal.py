@@ -17,8 +17,8 @@ BAR_WIDTH = 8  # characters
 class Terminal:
     """One line per step, updated while it runs; the view is erased at the end.
 
-    >>> with Terminal(console) as view:
-    ...     view.show(step)
+    >>> with Terminal(Console(stderr=True)) as view:
+    ...     view.show(Step("quantize"))
 
     Args:
         console: console of the terminal.

@@ -11,8 +11,10 @@ from moqa.cli.progress.steps import Step
 def facts(step: Step) -> list[str]:
     """The facts of a step; tokens are shown as tokens per second.
 
+    >>> step = Step("quantize")
+    >>> step.update(3, 24, {"layer": 3, "expert": 17, "experts": 64, "error": 0.0123})
     >>> facts(step)
-    ['layer 3', 'expert 17/64', 'error 0.0123', '3210 tokens/s']
+    ['layer 3', 'expert 17/64', 'error 0.0123']
     """
     known = {name: value for name, value in step.facts.items() if name != "tokens"}
     if "expert" in known and "experts" in known:
