@@ -58,13 +58,13 @@ def profile(
     from moqa.memory.limit import MemoryLimit
     from moqa.profiling import profile as run
 
-    where = find_executor(engine, address=ray_address)
+    executor = find_executor(engine, address=ray_address)
     with progress(log_json) as report:
         result = run(
             model, data, out, samples=samples, context=context, self_samples=self_samples,
             group_size=group_size, symmetric=symmetric, method=method, seed=seed,
             report=time_limited(report, time_limit), memory=MemoryLimit.parse(max_memory) if max_memory else None,
-            restart=restart, engine=where, sensitivity=not no_sensitivity,
+            restart=restart, engine=executor, sensitivity=not no_sensitivity,
         )  # fmt: skip
     print_profile(result)
     write_result(result.record, json)

@@ -105,7 +105,7 @@ def quantize(
     from moqa.memory.limit import MemoryLimit
 
     memory = MemoryLimit.parse(max_memory) if max_memory else None
-    where = find_executor(engine, address=ray_address)
+    executor = find_executor(engine, address=ray_address)
     if plan is not None:
         from moqa.estimate import estimate
         from moqa.planning import read_plan
@@ -123,7 +123,13 @@ def quantize(
         if dry_run:
             measured = read_profile(profile or chosen.profile)
             cost = estimate(
-                model, chosen, measured, method=method, cache=cache, memory=where.memory(memory), before=start_and_end()
+                model,
+                chosen,
+                measured,
+                method=method,
+                cache=cache,
+                memory=executor.memory(memory),
+                before=start_and_end(),
             )
             print_estimate(cost, chosen, measured, json)
             return
@@ -131,7 +137,7 @@ def quantize(
             run(
                 model, chosen, out, method=method, overwrite=overwrite, report=time_limited(report, time_limit),
                 profile=read_profile(profile) if profile else None, cache=cache, memory=memory, restart=restart,
-                engine=where,
+                engine=executor,
             )  # fmt: skip
         warn_starved(read_profile(profile or chosen.profile))
         print_checkpoint(out, json)
@@ -153,7 +159,7 @@ def quantize(
     budget = memory_budget(model, fit, context=context, batch=batch or 1) if fit else Budget.parse(bpw, size)
     if dry_run:
         expected = forecast(
-            model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=where,
+            model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=executor,
             before=start_and_end(),
         )  # fmt: skip
         print_estimate(expected.cost, expected.plan, expected.profile, json)
@@ -161,7 +167,7 @@ def quantize(
     with progress(log_json) as report:
         result = compress(
             model, data, budget, out, held_out=held_out, options=options, report=time_limited(report, time_limit),
-            memory=memory, executor=where, when_quantized=print_quantized,
+            memory=memory, executor=executor, when_quantized=print_quantized,
         )  # fmt: skip
     print_compressed(result)
     write_result(result.summary(), json)

@@ -14,8 +14,8 @@ class Detokenizer:
     """Turns a stream of tokens into text.
 
     >>> words = Detokenizer(tokenizer)
-    >>> [words.push(token) for token in tokenizer("é!")["input_ids"]]
-    ['', 'é', '!']
+    >>> [words.push(token) for token in tokenizer("日!")["input_ids"]]
+    ['', '', '日', '!']
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int] = ()) -> None:

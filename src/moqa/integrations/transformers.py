@@ -27,7 +27,8 @@ class MoqaConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The entry `quantization_config` in the `config.json` of a checkpoint.
 
     >>> from transformers import AutoModelForCausalLM
-    >>> model = AutoModelForCausalLM.from_pretrained("runs/out", quantization_config=MoqaConfig(kernels="reference"))
+    >>> config = MoqaConfig(kernels="reference")
+    >>> model = AutoModelForCausalLM.from_pretrained("runs/out", quantization_config=config)  # doctest: +SKIP
 
     Args:
         kernels: see `moqa.load`.

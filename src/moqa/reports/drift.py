@@ -112,7 +112,7 @@ def expert_changes(profile: Profile, a: str, b: str) -> list[tuple[int, int, flo
     """Change of each expert's significance from one distribution to another, largest change first.
 
     >>> expert_changes(profile, "wiki", "novels")[0]
-    (4, 11, 0.31)
+    (5, 12, 0.6...)
 
     Returns:
         (layer, expert, significance on b minus on a) of every expert.
@@ -129,7 +129,7 @@ def channel_changes(profile: Profile, a: str, b: str, count: int) -> list[tuple[
     """Change of each channel's share of its layer's significance, largest change first.
 
     >>> channel_changes(profile, "wiki", "novels", 1)
-    [(4, 11, 208, 0.012)]
+    [(5, 2, 179, -0.02...)]
 
     Returns:
         (layer, expert, channel, share on b minus share on a) of the first `count` channels.
