@@ -145,7 +145,7 @@ class TestChoice:
     def test_of_a_model_without_any(self, tiny_model):
         with running(moqa.generation.load_any(tiny_model)) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
             assert complete(http, prompt="The", **WRITE).json()["adjustment"] is None
-            fails(complete(http, prompt="The", adjustment="python"), 400, "adjustment", "held: none")
+            fails(complete(http, prompt="The", adjustment="python"), 400, "adjustment", "the server has none")
 
 
 class TestMistakesAtTheStart:
@@ -153,7 +153,7 @@ class TestMistakesAtTheStart:
         ("options", "word"),
         [
             (["--adjust", "nowhere"], "nowhere"),
-            (["--adjust", "auto", "--adjust", "off"], "give auto, off, or folders"),
+            (["--adjust", "auto", "--adjust", "off"], "give auto, off, or adjustment folders"),
         ],
     )
     def test_are_one_line(self, made, capsys, monkeypatch, options, word):

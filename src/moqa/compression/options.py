@@ -54,7 +54,7 @@ class CompressOptions:
     group_size: int = field(default=64, metadata=_help("weights that share a scale"))
     symmetric: bool = field(default=False, metadata=_help("grids without a zero-point"))
     cache: str | None = field(default=None, metadata=_help("keep for `moqa adjust`: 1% of the channels, or full"))
-    proof: bool = field(default=True, metadata=_help("evaluate beside plain plans on held-out text"))
+    proof: bool = field(default=True, metadata=_help("compare with baselines on held-out text"))
     overwrite: bool = field(default=False, metadata=_help("replace an existing output of moqa"))
     restart: bool = field(default=False, metadata=_help("start again, discarding what an interrupted run has finished"))
     seed: int = field(default=0, metadata=_help("seed of samples, labels, self-written text and random plans"))

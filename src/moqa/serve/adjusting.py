@@ -88,7 +88,7 @@ class Adjusting:
         if asked is not None and asked not in self.names:
             held = ", ".join(self.names) or "none"
             raise RefusalError(
-                400, f"no such adjustment; there are: {held}", param="adjustment", code="adjustment_not_found"
+                400, f"no such adjustment: the server has {held}", param="adjustment", code="adjustment_not_found"
             )
         return Chosen(asked, explicit=True)
 
