@@ -14,6 +14,17 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "reference" / "image"
 WIDTHS = (8, 4, 3, 2)
 METHODS = ("rtn", "gptq")
+TEXT = """
+# Image classification
+
+The reference's ResNet (1.09 M parameters, CIFAR-10) with its convolutions packed;
+`python benchmarks/image_study.py`. Calibrated on the 512 images of `reference/image/calib`, measured on the 1,000 of
+`reference/image/test`. KL is from the original's predictions, in nats per image; size is that of all weight files on
+disk, headers included. The stem, the classifier and all norms stay as they are.
+
+| weights | size on disk, bytes | bits per weight of the units | top-1 | KL from the original | same first class |
+|---|---:|---:|---:|---:|---:|
+"""
 
 
 def rows(runs: Path) -> list[tuple[str, Evaluation]]:
@@ -36,15 +47,7 @@ def rows(runs: Path) -> list[tuple[str, Evaluation]]:
 
 
 def page(found: list[tuple[str, Evaluation]]) -> str:
-    lines = [
-        "# Image classification", "",
-        "The reference's ResNet (1.09 M parameters, CIFAR-10) with its convolutions packed; `python benchmarks/image_study.py`.",
-        "Calibrated on the 512 images of `reference/image/calib`, measured on the 1,000 of `reference/image/test`. KL is from",
-        "the original's predictions, in nats per image; size is that of all weight files on disk, headers included. The stem,",
-        "the classifier and all norms stay as they are.", "",
-        "| weights | size on disk, bytes | bits per weight of the units | top-1 | KL from the original | same first class |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]  # fmt: skip
+    lines = TEXT.strip().splitlines()
     for name, one in found:
         q = one.distributions["test"]
         divergence = "" if one.strategy is None else f"{q.kl_divergence:.4f}"

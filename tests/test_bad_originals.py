@@ -61,13 +61,13 @@ class TestIndex:
     def test_names_a_tensor_that_is_nowhere(self, folder):
         path = shard_of(folder, UP)
         write_index(folder, {**index_of(folder), "model.ghost.weight": path.name})
-        assert refusal(open_model, folder) == f"{path} lacks model.ghost.weight: {INDEX} says that it lies there"
+        assert refusal(open_model, folder) == f"{path} lacks model.ghost.weight: {INDEX} lists it there"
 
     @pytest.mark.parametrize("name", [UP, NORM])
     def test_does_not_name_a_tensor_of_a_shard(self, folder, name):
         path = shard_of(folder, name)
         write_index(folder, {key: file for key, file in index_of(folder).items() if key != name})
-        expected = f"{path} holds {name}, and {INDEX} does not name it: get both from one source"
+        expected = f"{path} holds {name}, but {INDEX} does not list it: get both from one source"
         assert refusal(open_model, folder) == refusal(fingerprint, folder) == expected
 
     def test_names_a_tensor_twice(self, folder):
@@ -116,7 +116,7 @@ class TestHeader:
             (twice, f"{UP} is named twice"),
             (two_dtypes, "dtype is named twice"),
             (over_another, f"{UP} at bytes "),
-            (moved(10**9), f"{UP} lies at bytes 100"),
+            (moved(10**9), f"{UP} is at bytes 100"),
             (moved(-(10**9)), f"{UP} has data_offsets [-"),
             (with_entry(data_offsets=[6000, 240]), f"{UP} [40, 72] in BF16 takes 5760 bytes, its data_offsets are "),
             (with_entry(shape=[3, 3]), f"{UP} [3, 3] in BF16 takes 18 bytes, its data_offsets are ["),
@@ -228,10 +228,10 @@ class TestSourceThatGoesAway:
                 harm(path)
 
         message = refusal(work, folder, out, report)
-        assert message.startswith("the original can be read no more: ")
+        assert message.startswith("the original can no longer be read: ")
         assert path.name in message
         assert said in message
-        assert message.endswith("run the same command again to go on once it can be")
+        assert message.endswith("run the same command again to continue once it can be read")
         steps = out.with_name(".out.partial") / "steps"
         before = {path.name for path in steps.glob("*.json")}
         assert before & {"layer-0.json", "forward-0.json"}
@@ -258,7 +258,7 @@ class TestSourceThatGoesAway:
         monkeypatch.setattr(MemoryLimit, "holds", lambda *_: False)
         monkeypatch.setattr(LazyTensor, "read_into", short)
         message = refusal(work, folder, out)
-        assert "the original can be read no more: " in message
+        assert "the original can no longer be read: " in message
         assert f"{shard_of(folder, UP)} is truncated or " in message
 
     @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ class TestOutput:
     @pytest.mark.parametrize("place", ["", ".", "a/.."])
     def test_without_a_name(self, place, work, sharded, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        assert "is no name of a folder to make" in refusal(work, sharded, Path(place))
+        assert "is not the name of a new folder" in refusal(work, sharded, Path(place))
         assert list(tmp_path.iterdir()) == []
 
     def test_on_a_disk_that_is_read_only(self, work, sharded, small_disk):

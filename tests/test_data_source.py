@@ -172,7 +172,7 @@ class TestErrors:
             ('{"text": 3}', "field 'text' is of type int"),
             ('{"text": null}', "field 'text' is of type NoneType"),
             ('{"text": ["a"]}', "field 'text' is a list, but not of messages"),
-            ('{"text": "\\ud800"}', "no valid Unicode text"),
+            ('{"text": "\\ud800"}', "not valid Unicode"),
             ("\n\n", "holds no text"),
         ],
     )

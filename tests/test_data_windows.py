@@ -143,7 +143,7 @@ class TestWindows:
             cut_windows(distribution("a b c"), TOKENIZER, **arguments)
 
     def test_a_tokenizer_without_offsets_is_refused(self):
-        with pytest.raises(MoqaError, match="the tokenizer slow gives no offsets"):
+        with pytest.raises(MoqaError, match="the tokenizer slow returns no offsets"):
             cut_windows(distribution("a"), SimpleNamespace(is_fast=False, name_or_path="slow"), 2)
 
 

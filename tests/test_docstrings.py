@@ -17,6 +17,8 @@ import pytest
 import torch
 
 import moqa
+from moqa.data import read_distribution
+from moqa.execution import Workspace
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.view import open_model
 from moqa.progress import quiet
@@ -71,11 +73,13 @@ def names(tmp_path_factory):
     moqa.quantize("reference/model", plan, "runs/out", method="rtn", profile=profile, view=view, cache="full")
     packed, tokenizer = moqa.load("runs/out")
     tokens = torch.randint(8192, (2, 16), generator=torch.Generator().manual_seed(0))
+    stages = LayerwiseModel(view.model)
     with resumable(folder / "work", {}) as work:
         yield {
             "torch": torch, "np": np, "Path": Path, "moqa": moqa, "report": quiet, "folder": folder, "work": work,
             "view": view, "model": packed, "tokenizer": tokenizer, "profile": profile, "plan": plan, "tokens": tokens,
-            "stages": LayerwiseModel(view.model), "config": view.model.config,
+            "stages": stages, "config": view.model.config, "hidden": stages.embed(tokens),
+            "wiki": read_distribution("wiki=wiki.txt"), "workspace": Workspace(view, work),
             "unit": view.units["model.layers.3.mlp.experts.7.down_proj"],
         }  # fmt: skip
     os.chdir(before)

@@ -205,7 +205,7 @@ class TestLosses:
             if step == "quantize" and done == 1:
                 engine._threads = 10**6
 
-        monkeypatch.setattr(on_ray, "_LOOK", 0.5)
+        monkeypatch.setattr(on_ray, "_CHECK_SECONDS", 0.5)
         threads = engine._threads
         with pytest.raises(Stopped, match="no node of the Ray cluster is left; the same command goes on"):
             quantize(tiny_model, planned, tmp_path / "out", profile=profiled, engine=engine, report=report)
@@ -291,7 +291,7 @@ class TestMistakes:
     def test_more_threads_than_any_node_lends(self, engine, nodes):
         threads = torch.get_num_threads()
         torch.set_num_threads(threads + 1)
-        with pytest.raises(MoqaError, match=rf"no node .* lends {threads + 1} CPUs.* largest lends {threads}"):
+        with pytest.raises(MoqaError, match=rf"no node .* offers {threads + 1} CPUs.* largest offers {threads}"):
             find_executor("ray", address=nodes.address)
 
 
@@ -308,7 +308,7 @@ class TestWithoutACluster:
             (("--engine", "spark"), "--engine spark is unknown: there are local, ray"),
             (("--ray-address", "10.0.0.1:6379"), "--ray-address 10.0.0.1:6379 is for --engine ray"),
             (("--engine", "ray"), "(Connection refused): start one with `ray start --head`"),
-            (("--engine", "ray", "--ray-address", "head"), "--ray-address head is no HOST:PORT"),
+            (("--engine", "ray", "--ray-address", "head"), "--ray-address head is not HOST:PORT"),
             (("--engine", "ray", "--ray-address", f"127.0.0.1:{free_port()}"), "(Connection refused): start one"),
         ],
     )

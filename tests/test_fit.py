@@ -93,7 +93,7 @@ class TestCache:
 
     def test_a_model_without_one_is_refused(self, tmp_path):
         random_model("mamba", state_size=8).config.save_pretrained(tmp_path)
-        with pytest.raises(MoqaError, match="a mamba model keeps no cache"):
+        with pytest.raises(MoqaError, match="a mamba model has no cache"):
             ServedModel(tmp_path).needs(16)
 
     def test_needs_grow_with_the_context(self):
@@ -158,8 +158,8 @@ class TestFit:
             r"it fits in (\d+) MiB or with --batch (\d+) or with --context (\d+)$", line
         ).groups()
         memory = budget.typed.split()[1]
-        for typed, tokens, count in ((f"{size}MiB", 2048, 4), (memory, 2048, int(batch)), (memory, int(context), 4)):
-            other = memory_budget(measured, typed, context=tokens, batch=count)
+        for typed, length, count in ((f"{size}MiB", 2048, 4), (memory, 2048, int(batch)), (memory, int(context), 4)):
+            other = memory_budget(measured, typed, context=length, batch=count)
             assert plan(measured, other).account.checkpoint <= other.bytes
         with pytest.raises(MoqaError, match="is too little"):
             plan(measured, memory_budget(measured, memory, context=2048, batch=int(batch) + 1))
@@ -201,7 +201,7 @@ class TestCommands:
                 ("--bpw 3", "--size 9MiB", "--fit 8GiB", "three budgets"),
             ),
             (("--bpw", "3", "--batch", "2"), ("--batch 2 needs --fit",)),
-            (("--fit", "lots"), ("--fit lots is no size", "3.5GB")),
+            (("--fit", "lots"), ("--fit lots is not a size", "3.5GB")),
             (("--fit", "8GiB", "--context", "4096"), ("--fit 8GiB --context 4096", "context is 2048 tokens")),
             (
                 ("--fit", "200MiB", "--batch", "2"),
@@ -299,7 +299,7 @@ class TestFreeMemory:
         assert free_memory(system(**files)) == 5500000
 
     def test_a_system_that_does_not_say(self, tmp_path):
-        with pytest.raises(MoqaError, match="tells no free memory"):
+        with pytest.raises(MoqaError, match="shows no free memory"):
             free_memory(tmp_path)
 
     def test_the_gpu_counts_where_there_is_one(self, monkeypatch, system):

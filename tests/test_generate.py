@@ -50,10 +50,11 @@ def tokenizer():
     return load_tokenizer(MODEL)
 
 
-class Says:
+class Says(torch.nn.Module):
     """A model of ten tokens that always gives the same probabilities, and remembers what it was asked to read."""
 
     def __init__(self, probabilities, ends=()):
+        super().__init__()
         self.logits = torch.tensor([*probabilities, *[0.0] * (10 - len(probabilities))]).log()
         self.read = []
         text = types.SimpleNamespace(vocab_size=10, max_position_embeddings=5000, eos_token_id=None, model_type="says")
@@ -61,7 +62,7 @@ class Says:
         self.generation_config = types.SimpleNamespace(eos_token_id=list(ends))
         self.device = torch.device("cpu")
 
-    def __call__(self, input_ids, past_key_values, use_cache, logits_to_keep):
+    def forward(self, input_ids, past_key_values, use_cache, logits_to_keep):
         self.read += input_ids[0].tolist()
         return types.SimpleNamespace(logits=self.logits[None, None], past_key_values=object())
 

@@ -187,7 +187,7 @@ class TestRefusals:
     def test_a_label_that_the_model_does_not_have(self, label, folders, tmp_path, out):
         shutil.copytree(folders / "test" / "cat", tmp_path / "other" / label)
         message = self.refused(folders / "resnet", {"a": tmp_path / "other"}, out)
-        assert f"{label} is no class of {folders / 'resnet'}: its 4 classes are {', '.join(CLASSES)}" in message
+        assert f"{label} is not a class of {folders / 'resnet'}: its 4 classes are {', '.join(CLASSES)}" in message
 
     def test_a_label_by_its_number(self, folders, tmp_path):
         for index, name in enumerate(CLASSES):

@@ -68,7 +68,7 @@ class TestFolders:
         assert refusal(typed) == message
 
     def test_not_on_the_hub(self):
-        assert refusal("nobody/nothing").startswith("no folder MODEL, and the Hub did not give it: ")
+        assert refusal("nobody/nothing").startswith("no folder MODEL, and it cannot be downloaded from the Hub: ")
 
     def test_no_name(self):
         with pytest.raises(MoqaError, match="the model's name is empty"):
@@ -102,8 +102,9 @@ class TestConfigurations:
         assert refusal(folder).startswith("MODEL has a config.json that transformers cannot read: ")
 
     def test_of_another_kind_of_model(self, folder):
-        (folder / "config.json").write_text('{"model_type": "vit"}')
-        assert refusal(folder) == "MODEL is a vit: moqa works on causal language models of transformers"
+        (folder / "config.json").write_text('{"model_type": "t5"}')
+        works_on = "causal language models and image classifiers of transformers"
+        assert refusal(folder) == f"MODEL is a t5: moqa works on {works_on}"
 
     def test_wrong_type(self, folder):
         configure(folder, hidden_size="wide")
@@ -117,7 +118,7 @@ class TestConfigurations:
     def test_quantized_already(self, folder, method):
         configure(folder, quantization_config={"quant_method": method})
         assert (
-            refusal(folder) == f"MODEL is quantized already ({method}): give the original: 16 or 32 bits, fp8 or mxfp4"
+            refusal(folder) == f"MODEL is already quantized ({method}): give the original: 16 or 32 bits, fp8 or mxfp4"
         )
 
 
@@ -165,12 +166,12 @@ class TestWeights:
 
     def test_unknown(self, folder):
         change(folder, lambda tensors: tensors.update({"model.layers.1.extra.weight": torch.ones(3)}))
-        expected = "MODEL is not what its config.json says: qwen3_moe knows no model.layers.1.extra.weight [3]"
+        expected = "MODEL is not what its config.json says: qwen3_moe has no model.layers.1.extra.weight [3]"
         assert refusal(folder) == expected
 
     def test_more_layers_than_configured(self, folder):
         configure(folder, num_hidden_layers=1, layer_types=None)
-        assert "qwen3_moe knows no model.layers.1." in refusal(folder)
+        assert "qwen3_moe has no model.layers.1." in refusal(folder)
 
     @pytest.mark.parametrize("name", [UP, "model.norm.weight"])
     def test_wrong_shape(self, folder, name):
@@ -209,7 +210,7 @@ class TestShards:
         index = shard(folder)
         other = next(file for file in index.values() if file != index[UP])
         write_index(folder, {**index, UP: other})
-        assert refusal(folder) == f"MODEL/{other} lacks {UP}: {original.INDEX} says that it lies there"
+        assert refusal(folder) == f"MODEL/{other} lacks {UP}: {original.INDEX} lists it there"
 
     @pytest.mark.parametrize("index", [[], {"a": 3}, {"a": "../outside.safetensors"}, None])
     def test_index_is_none(self, folder, index):

@@ -26,7 +26,7 @@ def test_sizes(typed, expected):
     "typed", ["", "MiB", "12 parsecs", "-1MB", "1,5MB", "1.MB", "1e6", "12M B", "0x10", "nan", "12MiB 3", "9" * 400]
 )
 def test_what_is_no_size(typed):
-    with pytest.raises(MoqaError, match="is no size"):
+    with pytest.raises(MoqaError, match="is not a size"):
         Budget.parse(size=typed)
 
 

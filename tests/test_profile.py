@@ -283,7 +283,7 @@ class TestReuse:
     def test_a_folder_of_something_else_is_refused(self, tiny, tmp_path):
         (tmp_path / "tiny").mkdir()
         (tmp_path / "tiny" / "photo").touch()
-        with pytest.raises(MoqaError, match="exists and is no profile"):
+        with pytest.raises(MoqaError, match="exists and is not a profile"):
             tiny("wiki")
 
     def test_a_failure_leaves_no_folder(self, tiny, tmp_path, monkeypatch):

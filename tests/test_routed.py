@@ -23,7 +23,7 @@ def test_every_token_of_an_expert_counts_once(sizes, experts, seed):
     calls = [(0.5 + number, call_of(tokens, experts, seed + number)) for number, tokens in enumerate(sizes)]
     for expert in range(experts):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "ROWS", 64)
+            patch.setattr(module, "GATHERED_ROWS", 64)
             found = list(routed(expert, calls))
         wanted = torch.zeros(5, 5, dtype=torch.float64)
         for share, call in calls:

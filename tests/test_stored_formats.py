@@ -73,7 +73,7 @@ def read(folder: Path, tensors: dict, options: dict) -> dict[str, torch.Tensor]:
 def together(request):
     """Blocks in bands of different heights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_TOGETHER", request.param)
+        patch.setattr(blocks, "_CHUNK", request.param)
         yield
 
 
@@ -302,7 +302,7 @@ class TestRefusals:
             (lambda t, q: t[f"{q}_scale_inv"].fill_(torch.nan), "MODEL: tensor NAME_scale_inv has 4 NaN or infinite"),
             (lambda t, q: t[q].view(torch.uint8)[3].fill_(0x7F), "MODEL: tensor NAME has 64 NaN or infinite values of"),
             (lambda t, q: t.update({q: t[q].float()}), "MODEL is not what its config.json says: "),
-            (lambda t, q: t.update({q: t[q][0].clone()}), "MODEL: NAME is F8_E4M3 [64]: fp8 stores matrices"),
+            (lambda t, q: t.update({q: t[q][0].clone()}), "MODEL: NAME is F8_E4M3 [64]: FP8 tensors are matrices"),
         ],
     )
     def test_fp8(self, fp8, edit, said):
@@ -318,7 +318,7 @@ class TestRefusals:
                 lambda t, d: t.update({f"{d}_scales": t[f"{d}_scales"][:, 1:].clone()}),
                 "MODEL: NAME_scales is [4, 63",
             ),
-            (lambda t, d: t.update({f"{d}_blocks": t[f"{d}_blocks"].int()}), "MODEL: NAME_blocks is I32: mxfp4 has"),
+            (lambda t, d: t.update({f"{d}_blocks": t[f"{d}_blocks"].int()}), "MODEL: NAME_blocks is I32: MXFP4 needs"),
             (lambda t, d: t[f"{d}_scales"][0, 0].fill_(255), "MODEL: tensor NAME has 64 NaN or infinite values of"),
             (lambda t, d: t.update({d: torch.ones(4, 64, 64)}), "MODEL holds NAME twice: plain, and as NAME_bl"),
             (
@@ -339,4 +339,4 @@ class TestRefusals:
     def test_a_format_that_no_tensor_has(self, pairs, tmp_path):
         folder = Path(shutil.copytree(pairs["gpt_oss"][1], tmp_path / "model"))
         configure(folder, quantization_config={"quant_method": "mxfp4"})
-        assert broken(folder) == "MODEL has no tensor in mxfp4: take quantization_config out of its config.json"
+        assert broken(folder) == "MODEL has no tensor in mxfp4: remove quantization_config from its config.json"

@@ -111,7 +111,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("text", ["", "much", "-1GiB", "4 GiB or so", "1.2.3G"])
     def test_no_sizes(self, text):
-        with pytest.raises(MoqaError, match=r"--max-memory .* is no size"):
+        with pytest.raises(MoqaError, match=r"--max-memory .* is not a size"):
             MemoryLimit.parse(text)
 
     def test_free_memory_holds_a_small_model(self, tiny_model):
@@ -120,7 +120,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("within", ROOMS, ids=["quantize", "profile"])
     def test_too_little_is_refused_with_what_would_do(self, within, streamed):
-        with pytest.raises(MoqaError, match=r"--max-memory 10MiB holds no decoder layer .* at least [0-9.]+ GiB are"):
+        with pytest.raises(MoqaError, match=r"--max-memory 10MiB cannot hold one block .* at least [0-9.]+ GiB "):
             within(MemoryLimit.parse("10MiB"), streamed, METHODS["gptq"])
 
     @pytest.mark.parametrize("within", ROOMS, ids=["quantize", "profile"])
@@ -254,8 +254,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--max-memory", "10MiB"), "--max-memory 10MiB holds no decoder layer of this model"),
-            (("--max-memory", "lots"), "--max-memory lots is no size"),
+            (("--max-memory", "10MiB"), "--max-memory 10MiB cannot hold one block of this model"),
+            (("--max-memory", "lots"), "--max-memory lots is not a size"),
             (("--time-limit", "soon"), "--time-limit soon is not a time"),
         ],
     )

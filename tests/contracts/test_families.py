@@ -230,7 +230,7 @@ class TestRefusals:
 
     def test_layers_that_pass_on_more_than_hidden_states(self):
         model = random_model("glm_moe_dsa", **FAMILIES["deepseek_v32"].config)
-        with pytest.raises(MoqaError, match=r"GlmMoeDsaForCausalLM .* one layer at a time: .* more than hidden states"):
+        with pytest.raises(MoqaError, match=r"GlmMoeDsaForCausalLM .* one block at a time: .* more than hidden states"):
             LayerwiseModel(model)
 
     def test_experts_in_embeddings(self):

@@ -47,6 +47,14 @@ def random_problem(shape, seed, size):
     return weights, widths, importance
 
 
+def rounded(weights, widths, scheme, importance):
+    """About what it costs to round every group to steps from its least to its largest: [..., groups], as `error` is."""
+    groups = to_groups(weights, scheme.group_size)
+    steps = (groups.amax(-1) - groups.amin(-1)) / (2 ** widths[..., None] - 1)
+    importance = torch.ones(len(weights), weights.shape[-1]) if importance is None else importance
+    return steps.square() / 12 * to_groups(importance, scheme.group_size).sum(-1)[:, None]
+
+
 class TestFitGrid:
     @settings(max_examples=60, deadline=None)
     @given(schemes, shapes, st.integers(0, 10**6), st.sampled_from([1e-3, 1.0, 30.0]), st.booleans())
@@ -55,10 +63,10 @@ class TestFitGrid:
         importance = importance if weighted else None
         found = kernels.fit_grid(weights, widths, scheme, importance)
         wanted = KERNELS["reference"].fit_grid(weights, widths, scheme, importance)
-        # ties and roundings may be decided otherwise: the result is then as good
-        rounding = 1e-10 * weights.square().sum()  # of float32, where a grid fits exactly
-        assert found.error.sum() <= wanted.error.sum() * 1.001 + rounding
-        assert (found.error <= wanted.error * 1.1 + 1e-6 * size**2).all()
+        # ties and roundings may be decided otherwise: the result is then as good, but for a part of what rounding costs
+        spare = 0.1 * rounded(weights, widths, scheme, importance)
+        assert found.error.sum() <= wanted.error.sum() * 1.001 + spare.max()
+        assert (found.error <= wanted.error * 1.1 + spare).all()
 
     @settings(max_examples=40, deadline=None)
     @given(schemes, shapes, st.integers(0, 10**6), st.booleans())

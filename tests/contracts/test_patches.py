@@ -78,7 +78,7 @@ def check(runner: Runner, layer: Layer, patches: list[Patch], tokens: tuple[Tens
     error = (found - wanted).abs()
     assert bool((error <= 1e-4 * wanted.abs() + (0.02 if runner.quantizes else 1e-5) * size).all())
     if runner.quantizes and wanted.numel() > 500:  # errors of many terms do not add up all in one direction
-        assert float(error.norm()) < 0.08 * float(wanted.norm())
+        assert float(error.norm()) <= 0.08 * float(wanted.norm())
     return found
 
 

@@ -1,1 +1,1 @@
-"""Calibration: what units are multiplied with on some samples, and the hidden states it comes from."""
+"""Calibration: statistics of the inputs of units on some samples, and the hidden states that they come from."""

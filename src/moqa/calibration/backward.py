@@ -17,16 +17,19 @@ def run_back(
     *,
     precision: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
-    """Run a block again with gradients, batch by batch; whoever watches its units sees them.
+    """Run a block again with gradients, batch by batch; observers of its units see the gradients.
 
-    >>> run_back(stages, 3, [(hidden, gradient)], lambda number, gradient: gradients.append(gradient))
+    >>> gradients = []
+    >>> run_back(stages, 3, [(hidden, torch.ones_like(hidden))], lambda number, found: gradients.append(found))
+    >>> gradients[0].shape
+    torch.Size([2, 16, 256])
 
     Args:
         stages: of the model.
-        block: index.
+        block: index of the block.
         batches: inputs of the block, and the gradients of its outputs.
         keep: called with the number of each batch and the gradient of its inputs.
-        precision: what the block computes in, made anew for every batch.
+        precision: makes the context in which the block runs, for every batch anew.
     """
     for number, (hidden, gradient) in enumerate(batches):
         inputs = hidden.detach().requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Hidden states of some samples on their way through a model's blocks: the one way in which layers are run."""
+"""Hidden states of some samples at every block: the one way in which moqa runs blocks."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,25 +9,25 @@ from moqa.storage.in_memory import StepStore
 
 
 class HiddenStates:
-    """Samples in front of blocks; between them they lie on disk or in memory, and are run in batches.
+    """Hidden states of samples at the inputs of blocks, saved on disk or in memory and moved in batches.
 
-    >>> hidden = HiddenStates(stages, work, "wiki", batches(tokens))
-    >>> hidden.advance(0)
-    >>> hidden.at(1, 0).shape
-    torch.Size([8, 256, 256])
+    >>> states = HiddenStates(stages, work, "example", stages.task.batches(tokens))
+    >>> states.advance(0)
+    >>> states.at(1, 0).shape
+    torch.Size([2, 16, 256])
 
     Args:
         stages: of the model.
-        work: where hidden states are put aside; it may hold those of a run that was killed.
-        name: of the samples, another for each of those that share `work`.
-        batches: [windows, context] token ids each.
+        work: where hidden states are saved; it may hold those of a run that was killed.
+        name: of the samples; unique among those that share `work`.
+        batches: what the model is called with, e.g. [windows, context] token ids.
     """
 
     def __init__(self, stages: LayerwiseModel, work: StepStore, name: str, batches: Sequence[Tensor]) -> None:
         self._stages, self._work, self._name, self._count = stages, work, name, len(batches)
         embedded, shapes = work.done(f"embedded-{name}") is not None, set()
         for number, batch in enumerate(batches):
-            # masks and positions of every layer are made with the embedding, whatever the tokens are
+            # embedding also records the masks and positions of every block, which depend on the shape alone
             if embedded and batch.shape in shapes:
                 continue
             hidden = stages.embed(batch)
@@ -38,10 +38,10 @@ class HiddenStates:
             work.mark_done(f"embedded-{name}", {})
 
     def at(self, layer: int, number: int) -> Tensor:
-        """[windows, context, features] one batch at the input of a layer; behind the last layer, at the head's.
+        """One batch at the input of a block, e.g. [windows, context, features]; after the last block, at the head.
 
         Raises:
-            MoqaError: if what was put aside is damaged.
+            MoqaError: if the saved states are damaged.
         """
         return self._work.load(self._file(layer, number))["x"]
 
@@ -50,12 +50,12 @@ class HiddenStates:
         return self._count
 
     def advance(self, layer: int, *, keep: bool = True, numbers: Iterable[int] | None = None) -> None:
-        """Move batches past a layer, as it computes now.
+        """Run a block, with its present weights, on batches at its input.
 
         Args:
-            layer: index.
-            keep: whether what lies in front of the layer stays.
-            numbers: of the batches to move; None means all.
+            layer: index of the block.
+            keep: whether the states at the block's input stay saved.
+            numbers: of the batches to run; None means all.
         """
         for number in range(self._count) if numbers is None else numbers:
             self.put(layer + 1, number, self._stages.run_block(layer, self.at(layer, number)).float())
@@ -63,12 +63,12 @@ class HiddenStates:
                 self._work.remove(self._file(layer, number))
 
     def forget(self, layer: int) -> None:
-        """Remove what lies in front of a layer."""
+        """Remove the states at the input of a block."""
         for number in range(self._count):
             self._work.remove(self._file(layer, number))
 
     def put(self, layer: int, number: int, hidden: Tensor) -> None:
-        """Put one batch in front of a layer."""
+        """Save one batch as the input of a block."""
         self._work.save(self._file(layer, number), {"x": hidden})
 
     def _file(self, layer: int, number: int) -> str:

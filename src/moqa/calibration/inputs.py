@@ -1,4 +1,4 @@
-"""What the units of a layer are multiplied with: weighted Gram matrices of their inputs."""
+"""Input statistics of the units of a block: weighted Gram matrices."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,16 +20,16 @@ from moqa.models.view import ModelView
 from moqa.models.watch import watching
 from moqa.storage.resumable import ResumableRun
 
-# features of the smallest block of a Gram matrix: smaller ones leave more of it out, larger ones multiply faster
-_BLOCK = 256
-# samples in which an expert's inputs are looked for together
-TOGETHER = 2**14
-# one window in this many decides between methods and is not fitted on
+# side of the smallest tile of a Gram matrix: smaller tiles skip more of its upper triangle, larger ones multiply faster
+_TILE = 256
+# predictions (tokens of a language model) in which the inputs of an expert are looked up at a time
+LOOKUP_TOKENS = 2**14
+# one window in this many is held out to compare methods
 HELD_OUT_EVERY = 8
 
 
 class InputStatistics:
-    """What the units of one input space were multiplied with.
+    """Statistics of the inputs that units of one input space share.
 
     >>> inputs = InputStatistics(1024)
     >>> inputs.add(torch.randn(256, 1024), share=1.0, check=False)
@@ -37,20 +37,20 @@ class InputStatistics:
     (torch.Size([1024]), 256)
 
     Args:
-        features: of an input.
+        features: number of features of an input.
 
     Attributes:
-        check: other samples, by which results are compared.
-        tokens: how many inputs may be fitted on.
+        check: held-out inputs, on which results are compared.
+        tokens: number of inputs that are fitted on.
     """
 
     def __init__(self, features: int) -> None:
         self._features, self.check, self.tokens = features, HeldOutInputs(features), 0
-        self._sum: Tensor | None = None  # the triangle below the diagonal, in blocks
+        self._sum: Tensor | None = None  # the lower triangle, in tiles
 
     @property
     def fit(self) -> Tensor:
-        """[in, in] sum of x x^T over samples that may be fitted on, float32."""
+        """[in, in] sum of x x^T over the inputs that are fitted on, float32."""
         return torch.zeros(self._features, self._features) if self._sum is None else _whole(self._sum)
 
     @fit.setter
@@ -63,7 +63,7 @@ class InputStatistics:
         return torch.zeros(self._features) if self._sum is None else self._sum.diagonal()
 
     def add(self, x: Tensor, share: float, check: bool, tokens: int | None = None) -> None:
-        """Add [tokens, in] inputs whose squares count `share` each; if `tokens` are fewer, the rest are zeros."""
+        """Add [rows, in] inputs, each with weight `share`; rows after the first `tokens` are zeros and not counted."""
         if check:
             self.check.add(x, share)
         else:
@@ -72,15 +72,15 @@ class InputStatistics:
 
 
 class HeldOutInputs:
-    """InputStatistics that nothing is fitted on: as they are while they are few, then their squares.
+    """Held-out inputs: the inputs themselves while they are few, then their Gram matrix.
 
     Args:
-        features: of an input.
+        features: number of features of an input.
     """
 
     def __init__(self, features: int) -> None:
         self._count = 0
-        # memory that is used when it is written: many small pieces that stay would lie between others that do not
+        # one block that takes memory as it is written: many small long-lived tensors would fragment the heap
         self._rows = torch.empty(features, features)
         self._sum: Tensor | None = None
 
@@ -88,7 +88,7 @@ class HeldOutInputs:
         return self.__dict__ | {"_rows": self._rows[: self._count].clone()}
 
     def add(self, x: Tensor, share: float) -> None:
-        """Add [tokens, in] inputs whose squares count `share` each."""
+        """Add [tokens, in] inputs, each with weight `share`."""
         last = self._count + len(x)
         if self._sum is None and last <= len(self._rows):
             torch.mul(x, share**0.5, out=self._rows[self._count : last])
@@ -101,26 +101,26 @@ class HeldOutInputs:
 
     @property
     def gram(self) -> Tensor:
-        """[in, in] sum of their x x^T, float32."""
+        """[in, in] sum of x x^T over them, float32."""
         if self._sum is not None:
             return _whole(self._sum)
         rows = self._rows[: self._count]
         return rows.T @ rows
 
     def errors(self, difference: Tensor) -> Tensor:
-        """[out] squared norms of what a difference [out, in] in the weights makes in each output for these inputs."""
+        """[out] squared errors of the outputs for these inputs if the weights change by `difference`, [out, in]."""
         if self._sum is None:
-            found = torch.zeros(len(difference))
+            errors = torch.zeros(len(difference))
             with fast_sums():
                 for block in in_blocks(self._count):
-                    found += (self._rows[block] @ difference.T).square_().sum(0)
-            return found
-        # errors lie where inputs hardly vary: rounding these squares to bfloat16 would not be small beside them
+                    errors += (self._rows[block] @ difference.T).square_().sum(0)
+            return errors
+        # errors lie in directions in which inputs hardly vary: rounding the Gram matrix to bfloat16 would distort them
         return (difference @ self.gram).mul_(difference).sum(1)
 
 
 def _add_squares(total: Tensor | None, x: Tensor, share: float) -> Tensor:
-    """Add x^T x to the blocks of [in, in] that hold its triangle below the diagonal; None is zero."""
+    """Add x^T x to the lower triangle of [in, in], in tiles; None means zero."""
     total = torch.zeros(x.shape[1], x.shape[1]) if total is None else total
     with fast_sums():
         _add_triangle(total, x, share)
@@ -128,33 +128,33 @@ def _add_squares(total: Tensor | None, x: Tensor, share: float) -> Tensor:
 
 
 def _add_triangle(total: Tensor, x: Tensor, share: float) -> None:
-    """In halves: products of few shapes, of which large ones multiply fastest."""
-    blocks = -(-len(total) // _BLOCK)
-    if blocks == 1:
+    """By recursive halving: few shapes of products, mostly large ones, which multiply fastest."""
+    tiles = -(-len(total) // _TILE)
+    if tiles == 1:
         total.add_(x.T @ x, alpha=share)
         return
-    middle = blocks // 2 * _BLOCK
+    middle = tiles // 2 * _TILE
     total[middle:, :middle].add_(x[:, middle:].T @ x[:, :middle], alpha=share)
     _add_triangle(total[:middle, :middle], x[:, :middle], share)
     _add_triangle(total[middle:, middle:], x[:, middle:], share)
 
 
 def _whole(lower: Tensor) -> Tensor:
-    """The same matrix with the blocks above the diagonal filled in."""
-    for begin in range(_BLOCK, lower.shape[1], _BLOCK):
-        block = slice(begin, begin + _BLOCK)
-        lower[:begin, block] = lower[block, :begin].T
+    """The same matrix with the tiles above the diagonal filled in, in place."""
+    for begin in range(_TILE, lower.shape[1], _TILE):
+        tile = slice(begin, begin + _TILE)
+        lower[:begin, tile] = lower[tile, :begin].T
     return lower
 
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """Some samples on their way through the model.
+    """A batch of samples at the input of a block.
 
     Attributes:
-        hidden: [batch, context, features] input of the next layer.
-        share: how much each token counts.
-        check: whether the samples are kept from fitting.
+        hidden: hidden states, e.g. [batch, context, features].
+        share: weight of each token.
+        check: whether the samples are held out from fitting.
     """
 
     hidden: Tensor
@@ -163,40 +163,40 @@ class CalibrationBatch:
 
 
 def input_space(unit: Unit) -> str:
-    """Name of what a unit is multiplied with; an expert's gate and up projection share theirs."""
+    """Name of a unit's inputs; an expert's gate and up projections share one input space."""
     if unit.expert is not None:
         return f"{unit.module}.{unit.expert}.{'inner' if unit.projection == 'down_proj' else 'in'}"
     return unit.name
 
 
 def by_input(units: Iterable[Unit]) -> dict[str, list[Unit]]:
-    """Input space -> the units that share it, both in the order of the units.
+    """Input space -> units that share it, both in the order of the units.
 
     >>> [len(sharing) for sharing in by_input(view.block_units(0)).values()][-2:]
     [2, 1]
     """
-    found: dict[str, list[Unit]] = {}
+    spaces: dict[str, list[Unit]] = {}
     for unit in units:
-        found.setdefault(input_space(unit), []).append(unit)
-    return found
+        spaces.setdefault(input_space(unit), []).append(unit)
+    return spaces
 
 
 class BlockInputs:
-    """What all units of a decoder layer are multiplied with; of its experts, some at a time.
+    """Input statistics of all units of a block; those of its experts are computed for some experts at a time.
 
-    >>> inputs = BlockInputs(view, stages, 0, [CalibrationBatch(stages.embed(tokens))], work)
+    >>> inputs = BlockInputs(view, stages, 0, [CalibrationBatch(hidden)], work)
     >>> inputs.linear["model.layers.0.self_attn.q_proj"].tokens
-    2048
-    >>> inputs.experts([7])["model.layers.0.mlp.experts.7.in"].tokens
-    262
+    32
+    >>> sum(found.tokens for name, found in inputs.experts(range(16)).items() if name.endswith(".in"))
+    64
 
     Args:
         view: the model.
         stages: of the same model.
-        layer: index of the decoder layer, with the weights that inputs are wanted for.
-        parts: samples, at the layer's input; they are gone through once.
-        work: where the experts' own inputs are put aside until `drop`.
-        name: of what is put aside, another for each of those that share `work`.
+        layer: index of the block, with its present weights.
+        parts: samples at the block's input; read once.
+        work: where the calls of the experts are saved until `drop`.
+        name: of what is saved; unique among those that share `work`.
     """
 
     def __init__(
@@ -205,8 +205,7 @@ class BlockInputs:
     ) -> None:  # fmt: skip
         self._open(view, layer, work, name)
         later = False
-        # of the samples on their way: input, as rows of which layout -> the space that it is counted for; q, k and v
-        # mostly share theirs
+        # inputs of the current batch with their layout, and the space that counts them: q, k and v mostly share one
         shared: list[tuple[Tensor, Convolution | None, str]] = []
 
         def linear(unit: Unit, x: Tensor, _: Tensor) -> None:
@@ -226,31 +225,33 @@ class BlockInputs:
             recorder = None if self._path is None else _Recorder(self._module, self._add)
             with weights_from(self._module, recorder):
                 for part in parts:
-                    # not a view, which would keep what it is a view of
+                    # a new tensor, because a view would keep the hidden states alive
                     self._parts.append(replace(part, hidden=part.hidden.new_empty(0)))
                     stages.run_block(layer, part.hidden)
                     shared.clear()
                     if recorder is not None:
-                        # nothing but the output of the layer, which nobody wants here, may depend on its experts
+                        # experts may be skipped only if no unit of the block depends on their output
                         recorder.exact, recorder.called = later, False
 
     @classmethod
     def recorded(
         cls, view: ModelView, layer: int, parts: Sequence[CalibrationBatch], work: ResumableRun, name: str = "experts"
     ) -> "BlockInputs":
-        """Those of experts whose calls lie in `work` already, put aside by any process; none of other units.
+        """Input statistics of experts whose calls are already saved in `work`, by any process; no other units.
 
-        >>> BlockInputs.recorded(view, 0, inputs.parts, work).experts([7]).keys() == inputs.experts([7]).keys()
+        >>> inputs = BlockInputs(view, stages, 0, [CalibrationBatch(hidden)], work, "recorded")
+        >>> again = BlockInputs.recorded(view, 0, inputs.parts, work, "recorded")
+        >>> again.experts([7]).keys() == inputs.experts([7]).keys()
         True
         """
-        found = cls.__new__(cls)
-        found._open(view, layer, work, name)
-        found._parts += parts
-        return found
+        inputs = cls.__new__(cls)
+        inputs._open(view, layer, work, name)
+        inputs._parts += parts
+        return inputs
 
     @property
     def parts(self) -> tuple[CalibrationBatch, ...]:
-        """The samples' shares and roles, without their hidden states."""
+        """The batches with their shares and roles, without hidden states."""
         return tuple(self._parts)
 
     def _open(self, view: ModelView, layer: int, work: ResumableRun, name: str) -> None:
@@ -265,19 +266,19 @@ class BlockInputs:
 
     @torch.no_grad()
     def experts(self, which: Sequence[int]) -> dict[str, InputStatistics]:
-        """InputStatistics of some experts, by input space; those that no token reached have none.
+        """Statistics of some experts by input space; experts without tokens are left out.
 
-        Each input is counted by the gate weight that its output gets.
+        Each input is weighted by the gate weight of its output.
         """
         found: dict[str, InputStatistics] = {}
         with in_stored_precision(self._view, self._layer):
             weights = ParameterWeights(self._module)
-        together = TOGETHER // self._view.task.batch_size
-        for first in range(0, len(self._parts), together):
-            numbers = range(first, min(first + together, len(self._parts)))
+        batches = LOOKUP_TOKENS // self._view.task.batch_size
+        for first in range(0, len(self._parts), batches):
+            numbers = range(first, min(first + batches, len(self._parts)))
             calls = [(self._parts[number], self._work.load(f"{self._name}-{number}")) for number in numbers]
             for expert, check in product(which, (False, True)):
-                # what sums left in the heap adds to the most that is taken; each time costs as much as a small sum
+                # freed memory that stays in the heap adds to the peak; returning it costs as much as a small sum
                 if expert % 16 == 0 and not check:
                     give_back()
                 chosen = [(part.share, call) for part, call in calls if part.check == check]
@@ -290,19 +291,19 @@ class BlockInputs:
         return found
 
     def drop(self) -> None:
-        """Remove what was put aside."""
+        """Remove the saved calls."""
         self._work.remove(f"{self._name}-*")
 
 
 class _Recorder(ParameterWeights):
-    """Stands in for a layer's experts and records what they are called with."""
+    """Replaces the experts of a block and saves what they are called with."""
 
     def __init__(self, module: Experts, add: Callable[[Tensor, Tensor, Tensor], None]) -> None:
         super().__init__(module)
         self._add, self.exact, self.called = add, True, False
 
     def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Nothing instead of the experts' output, unless something depends on it."""
+        """Zeros instead of the experts' output, unless units depend on it."""
         self._add(hidden, index, weights)
         self.called = True
         return None if self.exact else torch.zeros_like(hidden)

@@ -1,4 +1,4 @@
-"""What single experts were called with, gathered from the calls of all experts of a layer."""
+"""Inputs of single experts, gathered from the calls of all experts of a block."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -7,33 +7,33 @@ from torch import Tensor
 
 from moqa.models.products import filled_up, in_blocks
 
-# inputs that are gathered at a time, unless one call has more: an expert may have got all tokens
-ROWS = 2**11
+# inputs that are gathered at a time; more if a single call has more, because an expert may get all tokens
+GATHERED_ROWS = 2**11
 
-# a call, how much squares count there, its rows that an expert got, and which of their choices it was
+# a call, the weight of its squares, the rows that an expert got, and which of their top-k choices it was
 _Place = tuple[Mapping[str, Tensor], float, Tensor, Tensor]
 
 
 def routed(expert: int, calls: Sequence[tuple[float, Mapping[str, Tensor]]]) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """An expert's inputs, some hundreds at a time.
+    """An expert's inputs, many at a time.
 
     >>> call = {"x": torch.randn(6, 8), "index": torch.zeros(6, 1, dtype=torch.int64), "gate": torch.ones(6, 1)}
     >>> [(x.shape, gate.shape, tokens) for x, gate, tokens in routed(0, [(1.0, call)])]
     [(torch.Size([64, 8]), torch.Size([64, 1]), 6)]
 
     Args:
-        expert: its number.
-        calls: how much squares count, and a call: `x` [tokens, in], `index` and `gate` [tokens, choices].
+        expert: its index.
+        calls: weight of the squares, and a call: `x` [tokens, in], `index` and `gate` [tokens, choices].
 
     Returns:
-        [rows, in] inputs, float32; [rows, 1] their gates times the root of how much squares count; and how many rows
-        those are: the others are zeros and count nothing.
+        [rows, in] inputs, float32; [rows, 1] their gates times the root of the weight; and the number of inputs: the
+        rows after them are zeros.
     """
     waiting: list[_Place] = []
     count = 0
     for share, call in calls:
         rows, choice = (call["index"] == expert).nonzero(as_tuple=True)
-        if waiting and count + len(rows) > ROWS:
+        if waiting and count + len(rows) > GATHERED_ROWS:
             yield from _gathered(waiting, count)
             waiting, count = [], 0
         if len(rows):

@@ -1,4 +1,4 @@
-"""Stacks: units of one layer that a method can solve in one go."""
+"""Stacks: units of one block that a method can solve together."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ STACK_WEIGHTS = 2**22
 
 @dataclass(frozen=True)
 class UnitStack:
-    """Input spaces of equal shape with the units that share each.
+    """Input spaces whose units have equal shapes.
 
     Attributes:
-        entries: per input space, its units.
-        weights: [entries, rows, in] the units' matrices below each other, float32.
-        inputs: per input space, what was seen there.
-        scheme: the units' scheme but for its width.
+        entries: the units of each input space.
+        weights: [entries, rows, in] the units' matrices, concatenated by rows, float32.
+        inputs: statistics of each input space.
+        scheme: the units' scheme; its width does not matter.
     """
 
     entries: list[list[Unit]]
@@ -51,10 +51,10 @@ def stacks(
 
     Args:
         view: the model; its weights are read.
-        units: of one layer.
+        units: of one block.
         schemes: unit name -> scheme; widths may differ within a stack.
-        inputs: input space -> what was seen there; spaces without any get zeros.
-        copies: how often the caller will repeat the rows; stacks are that much smaller.
+        inputs: input space -> its statistics; missing ones are zeros.
+        copies: how often the caller will repeat the rows; stacks get smaller by this factor.
     """
     spaces: dict[tuple, list[Unit]] = {}
     for unit in units:

@@ -1,4 +1,4 @@
-"""Distributions: named texts, the token windows cut from them, and the check that no text is used twice."""
+"""Distributions: named texts or images, the samples cut from them, and the check that no text is used twice."""
 
 from moqa.data.images import Images, ImageSamples, cut_images, read_images, split_images
 from moqa.data.overlap import MAX_OVERLAP, overlap_share, refuse_overlap, shingles

@@ -1,4 +1,4 @@
-"""Images: folders with one folder for each class, and the pixels cut from them."""
+"""Images: folders with one folder for each class, and the samples that a model reads."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-# images that are read and made to pixels together
-_TOGETHER = 64
-# bytes of each file that tell it from others of its size
-_LOOKED_AT = 4096
+# images that are decoded at a time
+_BATCH = 64
+# first bytes of each file that enter the digest
+_DIGEST_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Images:
 
     Attributes:
         name: of the distribution.
-        files: file and the name of its class, in order.
+        files: each file with the name of its class, in order.
         origin: what the user typed after NAME=.
     """
 
@@ -39,11 +39,11 @@ class Images:
 
     @property
     def digest(self) -> str:
-        """Hash by which the same images are recognised again: class, size and first bytes of every file."""
+        """Hash that identifies the images: of the class, size and first bytes of every file."""
         digest = hashlib.sha256()
         for path, label in self.files:
             with path.open("rb") as file:
-                digest.update(f"{label} {path.stat().st_size}\n".encode() + file.read(_LOOKED_AT))
+                digest.update(f"{label} {path.stat().st_size}\n".encode() + file.read(_DIGEST_BYTES))
         return digest.hexdigest()
 
 
@@ -53,9 +53,9 @@ class ImageSamples:
 
     Attributes:
         name: of the distribution.
-        inputs: [images, channels, height, width] pixels as the image processor makes them, float32.
+        inputs: [images, channels, height, width] pixels from the image processor, float32.
         labels: [images] class, int64.
-        hashes: [hashes] uint64, sorted and unique: of each image's pixels before they were resized.
+        hashes: [hashes] uint64, sorted and unique: content hashes of the images before they are resized.
     """
 
     name: str
@@ -65,13 +65,13 @@ class ImageSamples:
 
 
 class ImageReader(Protocol):
-    """What makes pixels and classes for one model: `moqa.tasks.image_classification.ImageProcessor`."""
+    """Makes pixels and class numbers for one model, see `moqa.tasks.image_classification.ClassReader`."""
 
     def pixels(self, images: list[Any]) -> Tensor:
-        """[images, channels, height, width] of opened images."""
+        """[images, channels, height, width] pixels of opened images."""
 
     def label(self, name: str) -> int:
-        """Class of a name.
+        """Number of the class with a name.
 
         Raises:
             MoqaError: if the model has no such class.
@@ -82,13 +82,13 @@ def read_images(spec: str) -> Images:
     """List the images of a folder that holds one folder for each class.
 
     >>> read_images("test=reference/image/test").files[0]
-    (PosixPath('reference/image/test/airplane/0003.png'), 'airplane')
+    (PosixPath('reference/image/test/airplane/00003.png'), 'airplane')
 
     Args:
         spec: NAME=FOLDER; folders in it are named as the model names its classes, or by their numbers.
 
     Raises:
-        MoqaError: if it is no such folder, or an image lies outside the folders of classes.
+        MoqaError: if it is not such a folder, or an image is outside the folders of classes.
     """
     name, equals, source = spec.partition("=")
     if not equals or not source:
@@ -97,9 +97,9 @@ def read_images(spec: str) -> Images:
         raise MoqaError(f"'{name}' in '{spec}' is not a name", "use letters, digits, '_', '.' and '-'")
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
+        problem = "is a file" if folder.exists() else "does not exist"
         raise MoqaError(
-            f"{spec}: {folder} {found}", "an image classifier reads a folder with one folder for each class"
+            f"{spec}: {folder} {problem}", "an image classifier reads a folder with one folder for each class"
         )
     loose = next((path for path in sorted(folder.iterdir()) if is_image(path)), None)
     if loose is not None:
@@ -113,19 +113,21 @@ def read_images(spec: str) -> Images:
 
 
 def cut_images(images: Images, reader: ImageReader, count: int | None = None, seed: int = 0) -> ImageSamples:
-    """Read images as a model takes them, evenly spaced over all classes.
+    """Read images in the form that a model takes, evenly spaced over all classes.
 
-    >>> cut_images(images, reader, count=32).inputs.shape
-    torch.Size([32, 3, 64, 64])
+    >>> from moqa.tasks import find_task
+    >>> reader = find_task("image_classification").reader("reference/image/model")
+    >>> cut_images(read_images("test=reference/image/test"), reader, count=3).inputs.shape
+    torch.Size([3, 3, 64, 64])
 
     Args:
-        images: where they lie.
+        images: files and classes.
         reader: of the model.
-        count: how many to take; all of them if None or more than there are.
-        seed: shifts which ones are taken.
+        count: number of images to take; all of them if None or more than there are.
+        seed: shifts which images are taken.
 
     Raises:
-        MoqaError: if an image cannot be read, or its class is none of the model's.
+        MoqaError: if an image cannot be read, or the model does not have its class.
     """
     import torch
 
@@ -136,8 +138,8 @@ def cut_images(images: Images, reader: ImageReader, count: int | None = None, se
     files = [images.files[index] for index in chosen]
     labels = [_label(images, reader, label) for _, label in files]
     pixels, hashes = [], []
-    for begin in range(0, len(files), _TOGETHER):
-        opened = [_open(images, path) for path, _ in files[begin : begin + _TOGETHER]]
+    for begin in range(0, len(files), _BATCH):
+        opened = [_open(images, path) for path, _ in files[begin : begin + _BATCH]]
         hashes += [_content_hash(image) for image in opened]
         pixels.append(reader.pixels(opened))
     return ImageSamples(
@@ -148,7 +150,9 @@ def cut_images(images: Images, reader: ImageReader, count: int | None = None, se
 def split_images(images: Images, share: float = 0.2) -> tuple[Images, Images]:
     """Hold out a share of the images, evenly spaced over all classes.
 
-    >>> calibration, held_out = split_images(images)
+    >>> calibration, held_out = split_images(read_images("test=reference/image/test"))
+    >>> len(held_out.files) / len(calibration.files)
+    0.25
 
     Raises:
         MoqaError: if either split would hold no image.
@@ -156,8 +160,8 @@ def split_images(images: Images, share: float = 0.2) -> tuple[Images, Images]:
     held = round(len(images.files) * share)
     if not 0 < held < len(images.files):
         raise MoqaError(
-            f"{images.name}={images.origin} is too short to hold out {share:.0%}",
-            f"it has {len(images.files)} images: give more, or a folder of its own for evaluation",
+            f"{images.name}={images.origin} has too few images to hold out {share:.0%}",
+            f"it has {len(images.files)}: give more, or a separate folder for evaluation",
         )
     out = set(evenly_spaced(len(images.files), held, 0).tolist())
     sides = [tuple(f for n, f in enumerate(images.files) if (n in out) == held_out) for held_out in (False, True)]
@@ -184,11 +188,11 @@ def _open(images: Images, path: Path) -> Any:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except Exception as error:  # decoders fail on damaged files in any way
+    except Exception as error:  # decoders raise many kinds of errors for damaged files
         raise MoqaError(f"{images.name}={images.origin}: {path} cannot be read as an image", one_line(error)) from None
 
 
 def _content_hash(image: Any) -> int:
-    """Of the decoded pixels: the same picture in another file format without loss has the same hash."""
+    """Hash of the decoded pixels: the same for lossless copies in other file formats."""
     digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
     return int.from_bytes(digest[:8], "little")

@@ -18,16 +18,17 @@ _WHITESPACE = re.compile(r"\s+")
 
 
 def shingles(texts: Iterable[str]) -> np.ndarray:
-    """Content hashes of a text, independent of how it is cut in windows.
+    """Content hashes of texts, independent of how they are cut into windows.
 
+    >>> text = Path("wiki.txt").read_text()
     >>> overlap_share(shingles([text[5000:9000]]), shingles([text]))
     1.0
 
-    Every run of 200 bytes is hashed and the hashes that are multiples of 64 are kept: which ones depends on the
-    content alone, so any two cuts of a text keep the same. Runs of whitespace count as one space.
+    Every run of 200 bytes is hashed, and the hashes that are multiples of 64 are kept. Which ones are kept depends on
+    the content alone, so two cuts of a text keep the same. Runs of whitespace count as one space.
 
     Args:
-        texts: read each on its own; one shorter than 200 bytes has no hash.
+        texts: each is hashed on its own; one shorter than 200 bytes has no hash.
 
     Returns:
         [hashes] sorted and unique, uint64; about one for every 64 bytes.
@@ -37,13 +38,13 @@ def shingles(texts: Iterable[str]) -> np.ndarray:
 
 
 def overlap_share(evaluated: np.ndarray, fitted: np.ndarray) -> float:
-    """Share of the evaluated text's hashes that the fitted text has too.
+    """Share of the evaluated text's hashes that the fitted text also has.
 
     >>> overlap_share(np.array([1, 2, 3, 4], np.uint64), np.array([2, 9], np.uint64))
     0.25
 
     Args:
-        evaluated: [hashes] of `shingles`, uint64; with none the share is 0.
+        evaluated: [hashes] of `shingles`, uint64; if there are none, the share is 0.
         fitted: [hashes] of `shingles`, uint64.
     """
     return float(np.isin(evaluated, fitted).mean()) if len(evaluated) else 0.0
@@ -52,7 +53,8 @@ def overlap_share(evaluated: np.ndarray, fitted: np.ndarray) -> float:
 def refuse_overlap(name: str, evaluated: np.ndarray, fitted: Mapping[str, np.ndarray]) -> None:
     """Stop an evaluation on text that was fitted on.
 
-    >>> refuse_overlap("wiki", shingles(test.texts), {"wiki": shingles(calibration.texts)})
+    >>> texts = {name: Path(f"{name}.txt").read_text() for name in ("wiki", "novels")}
+    >>> refuse_overlap("novels", shingles([texts["novels"]]), {"wiki": shingles([texts["wiki"]])})
 
     Args:
         name: the evaluated distribution.

@@ -33,7 +33,7 @@ class Distribution:
 
     @property
     def digest(self) -> str:
-        """Hash of the whole text, by which the same file is recognised again."""
+        """Hash of the whole text, which identifies it."""
         return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
 
 
@@ -44,15 +44,15 @@ Data = Sequence[Source] | Sequence[str] | Mapping[str, str | Path | Sequence[str
 def read_distribution(spec: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Distribution:
     """Read one distribution from a file, a folder or the Hub.
 
-    >>> read_distribution("wiki=wiki.calib.txt").name
+    >>> read_distribution("wiki=wiki.txt").name
     'wiki'
-    >>> read_distribution("chat=dialogues.jsonl:messages", tokenizer)
+    >>> read_distribution("chat=dialogues.jsonl:messages", tokenizer)  # doctest: +SKIP
 
     Args:
         spec: NAME=SOURCE or NAME=SOURCE:field. SOURCE is a text file (one document), a folder (one document for each
-            .txt file below it), a .jsonl or .parquet file (one document for each record), or a dataset of the Hub as
+            .txt file in it), a .jsonl or .parquet file (one document for each record), or a dataset of the Hub as
             org/name, org/name:field or org/name:field#split.
-        tokenizer: turns chat records into text with its chat template; only they need it.
+        tokenizer: turns chat records into text with its chat template; not needed for other records.
 
     Documents without any text are left out.
 
@@ -72,7 +72,7 @@ def read_distribution(spec: str, tokenizer: PreTrainedTokenizerBase | None = Non
 
 
 def as_distributions(data: Data, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Distribution]:
-    """Distributions of text from whatever a function of the library is given.
+    """Distributions of text from any form of data that functions of moqa accept.
 
     >>> [d.name for d in as_distributions({"wiki": "wiki.txt", "notes": ["a text", "another"]})]
     ['wiki', 'notes']
@@ -82,7 +82,7 @@ def as_distributions(data: Data, tokenizer: PreTrainedTokenizerBase | None = Non
         tokenizer: turns chat records into text.
 
     Raises:
-        MoqaError: as `read_distribution`, or if one holds no text.
+        MoqaError: as in `read_distribution`.
     """
     if isinstance(data, Mapping):
         return [
@@ -99,10 +99,10 @@ def as_distributions(data: Data, tokenizer: PreTrainedTokenizerBase | None = Non
 
 
 def as_text(source: Source) -> Distribution:
-    """A distribution of text.
+    """The same distribution, checked to be text.
 
     Raises:
-        MoqaError: if it is one of images.
+        MoqaError: if it holds images.
     """
     if isinstance(source, Images):
         raise MoqaError(f"{source.name}={source.origin} holds images", "a causal language model reads text")
@@ -110,14 +110,14 @@ def as_text(source: Source) -> Distribution:
 
 
 def read_distributions(specs: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None) -> list[Distribution]:
-    """Read several distributions, each under a name of its own.
+    """Read several distributions with different names.
 
-    >>> [d.name for d in read_distributions(["wiki=wiki.calib.txt", "novels=novels.calib.txt"])]
+    >>> [d.name for d in read_distributions(["wiki=wiki.txt", "novels=novels.txt"])]
     ['wiki', 'novels']
 
     Args:
         specs: one NAME=SOURCE each, as in `read_distribution`.
-        tokenizer: turns chat records into text with its chat template; only they need it.
+        tokenizer: turns chat records into text with its chat template; not needed for other records.
 
     Raises:
         MoqaError: if two have the same name, or one cannot be read.
@@ -222,9 +222,9 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
         ) from None
     try:
         records = load_dataset(dataset["id"], split=dataset["split"] or "train")
-    except Exception as error:  # whatever the network, the Hub or a dataset's files may raise
+    except Exception as error:  # the network, the Hub and a dataset's files raise many kinds
         raise MoqaError(
-            "there is no such file or folder, and the Hub could not give it as a dataset", _one_line(error)
+            "there is no such file or folder, and loading it from the Hub as a dataset failed", _one_line(error)
         ) from None
     for number, record in enumerate(records, 1):
         yield f"row {number}", record
@@ -243,12 +243,12 @@ def _texts(
         if isinstance(value, list):
             value = _chat_text(value, f"{where}, field '{key}'", tokenizer)
         if not isinstance(value, str):
-            found = type(value).__name__
-            raise MoqaError(f"{where}, field '{key}' is of type {found}", "a text or a list of messages is needed")
+            kind = type(value).__name__
+            raise MoqaError(f"{where}, field '{key}' is of type {kind}", "a text or a list of messages is needed")
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # JSON can spell what no UTF-8 text holds
-            raise MoqaError(f"{where}, field '{key}' is no valid Unicode text", _one_line(error)) from None
+        except UnicodeEncodeError as error:  # JSON escapes can stand for lone surrogates, which UTF-8 cannot hold
+            raise MoqaError(f"{where}, field '{key}' is not valid Unicode", _one_line(error)) from None
         yield value
 
 
@@ -271,7 +271,7 @@ def _chat_text(messages: list, where: str, tokenizer: PreTrainedTokenizerBase | 
         )
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except Exception as error:  # templates are programs and raise what they like
+    except Exception as error:  # templates are programs and raise any error
         raise MoqaError(
             f"{where} does not fit the chat template of {tokenizer.name_or_path}", _one_line(error)
         ) from None

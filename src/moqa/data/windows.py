@@ -38,21 +38,21 @@ def cut_windows(
     count: int | None = None,
     seed: int = 0,
 ) -> Windows:
-    """Cut a distribution in windows of tokens that do not overlap.
+    """Cut a distribution into windows of tokens that do not overlap.
 
     >>> cut_windows(wiki, tokenizer, context=256, count=32).inputs.shape
     torch.Size([32, 256])
 
     Args:
         distribution: its documents are joined by the tokenizer's end-of-text token, if it has one, which counts as
-            0 bytes of text; tokens after the last full window are left out.
+            0 bytes of text; the tokens after the last full window are dropped.
         tokenizer: a fast tokenizer of transformers.
         context: tokens in a window.
-        count: how many windows to take, evenly spaced; all of them if None or more than there are.
+        count: number of windows to take, evenly spaced; all of them if None or more than there are.
         seed: shifts which evenly spaced windows are taken; 0 starts with the first.
 
     Raises:
-        MoqaError: if there is less than one full window, or the tokenizer gives no offsets.
+        MoqaError: if there is less than one full window, or the tokenizer returns no offsets.
     """
     import torch
 
@@ -61,7 +61,7 @@ def cut_windows(
     if count is not None and count < 1:
         raise MoqaError(f"{count} windows of {distribution.name} leave nothing to read", "take 1 or more")
     if not tokenizer.is_fast:
-        raise MoqaError(f"the tokenizer {tokenizer.name_or_path} gives no offsets", "use one with a tokenizer.json")
+        raise MoqaError(f"the tokenizer {tokenizer.name_or_path} returns no offsets", "use one with a tokenizer.json")
     tokens, begins, ends = _token_stream(distribution, tokenizer)
     available = len(tokens) // context
     if available == 0:
@@ -74,7 +74,7 @@ def cut_windows(
     bytes_before = _bytes_before(distribution.texts)
     text_bytes = int((bytes_before[ends[lasts]] - bytes_before[begins[firsts + 1]]).sum())
     text = "\n".join(distribution.texts)
-    # Windows that touch are hashed as one text, or the shingles across their border would be missed.
+    # Adjacent windows are hashed as one text, so that the shingles across their border are not missed.
     gaps = np.flatnonzero(np.diff(chosen) > 1)
     runs = zip(firsts[np.r_[0, gaps + 1]], lasts[np.r_[gaps, len(chosen) - 1]], strict=True)
     return Windows(
@@ -86,16 +86,18 @@ def cut_windows(
 
 
 def split_held_out(distribution: Distribution, share: float = 0.2) -> tuple[Distribution, Distribution]:
-    """Cut a distribution in a calibration split and a held-out split: its tail.
+    """Cut a distribution into a calibration split and a held-out split, its tail.
 
     >>> calibration, held_out = split_held_out(wiki, share=0.1)
+    >>> held_out.name
+    'wiki'
 
-    The cut is at the border between documents that is nearest, if that changes the smaller split by no more than
-    half; else inside a document, at a newline or space where one is near.
+    The cut is at the nearest border between documents, if that changes the smaller split by at most half. Otherwise it
+    is inside a document, at a newline or space if one is near.
 
     Args:
         distribution: both splits keep its name and origin.
-        share: of the characters, to hold out; between 0 and 1.
+        share: share of the characters to hold out, between 0 and 1.
 
     Raises:
         MoqaError: if either split would hold no text.
@@ -118,17 +120,17 @@ def split_held_out(distribution: Distribution, share: float = 0.2) -> tuple[Dist
     if not all(any(text.strip() for text in side) for side in sides):
         raise MoqaError(
             f"{distribution.name}={distribution.origin} is too short to hold out {share:.0%}",
-            f"it has {borders[-1]} characters: give more text, or a source of its own for evaluation",
+            f"it has {borders[-1]} characters: give more text, or a separate source for evaluation",
         )
     return replace(distribution, texts=sides[0]), replace(distribution, texts=sides[1])
 
 
 def _nearest_break(text: str, target: int) -> int:
-    """Where to cut near `target`: after a newline within 5 % of the text, else a space within 25 %, else just there."""
+    """Where to cut near `target`: after a newline within 5 % of the text, else a space within 25 %, else there."""
     for pattern, reach in (("\n", len(text) // 20), (r"\s", len(text) // 4)):
         begin = max(target - reach, 0)
-        found = [begin + match.end() for match in re.finditer(pattern, text[begin : target + reach])]
-        inside = [cut for cut in found if 0 < cut < len(text)]
+        breaks = [begin + match.end() for match in re.finditer(pattern, text[begin : target + reach])]
+        inside = [cut for cut in breaks if 0 < cut < len(text)]
         if inside:
             return min(inside, key=lambda cut: abs(cut - target))
     return target

@@ -1,4 +1,4 @@
-"""Engines: where the pieces of long work are done, in this process or on the machines of a Ray cluster."""
+"""Executors: where the pieces of long work are done, in this process or on the machines of a Ray cluster."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""One thing that is done while the next is prepared."""
+"""Do one thing in the background while the next is prepared."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,14 +7,17 @@ from typing import Any
 
 
 class Background:
-    """Does one thing after the other, each while its caller goes on; leaving the block waits for the last.
+    """Runs one call at a time in a thread while the caller continues; leaving the `with` block waits for the last.
 
+    >>> written = []
     >>> with Background() as background:
-    ...     for layer in layers:
-    ...         background.do(write, quantized(layer))
+    ...     for layer in range(3):
+    ...         background.do(written.append, layer)
+    >>> written
+    [0, 1, 2]
 
     Args:
-        aside: whether the caller goes on meanwhile; else it waits.
+        aside: whether to use a thread; else the caller waits for each call.
     """
 
     def __init__(self, aside: bool = True) -> None:
@@ -33,10 +36,10 @@ class Background:
             self._wait()
 
     def do(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Do something, after what was asked for before.
+        """Run a call, after the previous one has finished.
 
         Raises:
-            Exception: what that raised.
+            Exception: what the previous call raised.
         """
         self._wait()
         if self._aside:

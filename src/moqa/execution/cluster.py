@@ -1,4 +1,4 @@
-"""A Ray cluster: connect to it, and ask its nodes what they have."""
+"""A Ray cluster: connect to it, and run a question on each of its nodes."""
 
 import importlib
 import logging
@@ -16,20 +16,20 @@ from moqa.errors import MoqaError, one_line
 
 Answer = TypeVar("Answer")
 _START = "start one with `ray start --head`, and `ray start --address=HOST:6379` on the other machines"
-# in Ray's own module: what prints the errors of a cluster
+# the function in Ray's worker module that prints the errors of a cluster
 _PRINTS = "print_to_stdstream"
-# seconds in which a head answers
-_PATIENCE = 10.0
+# seconds to wait for an answer of the head
+_CONNECT_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of a cluster, or one of several parts of it.
+    """A node of a cluster: a machine, or a part of one.
 
     Attributes:
-        id: Ray's.
-        name: for people.
-        cpus: that it lends.
+        id: in Ray.
+        name: for messages.
+        cpus: number of CPUs that it offers.
     """
 
     id: str
@@ -56,16 +56,16 @@ def connect(address: str) -> Any:
             raise MoqaError(f"--ray-address {address}: this process has joined {there} already", "call ray.shutdown()")
         return ray
     _reach(os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address)
-    _speak_on_stderr()
+    _warn_on_stderr()
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray's own, and those of what it is made of
+    except Exception as error:  # Ray's own errors, and those of its dependencies
         raise MoqaError(f"no Ray cluster at --ray-address {address} ({one_line(error)})", _START) from None
     return ray
 
 
 def nodes(ray: Any, cpus: int) -> list[Node]:
-    """Nodes that are alive and lend so many CPUs."""
+    """Nodes that are alive and offer at least `cpus` CPUs."""
     found = []
     for entry in ray.nodes():
         node = Node(entry["NodeID"], _name(entry), int(entry["Resources"].get("CPU", 0)))
@@ -75,7 +75,7 @@ def nodes(ray: Any, cpus: int) -> list[Node]:
 
 
 def ask(ray: Any, found: list[Node], question: Callable[[], Answer]) -> Iterator[tuple[Node, Answer]]:
-    """What a function says on every node.
+    """The results of a function on every node.
 
     Raises:
         MoqaError: naming a node that cannot run it.
@@ -103,7 +103,7 @@ def _call(question: Callable[[], Answer]) -> Answer:
 
 @contextmanager
 def token(folder: Path) -> Iterator[Path]:
-    """A file in a folder, for others to see that it is the same folder.
+    """A temporary file in a folder, by which other machines recognize the same folder.
 
     Raises:
         MoqaError: if it cannot be written.
@@ -121,14 +121,14 @@ def token(folder: Path) -> Iterator[Path]:
 
 
 def _reach(address: str) -> None:
-    """See whether anybody is there: Ray itself would try for minutes."""
+    """Check that something listens at an address: Ray itself would try for minutes."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise MoqaError(f"--ray-address {address} is no HOST:PORT", "give the head's, such as 10.0.0.1:6379, or auto")
+        raise MoqaError(f"--ray-address {address} is not HOST:PORT", "give the head's, such as 10.0.0.1:6379, or auto")
     try:
-        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MoqaError(f"no Ray cluster at --ray-address {address} ({reason})", _START) from None
@@ -138,11 +138,11 @@ def _name(entry: dict[str, Any]) -> str:
     return f"{entry['NodeManagerAddress']} ({entry['NodeID'][:6]})"
 
 
-def _speak_on_stderr() -> None:
-    """Have Ray's warnings of lost workers on stderr, in one line: it prints pages on stdout, where results go.
+def _warn_on_stderr() -> None:
+    """Print Ray's warnings of lost workers on stderr, in one line: Ray prints pages on stdout, where results go.
 
-    Ray has neither an option nor a logger for it (2.60), so its private function is replaced; a Ray without that
-    function prints as it likes.
+    Ray 2.60 has neither an option nor a logger for this, so its private function is replaced. If that function is
+    missing, Ray prints as usual.
     """
     try:
         private = importlib.import_module("ray._private.worker")

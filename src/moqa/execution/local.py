@@ -1,4 +1,4 @@
-"""What an engine is, and the one that works in this process."""
+"""The interface of executors, and the one that works in this process."""
 
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
@@ -16,53 +16,56 @@ class Executor(Protocol):
     """Does pieces of work that do not depend on each other.
 
     Attributes:
-        name: as users type it.
+        name: as users type it after `--engine`.
     """
 
     name: str
 
     @property
     def workers(self) -> int:
-        """How many pieces are done at the same time."""
+        """Number of pieces that are done at the same time."""
 
     def memory(self, given: MemoryLimit | None) -> MemoryLimit:
-        """What one process may take: as given, else what is free for it."""
+        """Memory limit of one process: as given, else what is free for it."""
 
     def prepare(self, model: Path, out: Path, report: Report) -> None:
-        """Look whether a run can begin, before anything is written.
+        """Check that a run can begin, before anything is written.
 
         Args:
             model: folder of the original.
-            out: what will be made.
-            report: is told where work will be done.
+            out: folder that will be made.
+            report: called with where work will be done.
 
         Raises:
-            MoqaError: if it cannot.
+            MoqaError: if it cannot begin.
         """
 
     def map(
-        self, work: Callable[[Workspace, Item], Result], site: Workspace, items: Iterable[Item]
+        self, work: Callable[[Workspace, Item], Result], workspace: Workspace, items: Iterable[Item]
     ) -> Generator[Result, None, None]:
-        """Results of work, in the order of the items; closing it waits for those at work and gives up the rest.
+        """Results of work in the order of the items; closing the generator waits for running pieces and drops the rest.
 
-        >>> for done in engine.map(quantize_piece, site, pieces):
-        ...     report("quantize", layer, depth)
+        >>> def first_unit(workspace, layer):
+        ...     return workspace.view.block_units(layer)[0].name
+        >>> list(LocalExecutor().map(first_unit, workspace, [0]))
+        ['model.layers.0.self_attn.q_proj']
 
         Args:
-            work: a function at the top of a module; what it returns, and what it puts aside in `site.work`, depends
-                on nothing but its arguments.
-            site: where it is done.
-            items: what it is done with, one at a time; they can be pickled.
+            work: a function at the top of a module; what it returns, and what it saves in `workspace.work`, depends
+                only on its arguments.
+            workspace: first argument of `work`.
+            items: second arguments of `work`, one for each piece; they can be pickled.
 
         Raises:
-            Stopped: if the machines that did it are gone.
+            Stopped: if the machines that do the work are gone.
         """
 
 
 class LocalExecutor:
-    """Works in this process, on each piece when its result is asked for.
+    """Works in this process, on each piece when its result is requested.
 
-    >>> list(LocalExecutor().map(work, site, [1, 2]))
+    >>> list(LocalExecutor().map(lambda workspace, layer: len(workspace.view.block_units(layer)), workspace, [0, 1]))
+    [52, 52]
     """
 
     name = "local"
@@ -73,11 +76,11 @@ class LocalExecutor:
         return given or MemoryLimit.free()
 
     def prepare(self, model: Path, out: Path, report: Report) -> None:
-        """See `Executor`: whatever is wrong shows here."""
+        """See `Executor`: nothing to check in this process."""
 
     def map(
-        self, work: Callable[[Workspace, Item], Result], site: Workspace, items: Iterable[Item]
+        self, work: Callable[[Workspace, Item], Result], workspace: Workspace, items: Iterable[Item]
     ) -> Generator[Result, None, None]:
         """See `Executor`."""
         for item in items:
-            yield work(site, item)
+            yield work(workspace, item)

@@ -1,4 +1,4 @@
-"""Engines by the name that users type."""
+"""Executors by the name that users type after `--engine`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ DEFAULT_EXECUTOR = "local"
 
 @dataclass(frozen=True)
 class ExecutorKind:
-    """A kind of engine.
+    """A kind of executor.
 
     Attributes:
         help: where it does the work.
-        start: makes one; an address is refused where there is no cluster.
+        start: starts one; an address is refused where there is no cluster.
     """
 
     help: str
@@ -48,17 +48,17 @@ EXECUTORS = {
 
 
 def find_executor(name: str = DEFAULT_EXECUTOR, *, address: str | None = None) -> Executor:
-    """An engine that is ready.
+    """An executor, ready to work.
 
-    >>> find_executor("ray", address="10.0.0.1:6379").workers
-    12
+    >>> find_executor("local").workers
+    1
 
     Args:
         name: one of `EXECUTORS`: `local` for this process, `ray` for the machines of a Ray cluster.
-        address: of the cluster's head, as `ray start --head` tells it; None for the cluster of this machine.
+        address: of the cluster's head, as `ray start --head` prints it; None for the cluster of this machine.
 
     Raises:
-        MoqaError: if there is no such engine, Ray is not installed, or no cluster is at the address.
+        MoqaError: if there is no such executor, Ray is not installed, or there is no cluster at the address.
     """
     if name not in EXECUTORS:
         raise MoqaError(f"--engine {name} is unknown", f"there are {', '.join(EXECUTORS)}")

@@ -1,4 +1,4 @@
-"""What a piece of work finds where it is done: the model, and the folder of unfinished work."""
+"""What every piece of work gets: the model, and the folder of unfinished work."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ Made = TypeVar("Made")
 
 
 class Workspace:
-    """The model and the work folder, as this process has them open.
+    """The model and the work folder, opened in this process.
 
-    >>> site = Workspace(open_model("reference/model", keep=False), work)
-    >>> site.view.block_units(0)[0].name
+    >>> workspace = Workspace(open_model("reference/model", keep=False), work)
+    >>> workspace.view.block_units(0)[0].name
     'model.layers.0.self_attn.q_proj'
 
     Args:
         view: the model.
-        work: where everything is put aside.
+        work: the folder of unfinished work.
 
     Attributes:
-        mark: differs between processes that share a work folder, for the names of what only one of them needs.
+        mark: differs between processes that share a work folder; part of the names of their private files.
     """
 
     def __init__(self, view: ModelView, work: ResumableRun) -> None:
@@ -44,18 +44,18 @@ class Workspace:
 
     @cached_property
     def stages(self) -> LayerwiseModel:
-        """Of the model."""
+        """The model, block by block."""
         return LayerwiseModel(self.view.model)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What was made for a key before, or is made now."""
+        """The object with a key, made at the first call."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]  # type: ignore[return-value]
 
     @cached_property
     def place(self) -> "WorkspaceAddress":
-        """How another process opens the same."""
+        """Description by which another process opens the same workspace."""
         assert self.view.folder is not None
         wanted = Requirements.here(self.view.folder, self.work.folder)
         return WorkspaceAddress(wanted, torch.get_num_threads(), self._run)
@@ -63,13 +63,13 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a machine must have for the bytes to be those of this one.
+    """What a machine must have to compute the same bytes as this one.
 
     Attributes:
         model: folder of the original.
-        fingerprint: of its content.
-        shared: file or folder that exists on all machines because they share it.
-        versions: name -> version of what computes.
+        fingerprint: of the model.
+        shared: file or folder that all machines share.
+        versions: name of each library that computes -> version.
     """
 
     model: Path
@@ -83,7 +83,7 @@ class Requirements:
         return cls(model.absolute(), original.fingerprint(model), shared.absolute(), _versions())
 
     def lacking(self) -> str | None:
-        """What this machine lacks, in words that follow its name; None if it has everything."""
+        """What this machine lacks, worded to follow its name in a message; None if it has everything."""
         for name, found in _versions().items():
             if found != self.versions[name]:
                 return f"has {name} {found}, this process has {self.versions[name]}"
@@ -102,8 +102,8 @@ class WorkspaceAddress:
 
     Attributes:
         wanted: the model, the work folder, and the versions.
-        threads: that torch computes with, since sums depend on it.
-        run: tells what belongs to one run from what an earlier one left.
+        threads: threads of torch, because sums depend on their number.
+        run: identifies the run, so that nothing of an earlier one is used.
     """
 
     wanted: Requirements
@@ -111,19 +111,19 @@ class WorkspaceAddress:
     run: str
 
 
-_sites: dict[str, Workspace] = {}
+_opened: dict[str, Workspace] = {}
 
 
 def opened(place: WorkspaceAddress) -> Workspace:
-    """The site that is described, opened in this process when its run first asks for it.
+    """The described workspace, opened in this process when a run first needs it.
 
     Raises:
-        Stopped: if this machine, which may have come later than the run, lacks something.
+        Stopped: if this machine, which may have joined after the run began, lacks something.
     """
-    if place.run not in _sites:
-        _sites.clear()
-        _sites[place.run] = _open(place)
-    return _sites[place.run]
+    if place.run not in _opened:
+        _opened.clear()
+        _opened[place.run] = _open(place)
+    return _opened[place.run]
 
 
 def _open(place: WorkspaceAddress) -> Workspace:
@@ -133,9 +133,9 @@ def _open(place: WorkspaceAddress) -> Workspace:
     if torch.get_num_threads() != place.threads:
         torch.set_num_threads(place.threads)
     return_large_blocks()
-    site = Workspace(open_model(place.wanted.model, keep=False), ResumableRun(place.wanted.shared))
-    site.mark = f"-{uuid4().hex}"
-    return site
+    workspace = Workspace(open_model(place.wanted.model, keep=False), ResumableRun(place.wanted.shared))
+    workspace.mark = f"-{uuid4().hex}"
+    return workspace
 
 
 def _versions() -> dict[str, str]:

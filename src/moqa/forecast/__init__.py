@@ -1,1 +1,1 @@
-"""Forecasts: the memory, disk, time and serving size that work will take, told before it begins."""
+"""Forecasts: the memory, disk space, time and serving size of work, estimated before it begins."""

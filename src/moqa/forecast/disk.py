@@ -1,4 +1,4 @@
-"""What work has on the disk at its fullest moment."""
+"""The most disk space that work needs at any time."""
 
 from collections.abc import Mapping
 
@@ -7,31 +7,31 @@ from moqa.models.view import ModelView
 
 
 def profile_disk_bytes(view: ModelView, tokens: int, distributions: int) -> int:
-    """Bytes on the disk at the fullest moment: hidden states of all layers, gradients, and what is measured.
+    """Most bytes that `moqa.profile` has on the disk: hidden states of all blocks, gradients and statistics.
 
     >>> profile_disk_bytes(view, tokens=32768, distributions=2)
-    288358400
+    285427712
 
     Args:
         view: the original model.
         tokens: of all samples.
-        distributions: how many are measured.
+        distributions: number of distributions.
     """
     hidden = 4 * tokens * view.stream
     measured = similar = 0
     for layer in range(len(view.blocks)):
         down = [unit for unit in view.block_units(layer) if unit.role == "expert" and unit.projection == "down_proj"]
-        # of each expert its channels, and of every two how often they are chosen together and how alike they are
+        # the channels of each expert, and for every two experts their coactivation and their similarity
         measured += 4 * sum(unit.shape[1] for unit in down) + 4 * len(down) ** 2
         similar += 4 * len(down) ** 2
     measured = measured * distributions + similar
-    # behind the last layer there are the hidden states too; half of the windows have gradients, before and behind a
-    # layer, and what its experts are called with is there of the other half
+    # there are also hidden states after the last block; half of the windows have gradients at the input and output of a
+    # block, and the other half the calls of its experts
     return max(hidden * len(view.blocks) + 5 * hidden // 2 + measured, 2 * (hidden + measured))
 
 
 def quantization_disk_bytes(view: ModelView, checkpoint: int, tokens: int, cached: float) -> int:
-    """Bytes of a run of `moqa.quantize`: checkpoint, cache and what is put aside.
+    """Most bytes that `moqa.quantize` has on the disk: checkpoint, cache and hidden states.
 
     >>> quantization_disk_bytes(view, checkpoint=12_922_880, tokens=16384, cached=0.0)
     63254528
@@ -39,22 +39,22 @@ def quantization_disk_bytes(view: ModelView, checkpoint: int, tokens: int, cache
     Args:
         view: the original model.
         checkpoint: bytes of its weight files.
-        tokens: of samples; 0 for a method that needs none.
-        cached: share of the original's weights that is kept beside the checkpoint.
+        tokens: of all samples; 0 for a method that needs none.
+        cached: share of the original's weights that is kept next to the checkpoint.
     """
     kept = round(sum(view.stored_bytes(unit) for unit in view.units.values()) * cached)
-    # hidden states before and behind a layer, and what its experts are called with
-    put_aside = 3 * tokens * view.stream * 4
-    return checkpoint + kept + put_aside
+    # hidden states at the input and output of a block, and the calls of its experts
+    states = 3 * tokens * view.stream * 4
+    return checkpoint + kept + states
 
 
 def largest_block_bytes(view: ModelView, schemes: Mapping[str, Scheme]) -> int:
-    """Bytes of the largest decoder layer as a plan stores it.
+    """Bytes of the largest block as a plan stores it.
 
-    >>> largest_block_bytes(view, plan.units)
-    2097152
+    >>> largest_block_bytes(view, dict.fromkeys(view.units, Scheme(width=4)))
+    1757184
     """
-    found = [0] * len(view.blocks)
+    sizes = [0] * len(view.blocks)
     for unit in view.units.values():
-        found[unit.layer] += schemes[unit.name].stored_bytes(unit.shape)
-    return max(found)
+        sizes[unit.layer] += schemes[unit.name].stored_bytes(unit.shape)
+    return max(sizes)

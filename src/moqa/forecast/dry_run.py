@@ -1,4 +1,4 @@
-"""A dry run: what a model's cache and buffers take at any length, by its own forward on tensors without memory."""
+"""A dry run: the size of a model's cache and buffers at any length, from its own forward on tensors without memory."""
 
 import weakref
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ from moqa.errors import MoqaError
 from moqa.generation.loop import CHUNK
 from moqa.models.experts import Experts, is_experts, weights_from
 
-FIRST = 8  # tokens that are read to make a cache; for all others before the last chunk it is only lengthened
-LARGE = 32 * 2**20  # bytes of a block from which on glibc gives it back to the system at once
+FIRST = 8  # tokens that are read to make a cache; it is then extended up to the last chunk without reading
+LARGE = 32 * 2**20  # bytes from which glibc returns a freed block to the system at once
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What is alive while a model reads the last chunk of a prompt, in bytes.
+    """Memory in use while a model reads the last chunk of a prompt, in bytes.
 
     Attributes:
-        cache: of each tensor of the cache, after it.
-        small: most that lives beside the cache in blocks below `LARGE`.
-        large: most that lives beside the cache in other blocks.
+        cache: size of each tensor of the cache, after the chunk.
+        small: largest total of other tensors below `LARGE`.
+        large: largest total of other tensors of at least `LARGE`.
     """
 
     cache: tuple[int, ...]
@@ -37,16 +37,16 @@ class DryRun:
 def dry_run(model: nn.Module, context: int, cache: Any = None) -> DryRun:
     """Let a model read a prompt without computing anything.
 
-    >>> sum(dry_run(model, 2048).cache)
-    12582912
+    >>> sum(dry_run(view.model, 16).cache)  # 6 blocks, 16 tokens, 128 features of keys and of values in float32
+    98304
 
     Args:
-        model: a causal language model of transformers on fake tensors, in the mode of which this is called.
+        model: a causal language model of transformers on fake tensors; call this within their mode.
         context: tokens of the prompt, one or more.
-        cache: an empty one to read with; None for the model's own.
+        cache: an empty cache to read with; None for the model's own.
 
     Raises:
-        MoqaError: if the model keeps no cache of the usual kind.
+        MoqaError: if the model has no cache of the usual kind.
     """
     chunk = min(context, CHUNK)
     first = min(context - chunk, FIRST)
@@ -57,7 +57,7 @@ def dry_run(model: nn.Module, context: int, cache: Any = None) -> DryRun:
                 _lengthen(layer, context - chunk - first)
         before, living.most = dict(living.now), dict(living.now)
         cache = _read(model, chunk, cache)
-        # a cache's own blocks may be small before the chunk and large after it
+        # a tensor of the cache may be small before the chunk and large after it
         small, large = (living.most[kind] - max(before[kind], living.now[kind]) for kind in (False, True))
         return DryRun(tuple(living.sizes.values()), small, large)
 
@@ -67,19 +67,19 @@ def _read(model: Any, tokens: int, cache: Any) -> Any:
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache = getattr(out, "past_key_values", None)
     if not hasattr(cache, "layers"):
-        raise MoqaError(f"a {model.config.model_type} model keeps no cache of layers", "moqa cannot foresee its size")
+        raise MoqaError(f"a {model.config.model_type} model has no cache of layers", "moqa cannot estimate its size")
     return cache
 
 
 def _lengthen(layer: Any, tokens: int) -> None:
-    """Let a layer of a cache hold more tokens that nothing has read; states of constant size stay as they are."""
+    """Extend a layer of a cache by tokens that were not read; states of constant size stay as they are."""
     from transformers.cache_utils import DynamicLayer
 
     if isinstance(layer, DynamicLayer) and layer.is_initialized:
         layer.update(*(_more(states, tokens, -2) for states in (layer.keys, layer.values)))
     if getattr(layer, "indexer_keys", None) is not None:
         layer.update_indexer(_more(layer.indexer_keys, tokens, 1))
-    # one entry for so many tokens, and the tokens that do not fill one yet
+    # one entry for every `compress_rate` tokens, and a buffer of the tokens that do not fill one yet
     for name, entries in getattr(layer, "compressed_kv", {}).items():
         full, rest = divmod(layer.buffer_kv[name].shape[1] + tokens, layer.compress_rate)
         layer.update_compressor_states(name, _more(entries, full, 1))
@@ -95,8 +95,8 @@ def _more(states: Tensor, tokens: int, dim: int) -> Tensor:
 
 @contextmanager
 def _without_experts(model: nn.Module) -> Iterator[None]:
-    """Skip the experts: which of them a token visits depends on values, and what they take is known without."""
-    skipped: Any = _Skipped()  # products are never asked for
+    """Skip the experts: the routing depends on values, and their memory is known without a dry run."""
+    skipped: Any = _Skipped()  # never asked for products
     with ExitStack() as stack:
         for module in model.modules():
             if is_experts(module):
@@ -105,7 +105,7 @@ def _without_experts(model: nn.Module) -> Iterator[None]:
 
 
 class _Skipped:
-    """`ExpertWeights` without any."""
+    """`ExpertWeights` that compute nothing."""
 
     def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
         """See `ExpertWeights`."""
@@ -113,12 +113,12 @@ class _Skipped:
 
 
 class _Living(TorchDispatchMode):
-    """Follows all tensors that are alive, those of a model left out.
+    """Tracks the memory of all tensors, except those of a model.
 
     Attributes:
-        sizes: bytes of each, by the identity of its storage.
-        now: bytes of all, by whether they are large.
-        most: the same, at any time since it was set.
+        sizes: identity of a storage -> its bytes.
+        now: total bytes, by whether tensors are large.
+        most: largest such total since it was set.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -129,7 +129,7 @@ class _Living(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0  # there are no values; families that ask for one choose between tables of rotary angles by it
+            return 0  # there are no values; families ask for one to choose between tables of rotary angles
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):

@@ -1,10 +1,10 @@
-"""What a forecast says of a run."""
+"""The result of a forecast."""
 
 from pydantic import BaseModel, Field
 
 
 class Estimate(BaseModel, frozen=True):
-    """Cost of a run."""
+    """Estimated cost of a run."""
 
     checkpoint_bytes: int = Field(description="of the weight files, exactly")
     peak_bytes: int = Field(description="largest resident memory of the process")

@@ -1,12 +1,12 @@
-"""What is worked on at a time, so that a process stays within its memory."""
+"""Memory of the parts of a model and of the work on them, so that a process stays within its limit."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from moqa.calibration.inputs import TOGETHER, by_input
-from moqa.calibration.routed import ROWS
+from moqa.calibration.inputs import LOOKUP_TOKENS, by_input
+from moqa.calibration.routed import GATHERED_ROWS
 from moqa.calibration.stacks import STACK_WEIGHTS
 from moqa.errors import LittleMemoryError
 from moqa.memory.limit import MemoryLimit
@@ -14,40 +14,39 @@ from moqa.memory.process import resident
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 
-# float32 copies of a stack of matrices that solving it takes, and beside the factors of all its inputs' statistics
-# float64 copies of one
-_COPIES, _SQUARES = 10, 3
-# what the C library keeps of small blocks, as a factor
+# solving a stack of matrices needs float32 copies of it, and float64 copies of one of its Gram matrices
+_COPIES, _GRAM_COPIES = 10, 3
+# factor for the freed memory that the C library keeps
 SLACK = 1.08
-# what threads and libraries take once they compute: compiled products, buffers
+# bytes of threads and libraries once they compute: compiled products, buffers
 COMPUTING = 48 * 2**20
-# the same once they have also gone back through layers, solved them, and read a checkpoint's tokenizer
-_AFTERWARDS = 128 * 2**20
-# copies of a batch's outputs of all its experts
+# the same after backward passes, solving, and reading the tokenizer of a checkpoint
+_COMPUTING_LATE = 128 * 2**20
+# copies of the outputs of all experts for a batch
 _OUTPUTS = 4
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that parts of a model take, of decoder layers those of the largest.
+    """Bytes of the parts of a model; for blocks, those of the largest.
 
     >>> Footprint.of(view).layer
-    5505024
+    13369344
 
     Attributes:
-        base: what the process has now.
-        ends: the embedding and the head, to compute with.
-        logits: of a batch, and what makes a gradient of them.
-        layer: a layer's units, as they are read.
+        base: resident memory of the process now.
+        ends: the embedding and the head in the dtype of the computation.
+        logits: of a batch, with the copies for their gradient.
+        layer: the units of a block in memory.
         weights: number of weights in them.
-        batch: what goes through a layer together.
-        linear: statistics of the inputs of units that are no experts.
+        batch: hidden states and outputs of a batch in a block.
+        linear: statistics of the inputs of units that are not experts.
         expert: statistics of one expert's inputs.
-        unit: number of weights of the largest.
-        spaces: of units that share an input: their weights, the input's features, and how many are alike in a layer.
+        unit: number of weights of the largest unit.
+        spaces: for each kind of input space: weights of its units, features, and number of such spaces in a block.
         features: of the largest input.
-        experts: how many a layer has.
-        hidden: features of a token between two layers.
+        experts: number of experts in a block.
+        hidden: features of a token between two blocks.
     """
 
     base: int
@@ -66,7 +65,7 @@ class Footprint:
 
     @classmethod
     def of(cls, view: ModelView) -> "Footprint":
-        """Of a model, in a process that takes no more than it uses (`moqa.memory.process.settle`)."""
+        """Of a model, in a process that returns unused memory (`moqa.memory.process.settle`)."""
         layer = weights = linear = expert = largest = features = experts = 0
         alike: set[tuple[int, int, int]] = set()
         for index in range(len(view.blocks)):
@@ -77,8 +76,8 @@ class Footprint:
             routed = [sharing for sharing in spaces if sharing[0].expert is not None]
             dense = [sharing for sharing in spaces if sharing[0].expert is None]
             count = len({unit.expert for unit in units if unit.expert is not None})
-            linear = max(linear, _squares(dense))
-            expert = max(expert, _squares(routed) // max(count, 1))
+            linear = max(linear, _gram_bytes(dense))
+            expert = max(expert, _gram_bytes(routed) // max(count, 1))
             largest = max(largest, *(unit.weights for unit in units))
             shapes = Counter(tuple(unit.shape for unit in sharing) for sharing in spaces)
             alike |= {(sum(map(prod, shape)), shape[0][1], count) for shape, count in shapes.items()}
@@ -94,44 +93,47 @@ class Footprint:
 
     @property
     def reading_ends(self) -> int:
-        """While the ends are read."""
-        # half as much again: the ends as they are stored, beside the ends as they compute
+        """Peak while the ends are read."""
+        # half as much again, because the stored and the converted ends are in memory together
         return self.base + self.ends * 3 // 2
 
     def summing(self, tokens: int) -> int:
-        """While an expert's inputs are gathered and multiplied: samples, inputs, outputs, and both counted."""
-        return 4 * self.hidden * (min(tokens, TOGETHER) + 4 * min(tokens, ROWS))
+        """Additional bytes while an expert's inputs are gathered and their statistics are computed."""
+        return 4 * self.hidden * (min(tokens, LOOKUP_TOKENS) + 4 * min(tokens, GATHERED_ROWS))
 
     def comparing(self, packed: int, tokens: int) -> int:
-        """While a checkpoint's predictions are compared with its original's: it is mapped, tokens wait in front of a
-        layer of both, one layer is unpacked or a batch's predictions are there, six times."""
+        """Peak while a checkpoint's predictions are compared with the original's.
+
+        The checkpoint is mapped, hidden states of all tokens wait at a block of both models, and either one block is
+        unpacked or there are six copies of the predictions of a batch.
+        """
         waiting = 2 * 4 * self.hidden * tokens
         at_work = max(4 * self.weights + self.batch, self.logits * 3 // 2)
-        return self.base + _AFTERWARDS + self.ends + packed + waiting + at_work
+        return self.base + _COMPUTING_LATE + self.ends + packed + waiting + at_work
 
     def solving(self, copies: int = 1) -> int:
-        """While a method works on one stack of matrices, each so many times."""
-        found = []
+        """Additional bytes while a method solves one stack, with `copies` of each matrix."""
+        sizes = []
         for weights, features, count in self.spaces:
             entries = min(count, max(1, STACK_WEIGHTS // (copies * weights)))
             stack = 4 * _COPIES * entries * copies * weights
-            found.append(stack + (4 * entries + 8 * _SQUARES) * features**2)
-        return max(found)
+            sizes.append(stack + (4 * entries + 8 * _GRAM_COPIES) * features**2)
+        return max(sizes)
 
 
-def _squares(spaces: Sequence[Sequence[Unit]]) -> int:
-    """Bytes of one statistic of each space's inputs."""
+def _gram_bytes(spaces: Sequence[Sequence[Unit]]) -> int:
+    """Bytes of one Gram matrix for each input space."""
     return sum(4 * sharing[0].shape[1] ** 2 for sharing in spaces)
 
 
 def as_many(memory: MemoryLimit, fixed: int, each: int, count: int, least: int) -> int:
-    """How many of something fit beside what is fixed.
+    """How many of `count` things of `each` bytes fit, in addition to `fixed` bytes.
 
     Raises:
-        LittleMemoryError: if not one does.
+        LittleMemoryError: if not even one fits.
     """
     smallest = int(max(fixed + each, least) * SLACK)
     if memory.limit < smallest:
         typed = f"--max-memory {memory.typed}" if memory.typed else f"{memory.limit / 2**30:.2f} GiB of free memory"
-        raise LittleMemoryError(f"{typed} holds no decoder layer of this model", smallest)
+        raise LittleMemoryError(f"{typed} cannot hold one block of this model", smallest)
     return max(1, min(count, int(memory.limit / SLACK - fixed) // max(each, 1)))

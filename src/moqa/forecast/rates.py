@@ -1,4 +1,4 @@
-"""Rates: seconds of the work on one decoder layer of each kind, as a trial measured them."""
+"""Rates: seconds of the work on one block of each kind, measured by a trial."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from moqa.models.view import ModelView
 
 @dataclass(frozen=True)
 class TokenCost:
-    """Seconds of a piece of work on some tokens.
+    """Seconds of a piece of work, linear in the number of tokens.
 
-    >>> TokenCost(fixed=0.5, token=0.001).of(1024)
-    1.524
+    >>> TokenCost(fixed=0.5, token=0.25).of(10)
+    3.0
 
     Attributes:
-        fixed: whatever the number of tokens is.
-        token: for each of them.
+        fixed: seconds independent of the number of tokens.
+        token: seconds per token.
     """
 
     fixed: float = 0.0
@@ -23,34 +23,34 @@ class TokenCost:
 
     @classmethod
     def through(cls, few: tuple[int, float], many: tuple[int, float]) -> "TokenCost":
-        """The cost that two measurements, (tokens, seconds) each, lie on.
+        """The line through two measurements of (tokens, seconds).
 
         >>> TokenCost.through((100, 1.5), (200, 2.5))
         TokenCost(fixed=0.5, token=0.01)
         """
         token = (many[1] - few[1]) / (many[0] - few[0]) if many[0] > few[0] else 0.0
         fixed = many[1] - token * many[0]
-        # neither part is negative but for the noise of a clock: then the larger measurement tells more
+        # only noise can make a part negative: then use the larger measurement alone
         if token < 0 or fixed < 0 or many[0] <= few[0]:
             return cls(0.0, max(many[1], 0.0) / many[0])
         return cls(fixed, token)
 
     def of(self, tokens: float) -> float:
-        """Seconds for so many tokens."""
+        """Seconds for a number of tokens."""
         return self.fixed + self.token * tokens
 
 
 @dataclass(frozen=True)
 class QuantizationRates:
-    """Seconds of quantizing a decoder layer; tokens are those of all samples.
+    """Seconds of quantizing a block; tokens are those of all samples.
 
     Attributes:
-        inputs: running the original layer, with statistics of the inputs of units that are no experts.
-        calls: reading what the experts were called with, for each slice of them.
+        inputs: running the original block, with statistics of the inputs of units that are not experts.
+        calls: reading the calls of the experts, for each slice of experts.
         expert: statistics of one expert's inputs.
-        linear: solving the units that are no experts.
+        linear: solving the units that are not experts.
         solve: solving one expert's units.
-        advance: running the quantized layer, and putting its outputs on the disk.
+        advance: running the quantized block and saving its outputs.
     """
 
     inputs: TokenCost = TokenCost()
@@ -63,15 +63,15 @@ class QuantizationRates:
 
 @dataclass(frozen=True)
 class ProfileRates:
-    """Seconds of profiling a decoder layer; tokens are those of one distribution.
+    """Seconds of profiling a block; tokens are those of one distribution.
 
     Attributes:
-        weights: what the weights alone tell.
-        forward: the pass forward.
-        back: the pass back, with the sensitivity of units that are no experts.
-        back_slice: going back once more, for another slice of the experts.
-        back_expert: making one expert's errors and measuring them.
-        step: of one token for each window that the model writes itself.
+        weights: statistics of the weights alone.
+        forward: the forward pass.
+        back: the backward pass, with the sensitivity of units that are not experts.
+        back_slice: another backward pass, for another slice of experts.
+        back_expert: making and measuring one expert's errors.
+        step: one decoding step of all windows that the model writes itself.
     """
 
     weights: float = 0.0
@@ -84,11 +84,11 @@ class ProfileRates:
 
 @dataclass(frozen=True)
 class ComparisonRates:
-    """Seconds of running a decoder layer for a comparison with the original.
+    """Seconds of running a block to compare a checkpoint with the original.
 
     Attributes:
-        original: as it was.
-        packed: with the reference kernels.
+        original: the original block.
+        packed: the quantized block, with the reference kernels.
     """
 
     original: TokenCost = TokenCost()
@@ -97,15 +97,15 @@ class ComparisonRates:
 
 @dataclass(frozen=True)
 class FileRates:
-    """Reading an original decoder layer and writing a quantized one.
+    """Reading an original block and writing a quantized one.
 
     Attributes:
-        bytes: of the original.
-        read: seconds, where the system has the file in its memory or is as fast as its storage.
-        read_work: seconds of one core in that.
-        written: bytes of the quantized layer.
-        write: seconds.
-        write_work: seconds of one core in that.
+        bytes: of the original block.
+        read: seconds of reading it, possibly from the page cache.
+        read_work: processor seconds of reading it.
+        written: bytes of the quantized block.
+        write: seconds of writing it.
+        write_work: processor seconds of writing it.
     """
 
     bytes: int = 0
@@ -118,7 +118,7 @@ class FileRates:
 
 @dataclass(frozen=True)
 class BlockRates:
-    """Everything that was measured of one kind of decoder layer, `experts` of them in it."""
+    """All rates of one kind of block, which has `experts` experts."""
 
     experts: int = 0
     file: FileRates = FileRates()
@@ -129,20 +129,20 @@ class BlockRates:
 
 @dataclass(frozen=True)
 class Rates:
-    """Everything that a trial measured.
+    """Everything that a trial measured; seconds if no unit is given.
 
     Attributes:
-        layers: of each decoder layer, the first one of its kind.
-        blocks: first layer of each kind -> its rates.
-        storage: bytes per second that are read of the original's files.
-        cores: that share work which can be done beside other work.
-        once: seconds that work takes more when it is done for the first time.
-        ends: seconds of reading the embedding and the head.
+        layers: for each block, the index of the first block of its kind.
+        blocks: first block of each kind -> its rates.
+        storage: bytes per second of reading the original's files.
+        cores: number of cores that share background work.
+        once: additional time of work that is done for the first time.
+        ends: reading the embedding and the head.
         embed: embedding samples.
         labels: drawing labels from the model, and their gradients.
-        step: of one token for each window that the model writes itself, outside the decoder layers.
+        step: one decoding step of all windows that the model writes itself, outside the blocks.
         score: comparing a checkpoint's predictions with the original's.
-        checkpoint: opening a checkpoint for that.
+        checkpoint: opening a checkpoint for that comparison.
     """
 
     layers: tuple[int, ...]
@@ -158,12 +158,12 @@ class Rates:
     checkpoint: float = 0.0
 
     def each(self) -> list[BlockRates]:
-        """Rates of all decoder layers, in order."""
+        """Rates of all blocks, in order."""
         return [self.blocks[first] for first in self.layers]
 
 
 def block_kinds(view: ModelView) -> tuple[int, ...]:
-    """Of each decoder layer the first one of its kind, which has units of the same shapes and dtypes.
+    """For each block, the index of the first block with the same kinds of units: their roles, shapes and dtypes.
 
     >>> block_kinds(view)
     (0, 0, 0, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""What a trial sends through single blocks."""
+"""Hidden states with which a trial runs single blocks."""
 
 from collections.abc import Collection
 
@@ -10,25 +10,25 @@ from moqa.models.layerwise import LayerwiseModel
 
 @torch.no_grad()
 def states_in_front(stages: LayerwiseModel, inputs: Tensor, blocks: Collection[int]) -> dict[int, Tensor]:
-    """Hidden states of a batch at the input of some blocks; of the one behind the last, at the head's.
+    """Hidden states of a batch at the input of some blocks; the index after the last block means the head.
 
     >>> states_in_front(stages, tokens, [0, 3])[3].shape
-    torch.Size([4, 256, 256])
+    torch.Size([2, 16, 256])
 
-    Hidden states that have a prediction for each position keep their shape: there the first block's stand for all, and
-    no block is run.
+    In models with a prediction for each position, all blocks have inputs of the same shape: those of the first block
+    are used for all, and no block is run.
 
     Args:
         stages: of the model.
         inputs: a batch.
-        blocks: indices.
+        blocks: indices of blocks.
     """
     hidden = stages.embed(inputs)
     if stages.task.predicts_each:
         return dict.fromkeys(blocks, hidden)
-    found = {}
+    states = {}
     for block in range(max(blocks) + 1):
-        found[block] = hidden
+        states[block] = hidden
         if block < max(blocks):
             hidden = stages.run_block(block, hidden).float()
-    return found
+    return states

@@ -1,27 +1,27 @@
-"""A stopwatch for trials: how long work takes once it has been done before, and how much longer at first."""
+"""A stopwatch for trials: how long work takes when repeated, and how much longer the first time."""
 
 import time
 from collections.abc import Callable
 from statistics import fmean
 
-# A first time finds cold caches, and products that are not compiled yet: tenths of a second at most. What takes longer
-# than that several times over is done once; what is shorter, until the mean of some says more than one does.
-_LONG, _ENOUGH, _MOST = 1.0, 0.2, 4
+# The first time, caches are cold and products are not compiled yet, which costs tenths of a second at most. Work of at
+# least _LONG seconds is therefore done only once; shorter work is repeated for _REPEAT seconds or _MOST_REPEATS times.
+_LONG, _REPEAT, _MOST_REPEATS = 1.0, 0.2, 4
 
 
 class Stopwatch:
     """Times pieces of work.
 
     >>> watch = Stopwatch()
-    >>> watch.seconds(lambda: quantize_piece(site, piece))
-    0.0214
+    >>> watch.seconds(lambda: stages.run_block(0, hidden)) > 0
+    True
 
     Args:
-        clock: seconds since some moment.
-        work: seconds that all cores have worked since some moment.
+        clock: returns elapsed seconds.
+        work: returns processor seconds of all cores.
 
     Attributes:
-        once: what first times took more than later ones, in all.
+        once: total of the additional seconds of first times.
     """
 
     def __init__(
@@ -30,20 +30,20 @@ class Stopwatch:
         self.clock, self._work, self.once = clock, work, 0.0
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Seconds of work that can be done again, not those that only its first time takes."""
+        """Seconds of repeatable work, without the additional time of the first time."""
         first, _ = self.single(work)
         if first >= _LONG:
             return first
-        # the mean, not the least: nothing that takes hours is done at the best speed
+        # the mean, not the minimum: long work does not run at the best speed
         took = [self.single(work)[0]]
-        while len(took) < _MOST and sum(took) < _ENOUGH:
+        while len(took) < _MOST_REPEATS and sum(took) < _REPEAT:
             took.append(self.single(work)[0])
         again = fmean(took)
         self.once += max(first - again, 0.0)
         return again
 
     def single(self, work: Callable[[], object]) -> tuple[float, float]:
-        """Seconds of work that is done once, and how long cores worked for it."""
+        """Elapsed seconds and processor seconds of work that is done once."""
         began, busy = self.clock(), self._work()
         work()
         return self.clock() - began, self._work() - busy

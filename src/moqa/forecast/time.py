@@ -1,4 +1,4 @@
-"""Seconds that work will take, from the rates of a trial."""
+"""Forecast of time: seconds of work from the rates of a trial."""
 
 from collections.abc import Collection
 
@@ -10,16 +10,18 @@ def quantization_seconds(
 ) -> float:
     """Seconds of a run of `moqa.quantize`.
 
-    >>> quantization_seconds(rates, tokens=16384, kept=4_500_000, together=16)
-    7.31
+    >>> from moqa.forecast.rates import QuantizationRates
+    >>> block = BlockRates(experts=16, quantization=QuantizationRates(solve=0.5))
+    >>> quantization_seconds(Rates(layers=(0, 0), blocks={0: block}, storage=1e9), tokens=0, kept=0, together=16)
+    16.0
 
     Args:
         rates: of the model and the method.
-        tokens: of samples; 0 for a method that needs none.
+        tokens: of all samples; 0 for a method that needs none.
         kept: bytes that are written unchanged.
-        together: experts whose statistics are held together.
-        ahead: whether layers are read and written beside other work.
-        whole: whether the original is in memory.
+        together: number of experts whose statistics are held together.
+        ahead: whether blocks are read and written in the background.
+        whole: whether the whole original is in memory.
     """
     blocks, seconds = rates.each(), 0.0
     for number, block in enumerate(blocks):
@@ -27,12 +29,12 @@ def quantization_seconds(
         work = of.linear + block.experts * of.solve
         if tokens:
             work += of.inputs.of(tokens) + slices * of.calls.of(tokens) + block.experts * of.expert.of(tokens)
-            # nothing follows the last layer
+            # the last block's outputs are not needed
             work += of.advance.of(tokens) if number + 1 < len(blocks) else 0.0
         reading = 0.0 if whole else _reading(rates, block)
         if ahead:
-            beside = (block.file.read_work + block.file.write_work) / rates.cores
-            seconds += max(reading + block.file.write, work + beside)
+            background = (block.file.read_work + block.file.write_work) / rates.cores
+            seconds += max(reading + block.file.write, work + background)
         else:
             seconds += reading + work + block.file.write
     ends = 0.0 if whole else rates.ends
@@ -46,13 +48,13 @@ def profile_seconds(
 
     Args:
         rates: of the model.
-        tokens: of each distribution, the model's own text included.
-        steps: in which the model writes its own text.
-        together: experts whose errors are held together.
-        sensitivity: whether it is measured.
-        whole: whether the original is in memory.
+        tokens: of each distribution, including the model's own text.
+        steps: decoding steps of the model's own text.
+        together: number of experts whose errors are held together.
+        sensitivity: whether sensitivity is measured.
+        whole: whether the whole original is in memory.
     """
-    seconds, everything = rates.embed.of(sum(tokens)), sum(tokens)
+    seconds, total = rates.embed.of(sum(tokens)), sum(tokens)
     ends = 0.0 if whole else rates.ends
     for block in rates.each():
         of, slices = block.profile, max(1, -(-block.experts // together))
@@ -65,18 +67,18 @@ def profile_seconds(
                 seconds += of.back.of(count) + (slices - 1) * of.back_slice.of(count)
                 seconds += block.experts * of.back_expert.of(count)
     if sensitivity:
-        seconds += ends + rates.labels.of(everything)
+        seconds += ends + rates.labels.of(total)
     return seconds + ends + steps * (ends + rates.step)
 
 
 def comparison_seconds(rates: Rates, tokens: int, checkpoints: int, *, whole: bool = False) -> float:
-    """Seconds of comparing checkpoints with their original on tokens of text, see `moqa.evaluation.proof`.
+    """Seconds of comparing checkpoints with their original, see `moqa.evaluation.proof`.
 
     Args:
         rates: of the model.
         tokens: of all texts.
-        checkpoints: how many are compared.
-        whole: whether the original is in memory.
+        checkpoints: number of checkpoints.
+        whole: whether the whole original is in memory.
     """
     original = 0.0 if whole else rates.ends
     each = rates.checkpoint + rates.score.of(tokens)
@@ -92,11 +94,11 @@ def loading_seconds(rates: Rates) -> float:
 
 
 def _reading(rates: Rates, block: BlockRates) -> float:
-    # what a trial reads may lie in the system's memory where the rest does not
+    # the trial may have read from the page cache, which does not hold the rest
     return max(block.file.read, block.file.bytes / rates.storage)
 
 
 def _written(rates: Rates) -> float:
-    """Seconds for a byte that is written; small files mostly wait for the disk, whatever their size is."""
+    """Seconds per written byte; the fastest rate, because small files mostly wait for the disk."""
     files = [block.file for block in rates.blocks.values()]
     return min((file.write / file.written for file in files if file.written), default=0.0)

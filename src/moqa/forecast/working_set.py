@@ -1,4 +1,4 @@
-"""How much of a model is worked on at a time, so that a process stays within its memory, and what it takes then."""
+"""Working sets: how much of a model fits into the memory at a time, and the peak that follows."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,15 @@ from moqa.models.view import ModelView
 
 @dataclass(frozen=True)
 class ProfileWorkingSet:
-    """How much of a decoder layer is measured at a time.
+    """How much of a block is measured at a time.
 
-    >>> ProfileWorkingSet.within(MemoryLimit.parse("4GiB"), view, METHODS["gptq"], probes=4).experts
-    12
+    >>> from moqa.methods import METHODS
+    >>> ProfileWorkingSet.within(MemoryLimit.parse("64GiB"), view, METHODS["gptq"], probes=4).experts
+    16
 
     Attributes:
-        experts: whose errors are held together.
-        peak: bytes that will be resident at most.
+        experts: number of experts whose errors are held together.
+        peak: largest resident memory in bytes.
     """
 
     experts: int
@@ -27,22 +28,22 @@ class ProfileWorkingSet:
 
     @classmethod
     def within(cls, memory: MemoryLimit, view: ModelView, method: Method, probes: int) -> "ProfileWorkingSet":
-        """As much at a time as the memory holds.
+        """The largest working set that fits into the memory.
 
         Args:
             memory: the limit.
             view: the model.
-            method: whose errors are measured.
-            probes: widths whose errors are made.
+            method: method whose errors are measured.
+            probes: number of widths whose errors are made.
 
         Raises:
-            MoqaError: if it does not hold one expert at a time; says what would do.
+            MoqaError: if not even one expert fits; names the memory that is needed.
         """
         sizes = Footprint.of(view)
-        # errors are held in half precision, those of units that are no experts with the first experts'
+        # errors are held in half precision; those of other units together with those of the first experts
         errors = 2 * probes * (sizes.weights // max(sizes.experts, 1))
         each = errors + (sizes.expert if method.needs_data else 0)
-        # backwards, a batch's outputs and their gradients are there
+        # in a backward pass there are a batch's outputs and their gradients
         fixed = sizes.base + COMPUTING + sizes.layer + sizes.linear + sizes.solving(probes) + 2 * sizes.batch
         least = max(sizes.reading_ends, sizes.base + sizes.ends + sizes.logits)
         experts = as_many(memory, fixed, each, sizes.experts, least)
@@ -51,15 +52,16 @@ class ProfileWorkingSet:
 
 @dataclass(frozen=True)
 class QuantizationWorkingSet:
-    """How much of a decoder layer is worked on at a time.
+    """How much of a block is quantized at a time.
 
-    >>> QuantizationWorkingSet.within(MemoryLimit.parse("4GiB"), view, METHODS["gptq"], 16384, 200_000_000).experts
-    34
+    >>> from moqa.methods import METHODS
+    >>> QuantizationWorkingSet.within(MemoryLimit.parse("64GiB"), view, METHODS["gptq"], 16384, 2_000_000).experts
+    16
 
     Attributes:
-        experts: whose statistics are held together.
-        peak: bytes that will be resident at most.
-        ahead: whether the next layer is read, and the last one written, while one is worked on.
+        experts: number of experts whose statistics are held together.
+        peak: largest resident memory in bytes.
+        ahead: whether the next block is read, and the previous one written, in the background.
     """
 
     experts: int
@@ -70,23 +72,23 @@ class QuantizationWorkingSet:
     def within(
         cls, memory: MemoryLimit, view: ModelView, method: Method, tokens: int, packed: int
     ) -> "QuantizationWorkingSet":
-        """As much at a time as the memory holds.
+        """The largest working set that fits into the memory.
 
         Args:
             memory: the limit.
             view: the model.
-            method: how it is quantized.
-            tokens: of samples.
-            packed: bytes of the largest layer as it will be stored.
+            method: quantization method.
+            tokens: of all samples.
+            packed: bytes of the largest block as it will be stored.
 
         Raises:
-            MoqaError: if it does not hold one expert at a time; says what would do.
+            MoqaError: if not even one expert fits; names the memory that is needed.
         """
         sizes = Footprint.of(view)
         if not method.needs_data:
-            return cls._by_itself(memory, sizes, packed)
+            return cls._without_data(memory, sizes, packed)
         fixed = sizes.base + COMPUTING + sizes.layer + max(packed + sizes.solving(), sizes.summing(tokens))
-        # by some of an expert's samples results are compared: twice as many as on average, no more than their squares
+        # held-out inputs of an expert: up to twice the average number, at most as large as their Gram matrix
         rows = 2 * tokens / HELD_OUT_EVERY * view.top_k / max(sizes.experts, 1)
         each = round(sizes.expert * (1 + min(1.0, rows / sizes.features)))
         fixed += 2 * sizes.linear
@@ -96,8 +98,8 @@ class QuantizationWorkingSet:
         return cls(experts, max(least, fixed + each * experts))
 
     @classmethod
-    def _by_itself(cls, memory: MemoryLimit, sizes: Footprint, packed: int) -> "QuantizationWorkingSet":
-        """For a method that needs no data: layers do not wait for each other."""
+    def _without_data(cls, memory: MemoryLimit, sizes: Footprint, packed: int) -> "QuantizationWorkingSet":
+        """For a method that needs no data: blocks do not depend on each other."""
         # a unit as it is read, its integers, and what they are packed from
         fixed, ends = sizes.base + sizes.layer + packed + 4 * sizes.unit, sizes.reading_ends
         experts = as_many(memory, fixed, 0, sizes.experts, ends)
@@ -108,10 +110,10 @@ class QuantizationWorkingSet:
 
 
 def comparison_peak(memory: MemoryLimit, view: ModelView, packed: int, tokens: int) -> int:
-    """Bytes that will be resident at most while a checkpoint is compared with its original.
+    """Largest resident memory, in bytes, while a checkpoint is compared with its original.
 
-    >>> comparison_peak(MemoryLimit.parse("4GiB"), view, 12_922_880, 16384)
-    618070016
+    >>> comparison_peak(MemoryLimit.parse("64GiB"), view, 12_922_880, 16384) > 12_922_880
+    True
 
     Args:
         memory: the limit.
@@ -120,16 +122,16 @@ def comparison_peak(memory: MemoryLimit, view: ModelView, packed: int, tokens: i
         tokens: of the text on which they are compared.
 
     Raises:
-        LittleMemoryError: if a limit that was typed is smaller.
+        LittleMemoryError: if a limit that the user typed is smaller.
     """
     without = Footprint.of(view).comparing(packed, tokens)
     peak = without + view.missing(memory)
-    # mapped files are left to the system otherwise: it forgets them when it needs the memory
+    # without a typed limit, mapped files do not matter: the system drops their pages when it needs the memory
     if memory.typed and memory.limit < peak * SLACK:
-        # a little more may hold the original as a whole, and then it will
+        # with a slightly larger limit the whole original may be read, which needs more memory
         peak = max(peak, without + view.missing(MemoryLimit(int(without * SLACK))))
         raise LittleMemoryError(
-            f"--max-memory {memory.typed} does not hold a checkpoint beside its original to compare them",
+            f"--max-memory {memory.typed} does not hold a checkpoint and its original to compare them",
             int(peak * SLACK), ", or give --no-proof",
         )  # fmt: skip
     return peak

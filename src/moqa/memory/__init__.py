@@ -1,1 +1,1 @@
-"""Memory: what is free, what a process may take and has taken, and giving it back."""
+"""Memory: how much is free, how much the process may use and uses, and returning it to the system."""

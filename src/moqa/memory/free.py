@@ -1,4 +1,4 @@
-"""The memory that is free here."""
+"""Free memory of this machine."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 from moqa.errors import MoqaError
 
-# of each version of cgroups, by the name of its controllers: its limit, what is taken, and what of that are idle files
+# controllers of cgroup version 2 and 1 -> files with the limit and the usage, and the statistic of inactive file pages
 _FILES = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -15,16 +15,16 @@ _FILES = {
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that a process may still take: on the GPU if there is one, else `free_on_machine`.
+    """Bytes that a process can still use: on the GPU if there is one, else `free_on_machine`.
 
-    >>> free_memory()
-    8372121600
+    >>> free_memory() > 2**20
+    True
 
     Args:
-        root: below which `proc` and `sys` lie.
+        root: folder that holds `proc` and `sys`.
 
     Raises:
-        MoqaError: if the system does not say.
+        MoqaError: if the system does not report it.
     """
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
@@ -32,30 +32,30 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def free_on_machine(root: Path = Path("/")) -> int:
-    """Bytes that a process may still take of the machine and of its cgroups.
+    """Bytes that a process can still use within the machine and its cgroups.
 
     Args:
-        root: below which `proc` and `sys` lie.
+        root: folder that holds `proc` and `sys`.
 
     Raises:
-        MoqaError: if the system does not say.
+        MoqaError: if the system does not report it.
     """
     try:
         available = (root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
     except (OSError, IndexError):
-        raise MoqaError("/proc/meminfo tells no free memory", "give a size: --fit 8GiB, --max-memory 8GiB") from None
+        raise MoqaError("/proc/meminfo shows no free memory", "give a size: --fit 8GiB, --max-memory 8GiB") from None
     return min([int(available) * 1024, *_left_in_cgroups(root)])
 
 
 def _left_in_cgroups(root: Path) -> Iterator[int]:
-    """What the limits leave of the process's own group and of all above it."""
+    """Free bytes under the limits of the process's own group and of the groups above it."""
     listed = root / "proc/self/cgroup"
     for line in listed.read_text().splitlines() if listed.is_file() else []:
         _, controllers, place = line.split(":", 2)
         if controllers in _FILES:
             top = root / "sys/fs/cgroup" / controllers
             group = top / place.strip("/")
-            # in a container the place may be the host's: then its own group lies at the top
+            # in a container the path may be the host's: then its own group is the top one
             folders = [group, *group.parents] if group.is_dir() else [top]
             for folder in folders:
                 if folder.is_relative_to(top):

@@ -1,4 +1,4 @@
-"""How much memory the process may take."""
+"""How much memory the process may use."""
 
 import re
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ _FACTORS = {
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """A limit for the process.
+    """A limit for the resident memory of the process.
 
     >>> MemoryLimit.parse("4GiB").limit
     4294967296
 
     Attributes:
         limit: bytes that may be resident.
-        typed: how the user said it; None for what is free.
+        typed: as the user typed it; None if it is the free memory.
     """
 
     limit: int
@@ -33,17 +33,17 @@ class MemoryLimit:
         """A limit as users type it.
 
         Raises:
-            MoqaError: if it is none.
+            MoqaError: if it is not a size.
         """
         return cls(parse_size(text, "--max-memory"), text)
 
     @classmethod
     def free(cls) -> "MemoryLimit":
-        """What is free on this machine, or in this container, and what the process has already."""
+        """Free memory of this machine or container, plus what the process already uses."""
         return cls(free_on_machine() + resident())
 
     def holds(self, values: int) -> bool:
-        """Whether it holds so many numbers in float32, and half of that for what works with them."""
+        """Whether a number of values fits in float32, with half as much again for the work on them."""
         return resident() + values * 6 <= self.limit
 
 
@@ -55,12 +55,12 @@ def parse_size(text: str | int, option: str) -> int:
 
     Args:
         text: bytes, or a number with a unit: KB, MB, GB, TB, KiB, MiB, GiB, TiB.
-        option: that it was typed after.
+        option: option that it was typed after, for the message.
 
     Raises:
-        MoqaError: if it is none.
+        MoqaError: if it is not a size.
     """
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     if match is None or match[2].upper() not in _FACTORS:
-        raise MoqaError(f"{option} {text} is no size", "give bytes or e.g. 12MiB, 3.5GB")
+        raise MoqaError(f"{option} {text} is not a size", "give bytes or e.g. 12MiB, 3.5GB")
     return int(float(match[1]) * _FACTORS[match[2].upper()])

@@ -1,1 +1,1 @@
-"""Models as units: checkpoint access, and one view on experts and routers for all families."""
+"""Models as units: access to the original, and one view of experts and routers for all families."""

@@ -1,4 +1,4 @@
-"""Modules that compute what experts or linear layers do, but do not show it: put behind what moqa looks at."""
+"""Adapters for modules that compute experts or linear layers but do not expose them as such."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,16 +12,16 @@ from moqa.models.parts import ExpertsOf, LinearPart, gated
 
 
 def adapt(model: nn.Module) -> None:
-    """Let such modules of a model show what they do; their parameters and what comes out stay as they are.
+    """Expose experts and linear layers that a family hides; parameters and outputs stay the same.
 
-    >>> adapt(model)
-    >>> is_experts(model.model.layers[0].feed_forward.experts)
+    >>> adapt(llama4)  # doctest: +SKIP
+    >>> is_experts(llama4.model.layers[0].feed_forward.experts)  # doctest: +SKIP
     True
     """
     for module in list(model.modules()):
-        found = _ADAPTERS.get(type(module).__name__)
-        if found is not None and not getattr(module, "moqa_adapted", False):
-            found(module)
+        adapter = _ADAPTERS.get(type(module).__name__)
+        if adapter is not None and not getattr(module, "moqa_adapted", False):
+            adapter(module)
             module.moqa_adapted = True  # type: ignore[assignment]
 
 
@@ -34,9 +34,9 @@ def _adapt_llama4(block: Any) -> None:
 
 
 def _run_llama4(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """What `Llama4TextMoe.forward` computes, without the products of experts that a token does not visit.
+    """What `Llama4TextMoe.forward` computes, without the products of experts that a token is not routed to.
 
-    Here a token is weighted before its experts see it, not after: every visit is a token of its own, with weight 1.
+    Llama 4 scales a token before its experts, not after: each (token, expert) pair is passed as a token with weight 1.
     """
     hidden = hidden.reshape(-1, block.hidden_dim)
     scores, logits = block.router(hidden)
@@ -60,7 +60,7 @@ def _run_jetmoe(block: Any, x: Tensor) -> Tensor:
 
 
 def _adapt_jetmoe_attention(block: Any) -> None:
-    """Query and output projections of its own for every expert of an attention."""
+    """Attention in which every expert has its own query and output projections."""
     for module in (block.input_linear, block.output_linear):
         for expert in range(module.num_experts):
             module.add_module(str(expert), LinearPart(module, expert))
@@ -69,13 +69,13 @@ def _adapt_jetmoe_attention(block: Any) -> None:
 
 def _run_each(module: nn.Module, x: Tensor, counts: list[int]) -> Tensor:
     """[tokens, in] in the order of the experts -> [tokens, out]."""
-    # the last one gets what is left: all of it in a dry run, which knows no counts
+    # the last expert gets the rest: all tokens in a dry run, where the counts are unknown
     pairs = zip(module.children(), x.split([*counts[:-1], len(x) - sum(counts[:-1])]), strict=True)
     return torch.cat([expert(part) for expert, part in pairs if len(part)])
 
 
 def _adapt_groups(module: Any) -> None:
-    """Groups of outputs of a block-diagonal linear layer: each multiplies the inputs of its own group."""
+    """Block-diagonal linear layer: each group of outputs multiplies only the inputs of its own group."""
     rows = module.out_features // module.n_groups
     for group in range(module.n_groups):
         module.add_module(str(group), LinearPart(module, slice(group * rows, (group + 1) * rows)))

@@ -1,4 +1,4 @@
-"""What in a decoder layer is a unit, what is kept on purpose, and the refusal of everything else."""
+"""Which matrices of a block are units, which are kept on purpose, and the check that there are no others."""
 
 from collections.abc import Iterable
 from typing import Any, TypeGuard
@@ -10,29 +10,29 @@ from moqa.models.experts import is_experts
 from moqa.models.layout import is_convolution
 from moqa.models.parts import LinearPart
 
-# Gates with a handful of rows (a shared expert's gate, a per-head gate) are kept: they cost nothing and decide much.
+# Gates with a handful of rows (a shared expert's gate, a per-head gate) are kept: they are tiny and matter a lot.
 SMALLEST_SIDE = 16
 
 
 def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d | LinearPart]:
-    """Whether a module multiplies with its weight and does nothing else; a subclass may, if it computes the same."""
+    """Whether a module only multiplies with its weight; also true of subclasses with an unchanged forward."""
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return plain or isinstance(module, LinearPart) or is_convolution(module)
 
 
 def router_paths(model: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
-    """Paths in decoder layers of their routers: the modules whose outputs transformers records as router logits.
+    """Paths, relative to a block, of the routers: the modules whose outputs transformers records as router logits.
 
-    >>> router_paths(model, model.model.layers)
+    >>> router_paths(view.model, view.blocks)
     ['mlp.gate']
 
-    One that is not recorded (its experts come from a table) stands where those of other layers do.
+    A router that is not recorded (its experts come from a table) has the same path as those of other blocks.
     """
     records: list[Any] = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
     recorders = [record["router_logits"] for record in records if "router_logits" in record]
     classes = tuple({kind for recorder in recorders for kind in _recorded_classes(recorder)})
     named = [(path, module) for layer in layers if has_experts(layer) for path, module in layer.named_modules()]
-    # some families record the logits at a block that holds the experts, too: that is no router
+    # some families record the logits at a module that also holds the experts: that is not a router
     return sorted({path for path, module in named if issubclass(type(module), classes) and not _holds_units(module)})
 
 
@@ -42,13 +42,13 @@ def has_experts(module: nn.Module) -> bool:
 
 
 def kept_paths(model: nn.Module, layer: nn.Module) -> list[str]:
-    """Paths in a layer of what is kept beside routers: indexers of sparse attention, and what stays in float32.
+    """Paths in a block of what is kept besides routers: indexers of sparse attention, and what stays in float32.
 
-    >>> "self_attn.compressor.indexer" in kept_paths(model, model.model.layers[1])
-    True
+    >>> kept_paths(view.model, view.blocks[1])
+    []
 
-    An indexer chooses what a token attends to, as a router chooses experts: no gradient tells what its bits are worth.
-    What must be float32, whatever the model's dtype is, the family itself says.
+    An indexer chooses what a token attends to, as a router chooses experts: no gradient shows what its bits are worth.
+    Each family declares which of its parameters must be float32, whatever the model's dtype is.
     """
     wanted = [f".{name}." for name in getattr(model, "_keep_in_fp32_modules_strict", None) or ()]
     indexers = [path for path, module in layer.named_modules() if type(module).__name__.endswith("Indexer")]
@@ -62,16 +62,16 @@ def within(path: str, roots: list[str]) -> bool:
 
 
 def check_nothing_skipped(root: str, layer: nn.Module, covered: set[str], kept: list[str]) -> None:
-    """Refuse a decoder layer with a matrix that is neither in a unit nor kept on purpose.
+    """Refuse a block with a matrix that is neither in a unit nor kept on purpose.
 
     Kept on purpose are vectors, routers, biases of experts, what a family keeps in float32, and what has fewer than
     two sides above SMALLEST_SIDE: gates, the kernels of depthwise convolutions, the states of state-space layers.
 
     Args:
-        root: path of the layer.
-        layer: the layer.
-        covered: parameters that units cover, relative to the layer.
-        kept: paths of its routers and of what else is kept, relative to the layer.
+        root: path of the block.
+        layer: the block.
+        covered: parameters that units cover, relative to the block.
+        kept: paths of its routers and of what else is kept, relative to the block.
 
     Raises:
         MoqaError: naming the first such parameter, and the kinds of modules that hold one.
@@ -102,6 +102,6 @@ def _holds_units(module: nn.Module) -> bool:
 
 
 def _recorded_classes(recorder: Any) -> list[type]:
-    several = recorder if isinstance(recorder, (list, tuple)) else [recorder]
-    classes = [getattr(found, "target_class", found) for found in several]
-    return [found for found in classes if isinstance(found, type) and issubclass(found, nn.Module)]
+    entries = recorder if isinstance(recorder, (list, tuple)) else [recorder]
+    classes = [getattr(entry, "target_class", entry) for entry in entries]
+    return [kind for kind in classes if isinstance(kind, type) and issubclass(kind, nn.Module)]

@@ -15,7 +15,7 @@ from moqa.models.products import product
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 IMPLEMENTATION = "moqa"
 
-# a module for which `is_experts` holds; nn.Module would call each of its attributes a tensor or a module
+# a module for which `is_experts` is true; typed as nn.Module, its attributes would all be tensors or modules
 Experts = Any
 
 
@@ -38,7 +38,7 @@ def check_supported(path: str, module: Experts) -> None:
     if other:
         raise MoqaError(f"{kind} has experts with {other[0]}", f"known are {', '.join(sorted(known))}")
     if len(module.gate_up_proj) != module.num_experts or len(module.down_proj) != module.num_experts:
-        raise MoqaError(f"{kind} holds {len(module.gate_up_proj)} experts", f"it says it has {module.num_experts}")
+        raise MoqaError(f"{kind} holds {len(module.gate_up_proj)} experts", f"its num_experts is {module.num_experts}")
 
 
 def parameter_of(projection: str) -> str:
@@ -49,7 +49,7 @@ def parameter_of(projection: str) -> str:
 def expert_matrix(module: Experts, expert: int, projection: str) -> Tensor:
     """View of one expert's matrix as [out, in], whatever the family's layout is.
 
-    >>> expert_matrix(layer.mlp.experts, 7, "down_proj").shape
+    >>> expert_matrix(view.experts(0), 7, "down_proj").shape
     torch.Size([256, 256])
 
     Args:
@@ -70,7 +70,7 @@ def slice_expert(module: Experts, stacked: Tensor, expert: int, projection: str)
 
 
 def projection_rows(module: Experts, width: int | None = None) -> dict[str, slice]:
-    """Where a family's gate and up rows stand in the product with `gate_up_proj`, or in one of 2 x `width` features."""
+    """Positions of gate and up rows in the product with `gate_up_proj`, or in a product of 2 x `width` features."""
     if not module.is_concatenated:
         return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
     if width is None:
@@ -100,18 +100,18 @@ class ExpertRun:
 
 
 class ExpertsObserver(Protocol):
-    """What a profile or a quantizer sees of a layer's experts while they run."""
+    """Watches the experts of a block while they run, for a profile or a quantizer."""
 
     def routed(self, index: Tensor, weights: Tensor) -> None:
-        """Called once per call with [tokens, top_k] expert indices (int64) and gate weights."""
+        """Called once per forward with [tokens, top_k] expert indices (int64) and gate weights."""
 
     def expert(self, run: ExpertRun) -> None:
-        """Called per expert that got tokens."""
+        """Called for each expert that got tokens."""
 
 
 @contextmanager
 def observed(module: nn.Module, observer: ExpertsObserver) -> Iterator[None]:
-    """Let an observer watch a stack of experts for a block."""
+    """A `with` block in which an observer watches a stack of experts."""
     module.moqa_observer = observer  # type: ignore[assignment]
     try:
         yield
@@ -121,7 +121,7 @@ def observed(module: nn.Module, observer: ExpertsObserver) -> Iterator[None]:
 
 @contextmanager
 def weights_from(module: Experts, source: "ExpertWeights | None") -> Iterator[None]:
-    """Let a stack of experts multiply with other weights than its parameters for a block; None changes nothing."""
+    """A `with` block in which a stack of experts multiplies with other weights; None changes nothing."""
     if source is None:
         yield
         return
@@ -138,10 +138,10 @@ def with_bias(module: Experts, parameter: str, expert: int, product: Tensor) -> 
 
 
 class ExpertWeights(Protocol):
-    """What a layer's experts multiply with: the model's parameters or packed planes."""
+    """What the experts of a block multiply with: the model's parameters or packed planes."""
 
     def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
-        """What `run_experts` returns, in one call; None if that must be put together from the products."""
+        """What `run_experts` returns, in one call; None if it must be computed from `gate_up` and `down`."""
 
     def gate_up(self, expert: int, x: Tensor) -> Tensor:
         """[tokens, 2 * width] product with the gate and up rows, in the family's own order."""
@@ -174,13 +174,14 @@ class ParameterWeights:
 
 
 def run_experts(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """All routed experts of a layer on a batch of tokens: sort tokens by expert, one product per expert.
+    """All routed experts of a block on a batch of tokens: sort tokens by expert, one product per expert.
 
-    >>> run_experts(layer.mlp.experts, hidden, index, weights).shape
-    torch.Size([tokens, 256])
+    >>> hidden, index, gates = torch.ones(5, 256), torch.tensor([[0, 3]] * 5), torch.full((5, 2), 0.5)
+    >>> run_experts(view.experts(0), hidden, index, gates).shape
+    torch.Size([5, 256])
 
     Args:
-        module: a stack of experts; `moqa_observer` and `moqa_weights` on it watch and replace what is computed.
+        module: a stack of experts; its `moqa_observer` watches, its `moqa_weights` replaces what it multiplies with.
         hidden: [tokens, features] inputs.
         index: [tokens, top_k] expert of each token, int64; an index past the last expert means none.
         weights: [tokens, top_k] gate weights.
@@ -212,7 +213,7 @@ def run_experts(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor)
                 gate = weights.reshape(-1)[slots, None]
                 observer.expert(ExpertRun(expert, x, gate_up, inner, out, gate))
             outputs.append(out)
-    # back in the tokens' order: a gather and a sum, the same on every run
+    # back to the order of the tokens, by a gather and a sum, which are deterministic
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     sums = torch.cat(outputs)[places].reshape(tokens, top_k, hidden.shape[1]) * weights[..., None]
     return sums.sum(1).to(hidden.dtype)

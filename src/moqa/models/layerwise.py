@@ -9,31 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from moqa.errors import MoqaError
-from moqa.models.building import quiet
+from moqa.models.building import BUILDING, quiet
 from moqa.tasks import Task, task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# stands for a batch's inputs among what a block is called with
+# placeholder for a batch's inputs in the recorded arguments of a block
 _INPUTS = object()
 
 
 class LayerwiseModel:
     """The stages of a forward pass: embed, each block, head.
 
-    >>> stages = LayerwiseModel(model)
+    >>> stages = LayerwiseModel(view.model)
     >>> hidden = stages.embed(tokens)
     >>> for index in range(stages.depth):
     ...     hidden = stages.run_block(index, hidden)
-    >>> torch.equal(stages.head(hidden), model(tokens).logits)
+    >>> torch.equal(stages.head(hidden), view.model(tokens).logits)
     True
 
-    The model's own forward runs with every layer's forward replaced, so whatever a family does before, between and
-    after its layers (scaled embeddings, masks by layer type, capped logits) happens here too. All windows of a batch
-    are full: no padding. What flows between layers is all that they read of a batch: of several residual streams the
-    features of all, and where layers look at token ids (experts chosen by a table), those as a last feature.
+    The model's own forward runs with the forward of every block replaced, so whatever a family does before, between
+    and after its blocks (scaled embeddings, masks by layer type, capped logits) happens here too. All windows of a
+    batch are full: no padding. Hidden states hold everything that a block reads: the features of all residual streams,
+    and, where blocks look at token ids (experts chosen by a table), the token id as a last feature.
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
@@ -41,15 +41,15 @@ class LayerwiseModel:
         self.blocks = [model.get_submodule(path) for path in self.task.blocks(model)]
         self.depth = len(self.blocks)
         self._calls: dict[torch.Size, list[tuple[tuple, dict]]] = {}
-        self._outputs = 0  # how many a layer returns as a tuple
+        self._outputs = 0  # length of the tuple that a block returns; 0 if it returns a tensor
         self._streams, self._reads_tokens = torch.Size(), False
         probe = self.task.probe(model)
         try:
             with torch.no_grad(), self._replaced(partial(self._probe, probe)):
                 self._call(probe)
         except ValueError as error:
-            problem = f"{type(model).__name__} cannot be run one layer at a time"
-            reason = "its layers pass on more than hidden states: " if self._outputs > 1 else ""
+            problem = f"{type(model).__name__} cannot be run one block at a time"
+            reason = "its blocks return more than hidden states: " if self._outputs > 1 else ""
             raise MoqaError(problem, f"{reason}{error}") from None
 
     def embed(self, inputs: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class LayerwiseModel:
         return self._joined(first[0], inputs)
 
     def run_block(self, index: int, hidden: Tensor) -> Tensor:
-        """Output of block `index` for its input; gradients flow if asked for."""
+        """Output of block `index` for its input; differentiable where torch records gradients."""
         args, kwargs = self._calls[hidden.shape[: self.task.batch_dims]][index]
         states, tokens = self._parted(hidden)
         out = self.blocks[index](states, *args, **{k: tokens if v is _INPUTS else v for k, v in kwargs.items()})
@@ -81,7 +81,7 @@ class LayerwiseModel:
             return self.task.call(self.model, self.task.stand_in(self.model, hidden))
 
     def _joined(self, states: Tensor, tokens: Tensor | None) -> Tensor:
-        """What flows from one block to the next: of tokens as [batch, context, features]."""
+        """Hidden states between two blocks; of language models [batch, context, features]."""
         if not self.task.predicts_each:
             return states
         flat = states.flatten(2)
@@ -89,7 +89,7 @@ class LayerwiseModel:
         return torch.cat([flat, tokens[..., None].float()], -1) if self._reads_tokens and tokens is not None else flat
 
     def _parted(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a layer is called with, and the token ids if it reads them."""
+        """The reverse of `_joined`: what a block is called with, and the token ids if it reads them."""
         tokens = None
         if self._reads_tokens:
             hidden, tokens = hidden[..., :-1].to(self.model.dtype), hidden[..., -1].long()
@@ -97,7 +97,7 @@ class LayerwiseModel:
         return hidden.unflatten(2, self._streams) if several else hidden, tokens
 
     def _probe(self, tokens: Tensor, index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # only the first layer really runs: it shows whether this family's layers return a tuple
+        # only the first block really runs: it shows whether the blocks of this family return a tuple
         self._reads_tokens |= any(value is tokens for value in kwargs.values())
         self._streams = hidden.shape[2:]
         if index == 0:
@@ -115,8 +115,8 @@ class LayerwiseModel:
             self.task.call(self.model, inputs)
 
     def _passed_on(self, hidden: Tensor, called: int) -> Tensor:
-        """What stands for a block's output while nothing is computed, when so many have been called."""
-        # blocks that change the shape of what flows leave something behind them that nothing takes in their place
+        """Stands for a block's output while nothing is computed; `called` counts the blocks so far."""
+        # where blocks change the shape of hidden states, what follows them cannot take the first block's input
         if called == self.depth and not self.task.predicts_each:
             raise _AllSeenError
         return hidden
@@ -151,16 +151,18 @@ class LayerwiseModel:
 
 
 class _AllSeenError(Exception):
-    """Every block was called: what comes behind them is not needed."""
+    """Every block was called: what follows them is not needed."""
 
 
 def largest_stream(model: "PreTrainedModel", task: Task) -> int:
-    """Numbers between two blocks for one sample, where there are most: told from shapes, nothing is computed.
+    """Largest number of values between two blocks for one sample, from shapes alone: nothing is computed.
 
-    >>> largest_stream(resnet, task_of(resnet.config))
-    16384
+    >>> from moqa.models.view import open_model
+    >>> resnet = open_model("reference/image/model")
+    >>> largest_stream(resnet.model, resnet.task)
+    2048
     """
-    with quiet(), torch.device("meta"):
+    with BUILDING, quiet(), torch.device("meta"):
         copy = task.auto_class().from_config(model.config).eval()
     sizes = [0]
 

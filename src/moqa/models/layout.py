@@ -1,4 +1,4 @@
-"""How what a module is called with and answers becomes rows of one matrix product."""
+"""Inputs and outputs of linear layers and convolutions as the rows of one matrix product."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class Convolution:
 
     @classmethod
     def of(cls, module: nn.Conv2d) -> "Convolution":
-        """That of a module for which `is_convolution` holds."""
+        """Of a module for which `is_convolution` is true."""
         sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
         return cls(*((int(size[0]), int(size[1])) for size in sizes))
 
@@ -61,11 +61,11 @@ def layout_of(module: nn.Module) -> Convolution | None:
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
-    """[rows, in] of what a module that holds a unit was called with."""
+    """[rows, in] from the input of a module that holds a unit."""
     convolution = layout_of(module)
     return x.flatten(0, -2) if convolution is None else convolution.patches(x)
 
 
 def output_rows(module: nn.Module, out: Tensor) -> Tensor:
-    """[rows, out] of what it answered, or of its gradient."""
+    """[rows, out] from its output, or from the gradient of its output."""
     return out.flatten(0, -2) if layout_of(module) is None else out.movedim(1, -1).flatten(0, -2)

@@ -1,4 +1,4 @@
-"""Open a model folder or Hub id; refuse what transformers would quietly repair with random numbers."""
+"""Open a model folder; refuse what transformers would silently fill with random numbers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,8 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """Original model of a folder, ready to evaluate.
 
     Raises:
-        MoqaError: if it is no causal language model, is quantized in a format that is not read, lacks tensors that its
-            architecture needs, or holds ones that it does not know.
+        MoqaError: if it is not a causal language model, is quantized in a format that moqa does not read, or its
+            tensors are not those of its architecture.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
@@ -57,8 +57,8 @@ def read_config(folder: Path, packed: bool = False) -> "PretrainedConfig":
         packed: whether it is one of moqa's own checkpoints.
 
     Raises:
-        MoqaError: if transformers cannot read it, or it is for no task of `moqa.tasks` or quantized in a format that is
-            not read.
+        MoqaError: if transformers cannot read it, it belongs to no task of `moqa.tasks`, or it is quantized in a format
+            that moqa does not read.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -72,15 +72,15 @@ def read_config(folder: Path, packed: bool = False) -> "PretrainedConfig":
     quantized = None if packed else getattr(config, "quantization_config", None)
     if quantized:
         find_format(folder, quantized if isinstance(quantized, dict) else quantized.to_dict())
-        # weights are plain when they are read
+        # the reader returns plain weights
         del config.quantization_config
     return config
 
 
 def read_generation_config(model: "PreTrainedModel", folder: Path) -> None:
-    """Tell a model that was not loaded by its folder's name what the folder says of generation.
+    """Give a model that was built from config.json the folder's generation settings.
 
-    A model built from config.json alone does not know the further end tokens of chat models.
+    They hold, for example, the additional end tokens of chat models.
 
     Raises:
         MoqaError: if the file is unusable.
@@ -91,18 +91,18 @@ def read_generation_config(model: "PreTrainedModel", folder: Path) -> None:
         return
     try:
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # transformers fails on a foreign configuration in any way
+    except Exception as error:  # transformers raises many kinds of errors for a configuration that it does not expect
         raise MoqaError(f"{folder} has no usable generation_config.json", one_line(error)) from None
 
 
 def difference(folder: Path, config: "PretrainedConfig") -> str | None:
-    """The first difference between a folder's tensors and those that its architecture has, with names as on disk."""
+    """First difference between a folder's tensors and those of its architecture, with names as on disk."""
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
         with BUILDING, quiet(), torch.device("meta"):
             model = task_of(config).auto_class().from_config(config)
-    except Exception:  # whatever is wrong with the configuration, the caller knows a first error already
+    except Exception:  # whatever is wrong with the configuration, the caller already has an error to report
         return None
     state = {k: v for k, v in model.state_dict().items() if k not in (model.all_tied_weights_keys or {})}
     wanted = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
@@ -113,7 +113,7 @@ def difference(folder: Path, config: "PretrainedConfig") -> str | None:
         return f"it lacks {missing[0]} {wanted[missing[0]]}{_more(missing)}"
     if other:
         return f"{other[0]} is {found[other[0]]}, should be {wanted[other[0]]}{_more(other)}"
-    return f"{config.model_type} knows no {extra[0]} {found[extra[0]]}{_more(extra)}" if extra else None
+    return f"{config.model_type} has no {extra[0]} {found[extra[0]]}{_more(extra)}" if extra else None
 
 
 def _more(names: list[str]) -> str:

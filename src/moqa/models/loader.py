@@ -1,4 +1,4 @@
-"""A model's weights piece by piece: each decoder layer, and both ends, read from disk when they are used."""
+"""A model's weights piece by piece: each block, and both ends, read from disk when they are used."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -23,35 +23,38 @@ from moqa.originals.reader import LazyTensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# number of the piece that holds the embedding and the head; decoder layers have theirs
+# number of the piece that holds the embedding and the head; blocks have their index
 ENDS = -1
-# the disk is read by one while others look at what they have read
+# one reads from the disk while others check what they have read
 _READERS = 3
 
 
 class BlockLoader:
     """Reads parameters of a model that was built without memory for them.
 
-    >>> owners = {"model.layers.3.self_attn.q_proj.weight": 3}
-    >>> pieces = BlockLoader(model, OriginalReader(folder), owners, False, ())
+    >>> from moqa.models.building import empty_model
+    >>> model, name = empty_model(view.model.config, torch.float32), "model.layers.3.self_attn.q_proj.weight"
+    >>> pieces = BlockLoader(model, OriginalReader(view.folder), {name: 3}, False, ())
     >>> pieces.need(3)
+    >>> model.get_parameter(name).is_meta
+    False
 
-    What no piece owns is read at once and stays. A decoder layer or an end that is called reads its piece itself.
-    Whoever goes through the layers, forwards or back, wants the next one soon: the system is asked for it meanwhile.
+    What no piece owns is read at once and stays. A block or an end reads its piece when it is called. Blocks are used
+    in order, forwards or backwards: meanwhile the operating system is asked to read the next one.
 
     Args:
-        model: with parameters on the meta device, in the dtypes that they are wanted in.
-        stored: tensors of the original checkpoint.
+        model: with parameters on the meta device, in the dtypes that they should get.
+        stored: tensors of the original.
         owners: parameter -> number of its piece.
-        keep: whether pieces stay once they are read; else one is forgotten when another is needed.
-        narrow: parameters that are wanted in the dtype in which they are stored.
+        keep: whether pieces stay once they are read; else one is freed when another is needed.
+        narrow: parameters that keep the dtype in which they are stored.
 
     Attributes:
         keep: whether pieces stay.
-        ahead: whether the next layer is read into memory beside the one that is used, see `read_ahead`.
+        ahead: whether the next block is read into memory while one is used, see `read_ahead`.
 
     Raises:
-        MoqaError: if the folder holds other tensors than the model, or a value that is no number.
+        MoqaError: if the tensors of the folder are not those of the model, or a value is NaN or infinite.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class BlockLoader:
         self._read(None)
 
     def need(self, piece: int) -> None:
-        """Have a piece in memory."""
+        """Make sure that a piece is in memory."""
         if piece in self._there or piece not in self._names or piece == self._without:
             return
         if not self.keep:
@@ -120,18 +123,18 @@ class BlockLoader:
             raise self._lost(error) from None
 
     def read_ahead(self, piece: int) -> None:
-        """Read a piece that will be needed next, and from now on those that follow, while something else is done."""
+        """Read the piece that is needed next in the background, and from now on always the one that follows."""
         self.ahead = True
         if piece not in self._there and (self._fetching is None or self._fetching[0] != piece):
             self._fetching = piece, self._fetcher.submit(self._fetch, piece)
 
     def stored_dtype(self, target: str) -> torch.dtype:
-        """Dtype in which a parameter lies on disk, one that holds all its parts if they differ."""
-        # of a tensor that becomes several parameters only the first is known
+        """Dtype of a parameter on disk; if its parts differ, one that holds all of them."""
+        # of a tensor that becomes several parameters, only the first is recorded
         return self._dtypes.get(target) or self._model.get_parameter(target).dtype
 
     def forget(self) -> None:
-        """Give back the memory of all pieces."""
+        """Free the memory of all pieces."""
         for names in self._there.values():
             for name in names:
                 _empty(self._model, name)
@@ -140,12 +143,12 @@ class BlockLoader:
         self._there = {}
         if not self.ahead:
             self._memory.free()
-        # also what was made of a piece and is freed by now
+        # also returns the memory of what was computed from a piece
         give_back()
 
     @contextmanager
     def without(self, piece: int) -> Iterator[None]:
-        """A block in which nobody needs a piece."""
+        """A `with` block in which a piece is not read, even when it is called."""
         if not self.keep:
             self.forget()
         self._without = piece
@@ -156,7 +159,7 @@ class BlockLoader:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """A block in which pieces stay once they are read."""
+        """A `with` block in which pieces stay once they are read."""
         before, self.keep = self.keep, True
         try:
             yield
@@ -166,25 +169,25 @@ class BlockLoader:
                 self.forget()
 
     def read_when_called(self, module: nn.Module, piece: int) -> None:
-        """Let a module's call need its piece."""
+        """Read a piece whenever a module is called."""
 
         def read(called: nn.Module, *_: object) -> None:
-            # one whose forward stands for another (`Stages`) does not use its weights
+            # a module whose forward is replaced (`LayerwiseModel`) does not use its weights
             if "forward" not in vars(called):
                 self.need(piece)
 
         module.register_forward_pre_hook(read)
 
     def _lost(self, error: Exception) -> UnreadableError:
-        """What became of the files since they were opened first."""
+        """The error for files that changed after they were opened."""
         try:
             original.headers(self._folder)
-        except MoqaError as found:
-            error = found
-        return UnreadableError(f"the original can be read no more: {error}")
+        except MoqaError as reason:
+            error = reason
+        return UnreadableError(f"the original can no longer be read: {error}")
 
     def _read(self, piece: int | None) -> list[str]:
-        """Read a piece's tensors into the model; gives the names of the parameters that they became."""
+        """Read a piece's tensors into the model; returns the names of the parameters that they became."""
         before = {name: id(parameter) for name, parameter in self._model.named_parameters(remove_duplicate=False)}
         if self._fetching is not None and self._fetching[0] == piece:
             fetched = self._fetching[1].result()
@@ -192,7 +195,7 @@ class BlockLoader:
             result = self._put(fetched)
         else:
             with self._stored.opened(once=self.ahead) as on_disk:
-                result = self._put(self._found(piece, on_disk))
+                result = self._put(self._collected(piece, on_disk))
         if result.conversion_errors:
             name, error = next(iter(result.conversion_errors.items()))
             raise MoqaError(f"{self._folder}: {name} cannot be read", error.strip().splitlines()[-1])
@@ -208,14 +211,14 @@ class BlockLoader:
     def _fetch(self, piece: int) -> "_Fetched":
         """Read a piece's tensors, for a later `_put`."""
         with self._stored.opened(once=True) as on_disk:
-            found = self._found(piece, on_disk)
+            fetched = self._collected(piece, on_disk)
             self._memory.free()
-            return _Fetched(found.stacks, {name: tensor[...] for name, tensor in found.rest.items()})
+            return _Fetched(fetched.stacks, {name: tensor[...] for name, tensor in fetched.rest.items()})
 
-    def _found(self, piece: int | None, on_disk: Callable[[str], LazyTensor]) -> "_Fetched":
+    def _collected(self, piece: int | None, on_disk: Callable[[str], LazyTensor]) -> "_Fetched":
         stacks = self._stacks.get(piece, [])
-        stacked = {name for found in stacks for name in found.names}
-        read = {found.target: found.read(self._model, on_disk, self._memory, self._readers) for found in stacks}
+        stacked = {name for stack in stacks for name in stack.names}
+        read = {stack.target: stack.read(self._model, on_disk, self._memory, self._readers) for stack in stacks}
         return _Fetched(read, {name: on_disk(name) for name in self._names[piece] if name not in stacked})
 
     def _put(self, fetched: "_Fetched") -> Any:
@@ -237,7 +240,7 @@ class _Fetched(NamedTuple):
 
 
 class _Stack:
-    """A stack of experts that lie on disk one by one; each is read to where it belongs, without a copy.
+    """A stack of experts that are stored one by one; each is read to its place in the stack, without a copy.
 
     Args:
         target: parameter that they become.
@@ -258,7 +261,7 @@ class _Stack:
         self._sources.setdefault(pattern, []).append(name)
 
     def is_plain(self, model: "PreTrainedModel", headers: Mapping[str, dict]) -> bool:
-        """Whether there is one matrix of each kind for every expert, and an expert's lie one behind the other."""
+        """Whether every expert has one matrix of each kind, and the stack holds an expert's matrices in a row."""
         experts, *whole = model.get_parameter(self.target).shape
         shapes = {tuple(headers[name]["shape"]) for name in self.names}
         if {len(names) for names in self._sources.values()} != {experts} or len(shapes) > 1:
@@ -267,13 +270,13 @@ class _Stack:
         return whole == [len(self._sources) * rows, *columns] and len(columns) == 1 and self._in_order(model)
 
     def _in_order(self, model: "PreTrainedModel") -> bool:
-        """Whether the conversion puts small matrices of one expert below each other as they are."""
+        """Whether the conversion only concatenates the rows of an expert's matrices, tried on small ones."""
         converter = deepcopy(self._converter)
         matrices = list(torch.arange(6 * len(self._sources)).view(-1, 2, 3))
         for (pattern, names), matrix in zip(self._sources.items(), matrices, strict=True):
             converter.add_tensor(self.target, names[0], pattern, matrix)
-        found = converter.convert(self.target, model=model, config=model.config)[self.target]
-        return torch.equal(found[0] if isinstance(found, list) else found, torch.cat(matrices)[None])
+        converted = converter.convert(self.target, model=model, config=model.config)[self.target]
+        return torch.equal(converted[0] if isinstance(converted, list) else converted, torch.cat(matrices)[None])
 
     def read(
         self, model: "PreTrainedModel", on_disk: Callable[[str], LazyTensor], memory: ReusedMemory, readers: Executor
@@ -294,8 +297,8 @@ class _Stack:
 def _targets(
     model: "PreTrainedModel", mapping: Sequence[Any], names: Sequence[str]
 ) -> dict[str, tuple[str, str | None, Any]]:
-    """For tensors on disk, in the order in which transformers takes them: the first of the parameters or buffers that
-    each becomes, and the pattern and converter that apply to it, if any; without those that the model ignores."""
+    """For each tensor on disk, in transformers' order: the parameter or buffer that it becomes (the first, if several),
+    and the pattern and converter that apply to it, if any. Tensors that the model ignores are left out."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -313,7 +316,7 @@ def _targets(
 
 
 def _check(model: "PreTrainedModel", folder: Path, mapping: Sequence[Any], headers: Mapping[str, dict]) -> None:
-    """Send all tensors through the conversion without their values, and refuse what does not come out right."""
+    """Convert all tensors without their values, and refuse a checkpoint whose result does not fit the model."""
     state = {name: torch.empty(entry["shape"], dtype=_dtype(entry), device="meta") for name, entry in headers.items()}
     found = _convert(model, state, mapping, "meta")
     model._adjust_missing_and_unexpected_keys(found)
@@ -340,7 +343,7 @@ def _dtype(entry: Mapping[str, Any]) -> torch.dtype:
 
 
 def _empty(model: "PreTrainedModel", name: str, dtype: torch.dtype | None = None) -> None:
-    """Put a parameter without memory in the place of another."""
+    """Replace a parameter by one without memory."""
     old = model.get_parameter(name)
     _put(model, name, torch.empty(old.shape, dtype=dtype or old.dtype, device="meta"))
 

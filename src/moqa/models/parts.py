@@ -1,4 +1,4 @@
-"""Parameters that other modules own, seen as the linear layers or the experts that they are."""
+"""Linear layers and experts whose parameters belong to other modules."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,10 @@ from torch.nn.functional import linear
 
 
 class LinearPart(nn.Module):
-    """One matrix of a module whose `weight` holds several, each multiplied with inputs of its own.
+    """One matrix of a module whose `weight` holds several, each multiplied with its own inputs.
 
-    >>> LinearPart(module, slice(1024, 2048))(torch.randn(3, 4096)).shape
-    torch.Size([3, 1024])
+    >>> LinearPart(nn.Linear(16, 8), slice(4, 8))(torch.ones(3, 16)).shape
+    torch.Size([3, 4])
 
     Args:
         whole: the module; it stays the owner of the parameter.
@@ -22,7 +22,7 @@ class LinearPart(nn.Module):
 
     def __init__(self, whole: nn.Module, place: slice | int) -> None:
         super().__init__()
-        self._whole, self.place = (whole,), place  # in a tuple: a part must not own what it is a part of
+        self._whole, self.place = (whole,), place  # in a tuple: a part must not register its whole as a submodule
 
     @property
     def weight(self) -> Tensor:
@@ -42,13 +42,15 @@ class LinearPart(nn.Module):
 class ExpertsOf(nn.Module):
     """Experts whose stacked parameters are the `weight` of two other modules, see `moqa.models.experts`.
 
-    >>> is_experts(ExpertsOf(block.input_linear, block.output_linear, silu))
-    True
+    >>> from types import SimpleNamespace
+    >>> gate_up, down = SimpleNamespace(weight=torch.ones(4, 32, 8)), SimpleNamespace(weight=torch.ones(4, 8, 16))
+    >>> ExpertsOf(gate_up, down, nn.SiLU()).num_experts
+    4
 
     Args:
         gate_up: owner of [experts, 2 * width, features], gates first.
         down: owner of [experts, features, width].
-        activation: of the gates.
+        activation: function that is applied to the gates.
     """
 
     is_transposed, is_concatenated, has_gate, has_bias = False, True, True, False
@@ -60,12 +62,12 @@ class ExpertsOf(nn.Module):
 
     @property
     def gate_up_proj(self) -> Any:
-        """The first parameter."""
+        """[experts, 2 * width, features] parameter."""
         return self._owners["gate_up_proj"].weight
 
     @property
     def down_proj(self) -> Any:
-        """The second parameter."""
+        """[experts, features, width] parameter."""
         return self._owners["down_proj"].weight
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
@@ -73,6 +75,6 @@ class ExpertsOf(nn.Module):
 
 
 def gated(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
-    """[tokens, 2 * width] gates and what they gate, one behind the other -> [tokens, width]."""
+    """[tokens, 2 * width] gates, then what they gate -> [tokens, width]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return activation(gate) * up

@@ -1,4 +1,4 @@
-"""Let a layer's units multiply in the precision in which they are stored."""
+"""Let the units of a block multiply in the precision in which they are stored."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,18 +14,20 @@ from moqa.models.view import ModelView
 
 @contextmanager
 def in_stored_precision(view: "ModelView", layer: int) -> Iterator[None]:
-    """A block in which a layer's units multiply in bfloat16 if they are stored so and the processor does that natively.
+    """Within `with`, units that are stored in bfloat16 multiply in bfloat16, if the processor supports that natively.
 
+    >>> hidden = stages.embed(tokens)
     >>> with in_stored_precision(view, 3):
-    ...     stages.run_block(3, hidden)
+    ...     stages.run_block(3, hidden).dtype
+    torch.float32
 
-    That is how such a model is served, at several times the speed of float32; everything between the units' products
-    stays as it is.
+    Such a model is served that way, at several times the speed of float32. Everything between the units' products stays
+    in float32.
     """
     with ExitStack() as stack:
         for unit in view.block_units(layer):
             module, dtype = view.module(unit.module), fast_dtype(view.stored_dtype(unit))
-            # convolutions are fast in float32, too
+            # convolutions are fast in float32 too
             if dtype is None or "moqa_dtype" in vars(module) or layout_of(module) is not None:
                 continue
             module.moqa_dtype = dtype  # type: ignore[assignment]

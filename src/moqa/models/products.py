@@ -1,4 +1,4 @@
-"""Products with weights that are stored in fewer bits than are computed with."""
+"""Matrix products with weights that are stored in a narrower dtype than the one of the computation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,31 +8,31 @@ import torch
 from torch import Tensor
 
 # rows of the smallest product and of the largest
-_LEAST, _MOST = 2**6, 2**11
+_FEWEST_ROWS, _MOST_ROWS = 2**6, 2**11
 
 
 def filled_up(rows: int) -> int:
-    """So many rows and those that are missing to whole blocks.
+    """A number of rows, rounded up to whole blocks.
 
     >>> filled_up(100)
     128
     """
-    return -(-rows // _LEAST) * _LEAST
+    return -(-rows // _FEWEST_ROWS) * _FEWEST_ROWS
 
 
 def in_blocks(rows: int) -> Iterator[slice]:
-    """Rows in blocks of few sizes, powers of two if they are filled up.
+    """Rows in blocks of few different sizes: powers of two, if `rows` comes from `filled_up`.
 
     >>> list(in_blocks(2 * 2048 + 384))
     [slice(0, 2048, None), slice(2048, 4096, None), slice(4096, 4352, None), slice(4352, 4480, None)]
 
-    A product of another shape is compiled anew, which takes as long as computing it, or several times as long if it is
-    small, and its code stays in memory.
+    oneDNN compiles code for every new shape of a product. That takes as long as the product itself, several times as
+    long for a small one, and the code stays in memory.
     """
     begin = 0
     while begin < rows:
         left = rows - begin
-        size = left if left < _LEAST else min(1 << left.bit_length() - 1, _MOST)
+        size = left if left < _FEWEST_ROWS else min(1 << left.bit_length() - 1, _MOST_ROWS)
         yield slice(begin, begin + size)
         begin += size
 
@@ -45,15 +45,15 @@ def product(x: Tensor, matrix: Tensor, dtype: torch.dtype | None = None) -> Tens
 
     Args:
         x: the left side.
-        matrix: the right side; it gets no gradient if its dtype is another one.
-        dtype: what both are rounded to, float32 sums are then rounded to it too; None: that of x.
+        matrix: the right side; it gets no gradient if its dtype is not that of the product.
+        dtype: both sides, and the float32 sums, are rounded to it; None means that of x.
     """
     dtype = dtype or x.dtype
     return x @ matrix if x.dtype == matrix.dtype == dtype else _Product.apply(x, matrix, dtype)
 
 
 class _Product(torch.autograd.Function):
-    """A matrix in another dtype is converted when it is needed, for the gradient a second time, and not kept."""
+    """Converts the matrix for the product, and again for the gradient, instead of keeping the copy in between."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,10 +66,10 @@ class _Product(torch.autograd.Function):
 
 
 def _multiplied(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product of both in another dtype, in that of x."""
+    """The product computed in `dtype`, returned in the dtype of x."""
     right = matrix.to(dtype)
     if x.dtype == dtype:
-        return x @ right  # nothing is compiled for that
+        return x @ right  # compiles nothing
     rows = x.shape[:-1].numel()
     left = x.new_empty(filled_up(rows), x.shape[-1], dtype=dtype)
     left[:rows] = x.reshape(rows, x.shape[-1])
@@ -81,7 +81,7 @@ def _multiplied(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fast_dtype(stored: torch.dtype) -> torch.dtype | None:
-    """What to multiply in with weights that are stored in a dtype: bfloat16, or None for what is computed with.
+    """Dtype to multiply in with weights that are stored in a dtype: bfloat16, or None for that of the computation.
 
     >>> fast_dtype(torch.float32) is None
     True
@@ -92,13 +92,16 @@ def fast_dtype(stored: torch.dtype) -> torch.dtype | None:
 
 @contextmanager
 def fast_sums() -> Iterator[None]:
-    """A block in which float32 is multiplied by the fastest library.
+    """A `with` block in which float32 products may use bfloat16 instructions.
 
+    >>> x = torch.ones(4, 2)
     >>> with fast_sums():
-    ...     gram = x.T @ x
+    ...     x.T @ x
+    tensor([[4., 4.],
+            [4., 4.]])
 
-    It may round both sides to bfloat16 where the processor has instructions for that, and sums up in float32: good for
-    sums over many inputs, which are no more exact themselves.
+    Where the processor has such instructions, both sides are rounded to bfloat16 and summed in float32. That is good
+    enough for statistics over many inputs, which are not more exact themselves.
     """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision

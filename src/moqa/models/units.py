@@ -1,4 +1,4 @@
-"""Units: the weight matrices of a model that each get a precision of their own."""
+"""Units: the weight matrices of a model, each with its own precision."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -18,7 +18,7 @@ class Unit:
     Attributes:
         name: path in the model; experts of a stacked parameter get their index in the path.
         layer: index of the block, a decoder layer in most models.
-        role: `expert` (routed), `shared` (an expert that every token visits), `attention` (whatever mixes tokens),
+        role: `expert` (routed), `shared` (an expert that sees every token), `attention` (whatever mixes tokens),
             `mlp` (the feed-forward part of a dense layer), or `convolution`.
         projection: last word of the name.
         expert: index of the routed expert, None for other roles.

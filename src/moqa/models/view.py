@@ -1,4 +1,4 @@
-"""One family-independent view of a transformers model: decoder layers, experts, units and what is kept."""
+"""One family-independent view of a transformers model: blocks, experts, units and kept tensors."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -75,7 +75,7 @@ class ModelView:
 
     @property
     def has_experts(self) -> bool:
-        """Whether any decoder layer routes tokens to experts."""
+        """Whether any block routes tokens to experts."""
         return any(unit.role == "expert" for unit in self.units.values())
 
     @property
@@ -84,13 +84,13 @@ class ModelView:
         if not self.has_experts:
             return 0
         config = self.model.config
-        # some families name a number for every layer
+        # some families give one number per block
         chosen: Any = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", 0)
         return max(chosen) if isinstance(chosen, list) else int(chosen)
 
     @cached_property
     def stream(self) -> int:
-        """Features between two blocks that one prediction stands for: of all residual streams, if there are several."""
+        """Values between two blocks for each prediction: the features of all residual streams."""
         if self.task.predicts_each:
             width = self.model.get_input_embeddings().weight.shape[1]
             return int(width) * getattr(self.model.config.get_text_config(), "hc_mult", 1)
@@ -98,34 +98,34 @@ class ModelView:
 
     @property
     def classes(self) -> int:
-        """Classes of a prediction: words of the vocabulary, or labels."""
+        """Number of classes of a prediction: words of the vocabulary, or labels."""
         if self.task.predicts_each:
             return int(self.model.get_input_embeddings().weight.shape[0])
         return int(self.model.config.num_labels)
 
     def missing(self, memory: MemoryLimit) -> int:
-        """Bytes that the original as a whole takes more than now, if the memory holds it whole, else 0."""
+        """Additional bytes of the whole original in float32; 0 if it is in memory or the memory is too small."""
         assert self.folder is not None
-        there, values = self._pieces is not None and self._pieces.keep, OriginalReader(self.folder).values
-        return 0 if there or not memory.holds(values) else 4 * values
+        whole, values = self._pieces is not None and self._pieces.keep, OriginalReader(self.folder).values
+        return 0 if whole or not memory.holds(values) else 4 * values
 
     def module(self, path: str) -> nn.Module:
         """Module at a path of the model."""
         return self._modules[path]
 
     def experts_path(self, layer: int) -> str | None:
-        """Path of a layer's stack of routed experts, None in a dense layer."""
+        """Path of a block's stack of routed experts, None in a dense block."""
         return next((u.module for u in self.block_units(layer) if u.role == "expert"), None)
 
     def experts(self, layer: int) -> Experts:
-        """A layer's stack of routed experts."""
+        """A block's stack of routed experts."""
         path = self.experts_path(layer)
         if path is None:
             raise KeyError(f"layer {layer} has no routed experts")
         return self.module(path)
 
     def block_units(self, layer: int) -> list[Unit]:
-        """Units of one decoder layer, in the model's order."""
+        """Units of one block, in the model's order."""
         return [unit for unit in self.units.values() if unit.layer == layer]
 
     def weight(self, unit: Unit) -> Tensor:
@@ -141,21 +141,21 @@ class ModelView:
         self.weight(unit).copy_(matrix)
 
     def itemsize(self, unit: Unit) -> int:
-        """Bytes of one of a unit's weights, as they are read."""
+        """Bytes of one weight of a unit in memory."""
         return self.model.get_parameter(unit.parameter).dtype.itemsize
 
     def stored_dtype(self, unit: Unit) -> torch.dtype:
-        """Dtype in which a unit lies on disk, or in memory if it was never on disk."""
+        """Dtype of a unit on disk, or in memory if the model was not read from disk."""
         if self._pieces is None:
             return self.model.get_parameter(unit.parameter).dtype
         return self._pieces.stored_dtype(unit.parameter)
 
     def stored_bytes(self, unit: Unit) -> int:
-        """Bytes of a unit's weights in the original's own dtype, two or four for each."""
+        """Bytes of a unit's weights in the original's own dtype, counted as two or four per weight."""
         return unit.weights * (2 if self.stored_dtype(unit).itemsize <= 2 else 4)
 
     def ends_bytes(self) -> int:
-        """Bytes of the embedding and the head, as they are read."""
+        """Bytes of the embedding and the head in memory."""
         sizes = [end.weight.numel() * end.weight.dtype.itemsize for end in self.task.ends(self.model)]
         if not sizes:
             return 0
@@ -163,18 +163,18 @@ class ModelView:
         return max(sizes) if tied else sum(sizes)
 
     def need(self, piece: int) -> None:
-        """Have a decoder layer's weights, or those of both `ENDS`, in memory."""
+        """Make sure that the weights of a block, or of both `ENDS`, are in memory."""
         if self._pieces is not None:
             self._pieces.need(piece)
 
     def read_ahead(self, layer: int) -> None:
-        """From now on have the decoder layer that is needed next in memory, too; at first it is this one."""
+        """From now on, read the next block in the background while one is used; begins with this one."""
         if self._pieces is not None:
             self._pieces.read_ahead(layer)
 
     @contextmanager
     def without(self, layer: int) -> Iterator[None]:
-        """A block in which others stand in for a layer's units; those that can be read again are forgotten."""
+        """A `with` block that does not use a block's own weights; weights that can be read again are freed."""
         if self._pieces is None:
             yield
             return
@@ -183,7 +183,7 @@ class ModelView:
 
     @contextmanager
     def held(self, layers: Sequence[int]) -> Iterator[None]:
-        """A block in which the ends and some decoder layers are in memory as in a model that is kept whole."""
+        """A `with` block in which the ends and some blocks are in memory, as if the whole model were read."""
         if self._pieces is None:
             yield
             return
@@ -192,24 +192,24 @@ class ModelView:
                 self.need(piece)
             for layer in layers:
                 for parameter in self.blocks[layer].parameters():
-                    # experts that are read when they are used stay in the dtype of the file, and need it afterwards
+                    # experts that are read on use keep the dtype of the file, and must have it again afterwards
                     stack.callback(setattr, parameter, "data", parameter.data)
                     parameter.data = parameter.data.float()
             yield
 
     def read_from_disk(self, stored: OriginalReader, keep: bool) -> None:
-        """Fill a model that has no weights yet from its folder: all of it, or each piece when it is used.
+        """Read the weights of an empty model from its folder: all of them now, or each piece when it is used.
 
         Args:
             stored: tensors of the folder.
-            keep: whether all of it is read now, and stays.
+            keep: whether all weights are read now, and stay.
         """
         paths = {id(module): path for path, module in self._modules.items()}
         owners = {f"{paths[id(end)]}.weight": ENDS for end in self.task.ends(self.model)}
         owners |= {unit.parameter: unit.layer for unit in self.units.values()}
         experts = {unit.parameter for unit in self.units.values() if unit.expert is not None}
         self._pieces = BlockLoader(self.model, stored, owners, keep, set() if keep else experts)
-        # the model, too: some families ask where their embedding lies before they call it
+        # the model too: some families ask for the device of their embedding before they call it
         for caller in (self.model, *self.task.ends(self.model)):
             self._pieces.read_when_called(caller, ENDS)
         for index, layer in enumerate(self.blocks):
@@ -217,29 +217,29 @@ class ModelView:
         if keep:
             for piece in (ENDS, *range(len(self.blocks))):
                 self.need(piece)
-            give_back()  # what it was read through
+            give_back()  # the buffers of reading
 
     def unit_parameters(self) -> set[str]:
         """Names of the parameters that are covered by units."""
         return {unit.parameter for unit in self.units.values()}
 
     def kept(self) -> dict[str, Tensor]:
-        """State-dict entries that no unit covers, tied copies left out: what a checkpoint stores unchanged."""
+        """State-dict entries that no unit covers, without tied copies: what a checkpoint stores unchanged."""
         self.need(ENDS)
         return self._uncovered()
 
     def kept_on_disk(self) -> dict[str, Tensor]:
-        """Kept tensors as a checkpoint stores them: floating point in the narrowest dtype that loses nothing."""
+        """Kept tensors as a checkpoint stores them: floating point in the narrowest lossless dtype."""
         return {name: self._narrowest(name, tensor) for name, tensor in self.kept().items()}
 
     def _narrowest(self, name: str, tensor: Tensor) -> Tensor:
-        # bfloat16 loses nothing of what came from there, which need not be tried
+        # what was stored in bfloat16 fits bfloat16: no need to check
         if self._pieces is not None and self._pieces.stored_dtype(name) == torch.bfloat16:
             return tensor.to(torch.bfloat16)
         return narrowest(tensor)
 
     def kept_entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtypes and shapes of `kept_on_disk`, told without reading the ends: they take the dtype of the original."""
+        """Dtypes and shapes of `kept_on_disk` without reading the ends, which keep the dtype of the original."""
         assert self._pieces is not None
         return {
             name: (self._pieces.stored_dtype(name) if tensor.is_meta else narrowest(tensor).dtype, tuple(tensor.shape))
@@ -261,7 +261,7 @@ class ModelView:
             if count != parameter.numel():
                 raise MoqaError(f"{name} has {parameter.numel()} weights, units cover {count}")
             if names.setdefault(id(parameter), name) != name:
-                raise MoqaError(f"{name} and {names[id(parameter)]} are one parameter", "shared weights are no units")
+                raise MoqaError(f"{name} and {names[id(parameter)]} are one parameter", "shared weights are not units")
 
     def _uncovered(self) -> dict[str, Tensor]:
         """Kept tensors; those of the ends may be on the meta device."""
@@ -326,20 +326,20 @@ def _role(path: str, stacks: list[str]) -> Role:
 
 
 def open_model(model: str | Path, dtype: torch.dtype = torch.float32, keep: bool = True) -> ModelView:
-    """Open a model folder or Hub id and look at it as units.
+    """Open a model folder or Hub id as a view of its blocks and units.
 
     >>> open_model("reference/model").model.config.model_type
     'qwen3_moe'
 
     Args:
-        model: folder or Hub id of a causal language model in safetensors: plain, or in a format of `models.stored`.
+        model: folder or Hub id of a model in safetensors: plain, or in a format of `moqa.originals`.
         dtype: dtype to compute in.
-        keep: whether the whole model is read; else a decoder layer is read when it is used, its experts in the dtype
-            in which they are stored, and forgotten when another one is.
+        keep: whether the whole model is read; else a block is read when it is used, its experts in the dtype in which
+            they are stored, and freed when another block is used.
 
     Raises:
-        MoqaError: if it is missing, corrupted, has NaN or infinite weights, lacks tensors that its architecture needs,
-            or holds ones that it does not know.
+        MoqaError: if it is missing, corrupted, has NaN or infinite weights, or its tensors are not those of its
+            architecture.
     """
     folder = original.locate(model)
     if (folder / "moqa.json").is_file():
@@ -348,7 +348,7 @@ def open_model(model: str | Path, dtype: torch.dtype = torch.float32, keep: bool
     stored = OriginalReader(folder)
     try:
         empty = empty_model(config, dtype)
-    except Exception as error:  # transformers fails on a wrong configuration in any way
+    except Exception as error:  # transformers raises many kinds of errors for a wrong configuration
         raise MoqaError(f"{folder} cannot be loaded as {config.model_type}", one_line(error)) from None
     view = ModelView(empty, folder)
     view.check_complete()

@@ -1,4 +1,4 @@
-"""Watch the units of one decoder layer while it runs."""
+"""Watch the units of one block while it runs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,7 +9,7 @@ from moqa.models.experts import ExpertsObserver, observed
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 
-# called with a unit that is no expert, its [..., in] input and its [..., out] output
+# called with a unit that is not an expert, its [..., in] input and its [..., out] output
 LinearObserver = Callable[[Unit, Tensor, Tensor], None]
 
 
@@ -17,15 +17,20 @@ LinearObserver = Callable[[Unit, Tensor, Tensor], None]
 def watching(
     view: ModelView, layer: int, experts: ExpertsObserver | None, linear: LinearObserver | None = None
 ) -> Iterator[None]:
-    """Call observers for everything that a layer's units compute in a block.
+    """Within `with`, call observers for everything that the units of a block compute.
 
-    >>> with watching(view, 3, statistics):
-    ...     stages.run_block(3, hidden)
+    >>> hidden = stages.embed(tokens)
+    >>> with watching(view, 3, None, lambda unit, x, out: print(unit.projection, list(x.shape), list(out.shape))):
+    ...     hidden = stages.run_block(3, hidden)
+    q_proj [2, 16, 256] [2, 16, 256]
+    k_proj [2, 16, 256] [2, 16, 128]
+    v_proj [2, 16, 256] [2, 16, 128]
+    o_proj [2, 16, 256] [2, 16, 256]
 
     Args:
         view: the model.
-        layer: index of the decoder layer.
-        experts: sees the routed experts, in layers that have them.
+        layer: index of the block.
+        experts: sees the routed experts, in blocks that have them.
         linear: sees every other unit.
     """
     with ExitStack() as stack:
@@ -35,12 +40,12 @@ def watching(
         if linear is not None:
             for unit in view.block_units(layer):
                 if unit.role != "expert":
-                    hook = view.module(unit.module).register_forward_hook(_telling(linear, unit))
+                    hook = view.module(unit.module).register_forward_hook(_hook(linear, unit))
                     stack.callback(hook.remove)
         yield
 
 
-def _telling(observer: LinearObserver, unit: Unit) -> Callable[[object, tuple[Tensor, ...], Tensor], None]:
+def _hook(observer: LinearObserver, unit: Unit) -> Callable[[object, tuple[Tensor, ...], Tensor], None]:
     def see(_: object, args: tuple[Tensor, ...], out: Tensor) -> None:
         observer(unit, args[0], out)
 

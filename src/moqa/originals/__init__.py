@@ -1,4 +1,4 @@
-"""Originals that are stored in blocks of small numbers with a scale each, read as the plain tensors they stand for."""
+"""Original models on disk; those stored in FP8 or MXFP4 are read as the plain tensors that they stand for."""
 
 from moqa.originals.reader import OriginalReader, find_format
 

@@ -1,4 +1,4 @@
-"""What block formats share: 4-bit numbers, scales that are powers of two, and work on some rows at a time."""
+"""Shared by block formats: 4-bit numbers, scales that are powers of two, and reading some rows at a time."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -6,11 +6,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# numbers that are worked on together: float32 copies of a whole matrix would be larger than the matrix
-_TOGETHER = 2**20
+# numbers that are converted at a time: a float32 copy of a whole matrix would be larger than the matrix
+_CHUNK = 2**20
 # values of 4-bit floats (e2m1); the upper half of the codes is negative
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# gives what lies on disk under a name, to be indexed
+# returns the tensor on disk with a name; it is read when it is indexed
 Part = Callable[[str], Any]
 
 
@@ -19,12 +19,12 @@ class Blocks(Protocol):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names on disk of all that stands for the tensor."""
+        """Names on disk of the tensors that it is stored as."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the plain tensor."""
+        """Shape of the plain tensor."""
         ...
 
     def read(self, part: Part) -> Tensor:
@@ -33,17 +33,17 @@ class Blocks(Protocol):
 
 
 def bands(rows: int, columns: int) -> Iterator[slice]:
-    """Rows of a matrix that are worked on together.
+    """Slices of a matrix's rows that are converted at a time.
 
     >>> list(bands(5, 2**19))
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
-    step = max(1, _TOGETHER // max(columns, 1))
+    step = max(1, _CHUNK // max(columns, 1))
     return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
-    """4-bit floats, two in a byte, the one in the lower half first.
+    """Unpack 4-bit floats, two in a byte, the one in the lower half first.
 
     >>> unpack_e2m1(torch.tensor([[0x2F]], dtype=torch.uint8))
     tensor([[-6.,  1.]])
@@ -63,7 +63,7 @@ def unpack_e2m1(packed: Tensor) -> Tensor:
 
 
 def as_float(scales: Tensor) -> Tensor:
-    """Scales as float32; a byte is an exponent (e8m0), of which 255 is no number.
+    """Scales as float32; a byte is an exponent (e8m0), where 255 means NaN.
 
     >>> as_float(torch.tensor([126, 127, 130, 255], dtype=torch.uint8))
     tensor([0.5000, 1.0000, 8.0000,    nan])

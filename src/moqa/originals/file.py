@@ -1,4 +1,4 @@
-"""A safetensors file, opened to be read."""
+"""Read a safetensors file, past the page cache where that is faster."""
 
 import ctypes
 import errno
@@ -12,20 +12,23 @@ from typing import Any
 
 import numpy as np
 
-# what disks ask for of places and memory when nothing lies between, and how much is read at once
-_ALIGNED, _AT_ONCE = 4096, 8 * 2**20
+# direct reads need offsets and memory that are multiples of _ALIGNMENT; bytes of one such read
+_ALIGNMENT, _READ_SIZE = 4096, 8 * 2**20
 
 
 class File:
-    """Fills memory with a file's tensors.
+    """Reads the tensors of a file into given memory.
 
-    >>> with File(Path("model.safetensors")) as file:
-    ...     file.fill(np.empty(8, np.uint8), 0)
+    >>> out = np.zeros(8, np.uint8)
+    >>> with File(Path("reference/model/model.safetensors")) as file:
+    ...     file.fill(out, 0)
+    >>> bool(out.any())
+    True
 
     Args:
         path: of the file.
-        once: its bytes are read but once. Those that lie in the system's memory are copied from there; others are not
-            put there first, which takes the processor six times as long as to wait for the disk.
+        once: its bytes are read only once. What is in the page cache is copied from there; the rest is read directly
+            (O_DIRECT), because going through the page cache costs six times the processor time.
 
     Attributes:
         size: bytes of all tensors.
@@ -56,7 +59,7 @@ class File:
 
         Args:
             out: [bytes] uint8, contiguous.
-            begin: place of the first one behind the header, as `data_offsets` count.
+            begin: offset of the first byte after the header, as in `data_offsets`.
         """
         place, direct = self._data + begin, self._direct
         if direct is not None and not direct.is_cached(place, len(out)):
@@ -69,48 +72,48 @@ class File:
             out, place = out[count:], place + count
 
     def ahead(self, begin: int, end: int) -> None:
-        """Let the system read a range into its own memory; places count as those of `fill`."""
-        if hasattr(os, "posix_fadvise"):  # nothing depends on it
+        """Ask the system to read a range into the page cache; offsets as in `fill`."""
+        if hasattr(os, "posix_fadvise"):  # only a hint
             os.posix_fadvise(self._file.fileno(), self._data + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 class _Direct:
-    """Reads a file past the system's memory."""
+    """Reads a file without the page cache (O_DIRECT)."""
 
     def __init__(self, path: Path, option: int) -> None:
         self._of_thread = local()
-        self._mapped = np.memmap(path, np.uint8, "r")  # never touched: its pages are only asked for
+        self._mapped = np.memmap(path, np.uint8, "r")  # never read: only for asking which pages are cached
         self._residency = _residency()
         self._descriptor = os.open(path, os.O_RDONLY | option)
 
     @property
     def _buffer(self) -> np.ndarray:
-        """Memory of this thread that begins where a page does."""
+        """Page-aligned memory of this thread."""
         if not hasattr(self._of_thread, "buffer"):
-            self._of_thread.buffer = np.frombuffer(mmap.mmap(-1, _AT_ONCE), np.uint8)
+            self._of_thread.buffer = np.frombuffer(mmap.mmap(-1, _READ_SIZE), np.uint8)
         return self._of_thread.buffer
 
     def close(self) -> None:
         os.close(self._descriptor)
 
     def is_cached(self, place: int, size: int) -> bool:
-        """Whether all of it lies in the system's memory; not known where systems do not say so."""
+        """Whether the whole range is in the page cache; False where the system does not tell."""
         begin = place // mmap.PAGESIZE * mmap.PAGESIZE
         pages = np.zeros(-(-(place + size - begin) // mmap.PAGESIZE), np.uint8)
-        found = self._residency(self._mapped.ctypes.data + begin, place + size - begin, pages.ctypes.data)
-        return found == 0 and bool((pages & 1).all())
+        status = self._residency(self._mapped.ctypes.data + begin, place + size - begin, pages.ctypes.data)
+        return status == 0 and bool((pages & 1).all())
 
     def fill(self, out: np.ndarray, place: int) -> int:
-        """Read to the end of `out`, or as far as it goes: how many bytes that is."""
+        """Read as much of `out` as direct reads can; returns how many bytes that is."""
         buffer, done = self._buffer, 0
         while done < len(out):
-            begin = (place + done) // _ALIGNED * _ALIGNED
+            begin = (place + done) // _ALIGNMENT * _ALIGNMENT
             skipped = place + done - begin
-            wanted = min(-(-(skipped + len(out) - done) // _ALIGNED) * _ALIGNED, _AT_ONCE)
+            wanted = min(-(-(skipped + len(out) - done) // _ALIGNMENT) * _ALIGNMENT, _READ_SIZE)
             try:
                 count = os.preadv(self._descriptor, [buffer[:wanted].data], begin) - skipped
             except OSError as error:
-                if error.errno == errno.EINVAL:  # the file system took the option, and does not know it
+                if error.errno == errno.EINVAL:  # the file system accepted O_DIRECT but does not support it
                     break
                 raise
             if count <= 0:
@@ -122,7 +125,7 @@ class _Direct:
 
 
 def _open_direct(path: Path) -> _Direct | None:
-    """None where the system, or the file system, has no such way."""
+    """None where the system or the file system does not support direct reads."""
     option = getattr(os, "O_DIRECT", None)
     if option is None or path.stat().st_size == 0:
         return None

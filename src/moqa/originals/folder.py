@@ -1,4 +1,4 @@
-"""A model folder as it lies on disk: its files, their tensors, and what identifies it."""
+"""A model folder on disk: its files, their tensors, and its fingerprint."""
 
 import hashlib
 import math
@@ -15,10 +15,10 @@ from moqa.originals.header import described_bytes, parse_unique
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# Enough of every tensor to tell two trainings of one architecture apart without reading a checkpoint whole.
+# Enough of every tensor to distinguish two trainings of one architecture without reading whole files.
 _FINGERPRINT_BYTES = 4096
-# values that are looked at together for NaN
-_CHECKED = 2**22
+# values that are checked for NaN at a time
+_CHECK_CHUNK = 2**22
 # safetensors' names of dtypes
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -37,7 +37,7 @@ def locate(model: str | Path) -> Path:
         model: a folder with `config.json` and safetensors files, or an id such as `allenai/OLMoE-1B-7B-0924`.
 
     Raises:
-        MoqaError: if neither the folder nor the Hub has it.
+        MoqaError: if there is no such folder, and the Hub does not have it or cannot be reached.
     """
     folder = Path(model)
     if not str(model).strip():
@@ -57,11 +57,11 @@ def locate(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MoqaError(f"no folder {model}, and the Hub did not give it", reason) from None
+        raise MoqaError(f"no folder {model}, and it cannot be downloaded from the Hub", reason) from None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would load, sorted; every file that the index names must be there.
+    """The safetensors files that transformers would load, sorted; all files that the index names must exist.
 
     >>> weight_files(Path("reference/model"))
     [PosixPath('reference/model/model.safetensors')]
@@ -82,13 +82,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """Header of one safetensors file: tensor name -> dtype, shape, data_offsets; all of it is checked.
+    """Checked header of one safetensors file: tensor name -> dtype, shape, data_offsets.
 
     >>> read_header(Path("reference/model/model.safetensors"))["model.norm.weight"]["shape"]
     [256]
 
     Raises:
-        MoqaError: if the file is truncated, or its header is not one; names the first tensor that cannot be right.
+        MoqaError: if the file is truncated or its header is damaged; names the first tensor with a wrong entry.
     """
     try:
         size = path.stat().st_size
@@ -112,14 +112,14 @@ def read_header(path: Path) -> dict[str, dict]:
 
 
 def headers(folder: Path) -> dict[str, dict]:
-    """Headers of all files of a checkpoint in one, each entry with its `file`, checked against its index.
+    """Headers of all files of a model as one, each entry with its `file`, checked against the index.
 
     >>> entry = headers(Path("reference/model"))["model.norm.weight"]
     >>> entry["dtype"], entry["file"]
     ('BF16', 'model.safetensors')
 
     Raises:
-        MoqaError: if a file is corrupted, a name occurs twice, or the index and the files do not name the same.
+        MoqaError: if a file is corrupted, a name occurs twice, or the index does not match the files.
     """
     found: dict[str, dict] = {}
     for path in weight_files(folder):
@@ -130,19 +130,19 @@ def headers(folder: Path) -> dict[str, dict]:
     index = _read_index(folder)
     for name, file in (index or {}).items():
         if name not in found or found[name]["file"] != file:
-            raise MoqaError(f"{folder / file} lacks {name}", f"{INDEX} says that it lies there")
+            raise MoqaError(f"{folder / file} lacks {name}", f"{INDEX} lists it there")
     for name, entry in found.items():
         if index is not None and name not in index:
             file = entry["file"]
-            raise MoqaError(f"{folder / file} holds {name}, and {INDEX} does not name it", "get both from one source")
+            raise MoqaError(f"{folder / file} holds {name}, but {INDEX} does not list it", "get both from one source")
     return found
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint with its name on disk, one at a time, in the order of files and names.
+    """Every tensor of a model with its name on disk, one at a time, in the order of files and names.
 
     >>> sum(tensor.numel() for _, tensor in tensors(Path("reference/model")))
-    22179328
+    22179840
 
     Raises:
         MoqaError: if a file is corrupted or a name occurs twice.
@@ -158,7 +158,7 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_finite(folder: Path) -> None:
-    """Refuse a checkpoint with NaN or infinite weights.
+    """Refuse a model with NaN or infinite weights.
 
     >>> check_finite(Path("reference/model"))
 
@@ -178,13 +178,13 @@ def refuse_bad(what: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and tensor.element_size() > 1:
         if not _may_be_bad(tensor):
             return
-        bad = sum(len(part) - int(torch.isfinite(part).sum()) for part in tensor.flatten().split(_CHECKED))
+        bad = sum(len(part) - int(torch.isfinite(part).sum()) for part in tensor.flatten().split(_CHECK_CHUNK))
         if bad:
             raise MoqaError(f"{what} has {bad} NaN or infinite values of {tensor.numel()}")
 
 
 def _may_be_bad(tensor: Tensor) -> bool:
-    """Whether a value is NaN or infinite: the largest bits of either sign tell it, on one thread, as fast as memory."""
+    """Whether any value is NaN or infinite: true if the largest bit pattern of either sign reaches infinity."""
     size = tensor.element_size()
     signed = tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).numpy()
     if not signed.size:
@@ -195,10 +195,10 @@ def _may_be_bad(tensor: Tensor) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash that tells this model from any other: every tensor's name, dtype, shape and first bytes.
+    """Hash that identifies a model: of every tensor's name, dtype, shape and first bytes.
 
-    >>> fingerprint(Path("reference/model"))[:8]
-    '...'
+    >>> len(fingerprint(Path("reference/model")))
+    64
 
     Raises:
         MoqaError: if a file is corrupted or a name occurs twice.
@@ -220,7 +220,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file name; None if all tensors lie in one file."""
+    """Tensor name -> file name; None if all tensors are in one file."""
     path = folder / INDEX
     if (folder / _SINGLE).is_file() or not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""FP8 as DeepSeek-V3, Qwen3 and MiniMax are published in: 8-bit floats with a scale for every block of a matrix."""
+"""FP8 as in DeepSeek-V3, Qwen3 and MiniMax: 8-bit floats with a scale for every block of a matrix."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -24,14 +24,15 @@ _USUAL_BLOCK = (128, 128)
 class Fp8:
     """A matrix, or a stack of matrices, of 8-bit floats.
 
-    >>> Fp8(("q_proj.weight", "q_proj.weight_scale_inv"), (300, 200), (128, 128)).read(part).dtype
+    >>> stored = {"weight": torch.ones(300, 200).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(3, 2)}
+    >>> Fp8(("weight", "weight_scale_inv"), (300, 200), (128, 128)).read(stored.__getitem__).dtype
     torch.bfloat16
 
-    Products of numbers and scales are made in float32 and rounded to bfloat16, as transformers does.
+    Numbers and scales are multiplied in float32 and rounded to bfloat16, as in transformers.
 
     Attributes:
-        parts: names on disk of the numbers, [..., rows, columns], of the scales, [..., blocks, blocks], and of what
-            is for activations and not used.
+        parts: names on disk of the numbers, [..., rows, columns], of the scales, [..., blocks, blocks], and of scales
+            of activations, which are not used.
         shape: of the plain tensor.
         block: rows and columns that share a scale; the last blocks may be partial.
     """
@@ -58,15 +59,16 @@ class Fp8:
 
 
 def find_fp8(folder: Path, headers: Mapping[str, dict], options: Mapping[str, Any]) -> dict[str, Blocks]:
-    """Tensors of a checkpoint that are stored as FP8, by name.
+    """Tensors of a model that are stored as FP8, by name.
 
-    >>> find_fp8(folder, headers, {"weight_block_size": [128, 128]})["model.layers.0.self_attn.o_proj.weight"].block
+    >>> weight, scales = {"dtype": "F8_E4M3", "shape": [300, 200]}, {"dtype": "F32", "shape": [3, 2]}
+    >>> find_fp8(Path("model"), {"q_proj.weight": weight, "q_proj.weight_scale_inv": scales}, {})["q_proj.weight"].block
     (128, 128)
 
     Args:
-        folder: of the checkpoint, for messages.
+        folder: of the model, for messages.
         headers: of its files.
-        options: `quantization_config`; without blocks if its `weight_block_size` is null.
+        options: `quantization_config`; a `weight_block_size` of null means one scale per matrix.
 
     Raises:
         MoqaError: naming a tensor whose scales are missing or do not fit it.
@@ -79,10 +81,10 @@ def find_fp8(folder: Path, headers: Mapping[str, dict], options: Mapping[str, An
         names = list(_scale_names(name))
         scale = next((other for other in names if other in headers), None)
         if scale is None:
-            raise MoqaError(f"{folder}: {name} is {entry['dtype']} without scales", f"{names[0]} must lie beside it")
+            raise MoqaError(f"{folder}: {name} is {entry['dtype']} without scales", f"{names[0]} must be stored too")
         shape = tuple(entry["shape"])
         if len(shape) < 2:
-            raise MoqaError(f"{folder}: {name} is {entry['dtype']} {list(shape)}", "fp8 stores matrices")
+            raise MoqaError(f"{folder}: {name} is {entry['dtype']} {list(shape)}", "FP8 tensors are matrices")
         if entry["dtype"] == _PACKED:
             shape = (*shape[:-1], 2 * shape[-1])
         block = _PACKED_BLOCK if entry["dtype"] == _PACKED else size or (max(1, shape[-2]), max(1, shape[-1]))
@@ -103,7 +105,7 @@ def _block_size(folder: Path, options: Mapping[str, Any]) -> tuple[int, int] | N
 
 
 def _scale_names(name: str) -> Iterator[str]:
-    """Names under which a tensor's scales may lie."""
+    """Names under which a tensor's scales may be stored."""
     yield f"{name}_scale_inv"
     if name.endswith(".weight"):
         yield f"{name.removesuffix('weight')}scale"
@@ -120,7 +122,7 @@ def _check_scales(
     if entry["dtype"] not in _SCALES:
         raise MoqaError(f"{folder}: {scale} is {entry['dtype']}", f"scales are one of {', '.join(_SCALES)}")
     found, wanted = [*entry["shape"]], _grid(shape, block)
-    # one scale may be stored as a number
+    # a single scale may be stored as a scalar
     if found != wanted and (math.prod(found), math.prod(wanted)) != (1, 1):
         raise MoqaError(
             f"{folder}: {scale} is {found}", f"{name} {list(shape)} in blocks of {block[0]}x{block[1]} needs {wanted}"

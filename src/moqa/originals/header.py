@@ -9,38 +9,38 @@ import torch
 
 
 def parse_unique(text: str | bytes) -> Any:
-    """JSON in which no object names anything twice; of two, the library would quietly take the last.
+    """Parse JSON in which no object has a key twice; Python's own parser would silently keep the last.
 
     >>> parse_unique('{"a": 1, "a": 2}')
     Traceback (most recent call last):
     ValueError: a is named twice
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not valid JSON, or a key occurs twice.
     """
     return json.loads(text, object_pairs_hook=_unique)
 
 
 def described_bytes(entries: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> int:
-    """Bytes of all tensors that a header describes, which must fill the file without a gap or an overlap.
+    """Bytes of all tensors that a header describes; they must fill the file without gaps or overlaps.
 
     >>> described_bytes({"x": {"dtype": "F16", "shape": [3], "data_offsets": [0, 6]}}, {"F16": torch.float16})
     6
 
     Args:
-        entries: tensor name -> what the header says of it.
-        dtypes: that are known, by their names in a header.
+        entries: tensor name -> its entry in the header.
+        dtypes: known dtypes, by their names in a header.
 
     Raises:
-        ValueError: naming the first tensor that cannot be right.
+        ValueError: naming the first tensor with a wrong entry.
     """
     places = sorted((*_place(name, entry, dtypes), name) for name, entry in entries.items())
     total = sum(stop - begin for begin, stop, _ in places)
     end, before = 0, ""
     for begin, stop, name in places:
-        # where nothing overlaps, a gap pushes the last tensor out of the range that all of them fill
+        # without overlaps, a gap pushes the last tensor beyond the total size
         if stop > total:
-            raise ValueError(f"{name} lies at bytes {begin} to {stop}, all tensors take {total}")
+            raise ValueError(f"{name} is at bytes {begin} to {stop}, but all tensors take {total}")
         if begin < end:
             raise ValueError(f"{name} at bytes {begin} to {stop} overlaps {before}, which ends at {end}")
         end, before = stop, name
@@ -48,7 +48,7 @@ def described_bytes(entries: Mapping[str, Any], dtypes: Mapping[str, torch.dtype
 
 
 def _place(name: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
-    """Where a tensor begins and ends."""
+    """Offsets at which a tensor begins and ends."""
     lacking = {"dtype", "shape", "data_offsets"} - (entry.keys() if isinstance(entry, dict) else set())
     if lacking:
         raise ValueError(f"{name} has no {min(lacking)}")
@@ -65,8 +65,8 @@ def _place(name: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> tuple[in
     return offsets[0], offsets[1]
 
 
-def _are_sizes(found: Any) -> bool:
-    return isinstance(found, list) and all(type(size) is int and size >= 0 for size in found)
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

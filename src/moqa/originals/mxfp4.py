@@ -1,4 +1,4 @@
-"""MXFP4 as gpt_oss is published in: experts as 4-bit floats, every 32 of which share a power of two."""
+"""MXFP4 as in gpt-oss: experts as 4-bit floats, every 32 of which share a power of two as their scale."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """A stack of experts' matrices, [experts, in, out], of which [experts, out, in] is stored.
+    """A stack of experts' matrices, [experts, in, out], stored as [experts, out, in].
 
     >>> Mxfp4("mlp.experts.down_proj", (32, 2880, 2880)).parts
     ('mlp.experts.down_proj_blocks', 'mlp.experts.down_proj_scales')
@@ -48,14 +48,15 @@ class Mxfp4:
         return whole
 
 
-def find_mxfp4(folder: Path, headers: Mapping[str, dict], options: Mapping[str, Any]) -> dict[str, Blocks]:  # noqa: ARG001  (every format is told its options)
-    """Tensors of a checkpoint that are stored as MXFP4, by the names that they have when they are plain.
+def find_mxfp4(folder: Path, headers: Mapping[str, dict], options: Mapping[str, Any]) -> dict[str, Blocks]:  # noqa: ARG001  (all formats get their options)
+    """Tensors of a model that are stored as MXFP4, by the names of the plain tensors.
 
-    >>> find_mxfp4(folder, headers, {})["model.layers.0.mlp.experts.down_proj"].shape
+    >>> blocks, scales = {"dtype": "U8", "shape": [32, 2880, 90, 16]}, {"dtype": "U8", "shape": [32, 2880, 90]}
+    >>> find_mxfp4(Path("model"), {"down_proj_blocks": blocks, "down_proj_scales": scales}, {})["down_proj"].shape
     (32, 2880, 2880)
 
     Args:
-        folder: of the checkpoint, for messages.
+        folder: of the model, for messages.
         headers: of its files.
         options: `quantization_config`.
 
@@ -69,7 +70,7 @@ def find_mxfp4(folder: Path, headers: Mapping[str, dict], options: Mapping[str, 
             if name + end not in headers:
                 raise MoqaError(f"{folder} lacks {name + end}", "blocks and scales belong together")
             if (dtype := headers[name + end]["dtype"]) not in dtypes:
-                raise MoqaError(f"{folder}: {name + end} is {dtype}", f"mxfp4 has {' or '.join(dtypes)} there")
+                raise MoqaError(f"{folder}: {name + end} is {dtype}", f"MXFP4 needs {' or '.join(dtypes)}")
         blocks, scales = ([*headers[name + end]["shape"]] for end in (_BLOCKS, _SCALES))
         if len(blocks) != 4 or blocks[:-1] != scales:
             raise MoqaError(f"{folder}: {name + _SCALES} is {scales}", f"{name + _BLOCKS} {blocks} needs {blocks[:3]}")

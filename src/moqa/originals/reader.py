@@ -1,4 +1,4 @@
-"""A model folder's tensors, as if all of them were plain."""
+"""The tensors of a model folder, as if all of them were plain."""
 
 import json
 import math
@@ -18,38 +18,38 @@ from moqa.originals.fp8 import find_fp8
 from moqa.originals.mxfp4 import find_mxfp4
 
 Find = Callable[[Path, Mapping[str, dict], Mapping[str, Any]], dict[str, Blocks]]
-# `quant_method` of config.json -> what finds the tensors that are stored so
+# `quant_method` of config.json -> function that finds the tensors in this format
 FORMATS: dict[str, Find] = {"fp8": find_fp8, "mxfp4": find_mxfp4}
 
 
 def find_format(folder: Path, options: Mapping[str, Any]) -> Find:
-    """What reads a format that is named in `quantization_config`.
+    """The reader of a format that `quantization_config` names.
 
-    >>> find_format(folder, {"quant_method": "mxfp4"}).__name__
+    >>> find_format(Path("model"), {"quant_method": "mxfp4"}).__name__
     'find_mxfp4'
 
     Raises:
-        MoqaError: if it is not read as input.
+        MoqaError: if moqa does not read this format.
     """
     method = str(options.get("quant_method", "unknown"))
     if method not in FORMATS:
         formats = " or ".join(FORMATS)
-        raise MoqaError(f"{folder} is quantized already ({method})", f"give the original: 16 or 32 bits, {formats}")
+        raise MoqaError(f"{folder} is already quantized ({method})", f"give the original: 16 or 32 bits, {formats}")
     return FORMATS[method]
 
 
 class OriginalReader:
-    """Tensors of a model folder: those that are stored in blocks appear as the plain tensors that they stand for.
+    """Tensors of a model folder; those in FP8 or MXFP4 appear as the plain tensors that they stand for.
 
-    >>> OriginalReader(Path("openai/gpt-oss-20b")).headers["model.layers.0.mlp.experts.down_proj"]
-    {'dtype': 'BF16', 'shape': [32, 2880, 2880]}
+    >>> OriginalReader(Path("reference/model")).headers["model.norm.weight"]["shape"]
+    [256]
 
     Attributes:
-        folder: where they lie.
+        folder: of the model.
         headers: tensor name -> dtype and shape, as safetensors name them.
 
     Raises:
-        MoqaError: if a file is corrupted, the format is not read, or its parts do not fit each other.
+        MoqaError: if a file is corrupted, moqa does not read the format, or blocks and scales do not fit each other.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,7 +66,7 @@ class OriginalReader:
 
     @property
     def is_plain(self) -> bool:
-        """Whether all tensors lie there as they are."""
+        """Whether all tensors are stored as they are."""
         return not self._blocks
 
     @property
@@ -75,9 +75,9 @@ class OriginalReader:
         return sum(math.prod(entry["shape"]) for entry in self.headers.values())
 
     def ahead(self, names: Iterable[str]) -> None:
-        """Let the system read tensors into its own memory while something else is done.
+        """Ask the system to read tensors into the page cache in the background.
 
-        >>> stored.ahead(["model.norm.weight"])
+        >>> OriginalReader(Path("reference/model")).ahead(["model.norm.weight"])
         """
         by_file: dict[Path, list[list[int]]] = {}
         for name in names:
@@ -90,14 +90,14 @@ class OriginalReader:
 
     @contextmanager
     def opened(self, once: bool = False) -> Iterator[Callable[[str], "LazyTensor"]]:
-        """A block in which tensors can be read by name.
+        """A `with` block in which tensors can be read by name.
 
         >>> with OriginalReader(Path("reference/model")).opened() as on_disk:
         ...     on_disk("model.norm.weight")[...].dtype
         torch.bfloat16
 
         Args:
-            once: leave the system's memory as it is, see `File`; what was asked for with `ahead` is there already.
+            once: bypass the page cache, see `File`; what `ahead` has read is taken from the cache.
         """
         with ExitStack() as stack:
             files: dict[Path, File] = {}
@@ -117,10 +117,10 @@ class OriginalReader:
 
 
 class LazyTensor:
-    """A tensor of the original that is read, and looked at for NaN, when it is indexed.
+    """A tensor of the original that is read, and checked for NaN, when it is indexed.
 
     Attributes:
-        what: where it lies, for messages.
+        what: folder and name, for messages.
     """
 
     def __init__(self, what: str, place: "_Readable") -> None:
@@ -134,7 +134,8 @@ class LazyTensor:
     def read_into(self, out: Tensor) -> None:
         """Fill a contiguous tensor of the same shape, without a copy if it has the same dtype.
 
-        >>> on_disk("model.norm.weight").read_into(torch.empty(256))
+        >>> with OriginalReader(Path("reference/model")).opened() as on_disk:
+        ...     on_disk("model.norm.weight").read_into(torch.empty(256))
         """
         self._place.read_into(out)
         original.refuse_bad(self.what, out)
@@ -147,7 +148,7 @@ class _Readable(Protocol):
 
 
 class _Place:
-    """A plain tensor in an open file; mapped pages would count as memory of this process."""
+    """A plain tensor in an open file; not mapped, because mapped pages count as memory of this process."""
 
     def __init__(self, file: File, entry: Mapping[str, Any]) -> None:
         self._file, self._begin = file, entry["data_offsets"][0]
@@ -172,7 +173,7 @@ class _Place:
 
 
 class _Joined:
-    """A tensor that is put together from its parts when it is indexed."""
+    """A tensor that is computed from its parts when it is indexed."""
 
     def __init__(self, blocks: Blocks, part: Part) -> None:
         # files are opened here: transformers may index in several threads
@@ -193,9 +194,9 @@ def _find_blocks(folder: Path, headers: Mapping[str, dict]) -> dict[str, Blocks]
     if not options:
         return {}
     if not isinstance(options, dict):
-        raise MoqaError(f"{folder} has a quantization_config of {options}", "config.json has an object there")
+        raise MoqaError(f"{folder} has a quantization_config of {options}", "it must be a JSON object")
     found = find_format(folder, options)(folder, headers, options)
     if not found:
         method = options["quant_method"]
-        raise MoqaError(f"{folder} has no tensor in {method}", "take quantization_config out of its config.json")
+        raise MoqaError(f"{folder} has no tensor in {method}", "remove quantization_config from its config.json")
     return found

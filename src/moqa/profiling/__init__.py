@@ -1,4 +1,4 @@
-"""Profiles: all statistics of a model on some distributions."""
+"""Profiles: the statistics of a model on some distributions."""
 
 from moqa.profiling.record import SELF, ProfileRecord, UnitRecord
 from moqa.profiling.run import DEFAULT_CONTEXT, DEFAULT_SAMPLES, profile

@@ -1,4 +1,4 @@
-"""A profile that measured nothing: what a plan's size can be told from before there is a real one."""
+"""A profile without measurements, to compute the size of a plan before there is a real profile."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +15,18 @@ from moqa.profiling.store import Profile
 def blank_profile(
     view: ModelView, model: str, fingerprint: str, names: Sequence[str], settings: Settings, own: int
 ) -> Profile:
-    """A profile in which every weight matters as much as any other.
+    """A profile in which all weights matter equally.
 
-    A plan from it has the bytes that a plan from a real profile has: exactly where widths are uniform, and within its
-    budget where they are not.
+    A plan from it is as large as one from a real profile: exactly so if widths are uniform, else within the same
+    budget.
 
     Args:
         view: the model; its units are not read.
         model: as the user typed it.
         fingerprint: of the model.
-        names: distributions.
+        names: of the distributions.
         settings: of the profile that will be made.
-        own: windows that the model will write itself.
+        own: number of windows that the model will write itself.
     """
     units = list(view.units.values())
     widths = tuple(w for w in WIDTHS if not (settings.symmetric and w == 1))

@@ -1,4 +1,4 @@
-"""Statistics of some distributions: a pass forward for significance, a pass back for sensitivity, layer by layer."""
+"""Statistics of some distributions: a forward pass for significance, a backward pass for sensitivity, by block."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from moqa.progress import Report
 
 @dataclass(frozen=True)
 class ProfileTables:
-    """What was measured.
+    """The measured statistics.
 
     Attributes:
         statistics: distribution -> name (`layer.3.channel`, ..., `sensitivity` [units, widths]) -> tensor.
@@ -27,38 +27,46 @@ class ProfileTables:
 
 
 class Measurement:
-    """A measurement of a model on some distributions; what is done of it survives a kill.
+    """A measurement of a model on some distributions; finished steps survive a kill.
 
-    >>> measured = Measurement(site, {"wiki": tokens}, how, 0, LocalEngine()).run(report)
+    >>> from moqa.execution import LocalExecutor
+    >>> from moqa.methods import METHODS
+    >>> errors = ErrorSettings.of(profile.record.settings, METHODS["rtn"], experts=16)
+    >>> measurement = Measurement(workspace, {"wiki": tokens}, errors, 0, LocalExecutor())
+    >>> measurement.run(report).statistics["wiki"]["sensitivity"].shape
+    torch.Size([312, 8])
 
-    Hidden states of all layers lie on disk: significance is measured on the way forward, sensitivity on the way back.
+    Hidden states of all blocks are saved on disk: significance is measured on the way forward, sensitivity on the way
+    back.
 
     Args:
-        site: the original model, and where everything is put aside.
-        samples: distribution name -> [windows, context] token ids.
-        how: errors are made and measured.
+        workspace: the original model, and the folder of unfinished work.
+        samples: distribution name -> what the model is called with, e.g. [windows, context] token ids.
+        how: how errors are made and measured.
         seed: of the labels that are drawn from the model's own predictions.
-        engine: what goes through the layers; distributions do not wait for each other within one.
+        engine: does the passes; within one block, distributions do not wait for each other.
     """
 
     def __init__(
-        self, site: Workspace, samples: Mapping[str, Tensor], how: ErrorSettings, seed: int, engine: Executor
+        self, workspace: Workspace, samples: Mapping[str, Tensor], how: ErrorSettings, seed: int, engine: Executor
     ) -> None:
-        self._site, self._how, self._seed, self._engine = site, how, seed, engine
+        self._workspace, self._how, self._seed, self._engine = workspace, how, seed, engine
         self._shapes = {name: (tuple(tokens.shape), tokens.dtype) for name, tokens in samples.items()}
         self._flows = {
-            name: site.once(("flow", name), partial(ProfiledSamples, name, tokens, site.stages, site.work))
+            name: workspace.once(
+                ("flow", name), partial(ProfiledSamples, name, tokens, workspace.stages, workspace.work)
+            )
             for name, tokens in samples.items()
         }
 
     def run(self, report: Report) -> ProfileTables:
-        """Measure what is not measured yet."""
-        stages, work = self._site.stages, self._site.work
+        """Measure everything that is not measured yet."""
+        stages, work = self._workspace.stages, self._workspace.work
         depth = stages.depth
         for layer in range(depth):
             if work.done(f"forward-{layer}") is None:
                 report("activation", layer, depth, layer=layer)
-                # the last pass is that of the weights alone
+                # the last pass looks at the weights alone
                 self._work(go_forward, [*self._passes(layer), BlockPass(layer, self._how)])
                 work.mark_done(f"forward-{layer}", {})
         report("activation", depth, depth)
@@ -67,7 +75,7 @@ class Measurement:
         return self._gathered()
 
     def _go_back(self, report: Report) -> None:
-        stages, work = self._site.stages, self._site.work
+        stages, work = self._workspace.stages, self._workspace.work
         depth = stages.depth
         if work.done("labels") is None:
             generator = torch.Generator().manual_seed(self._seed)
@@ -87,22 +95,22 @@ class Measurement:
         return [BlockPass(layer, self._how, name, *shape) for name, shape in self._shapes.items()]
 
     def _work(self, work: Callable[[Workspace, BlockPass], None], passes: Sequence[BlockPass]) -> None:
-        for _ in self._engine.map(work, self._site, passes):
+        for _ in self._engine.map(work, self._workspace, passes):
             pass
 
     def _gathered(self) -> ProfileTables:
-        depth, load = self._site.stages.depth, self._site.work.load
+        depth, load = self._workspace.stages.depth, self._workspace.work.load
         weights = {layer: load(f"weights-{layer}") for layer in range(depth)}
         relative = torch.cat([weights[layer]["rounding"] for layer in range(depth)])
-        found: dict[str, dict[str, Tensor]] = {}
+        statistics: dict[str, dict[str, Tensor]] = {}
         for name in self._shapes:
-            found[name] = {
+            statistics[name] = {
                 f"layer.{layer}.{key}": value
                 for layer in range(depth)
                 for key, value in load(f"statistics-{layer}-{name}").items()
             }
             if self._how.probes:
                 probed = torch.cat([load(f"sensitivity-{layer}-{name}")["sensitivity"] for layer in range(depth)])
-                found[name]["sensitivity"] = all_widths(probed, relative, self._how.probes, self._how.widths)
+                statistics[name]["sensitivity"] = all_widths(probed, relative, self._how.probes, self._how.widths)
         similar = {f"layer.{n}.similarity": w["similarity"] for n, w in weights.items() if "similarity" in w}
-        return ProfileTables(found, {"rounding": relative, **similar})
+        return ProfileTables(statistics, {"rounding": relative, **similar})

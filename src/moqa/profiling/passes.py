@@ -1,4 +1,4 @@
-"""The passes of a measurement, one distribution and one decoder layer at a time."""
+"""The passes of a measurement, one distribution and one block at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ from moqa.storage.resumable import ResumableRun
 
 @dataclass(frozen=True)
 class ErrorSettings:
-    """ErrorSettings errors are made and measured.
+    """How errors are made and measured.
 
     Attributes:
         scheme: group size, symmetry and scale dtype of the quantization.
         widths: candidate widths, ascending.
-        probes: those whose errors are really made; none where no sensitivity is measured.
+        probes: widths whose errors are really made; none if no sensitivity is measured.
         method: the quantization method.
-        experts: how many are worked on together.
+        experts: number of experts whose errors are held together.
     """
 
     scheme: Scheme
@@ -49,7 +49,7 @@ class ErrorSettings:
 
     @classmethod
     def of(cls, settings: Settings, method: Method, experts: int) -> "ErrorSettings":
-        """Those of a profile with some settings."""
+        """Of a profile with some settings."""
         scheme = Scheme(width=8, group_size=settings.group_size, symmetric=settings.symmetric)
         widths = tuple(w for w in WIDTHS if not (settings.symmetric and w == 1))
         probes = tuple(width for width in PROBES if width in widths and settings.sensitivity)
@@ -58,15 +58,15 @@ class ErrorSettings:
 
 @dataclass(frozen=True)
 class BlockPass:
-    """What is gone through.
+    """One distribution's pass over one block.
 
     Attributes:
-        layer: index of the decoder layer.
-        how: errors are made and measured.
-        name: of the distribution; none where only weights are looked at.
-        shape: of its inputs.
-        dtype: likewise.
-        experts: whose sensitivity is measured; None means all.
+        layer: index of the block.
+        how: how errors are made and measured.
+        name: of the distribution; empty for a pass over the weights alone.
+        shape: of the distribution's inputs.
+        dtype: of the distribution's inputs.
+        experts: experts whose sensitivity is measured; None means all.
     """
 
     layer: int
@@ -78,74 +78,76 @@ class BlockPass:
 
 
 class ProfiledSamples:
-    """One distribution on its way: hidden states at every layer, for windows to calibrate on and windows to measure."""
+    """Hidden states of one distribution at every block, for windows to calibrate on and windows to measure on."""
 
     def __init__(self, name: str, tokens: Tensor, stages: LayerwiseModel, work: ResumableRun) -> None:
-        # A method that fits samples leaves less error there than elsewhere: errors are made on every other window and
-        # measured on the rest.
+        # A method leaves less error on the samples that it is fitted on than on others: errors are fitted on every
+        # second window and measured on the rest.
         first, second = (tokens[0::2], tokens[1::2]) if len(tokens) > 1 else (tokens, tokens)
         task = stages.task
         self._name, self._work, self.predictions = name, work, task.count(second)
-        every = [*task.batches(first), *task.batches(second)]
+        batches = [*task.batches(first), *task.batches(second)]
         self._calibrate = len(task.batches(first))
-        self.hidden = HiddenStates(stages, work, name, every)
+        self.hidden = HiddenStates(stages, work, name, batches)
         # numbers of the batches that are measured on
-        self.measured = range(self._calibrate, len(every))
+        self.measured = range(self._calibrate, len(batches))
 
     @classmethod
-    def of(cls, site: Workspace, given: BlockPass) -> "ProfiledSamples":
-        """Of a distribution whose hidden states are there already: tokens are no longer looked at."""
-        key = ("flow", given.name)
-        return site.once(
-            key, lambda: cls(given.name, torch.zeros(given.shape, dtype=given.dtype), site.stages, site.work)
-        )
+    def of(cls, workspace: Workspace, given: BlockPass) -> "ProfiledSamples":
+        """Of a distribution whose hidden states are already saved: its tokens are no longer needed."""
+
+        def make() -> "ProfiledSamples":
+            inputs = torch.zeros(given.shape, dtype=given.dtype)
+            return cls(given.name, inputs, workspace.stages, workspace.work)
+
+        return workspace.once(("flow", given.name), make)
 
     def draw_labels(self, stages: LayerwiseModel, generator: torch.Generator) -> None:
-        """Gradients of the measured windows' log-likelihood, of labels drawn from the model."""
+        """Save the gradients of the loss of the measured windows, for labels drawn from the model."""
         for number in self.measured:
             gradient = _label_gradient(stages, self.hidden.at(stages.depth, number), generator)
             self.put_gradient(stages.depth, number, gradient)
 
     def calibration(self, layer: int) -> Iterator[CalibrationBatch]:
-        """The windows that errors are made on."""
+        """The windows that errors are fitted on."""
         for number in range(self._calibrate):
             yield CalibrationBatch(self.hidden.at(layer, number))
 
     def gradient(self, layer: int, number: int) -> Tensor:
-        """Gradient of a batch at the input of a layer."""
+        """Gradient of a batch at the input of a block."""
         return self._work.load(f"gradient-{layer}-{self._name}-{number}")["x"]
 
     def put_gradient(self, layer: int, number: int, gradient: Tensor) -> None:
-        """Put a gradient aside."""
+        """Save a gradient."""
         self._work.save(f"gradient-{layer}-{self._name}-{number}", {"x": gradient})
 
     def forget(self, layer: int) -> None:
-        """Remove what nobody needs once a layer's sensitivity is known."""
+        """Remove what is not needed once a block's sensitivity is known."""
         self.hidden.forget(layer + 1)
         self._work.remove(f"gradient-{layer + 1}-{self._name}-*")
 
 
 @torch.no_grad()
-def go_forward(site: Workspace, given: BlockPass) -> None:
-    """Move a distribution past a layer and put its statistics aside; without one, what the weights alone tell."""
-    view, layer, down = site.view, given.layer, _down(site.view, given.layer)
+def go_forward(workspace: Workspace, given: BlockPass) -> None:
+    """Run a block on a distribution and save its statistics; without a distribution, those of the weights alone."""
+    view, layer, down = workspace.view, given.layer, _down(workspace.view, given.layer)
     if not given.name:
         weights = {"rounding": relative_errors(view, view.block_units(layer), given.how.scheme, given.how.widths)}
         if down:
             weights["similarity"] = layer_similarity(view, layer)
-        site.work.save(f"weights-{layer}", weights)
+        workspace.work.save(f"weights-{layer}", weights)
         return
-    flow = ProfiledSamples.of(site, given)
+    flow = ProfiledSamples.of(workspace, given)
     statistics = LayerStatistics(torch.stack([matrix.float().norm(dim=0) for matrix in down])) if down else None
     with in_stored_precision(view, layer), watching(view, layer, statistics):
         flow.hidden.advance(layer)
-    site.work.save(f"statistics-{layer}-{given.name}", statistics.tensors() if statistics else {})
+    workspace.work.save(f"statistics-{layer}-{given.name}", statistics.tensors() if statistics else {})
 
 
-def go_back(site: Workspace, given: BlockPass) -> None:
-    """Sensitivity of a layer's units, some experts at a time: their errors are a profile's largest memory."""
-    view, layer, how = site.view, given.layer, given.how
-    flow, units = ProfiledSamples.of(site, given), view.block_units(layer)
+def go_back(workspace: Workspace, given: BlockPass) -> None:
+    """Save the sensitivity of a block's units, some experts at a time: their errors need most of a profile's memory."""
+    view, layer, how = workspace.view, given.layer, given.how
+    flow, units = ProfiledSamples.of(workspace, given), view.block_units(layer)
     experts = sorted({unit.expert for unit in units if unit.expert is not None})
     if given.experts is not None:
         experts = list(given.experts)
@@ -153,28 +155,28 @@ def go_back(site: Workspace, given: BlockPass) -> None:
     slices = [experts[begin : begin + how.experts] for begin in range(0, len(experts), how.experts)] or [[]]
     inputs = None
     if how.method.needs_data:
-        name = f"experts-{given.name}{site.mark}"
-        inputs = BlockInputs(view, site.stages, layer, flow.calibration(layer), site.work, name)
+        name = f"experts-{given.name}{workspace.mark}"
+        inputs = BlockInputs(view, workspace.stages, layer, flow.calibration(layer), workspace.work, name)
     sums: dict[str, Tensor] = {}
     for number, some in enumerate(slices):
         mine = [u for u in units if u.expert in some or (u.expert is None and number == 0)]
         seen = {} if inputs is None else {**inputs.linear, **(inputs.experts(some) if some else {})}
         errors = LayerErrors(view, mine, how.scheme, how.method, seen, how.probes)
         del seen
-        sums |= _run_back(view, site.stages, layer, flow, errors, keep=number == len(slices) - 1)
+        sums |= _run_back(view, workspace.stages, layer, flow, errors, keep=number == len(slices) - 1)
     if inputs:
         inputs.drop()
     sensitivity = torch.stack([sums[unit.name] for unit in units]) / flow.predictions
-    site.work.save(f"sensitivity-{layer}-{given.name}", {"sensitivity": sensitivity})
+    workspace.work.save(f"sensitivity-{layer}-{given.name}", {"sensitivity": sensitivity})
 
 
 def _down(view: ModelView, layer: int) -> list[Tensor]:
-    """The experts' `down_proj`."""
+    """The `down_proj` matrices of the experts."""
     return [view.weight(u) for u in view.block_units(layer) if u.role == "expert" and u.projection == "down_proj"]
 
 
 def _label_gradient(stages: LayerwiseModel, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of the negative log-likelihood of labels drawn from the model, for the last layer's output."""
+    """Gradient of the negative log-likelihood of labels drawn from the model, at the last block's output."""
     hidden = hidden.detach().requires_grad_(True)
     logits = stages.task.predictions(stages.head(hidden)).float()
     labels = draw(logits.detach(), generator)
@@ -184,7 +186,7 @@ def _label_gradient(stages: LayerwiseModel, hidden: Tensor, generator: torch.Gen
 def _run_back(
     view: ModelView, stages: LayerwiseModel, layer: int, flow: ProfiledSamples, errors: LayerErrors, keep: bool
 ) -> dict[str, Tensor]:
-    """Run a layer again with gradients; `keep` puts those of the layer's inputs aside."""
+    """Run a block again with gradients; `keep` saves those of the block's inputs."""
     sensitivity = Sensitivity(errors)
     path = view.experts_path(layer)
     observer = LayerObserver(sensitivity, path, projection_rows(view.module(path))) if path else None
@@ -203,4 +205,4 @@ def _run_back(
 
 
 def _forget(number: int, gradient: Tensor) -> None:
-    """What becomes of gradients that the last pass over a layer will give again."""
+    """Drop a gradient: the last pass over the block computes it again."""

@@ -7,7 +7,7 @@ from moqa.models.units import Unit
 
 FORMAT = 1
 SELF = "self"
-# the task of every profile that names none
+# the task of a profile that does not name one
 CAUSAL_LM = "causal_lm"
 
 

@@ -59,9 +59,9 @@ def profile(
 
     Args:
         model: folder or Hub id of the original model.
-        data: texts to measure on, as distributions or name -> source; no held-out text of an evaluation.
-        out: profile folder. One that is there already is reused: distributions that it holds for the same model, text
-            and settings are not measured again, others are added.
+        data: texts to measure on, as distributions or name -> source; never the held-out text of an evaluation.
+        out: profile folder. An existing one is reused: distributions that it holds for the same model, text and
+            settings are not measured again, others are added.
         samples: windows per distribution.
         context: tokens in a window.
         self_samples: windows that the model writes itself, for a plan's hedge; None means as many as `samples`.
@@ -69,16 +69,16 @@ def profile(
         symmetric: whether that rounding has no zero-point.
         method: quantization method whose errors are measured: the one that will be used.
         seed: of the choice of windows, the labels and the model's own text.
-        report: called with what is done, how much of it, and of how much.
-        view: the model, if it is open already.
-        memory: what a process may take; None means all that is free.
-        restart: begin anew, whatever an earlier run has finished.
+        report: called with each step and its progress.
+        view: the model, if it is already open.
+        memory: limit for a process; None means all that is free.
+        restart: start over, and discard what an earlier run has finished.
         sensitivity: whether to measure what losing precision costs, which takes most of the time; not all
             strategies need it (`needs_sensitivity` in `moqa.planning.STRATEGIES`).
         engine: where the work is done (`moqa.execution.find_executor`); None means in this process.
 
     Raises:
-        MoqaError: if the model or a text is unusable, or `out` holds a profile of another model or other settings.
+        MoqaError: if the model or a text cannot be used, or `out` holds a profile of another model or other settings.
     """
     out = Path(out)
     how = find_method(method)
@@ -92,7 +92,7 @@ def profile(
         raise MoqaError(f"--data {SELF}=... uses a name that moqa needs itself", "choose another name")
     if self_samples and not task.writes_samples:
         raise MoqaError(
-            f"--self-samples {self_samples}: {model} is an {task.kind}", "it writes no samples: leave it out"
+            f"--self-samples {self_samples}: {model} is an {task.kind}", "it writes no samples: omit the option"
         )
     settings = Settings(
         context=task.context(context), samples=samples, seed=seed, group_size=group_size, symmetric=symmetric,
@@ -117,7 +117,7 @@ def profile(
     old = _reusable(out, fingerprint, settings)
     missing = [name for name, record in records.items() if old is None or not _same(old, name, record)]
     if old is not None:
-        # what was measured without being asked for does not hurt
+        # an existing profile may hold more than was asked for, e.g. the sensitivity
         settings = old.record.settings
         if not missing:
             return old
@@ -155,7 +155,7 @@ def profile(
 
 
 def _own_text(view: ModelView, windows: int, settings: Settings, work: ResumableRun, report: Report) -> Tensor:
-    """[windows, context] that the model writes itself, or wrote before a kill."""
+    """[windows, context] text of the model itself, written now or before a kill."""
     if work.done("self") is None:
         report("self-sampling", 0, 1)
         work.save("self", {"tokens": self_sample(view, windows, settings.context, settings.seed)})
@@ -168,7 +168,7 @@ def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None
     if not is_taken(out):
         return None
     if not (out / RECORD).is_file():
-        raise MoqaError(f"{out} exists and is no profile", "choose another folder")
+        raise MoqaError(f"{out} exists and is not a profile", "choose another folder")
     old = read_profile(out)
     if old.record.fingerprint != fingerprint:
         raise MoqaError(f"{out} is the profile of {old.record.model}, another model", "choose another folder")

@@ -1,11 +1,11 @@
-"""Text that a model writes itself: what it knows, without any text from outside."""
+"""Text that a model writes itself: a sample of what it knows, without any other text."""
 
 import torch
 from torch import Tensor
 
 from moqa.models.view import ModelView
 
-# windows that are written at the same time
+# windows that are written at a time
 OWN_BATCH = 64
 
 
@@ -13,21 +13,21 @@ OWN_BATCH = 64
 def self_sample(view: ModelView, windows: int, context: int, seed: int, batch: int = OWN_BATCH) -> Tensor:
     """Windows drawn from the model's own distribution, each from a random first token.
 
-    >>> self_sample(view, windows=4, context=256, seed=0).shape
-    torch.Size([4, 256])
+    >>> self_sample(view, windows=2, context=8, seed=0).shape
+    torch.Size([2, 8])
 
     Args:
         view: the original model.
-        windows: how many to draw.
+        windows: number of windows.
         context: tokens in each.
-        seed: of the draws.
-        batch: windows written at the same time.
+        seed: of the random draws.
+        batch: windows that are written at a time.
 
     Returns:
         [windows, context] token ids, int64.
 
     LLM-QAT (arXiv 2305.17888) and MoEQuant's EBSS (arXiv 2505.03804) calibrate on such text; a plan's hedge uses it
-    as the stand-in for every text that is not known.
+    in place of all unknown text.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = view.model.get_input_embeddings().num_embeddings
@@ -44,17 +44,17 @@ def self_sample(view: ModelView, windows: int, context: int, seed: int, batch: i
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row from the distribution that its logits describe.
+    """Draw one token per row from the distribution of its logits.
 
     >>> draw(torch.tensor([[0.0, 100.0]]), torch.Generator())
     tensor([1])
 
     Args:
         logits: [rows, vocabulary].
-        generator: of the draws.
+        generator: random generator.
 
     Returns:
-        [rows] token ids, int64. One uniform number per row, not one per token as `torch.multinomial` takes.
+        [rows] token ids, int64. Each row takes one random number, not one per class as in `torch.multinomial`.
     """
     cumulative = logits.float().softmax(-1).cumsum(-1)
     threshold = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]

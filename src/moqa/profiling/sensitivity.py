@@ -14,21 +14,21 @@ from moqa.models.experts import ExpertRun
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 
-# the errors are a profile's largest memory and products; in bfloat16 a sensitivity changes by below 1 %
+# the errors need most of a profile's memory and time; bfloat16 changes a sensitivity by less than 1 %
 _DTYPE = torch.bfloat16
-# weights of a unit by which its relative rounding errors are told: enough for a percent
-_LOOKED_AT = 2**17
+# weights of a unit from which its relative rounding errors are computed: enough for an accuracy of a percent
+_SAMPLED_WEIGHTS = 2**17
 
-
-# Widths whose errors are really made and measured; a coarser or finer one is reached from the nearest of them by the
-# ratio of the weights' rounding errors, which is what separates fine widths.
+# Widths whose errors are really made and measured. The sensitivity at other widths is extrapolated from the nearest of
+# them by the ratio of the weights' rounding errors.
 PROBES = (1, 2, 3, 4)
 
 
 class LayerErrors:
-    """Errors that a method makes in a layer's units at the probed widths, calibrated on one distribution.
+    """Errors that a method makes in a block's units at the probed widths, calibrated on one distribution.
 
-    >>> errors = LayerErrors(view, view.block_units(0), Scheme(width=4), METHODS["gptq"], inputs, (2, 3, 4))
+    >>> from moqa.methods import METHODS
+    >>> errors = LayerErrors(view, view.block_units(0), Scheme(width=4), METHODS["rtn"], {}, (2, 3, 4))
     >>> errors["model.layers.0.self_attn.q_proj"].shape
     torch.Size([3, 256, 256])
     """
@@ -49,8 +49,8 @@ class LayerErrors:
             rows = stack.weights.shape[1]
             weights = stack.weights.repeat(1, len(probes), 1)
             widths = torch.tensor(self.probes).repeat_interleave(rows).expand(len(weights), -1)
-            found = method.run(SolveBatch(weights, widths, stack.inputs if method.needs_data else [], scheme)).decode()
-            error = (found - weights).to(_DTYPE).unflatten(1, (len(probes), rows))
+            stored = method.run(SolveBatch(weights, widths, stack.inputs if method.needs_data else [], scheme)).decode()
+            error = (stored - weights).to(_DTYPE).unflatten(1, (len(probes), rows))
             for unit, entry, place in stack.places():
                 self._errors[unit.name] = error[entry, :, place]
 
@@ -59,16 +59,16 @@ class LayerErrors:
         return self._errors[name]
 
     def names(self) -> list[str]:
-        """Units, in the layer's order."""
+        """Names of the units, in the block's order."""
         return list(self._errors)
 
 
 def relative_errors(view: ModelView, units: Sequence[Unit], scheme: Scheme, widths: Sequence[int]) -> Tensor:
-    """[units, widths] squared error of plain rounding over squared weights, float32; of large units on some rows."""
+    """[units, widths] squared error of rounding over squared weights, float32; large units are sampled by rows."""
     rows = []
     for unit in units:
         weight = view.weight(unit)
-        weight = weight[:: max(1, weight.numel() // _LOOKED_AT)].float()
+        weight = weight[:: max(1, weight.numel() // _SAMPLED_WEIGHTS)].float()
         stacked = weight.expand(len(widths), -1, -1)
         error = fit_grid(stacked, scheme, torch.tensor(widths)).error
         rows.append(error.sum((1, 2)) / weight.square().sum().clamp_min(1e-30))
@@ -76,16 +76,16 @@ def relative_errors(view: ModelView, units: Sequence[Unit], scheme: Scheme, widt
 
 
 def all_widths(probed: Tensor, relative: Tensor, probes: Sequence[int], widths: Sequence[int]) -> Tensor:
-    """Sensitivities at all widths from those at the probed ones.
+    """Sensitivities at all widths from the measured ones.
 
     >>> all_widths(torch.tensor([[4.0, 1.0]]), torch.tensor([[1.0, 0.2, 0.05]]), (2, 3), (2, 3, 4))
     tensor([[4.0000, 1.0000, 0.2500]])
 
     Args:
-        probed: [units, probes] measured.
+        probed: [units, probes] measured sensitivities.
         relative: [units, widths] rounding errors of the weights.
         probes: widths that were measured.
-        widths: ascending; all probes are among them.
+        widths: ascending; includes all probes.
 
     Returns:
         [units, widths], never rising with the width.
@@ -99,10 +99,11 @@ def all_widths(probed: Tensor, relative: Tensor, probes: Sequence[int], widths: 
 class Sensitivity:
     """Expected rise of the KL divergence for each unit and width: a sum over tokens.
 
-    For a unit with input x_t, output gradient g_t and rounding error E it is half the sum of (g_t . E x_t)^2: the
-    second-order term of the KL divergence between the original's and the quantized model's predictions, if g comes
-    from labels drawn from the model's own prediction (the true Fisher matrix) and tokens are taken as independent.
-    Our design; weight by weight (squared gradient x squared error) it predicts less well (docs/results/ablations.md).
+    For a unit with input x_t, output gradient g_t and rounding error E it is half the sum of (g_t . E x_t)^2. That is
+    the second-order term of the KL divergence between the predictions of the original and of the quantized model, if g
+    comes from labels drawn from the model's own predictions (the true Fisher matrix) and tokens are independent.
+    Our design; the sum over single weights (squared gradient x squared error) predicts less well, see
+    docs/results/ablations.md.
     """
 
     def __init__(self, errors: LayerErrors) -> None:
@@ -116,7 +117,8 @@ class Sensitivity:
             name: of the unit.
             x: inputs.
             gradient: of its outputs.
-            samples: that share one label each for all their rows: what these do to it adds up before it is squared.
+            samples: number of samples, if all rows of a sample share one label: their effects on it are added before
+                they are squared.
         """
         error = self._errors[name]
         widths, out, features = error.shape
@@ -128,16 +130,16 @@ class Sensitivity:
 
 
 class LayerObserver:
-    """Feeds a layer's experts into `Sensitivity` while gradients flow back through them."""
+    """Passes inputs and gradients of a block's experts to `Sensitivity` during the backward pass."""
 
     def __init__(self, sensitivity: Sensitivity, path: str, rows: dict[str, slice]) -> None:
         self._sensitivity, self._path, self._rows = sensitivity, path, rows
 
     def routed(self, index: Tensor, weights: Tensor) -> None:
-        """Routing does not matter here."""
+        """Does nothing: routing does not matter here."""
 
     def expert(self, run: ExpertRun) -> None:
-        """Wait for the gradients of one expert's two products."""
+        """Register hooks for the gradients of one expert's two products."""
         name, x, inner = f"{self._path}.{run.expert}", run.x.detach(), run.inner.detach()
 
         if f"{name}.down_proj" not in self._sensitivity.sums:

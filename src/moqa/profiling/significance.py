@@ -1,4 +1,4 @@
-"""What a layer's experts and channels contribute on a distribution, and which experts resemble each other."""
+"""What the experts and channels of a block contribute on a distribution, and how similar its experts are."""
 
 from collections.abc import Iterable, Iterator
 
@@ -14,12 +14,14 @@ _ROWS = 64
 
 
 class LayerStatistics:
-    """Running sums over the tokens of one distribution in one layer: the three stages of MoQa's analysis.
+    """Running sums over the tokens of one distribution in one block: the three stages of MoQa's analysis.
 
-    >>> experts.moqa_observer = statistics = LayerStatistics(down_norms)
-    >>> model(tokens)
-    >>> expert_significance(statistics.channel).sum()
-    tensor(1.)
+    >>> from moqa.models.experts import observed
+    >>> statistics = LayerStatistics(down_norms=torch.ones(16, 256))
+    >>> with observed(view.experts(0), statistics):
+    ...     _ = stages.run_block(0, hidden)
+    >>> round(float(expert_significance(statistics.channel).sum()), 4)
+    1.0
 
     Stage (a), sparse activation: `tokens` and `gate_mass` per expert. Stage (b), data-to-parameter mapping: `channel`.
     Stage (c), inter-expert correlation: `coactivation`.
@@ -28,7 +30,7 @@ class LayerStatistics:
         down_norms: [experts, channels] norm of each column of `down_proj`, float32.
 
     MoQa (arXiv 2503.21135) leaves the channel term S_ch open; ours is the size of what channel c of expert j adds to
-    the layer's output for token i: gate_ij * |h_ijc| * ||W_down[:, c]||, see docs/methods/moqa.md.
+    the block's output for token i: gate_ij * |h_ijc| * ||W_down[:, c]||, see docs/methods/moqa.md.
     """
 
     def __init__(self, down_norms: Tensor) -> None:
@@ -62,7 +64,7 @@ class LayerStatistics:
 
 
 def expert_significance(channel: Tensor) -> Tensor:
-    """Share of a layer's output that each expert carries on a distribution.
+    """Share of a block's output that each expert contributes on a distribution.
 
     >>> expert_significance(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
     tensor([0.7500, 0.2500])
@@ -71,7 +73,7 @@ def expert_significance(channel: Tensor) -> Tensor:
         channel: [experts, channels] summed significance of every channel, float32.
 
     Returns:
-        [experts] shares that sum to 1; experts that no token reached get 0.
+        [experts] shares that sum to 1; experts without tokens get 0.
 
     MoQa (arXiv 2503.21135), equation 1.
     """
@@ -80,17 +82,17 @@ def expert_significance(channel: Tensor) -> Tensor:
 
 
 def expert_similarity(parts: Iterable[Tensor]) -> Tensor:
-    """Cosine between the weights of every two experts of a layer.
+    """Cosine similarity between the weights of every two experts of a block.
 
     >>> expert_similarity([torch.eye(2)])
     tensor([[1., 0.],
             [0., 1.]])
 
     Args:
-        parts: of the experts' weights, each [experts, weights].
+        parts: the experts' weights in parts, each [experts, weights].
 
     Returns:
-        [experts, experts] in -1 to 1, float32.
+        [experts, experts] from -1 to 1, float32.
     """
     products: Tensor = sum(part.float() @ part.float().T for part in parts)  # type: ignore[assignment]
     norms = products.diagonal().sqrt().clamp_min(1e-12)
@@ -98,7 +100,7 @@ def expert_similarity(parts: Iterable[Tensor]) -> Tensor:
 
 
 def layer_similarity(view: ModelView, layer: int) -> Tensor:
-    """`expert_similarity` of a decoder layer, some rows of all experts at a time."""
+    """`expert_similarity` of a block, some rows of all experts at a time."""
 
     def parts() -> Iterator[Tensor]:
         for projection in PROJECTIONS:

@@ -29,7 +29,7 @@ class Profile:
 
     Attributes:
         record: the table of contents.
-        folder: where it lies.
+        folder: of the profile.
         statistics: distribution -> name -> tensor.
         weights: statistics of the weights alone: `rounding` [units, widths] and `layer.N.similarity`.
     """
@@ -41,12 +41,12 @@ class Profile:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Distributions given by the user; the model's own text is not among them."""
+        """Distributions given by the user, without the model's own text."""
         return tuple(name for name in self.statistics if name != SELF)
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
-        """Decoder layers with routed experts."""
+        """Blocks with routed experts."""
         return tuple(sorted({unit.layer for unit in self.record.units if unit.role == "expert"}))
 
     def sensitivity(self, name: str) -> Tensor:
@@ -60,20 +60,20 @@ class Profile:
         return self.statistics[name]["sensitivity"]
 
     def significance(self, name: str, layer: int) -> Tensor:
-        """[experts] share of the layer's output that each expert carries, float32."""
+        """[experts] share of the block's output that each expert contributes, float32."""
         return expert_significance(self.statistics[name][f"layer.{layer}.channel"])
 
     def layer(self, name: str, layer: int, statistic: str) -> Tensor:
-        """A statistic of one layer: `tokens`, `gate_mass`, `channel` or `coactivation`."""
+        """A statistic of one block: `tokens`, `gate_mass`, `channel` or `coactivation`."""
         return self.statistics[name][f"layer.{layer}.{statistic}"]
 
     def samples(self, name: str) -> Tensor:
-        """What the model was called with: [windows, context] token ids, int64, or pixels of images, float32."""
-        found = self.statistics[name]["samples"]
-        return found if found.is_floating_point() else found.long()
+        """Inputs of the model: [windows, context] token ids, int64, or pixels of images, float32."""
+        stored = self.statistics[name]["samples"]
+        return stored if stored.is_floating_point() else stored.long()
 
     def starved(self) -> list[str]:
-        """Experts that no token of any given distribution reached."""
+        """Experts that got no token of any distribution given by the user."""
         found = []
         for layer in self.expert_layers:
             total = torch.stack([self.layer(name, layer, "tokens") for name in self.names]).sum(0)
@@ -87,12 +87,12 @@ def stored_samples(inputs: Tensor) -> Tensor:
 
 
 def write_profile(profile: Profile) -> None:
-    """Write a profile to its folder; the table of contents comes last, so an unfinished folder has none."""
+    """Write a profile to its folder; the table of contents comes last, so that an unfinished folder has none."""
     profile.folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in {**profile.statistics, WEIGHTS: profile.weights}.items():
         path = _file(profile.folder, name)
         save_file({key: value.contiguous() for key, value in tensors.items()}, path)
-        path.chmod(0o644)  # the library writes for the owner alone
+        path.chmod(0o644)  # safetensors creates files that only the owner can read
     write_json(profile.record, profile.folder / RECORD)
 
 
@@ -103,7 +103,7 @@ def read_profile(folder: str | Path) -> Profile:
     'qwen3_moe'
 
     Raises:
-        MoqaError: if it is no profile, from a newer format, or one of its files is missing or corrupted.
+        MoqaError: if it is not a profile, has a newer format, or one of its files is missing or corrupted.
     """
     folder = Path(folder)
     record = read_json(ProfileRecord, folder / RECORD)
@@ -114,7 +114,7 @@ def read_profile(folder: str | Path) -> Profile:
         try:
             loaded[name] = load_file(_file(folder, name))
         except (SafetensorError, OSError) as error:
-            raise MoqaError(f"profile {folder} lacks a sound {_file(folder, name).name}", str(error)) from None
+            raise MoqaError(f"profile {folder} lacks a readable {_file(folder, name).name}", str(error)) from None
     weights = loaded.pop(WEIGHTS)
     measured = loaded if record.settings.sensitivity else {}
     for name, table in [*((n, loaded[n].get("sensitivity")) for n in measured), (WEIGHTS, weights.get("rounding"))]:

@@ -1,4 +1,4 @@
-"""A trial of profiling one decoder layer: both passes and the model's own text on a few samples, timed."""
+"""A trial of profiling one block: both passes and the model's own text on a few samples, timed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,37 +15,37 @@ from moqa.models.view import ModelView
 from moqa.profiling.passes import BlockPass, ErrorSettings, ProfiledSamples, go_back, go_forward
 from moqa.profiling.selfsample import OWN_BATCH, draw
 
-# steps of writing text that are timed
+# decoding steps that are timed
 _STEPS = 4
 
 
 @dataclass(frozen=True)
 class ProfileTrial:
-    """Two distributions, few samples and more, on their way through some decoder layers.
+    """Profiles single blocks on two distributions, one of few samples and one of more.
 
     Args:
-        site: the model, and a work folder that is thrown away.
-        how: errors are made and measured.
-        few: samples.
-        more: of them.
+        workspace: the model, and a work folder that is thrown away.
+        how: how errors are made and measured.
+        few: the smaller distribution.
+        more: the larger one.
     """
 
-    site: Workspace
+    workspace: Workspace
     how: ErrorSettings
     few: Tensor
     more: Tensor
 
     def layer(self, layer: int, few_experts: Sequence[int], watch: Stopwatch) -> ProfileRates:
-        """Rates of a decoder layer; `few_experts` are those whose errors are made."""
+        """Rates of a block; errors are made for `few_experts` only."""
         names = {"few": self.few, "more": self.more}
         for name, tokens in names.items():
             self._place(layer, name, tokens)
-        weights = watch.seconds(lambda: go_forward(self.site, BlockPass(layer, self.how)))
-        counts = [self.site.stages.task.count(tokens) for tokens in names.values()]
+        weights = watch.seconds(lambda: go_forward(self.workspace, BlockPass(layer, self.how)))
+        counts = [self.workspace.stages.task.count(tokens) for tokens in names.values()]
 
         def forward(name: str) -> float:
             given = BlockPass(layer, self.how, name)
-            return watch.seconds(lambda: self._flushed(lambda: go_forward(self.site, given)))
+            return watch.seconds(lambda: self._flushed(lambda: go_forward(self.workspace, given)))
 
         first, second = (forward(name) for name in names)
         rates = ProfileRates(weights, _line(counts, [first, second]))
@@ -55,7 +55,7 @@ class ProfileTrial:
         def back(name: str, experts: Sequence[int], together: int) -> float:
             how = replace(self.how, experts=together)
             given = BlockPass(layer, how, name, experts=tuple(experts))
-            return watch.seconds(lambda: self._flushed(lambda: go_back(self.site, given)))
+            return watch.seconds(lambda: self._flushed(lambda: go_back(self.workspace, given)))
 
         linear = [back(name, (), 1) for name in names]
         rates = replace(rates, back=_line(counts, linear))
@@ -72,8 +72,8 @@ class ProfileTrial:
         return rates
 
     def labels(self, watch: Stopwatch) -> TokenCost:
-        """What drawing labels costs for each token of a distribution."""
-        flow, stages = self._flow("few", self.few), self.site.stages
+        """Cost of drawing labels, per token of a distribution."""
+        flow, stages = self._flow("few", self.few), self.workspace.stages
         for number in flow.measured:
             states = states_in_front(stages, self.few[len(self.few) // 2 :], (stages.depth,))
             flow.hidden.put(stages.depth, number, states[stages.depth])
@@ -81,38 +81,38 @@ class ProfileTrial:
         return TokenCost(0.0, watch.seconds(lambda: flow.draw_labels(stages, generator)) / stages.task.count(self.few))
 
     def _place(self, layer: int, name: str, tokens: Tensor) -> None:
-        """Put samples in front of a layer, and gradients behind it."""
+        """Save samples at the input of a block, and gradients at its output."""
         flow = self._flow(name, tokens)
-        # half of the samples are one batch to calibrate on, the others one to measure
+        # half of the samples are a batch to calibrate on, the other half one to measure on
         for number, inputs in enumerate(tokens.chunk(2)):
-            states = states_in_front(self.site.stages, inputs, (layer, layer + 1))
+            states = states_in_front(self.workspace.stages, inputs, (layer, layer + 1))
             flow.hidden.put(layer, number, states[layer])
             if number in flow.measured:
                 flow.put_gradient(layer + 1, number, torch.randn_like(states[layer + 1]))
 
     def _flow(self, name: str, tokens: Tensor) -> ProfiledSamples:
-        stages, work = self.site.stages, self.site.work
-        return self.site.once(("flow", name), lambda: ProfiledSamples(name, tokens, stages, work))
+        stages, work = self.workspace.stages, self.workspace.work
+        return self.workspace.once(("flow", name), lambda: ProfiledSamples(name, tokens, stages, work))
 
     def _flushed(self, work: Callable[[], None]) -> None:
         work()
-        self.site.work.flush()
+        self.workspace.work.flush()
 
 
 @torch.no_grad()
 def try_self_sampling(
     view: ModelView, firsts: Sequence[int], windows: int, context: int, watch: Stopwatch
 ) -> tuple[float, dict[int, float]]:
-    """Seconds in which a model writes a token of each window: outside its decoder layers, and in some of them.
+    """Seconds in which a model writes one token of each window: outside its blocks, and in some of them.
 
     Args:
         view: the model.
-        firsts: indices of decoder layers, ascending; all before the last of them are read.
-        windows: that are written.
-        context: tokens of each; what is timed happens in their middle.
+        firsts: indices of blocks, ascending; all blocks up to the last of them are read.
+        windows: number of windows.
+        context: tokens in each; the timed tokens are in the middle.
         watch: times the work.
     """
-    # not the same token everywhere: an expert that no window is sent to takes no time
+    # random tokens, because an expert that gets none would take no time
     shape = (min(windows, OWN_BATCH), max(1, context // 2))
     tokens = torch.randint(view.classes, shape, generator=torch.Generator().manual_seed(0))
     with view.held(range(firsts[-1] + 1)):
@@ -138,7 +138,7 @@ def _step(view: ModelView, depth: int, tokens: Tensor, watch: Stopwatch) -> floa
 
 @contextmanager
 def _first_layers(view: ModelView, count: int) -> Iterator[None]:
-    """Let a model end after its first decoder layers."""
+    """A `with` block in which a model ends after its first blocks."""
     lists = ((module, getattr(module, "layers", None)) for module in view.model.modules())
     owner, layers = next(
         (module, found) for module, found in lists if isinstance(found, nn.ModuleList) and [*found] == view.blocks

@@ -1,1 +1,1 @@
-"""Storage: folders that appear whole or not at all, long work that survives a kill, JSON artifacts."""
+"""Storage: folders that appear complete or not at all, long work that survives a kill, and JSON artifacts."""

@@ -13,7 +13,7 @@ Record = TypeVar("Record", bound=BaseModel)
 
 
 def write_json(record: BaseModel | dict, path: Path) -> None:
-    """Write a record with sorted keys, so that artifacts diff well and equal records are equal files.
+    """Write a record with sorted keys, so that artifacts diff well and equal records give equal files.
 
     >>> write_json(plan, Path("plan.json"))
     """
@@ -25,11 +25,12 @@ def write_json(record: BaseModel | dict, path: Path) -> None:
 def read_json(kind: type[Record], path: Path) -> Record:
     """Read and validate a record.
 
-    >>> read_json(Plan, Path("plan.json")).strategy
-    'moqa-budget'
+    >>> write_json(plan, Path("plan.json"))
+    >>> read_json(type(plan), Path("plan.json")) == plan
+    True
 
     Raises:
-        MoqaError: if the file is missing, not JSON, or not such a record; names the first field that is wrong.
+        MoqaError: if the file is missing, not JSON, or not such a record; names the first wrong field.
     """
     name = kind.__name__.lower()
     try:
@@ -46,7 +47,7 @@ def read_json(kind: type[Record], path: Path) -> Record:
 
 
 def checksum(data: dict) -> str:
-    """Hash of a record's JSON, whatever its layout is; its own `checksum` does not count.
+    """Hash of a record's JSON, independent of its layout; the key `checksum` is left out.
 
     >>> checksum({"a": 1, "checksum": "0"}) == checksum({"a": 1})
     True

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written beside the target, renamed when they are whole."""
+"""Folders that appear complete or not at all: written next to the target and renamed when complete."""
 
 import os
 import shutil
@@ -12,14 +12,16 @@ from moqa.errors import MoqaError
 
 @contextmanager
 def finished_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `out` if the block ends well, and is removed if it does not.
+    """A temporary folder that becomes `out` if the `with` block succeeds, and is removed if it fails.
 
-    >>> with finished_folder(Path("out")) as folder:
-    ...     (folder / "moqa.json").write_text("{}")
+    >>> with finished_folder(Path("runs/finished")) as folder:
+    ...     _ = (folder / "moqa.json").write_text("{}")
+    >>> Path("runs/finished/moqa.json").is_file()
+    True
 
     Args:
         out: the folder to make.
-        overwrite: replace a folder that is there.
+        overwrite: replace an existing folder.
 
     Raises:
         MoqaError: if `out` exists and may not be replaced, or its parent cannot be written.
@@ -39,7 +41,7 @@ def finished_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, out: Path) -> None:
-    """Make a whole folder the result, in the place of one that may be there."""
+    """Rename a complete folder to the result, replacing an existing one."""
     for path in folder.rglob("*"):
         sync(path)
     folder.chmod(0o755)
@@ -58,7 +60,7 @@ def put_in_place(folder: Path, out: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk when this returns."""
+    """Write a file's bytes, or a folder's entries, through to the disk (fsync)."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -67,7 +69,7 @@ def sync(path: Path) -> None:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Refuse to replace what is there unless told so; a folder that is no output of moqa is never replaced.
+    """Refuse to replace an existing result without `overwrite`, and anything that is not an output of moqa.
 
     Raises:
         MoqaError: naming the folder.
@@ -81,13 +83,13 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 
 def is_taken(out: Path) -> bool:
-    """Whether something is there already; an empty folder is nothing.
+    """Whether something exists at a path; an empty folder does not count.
 
     Raises:
-        MoqaError: if nothing can be made there.
+        MoqaError: if no folder can be made there.
     """
     if out.name in ("", ".."):
-        raise MoqaError(f"{out} is no name of a folder to make", "give its name, or its path")
+        raise MoqaError(f"{out} is not the name of a new folder", "give a name or a path")
     try:
         return out.exists() and not (out.is_dir() and not any(out.iterdir()))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Steps of work that live in memory, for work that is too short to survive a kill."""
+"""Steps of work in memory, for work that is too short to be worth resuming."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 class StepStore(Protocol):
-    """Where steps of work lie: `ResumableRun` on the disk, `InMemoryRun` in memory."""
+    """Where the results of steps are kept: `ResumableRun` on the disk, `InMemoryRun` in memory."""
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors aside."""
+        """Save tensors under a name."""
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """Tensors that were put aside."""
+        """Saved tensors."""
 
     def remove(self, name: str) -> None:
-        """Remove tensors that are needed no more; a pattern removes several."""
+        """Remove saved tensors; a pattern such as `hidden-*` removes several."""
 
     def mark_done(self, name: str, facts: Mapping[str, Any]) -> None:
         """Record that a step is done."""
@@ -49,8 +49,8 @@ class InMemoryRun:
 
     def remove(self, name: str) -> None:
         """See `StepStore`."""
-        for found in [key for key in self._tensors if fnmatch(key, name)]:
-            del self._tensors[found]
+        for key in [key for key in self._tensors if fnmatch(key, name)]:
+            del self._tensors[key]
 
     def mark_done(self, name: str, facts: Mapping[str, Any]) -> None:
         """See `StepStore`."""

@@ -1,4 +1,4 @@
-"""Long work that survives a kill: what is done lies beside the result, and the same command goes on from there."""
+"""Long work that survives a kill: finished steps are kept next to the result, and the same command continues."""
 
 import fcntl
 import json
@@ -21,15 +21,17 @@ _JOB, _LOCK, _RESULT, _STEPS = "job.json", "lock", "result", "steps"
 
 
 class ResumableRun:
-    """A folder on its way to be whole.
+    """A folder that is not complete yet, with the steps that are done.
 
-    >>> with resumable(Path("out"), {"model": "..."}) as work:
+    >>> with resumable(Path("runs/resumed"), {"model": "..."}) as work:
     ...     if work.done("layer-0") is None:
     ...         work.save("hidden-1", {"x": torch.ones(3)})
     ...         work.mark_done("layer-0", {"error": 0.1})
+    >>> Path("runs/resumed").is_dir()
+    True
 
     Attributes:
-        folder: where the work lies; other processes open it by this.
+        folder: the work folder; other processes open it by this path.
         result: folder that becomes the result.
     """
 
@@ -43,18 +45,18 @@ class ResumableRun:
         return any(self._steps.glob("*.json"))
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors aside; they are safe once a later `mark_done` is made."""
+        """Save tensors under a name; they are safe on the disk after the next `mark_done`."""
         path, fresh = self._steps / f"{name}.safetensors", self._steps / f".{uuid4().hex}"
         try:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, fresh)
-            # at once: a worker that was thought lost may write the same again while others read it
+            # atomically: a worker that was believed lost may write the same file again while others read it
             fresh.rename(path)
         finally:
             fresh.unlink(missing_ok=True)
         self._fresh.append(path)
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """Tensors that were put aside.
+        """Saved tensors.
 
         Raises:
             MoqaError: if they are damaged.
@@ -63,20 +65,20 @@ class ResumableRun:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise MoqaError(f"{path} is damaged ({error})", "begin anew with --restart") from None
+            raise MoqaError(f"{path} is damaged ({error})", "start over with --restart") from None
 
     def remove(self, name: str) -> None:
-        """Remove tensors that are needed no more; a pattern removes several."""
+        """Remove saved tensors; a pattern such as `hidden-*` removes several."""
         for path in self._steps.glob(f"{name}.safetensors"):
             path.unlink()
 
     def mark_done(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Record that a step is done: all that was put aside before is on the disk when this returns."""
+        """Record that a step is done; everything that was saved before is on the disk when this returns."""
         self.flush()
         _write_whole(self._steps / f"{name}.json", facts)
 
     def flush(self) -> None:
-        """Have all that this process put aside on the disk, for a `mark_done` that another one makes."""
+        """Write everything that this process saved through to the disk, before another process calls `mark_done`."""
         for path in self._fresh:
             if path.is_file():
                 sync(path)
@@ -91,20 +93,20 @@ class ResumableRun:
 def resumable(
     out: Path, job: Mapping[str, Any], overwrite: bool = False, restart: bool = False
 ) -> Iterator[ResumableRun]:
-    """Work on a folder that becomes `out` if the block ends well.
+    """Work on a folder that becomes `out` if the `with` block succeeds.
 
-    After a kill, a stop, or trouble with the disk or the memory, the steps that are done stay beside `out`
-    for the next time; after any other error nothing does.
+    After a kill, a stop, or a disk or memory error, the finished steps stay next to `out` for the next run; after any
+    other error nothing stays.
 
     Args:
         out: the folder to make.
-        job: all that the result depends on, as JSON.
-        overwrite: replace a folder that is there.
-        restart: forget earlier work.
+        job: everything that the result depends on, as JSON.
+        overwrite: replace an existing folder.
+        restart: discard earlier work.
 
     Raises:
-        MoqaError: if `out` may not be replaced or cannot be written, another process is at it, or earlier work on it
-            was another job.
+        MoqaError: if `out` may not be replaced or cannot be written, another process is writing it, or earlier work
+            on it belongs to another job.
     """
     check_free(out, overwrite)
     folder = folder_beside(out)
@@ -133,21 +135,21 @@ def resumable(
             if isinstance(error, MoqaError) and not isinstance(error, UnreadableError):
                 raise
             keep = work.begun
-            again = "run the same command again to go on"
+            again = "run the same command again to continue"
             if isinstance(error, UnreadableError):
-                raise MoqaError(str(error), f"{again} once it can be" if keep else "") from None
+                raise MoqaError(str(error), f"{again} once it can be read" if keep else "") from None
             raise MoqaError(f"{out} could not be written: {error}", again if keep else "nothing was kept") from None
         except (KeyboardInterrupt, SystemExit, MemoryError, Stopped):
             keep = work.begun
             raise
         finally:
-            # where the folder was removed, another process may have begun anew
+            # if the folder was removed, another process may have started a new one
             if not keep and (_holds(lock, folder) or not (folder / _LOCK).exists()):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def folder_beside(out: Path) -> Path:
-    """Where work on `out` lies until it is whole."""
+    """The work folder of `out` until it is complete."""
     return out.with_name(f".{out.name}.partial")
 
 
@@ -160,7 +162,7 @@ def _locked(folder: Path, out: Path) -> IO[str]:
         except BlockingIOError:
             lock.close()
             raise MoqaError(f"{out} is being written by another process", "wait for it, or choose another -o") from None
-        # the process that held it may have removed the folder meanwhile
+        # the process that held the lock may have removed the folder in the meantime
         if _holds(lock, folder):
             return lock
         lock.close()
@@ -168,7 +170,7 @@ def _locked(folder: Path, out: Path) -> IO[str]:
 
 
 def _holds(lock: IO[str], folder: Path) -> bool:
-    """Whether the folder's lock is still this one."""
+    """Whether the folder's lock file is still this one."""
     path = folder / _LOCK
     return path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
 
@@ -178,7 +180,7 @@ def _removed(out: Path, folder: Path) -> MoqaError:
 
 
 def _same_job(folder: Path, job: Mapping[str, Any], out: Path, restart: bool) -> None:
-    """Go on with earlier work on the same job, or clear the folder for this one."""
+    """Keep earlier work on the same job, or clear the folder for this one."""
     wanted, old = json.loads(json.dumps(job)), _read(folder / _JOB)
     if old == wanted and not restart and (folder / _RESULT).is_dir():
         return
@@ -186,7 +188,7 @@ def _same_job(folder: Path, job: Mapping[str, Any], out: Path, restart: bool) ->
         key = next(key for key in sorted(old.keys() | wanted.keys()) if old.get(key) != wanted.get(key))
         raise MoqaError(
             f"{out} has an unfinished run with {key} {_short(old.get(key))}, this one has {_short(wanted.get(key))}",
-            "finish that one with its own command, or begin anew with --restart",
+            "finish that one with its own command, or start over with --restart",
         )
     for path in (folder / _STEPS, folder / _RESULT):
         shutil.rmtree(path, ignore_errors=True)
@@ -203,7 +205,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write_whole(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write JSON that is either there or not."""
+    """Write JSON atomically."""
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps(facts), encoding="utf-8")
     sync(fresh)

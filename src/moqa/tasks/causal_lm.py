@@ -1,4 +1,4 @@
-"""Causal language models: windows of tokens, each token predicted from those before it."""
+"""Causal language models: windows of tokens, each token predicted from the ones before it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare exceptions, transformers all kinds
+    except Exception as error:  # the tokenizers library raises bare Exceptions, transformers many kinds
         raise MoqaError(f"{folder} has no tokenizer that transformers can read", one_line(error)) from None
 
 
@@ -96,11 +96,11 @@ class CausalLM(Task):
         return logits.flatten(0, 1)
 
     def scored(self, logits: Tensor) -> Tensor:
-        """Of every token of a window but the last, which predicts what is not there."""
+        """Logits of all tokens of a window but the last, whose next token is not in the window."""
         return logits[:, :-1].flatten(0, 1)
 
     def targets(self, samples: Samples) -> Iterator[Tensor]:
-        """The tokens that follow."""
+        """The next tokens."""
         return (batch[:, 1:].reshape(-1) for batch in self.batches(samples.inputs))
 
     def processor(self, folder: str | Path) -> Any:
@@ -112,7 +112,7 @@ class CausalLM(Task):
         return load_tokenizer(folder)
 
     def sources(self, data: Data, reader: Any) -> list[Source]:
-        """Texts; see `moqa.data.read_distribution`."""
+        """Distributions of text, see `moqa.data.read_distribution`."""
         return list(as_distributions(data, reader))
 
     def split(self, source: Source) -> tuple[Source, Source]:
@@ -120,7 +120,7 @@ class CausalLM(Task):
         return split_held_out(as_text(source))
 
     def context(self, context: int) -> int:
-        """Tokens of a window."""
+        """Predictions of a window: one per token."""
         return context
 
     def cut(self, source: Source, reader: Any, context: int, count: int | None = None, seed: int = 0) -> Windows:
@@ -132,5 +132,5 @@ class CausalLM(Task):
         return inputs.split(max(1, self.batch_size // inputs.shape[1]))
 
     def count(self, inputs: Tensor) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return inputs.numel()

@@ -1,4 +1,4 @@
-"""Image classifiers: pictures, each with one class."""
+"""Image classifiers: images, each with one class."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,24 +14,21 @@ from moqa.tasks.task import Samples, Task, paths_in
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# names under which families keep what an image goes through one after the other
+# names of the module lists in which families hold their stages or layers
 _BLOCKS = ("stages", "layers", "layer", "blocks")
-# pixels of a probe where a family takes images of any size
+# height and width of a probe where a family takes images of any size
 _SMALLEST = 32
 
 
 class ClassReader:
-    """Makes pixels of images, and numbers of the names of their classes, for the model in a folder.
+    """Turns images into pixels and class names into numbers, for the model in a folder.
 
-    >>> ClassReader("reference/image/model", processor).label("airplane")
+    >>> ClassReader("reference/image/model", processor=None).label("airplane")
     0
 
     Args:
         folder: of the model; its config.json names the classes.
-        processor: transformers' own.
-
-    Raises:
-        MoqaError: if the configuration names no classes.
+        processor: image processor of transformers.
     """
 
     def __init__(self, folder: str | Path, processor: Any) -> None:
@@ -43,7 +40,7 @@ class ClassReader:
         self._classes = {name: number for number, name in classes}
 
     def pixels(self, images: list[Any]) -> Tensor:
-        """[images, channels, height, width] of opened images."""
+        """[images, channels, height, width] pixels of opened images."""
         return self._processor(images=images, return_tensors="pt")["pixel_values"]
 
     def label(self, name: str) -> int:
@@ -54,7 +51,7 @@ class ClassReader:
             return int(name)
         names = list(self._classes)
         shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        raise MoqaError(f"{name} is no class of {self._folder}", f"its {len(names)} classes are {shown}")
+        raise MoqaError(f"{name} is not a class of {self._folder}", f"its {len(names)} classes are {shown}")
 
 
 class ImageClassification(Task):
@@ -77,7 +74,7 @@ class ImageClassification(Task):
         return AutoModelForImageClassification
 
     def blocks(self, model: nn.Module) -> list[str]:
-        """Stages of a convolutional network, or layers of an encoder: the outermost list of modules so named."""
+        """Stages of a convolutional network, or layers of an encoder: the outermost module list with a usual name."""
         found = [
             (path.count("."), _BLOCKS.index(path.rpartition(".")[2]), module)
             for path, module in model.named_modules()
@@ -89,7 +86,7 @@ class ImageClassification(Task):
         return paths_in(model, min(found, key=lambda entry: entry[:2])[2])
 
     def ends(self, model: "PreTrainedModel") -> list[Any]:  # noqa: ARG002
-        """None: what is before and behind the blocks is small."""
+        """None: what comes before and after the blocks is small."""
         return []
 
     def depth(self, config: "PretrainedConfig") -> int:
@@ -110,15 +107,15 @@ class ImageClassification(Task):
         return torch.zeros(len(hidden), *_shape(model))
 
     def predictions(self, logits: Tensor) -> Tensor:
-        """[images, classes]."""
+        """[images, classes] logits."""
         return logits
 
     def scored(self, logits: Tensor) -> Tensor:
-        """Of every image."""
+        """Logits of all images."""
         return logits
 
     def targets(self, samples: Samples) -> Iterator[Tensor]:
-        """Classes."""
+        """Classes of the images."""
         assert isinstance(samples, ImageSamples)
         return iter(samples.labels.split(self.batch_size))
 
@@ -130,7 +127,7 @@ class ImageClassification(Task):
             return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         except ImportError:
             raise MoqaError("images need the package pillow", "pip install 'moqa[image]'") from None
-        except Exception as error:  # transformers fails on a foreign configuration in any way
+        except Exception as error:  # transformers raises many kinds of errors here
             raise MoqaError(f"{folder} has no image processor that transformers can read", one_line(error)) from None
 
     def reader(self, folder: str | Path) -> "ClassReader":
@@ -138,7 +135,7 @@ class ImageClassification(Task):
         return ClassReader(folder, self.processor(folder))
 
     def sources(self, data: Data, reader: Any) -> list[Source]:  # noqa: ARG002
-        """Folders of images by class; see `moqa.data.read_images`."""
+        """Folders of images by class, see `moqa.data.read_images`."""
         if isinstance(data, Mapping):
             specs: list[Any] = [f"{name}={value}" for name, value in data.items()]
         else:
@@ -155,7 +152,7 @@ class ImageClassification(Task):
         return split_images(_images(source))
 
     def context(self, context: int) -> int:  # noqa: ARG002
-        """One prediction for an image."""
+        """Predictions of an image: one."""
         return 1
 
     def cut(
@@ -169,7 +166,7 @@ class ImageClassification(Task):
         return inputs.split(self.batch_size)
 
     def count(self, inputs: Tensor) -> int:
-        """Images."""
+        """Number of images."""
         return len(inputs)
 
 

@@ -1,4 +1,4 @@
-"""The tasks by name, and the one that a configuration is for."""
+"""The tasks by name, and the task of a model's configuration."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,17 +26,17 @@ def find_task(name: str) -> Task:
 
 
 def task_of(config: "PretrainedConfig", folder: Path | None = None) -> Task:
-    """The task of a model's configuration; where transformers has models of several, its `architectures` decide.
+    """The task of a model's configuration; if several tasks fit, its `architectures` decide.
 
     >>> task_of(model.config).name
     'causal_lm'
 
     Args:
         config: of the model.
-        folder: that it was read from, for the message.
+        folder: where it was read from, for the message.
 
     Raises:
-        MoqaError: if it is for none of them.
+        MoqaError: if no task fits.
     """
     fitting = [task for task in TASKS.values() if task.accepts(config)]
     named = [task for task in fitting if set(config.architectures or ()) & _class_names(task, config)]
@@ -48,14 +48,14 @@ def task_of(config: "PretrainedConfig", folder: Path | None = None) -> Task:
 
 
 def check_language_model(config: "PretrainedConfig", what: str | Path) -> None:
-    """Refuse a model that writes no text.
+    """Refuse a model that does not write text.
 
     Args:
         config: of the model.
-        what: the user gave.
+        what: the model as the user gave it.
 
     Raises:
-        MoqaError: naming what the model is.
+        MoqaError: naming the kind of the model.
     """
     task = task_of(config)
     if not task.writes_samples:

@@ -1,4 +1,4 @@
-"""What every task says: the one place where text and images differ."""
+"""The interface of tasks: the one place where text and images differ."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ class Samples(Protocol):
     Attributes:
         name: of the distribution.
         inputs: [samples, ...] what the model is called with.
-        hashes: [hashes] uint64, sorted and unique: of the samples' content, to find overlaps.
+        hashes: [hashes] uint64, sorted and unique: content hashes of the samples, to find overlaps.
     """
 
     @property
@@ -36,19 +36,18 @@ class Samples(Protocol):
 
 
 class Task(Protocol):
-    """A task of transformers' models.
+    """A task that models of transformers are made for.
 
-    >>> task = task_of(model.config)
+    >>> task = view.task
     >>> task.name, task.batch_size
     ('causal_lm', 1024)
 
     Attributes:
         name: as profiles record it.
         kind: what a model of this task is called in messages.
-        batch_size: predictions that go through a block together.
-        batch_dims: leading dimensions that hidden states share with the batch they come from.
-        predicts_each: whether there is a prediction for every position, and so a label of its own for each; else one
-            for a whole sample.
+        batch_size: predictions in one batch.
+        batch_dims: number of leading dimensions that hidden states share with their batch.
+        predicts_each: whether each position has its own prediction and label; else each sample has one.
         writes_samples: whether a model can write samples itself, for a plan's hedge.
     """
 
@@ -63,17 +62,17 @@ class Task(Protocol):
         """Whether transformers has a model of this task for a configuration."""
 
     def auto_class(self) -> Any:
-        """transformers' class that makes such models."""
+        """The auto class of transformers that builds such models."""
 
     def blocks(self, model: nn.Module) -> list[str]:
         """Paths of the blocks that hidden states go through, one after the other.
 
         Raises:
-            MoqaError: if they cannot be found; says where they were looked for.
+            MoqaError: if they cannot be found; names what was looked for.
         """
 
     def ends(self, model: "PreTrainedModel") -> list[Any]:
-        """Modules before and behind the blocks that are read when they are used; all others are read at once."""
+        """Modules outside the blocks that are read only when they are used; all others are read at once."""
 
     def depth(self, config: "PretrainedConfig") -> int:
         """Number of blocks of a model with this configuration."""
@@ -82,36 +81,36 @@ class Task(Protocol):
         """The smallest batch."""
 
     def call(self, model: nn.Module, batch: Tensor) -> Tensor:
-        """What the model answers to a batch: logits."""
+        """The model's logits for a batch."""
 
     def stand_in(self, model: nn.Module, hidden: Tensor) -> Tensor:
-        """A batch as large as that of some hidden states, where its values do not matter."""
+        """A batch with the shape of the one that led to some hidden states; its values do not matter."""
 
     def predictions(self, logits: Tensor) -> Tensor:
-        """[predictions, classes] of all that was answered to a batch."""
+        """[predictions, classes] all logits of a batch."""
 
     def scored(self, logits: Tensor) -> Tensor:
-        """[predictions, classes] of what was answered to a batch and has a label."""
+        """[predictions, classes] those logits of a batch that have a label."""
 
     def targets(self, samples: Samples) -> Iterator[Tensor]:
-        """[predictions] labels of what `scored` gives, batch by batch."""
+        """[predictions] labels of what `scored` returns, batch by batch."""
 
     def processor(self, folder: str | Path) -> Any:
-        """transformers' tokenizer or image processor of a model folder.
+        """The tokenizer or image processor of a model folder.
 
         Raises:
             MoqaError: if the folder has none.
         """
 
     def reader(self, folder: str | Path) -> Any:
-        """What `sources` and `cut` read data with, for the model in a folder.
+        """The reader that `sources` and `cut` need for the model in a folder.
 
         Raises:
             MoqaError: if the folder lacks what is needed.
         """
 
     def sources(self, data: Data, reader: Any) -> list[Source]:
-        """Distributions from NAME=SOURCE specs, name -> source, or ready ones.
+        """Distributions from NAME=SOURCE specs or name -> source; ready ones are returned as they are.
 
         Raises:
             MoqaError: if one cannot be read, or is for another task.
@@ -138,13 +137,13 @@ class Task(Protocol):
         """Inputs in batches of about `batch_size` predictions."""
 
     def count(self, inputs: Tensor) -> int:
-        """How many predictions inputs have."""
+        """Number of predictions for some inputs."""
 
 
 def paths_in(model: nn.Module, blocks: nn.ModuleList) -> list[str]:
     """Paths in a model of the modules of a list.
 
-    >>> paths_in(model, model.model.layers)[:2]
+    >>> paths_in(view.model, view.model.model.layers)[:2]
     ['model.layers.0', 'model.layers.1']
     """
     root = next(path for path, module in model.named_modules() if module is blocks)
