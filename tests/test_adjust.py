@@ -321,7 +321,7 @@ class TestCommand:
             ("part", ("--mode", "swap"), "needs the whole original"),
             ("full", ("--mode", "fp8"), "--mode fp8 is unknown"),
             ("full", ("--rule", "size"), "--rule size is unknown"),
-            ("full", ("--bytes", "half"), "--bytes half is no share"),
+            ("full", ("--bytes", "half"), "--bytes half is not a share"),
             ("full", ("--bytes", "0.01%"), "bytes are too few for a channel of this model: give at least"),
             ("full", ("--samples", "3"), "needs at least 8: 2048 tokens"),
             ("full", ("--data", PYTHON.replace("python", "math")), "2 distributions to adjust to"),

@@ -234,7 +234,7 @@ class TestSpace:
 class TestTimeLimit:
     @pytest.mark.parametrize("text", ["0", "abc", "-5s", "0s", "0.0h", "", "5", "s", "1e3s", "inf s", "5 weeks"])
     def test_no_times(self, text):
-        assert refusal(seconds_of, text) == f"--time-limit {text} is no time: give e.g. 90m, 2h or 1.5d"
+        assert refusal(seconds_of, text) == f"--time-limit {text} is not a time: give e.g. 90m, 2h or 1.5d"
 
     def test_every_run_gets_one_piece_further(self, work, sharded, out):
         stops = []
@@ -257,9 +257,10 @@ class TestTimeLimit:
             str(out), "--samples", "4", "--context", "32", "--self-samples", "0", "--time-limit",
         ]  # fmt: skip
         found = subprocess.run([*command, "-5s"], check=False, capture_output=True, text=True)
-        assert (found.returncode, found.stderr) == (2, "moqa: --time-limit -5s is no time: give e.g. 90m, 2h or 1.5d\n")
+        message = "moqa: --time-limit -5s is not a time: give e.g. 90m, 2h or 1.5d\n"
+        assert (found.returncode, found.stderr) == (2, message)
         assert list(out.parent.iterdir()) == []
         found = subprocess.run([*command, "0.000001s"], check=False, capture_output=True, text=True)
         assert found.returncode == 75
-        assert found.stderr.endswith("in activation 1/2; the same command goes on from there\n")
+        assert found.stderr.endswith("in activation 1/2; the same command continues from there\n")
         assert subprocess.run([*command, "1h"], check=False, capture_output=True).returncode == 0

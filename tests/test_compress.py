@@ -134,7 +134,7 @@ class TestAStrategyThatIsNew:
             moqa.plan(tiny_profile, strategy=made_up)
         with pytest.raises(MoqaError, match=r"--strategy made-up ranks experts.*has none: use uniform or moqa-budget"):
             moqa.plan(dense_profile, "6bpw", strategy=made_up)
-        with pytest.raises(MoqaError, match=r"--hedge 0\.1 does not apply to --strategy random: it does to .*made-up"):
+        with pytest.raises(MoqaError, match=r"--hedge 0\.1 does not apply to --strategy random: it .* to .*made-up"):
             moqa.plan(tiny_profile, "6bpw", strategy="random", hedge=0.1)
 
     def test_is_recommended_where_it_works(self, dense_profile):

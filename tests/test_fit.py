@@ -202,7 +202,7 @@ class TestCommands:
             ),
             (("--bpw", "3", "--batch", "2"), ("--batch 2 needs --fit",)),
             (("--fit", "lots"), ("--fit lots is not a size", "3.5GB")),
-            (("--fit", "8GiB", "--context", "4096"), ("--fit 8GiB --context 4096", "holds 2048")),
+            (("--fit", "8GiB", "--context", "4096"), ("--fit 8GiB --context 4096", "context is 2048 tokens")),
             (
                 ("--fit", "200MiB", "--batch", "2"),
                 ("--fit 200MiB --context 2048 --batch 2", "weights", "cache", "it fits in"),
@@ -225,7 +225,7 @@ class TestCommands:
         code, _, err = moqa_command(
             "plan", measured.folder, "--bpw", "3", "--context", "512", "-o", tmp_path / "plan.json"
         )
-        assert (code, err) == (2, "moqa: --context 512 needs --fit: it is for a budget of memory, e.g. --fit 8GiB\n")
+        assert (code, err) == (2, "moqa: --context 512 needs --fit: it belongs to a memory budget, e.g. --fit 8GiB\n")
 
     @pytest.mark.parametrize("option", [("--fit", "8GiB"), ("--batch", "2")])
     def test_a_plan_holds_its_budget(self, moqa_command, tmp_path, option):
@@ -233,7 +233,7 @@ class TestCommands:
             "quantize", MODEL, "--plan", tmp_path / "plan.json", *option, "-o", tmp_path / "out"
         )
         assert code == 2
-        assert "already holds texts and budget" in err
+        assert "already contains the texts and the budget" in err
         assert "--fit" in err
 
     def test_widths_that_cannot_be_stored(self, moqa_command, tmp_path):

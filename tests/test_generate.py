@@ -316,7 +316,7 @@ class TestGenerate:
         assert last.finish.decode_tokens_per_second is None
 
     def test_refuses_text_that_is_none(self, tiny):
-        with pytest.raises(MoqaError, match="no valid Unicode"):
+        with pytest.raises(MoqaError, match="not valid Unicode"):
             generate(*tiny, "\ud800")
 
     def test_knows_the_end_tokens_of_generation_config(self, packed, tmp_path):

@@ -32,7 +32,7 @@ def test_what_is_no_size(typed):
 
 @pytest.mark.parametrize("bpw", [0, -1, 64, 1e9, float("nan"), float("inf")])
 def test_what_is_no_number_of_bits(bpw):
-    with pytest.raises(MoqaError, match="is no number of bits"):
+    with pytest.raises(MoqaError, match="is not a number of bits"):
         Budget.parse(bpw=bpw)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from moqa import MoqaError
 from moqa.cli.progress import Log, lines, logged, words
 from moqa.cli.progress.lines import Lines
-from moqa.cli.progress.steps import PIECES, Step, Steps
+from moqa.cli.progress.steps import PACE_PIECES, Step, Steps
 from moqa.cli.progress.terminal import Terminal
 
 FACTS = {"layer": 3, "expert": 17, "experts": 64, "error": 0.01234, "tokens": 640}
@@ -78,11 +78,11 @@ class TestSteps:
 
     def test_the_pace_is_that_of_the_last_pieces(self, clock):
         step, pieces = Step("samples", clock), 20
-        for done in range(pieces + PIECES + 1):
+        for done in range(pieces + PACE_PIECES + 1):
             step.update(done, 100, {})
             clock.now += 1 if done < pieces else 30
         clock.now -= 30
-        assert step.seconds_left == 30 * (100 - pieces - PIECES)
+        assert step.seconds_left == 30 * (100 - pieces - PACE_PIECES)
 
     def test_a_count_that_does_not_start_at_zero(self, clock):
         step = Step("sensitivity", clock)
@@ -349,7 +349,7 @@ class TestLog:
                 report("quantize", layer, 8)
                 done.append(layer)
         assert done == [0, 1, 2]
-        warning = f"moqa: warning: nothing more goes to --log-json {tmp_path / 'log'}: No space left on device\n"
+        warning = f"moqa: warning: --log-json {tmp_path / 'log'} cannot be written any more: No space left on device\n"
         assert capsys.readouterr().err == warning
 
     @pytest.mark.parametrize("path", ["none/log", ".", "/dev/full"])

@@ -408,7 +408,7 @@ class TestGather:
         assert found.roles == {"wiki": "known", "python": "novel"}
 
     def test_a_named_file_that_is_no_artifact_is_an_error(self, run: Path):
-        with pytest.raises(MoqaError, match=r"notes\.json is no artifact: .*profile folder.*plan.*evaluation"):
+        with pytest.raises(MoqaError, match=r"notes\.json is not an artifact: .*profile folder.*plan.*evaluation"):
             gather([run / "notes.json"])
 
     def test_a_path_that_is_not_there_is_an_error(self, tmp_path: Path):

@@ -26,7 +26,7 @@ from moqa.format.routing import ROUTING, read_routing
 from moqa.runtime.routing import RoutingCounts
 from moqa.serve import auto
 from moqa.serve.adjusting import Adjusting
-from moqa.serve.auto import MOST, AutoAdjusting
+from moqa.serve.auto import MAX_TOKENS, AutoAdjusting
 from moqa.serve.collected import PART, Collected
 from moqa.serve.kept import KeptAdjustments, MadeAdjustment
 from moqa.serve.watch import Watch
@@ -145,7 +145,7 @@ class TestChoice:
     def test_of_a_model_without_any(self, tiny_model):
         with running(moqa.generation.load_any(tiny_model)) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
             assert complete(http, prompt="The", **WRITE).json()["adjustment"] is None
-            fails(complete(http, prompt="The", adjustment="python"), 400, "adjustment", "held: none")
+            fails(complete(http, prompt="The", adjustment="python"), 400, "adjustment", "the server has none")
 
 
 class TestMistakesAtTheStart:
@@ -153,7 +153,7 @@ class TestMistakesAtTheStart:
         ("options", "word"),
         [
             (["--adjust", "nowhere"], "nowhere"),
-            (["--adjust", "auto", "--adjust", "off"], "give auto, off, or folders"),
+            (["--adjust", "auto", "--adjust", "off"], "give auto, off, or adjustment folders"),
         ],
     )
     def test_are_one_line(self, made, capsys, monkeypatch, options, word):
@@ -191,8 +191,8 @@ def watched(made, monkeypatch):
         adjust(folder, data, out, samples=8, budget=SHARE)
 
     monkeypatch.setattr(auto, "adjust", make)
-    monkeypatch.setattr(auto, "ENOUGH", 2400)
-    monkeypatch.setattr(auto, "PAUSE", 0)
+    monkeypatch.setattr(auto, "MIN_TOKENS", 2400)
+    monkeypatch.setattr(auto, "PAUSE_FACTOR", 0)
     return model, tokenizer, calls
 
 
@@ -315,7 +315,7 @@ class TestKept:
 
     def test_one_is_used_again_when_its_text_comes_back(self, made):
         model, tokenizer = moqa.load(made[0])
-        kept, collected = KeptAdjustments(model.adjustments), Collected(tokenizer, MOST)
+        kept, collected = KeptAdjustments(model.adjustments), Collected(tokenizer, MAX_TOKENS)
         detector = DriftDetector(read_routing(made[0], open_checkpoint(made[0]).manifest.fingerprint))
         watch = Watch(detector, collected, kept)
         for number, folder in enumerate(made[1]):

@@ -247,7 +247,7 @@ class TestCommand:
     def test_a_time_limit_stops_between_layers_and_the_same_command_goes_on(self, tiny_model, profiled, tmp_path):
         limited = self.quantize(tiny_model, profiled, tmp_path, "--time-limit", "0.000001s")
         assert limited.returncode == 75
-        assert "the same command goes on" in limited.stderr
+        assert "the same command continues" in limited.stderr
         assert not (tmp_path / "out").exists()
         assert self.quantize(tiny_model, profiled, tmp_path).returncode == 0
 
@@ -256,7 +256,7 @@ class TestCommand:
         [
             (("--max-memory", "10MiB"), "--max-memory 10MiB cannot hold one block of this model"),
             (("--max-memory", "lots"), "--max-memory lots is not a size"),
-            (("--time-limit", "soon"), "--time-limit soon is no time"),
+            (("--time-limit", "soon"), "--time-limit soon is not a time"),
         ],
     )
     def test_mistakes(self, options, said, tiny_model, profiled, tmp_path):

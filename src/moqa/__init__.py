@@ -1,18 +1,18 @@
 """moqa gives precision to the parts of a Mixture-of-Experts model that the data needs.
 
->>> import moqa
+>>> import moqa  # doctest: +SKIP
 >>> moqa.compress("reference/model", {"wiki": "wiki.txt", "novels": "novels.txt"}, "3bpw", "runs/out")
 >>> model, tokenizer = moqa.load("runs/out")
 
-The same in steps, each with an artifact that can be looked at and reused:
+The same step by step; every step makes an artifact that can be inspected and reused:
 
 >>> profile = moqa.profile("reference/model", {"wiki": "wiki.txt", "novels": "novels.txt"}, "runs/profile")
 >>> plan = moqa.plan(profile, "3bpw")
 >>> out = moqa.quantize("reference/model", plan, "runs/out")
->>> moqa.evaluate(out, {"wiki": "wiki.held-out.txt"}).distributions["wiki"].kl_divergence
+>>> moqa.evaluate(out, {"wiki": "wiki.test.txt"}).distributions["wiki"].kl_divergence
 
-Every name below is imported when it is first used: `import moqa` alone loads nothing heavy. On a system that moqa does
-not run on, it works too, and the first use is a `MoqaError`.
+Every name below is imported when it is first used: `import moqa` alone loads nothing heavy. On an unsupported system
+the import still works, and the first use raises a `MoqaError`.
 """
 
 import sys
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from moqa.runtime.load import load
     from moqa.speed import Speed, bench
 
-    __version__: str  # that of pyproject.toml, read when it is asked for
+    __version__: str  # from pyproject.toml, read at the first access
 
-# where each public name is defined; the imports above say the same to type checkers
+# module that defines each public name; the imports above repeat this for type checkers
 _HOMES = {
     "moqa.adjustment": ("Adjusted", "adjust"),
     "moqa.compression.options": ("CompressOptions",),

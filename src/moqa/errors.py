@@ -1,46 +1,46 @@
-"""The one exception type for everything a user can cause."""
+"""The exception type for all errors that a user can cause."""
 
 import math
 
 
 class MoqaError(Exception):
-    """A mistake in what the user gave: one line that says what was given, what was found and what would work.
+    """An error in the user's input: one line that says what was typed, what was found and what would work.
 
     >>> raise MoqaError("--bpw 1.2 is below the smallest plan", "reachable: 2.38 to 8.38")
     Traceback (most recent call last):
     moqa.errors.MoqaError: --bpw 1.2 is below the smallest plan: reachable: 2.38 to 8.38
 
-    A bug is an ordinary exception and keeps its traceback; commands turn only this one into exit code 2.
+    A bug raises an ordinary exception and keeps its traceback; commands exit with code 2 only for this one.
     """
 
     def __init__(self, what: str, remedy: str = "") -> None:
         text = f"{what}: {remedy}" if remedy else what
-        # names out of damaged files may hold anything, and one line is one line
+        # names read from damaged files may contain line breaks, but the message must stay on one line
         super().__init__(text.replace("\r", "\\r").replace("\n", "\\n"))
 
 
 class UnreadableError(MoqaError):
-    """A file of the original that cannot be read: if long work is under way, what is done of it stays."""
+    """A file of the original cannot be read; finished parts of long work are kept."""
 
 
 class LittleMemoryError(MoqaError):
-    """A limit of memory that holds nothing that could be worked on.
+    """The memory limit is too small for even the smallest piece of work.
 
     Attributes:
-        least: bytes that would do.
+        least: bytes that would be enough.
     """
 
     def __init__(self, what: str, least: int, or_else: str = "") -> None:
-        super().__init__(what, f"at least {math.ceil(least * 100 / 2**30) / 100:.2f} GiB do{or_else}")
+        super().__init__(what, f"at least {math.ceil(least * 100 / 2**30) / 100:.2f} GiB are needed{or_else}")
         self.least = least
 
 
 class Stopped(Exception):  # noqa: N818  (nothing went wrong)
-    """Work stopped on purpose before its end; what is done stays, and the same command goes on."""
+    """Work was stopped on purpose before its end; finished parts are kept, and the same command continues."""
 
 
 def one_line(error: Exception) -> str:
-    """What a foreign error says, in one line.
+    """The message of another library's exception, in one line.
 
     >>> one_line(ValueError("a first line\\nand a second"))
     'a first line'

@@ -1,4 +1,4 @@
-"""What quantizing will cost, told before it begins: bytes are added up, seconds come from a trial."""
+"""Forecast of the cost of quantizing: bytes are computed from shapes, seconds from a short trial."""
 
 import tempfile
 import time
@@ -49,24 +49,24 @@ def estimate(
 ) -> Estimate:  # fmt: skip
     """Cost of quantizing a model by a plan.
 
-    >>> estimate("reference/model", plan, profile).checkpoint_bytes
-    12922880
+    >>> estimate("reference/model", plan, profile, method="rtn").checkpoint_bytes == plan.account.checkpoint
+    True
 
     Args:
-        model: folder or Hub id of the original; a decoder layer of each kind is read, and worked on for a few seconds.
+        model: folder or Hub id of the original; one decoder layer of each kind is read and tried for a few seconds.
         plan: scheme of every unit.
-        profile: the plan's, for the number of samples.
+        profile: the plan's profile; its number of samples is used.
         method: as for `moqa.quantize`.
-        cache: likewise.
-        memory: likewise.
-        profiled: whether the profile is there; else making it is part of the run.
-        view: the model, if it is open already.
-        before: seconds that are spent beside the work, such as the start of a command.
-        held_out: tokens of text on which the checkpoint and others of its size will be compared with the original; 0:
-            they will not be.
+        cache: as for `moqa.quantize`.
+        memory: as for `moqa.quantize`.
+        profiled: whether the profile exists already; if not, its cost is included.
+        view: the model, if it is already open.
+        before: further seconds to include, such as the start of a command.
+        held_out: tokens of text on which the checkpoint and baselines of its size will be compared with the original;
+            0 if there will be no comparison.
 
     Raises:
-        MoqaError: if the model is unusable, the cache unknown or the memory too small.
+        MoqaError: if the model cannot be used, the cache option is unknown or the memory limit is too small.
     """
     how, folder, began = find_method(method), original.locate(model), time.perf_counter()
     view = view or open_model(folder, keep=False)
@@ -76,7 +76,7 @@ def estimate(
     tokens = tokens_of(plan, profile) if how.needs_data else 0
     room = QuantizationWorkingSet.within(limits, view, how, tokens, largest_block_bytes(view, plan.units))
     first = None if profiled else ProfileWorkingSet.within(limits, view, how, len(PROBES))
-    # one command for all steps keeps the original in memory if that holds it
+    # a command that runs all steps keeps the original in memory if it fits
     whole = bool(held_out or not profiled) and limits.holds(OriginalReader(folder).values)
     trial = Trial(
         view, plan, profile, how, room.experts, None if first is None else first.experts, bool(held_out), whole
@@ -112,13 +112,14 @@ def peak_bytes(
     profiled: bool,
     held_out: int,
 ) -> int:
-    """Bytes that will be resident at most in all steps of a run; arguments are those of `estimate`.
+    """Peak resident memory over all steps of a run, in bytes; for the arguments see `estimate`.
 
-    >>> peak_bytes(view, plan, profile, METHODS["gptq"], MemoryLimit.parse("4GiB"), profiled=True, held_out=0)
-    996853440
+    >>> limit = MemoryLimit.parse("4GiB")
+    >>> peak_bytes(view, plan, profile, find_method("gptq"), limit, profiled=True, held_out=0) < 4 * 2**30
+    True
 
     Raises:
-        LittleMemoryError: of the step that needs most, if the memory does not hold one.
+        LittleMemoryError: if a step does not fit the memory limit; it names the step that needs most.
     """
 
     def quantizing() -> int:
@@ -132,30 +133,30 @@ def peak_bytes(
     steps = [quantizing] if profiled else [quantizing, profiling]
     if held_out:
         steps.append(lambda: comparison_peak(memory, view, plan.account.checkpoint, held_out))
-    found, lacking = [], []
+    peaks, errors = [], []
     for step in steps:
         try:
-            found.append(step())
+            peaks.append(step())
         except LittleMemoryError as error:
-            lacking.append(error)
-    if lacking:
-        raise max(lacking, key=lambda error: error.least)
-    return max(found)
+            errors.append(error)
+    if errors:
+        raise max(errors, key=lambda error: error.least)
+    return max(peaks)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The steps of a run, each tried on a decoder layer of every kind with some random tokens.
+    """Times the steps of a run, each on one decoder layer of every kind with some random tokens.
 
     Args:
         view: the model.
         plan: schemes of its units.
-        profile: the plan's, for sizes of samples.
-        method: how it is quantized.
-        experts: whose statistics are held together.
-        errors: experts whose errors are held together while it is profiled; None: it is not.
-        compared: whether checkpoints are compared.
-        whole: whether the original is in memory as a whole.
+        profile: the plan's profile; its sample sizes are used.
+        method: the quantization method.
+        experts: number of experts whose statistics are in memory at a time.
+        errors: number of experts whose errors are in memory at a time during profiling; None without profiling.
+        compared: whether checkpoints will be compared with the original.
+        whole: whether the whole original is in memory.
     """
 
     view: ModelView
@@ -172,21 +173,21 @@ class Trial:
         return [entry.tokens for entry in self.profile.record.distributions.values()]
 
     def steps(self) -> int:
-        """In which the model writes its own text: of every token, all windows of a batch."""
+        """Steps in which the model writes its own text, each one token of every window of a batch."""
         own = self.profile.record.distributions.get(SELF)
         return 0 if own is None else -(-own.samples // OWN_BATCH) * (self.profile.record.settings.context - 1)
 
     def run(self, watch: Stopwatch | None = None) -> Rates:
-        """Do a little of everything, and time it."""
+        """Run a small part of every step and time it."""
         watch = watch or Stopwatch()
         with tempfile.TemporaryDirectory(prefix="moqa-") as folder, resumable(Path(folder) / "trial", {}) as work:
             return self._tried(Workspace(self.view, work), watch)
 
-    def _tried(self, site: Workspace, watch: Stopwatch) -> Rates:
+    def _tried(self, workspace: Workspace, watch: Stopwatch) -> Rates:
         view, task = self.view, self.view.task
         assert view.folder is not None
         ends, kinds = watch.single(lambda: view.need(ENDS))[0], block_kinds(view)
-        stages, each = site.stages, task.count(self._samples(1))
+        stages, each = workspace.stages, task.count(self._samples(1))
         together = max(1, task.batch_size // each)
         samples = tokens_of(self.plan, self.profile) // each
         batch = self._samples(min(together, max(samples, 1)))
@@ -195,14 +196,14 @@ class Trial:
         hidden = states_in_front(stages, batch, set(kinds))
         held_out, moving = states_in_front(stages, self._samples(size), set(kinds)), None
         if self.method.needs_data:
-            moving = HiddenStates(stages, site.work, "moving", [batch])
-        profiling = self._profiling(site, self._samples(2), self._samples(2 * len(batch)))
+            moving = HiddenStates(stages, workspace.work, "moving", [batch])
+        profiling = self._profiling(workspace, self._samples(2), self._samples(2 * len(batch)))
         steps = self._steps(set(kinds), watch)
         scoring = try_scoring(stages, batch, watch) if self.compared else TokenCost()
         labels = profiling.labels(watch) if profiling and profiling.how.probes else TokenCost()
         blocks = {}
         for layer in dict.fromkeys(kinds):
-            tried = TrialLayer(site, layer, self.plan.units, self.method, self.experts, each)
+            tried = TrialLayer(workspace, layer, self.plan.units, self.method, self.experts, each)
             batches = list[CalibrationBatch]()
             if moving is not None:
                 moving.put(layer, 0, hidden[layer])
@@ -223,18 +224,18 @@ class Trial:
         )  # fmt: skip
 
     def _samples(self, count: int) -> torch.Tensor:
-        """Random inputs of the model."""
+        """Random inputs for the model."""
         generator = torch.Generator().manual_seed(0)
         if self.view.task.predicts_each:
             shape = (count, self.profile.record.settings.context)
             return torch.randint(self.view.classes, shape, generator=generator)
         return torch.randn(count, *self.view.task.probe(self.view.model).shape[1:], generator=generator)
 
-    def _profiling(self, site: Workspace, few: torch.Tensor, more: torch.Tensor) -> ProfileTrial | None:
+    def _profiling(self, workspace: Workspace, few: torch.Tensor, more: torch.Tensor) -> ProfileTrial | None:
         if self.errors is None:
             return None
         how = ErrorSettings.of(self.profile.record.settings, self.method, self.errors)
-        return ProfileTrial(site, how, few, more)
+        return ProfileTrial(workspace, how, few, more)
 
     def _steps(self, firsts: Collection[int], watch: Stopwatch) -> tuple[float, dict[int, float]]:
         if self.errors is None or not self.steps():

@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first used, so that importing the package loads nothing heavy."""
+"""Lazy packages: names are imported when they are first used, so importing the package itself loads nothing heavy."""
 
 import importlib
 import sys
@@ -7,14 +7,15 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package; type checkers get its names by imports of their own.
+    """Make `__getattr__` and `__dir__` for a package; type checkers need separate imports of the same names.
 
-    >>> if not TYPE_CHECKING:
-    ...     __getattr__, __dir__ = lazily(__name__, {"moqa.planning.budget": ("Budget",)})
+    >>> __getattr__, __dir__ = lazily("moqa.planning", {"moqa.planning.budget": ("Budget",)})
+    >>> __getattr__("Budget").__module__
+    'moqa.planning.budget'
 
     Args:
-        package: its name.
-        homes: module -> names that are defined there.
+        package: name of the package.
+        homes: module -> names that it defines.
     """
     home = {name: module for module, names in homes.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""Registries: members by the name that users type, each imported from its own module when it is asked for."""
+"""Registries: members by the name that users type, each imported from its own module at its first use."""
 
 import importlib
 import pkgutil
@@ -14,15 +14,15 @@ Member = TypeVar("Member")
 class Registry(MutableMapping[str, Member]):
     """Members of one kind.
 
-    >>> METHODS = Registry[Method]("--method", "moqa.methods", ("gptq", "rtn"))
+    >>> METHODS = Registry("--method", "moqa.methods", ("gptq", "rtn"))
     >>> METHODS.find("awq")
     Traceback (most recent call last):
     moqa.errors.MoqaError: --method awq is unknown: there are gptq, rtn
 
     Args:
-        option: after which users type a name.
-        package: holds a module for each name; importing the module adds the member.
-        names: of the members.
+        option: command-line option that takes a name, for error messages.
+        package: contains a module for each name; importing the module registers the member.
+        names: names of the members.
     """
 
     def __init__(self, option: str, package: str, names: Iterable[str]) -> None:
@@ -30,10 +30,10 @@ class Registry(MutableMapping[str, Member]):
         self._members: dict[str, Member | None] = dict.fromkeys(sorted(names))
 
     def find(self, name: str) -> Member:
-        """A member by the name that the user typed.
+        """Return the member with the name that a user typed.
 
         Raises:
-            MoqaError: if there is none.
+            MoqaError: if there is no such member.
         """
         if name not in self:
             raise MoqaError(f"{self.option} {name} is unknown", f"there are {', '.join(sorted(self))}")
@@ -45,9 +45,9 @@ class Registry(MutableMapping[str, Member]):
     def __getitem__(self, name: str) -> Member:
         if self._members[name] is None:
             importlib.import_module(f"{self.package}.{name.replace('-', '_')}")
-        found = self._members[name]
-        assert found is not None, f"the module of {name} in {self.package} does not register it"
-        return found
+        member = self._members[name]
+        assert member is not None, f"the module of {name} in {self.package} does not register it"
+        return member
 
     def __setitem__(self, name: str, member: Member) -> None:
         self._members[name] = member
@@ -63,9 +63,9 @@ class Registry(MutableMapping[str, Member]):
 
 
 def modules_in(folder: Path) -> list[str]:
-    """Names of the members that have a module in a folder, without importing one.
+    """Names of the members that have a module in a folder; no module is imported.
 
-    >>> modules_in(Path("src/moqa/planning/strategies"))
+    >>> modules_in(Path(moqa.__file__).parent / "planning/strategies")
     ['frequency', 'moqa', 'moqa-budget', 'moqa-v1', 'random', 'uniform']
     """
-    return sorted(found.name.replace("_", "-") for found in pkgutil.iter_modules([str(folder)]))
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules([str(folder)]))

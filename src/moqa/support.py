@@ -1,4 +1,4 @@
-"""The systems that moqa runs on (docs/platforms.md), and the refusal of all others."""
+"""The systems that moqa supports (docs/platforms.md); all others are refused."""
 
 import sys
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from types import ModuleType
 from moqa.errors import MoqaError
 
 _NAMES = {"darwin": "macOS", "win32": "Windows", "cygwin": "Cygwin"}
-# enough for the command to say what is wrong
+# modules that can be imported on any system: what the command needs to print the error
 _EVERYWHERE = frozenset({
     "moqa.__main__", "moqa.cli", "moqa.cli.app", "moqa.cli.main", "moqa.errors", "moqa.integrations",
     "moqa.integrations.on_import", "moqa.support",
@@ -16,7 +16,7 @@ _EVERYWHERE = frozenset({
 
 
 def unsupported() -> str | None:
-    """What of this system moqa does not run on; None on a system that it runs on.
+    """The unsupported property of this system; None if moqa supports it.
 
     >>> unsupported()
     """
@@ -26,12 +26,12 @@ def unsupported() -> str | None:
 
 
 def check_system() -> None:
-    """Refuse a system that moqa does not run on, before a call fails on something that only Linux has.
+    """Refuse an unsupported system before a call fails on something that only Linux has.
 
     >>> check_system()
 
     Raises:
-        MoqaError: if it is none of docs/platforms.md.
+        MoqaError: if the system is not listed in docs/platforms.md.
     """
     if found := unsupported():
         raise MoqaError(
@@ -40,7 +40,7 @@ def check_system() -> None:
 
 
 class Refusal(MetaPathFinder):
-    """Refuses every module of moqa whose functions need more than any system has.
+    """Import hook for unsupported systems: refuses every module of moqa except those that print the error.
 
     >>> sys.meta_path.insert(0, Refusal())
     """

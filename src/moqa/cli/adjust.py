@@ -19,8 +19,8 @@ def adjust(
     checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint, made with --cache")],
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="ADJ", help="adjustment folder to make")],
-    samples: Annotated[int, typer.Option("--samples", min=1, help="windows of 256 tokens to look at")] = 64,
-    budget: Annotated[str, typer.Option("--bytes", help="bytes it may add, as a share of the checkpoint's")] = "1%",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="windows of 256 tokens to read")] = 64,
+    budget: Annotated[str, typer.Option("--bytes", help="extra bytes, as a share of the checkpoint's")] = "1%",
     mode: Annotated[str, typer.Option("--mode", help="residual, fp16, requant or swap")] = "residual",
     rule: Annotated[
         str, typer.Option("--rule", help="how channels are chosen: gain, dynamics (MoQa's) or random")
@@ -30,7 +30,7 @@ def adjust(
     json: JsonOption = None,
     log_json: LogOption = None,
 ) -> None:
-    """Fit a checkpoint to texts it was not made for: a small file, applied and taken off in milliseconds."""
+    """Fit a checkpoint to texts that it was not made for: a small file, switched on or off in milliseconds."""
     from moqa.adjustment import adjust as run
 
     with progress(log_json) as report:
@@ -43,7 +43,7 @@ def adjust(
 
 
 def print_adjusted(result: "Adjusted") -> None:
-    """What was written, and what it should bring."""
+    """Print what was written, and the expected gain."""
     before = "-" if result.divergence is None else f"{result.divergence:.5f}"
     rows = [[
         result.adjustment, result.name, result.mode, str(result.channels), str(result.units),

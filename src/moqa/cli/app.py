@@ -1,4 +1,4 @@
-"""The application that every command joins."""
+"""The application that all commands register with."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class App(typer.Typer):
-    """Commands with help from the library."""
+    """A Typer application whose options take their help from the library."""
 
     def command(self, *args: Any, **options: Any) -> Callable[[Function], Function]:
         """See `typer.Typer.command`."""

@@ -1,4 +1,4 @@
-"""`moqa bench`: how fast a model runs here."""
+"""`moqa bench`: measure the speed of a model on this machine."""
 
 from typing import Annotated
 
@@ -12,10 +12,10 @@ from moqa.cli.common import JsonOption, mib, print_table, write_result
 def bench(
     model: Annotated[str, typer.Argument(metavar="OUT", help="checkpoint, or folder or Hub id of an original model")],
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="[default: all cores]")] = None,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="read at once")] = 512,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="written one by one")] = 64,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="the median counts")] = 5,
-    kernels: Annotated[str, typer.Option("--kernels", help="of a checkpoint: auto, native or reference")] = "auto",
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="tokens to read at once")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="tokens to write one by one")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="measurements; the median is reported")] = 5,
+    kernels: Annotated[str, typer.Option("--kernels", help="for a checkpoint: auto, native or reference")] = "auto",
     json: JsonOption = None,
 ) -> None:
     """Measure load time, prefill and decode speed, and memory; an original runs in transformers, in bfloat16."""

@@ -73,7 +73,7 @@ def _answer(talk: "Chat", line: str) -> None:
         nonlocal stopped
         stopped = True
 
-    # a signal between two tokens leaves what was read in order; one inside an operation would not
+    # stop between two tokens: an interrupt inside an operation would leave the key-value cache half updated
     before = signal.signal(signal.SIGINT, stop)
     try:
         with closing(talk.say(line)) as pieces:
@@ -83,6 +83,6 @@ def _answer(talk: "Chat", line: str) -> None:
                     break
         print()
     except MoqaError as error:
-        typer.echo(f"moqa: {error}; /reset begins anew", err=True)
+        typer.echo(f"moqa: {error}; /reset starts a new conversation", err=True)
     finally:
         signal.signal(signal.SIGINT, before)

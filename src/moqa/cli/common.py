@@ -1,4 +1,4 @@
-"""What several commands share: options, tables, output for machines."""
+"""Shared by several commands: options, tables, JSON output."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ AddressOption = Annotated[
     str | None,
     typer.Option("--ray-address", metavar="HOST:PORT", help="head of the Ray cluster [default: this machine's]"),
 ]
-# the help of these is that of `CompressOptions`, or made from what is registered, see `moqa.cli.help`
+# the help of these comes from `CompressOptions` and the registries, see `moqa.cli.help`
 SeedOption = Annotated[int, typer.Option("--seed")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite")]
 StrategyOption = Annotated[str, typer.Option("--strategy")]
@@ -53,7 +53,7 @@ console = Console(stderr=True)
 
 
 def write_result(result: BaseModel | dict, path: Path | None) -> None:
-    """Write a result for machines, if asked for."""
+    """Write a result as JSON to a file, or to stdout if the path is `-`; None writes nothing."""
     if path is None:
         return
     if str(path) == "-":
@@ -64,13 +64,13 @@ def write_result(result: BaseModel | dict, path: Path | None) -> None:
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A table on stdout; the first column is text, all others are numbers."""
+    """Print a table on stdout; the first column is text, all others are numbers."""
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
-    # a pipe gets whole lines, however wide the table is
+    # lines are not wrapped when stdout is not a terminal
     width = None if sys.stdout.isatty() else 200
     Console(width=width).print(table)
 
@@ -84,14 +84,14 @@ def widths_of(text: str) -> tuple[int, ...]:
     """Widths from `--widths`.
 
     Raises:
-        MoqaError: if they are no numbers.
+        MoqaError: if it is not a list of numbers.
     """
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise MoqaError(f"--widths {text} are no widths", "give e.g. --widths 2,3,4") from None
+        raise MoqaError(f"--widths {text} is not a list of widths", "give e.g. --widths 2,3,4") from None
 
 
 def start_and_end() -> float:
-    """Seconds that a command takes beside its work, told when it has started: to end, it takes a quarter as long."""
+    """Seconds for the start and end of a command, measured once it has started; ending takes a quarter as long."""
     return 1.25 * (time.perf_counter() - _BEGAN)

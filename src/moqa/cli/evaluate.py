@@ -1,4 +1,4 @@
-"""`moqa evaluate`: quality of a model or checkpoint on held-out text."""
+"""`moqa evaluate`: measure the quality of a model or checkpoint on held-out text."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +24,7 @@ def evaluate(
     context: ContextOption = 256,
     windows: Annotated[int, typer.Option("--windows", min=0, help="windows per distribution, 0 for all")] = 64,
     kernels: Annotated[
-        str, typer.Option("--kernels", help="what a checkpoint computes with: reference, native or auto")
+        str, typer.Option("--kernels", help="kernels for a checkpoint: reference, native or auto")
     ] = "reference",
     adjustment: Annotated[
         Path | None, typer.Option("--adjustment", metavar="ADJ", help="adjustment to apply to the checkpoint")
@@ -32,7 +32,7 @@ def evaluate(
     json: JsonOption = None,
     log_json: LogOption = None,
 ) -> None:
-    """Measure perplexity, bits per byte, KL divergence and top-1 agreement from what is on disk."""
+    """Measure perplexity, bits per byte, KL divergence and top-1 agreement of the files on disk."""
     from moqa.evaluation import evaluate as run
 
     with progress(log_json) as report:
@@ -51,7 +51,7 @@ def evaluate(
 
 
 def print_evaluation(result: "Evaluation") -> None:
-    """One row per distribution."""
+    """Print one row per distribution."""
 
     def number(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
@@ -73,4 +73,4 @@ def print_evaluation(result: "Evaluation") -> None:
     headings = ["accuracy", "KL", "agreement", "images"] if images else ["bits/byte", "KL", "top-1", "tokens"]
     print_table(["distribution", "perplexity", *headings], rows, title)
     if result.against is None:
-        typer.echo("moqa: warning: no divergence without the original: give --against MODEL", err=True)
+        typer.echo("moqa: warning: KL divergence needs the original: give --against MODEL", err=True)

@@ -13,16 +13,19 @@ if TYPE_CHECKING:
     from moqa.generation import Sampling
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="checkpoint, or folder or Hub id of an original model")]
-MaxTokensOption = Annotated[int, typer.Option("--max-tokens", help="tokens to write at most")]
+MaxTokensOption = Annotated[int, typer.Option("--max-tokens", help="largest number of tokens to write")]
 TemperatureOption = Annotated[
-    float, typer.Option("--temperature", help="0 takes the likeliest token, 1 samples as the model says, up to 2")
+    float, typer.Option("--temperature", help="0 takes the likeliest token, 1 keeps the model's probabilities, up to 2")
 ]
-TopPOption = Annotated[float, typer.Option("--top-p", help="sample from the likeliest tokens that share this much")]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", help="sample from the likeliest tokens that reach this probability together")
+]
 TopKOption = Annotated[int, typer.Option("--top-k", help="sample from this many likeliest tokens; 0 for all")]
 StopOption = Annotated[
-    list[str] | None, typer.Option("--stop", metavar="TEXT", help="ends the text and is left out; may be repeated")
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="text that ends the output and is left out; may be repeated"),
 ]
-SamplingSeedOption = Annotated[int, typer.Option("--seed", help="the same seed writes the same text")]
+SamplingSeedOption = Annotated[int, typer.Option("--seed", help="the same seed gives the same text")]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="threads of each operation [default: all cores]")
 ]
@@ -41,7 +44,7 @@ def generate(
     threads: ThreadsOption = None,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object with text, counts and times")] = False,
 ) -> None:
-    """Continue a text with a checkpoint; it is printed as it is written."""
+    """Continue a text with a checkpoint; it is printed while it is written."""
     from moqa.generation import generate as run
     from moqa.generation import load_any
 
@@ -61,7 +64,7 @@ def generate(
 def sampling_of(
     max_tokens: int, temperature: float, top_p: float, top_k: int, stop: list[str] | None, seed: int
 ) -> "Sampling":
-    """Sampling from the options that `generate` and `chat` share.
+    """Make a `Sampling` from the options that `generate` and `chat` share.
 
     Raises:
         MoqaError: if one is out of range.
@@ -74,7 +77,7 @@ def sampling_of(
 
 
 def use_threads(threads: int | None) -> None:
-    """Set `--threads`, if it is given."""
+    """Apply `--threads`, if given."""
     if threads is not None:
         import torch
 

@@ -1,4 +1,4 @@
-"""Help that is made when it is shown: from the options of the main job, and from what is registered by then."""
+"""Help texts from the library: made when shown, from the options of `moqa.compress` and the registries."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from moqa.planning.registry import STRATEGIES
 
 
 class Command(TyperCommand):
-    """A command whose options may leave their help to the library."""
+    """A command that fills in missing help of its options from the library."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write all options, and what the strategies do where there is a choice of them."""
+        """Write all options; commands with a choice of strategies also describe each strategy."""
         for param in self.params:
             if getattr(param, "help", None) is None and param.name is not None:
                 param.help = _help_of(param.name)  # type: ignore[attr-defined]
@@ -29,5 +29,5 @@ def _help_of(option: str) -> str | None:
         return f"where the work is done: {one_of(kinds)}"
     if option == "no_sensitivity":
         unmeasured = [name for name, member in STRATEGIES.items() if not member.needs_sensitivity]
-        return f"measure none, which {' and '.join(unmeasured)} do not need"
+        return f"do not measure sensitivities; {' and '.join(unmeasured)} do not need them"
     return help_of(option)

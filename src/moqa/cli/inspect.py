@@ -1,4 +1,4 @@
-"""`moqa inspect`: what an artifact or a model holds."""
+"""`moqa inspect`: show the content of an artifact or a model."""
 
 from collections import Counter
 from pathlib import Path
@@ -21,7 +21,7 @@ def inspect(
     ],
     json: JsonOption = None,
 ) -> None:
-    """Show what a profile, plan, checkpoint, adjustment or original model holds."""
+    """Show the content of a profile, plan, checkpoint, adjustment or original model."""
     if path.is_file():
         from moqa.cli.plan import print_plan
         from moqa.planning import read_plan
@@ -44,11 +44,11 @@ def inspect(
     elif path.is_dir():
         _model(path, json)
     else:
-        raise MoqaError(f"nothing at {path}", "give a profile, plan, checkpoint, adjustment or model folder")
+        raise MoqaError(f"there is nothing at {path}", "give a profile, plan, checkpoint, adjustment or model folder")
 
 
 def _drift(profile: "Profile") -> None:
-    """How much every two distributions differ, and in which experts and channels most."""
+    """Print how much every two distributions differ, and in which experts and channels most."""
     from moqa.reports import drift
 
     if not profile.expert_layers:
@@ -86,7 +86,7 @@ def _checkpoint(path: Path, json: Path | None) -> None:
 
 
 def _adjustment(path: Path, json: Path | None) -> None:
-    """Rows and columns with bits of their own by layer and width, and the experts that have most."""
+    """Print adjusted rows and columns by layer and width, and the experts with most of them."""
     from moqa.format.adjustment import read_adjustment
 
     adjustment = read_adjustment(path)
@@ -94,13 +94,13 @@ def _adjustment(path: Path, json: Path | None) -> None:
     widths = sorted({part.scheme.width for part in record.channels})
     rows = []
     for layer in range(len(record.channels[0].counts) if record.channels else 0):
-        found, experts = Counter[int](), Counter[int]()
+        counts, experts = Counter[int](), Counter[int]()
         for part in adjustment.layer(layer):
-            found[part.scheme.width] += len(part.channel)
+            counts[part.scheme.width] += len(part.channel)
             experts.update(part.expert.tolist())
         units = sum(f".layers.{layer}." in name for name in record.units)
         most = ", ".join(f"{expert} ({count})" for expert, count in experts.most_common(5))
-        rows.append([str(layer), *(str(found[w] or "") for w in widths), str(units or ""), most])
+        rows.append([str(layer), *(str(counts[w] or "") for w in widths), str(units or ""), most])
     title = (
         f"{path}: {record.mode} for {record.name}, by {record.rule}; {record.extra_bytes:+,} bytes; "
         f"for checkpoint {record.checkpoint[:8]}"

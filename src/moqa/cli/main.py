@@ -9,7 +9,7 @@ from moqa.support import check_system
 
 
 def main() -> None:
-    """Entry point: a mistake of the user's is one line and exit code 2, a bug keeps its traceback."""
+    """Run the command line: a user's error prints one line and exits with code 2, a bug keeps its traceback."""
     try:
         check_system()
         _register()

@@ -1,4 +1,4 @@
-"""`moqa plan`: a scheme for every unit, within a budget."""
+"""`moqa plan`: choose a scheme for every unit, within a budget."""
 
 from collections import Counter
 from pathlib import Path
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 FitOption = Annotated[
     str | None,
-    typer.Option("--fit", metavar="SIZE", help="budget: all memory of the served model, e.g. 8GiB; auto: what is free"),
+    typer.Option("--fit", metavar="SIZE", help="budget: all memory of the served model, e.g. 8GiB; auto: free memory"),
 ]
 BatchOption = Annotated[
-    int | None, typer.Option("--batch", min=1, help="with --fit: conversations that are served at once [default: 1]")
+    int | None, typer.Option("--batch", min=1, help="with --fit: conversations at the same time [default: 1]")
 ]
 
 
@@ -63,7 +63,7 @@ def plan(
     scope: ScopeOption = DEFAULTS.scope,
     seed: SeedOption = DEFAULTS.seed,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="say what quantizing by the plan costs, and write nothing")
+        bool, typer.Option("--dry-run", help="estimate the cost of quantizing by the plan, and write nothing")
     ] = False,
     json: JsonOption = None,
 ) -> None:
@@ -97,10 +97,10 @@ def plan(
 
 
 def check_budgets(bpw: float | None, size: str | None, fit: str | None, context: int | None, batch: int | None) -> None:
-    """Refuse more than one budget, and what belongs to `--fit` without it.
+    """Refuse more than one budget, and options of `--fit` without it.
 
     Raises:
-        MoqaError: naming the options.
+        MoqaError: if there is such a conflict; the message names the options.
     """
     given = {"--bpw": bpw, "--size": size, "--fit": fit}
     typed = [f"{option} {value}" for option, value in given.items() if value is not None]
@@ -110,11 +110,11 @@ def check_budgets(bpw: float | None, size: str | None, fit: str | None, context:
         )
     for option, value in {"--context": context, "--batch": batch}.items():
         if value is not None and fit is None:
-            raise MoqaError(f"{option} {value} needs --fit", "it is for a budget of memory, e.g. --fit 8GiB")
+            raise MoqaError(f"{option} {value} needs --fit", "it belongs to a memory budget, e.g. --fit 8GiB")
 
 
 def print_plan(result: "Plan") -> None:
-    """Bytes, widths per role, and what the plan is expected to cost."""
+    """Print the bytes, the number of units per width, and the expected divergence."""
     account = result.account
     typer.echo(
         f"{result.label}: {account.bits_per_weight:.3f} bits per weight, {mib(account.checkpoint)} "
@@ -129,7 +129,7 @@ def print_plan(result: "Plan") -> None:
 
 
 def print_estimate(cost: "Estimate", plan: "Plan", profile: "Profile", json: Path | None) -> None:
-    """What quantizing by a plan would cost, and what every width takes."""
+    """Print the estimated cost of quantizing by a plan, and the units and bytes per width."""
     time = f"{cost.seconds / 60:.1f} min" if cost.seconds >= 100 else f"{cost.seconds:.0f} s"
     rows = [[mib(cost.checkpoint_bytes), mib(cost.peak_bytes), mib(cost.disk_bytes), time]]
     print_table(["checkpoint", "peak memory", "disk", "time"], rows)
@@ -144,7 +144,7 @@ def print_estimate(cost: "Estimate", plan: "Plan", profile: "Profile", json: Pat
 
 
 def print_fit(fit: "MemoryBudget", account: "Account") -> None:
-    """How the memory of the served model divides."""
+    """Print how the memory of the served model is divided."""
     parts = {"weights": account.checkpoint, "cache": fit.cache, "overhead": fit.overhead}
     sizes = [*parts.values(), sum(parts.values()), fit.memory]
     label = f"{fit.batch} x {fit.context} tokens"

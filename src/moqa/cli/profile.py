@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of the original model")],
     data: DataOption,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="profile folder; reused if it is there")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="profile folder; reused if it exists")],
     samples: SamplesOption = DEFAULTS.samples,
     context: ContextOption = DEFAULTS.context,
     self_samples: SelfSamplesOption = DEFAULTS.self_samples,
@@ -53,25 +53,25 @@ def profile(
     json: JsonOption = None,
     log_json: LogOption = None,
 ) -> None:
-    """Measure what every expert and channel contributes, and what losing precision costs, on each distribution."""
+    """Measure the contribution of experts and channels, and the cost of lower precision, on each distribution."""
     from moqa.execution import find_executor
     from moqa.memory.limit import MemoryLimit
     from moqa.profiling import profile as run
 
-    where = find_executor(engine, address=ray_address)
+    executor = find_executor(engine, address=ray_address)
     with progress(log_json) as report:
         result = run(
             model, data, out, samples=samples, context=context, self_samples=self_samples,
             group_size=group_size, symmetric=symmetric, method=method, seed=seed,
             report=time_limited(report, time_limit), memory=MemoryLimit.parse(max_memory) if max_memory else None,
-            restart=restart, engine=where, sensitivity=not no_sensitivity,
+            restart=restart, engine=executor, sensitivity=not no_sensitivity,
         )  # fmt: skip
     print_profile(result)
     write_result(result.record, json)
 
 
 def print_profile(result: "Profile") -> None:
-    """Routing and cost per distribution, and experts that no token reached."""
+    """Print the cost of uniform widths per distribution, and warn of experts that no token reached."""
     from moqa.models.units import ROLES
 
     record = result.record
@@ -95,12 +95,12 @@ def print_profile(result: "Profile") -> None:
 
 
 def warn_starved(result: "Profile") -> None:
-    """Name the experts that no calibration token reached, and what happens to them."""
+    """Warn of experts that no calibration token reached, and say how they are quantized."""
     starved = result.starved()
     if starved:
         typer.echo(
             f"moqa: warning: no calibration token reached {', '.join(starved[:8])}"
             f"{f' and {len(starved) - 8} more' if len(starved) > 8 else ''}: "
-            "rounded to nearest (rtn); add --data that reaches them",
+            "they are rounded to nearest (rtn); add --data that reaches them",
             err=True,
         )

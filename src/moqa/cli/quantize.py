@@ -1,4 +1,4 @@
-"""`moqa quantize`: apply a plan, or do the whole job from texts and a size."""
+"""`moqa quantize`: apply a plan, or run all steps from texts and a size."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,7 +50,9 @@ if TYPE_CHECKING:
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of the original model")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="checkpoint folder to make")],
-    plan: Annotated[Path | None, typer.Option("--plan", help="apply this plan; else --data and a budget")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="plan to apply; without it, give --data and a budget")
+    ] = None,
     data: Annotated[
         list[str] | None, typer.Option("--data", metavar="NAME=SOURCE", help="texts the model will see")
     ] = None,
@@ -76,8 +78,8 @@ def quantize(
         typer.Option(
             "--context",
             min=2,
-            help="tokens in a window [default: 256]; with --fit: of a served conversation [default: 8192, or the "
-            "model's], windows then have as many but at most 256",
+            help="tokens of a window [default: 256]; with --fit: of a served conversation [default: 8192, or the "
+            "model's], and windows have as many but at most 256",
         ),
     ] = None,
     self_samples: SelfSamplesOption = DEFAULTS.self_samples,
@@ -93,17 +95,17 @@ def quantize(
     engine: EngineOption = DEFAULT_EXECUTOR,
     ray_address: AddressOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="say what it costs in bytes, memory, disk and time, and do nothing")
+        bool, typer.Option("--dry-run", help="estimate bytes, memory, disk and time, and do nothing")
     ] = False,
     json: JsonOption = None,
     log_json: LogOption = None,
 ) -> None:
-    """Quantize a model: from a plan, or from the texts it will see and a size, with proof on held-out text."""
+    """Quantize a model by a plan, or from the texts it will see and a size, with a proof on held-out text."""
     from moqa.execution import find_executor
     from moqa.memory.limit import MemoryLimit
 
     memory = MemoryLimit.parse(max_memory) if max_memory else None
-    where = find_executor(engine, address=ray_address)
+    executor = find_executor(engine, address=ray_address)
     if plan is not None:
         from moqa.estimate import estimate
         from moqa.planning import read_plan
@@ -113,7 +115,7 @@ def quantize(
 
         if data or held_out or any(option is not None for option in (bpw, size, fit, batch)):
             raise MoqaError(
-                f"--plan {plan} already holds texts and budget",
+                f"--plan {plan} already contains the texts and the budget",
                 "leave out --data, --held-out, --bpw, --size, --fit, --batch",
             )
         check_free(out, overwrite)
@@ -121,7 +123,13 @@ def quantize(
         if dry_run:
             measured = read_profile(profile or chosen.profile)
             cost = estimate(
-                model, chosen, measured, method=method, cache=cache, memory=where.memory(memory), before=start_and_end()
+                model,
+                chosen,
+                measured,
+                method=method,
+                cache=cache,
+                memory=executor.memory(memory),
+                before=start_and_end(),
             )
             print_estimate(cost, chosen, measured, json)
             return
@@ -129,7 +137,7 @@ def quantize(
             run(
                 model, chosen, out, method=method, overwrite=overwrite, report=time_limited(report, time_limit),
                 profile=read_profile(profile) if profile else None, cache=cache, memory=memory, restart=restart,
-                engine=where,
+                engine=executor,
             )  # fmt: skip
         warn_starved(read_profile(profile or chosen.profile))
         print_checkpoint(out, json)
@@ -140,7 +148,7 @@ def quantize(
     from moqa.planning import Budget, memory_budget
 
     check_budgets(bpw, size, fit, None, batch)
-    # with --fit, --context are the tokens of a served conversation
+    # with --fit, --context is the length of a served conversation
     window = min(context or DEFAULTS.context, DEFAULTS.context) if fit else context or DEFAULTS.context
     options = CompressOptions(
         strategy=strategy, ties=ties, widths=widths_of(widths), hedge=hedge,  # type: ignore[arg-type]
@@ -150,23 +158,23 @@ def quantize(
     )  # fmt: skip
     budget = memory_budget(model, fit, context=context, batch=batch or 1) if fit else Budget.parse(bpw, size)
     if dry_run:
-        told = forecast(
-            model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=where,
+        expected = forecast(
+            model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=executor,
             before=start_and_end(),
         )  # fmt: skip
-        print_estimate(told.cost, told.plan, told.profile, json)
+        print_estimate(expected.cost, expected.plan, expected.profile, json)
         return
     with progress(log_json) as report:
         result = compress(
             model, data, budget, out, held_out=held_out, options=options, report=time_limited(report, time_limit),
-            memory=memory, executor=where, when_quantized=print_quantized,
+            memory=memory, executor=executor, when_quantized=print_quantized,
         )  # fmt: skip
     print_compressed(result)
     write_result(result.summary(), json)
 
 
 def print_quantized(result: "CompressResult") -> None:
-    """What is known when the checkpoint is written: experts without data, and how the memory divides."""
+    """Print what is known once the checkpoint is written: experts without data, and how the memory is divided."""
     from moqa.planning import MemoryBudget
 
     warn_starved(result.profile)
@@ -175,7 +183,7 @@ def print_quantized(result: "CompressResult") -> None:
 
 
 def print_compressed(result: "CompressResult") -> None:
-    """The proof and where the page is, or what was written where no proof was wanted."""
+    """Print the proof and the path of the report, or without a proof what was written."""
     if result.proof is None:
         account = result.plan.account
         typer.echo(f"{result.checkpoint}: {mib(account.checkpoint)}, {account.bits_per_weight:.3f} bits/weight")
@@ -188,7 +196,7 @@ def print_compressed(result: "CompressResult") -> None:
 
 
 def print_proof(proof: "Proof", out: Path) -> None:
-    """Our checkpoint and the plain ones in one table, and in one sentence per distribution what it is worth."""
+    """Print our checkpoint and the baselines in one table, and one sentence per distribution that compares them."""
     names = list(proof.ours.distributions)
     rows = []
     for row in (proof.ours, *proof.baselines):
@@ -206,7 +214,7 @@ def print_proof(proof: "Proof", out: Path) -> None:
 
 
 def print_checkpoint(out: Path, json: Path | None) -> None:
-    """What was written."""
+    """Print what was written."""
     from moqa.format.reader import open_checkpoint
 
     checkpoint = open_checkpoint(out, verify=False)

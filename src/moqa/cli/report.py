@@ -1,4 +1,4 @@
-"""`moqa report`: one HTML page from artifacts."""
+"""`moqa report`: make one HTML page from artifacts."""
 
 from pathlib import Path
 from typing import Annotated

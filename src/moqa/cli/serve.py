@@ -12,17 +12,19 @@ from moqa.errors import MoqaError
 @app.command()
 def serve(
     out: OutArgument,
-    host: Annotated[str, typer.Option("--host", help="address to listen at")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for any that is free")] = 8000,
-    slots: Annotated[int, typer.Option("--slots", min=1, help="texts that are written at once")] = 4,
-    queue: Annotated[int, typer.Option("--queue", min=0, help="texts that may wait before requests get a 429")] = 256,
+    host: Annotated[str, typer.Option("--host", help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes any free port")] = 8000,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="texts written at the same time")] = 4,
+    queue: Annotated[
+        int, typer.Option("--queue", min=0, help="texts that may wait; further requests get status 429")
+    ] = 256,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", envvar="MOQA_API_KEY", help="what clients must send; others see it in `ps`"),
+        typer.Option("--api-key", envvar="MOQA_API_KEY", help="key that clients must send; visible to others in `ps`"),
     ] = None,
     adjust: Annotated[
         list[str] | None,
-        typer.Option("--adjust", metavar="ADJ", help="adjustment folder (repeat for more), auto, or off"),
+        typer.Option("--adjust", metavar="ADJ", help="adjustment folder (may be repeated), auto, or off"),
     ] = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -30,12 +32,16 @@ def serve(
     from moqa.serve import serve as run
 
     if api_key == "":
-        raise MoqaError("--api-key (or MOQA_API_KEY) is empty", "give a key, or leave it out")
+        raise MoqaError("--api-key (or MOQA_API_KEY) is empty", "give a key, or omit the option")
     if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
-        typer.echo(f"moqa: warning: --host {host} without --api-key: everyone who gets there may ask", err=True)
+        typer.echo(
+            f"moqa: warning: --host {host} without --api-key: anyone who can connect can use the model", err=True
+        )
     given = adjust or ["off"]
     if len(given) > 1 and {"auto", "off"} & set(given):
-        raise MoqaError(f"--adjust {' --adjust '.join(given)}", "give auto, off, or folders of adjustments")
+        raise MoqaError(
+            f"--adjust {' --adjust '.join(given)} cannot be combined", "give auto, off, or adjustment folders"
+        )
     use_threads(threads)
     run(
         out, host=host, port=port, slots=slots, queue=queue, api_key=api_key, adjust=[] if given == ["off"] else given,

@@ -1,4 +1,4 @@
-"""`moqa verify`: is a checkpoint whole and what its manifest says?"""
+"""`moqa verify`: check that a checkpoint is complete and matches its manifest."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,1 +1,1 @@
-"""The main job: a model, the texts it will see and a budget in; checkpoint, proof and report out."""
+"""The main job, `moqa.compress`: from a model, the texts it will see and a budget to checkpoint, proof and report."""

@@ -1,4 +1,4 @@
-"""One main job: its inputs read and checked, and the steps that several functions share."""
+"""One `moqa.compress` job: its inputs, read and checked, and what several functions need from them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +27,19 @@ from moqa.tasks import task_of
 
 @dataclass(frozen=True)
 class CompressJob:
-    """What `moqa.compress` was given, looked up.
+    """The arguments of `moqa.compress`, resolved.
 
     Attributes:
         model: as typed.
-        folder: of the model.
-        out: checkpoint to make.
-        options: how.
-        budget: the limit.
-        fitted: texts to fit on.
-        held_out: texts to prove on.
-        tokens: how many of these count.
-        windows: of each of them; None: all.
-        memory: what a process may take.
+        folder: folder of the model.
+        out: checkpoint folder to make.
+        options: all other options.
+        budget: limit in bytes; None without a budget.
+        fitted: texts that the checkpoint is fitted on.
+        held_out: texts of the proof.
+        tokens: tokens of the proof.
+        windows: windows of each text of the proof; None for all.
+        memory: memory that a process may take.
         executor: where the work is done.
     """
 
@@ -60,7 +60,7 @@ class CompressJob:
         cls, model: str | Path, data: Data, budget: Budget | str | None, out: str | Path, *, held_out: Data | None,
         options: CompressOptions, memory: MemoryLimit | None, executor: Executor | None,
     ) -> "CompressJob":  # fmt: skip
-        """Read the texts, and refuse what cannot work before anything is measured; see `moqa.compress`."""
+        """Read the texts and refuse invalid arguments before anything is measured; see `moqa.compress`."""
         out, executor = Path(out), executor or LocalExecutor()
         find_method(options.method)
         if options.cache is not None:
@@ -83,33 +83,33 @@ class CompressJob:
             else:
                 pairs = [task.split(distribution) for distribution in fitted]
                 fitted, proving = [first for first, _ in pairs], [second for _, second in pairs]
-            # a text too short for the proof is better found now than when the checkpoint is written
-            cut = [task.cut(distribution, reader, options.context, windows) for distribution in proving]
-            tokens = sum(task.count(found.inputs) for found in cut)
+            # a text that is too short for the proof is refused now, not after the checkpoint is written
+            samples = [task.cut(distribution, reader, options.context, windows) for distribution in proving]
+            tokens = sum(task.count(sample.inputs) for sample in samples)
         return cls(str(model), folder, out, options, budget, fitted, proving, tokens, windows, limits, executor)
 
     @property
     def strategy(self) -> Strategy:
-        """That of the plan."""
+        """Strategy of the plan."""
         return STRATEGIES[self.options.strategy]
 
     @property
     def method(self) -> Method:
-        """That of all checkpoints."""
+        """Quantization method of the checkpoint and its baselines."""
         return find_method(self.options.method)
 
     @property
     def profile_folder(self) -> Path:
-        """Where the profile is, or will be."""
+        """Folder where the profile is or will be."""
         return self.options.profile or self.out.with_name(self.out.name + ".profile")
 
     @property
     def is_profiled(self) -> bool:
-        """Whether there is a profile already."""
+        """Whether the profile exists already."""
         return (self.profile_folder / RECORD).is_file()
 
     def plan(self, profile: Profile) -> Plan:
-        """The plan that is asked for."""
+        """Make the plan from a profile."""
         return plan(
             profile, self.budget, strategy=self.options.strategy, ties=self.options.ties,
             known=[distribution.name for distribution in self.fitted], widths=self.options.widths,
@@ -118,7 +118,7 @@ class CompressJob:
         )  # fmt: skip
 
     def expected(self, view: ModelView) -> tuple[Profile, Plan]:
-        """The profile that is there, or one of the same size that says nothing, and a plan from it."""
+        """The existing profile, or a blank one of the same size, and a plan made from it."""
         if self.is_profiled:
             measured = read_profile(self.profile_folder)
         else:
@@ -135,10 +135,10 @@ class CompressJob:
         return measured, self.plan(measured)
 
     def is_quantized(self, chosen: Plan) -> bool:
-        """Whether the checkpoint of a plan is there, but for its proof."""
+        """Whether the checkpoint of a plan is finished except for its proof."""
         if not lacks_proof(self.out):
             return False
         manifest = open_checkpoint(self.out).manifest
         schemes = {name: unit.scheme for name, unit in manifest.units.items()}
-        found = (manifest.fingerprint, manifest.method, schemes, has_cache(self.out))
-        return found == (chosen.fingerprint, self.options.method, chosen.units, self.options.cache is not None)
+        existing = (manifest.fingerprint, manifest.method, schemes, has_cache(self.out))
+        return existing == (chosen.fingerprint, self.options.method, chosen.units, self.options.cache is not None)

@@ -1,4 +1,4 @@
-"""All that may be asked of `moqa.compress`, with the help that the command shows."""
+"""All options of `moqa.compress`, with the help texts of the command."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressOptions:
-    """How `moqa.compress` does its work; every field has its help in its metadata.
+    """Options of `moqa.compress`; the metadata of every field contains its help text.
 
     >>> CompressOptions(method="rtn", samples=128).strategy
     'moqa-budget'
     >>> help_of("widths")
     'candidate widths, comma-separated'
 
-    Values are checked by the step that uses them, see `moqa.profile`, `moqa.plan` and `moqa.quantize`.
+    Values are checked by the step that uses them: `moqa.profile`, `moqa.plan` or `moqa.quantize`.
     """
 
     strategy: str = field(default=DEFAULT_STRATEGY, metadata=_help("{strategies}"))
@@ -42,22 +42,22 @@ class CompressOptions:
         default="mean", metadata=_help("{users}: mean or minimax over the known distributions")
     )
     scope: Scope = field(
-        default="global", metadata=_help("{users}: cluster experts over all layers (global) or per layer")
+        default="global", metadata=_help("{users}: rank experts over all layers (global) or per layer")
     )
     method: str = field(default=DEFAULT_METHOD, metadata=_help("{methods}"))
     profile: Path | None = field(default=None, metadata=_help("profile folder to reuse or make [default: OUT.profile]"))
     samples: int = field(default=64, metadata=_help("windows per distribution to measure"))
-    context: int = field(default=256, metadata=_help("tokens in a window"))
+    context: int = field(default=256, metadata=_help("tokens of a window"))
     self_samples: int | None = field(
-        default=None, metadata=_help("windows the model writes itself [default: as --samples]")
+        default=None, metadata=_help("windows that the model writes itself [default: as --samples]")
     )
     group_size: int = field(default=64, metadata=_help("weights that share a scale"))
     symmetric: bool = field(default=False, metadata=_help("grids without a zero-point"))
     cache: str | None = field(default=None, metadata=_help("keep for `moqa adjust`: 1% of the channels, or full"))
-    proof: bool = field(default=True, metadata=_help("evaluate beside plain plans on held-out text"))
-    overwrite: bool = field(default=False, metadata=_help("replace an output of moqa that is there"))
-    restart: bool = field(default=False, metadata=_help("begin anew, whatever an interrupted run has finished"))
-    seed: int = field(default=0, metadata=_help("of samples, labels, self-written text and random plans"))
+    proof: bool = field(default=True, metadata=_help("compare with baselines on held-out text"))
+    overwrite: bool = field(default=False, metadata=_help("replace an existing output of moqa"))
+    restart: bool = field(default=False, metadata=_help("start again, discarding what an interrupted run has finished"))
+    seed: int = field(default=0, metadata=_help("seed of samples, labels, self-written text and random plans"))
 
 
 DEFAULTS = CompressOptions()
@@ -65,7 +65,7 @@ _HELP: dict[str, str] = {option.name: option.metadata["help"] for option in fiel
 
 
 def help_of(name: str) -> str | None:
-    """Help of a field, with the strategies and methods that are registered; None if there is no such field.
+    """Help text of a field, with the registered strategies and methods filled in; None if there is no such field.
 
     >>> help_of("method")
     'gptq or rtn'
@@ -77,14 +77,14 @@ def help_of(name: str) -> str | None:
         "{users}": lambda: one_of([n for n, member in STRATEGIES.items() if name in member.options]),
         "{methods}": lambda: one_of(list(METHODS)),
     }
-    for word, found in words.items():
+    for word, names in words.items():
         if word in text:
-            text = text.replace(word, found())
+            text = text.replace(word, names())
     return text or None
 
 
 def one_of(names: Sequence[str]) -> str:
-    """Names in a row.
+    """Join names with commas and a final "or".
 
     >>> one_of(["uniform", "random", "moqa"])
     'uniform, random or moqa'

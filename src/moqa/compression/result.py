@@ -1,4 +1,4 @@
-"""What the main job has made, and how it is stored."""
+"""The result of `moqa.compress`, and how it is stored."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +17,16 @@ PLAN, PROOF, REPORT = "plan.json", "proof.json", "report.html"
 
 @dataclass(frozen=True)
 class CompressResult:
-    """A checkpoint, and all that it came from.
+    """A checkpoint and everything that it was made from.
 
     Attributes:
-        checkpoint: its folder.
+        checkpoint: folder of the checkpoint.
         plan: scheme of every unit.
-        profile: statistics that the plan was made from.
-        budget: the limit that the plan keeps.
-        proof: the checkpoint beside plain ones of its size; None if none was wanted, or it is not made yet.
-        report: the page, if there is one.
-        no_report: why there is a proof and no page.
+        profile: profile that the plan was made from.
+        budget: limit that the plan keeps.
+        proof: comparison with baselines of the same size; None if not requested or not made yet.
+        report: path of the HTML report, if there is one.
+        no_report: reason why there is a proof but no report.
     """
 
     checkpoint: Path
@@ -38,10 +38,10 @@ class CompressResult:
     no_report: str | None = None
 
     def store(self) -> "CompressResult":
-        """Write the plan, and what there is of a proof, into the checkpoint's folder.
+        """Write the plan, and the proof if there is one, into the checkpoint folder.
 
         Returns:
-            The same, with the page that was made.
+            The result, with the path of the report.
         """
         write_json(for_file(self.plan, self.checkpoint / PLAN), self.checkpoint / PLAN)
         if self.proof is None:
@@ -54,10 +54,10 @@ class CompressResult:
         return replace(self, report=page)
 
     def summary(self) -> BaseModel | dict[str, str | int]:
-        """What is worth telling a machine: the proof, or what was written."""
+        """The result for `--json`: the proof, or what was written."""
         return self.proof or {"checkpoint": str(self.checkpoint), "bytes": self.plan.account.checkpoint}
 
 
 def lacks_proof(out: Path) -> bool:
-    """Whether a run that was killed during its proof has left a checkpoint that is whole but without a proof."""
+    """Whether a folder holds a complete checkpoint without a proof, as a run leaves that is killed during its proof."""
     return (out / "moqa.json").is_file() and not (out / PROOF).is_file()

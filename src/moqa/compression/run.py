@@ -1,4 +1,4 @@
-"""`moqa.compress`: from a model, texts and a budget to a checkpoint with its proof."""
+"""`moqa.compress`: make a checkpoint with its proof from a model, texts and a budget."""
 
 import time
 from collections.abc import Callable
@@ -37,30 +37,31 @@ def compress(
     executor: Executor | None = None,
     when_quantized: Callable[[CompressResult], None] | None = None,
 ) -> CompressResult:
-    """Profile, plan, quantize, evaluate beside plain plans on held-out text, and report.
+    """Profile, plan, quantize, compare with baselines on held-out text, and make a report.
 
-    >>> result = moqa.compress("reference/model", {"wiki": "wiki.txt", "novels": "novels.txt"}, "3bpw", "runs/out")
+    >>> texts = {"wiki": "wiki.txt", "novels": "novels.txt"}  # doctest: +SKIP
+    >>> result = moqa.compress("reference/model", texts, "3bpw", "runs/out")
     >>> result.proof.gain("wiki")
     0.52
 
-    A run that was killed goes on where it was when it is started again; the bytes are the same.
+    After a kill, the same call continues the run; the resulting bytes are the same.
 
     Args:
         model: folder or Hub id of the original model.
-        data: texts that the model will see: distributions, NAME=SOURCE words, or name -> source or texts.
+        data: texts that the model will see: distributions, "NAME=SOURCE" strings, or name -> source or texts.
         budget: limit in bytes, e.g. "2.5bpw" (of the units), "12MiB" (all weight files) or a `moqa.memory_budget`; None
-            for a strategy that needs none.
+            if the strategy needs no budget.
         out: checkpoint folder to make; it also gets `plan.json`, `proof.json` and `report.html`.
-        held_out: texts for the proof, likewise; None holds out the last fifth of each text of `data`.
-        options: all else, see `CompressOptions`.
-        report: called with what is done, how much of it, and of how much.
-        memory: what a process may take; None means all that is free.
+        held_out: texts for the proof, in the same form; None holds out the last fifth of each text of `data`.
+        options: all other options, see `CompressOptions`.
+        report: called with the progress, see `moqa.progress.Report`.
+        memory: memory that a process may take; None means all free memory.
         executor: where the work is done (`moqa.find_executor`); None means in this process.
-        when_quantized: called when the checkpoint is written, before its proof.
+        when_quantized: called after the checkpoint is written, before its proof.
 
     Raises:
-        MoqaError: if the model or a text is unusable, an option unknown, the budget out of reach, memory or disk too
-            small, or `out` is taken.
+        MoqaError: if the model or a text cannot be used, an option is unknown, the budget is out of reach, memory or
+            disk space is too small, or `out` exists.
     """
     job = CompressJob.of(
         model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=executor
@@ -80,7 +81,7 @@ def compress(
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a job would cost, and the plan and profile that this was told from."""
+    """The expected cost of a job, and the plan and profile that it was computed from."""
 
     cost: Estimate
     plan: Plan
@@ -92,17 +93,18 @@ def forecast(
     options: CompressOptions = DEFAULTS, memory: MemoryLimit | None = None, executor: Executor | None = None,
     before: float = 0.0,
 ) -> Forecast:  # fmt: skip
-    """What `compress` with the same arguments would cost: by the profile that is there, or before there is one.
+    """Estimate the cost of `compress` with the same arguments; works with or without an existing profile.
 
-    >>> forecast("reference/model", {"wiki": "wiki.txt"}, "3bpw", "runs/out").cost.peak_bytes
-    996853440
+    >>> expected = forecast("reference/model", {"wiki": "wiki.txt"}, "3bpw", "runs/new")
+    >>> expected.cost.checkpoint_bytes == expected.plan.account.checkpoint
+    True
 
     Args:
-        model: as for `compress`, and so are all others.
-        before: seconds that are spent beside the work, such as the start of a command.
+        model: as for `compress`, like all arguments that are not described here.
+        before: further seconds to include, such as the start of a command.
 
     Raises:
-        MoqaError: as `compress`.
+        MoqaError: as for `compress`.
     """
     began = time.perf_counter()
     job = CompressJob.of(
@@ -119,7 +121,7 @@ def forecast(
 
 
 def _check_resources(job: CompressJob, view: ModelView) -> None:
-    """After hours of measuring it would be late to find that the disk, or the memory, is too small."""
+    """Refuse too little disk space or memory now, not after hours of measuring."""
     if job.is_profiled or (job.budget is None and job.strategy.needs_profile):
         return
     blank, likely = job.expected(view)
@@ -128,7 +130,7 @@ def _check_resources(job: CompressJob, view: ModelView) -> None:
 
 
 def _quantized(job: CompressJob, view: ModelView, report: Report) -> CompressResult:
-    """The checkpoint, from what an earlier run has left of it."""
+    """Make the checkpoint, continuing from what an earlier run has finished."""
     options = job.options
     measured = profile(
         job.model, job.fitted, job.profile_folder, samples=options.samples, context=options.context,
@@ -138,7 +140,7 @@ def _quantized(job: CompressJob, view: ModelView, report: Report) -> CompressRes
     )  # fmt: skip
     chosen = job.plan(measured)
     if options.overwrite or not job.is_quantized(chosen):
-        # of a profile that was there already nobody has looked whether a proof by it fits
+        # for an existing profile, nothing has checked yet whether the proof fits the memory limit
         peak_bytes(view, chosen, measured, job.method, job.memory, profiled=True, held_out=job.tokens)
         quantize(
             job.model, chosen, job.out, method=options.method, overwrite=options.overwrite, report=report,

@@ -64,15 +64,15 @@ class RayExecutor:
 
     def prepare(self, model: Path, out: Path, report: Report) -> None:
         """See `Executor`: every node must see the model and the output, and compute with the same versions."""
-        found = nodes(self._ray, self._threads)
+        members = nodes(self._ray, self._threads)
         with token(out.absolute().parent) as shared:
-            for node, lacking in ask(self._ray, found, Requirements.here(model, shared).lacking):
+            for node, lacking in ask(self._ray, members, Requirements.here(model, shared).lacking):
                 if lacking:
                     raise MoqaError(
                         f"node {node.name} {lacking}",
                         "all machines need the same installation, and one file system with model and output",
                     )
-        report("cluster", 1, 1, nodes=len(found), workers=self.workers, threads=self._threads)
+        report("cluster", 1, 1, nodes=len(members), workers=self.workers, threads=self._threads)
 
     def map(
         self, work: Callable[[Workspace, Item], Result], workspace: Workspace, items: Iterable[Item]

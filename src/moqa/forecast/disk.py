@@ -52,7 +52,7 @@ def largest_block_bytes(view: ModelView, schemes: Mapping[str, Scheme]) -> int:
     """Bytes of the largest block as a plan stores it.
 
     >>> largest_block_bytes(view, dict.fromkeys(view.units, Scheme(width=4)))
-    1757184
+    1827840
     """
     sizes = [0] * len(view.blocks)
     for unit in view.units.values():

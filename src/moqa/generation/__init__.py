@@ -1,4 +1,4 @@
-"""Generation: an own loop over a transformers model, text as it is written, conversations."""
+"""Generation: moqa's own loop over a transformers model, streamed text, conversations."""
 
 from moqa.generation.chat import Chat, chat_prompt
 from moqa.generation.load import load_any

@@ -1,4 +1,4 @@
-"""Conversations: what a model reads for a list of messages, and one that goes on turn by turn."""
+"""Conversations: the prompt for a list of messages, and a chat that continues turn by turn."""
 
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -14,42 +14,42 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]  # role and content
 
-# Without a template a model only knows from the lines before that it is not to write the user's next one too.
+# Without a chat template, only these strings stop a model from writing the user's next line as well.
 PLAIN_STOPS = ("\nuser:", "\nsystem:")
 _ANSWER = "assistant:"
 
 
 def chat_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
-    """What a model reads for a conversation, and where its answer ends.
+    """Make the prompt for a conversation, and the strings that end the answer.
 
     >>> chat_prompt(tokenizer, [{"role": "user", "content": "Hello"}])[1]
     ('\\nuser:', '\\nsystem:')
 
     Args:
-        tokenizer: its chat template is used; without one, each message is a line `role: content`.
+        tokenizer: its chat template is used; without a template, each message becomes a line `role: content`.
         messages: each with a role and a content.
 
     Returns:
-        Tokens up to where the answer begins, and further stop strings.
+        Tokens up to the beginning of the answer, and additional stop strings.
 
     Raises:
-        MoqaError: if there is no message, or the template refuses them.
+        MoqaError: if there is no message, or the template refuses the messages.
     """
     text, stops = _render(tokenizer, messages)
-    # templates write special tokens themselves
+    # templates add special tokens themselves
     return encode(tokenizer, text, special=tokenizer.chat_template is None), stops
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[str, tuple[str, ...]]:
     if not messages:
-        raise MoqaError("a conversation without messages", "give at least one")
+        raise MoqaError("the conversation has no messages", "give at least one")
     if tokenizer.chat_template is None:
         return "".join(map(_line, messages)) + _ANSWER, PLAIN_STOPS
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
-    except Exception as error:  # a template is a program of the model's author and fails in ways of its own
+    except Exception as error:  # a template is code of the model's author and may raise anything
         reason = str(error).strip().splitlines()
         raise MoqaError("the chat template refuses these messages", reason[0] if reason else "") from None
     assert isinstance(text, str)
@@ -57,17 +57,18 @@ def _render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -
 
 
 def _line(message: Message) -> str:
-    # an answer that the model wrote brings its own space
+    # an answer that the model wrote may begin with its own space
     space = "" if message["content"][:1].isspace() else " "
     return f"{message['role']}:{space}{message['content']}\n"
 
 
 class Chat:
-    """A conversation that reads only what is new in every turn.
+    """A conversation in which every turn reads only the new tokens.
 
-    >>> chat = Chat(model, tokenizer, Sampling(max_tokens=64))
-    >>> for piece in chat.say("Hello"):
-    ...     print(piece.text, end="")
+    >>> chat = Chat(model, tokenizer, Sampling(max_tokens=8))
+    >>> answer = "".join(piece.text for piece in chat.say("Hello"))
+    >>> chat.messages[-1]["content"] == answer
+    True
     """
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sampling: Sampling) -> None:
@@ -76,22 +77,22 @@ class Chat:
         self.reset()
 
     def say(self, message: str) -> Generator[Piece, None, None]:
-        """Answer a message; an answer that is not read to its end stays in the conversation as far as it was.
+        """Answer a message; if the answer is not read to its end, the part that was read stays in the conversation.
 
         Args:
-            message: what the user says.
+            message: text of the user.
 
         Returns:
-            Pieces as `generate` gives them; the answer gets shorter where the context ends.
+            Pieces as from `generate`; the answer is cut where the context ends.
 
         Raises:
-            MoqaError: if the conversation has become longer than the context; this turn is not part of it then.
+            MoqaError: if the conversation is longer than the context; this turn is then not added to it.
         """
         messages = [*self.messages, {"role": "user", "content": message}]
         text, ids, stops = self._prompt(messages)
         room = check_room(self._model, ids, self._sampling.model_copy(update={"max_tokens": None}))
         limit = min(self._sampling.max_tokens or room, room)
-        # a seed of its own for every turn: with one for all, answers begin alike
+        # every turn has its own seed: with the same seed, answers tend to begin in the same way
         seed = None if self._sampling.seed is None else self._sampling.seed + len(self.messages)
         changes = {"max_tokens": limit, "seed": seed, "stop": self._sampling.stop + stops}
         sampling = self._sampling.model_copy(update=changes)
@@ -111,10 +112,10 @@ class Chat:
         self._memory.clear()
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[str, list[int], tuple[str, ...]]:
-        """A conversation as text and tokens; what was read or written before keeps its tokens, if its text is there."""
+        """Text and tokens of a conversation; earlier turns keep their tokens if their text is unchanged."""
         text, stops = _render(self._tokenizer, messages)
         if self._text and self._tokenizer.chat_template is None:
-            # the answer's line as the model wrote it, which need not begin with a space
+            # the answer as the model wrote it, which may not begin with a space
             text = f"{self._text}\n{_line(messages[-1])}{_ANSWER}"
         if self._text and text.startswith(self._text):
             return text, self._ids + encode(self._tokenizer, text[len(self._text) :], special=False), stops
@@ -124,6 +125,6 @@ class Chat:
         answer = "".join(piece.text for piece in pieces)
         written = [token.id for piece in pieces for token, _ in piece.tokens]
         self.messages = [*messages, {"role": "assistant", "content": answer}]
-        # not if a stop string begins inside a token
+        # the tokens are not reused if a stop string begins inside a token
         whole = self._tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False) == answer
         self._text, self._ids = (text + answer, ids + written) if whole else ("", [])

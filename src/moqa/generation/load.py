@@ -1,4 +1,4 @@
-"""Whatever can generate: a checkpoint, or the original model."""
+"""Load a model that can generate: a checkpoint or an original model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def load_any(model: str | Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a checkpoint packed, or an original model in float32.
+    """Load a checkpoint with packed weights, or an original model in float32.
 
     >>> model, tokenizer = load_any("runs/out")
 
@@ -25,7 +25,7 @@ def load_any(model: str | Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBa
         model: folder of a checkpoint or of an original model, or a Hub id.
 
     Raises:
-        MoqaError: if it is missing or damaged.
+        MoqaError: if the model is missing or damaged, or is not a language model.
     """
     if is_checkpoint(model):
         check_language_model(read_config(Path(model), packed=True), model)

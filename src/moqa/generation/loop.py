@@ -1,4 +1,4 @@
-"""The loop: prompt in chunks, then one token after the other."""
+"""The generation loop: the prompt in chunks, then one token at a time."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,16 +16,16 @@ from moqa.generation.sampling import Sampling
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedModel
 
-CHUNK = 512  # tokens of a prompt that are read at a time: what others wait for, and what a read needs in memory
+CHUNK = 512  # prompt tokens read at a time; limits how long other texts wait, and the memory of a read
 
 
 class ContextError(MoqaError):
-    """More tokens than the model's context holds."""
+    """There are more tokens than the context of the model can hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token that was written; log-probabilities are the model's own, before temperature and all that follows."""
+    """One written token; log-probabilities are the model's own, before temperature and other sampling options."""
 
     id: int
     logprob: float | None = None
@@ -38,16 +38,16 @@ def tokens(
     """Continue a text token by token.
 
     >>> [token.id for token in tokens(model, [599, 3523], Sampling(max_tokens=3, temperature=0)) if token]
-    [298, 273, 2220]
+    [298, ...]
 
     Args:
         model: a causal language model of transformers.
         ids: tokens of the text.
         sampling: how to continue it.
-        memory: of the text so far, to read only what is new; it goes on remembering.
+        memory: cache of an earlier text; only tokens after a common beginning are read. It is updated.
 
     Returns:
-        None after each chunk of the prompt but the last, then tokens. One of `end_tokens` is the last, if it comes.
+        None after each chunk of the prompt except the last, then tokens. One of `end_tokens` ends the text.
 
     Raises:
         MoqaError: if there is no token, one is unknown, or the context is too short.
@@ -58,7 +58,7 @@ def tokens(
 
 
 def check_room(model: "PreTrainedModel", ids: Sequence[int], sampling: Sampling) -> int:
-    """How many tokens may be written.
+    """Number of tokens that may be written after a prompt.
 
     >>> check_room(model, range(2000), Sampling())
     48
@@ -75,7 +75,7 @@ def check_room(model: "PreTrainedModel", ids: Sequence[int], sampling: Sampling)
     context = getattr(config, "max_position_embeddings", None)
     if context is None:
         if sampling.max_tokens is None:
-            raise MoqaError(f"a {config.model_type} model has no longest context", "give --max-tokens")
+            raise MoqaError(f"a {config.model_type} model has no limit on its context", "give --max-tokens")
         return sampling.max_tokens
     wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
     if len(ids) + wanted > context:
@@ -92,11 +92,11 @@ def end_tokens(model: "PreTrainedModel") -> frozenset[int]:
     >>> end_tokens(model)
     frozenset({0})
     """
-    found: set[int] = set()
+    ends: set[int] = set()
     for config in (model.generation_config, model.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
-        found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
-    return frozenset(found)
+        ends.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return frozenset(ends)
 
 
 def _tokens(
@@ -119,7 +119,7 @@ def _tokens(
 
 
 class _Chooser:
-    """From logits to a token: transformers' processors, and a random generator of the text's own."""
+    """Chooses a token from logits, with the processors of transformers and one random generator per text."""
 
     def __init__(self, sampling: Sampling, memory: PromptCache) -> None:
         self._sampling, self._memory = sampling, memory
@@ -132,7 +132,7 @@ class _Chooser:
 
     @torch.inference_mode()
     def __call__(self, logits: Tensor) -> Token:
-        """The next token after [vocabulary] logits."""
+        """Choose the next token from [vocabulary] logits."""
         scores = logits[None]
         if self._processors:
             penalised = self._sampling.repetition_penalty != 1
@@ -151,7 +151,7 @@ class _Chooser:
         return token
 
     def _drawn(self, scores: Tensor) -> int:
-        # one uniform number and a search: an order of magnitude faster than torch.multinomial
+        # one uniform random number and a binary search: an order of magnitude faster than torch.multinomial
         sums = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
         _check(float(sums[-1]))
         number = torch.rand(1, generator=self._generator, dtype=torch.float64) * sums[-1]
@@ -171,14 +171,14 @@ def _processors(sampling: Sampling) -> "LogitsProcessorList":
         TopKLogitsWarper,
     )
 
-    found = LogitsProcessorList()
+    processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
-        found.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if not sampling.greedy:
         if sampling.temperature != 1:
-            found.append(TemperatureLogitsWarper(sampling.temperature))
+            processors.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_k:
-            found.append(TopKLogitsWarper(sampling.top_k))
+            processors.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
-            found.append(Nucleus(sampling.top_p))
-    return found
+            processors.append(Nucleus(sampling.top_p))
+    return processors

@@ -1,31 +1,33 @@
-"""Sampling from the likeliest tokens that share a probability."""
+"""Top-p (nucleus) sampling."""
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TopPLogitsWarper
 
-FIRST = 1024  # almost always enough of them, and fifty times faster to find than to sort a large vocabulary
+FIRST = (
+    1024  # likeliest tokens to look at first: almost always enough, and 50 times faster than sorting a large vocabulary
+)
 
 
 class Nucleus(LogitsProcessor):  # type: ignore[misc]
-    """What transformers' `TopPLogitsWarper` does, without sorting tokens that cannot belong to it.
+    """A faster `TopPLogitsWarper` of transformers, which does not sort the whole vocabulary.
 
     >>> Nucleus(0.5)(None, torch.tensor([[3.0, 1.0, 0.0]]))
     tensor([[3., -inf, -inf]])
 
     Args:
-        top_p: the fewest likeliest tokens that reach this probability together are kept.
+        top_p: keeps the smallest set of likeliest tokens whose probabilities sum to this value.
     """
 
     def __init__(self, top_p: float) -> None:
         self._top_p, self._whole = top_p, TopPLogitsWarper(top_p)
 
     def __call__(self, ids: Tensor | None, scores: Tensor) -> Tensor:
-        """[1, vocabulary] logits with -inf for what is left out."""
+        """[1, vocabulary] logits, with -inf for the tokens that are left out."""
         likeliest = scores.softmax(-1).topk(min(FIRST, scores.shape[-1]))
         before = likeliest.values.cumsum(-1) - likeliest.values
         if float(before[0, -1]) < self._top_p and len(before[0]) < scores.shape[-1]:
             return self._whole(ids, scores)
-        # the likeliest is kept however small top_p is
+        # the likeliest token is always kept, however small top_p is
         kept = likeliest.indices[:, : max(1, int((before < self._top_p).sum()))]
         return torch.full_like(scores, -torch.inf).scatter(1, kept, scores.gather(1, kept))

@@ -1,4 +1,4 @@
-"""What a model has read of one text, so that nothing is read twice."""
+"""The key-value cache of one text, so that no token is read twice."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PromptCache:
-    """Tokens that were read, and the cache that transformers made of them.
+    """Tokens that were read, and the key-value cache that they produced.
 
     >>> memory = PromptCache()
     >>> memory.keep([5, 6, 7])
@@ -28,17 +28,17 @@ class PromptCache:
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self.reused = 0  # tokens that the last `keep` found read already
+        self.reused = 0  # tokens in the cache after the last `keep`
         self._cache: Any = None
 
     def keep(self, ids: Sequence[int]) -> int:
-        """Forget what another text does not begin with; its last token is always left to read.
+        """Keep only the common beginning with another text; at least the last token of that text remains to be read.
 
         Args:
-            ids: tokens of the text, one or more.
+            ids: tokens of the other text, one or more.
 
         Returns:
-            How many of its tokens are read already.
+            How many of its tokens are in the cache.
         """
         pairs = zip(ids[:-1], self.ids, strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -55,14 +55,14 @@ class PromptCache:
         """Read more tokens.
 
         Args:
-            model: the same one every time.
+            model: the model; the same in every call.
             ids: [1, tokens] int64, one or more.
 
         Returns:
             [vocabulary] logits of the next token, float32 on the CPU.
 
         Raises:
-            MoqaError: if the model keeps no cache of the usual kind.
+            MoqaError: if the model has no key-value cache.
         """
         fused = FusedDecoder.of(model)
         if fused is not None and self._cache is None:
@@ -76,7 +76,7 @@ class PromptCache:
                 out = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
                 logits = out.logits[0, -1].float().cpu()
         except BaseException:
-            # some layers have read the tokens and others have not
+            # some layers may have read the tokens and others not
             self.clear()
             raise
         if out.past_key_values is None:
@@ -94,5 +94,5 @@ class PromptCache:
     def _can_crop(self) -> bool:
         from transformers.cache_utils import DynamicLayer
 
-        # windows and recurrent states have dropped what an earlier place would need
+        # sliding windows and recurrent states no longer contain what an earlier position needs
         return all(type(layer) in (DynamicLayer, GrowingLayer) for layer in self._cache.layers)

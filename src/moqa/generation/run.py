@@ -1,4 +1,4 @@
-"""`moqa.generate`: continue a text, piece by piece."""
+"""`moqa.generate`: continue a text, streamed in pieces."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,28 +21,30 @@ Reason = Literal["stop", "length"]
 
 
 class Finish(BaseModel, frozen=True):
-    """How a text ended, and what it took."""
+    """How a text ended, with token counts and times."""
 
     finish_reason: Reason = Field(description="stop: an end token or stop string; length: max_tokens")
     prompt_tokens: int
-    cached_tokens: int = Field(description="tokens of the prompt that were not read again")
-    completion_tokens: int = Field(description="tokens that were written, one that ended the text included")
-    prefill_seconds: float = Field(description="to the first token, without time in which others ran")
-    decode_seconds: float = Field(description="for all further tokens, without time in which others ran")
+    cached_tokens: int = Field(description="tokens of the prompt that were in the cache")
+    completion_tokens: int = Field(description="tokens that were written, including an end token")
+    prefill_seconds: float = Field(description="time to the first token, excluding time spent on other texts")
+    decode_seconds: float = Field(description="time of all further tokens, excluding time spent on other texts")
 
-    @computed_field(description="further tokens per second of decoding; None if there were none")  # type: ignore[prop-decorator]
+    @computed_field(description="tokens per second after the first token; None if there was only one")  # type: ignore[prop-decorator]
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Speed of all tokens but the first."""
+        """Speed of all tokens after the first."""
         return (self.completion_tokens - 1) / self.decode_seconds if self.completion_tokens > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step gave; many steps give no text: in a prompt, in a character, before what may be a stop string."""
+    """Output of one step; it has no text within a prompt, within a character, or while a stop string may begin."""
 
     text: str = ""
-    tokens: tuple[tuple[Token, int], ...] = ()  # that the text is made of, and where in the whole text each begins
+    tokens: tuple[
+        tuple[Token, int], ...
+    ] = ()  # tokens of the text, and the position in the whole text where each begins
     completion_tokens: int = 0  # written so far
     finish: Finish | None = None  # in the last piece
 
@@ -55,25 +57,26 @@ def generate(
     *,
     memory: PromptCache | None = None,
 ) -> Iterator[Piece]:
-    """Continue a text, piece by piece.
+    """Continue a text, streamed in pieces.
 
-    >>> for piece in moqa.generate(model, tokenizer, "The history of", Sampling(max_tokens=8, temperature=0)):
-    ...     print(piece.text, end="")
-    >>> piece.finish.finish_reason
+    >>> pieces = list(moqa.generate(model, tokenizer, "The history of", Sampling(max_tokens=8, temperature=0)))
+    >>> "".join(piece.text for piece in pieces)
+    ' the ...'
+    >>> pieces[-1].finish.finish_reason
     'length'
 
     Args:
-        model: a causal language model of transformers, such as `moqa.load` gives.
+        model: a causal language model of transformers, e.g. from `moqa.load`.
         tokenizer: of the model.
-        prompt: a text, or its tokens.
+        prompt: text, or its tokens.
         sampling: how to continue it; `Sampling()` if None.
-        memory: of an earlier text with the same beginning, which is then not read again; it remembers this one.
+        memory: cache of an earlier text; a common beginning is not read again. It is updated.
 
     Returns:
-        One piece per step, which is a chunk of the prompt or a token; the last one has `finish`.
+        One piece per step (a chunk of the prompt, or a token); the last piece has `finish`.
 
     Raises:
-        MoqaError: if the prompt is empty, has unknown tokens, or does not fit the context with what is to be written.
+        MoqaError: if the prompt is empty, has unknown tokens, or leaves too little of the context for the new tokens.
     """
     sampling = sampling or Sampling()
     ids = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
@@ -81,7 +84,7 @@ def generate(
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str, special: bool = True) -> list[int]:
-    """Tokens of a text to be continued.
+    """Tokenize a prompt.
 
     >>> encode(tokenizer, "The history of")
     [599, 3523, 298]
@@ -89,15 +92,15 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str, special: bool = True
     Args:
         tokenizer: of the model.
         text: any text.
-        special: begin as the model's texts do, for most with a token for that.
+        special: add the special tokens that the model expects, usually one at the beginning.
 
     Raises:
-        MoqaError: if it is no Unicode text.
+        MoqaError: if the text is not valid Unicode.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise MoqaError("the prompt is no valid Unicode text", error.reason) from None
+        raise MoqaError("the prompt is not valid Unicode text", error.reason) from None
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
 
@@ -117,7 +120,7 @@ class _Pieces(Iterator[Piece]):
         self._words = Detokenizer(tokenizer, ids)
         self._stops = StopStrings(sampling.stop)
         self._waiting: deque[tuple[Token, int]] = deque()  # tokens whose text is held back, and where they begin
-        self._length = self._given = 0  # characters of the text so far, and of what was given out
+        self._length = self._given = 0  # characters of the text so far, and of the text returned so far
         self._prompt, self._cached, self._count = len(ids), memory.reused, 0
         self._prefill = self._decode = 0.0
         self._finish: Finish | None = None
@@ -145,7 +148,7 @@ class _Pieces(Iterator[Piece]):
         return Piece(text, written, self._count, self._finish)
 
     def _write(self, token: Token) -> tuple[str, tuple[tuple[Token, int], ...], Reason | None]:
-        """Text that a token sets free, the tokens that it is made of, and why it is the last, if it is."""
+        """Text that can be returned after a token, the tokens it consists of, and the reason if this is the end."""
         ends = token.id in self._ends
         reason: Reason | None = "stop" if ends else "length" if self._count == self._limit else None
         new = ""

@@ -1,1 +1,1 @@
-"""Integrations: how other libraries meet moqa's checkpoints."""
+"""Integrations: moqa's checkpoints in other libraries."""

@@ -1,4 +1,4 @@
-"""Import a module once another is imported, without importing that one."""
+"""Import one module as soon as another is imported, without importing the latter now."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 def on_import(name: str, follower: str) -> None:
-    """Import the module `follower` after the module `name` is imported; at once if it is already.
+    """Import the module `follower` as soon as the module `name` is imported; now, if it already is.
 
     >>> on_import("transformers.quantizers.auto", "moqa.integrations.transformers")
     """

@@ -1,8 +1,9 @@
-"""`AutoModelForCausalLM.from_pretrained(OUT)`: the checkpoint's packed units behind transformers' own loader.
+"""`AutoModelForCausalLM.from_pretrained(OUT)`: packed units in transformers' own loader.
 
-The folder's index names only the kept tensors, which transformers loads as it loads any model's; the units go to their
-places here, mapped from their files. `import moqa` makes this file known to transformers (`moqa.on_import`), in the
-midst of transformers' own start: so nothing else of moqa is imported before a method runs.
+The index of the checkpoint folder lists only the kept tensors, which transformers loads like those of any model; this
+module installs the units, mapped from their files. `import moqa` registers it with transformers
+(`moqa.integrations.on_import`) while transformers itself is being imported, so other modules of moqa are imported only
+when a method runs.
 """
 
 from collections.abc import Sequence
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
 
 @register_quantization_config("moqa")
 class MoqaConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What `config.json` of a checkpoint says under `quantization_config`.
+    """The entry `quantization_config` in the `config.json` of a checkpoint.
 
-    >>> AutoModelForCausalLM.from_pretrained("runs/out", quantization_config=MoqaConfig(kernels="reference"))
+    >>> from transformers import AutoModelForCausalLM
+    >>> config = MoqaConfig(kernels="reference")
+    >>> model = AutoModelForCausalLM.from_pretrained("runs/out", quantization_config=config)  # doctest: +SKIP
 
     Args:
         kernels: see `moqa.load`.
-        verify: compare the files' hashes first.
+        verify: check the hashes of the files first.
     """
 
     def __init__(self, kernels: str = "auto", verify: bool = True, **_: Any) -> None:
@@ -37,13 +40,13 @@ class MoqaConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.kernels, self.verify = kernels, verify
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What a user may choose when loading."""
+        """Options that a user may set when loading."""
         return {"kernels": self.kernels, "verify": self.verify}
 
 
 @register_quantizer("moqa")
 class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts packed units in the places of a model's matrices."""
+    """Replaces the matrices of a model by packed units."""
 
     quantization_config: MoqaConfig
 
@@ -62,7 +65,7 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
         self._checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent, self.quantization_config.verify)
         self._kernels = choose_kernels(self.quantization_config.kernels)
         install_units(model, self._checkpoint, self._kernels)
-        # transformers fills whatever it does not find in the index with fresh memory: so packed tensors stay away
+        # transformers initializes every tensor that is not in the index, so packed modules are removed for that time
         self._hidden = _hide_packed(model)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
@@ -85,7 +88,7 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _hide_packed(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Put empty modules, with the biases that are still to be loaded, in the places of packed ones."""
+    """Replace packed modules by empty ones that only have the biases that are still to be loaded."""
     from moqa.runtime.packed import PackedConvolution, PackedExperts, PackedLinear
 
     places = [

@@ -16,9 +16,9 @@ class Convolution:
 
     Attributes:
         kernel: height and width.
-        stride: down and right.
-        padding: likewise, with zeros.
-        dilation: likewise.
+        stride: vertical and horizontal.
+        padding: vertical and horizontal, with zeros.
+        dilation: vertical and horizontal.
     """
 
     kernel: tuple[int, int]

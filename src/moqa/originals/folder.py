@@ -173,7 +173,7 @@ def refuse_bad(what: str, tensor: Tensor) -> None:
     """Refuse a tensor with NaN or infinite values.
 
     Raises:
-        MoqaError: naming it and how many there are.
+        MoqaError: naming the tensor and the number of such values.
     """
     if tensor.is_floating_point() and tensor.element_size() > 1:
         if not _may_be_bad(tensor):

@@ -25,7 +25,7 @@ class Mxfp4:
 
     Attributes:
         name: of the plain tensor.
-        shape: likewise.
+        shape: of the plain tensor.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Plans: which precision every unit gets, and why."""
+"""Plans: which precision every unit gets."""
 
 from typing import TYPE_CHECKING
 

@@ -14,7 +14,7 @@ def parse_share(text: str | float) -> float:
     (0.01, 0.03)
 
     Raises:
-        MoqaError: if it is none, or not between 0 and 1.
+        MoqaError: if it is not a number between 0 and 1.
     """
     typed = str(text).strip()
     try:
@@ -22,7 +22,7 @@ def parse_share(text: str | float) -> float:
     except ValueError:
         share = -1.0
     if not 0 < share <= 1:
-        raise MoqaError(f"--bytes {text} is no share of the checkpoint's bytes", "give e.g. 1%")
+        raise MoqaError(f"--bytes {text} is not a share of the checkpoint's bytes", "give e.g. 1%")
     return share
 
 
@@ -40,25 +40,25 @@ class Budget:
     bits_per_weight: float | None = None
     bytes: int | None = None
 
-    # whether far more than the largest plan takes is a slip of the pen
+    # whether a limit far above the largest plan is refused as a typing error
     fills: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, bpw: float | None = None, size: str | int | None = None) -> "Budget | None":
-        """Budget from the command line's options; None if neither is given.
+        """Budget from the options of the command line; None if neither is given.
 
         Args:
             bpw: stored bits per weight of the units.
             size: of all weight files, in bytes or with a unit: KB, MB, GB, KiB, MiB, GiB.
 
         Raises:
-            MoqaError: if both are given or one cannot be read.
+            MoqaError: if both are given, or one cannot be parsed.
         """
         if bpw is not None and size is not None:
             raise MoqaError(f"--bpw {bpw:g} and --size {size} are two budgets", "give one of them")
         if bpw is not None:
             if not 0 < bpw < 64:
-                raise MoqaError(f"--bpw {bpw:g} is no number of bits", "give e.g. --bpw 2.5")
+                raise MoqaError(f"--bpw {bpw:g} is not a number of bits per weight", "give e.g. --bpw 2.5")
             return cls(f"--bpw {bpw:g}", bits_per_weight=bpw)
         if size is None:
             return None
@@ -66,21 +66,21 @@ class Budget:
 
     @classmethod
     def of(cls, text: str) -> "Budget":
-        """Budget in one word.
+        """Budget from a single word.
 
         >>> Budget.of("2.5bpw").bits_per_weight, Budget.of("12MiB").bytes
         (2.5, 12582912)
         """
         bits = text.strip().lower().removesuffix("bpw").strip()
         if bits == text.strip().lower():
-            found = cls.parse(size=text)
+            budget = cls.parse(size=text)
         else:
             try:
-                found = cls.parse(bpw=float(bits))
+                budget = cls.parse(bpw=float(bits))
             except ValueError:
-                raise MoqaError(f"{text} is no budget", "give e.g. 2.5bpw or 12MiB") from None
-        assert found is not None
-        return found
+                raise MoqaError(f"{text} is not a budget", "give e.g. 2.5bpw or 12MiB") from None
+        assert budget is not None
+        return budget
 
     @property
     def counts(self) -> Literal["units", "checkpoint"]:
@@ -88,21 +88,21 @@ class Budget:
         return "units" if self.bytes is None else "checkpoint"
 
     def limit(self, weights: int) -> int:
-        """Bytes allowed, for a model whose units have that many weights."""
+        """Allowed bytes for a model whose units have `weights` weights in total."""
         if self.bytes is not None:
             return self.bytes
         bits = self.bits_per_weight or 0.0
-        # the bits of a plan may be a rounded number: the plan itself must still fit
+        # the limit may be typed from a plan's rounded bits per weight: that plan must still fit
         limit = int(bits * weights / 8) + 1
         while limit * 8 / weights > bits:
             limit -= 1
         return limit
 
     def below(self, smallest: int, reachable: str) -> MoqaError:  # noqa: ARG002
-        """The refusal of a limit that no plan keeps.
+        """Make the error for a limit that no plan can keep.
 
         Args:
-            smallest: bytes of the weight files of the smallest plan.
-            reachable: the range of all plans, in words.
+            smallest: bytes of the smallest plan's weight files.
+            reachable: sizes of the smallest and largest plan, in words.
         """
         return MoqaError(f"{self.typed} is below the smallest plan of this profile", reachable)

@@ -1,4 +1,4 @@
-"""Fuzzy c-means on a line."""
+"""Fuzzy c-means for scalar values."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,7 @@ _STEPS = 1000
 def fuzzy_c_means(
     values: NDArray[np.float64], clusters: int, fuzzifier: float = 2.0, tolerance: float = 1e-5
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Memberships of values in clusters whose centres are ascending; starts from quantiles, so it is deterministic.
+    """Cluster scalar values; deterministic, because the centres start at quantiles.
 
     >>> centres, membership = fuzzy_c_means(np.array([0.0, 0.1, 1.0, 1.1]), clusters=2)
     >>> membership.argmax(1)
@@ -17,9 +17,9 @@ def fuzzy_c_means(
 
     Args:
         values: [n] numbers.
-        clusters: how many.
-        fuzzifier: m of the paper, above 1; near 1 the clusters are hard.
-        tolerance: largest change of a membership at which to stop.
+        clusters: number of clusters.
+        fuzzifier: m of the paper, above 1; close to 1, memberships are nearly 0 or 1.
+        tolerance: stop when no membership changes by more than this.
 
     Returns:
         [clusters] centres, ascending, and [n, clusters] memberships that sum to 1.

@@ -1,4 +1,4 @@
-"""`--fit 8GiB`: from the memory that a served model may take to a budget for its weight files."""
+"""`--fit 8GiB`: the budget for the weight files, computed from the memory that the served model may use."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -26,17 +26,17 @@ DEFAULT_CONTEXT = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBudget(Budget):
-    """What a limit on all memory leaves for the weight files; made by `memory_budget`.
+    """The part of a memory limit that is left for the weight files; made by `memory_budget`.
 
     >>> memory_budget("reference/model", "1GiB", context=1024, batch=2).cache
     12582912
 
     Attributes:
-        memory: the limit, in bytes.
+        memory: limit on all memory, in bytes.
         context: tokens of a conversation.
-        batch: conversations at once.
-        needs: what the model takes beside its weight files.
-        model: the model, to be asked what else would fit.
+        batch: conversations at the same time.
+        needs: memory that the model takes in addition to its weight files.
+        model: the model, used to suggest what would fit.
     """
 
     memory: int
@@ -45,7 +45,7 @@ class MemoryBudget(Budget):
     needs: Needs
     model: ServedModel
 
-    # who gives a machine's memory has not asked that the weights fill it
+    # a user who types a machine's memory does not ask for weights that fill it
     fills = False
 
     @property
@@ -55,21 +55,21 @@ class MemoryBudget(Budget):
 
     @property
     def overhead(self) -> int:
-        """Bytes of all that is neither weights nor caches."""
+        """Bytes of everything except weights and caches."""
         return self.needs.overhead(self.batch)
 
     def below(self, smallest: int, reachable: str) -> MoqaError:  # noqa: ARG002
         """See `Budget`."""
         parts = {"weights take at least": smallest, "the cache": self.cache, "the overhead": self.overhead}
-        found = ", ".join(f"{part} {_mib(size)}" for part, size in parts.items())
+        sizes = ", ".join(f"{part} {_mib(size)}" for part, size in parts.items())
         fitting = [f"in {_mib(sum(parts.values()))}", *self._smaller(smallest)]
-        return MoqaError(f"{self.typed} is too little, {found}", f"it fits {' or '.join(fitting)}")
+        return MoqaError(f"{self.typed} is too little, {sizes}", f"it fits {' or '.join(fitting)}")
 
     def check(self, widths: Sequence[int], group_size: int, symmetric: bool) -> None:
-        """Refuse what no plan can reach, before there is a profile.
+        """Refuse a budget that no plan can reach, before the model is profiled.
 
         Args:
-            widths: candidates.
+            widths: candidate widths.
             group_size: weights that share a scale.
             symmetric: whether grids have no zero-point.
 
@@ -85,7 +85,7 @@ class MemoryBudget(Budget):
             raise self.below(smallest, "")
 
     def _smaller(self, smallest: int) -> Iterator[str]:
-        """Fewer conversations, or shorter ones, that leave enough."""
+        """Options with fewer or shorter conversations, with which the smallest plan fits."""
         each = self.needs.cache + self.needs.around
         batch = (self.memory - smallest - self.needs.fixed) // each
         if batch > 0:
@@ -99,14 +99,14 @@ class MemoryBudget(Budget):
 
 
 def smallest_plan(view: ModelView, widths: Sequence[int], group_size: int = 64, symmetric: bool = False) -> int:
-    """Bytes of the weight files of the smallest plan, told from a model's shapes.
+    """Bytes of the weight files of the smallest plan, computed from a model's shapes.
 
-    >>> smallest_plan(served.view, (2, 3, 4))
+    >>> smallest_plan(view, (2, 3, 4))
     10660160
 
     Args:
-        view: the model; no weight of it is read.
-        widths: candidates.
+        view: the model; none of its weights are read.
+        widths: candidate widths.
         group_size: weights that share a scale.
         symmetric: whether grids have no zero-point.
     """
@@ -126,24 +126,27 @@ def smallest_plan(view: ModelView, widths: Sequence[int], group_size: int = 64, 
 def memory_budget(
     model: str | Path | Profile, memory: str, *, context: int | None = None, batch: int = 1
 ) -> MemoryBudget:
-    """Budget for a model that is served within a limit on all memory: weights, caches, and everything else.
+    """Budget for a model that is served within a limit on all memory: weights, caches and everything else.
 
-    >>> plan = moqa.plan(profile, memory_budget(profile, "8GiB", context=8192, batch=4))
+    >>> budget = memory_budget(profile, "1GiB", context=1024, batch=2)
+    >>> moqa.plan(profile, budget).account.checkpoint <= budget.bytes
+    True
 
     Args:
         model: folder or Hub id of the original model, or a profile of it.
-        memory: e.g. 8GiB; `auto` is what is free here and now.
-        context: tokens of a conversation; None means 8192, or all that the model holds if that is less.
-        batch: conversations at once.
+        memory: limit, e.g. 8GiB; `auto` means the memory that is free on this machine now.
+        context: tokens of a conversation; None means 8192, or the model's context if that is shorter.
+        batch: conversations at the same time.
 
     Raises:
-        MoqaError: if the memory cannot be read or found, or the model is not where it was or holds no such context.
+        MoqaError: if the memory limit cannot be parsed, the free memory cannot be determined, the model is not where it
+            was, or its context is shorter.
     """
     limit = free_memory() if memory == AUTO else parse_size(memory, "--fit")
     served = _profiled(model, memory) if isinstance(model, Profile) else ServedModel(model)
     longest = served.context or math.inf
     if context is not None and context > longest:
-        raise MoqaError(f"--fit {memory} --context {context} is too long", f"the model's context holds {longest}")
+        raise MoqaError(f"--fit {memory} --context {context} is too long", f"the model's context is {longest} tokens")
     tokens = context or int(min(DEFAULT_CONTEXT, longest))
     needs = served.needs(tokens)
     free = f" ({_mib(limit)} free)" if memory == AUTO else ""
@@ -159,10 +162,10 @@ def _profiled(profile: Profile, memory: str) -> ServedModel:
     try:
         served = ServedModel(record.model)
     except MoqaError as error:
-        what = f"--fit {memory} needs the configuration of {record.model}, of which {profile.folder} is the profile"
+        what = f"--fit {memory} needs the configuration of {record.model}, the model of the profile {profile.folder}"
         raise MoqaError(what, str(error)) from None
     if {unit.name: unit.shape for unit in record.units} != {u.name: u.shape for u in served.view.units.values()}:
-        raise MoqaError(f"--fit {memory}: {record.model} is not the model of {profile.folder}", "its units are others")
+        raise MoqaError(f"--fit {memory}: {record.model} is not the model of {profile.folder}", "its units differ")
     return served
 
 

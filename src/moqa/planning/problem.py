@@ -1,4 +1,4 @@
-"""What every strategy is given: groups of units, the widths allowed to each, bytes and errors."""
+"""The input of every strategy: groups of units, the widths allowed for each, their bytes and errors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ FLOOR = 4
 
 @dataclass(frozen=True)
 class Problem:
-    """One allocation to make.
+    """One allocation problem.
 
     Attributes:
         profile: the statistics.
@@ -28,9 +28,9 @@ class Problem:
         groups: units that share a width.
         widths: candidate widths, ascending.
         sizes: [groups, widths] bytes.
-        allowed: [groups, widths] whether a group may take a width (its floor).
-        limit: bytes for all groups, None where no budget was given.
-        options: what the strategy was told.
+        allowed: [groups, widths] whether a group may have a width; some groups have a smallest allowed width.
+        limit: bytes for all groups; None without a budget.
+        options: options of the strategy.
     """
 
     profile: Profile
@@ -43,39 +43,39 @@ class Problem:
     options: Options
 
     def table(self, rows: NDArray) -> NDArray[np.float64]:
-        """Sum a [units, all widths] table over the groups, for the candidate widths: [groups, widths]."""
+        """[groups, widths] sums of a [units, measured widths] table over each group, for the candidate widths."""
         columns = list(self.profile.record.widths)
         wide = np.concatenate([rows, np.zeros((len(rows), 1))], axis=1)
         picked = wide[:, [columns.index(w) if w != KEEP_WIDTH else len(columns) for w in self.widths]]
         return np.stack([picked[list(group.members)].sum(0) for group in self.groups])
 
     def errors(self, name: str) -> NDArray[np.float64]:
-        """[groups, widths] expected rise of the KL divergence per token on one distribution, in nats."""
+        """[groups, widths] expected increase of the KL divergence per token on one distribution, in nats."""
         return self.table(self.profile.sensitivity(name).double().numpy())
 
     def own_errors(self) -> NDArray[np.float64]:
-        """The same on the model's own text."""
+        """[groups, widths] the same on the model's own text."""
         return self.errors(SELF)
 
     def masked(self, costs: NDArray) -> NDArray[np.float64]:
-        """[..., groups, widths] costs with the widths that are not allowed made infinite."""
+        """[..., groups, widths] costs, infinite for widths that are not allowed."""
         return np.where(self.allowed, costs, np.inf)
 
     def smallest(self) -> Choice:
-        """The narrowest width allowed to each group."""
+        """The narrowest allowed width of each group."""
         return self.allowed.argmax(1)
 
     def at_width(self, width: int) -> Choice:
-        """`width` for every group, or the nearest wider one that it is allowed, or else its widest."""
+        """`width` for every group; where it is not allowed, the next wider allowed width, or else the widest."""
         fits = self.allowed & (np.array(self.widths) >= width)
         return np.where(fits.any(1), fits.argmax(1), self.widest())
 
     def widest(self) -> Choice:
-        """The widest width allowed to each group."""
+        """The widest allowed width of each group."""
         return len(self.widths) - 1 - self.allowed[:, ::-1].argmax(1)
 
     def bytes(self, choice: Choice) -> int:
-        """Bytes of a choice."""
+        """Total bytes of a choice."""
         return int(self.sizes[np.arange(len(self.groups)), choice].sum())
 
     def fits(self, choice: Choice) -> bool:
@@ -84,12 +84,12 @@ class Problem:
 
     @property
     def needed_limit(self) -> int:
-        """The budget in bytes, for strategies that are registered with `needs_budget`."""
+        """The limit, for strategies that are registered with `needs_budget`."""
         assert self.limit is not None
         return self.limit
 
     def routed_experts(self) -> dict[tuple[int, int], list[int]]:
-        """(layer, expert) -> indices of the groups that hold its units."""
+        """(layer, expert) -> indices of the groups that contain its units."""
         found: dict[tuple[int, int], list[int]] = {}
         for index, group in enumerate(self.groups):
             for unit in group.units:
@@ -100,7 +100,7 @@ class Problem:
         return found
 
     def fill(self, choice: Choice, order: Sequence[int]) -> Choice:
-        """Raise groups in the given order, one width at a time and round after round, while the budget allows."""
+        """Widen groups in the given order, one width step per group and round, for as long as the budget allows."""
         choice = choice.copy()
         size = self.bytes(choice)
         raised = True
@@ -125,7 +125,7 @@ def make_problem(
     options: Options,
     fixed_bytes: int,
 ) -> Problem:
-    """Gather what a strategy needs.
+    """Collect the input of a strategy.
 
     Args:
         profile: the statistics.
@@ -133,12 +133,12 @@ def make_problem(
         groups: units that share a width.
         widths: candidate widths, ascending.
         budget: the user's limit.
-        options: for the strategy.
-        fixed_bytes: what the weight files hold whatever is chosen; counts where the budget is on the whole checkpoint.
+        options: options of the strategy.
+        fixed_bytes: bytes of the weight files that no choice changes; counted if the budget is for all weight files.
     """
     settings = profile.record.settings
     moe = any(unit.role == "expert" for unit in profile.record.units)
-    # units with a floor need a width there, even if the experts may only have narrower ones
+    # units with a smallest allowed width need a candidate there, even if all candidates for experts are narrower
     candidates = tuple(sorted({*widths, *([FLOOR] if moe and max(widths) < FLOOR else [])}))
     schemes = [Scheme(width=w, group_size=settings.group_size, symmetric=settings.symmetric) for w in candidates]
     whole = budget is not None and budget.counts == "checkpoint"

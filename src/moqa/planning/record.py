@@ -13,10 +13,10 @@ Scope = Literal["global", "layer"]
 
 
 class Account(BaseModel, frozen=True):
-    """Exactly what a plan stores, in bytes."""
+    """Exact bytes that a plan stores."""
 
     units: int = Field(description="planes, scales and zero-points of all units")
-    kept: int = Field(description="tensors that are no units: embeddings, norms, routers, biases")
+    kept: int = Field(description="tensors that are not units: embeddings, norms, routers, biases")
     headers: int = Field(description="headers of the weight files")
     weights: int = Field(description="number of weights in units")
     kept_weights: int = Field(description="number of values in kept tensors")
@@ -38,12 +38,12 @@ class Account(BaseModel, frozen=True):
 
 
 class Options(BaseModel, frozen=True):
-    """What a strategy may be told."""
+    """Options of the strategies."""
 
     hedge: float | None = Field(None, ge=0, le=1, description="share of the model's own text in the objective")
-    objective: Objective = Field("mean", description="over the known distributions: their mean or the worst of them")
-    scope: Scope = Field("global", description="cluster or rank experts of all layers together or layer by layer")
-    seed: int = Field(0, description="of a random plan")
+    objective: Objective = Field("mean", description="over the known distributions: their mean or their maximum")
+    scope: Scope = Field("global", description="rank the experts of all layers together or layer by layer")
+    seed: int = Field(0, description="seed of a random plan")
 
 
 class Plan(BaseModel, frozen=True):
@@ -53,15 +53,15 @@ class Plan(BaseModel, frozen=True):
     moqa: str
     model: str
     model_type: str
-    fingerprint: str = Field(description="of the model that the plan is for")
-    profile: str = Field(description="folder of the profile, relative to the plan's file; holds the samples")
+    fingerprint: str = Field(description="fingerprint of the model that the plan is for")
+    profile: str = Field(description="folder of the profile, relative to the plan's file; contains the samples")
     strategy: str
     options: Options
     ties: Ties
     budget: str | None = Field(description="as the user typed it")
     known: tuple[str, ...] = Field(description="distributions that the plan was fitted on")
-    mixture: dict[str, float] = Field(description="share of each distribution in the fit, the model's own included")
-    predicted: dict[str, float] = Field(description="expected KL divergence per token, in nats, before any correction")
+    mixture: dict[str, float] = Field(description="share of each distribution in the fit, with the model's own text")
+    predicted: dict[str, float] = Field(description="expected KL divergence per token in nats, before any correction")
     account: Account
     units: dict[str, Scheme]
 

@@ -1,4 +1,4 @@
-"""Strategies: what each needs stands beside it, and help, checks and errors are made from that."""
+"""Strategies: each declares its requirements; help, checks and error messages are derived from them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
     from moqa.planning.problem import Choice, Problem
 
 DEFAULT_STRATEGY = "moqa-budget"
-# what every plan is compared with: the plain one, and the usual hand rule
+# baselines of every comparison: the uniform plan, and bits by routing frequency, the usual heuristic
 PLAIN, HAND_RULE = "uniform", "frequency"
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to choose widths.
+    """A way to choose the width of every unit.
 
     Attributes:
-        name: as users type it; also that of its module, with "-" for "_".
-        choose: the function.
-        help: what it does, in one line.
-        needs_sensitivity: whether it looks at what losing precision costs.
-        needs_budget: whether it has no plan without one.
-        needs_experts: whether it has no plan for dense models.
-        hedge: default share of the model's own text in its objective; None: it takes no hedge.
+        name: as users type it; its module has the same name, with "_" for "-".
+        choose: the function that makes the choice.
+        help: one line on what it does.
+        needs_sensitivity: whether it uses the measured sensitivities.
+        needs_budget: whether it cannot make a plan without a budget.
+        needs_experts: whether it cannot make a plan for dense models.
+        hedge: default share of the model's own text in its objective; None if it has no hedge.
         options: other options that change its plans.
-        is_control: whether it is only there to be beaten.
+        is_control: whether it is only a control for comparisons.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Strategy:
 
     @property
     def needs_profile(self) -> bool:
-        """Whether its plans depend on what was measured."""
+        """Whether its plans depend on measurements."""
         return self.needs_sensitivity or self.needs_experts
 
 
-# a module of the folder is a strategy
+# every module in the folder is a strategy
 STRATEGIES: Registry[Strategy] = Registry(
     "--strategy", "moqa.planning.strategies", modules_in(Path(__file__).with_name("strategies"))
 )
@@ -68,8 +68,11 @@ def strategy(
 ) -> Callable[[Callable[[Problem], Choice]], Callable[[Problem], Choice]]:
     """Register a strategy; see `Strategy`. Its help is the first line of the function's docstring.
 
-    >>> @strategy("frequency", needs_budget=True, needs_experts=True)
-    ... def frequency(problem: Problem) -> Choice: ...
+    >>> @strategy("narrowest", needs_sensitivity=False)
+    ... def narrowest(problem: Problem) -> Choice:
+    ...     return problem.smallest()
+    >>> STRATEGIES.pop("narrowest").needs_sensitivity
+    False
     """
 
     def register(choose: Callable[[Problem], Choice]) -> Callable[[Problem], Choice]:
@@ -83,6 +86,6 @@ def strategy(
 
 
 def for_dense_models() -> list[str]:
-    """Strategies to recommend for a model without experts, those that need least first."""
-    found = [member for member in STRATEGIES.values() if not member.needs_experts and not member.is_control]
-    return [member.name for member in sorted(found, key=lambda member: (member.needs_budget, member.name))]
+    """Strategies to recommend for a model without experts, those with the fewest requirements first."""
+    suitable = [member for member in STRATEGIES.values() if not member.needs_experts and not member.is_control]
+    return [member.name for member in sorted(suitable, key=lambda member: (member.needs_budget, member.name))]

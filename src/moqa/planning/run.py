@@ -1,4 +1,4 @@
-"""`moqa.plan`: a scheme for every unit, within a budget, from a profile."""
+"""`moqa.plan`: choose a scheme for every unit from a profile, within a budget."""
 
 import os
 from collections.abc import Sequence
@@ -46,8 +46,8 @@ def plan(
 
     Args:
         profile: statistics of the model.
-        budget: limit in bytes, e.g. "2.5bpw" (of the units) or "12MiB" (all weight files);
-            without one, strategies that need none give what their rule gives.
+        budget: limit in bytes, e.g. "2.5bpw" (of the units) or "12MiB" (all weight files); None is allowed for
+            strategies that follow a rule of their own.
         strategy: one of `moqa.planning.STRATEGIES`.
         ties: which units must share a width, see `moqa.planning.TIES`.
         known: distributions of the profile to fit on; None means all.
@@ -55,11 +55,11 @@ def plan(
         hedge: share of the model's own text in the objective, 0 to 1; None means the strategy's default.
         objective: `mean` or `minimax` over the known distributions.
         scope: rank experts of all layers together (`global`) or layer by layer (`layer`).
-        seed: of a random plan.
+        seed: seed of a random plan.
 
     Raises:
-        MoqaError: if the strategy, ties or a distribution is unknown, the strategy does not suit the model, or the
-            budget is outside what can be reached.
+        MoqaError: if the strategy, ties or a distribution is unknown, the strategy does not support the model, or no
+            plan can keep the budget.
     """
     budget = Budget.of(budget) if isinstance(budget, str) else budget
     member = STRATEGIES.find(strategy)
@@ -71,7 +71,7 @@ def plan(
     known = tuple(profile.names if known is None else known)
     absent = [name for name in known if name not in profile.names]
     if absent or not known:
-        raise MoqaError(f"--known {','.join(known)} is not in the profile", f"it holds {', '.join(profile.names)}")
+        raise MoqaError(f"--known {','.join(known)} is not in the profile", f"it has {', '.join(profile.names)}")
     share = _checked_hedge(hedge, member, profile)
     options = Options(hedge=share, objective=objective, scope=scope, seed=seed)
     widths = _checked_widths(widths, profile)
@@ -84,7 +84,7 @@ def plan(
     check_budget(member, budget, "give --bpw or --size")
     if member.needs_experts and not problem.routed_experts():
         raise MoqaError(
-            f"--strategy {strategy} ranks experts, {profile.record.model} ({profile.record.model_type}) has none",
+            f"--strategy {strategy} ranks experts, but {profile.record.model} ({profile.record.model_type}) has none",
             f"use {' or '.join(for_dense_models())}",
         )
     choice = member.choose(problem)
@@ -94,7 +94,7 @@ def plan(
         )
     schemes = _schemes(problem, choice)
     names = [*known, *([SELF] if SELF in profile.statistics else [])]
-    # where a plan is hedged, the solve is too: the model's own text counts as one more distribution, at least
+    # with a hedge, the quantization also fits the model's own text, with at least the weight of one more distribution
     own = max(share, 1 / (len(known) + 1)) if share else 0.0
     return Plan(
         moqa=__version__, model=profile.record.model, model_type=profile.record.model_type,
@@ -107,50 +107,51 @@ def plan(
 
 
 def read_plan(path: str | Path) -> Plan:
-    """Read a plan; its profile's folder is made absolute.
+    """Read a plan; the path of its profile is resolved against the plan's folder.
 
+    >>> _ = Path("plan.json").write_text(plan(profile, "3bpw").model_dump_json())
     >>> read_plan("plan.json").strategy
     'moqa-budget'
 
     Raises:
-        MoqaError: if it is no plan or from a newer format.
+        MoqaError: if the file is not a plan, or its format is newer than this moqa.
     """
     path = Path(path)
-    found = read_json(Plan, path)
-    if found.format > FORMAT:
-        raise MoqaError(f"{path} has plan format {found.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
-    return found.model_copy(update={"profile": os.path.normpath(path.parent / found.profile)})
+    stored = read_json(Plan, path)
+    if stored.format > FORMAT:
+        raise MoqaError(f"{path} has plan format {stored.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    return stored.model_copy(update={"profile": os.path.normpath(path.parent / stored.profile)})
 
 
 def for_file(plan: Plan, path: str | Path) -> Plan:
-    """A plan as it is written to a file: its profile's folder relative to that file."""
+    """The plan as it is written to a file: the path of its profile is relative to that file."""
     relative = os.path.relpath(plan.profile, Path(path).parent)
     return plan.model_copy(update={"profile": relative})
 
 
 def check_budget(strategy: Strategy, budget: Budget | None, remedy: str) -> None:
-    """Refuse to plan without a budget by a strategy that needs one.
+    """Refuse a missing budget for a strategy that needs one.
 
     Raises:
-        MoqaError: naming the strategy.
+        MoqaError: if the budget is missing; the message names the strategy.
     """
     if budget is None and strategy.needs_budget:
         raise MoqaError(f"--strategy {strategy.name} needs a budget", remedy)
 
 
 def _checked_hedge(hedge: float | None, strategy: Strategy, profile: Profile) -> float | None:
-    """The hedge as typed, or else the strategy's default."""
+    """The hedge that was given, or else the strategy's default."""
     if hedge is not None and strategy.hedge is None:
         hedged = ", ".join(name for name, member in STRATEGIES.items() if member.hedge is not None)
-        raise MoqaError(f"--hedge {hedge:g} does not apply to --strategy {strategy.name}", f"it does to {hedged}")
+        raise MoqaError(f"--hedge {hedge:g} does not apply to --strategy {strategy.name}", f"it applies to {hedged}")
     if hedge is not None and not 0 <= hedge <= 1:
-        raise MoqaError(f"--hedge {hedge:g} is no share", "give a number from 0 to 1")
-    # a model that writes nothing itself has nothing to hedge with
+        raise MoqaError(f"--hedge {hedge:g} is not a share", "give a number from 0 to 1")
+    # a model that cannot write samples has no text of its own to hedge with
     default = strategy.hedge if find_task(profile.record.task).writes_samples else strategy.hedge and 0.0
     share = default if hedge is None else hedge
     if share and SELF not in profile.statistics:
         raise MoqaError(
-            f"--hedge {share:g} needs the model's own text, the profile was made with --self-samples 0",
+            f"--hedge {share:g} needs the model's own text, but the profile was made with --self-samples 0",
             "profile again without that option, or plan with --hedge 0",
         )
     return share
@@ -162,7 +163,7 @@ def _checked_widths(widths: Sequence[int], profile: Profile) -> tuple[int, ...]:
     if bad or not widths:
         raise MoqaError(
             f"--widths {','.join(map(str, widths))} cannot be planned",
-            f"this profile measured {', '.join(map(str, measured))}",
+            f"this profile has {', '.join(map(str, measured))}",
         )
     return tuple(sorted(set(widths)))
 
@@ -173,15 +174,15 @@ def _check_reachable(problem: Problem, budget: Budget | None) -> None:
     if problem.bytes(problem.smallest()) > problem.limit:
         smallest = _account(problem.profile, _schemes(problem, problem.smallest()))
         raise budget.below(smallest.checkpoint, _reachable(problem))
-    # a budget far above the widest plan is a slip of the pen; one slightly above it is a wish for the best
+    # a budget far above the largest plan is probably a typing error; one slightly above it asks for the best quality
     if budget.fills and problem.limit > problem.bytes(problem.widest()) * 1.05:
         raise MoqaError(f"{budget.typed} is above the largest plan of this profile", _reachable(problem))
 
 
 def _reachable(problem: Problem) -> str:
-    found = [_account(problem.profile, _schemes(problem, choice)) for choice in (problem.smallest(), problem.widest())]
-    bits = " to ".join(f"{account.bits_per_weight:.2f}" for account in found)
-    sizes = " to ".join(f"{account.checkpoint / 2**20:.1f} MiB" for account in found)
+    ends = [_account(problem.profile, _schemes(problem, choice)) for choice in (problem.smallest(), problem.widest())]
+    bits = " to ".join(f"{account.bits_per_weight:.2f}" for account in ends)
+    sizes = " to ".join(f"{account.checkpoint / 2**20:.1f} MiB" for account in ends)
     return f"reachable with --widths {','.join(map(str, problem.widths))}: {bits} bpw, {sizes}"
 
 
@@ -212,5 +213,5 @@ def _account(profile: Profile, schemes: dict[str, Scheme]) -> Account:
 
 
 def kept_entries(profile: Profile) -> dict[str, Entry]:
-    """Stored dtype and shape of the tensors that are no units."""
+    """Stored dtype and shape of the tensors that are not units."""
     return {name: (getattr(torch, dtype), shape) for name, (dtype, shape) in profile.record.kept.items()}

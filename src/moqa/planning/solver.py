@@ -1,4 +1,4 @@
-"""Multiple-choice knapsack: one width per group, least error, bytes within the budget. Exact, by HiGHS."""
+"""Multiple-choice knapsack: one width per group with the least error within the budget; solved exactly by HiGHS."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-# HiGHS stops when no better plan than this can exist, relative to the plan's error; far below what a profile can tell.
+# HiGHS stops when no plan can be better by more than this share of the error; profiles are far less precise than that.
 _GAP = 1e-7
-# HiGHS also stops at an absolute gap of 1e-6: errors are scaled up so that this one never decides, even where a plan of
-# wide widths has a millionth of the narrowest plan's error.
+# HiGHS also stops at an absolute gap of 1e-6: errors are scaled up so that only the relative gap counts, even if a plan
+# of wide widths has a millionth of the narrowest plan's error.
 _SCALE = 1e6
-# into how many steps the largest size is cut, at most: exactly, then ever coarser
+# largest number of steps that sizes are divided into: first exact, then coarser and coarser
 _PARTS = (2**62, 10**5, 10**4, 10**3)
 
 
 def solve(costs: NDArray[np.float64], sizes: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-    """Choice per group that minimises the largest of several summed errors within a byte limit.
+    """Choose one option per group so that the largest of several summed errors is minimal within a byte limit.
 
     >>> solve(np.array([[[9.0, 1.0], [4.0, 3.0]]]), np.array([[2, 4], [2, 4]]), limit=6)
     array([1, 0])
 
     Args:
         costs: [objectives, groups, choices] error of each choice, float64; infinite where a choice is not allowed.
-            One objective is the plain knapsack; with several, the largest sum counts and their mean breaks ties.
+            One objective is the plain knapsack; with several, the largest sum is minimised and the mean breaks ties.
         sizes: [groups, choices] bytes of each choice.
-        limit: bytes that the plan may take.
+        limit: bytes of all groups together.
 
     Returns:
         [groups] index of the chosen width, int64.
 
     Raises:
-        ValueError: if even the smallest choices exceed the limit.
+        ValueError: if the smallest choices exceed the limit.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array, csr_array
@@ -55,8 +55,8 @@ def solve(costs: NDArray[np.float64], sizes: NDArray[np.int64], limit: int) -> N
     more, room = sizes[group, choice] - least[group], limit - int(least.sum())
     exact = max(int(np.gcd.reduce(more)), 1)
     for parts in _PARTS:
-        # HiGHS takes 0.999999 for 1: sizes in whole steps above the smallest choices are small enough for that to be
-        # exact; where they are not, coarser steps are, rounded so that the limit holds
+        # HiGHS accepts 0.999999 as 1. Sizes counted in steps above the smallest choices are usually small enough for
+        # this to make no difference; if not, the next round uses coarser steps, rounded so that the limit still holds.
         step = max(exact, -(-int(more.max()) // parts))
         result = milp(
             objective,
@@ -79,7 +79,7 @@ def solve(costs: NDArray[np.float64], sizes: NDArray[np.int64], limit: int) -> N
 
 
 def _wide(rows: NDArray | csr_array) -> csr_array:
-    """Rows over the choices, with a zero column for the largest sum."""
+    """Rows over the choices, extended by a zero column for the largest sum."""
     from scipy.sparse import csr_array, hstack
 
     rows = csr_array(rows)
@@ -87,13 +87,13 @@ def _wide(rows: NDArray | csr_array) -> csr_array:
 
 
 def _dominated(costs: NDArray, sizes: NDArray, allowed: NDArray) -> NDArray[np.bool_]:
-    """[groups, choices] whether another choice is no larger and no worse, and better in one of the two."""
+    """[groups, choices] whether another choice is at most as large and at most as bad, and better in one of the two."""
     choices = sizes.shape[1]
-    found = np.zeros_like(allowed)
+    dominated = np.zeros_like(allowed)
     for this in range(choices):
         for other in range(choices):
             if this != other:
                 no_worse = (costs[:, :, other] <= costs[:, :, this]).all(0) & (sizes[:, other] <= sizes[:, this])
                 strict = (costs[:, :, other] < costs[:, :, this]).any(0) | (sizes[:, other] < sizes[:, this])
-                found[:, this] |= allowed[:, other] & no_worse & (strict | (other < this))
-    return found
+                dominated[:, this] |= allowed[:, other] & no_worse & (strict | (other < this))
+    return dominated

@@ -1,4 +1,4 @@
-"""Ties: which units an engine forces to share a precision."""
+"""Ties: units that must share a width because an inference engine requires it."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from moqa.planning.record import Ties
 from moqa.profiling.record import UnitRecord
 
-# What each tie is for; the solver is run again per engine, a finer plan is never rounded to a coarser tie.
+# What each tie is for. Every kind of tie has its own solve: a plan is never rounded to coarser ties afterwards.
 TIES: dict[Ties, str] = {
-    "unit": "no ties: every matrix by itself (moqa's own runtime)",
+    "unit": "no ties: every matrix has its own width (moqa's own runtime)",
     "expert": "the matrices of one expert share a width",
     "layer_projection": "all experts of a layer share a width per projection (GGUF, MLX)",
-    "layer": "all experts of a layer share one width, so do its attention matrices (vLLM, SGLang)",
+    "layer": "all experts of a layer share one width, and so do its attention matrices (vLLM, SGLang)",
 }
 
 
@@ -34,7 +34,7 @@ class Group:
 
 
 def tie_groups(units: Sequence[UnitRecord], ties: Ties) -> list[Group]:
-    """Units in groups that share a width, in the order of their first members.
+    """Group the units that share a width, in the order of their first members.
 
     >>> len(tie_groups(profile.record.units, "layer"))
     12
@@ -43,10 +43,10 @@ def tie_groups(units: Sequence[UnitRecord], ties: Ties) -> list[Group]:
         units: all units of a model.
         ties: one of `TIES`.
     """
-    found: dict[Hashable, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for row, unit in enumerate(units):
-        found.setdefault(_key(unit, ties), []).append(row)
-    return [Group(tuple(rows), tuple(units[row] for row in rows)) for rows in found.values()]
+        groups.setdefault(_key(unit, ties), []).append(row)
+    return [Group(tuple(rows), tuple(units[row] for row in rows)) for rows in groups.values()]
 
 
 def _key(unit: UnitRecord, ties: Ties) -> Hashable:

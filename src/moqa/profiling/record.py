@@ -53,7 +53,7 @@ class Settings(BaseModel, frozen=True):
     group_size: int = Field(64, description="weights that share a scale in the sensitivity's rounding")
     symmetric: bool = Field(False, description="whether that rounding has no zero-point")
     method: str = Field("gptq", description="quantization method whose errors the sensitivity is measured with")
-    sensitivity: bool = Field(True, description="whether it is measured: not all strategies need it")
+    sensitivity: bool = Field(True, description="whether sensitivity is measured: not all strategies need it")
 
 
 class ProfileRecord(BaseModel, frozen=True):
@@ -64,8 +64,8 @@ class ProfileRecord(BaseModel, frozen=True):
     task: str = Field(CAUSAL_LM, description="what the model is for", exclude_if=lambda task: task == CAUSAL_LM)
     model: str = Field(description="the model as the user gave it")
     model_type: str
-    fingerprint: str = Field(description="tells this model from any other")
-    kept: dict[str, tuple[str, tuple[int, ...]]] = Field(description="stored dtype and shape of what is no unit")
+    fingerprint: str = Field(description="identifies the model")
+    kept: dict[str, tuple[str, tuple[int, ...]]] = Field(description="stored dtype and shape of tensors outside units")
     layers: int
     top_k: int = Field(description="experts per token; 0 for a dense model")
     settings: Settings

@@ -55,7 +55,10 @@ def profile(
 ) -> Profile:
     """Measure what every expert and channel contributes, and what losing precision costs, on each distribution.
 
-    >>> profile = moqa.profile("reference/model", {"wiki": "wiki.txt", "novels": "novels.txt"}, "runs/profile")
+    >>> texts, few = {"wiki": "wiki.txt", "novels": "novels.txt"}, {"samples": 2, "context": 32, "self_samples": 1}
+    >>> profile = moqa.profile("reference/model", texts, "runs/profile", method="rtn", **few)
+    >>> profile.names
+    ('novels', 'wiki')
 
     Args:
         model: folder or Hub id of the original model.

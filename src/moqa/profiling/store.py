@@ -23,7 +23,7 @@ class Profile:
 
     >>> profile = read_profile("runs/profile")
     >>> profile.names
-    ('wiki', 'novels')
+    ('novels', 'wiki')
     >>> profile.sensitivity("wiki").shape
     torch.Size([312, 8])
 

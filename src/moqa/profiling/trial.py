@@ -139,12 +139,15 @@ def _step(view: ModelView, depth: int, tokens: Tensor, watch: Stopwatch) -> floa
 @contextmanager
 def _first_layers(view: ModelView, count: int) -> Iterator[None]:
     """A `with` block in which a model ends after its first blocks."""
-    owner = next(module for module in view.model.modules() if getattr(module, "layers", None) is view.blocks)
-    owner.layers = nn.ModuleList(list(view.blocks)[:count])
+    lists = ((module, getattr(module, "layers", None)) for module in view.model.modules())
+    owner, layers = next(
+        (module, found) for module, found in lists if isinstance(found, nn.ModuleList) and [*found] == view.blocks
+    )
+    owner.layers = layers[:count]
     try:
         yield
     finally:
-        owner.layers = view.blocks
+        owner.layers = layers
 
 
 def _line(counts: Sequence[int], seconds: Sequence[float]) -> TokenCost:

@@ -1,4 +1,4 @@
-"""Reports: pictures and pages made from artifacts only."""
+"""Reports: HTML pages and charts, made only from artifacts."""
 
 from moqa.reports.write import report
 

@@ -17,7 +17,7 @@ _SELF_SENTENCE = (
 
 
 def account_section(made: Sequence[Allocation]) -> Section | None:
-    """Where the bytes of every plan go."""
+    """Section on the bytes of every plan, by what they are used for."""
     if not made:
         return None
     rows = tuple(
@@ -49,7 +49,7 @@ def _bars(made: Sequence[Allocation]) -> list[PageElement]:
 
 
 def provenance_section(found: Artifacts, made: Sequence[Allocation], rows: Sequence[Row]) -> Section:
-    """Model, versions, settings, what was fitted on what."""
+    """Section on the model, versions, settings, and the texts that were fitted on."""
     blocks: list[PageElement] = []
     if len(found.fingerprints) > 1:
         short = ", ".join(f[:12] for f in found.fingerprints)
@@ -129,5 +129,5 @@ def _mixtures(made: Sequence[Allocation]) -> Table:
 
 
 def _joined(values: Iterable[str]) -> str:
-    """Different values in the order in which they come."""
+    """Distinct values in order of appearance, joined with commas."""
     return ", ".join(dict.fromkeys(value for value in values if value))

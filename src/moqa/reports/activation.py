@@ -1,4 +1,4 @@
-"""Section on activation: where the tokens go, which experts meet and which resemble each other."""
+"""Section on activation: routing of tokens, co-activation of experts and similarity of their weights."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,11 +9,11 @@ from moqa.reports.charts import chart, heat_map, map_axes, stacked, upper
 from moqa.reports.drift import distributions
 from moqa.reports.significance import expert_map, titled
 
-_NAMED = 60
+_MAX_NAMES = 60
 
 
 def activation_section(profile: Profile) -> Section | None:
-    """Tokens per expert, experts that no token reached, co-activation and similarity."""
+    """Section on tokens per expert, experts that no token reached, co-activation and similarity."""
     if not profile.expert_layers:
         return None
     tokens = {name: _tokens(profile, name) for name in distributions(profile)}
@@ -52,11 +52,11 @@ def _tokens(profile: Profile, name: str) -> NDArray[np.float64]:
 
 
 def _starved(profile: Profile) -> str:
-    found = profile.starved()
-    if not found:
+    starved = profile.starved()
+    if not starved:
         return "None: every expert was reached on at least one of the given distributions."
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return f"{len(found)} on none of the given distributions: {', '.join(found[:_NAMED])}{more}."
+    more = f" and {len(starved) - _MAX_NAMES} more" if len(starved) > _MAX_NAMES else ""
+    return f"{len(starved)} on none of the given distributions: {', '.join(starved[:_MAX_NAMES])}{more}."
 
 
 def _correlation(profile: Profile) -> tuple[tuple[str, tuple[PageElement, ...]], ...]:
@@ -83,7 +83,7 @@ def _correlation(profile: Profile) -> tuple[tuple[str, tuple[PageElement, ...]],
 
 
 def _coactivation(profile: Profile, layer: int) -> NDArray[np.float64]:
-    """[experts, experts] share in percent of a row's tokens that visit a column, empty on the diagonal."""
+    """[experts, experts] percentage of a row's tokens that also visit the column's expert; NaN on the diagonal."""
     table = sum(profile.layer(name, layer, "coactivation").double().numpy() for name in profile.names)
     table = np.asarray(table)
     share: NDArray[np.float64] = table / np.maximum(np.diag(table), 1)[:, None] * 100
@@ -92,10 +92,10 @@ def _coactivation(profile: Profile, layer: int) -> NDArray[np.float64]:
 
 
 def _similarity(profile: Profile, layer: int) -> NDArray[np.float64] | None:
-    found = profile.weights.get(f"layer.{layer}.similarity")
-    if found is None:
+    similarity = profile.weights.get(f"layer.{layer}.similarity")
+    if similarity is None:
         return None
-    table: NDArray[np.float64] = found.double().numpy().copy()
+    table: NDArray[np.float64] = similarity.double().numpy().copy()
     np.fill_diagonal(table, np.nan)
     return table
 

@@ -1,4 +1,4 @@
-"""Section on adjustments: what they cost, what they bring, and which experts they change."""
+"""Section on adjustments: their cost, their gain, and the experts that they change."""
 
 import numpy as np
 
@@ -9,13 +9,14 @@ from moqa.reports.charts import chart, heat_map, map_axes, upper
 from moqa.reports.gather import Artifacts
 
 READING = (
-    "An adjustment gives rows and columns of experts bits of their own for texts that the checkpoint was not made for. "
-    "The maps show where they went; before and after are of the same held-out text."
+    "An adjustment stores some rows and columns of experts again, with bits of their own, for texts that the "
+    "checkpoint was not made for. The maps show where these are; before and after are measured on the same held-out "
+    "text."
 )
 
 
 def adjustments_section(found: Artifacts) -> Section | None:
-    """Adjustments in the folders, and evaluations with and without them."""
+    """Section on all adjustments, and on evaluations with and without them."""
     if not found.adjustments and not any(e.adjustment for e in found.evaluations):
         return None
     blocks: list[PageElement] = []
@@ -47,7 +48,7 @@ def _made(adjustments: list[Adjustment]) -> Table:
 
 
 def _changes(evaluations: list[Evaluation]) -> list[tuple[str, ...]]:
-    """Every text of an adjusted evaluation beside the same model's without adjustment."""
+    """One row per text of an adjusted evaluation, compared with the same model without adjustment."""
     rows: list[tuple[str, ...]] = []
     for after in (e for e in evaluations if e.adjustment):
         plain = [
@@ -65,7 +66,7 @@ def _changes(evaluations: list[Evaluation]) -> list[tuple[str, ...]]:
 
 
 def _counts(adjustment: Adjustment) -> np.ndarray:
-    """[layers, experts] rows and columns with bits of their own."""
+    """[layers, experts] number of adjusted rows and columns."""
     record = adjustment.record
     layers = len(record.channels[0].counts) if record.channels else 0
     table = np.zeros((layers, record.sizes.experts))

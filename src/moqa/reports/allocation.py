@@ -1,4 +1,4 @@
-"""The width of every unit, from plans and checkpoints alike."""
+"""The width of every unit, from plans and checkpoints."""
 
 import math
 import re
@@ -16,7 +16,7 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class AllocatedUnit:
-    """A unit as a picture needs it; `weights` is 1 where no artifact tells the shape."""
+    """A unit as a chart needs it; `weights` is 1 if no artifact has its shape."""
 
     layer: int
     expert: int | None
@@ -28,13 +28,15 @@ class AllocatedUnit:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Which width every unit got.
+    """The width of every unit.
 
     Attributes:
-        label: strategy, hedge and size, told apart where several would read the same.
-        account: bytes.
+        label: strategy, hedge and size; numbered if several allocations have the same ones.
+        account: byte account.
         hedge: share of the model's own text in the objective.
-        ties: units that share a width.
+        ties: which units share a width.
+        mixture: share of each distribution in the fit.
+        places: all units.
     """
 
     label: str
@@ -46,16 +48,16 @@ class Allocation:
 
     @property
     def widths(self) -> dict[int, float]:
-        """Width -> share of the weights, narrow ones first."""
+        """Width -> share of the weights, narrowest first."""
         total = sum(place.weights for place in self.places)
-        found: dict[int, int] = {}
+        counts: dict[int, int] = {}
         for place in sorted(self.places, key=lambda p: p.width):
-            found[place.width] = found.get(place.width, 0) + place.weights
-        return {width: weights / total for width, weights in found.items()}
+            counts[place.width] = counts.get(place.width, 0) + place.weights
+        return {width: weights / total for width, weights in counts.items()}
 
 
 def allocations(found: Artifacts) -> list[Allocation]:
-    """Every different allocation among plans and checkpoints, ordered by size."""
+    """All distinct allocations of plans and checkpoints, ordered by size."""
     units = {u.name: u for profile in found.profiles for u in profile.record.units}
     for checkpoint in found.checkpoints:
         for name, stored in checkpoint.manifest.units.items():
@@ -86,8 +88,8 @@ def allocations(found: Artifacts) -> list[Allocation]:
             hedge = None if m.options.get("hedge") is None else float(m.options["hedge"] or 0)
             label = m.strategy if hedge is None else f"{m.strategy} hedge {hedge:g}"
             made[_key(schemes)] = Allocation(label, account, hedge, m.ties, m.mixture, _places(schemes, units))
-    # sizes within half a percent read as one size
-    return _told_apart(sorted(made.values(), key=lambda a: (round(math.log(a.account.checkpoint) * 200), a.label)))
+    # sizes within half a percent count as equal
+    return _distinct_labels(sorted(made.values(), key=lambda a: (round(math.log(a.account.checkpoint) * 200), a.label)))
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,13 @@ class _Kept:
 
 
 def _kept(entries: Iterable[tuple]) -> list[_Kept]:
-    found = []
+    kept = []
     for dtype, shape in entries:
         values = 1
         for length in shape:
             values *= length
-        found.append(_Kept(values * dtype.itemsize, values))
-    return found
+        kept.append(_Kept(values * dtype.itemsize, values))
+    return kept
 
 
 def _joined(label: str, other: str) -> str:
@@ -112,7 +114,7 @@ def _joined(label: str, other: str) -> str:
     return label if other in names else " = ".join([*names, other])
 
 
-def _told_apart(made: list[Allocation]) -> list[Allocation]:
+def _distinct_labels(made: list[Allocation]) -> list[Allocation]:
     counts: dict[str, int] = {}
     result = []
     for one in made:

@@ -1,4 +1,4 @@
-"""Section on bits: which width every expert and every other unit got."""
+"""Section on bits: the width of every expert and every other unit."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from moqa.reports.blocks import BarPart, Bars, CellGrid, Chart, Key, KeyEntry, P
 from moqa.reports.charts import chart, heat_map, map_axes, map_height
 from moqa.reports.palette import WIDTHS
 
-# 16 means not quantized; the scale ends at 8 so that the widths in use stay apart
+# 16 means not quantized; the colour scale ends at 8 so that the widths in use can be distinguished
 _LIMITS = (1.0, 8.0)
 
 
 def bits_section(made: Sequence[Allocation], first: Allocation | None = None) -> Section | None:
-    """Widths per plan: shares of the weights, then the maps, of which one comes first."""
+    """Section on widths per plan: shares of the weights, then one map per plan, beginning with `first`."""
     if not made:
         return None
     used = sorted({width for one in made for width in one.widths})
@@ -33,12 +33,12 @@ def bits_section(made: Sequence[Allocation], first: Allocation | None = None) ->
     blocks.append(Picker("Plan", tuple(maps)))
     experts = any(place.role == "expert" for one in made for place in one.places)
     reading = (
-        "A plan gives every matrix a width, the bits of each stored weight; scales come on top and are in the byte "
-        "account. "
+        "A plan gives every matrix a width, the bits of each stored weight; scales are stored in addition and are in "
+        "the byte account. "
     )
     reading += (
         "In the map a cell is an expert and its colour the mean width of its matrices, which the hover text lists; the "
-        "smaller map holds the units that are no routed experts."
+        "smaller map shows the units that are not routed experts."
         if experts
         else "In the map a cell is one matrix."
     )
@@ -96,7 +96,7 @@ def _column(place: AllocatedUnit) -> str:
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Projections in the order in which data flows through them."""
+    """Sort key that puts projections in the order in which data flows through them."""
     flow = ("q_", "k_", "v_", "qkv", "o_", "gate", "w1", "up", "w3", "down", "w2")
     places = [i for i, part in enumerate(flow) if name.removeprefix("shared ").startswith(part)]
     return (100 if name.startswith("shared ") else 0) + (places[0] if places else 50), name

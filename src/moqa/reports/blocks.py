@@ -1,4 +1,4 @@
-"""What a page is made of: the template draws each kind of block, the sections only fill them."""
+"""Elements of a page: the sections fill them with data, and the template draws each kind."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Scale:
-    """Legend of a colour scale: what its two ends stand for."""
+    """Legend of a colour scale: the meaning of its two ends."""
 
     name: str
     low: str
@@ -18,7 +18,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure: plotly's JSON, drawn when it comes into view."""
+    """One chart: plotly's JSON, drawn when it comes into view."""
 
     kind: ClassVar[str] = "chart"
     title: str
@@ -29,7 +29,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class CellGrid:
-    """Figures side by side, with one legend for all; `lead` gives the first more room."""
+    """Charts side by side with one legend; `lead` gives the first one more space."""
 
     kind: ClassVar[str] = "grid"
     charts: tuple[Chart, ...]
@@ -39,7 +39,7 @@ class CellGrid:
 
 @dataclass(frozen=True)
 class Picker:
-    """Alternatives of which one is shown."""
+    """Several alternatives, of which the reader picks one to show."""
 
     kind: ClassVar[str] = "picker"
     label: str
@@ -48,7 +48,7 @@ class Picker:
 
 @dataclass(frozen=True)
 class Column:
-    """Head of a table's column."""
+    """Heading of a table column."""
 
     title: str
     numeric: bool = True
@@ -66,7 +66,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence between figures."""
+    """A paragraph between charts."""
 
     kind: ClassVar[str] = "note"
     text: str
@@ -75,7 +75,7 @@ class Note:
 
 @dataclass(frozen=True)
 class KeyEntry:
-    """A colour or mark and what it stands for."""
+    """A colour or marker and its meaning."""
 
     label: str
     light: str
@@ -86,7 +86,7 @@ class KeyEntry:
 
 @dataclass(frozen=True)
 class Key:
-    """Legend of lines or segments."""
+    """Legend of lines or bar segments."""
 
     kind: ClassVar[str] = "key"
     entries: tuple[KeyEntry, ...]
@@ -119,7 +119,7 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class QualityTable:
-    """Sizes and qualities: groups of rows under a heading of their size."""
+    """Table of sizes and qualities, with rows grouped by size."""
 
     kind: ClassVar[str] = "quality"
     known: tuple[str, ...]
@@ -139,7 +139,7 @@ class BarPart:
 
 @dataclass(frozen=True)
 class Bars:
-    """Stacked bars; the shares of the longest add up to 1."""
+    """Stacked bars; the shares of the longest bar add up to 1."""
 
     kind: ClassVar[str] = "bars"
     title: str
@@ -151,7 +151,7 @@ PageElement = Chart | CellGrid | Picker | Table | Note | Key | QualityTable | Ba
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with its place in the navigation."""
+    """A section of the page, with its entry in the navigation."""
 
     anchor: str
     nav: str
@@ -161,12 +161,12 @@ class Section:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number for a table, a dash where there is none."""
+    """Format a number for a table; a dash for None and NaN."""
     if value is None or math.isnan(value):
         return "\u2014"
     return f"{value:.{digits}f}".replace("-", "\u2212")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share for a table."""
+    """Format a share as a percentage for a table; a dash for None and NaN."""
     return "\u2014" if value is None or math.isnan(value) else f"{number(value * 100, digits)} %"

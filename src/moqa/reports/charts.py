@@ -1,4 +1,4 @@
-"""Plotly figures as JSON; colours that depend on light or dark are put in by the page's script."""
+"""Plotly charts as JSON; the page's script replaces the colours in dark mode."""
 
 import html
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 def chart(title: str, traces: Sequence[Any], layout: dict[str, Any], height: int, scale: Scale | None = None) -> Chart:
-    """A figure with the page's habits: no decoration, tight margins, no legend unless asked for."""
+    """A chart in the style of the page: no decoration, small margins, no legend by default."""
     base: dict[str, Any] = {
         "template": "none", "height": height, "showlegend": False, "margin": {"l": 54, "r": 12, "t": 10, "b": 42},
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hoverlabel": {"align": "left"},
@@ -35,17 +35,17 @@ def heat_map(
     x: Sequence[str] | None = None,
     suffix: str = "",
 ) -> Any:
-    """Layers x experts (or experts x experts) as colours.
+    """A heat map of layers x experts, or experts x experts.
 
     Args:
-        z: [rows, columns]; NaN stays empty.
-        y: label of every row.
-        hover: plotly's template for one cell.
+        z: [rows, columns] values; NaN cells stay empty.
+        y: labels of the rows.
+        hover: hover template of plotly for a cell.
         scale: `sequential` or `diverging`, see `palette.SCALES`.
-        limits: values of the two ends of the scale.
+        limits: values at the two ends of the scale.
         customdata: [rows, columns, values] for `hover`.
-        x: label of every column; None numbers them.
-        suffix: of the axes in a figure with several maps.
+        x: labels of the columns; None numbers them.
+        suffix: suffix of the axes in a chart with several maps.
     """
     gap = 1 if max(z.shape) <= MAX_TICKS else 0
     return go.Heatmap(
@@ -56,7 +56,7 @@ def heat_map(
 
 
 def map_axes(x_title: str, y_title: str, rows: int, columns: int, suffix: str = "") -> dict[str, Any]:
-    """Axes of a heat map: first row on top, every row and column numbered while there is room."""
+    """Axes of a heat map: first row on top, every row and column labelled if there is enough space."""
     shared = {"showgrid": False, "zeroline": False, "ticks": "", "automargin": True}
     x: dict[str, Any] = {"title": {"text": x_title, "standoff": 6}, **shared}
     y: dict[str, Any] = {"title": {"text": y_title, "standoff": 8}, "autorange": "reversed", **shared}
@@ -68,12 +68,12 @@ def map_axes(x_title: str, y_title: str, rows: int, columns: int, suffix: str = 
 
 
 def map_height(rows: int) -> int:
-    """Pixels for a heat map of some layers."""
+    """Height of a heat map in pixels, for a number of rows."""
     return 70 + min(560, max(130, rows * 24 if rows <= 12 else 288 + (rows - 12) * 9))
 
 
 def line(x: Sequence[float], y: Sequence[float], name: str, colour: Pair, hover: str, **more: Any) -> Any:
-    """A line with a hover text; `more` goes to plotly."""
+    """A line with a hover text; `more` is passed to plotly."""
     style = {"color": colour[0], "width": 2} | more.pop("line", {})
     return go.Scatter(
         x=list(x), y=list(y), name=escape(name), line=style, hovertemplate=hover + "<extra></extra>", **more
@@ -81,12 +81,12 @@ def line(x: Sequence[float], y: Sequence[float], name: str, colour: Pair, hover:
 
 
 def dash(index: int, colours: int) -> str:
-    """Dash of a line, the next one after all colours were used."""
+    """Dash style of a line; changes each time all colours have been used."""
     return _DASHES[(index // colours) % len(_DASHES)]
 
 
 def upper(values: NDArray, quantile: float = 0.975) -> float:
-    """Upper end of a colour scale that a few extreme cells do not flatten."""
+    """Upper end of a colour scale, chosen so that a few extreme cells do not dominate it."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 1.0
@@ -95,7 +95,7 @@ def upper(values: NDArray, quantile: float = 0.975) -> float:
 
 
 def stacked(rows: Sequence[NDArray]) -> NDArray[np.float64]:
-    """Rows of different lengths as one table, filled up with NaN."""
+    """Rows of different lengths as one table, padded with NaN."""
     width = max(len(row) for row in rows)
     table = np.full((len(rows), width), np.nan)
     for index, row in enumerate(rows):
@@ -104,10 +104,10 @@ def stacked(rows: Sequence[NDArray]) -> NDArray[np.float64]:
 
 
 def escape(text: str) -> str:
-    """A user's string for plotly, which reads a little HTML in its texts."""
+    """Escape a user's string for plotly, which interprets some HTML in texts."""
     return html.escape(text, quote=False)
 
 
 def braces(text: str) -> str:
-    """A user's string for a hover template, where `%{` would start a variable."""
+    """Escape a user's string for a hover template, in which `%{` would start a variable."""
     return escape(text).replace("%{", "%&#123;")

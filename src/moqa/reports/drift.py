@@ -1,4 +1,4 @@
-"""How much two distributions differ in what they ask of the experts: pure functions on a profile."""
+"""How much the use of experts and channels differs between two distributions: pure functions of a profile."""
 
 import math
 from collections.abc import Sequence
@@ -21,13 +21,12 @@ def distributions(profile: Profile) -> tuple[str, ...]:
 
 
 def pairs(profile: Profile) -> list[tuple[str, str]]:
-    """Every two distributions of a profile; those with the model's own text come last.
+    """All pairs of distributions of a profile; pairs with the model's own text come last.
 
     >>> pairs(profile)
-    [('novels', 'wiki'), ('novels', 'self'), ('wiki', 'self')]
+    [('wiki', 'novels'), ('wiki', 'self'), ('novels', 'self')]
     """
-    found = list(combinations(distributions(profile), 2))
-    return sorted(found, key=lambda pair: SELF in pair)
+    return sorted(combinations(distributions(profile), 2), key=lambda pair: SELF in pair)
 
 
 def rank_correlation(profile: Profile, a: str, b: str) -> float:
@@ -37,33 +36,33 @@ def rank_correlation(profile: Profile, a: str, b: str) -> float:
     1.0
 
     Returns:
-        -1 to 1; NaN where all experts of a distribution are equally significant.
+        -1 to 1; NaN if all experts are equally significant on one of the distributions.
     """
     layers = profile.expert_layers
     return _spearman(*(np.concatenate([_experts(profile, name, layer) for layer in layers]) for name in (a, b)))
 
 
 def layer_rank_correlations(profile: Profile, a: str, b: str) -> list[float]:
-    """`rank_correlation` for each of the profile's expert layers by itself."""
+    """`rank_correlation` for each expert layer separately."""
     return [_spearman(_experts(profile, a, n), _experts(profile, b, n)) for n in profile.expert_layers]
 
 
 def drift_concentration(profile: Profile, a: str, b: str, shares: Sequence[float] = SHARES) -> dict[float, float]:
-    """Share of the drift between two distributions that the channels of largest drift hold.
+    """Share of the drift between two distributions that is in the channels with the largest drift.
 
     The drift of a channel is |significance on a - significance on b|, each divided by its sum over the layer.
 
     >>> drift_concentration(profile, "wiki", "novels")[0.01]
-    0.21
+    0.2...
 
     Args:
         profile: statistics of both distributions.
         a: one distribution.
         b: another.
-        shares: parts of all channels of the model, 0 to 1; at least one channel is counted.
+        shares: fractions of all channels of the model, 0 to 1; at least one channel is counted.
 
     Returns:
-        Part of the channels -> part of the drift; NaN where there is no drift at all.
+        Fraction of the channels -> fraction of the drift; NaN if there is no drift.
     """
     return concentration(channel_drift(profile, a, b), shares)
 
@@ -71,17 +70,17 @@ def drift_concentration(profile: Profile, a: str, b: str, shares: Sequence[float
 def significance_concentration(
     profile: Profile, a: str, b: str, shares: Sequence[float] = SHARES
 ) -> dict[float, float]:
-    """Control: share of the significance (mean of two distributions) that the most significant channels hold.
+    """Control: share of the significance (mean of two distributions) that is in the most significant channels.
 
-    If drift were proportional to significance, this is what `drift_concentration` would be.
+    If drift were proportional to significance, `drift_concentration` would have these values.
     """
     return concentration(channel_significance(profile, a) + channel_significance(profile, b), shares)
 
 
 def drift_of_significant(profile: Profile, a: str, b: str, shares: Sequence[float] = SHARES) -> dict[float, float]:
-    """Control: share of the drift from `a` to `b` in the channels that are most significant on `a`.
+    """Control: share of the drift from `a` to `b` that is in the most significant channels on `a`.
 
-    What a choice of channels would catch that knows nothing of `b`.
+    This is the drift that a choice of channels covers without knowing `b`.
     """
     order = np.argsort(-channel_significance(profile, a), kind="stable")
     return _held(channel_drift(profile, a, b)[order], shares)
@@ -91,10 +90,10 @@ def routing_divergence(profile: Profile, a: str, b: str) -> list[float]:
     """Jensen-Shannon divergence of the routing on two distributions, per expert layer, in bits.
 
     >>> routing_divergence(profile, "wiki", "novels")
-    [0.02, 0.05]
+    [0.1..., 0.06..., ...]
 
     Returns:
-        0 (the same experts as often) to 1 (no expert in common) per layer; NaN where a distribution has no token.
+        0 (same frequency of every expert) to 1 (no expert in common) per layer; NaN if a distribution has no tokens.
     """
     return [_jensen_shannon(_routing(profile, a, n), _routing(profile, b, n)) for n in profile.expert_layers]
 
@@ -110,42 +109,42 @@ def channel_drift(profile: Profile, a: str, b: str) -> Array:
 
 
 def expert_changes(profile: Profile, a: str, b: str) -> list[tuple[int, int, float]]:
-    """Experts by how much their significance changes from one distribution to another, the largest change first.
+    """Change of each expert's significance from one distribution to another, largest change first.
 
-    >>> expert_changes(profile, "wiki", "math")[0]
-    (4, 11, 0.31)
+    >>> expert_changes(profile, "wiki", "novels")[0]
+    (5, 12, 0.6...)
 
     Returns:
         (layer, expert, significance on b minus on a) of every expert.
     """
-    found = [
+    changes = [
         (layer, expert, float(change))
         for layer in profile.expert_layers
         for expert, change in enumerate(_experts(profile, b, layer) - _experts(profile, a, layer))
     ]
-    return sorted(found, key=lambda entry: -abs(entry[2]))
+    return sorted(changes, key=lambda entry: -abs(entry[2]))
 
 
 def channel_changes(profile: Profile, a: str, b: str, count: int) -> list[tuple[int, int, int, float]]:
-    """Channels by how much their share of the layer's significance changes, the largest change first.
+    """Change of each channel's share of its layer's significance, largest change first.
 
-    >>> channel_changes(profile, "wiki", "math", 1)
-    [(4, 11, 208, 0.012)]
+    >>> channel_changes(profile, "wiki", "novels", 1)
+    [(5, 2, 179, -0.02...)]
 
     Returns:
-        (layer, expert, channel, share on b minus share on a) of `count` channels.
+        (layer, expert, channel, share on b minus share on a) of the first `count` channels.
     """
-    found = []
+    changes = []
     for layer in profile.expert_layers:
         change = _channels(profile, b, layer) - _channels(profile, a, layer)
         for index in np.argsort(-np.abs(change), axis=None, kind="stable")[:count]:
             expert, channel = np.unravel_index(index, change.shape)
-            found.append((layer, int(expert), int(channel), float(change[expert, channel])))
-    return sorted(found, key=lambda entry: -abs(entry[3]))[:count]
+            changes.append((layer, int(expert), int(channel), float(change[expert, channel])))
+    return sorted(changes, key=lambda entry: -abs(entry[3]))[:count]
 
 
 def concentration(values: Array, shares: Sequence[float]) -> dict[float, float]:
-    """Part of a sum of non-negative values that the largest of them hold.
+    """Fraction of the sum of non-negative values that is in the largest values.
 
     >>> concentration(np.array([6.0, 1.0, 2.0, 1.0]), [0.25, 0.5])
     {0.25: 0.6, 0.5: 0.8}

@@ -1,4 +1,4 @@
-"""Find artifacts: what lies at the given paths, and below the given folders."""
+"""Find artifacts at given paths and in given folders."""
 
 import json
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ SUMMARY = "summary.json"
 KINDS = (
     f"a profile folder ({RECORD}), a plan, a checkpoint folder ({MANIFEST}), an evaluation, "
     f"an adjustment folder ({adjustment.RECORD}), a {SUMMARY}, "
-    "or a folder that holds such"
+    "or a folder that contains these"
 )
 
 
 class Summary(BaseModel, frozen=True):
-    """What a report takes from the `summary.json` of a demo run; all else in it is left alone."""
+    """The part of a demo run's `summary.json` that a report uses; other fields are ignored."""
 
     roles: dict[str, Literal["known", "novel"]] = Field(description="distribution -> its role in the run")
 
@@ -37,8 +37,8 @@ class Artifacts:
     """All artifacts that were found.
 
     Attributes:
-        plans: by file name without its ending, or with its folder where two would be called the same.
-        evaluations: the same, for evaluations.
+        plans: file name without extension, or the whole path if names repeat -> plan.
+        evaluations: all distinct evaluations.
         roles: distribution -> `known` or `novel`, from summaries.
     """
 
@@ -51,24 +51,24 @@ class Artifacts:
 
     @property
     def profile(self) -> Profile | None:
-        """The profile to draw: the one of most distributions."""
+        """The profile to show: the one with most distributions."""
         return max(self.profiles, key=lambda profile: len(profile.statistics), default=None)
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
-        """Of all models that the artifacts belong to."""
+        """Fingerprints of all models that the artifacts belong to."""
         found = [p.record.fingerprint for p in self.profiles] + [p.fingerprint for p in self.plans.values()]
         return tuple(dict.fromkeys([*found, *(c.manifest.fingerprint for c in self.checkpoints)]))
 
 
 def gather(paths: Sequence[str | Path]) -> Artifacts:
-    """Read every artifact at the given paths and below the given folders.
+    """Read all artifacts at the given paths and, recursively, in the given folders.
 
-    >>> len(gather(["runs"]).evaluations)
-    7
+    >>> len(gather(["runs/out"]).checkpoints)
+    1
 
     Raises:
-        MoqaError: if a path does not exist, a named file is no artifact, or nothing is found at all.
+        MoqaError: if a path does not exist, a given file is not an artifact, or no artifact is found.
     """
     found, seen = Artifacts(), set[Path]()
     for path in map(Path, paths):
@@ -83,14 +83,14 @@ def gather(paths: Sequence[str | Path]) -> Artifacts:
         elif path.resolve() not in seen:
             seen.add(path.resolve())
             if not _take(path, found):
-                raise MoqaError(f"{path} is no artifact", f"a report is made from {KINDS}")
+                raise MoqaError(f"{path} is not an artifact", f"a report is made from {KINDS}")
     if not (found.profiles or found.plans or found.checkpoints or found.evaluations or found.adjustments):
         raise MoqaError(f"no artifact in {', '.join(map(str, paths)) or 'nothing'}", f"a report is made from {KINDS}")
     return found
 
 
 def _take(file: Path, found: Artifacts) -> bool:
-    """Add what a file is; False if it is no artifact."""
+    """Add the artifact that a file belongs to; False if it is not part of one."""
     if file.name == RECORD:
         found.profiles.append(read_profile(file.parent))
     elif file.name == MANIFEST:
@@ -130,7 +130,7 @@ def _is(kind: type[BaseModel], data: object) -> bool:
 
 
 def _checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint as its manifest describes it; its weights are not read."""
+    """Open a checkpoint by its manifest; its weights are not read."""
     manifest = read_json(Manifest, folder / MANIFEST)
     if manifest.format > FORMAT:
         raise MoqaError(f"{folder} has format {manifest.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")

@@ -1,4 +1,4 @@
-"""The page: sections that have something to show, in one HTML text that needs nothing else."""
+"""The page: all sections that have content, in one self-contained HTML text."""
 
 import json
 import re
@@ -27,7 +27,7 @@ from moqa.reports.verdict import OURS, Verdict, verdict
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that the page shows first."""
+    """A number at the top of the page."""
 
     value: str
     label: str
@@ -35,7 +35,7 @@ class Figure:
 
 
 def render(found: Artifacts) -> str:
-    """The whole page."""
+    """Render the whole page as HTML."""
     rows, made, profile = make_rows(found), allocations(found), found.profile
     judged = verdict(rows) if rows else Verdict(_unjudged(found, profile))
     sections = [
@@ -62,7 +62,7 @@ def render(found: Artifacts) -> str:
 
 
 def embedded(value: str | dict) -> Markup:
-    """JSON inside a script element, where `<` could end the element.
+    """Escape JSON for a script element, which `<` could otherwise end.
 
     >>> embedded('{"name": "</script>"}')
     Markup('{"name": "\\\\u003c/script\\\\u003e"}')
@@ -74,7 +74,7 @@ def embedded(value: str | dict) -> Markup:
 
 
 def tied(value: object) -> object:
-    """Text in which no line breaks between a number and its unit.
+    """Put a no-break space between every number and its unit.
 
     >>> tied("43 % below")
     '43\xa0% below'
@@ -85,7 +85,7 @@ def tied(value: object) -> object:
 
 
 def _first(made: Sequence[Allocation], judged: Verdict) -> Allocation | None:
-    """The plan of the verdict, or one of ours."""
+    """The plan of the verdict, or another plan of our strategy."""
     ours = [one for one in made if one.label.startswith(OURS)]
     if not judged.comparison:
         return ours[0] if ours else None

@@ -1,4 +1,4 @@
-"""Colours, each for a light and a dark page; readable with every common kind of colour blindness."""
+"""Colours as pairs for light and dark mode; distinguishable with all common kinds of colour blindness."""
 
 Pair = tuple[str, str]
 
@@ -24,7 +24,7 @@ LINES: tuple[Pair, ...] = (
     ("#4c5b9e", "#a3b1f0"),
     ("#9a6540", "#d4a583"),
 )
-# one shade per width, so that narrow and wide units are told apart at a glance
+# one shade per width, so that narrow and wide units are easy to distinguish
 WIDTHS: dict[int, Pair] = {
     1: ("#dfe7ef", "#25303b"),
     2: ("#c3d5e6", "#2b4258"),
@@ -49,7 +49,7 @@ SCALES: dict[str, tuple[list[str], list[str]]] = {
 
 
 def strategy_colour(name: str) -> Pair:
-    """Colour of a strategy; one that is not known here gets the same colour every time."""
+    """Colour of a strategy; an unknown strategy always gets the same one of the other colours."""
     if name in STRATEGIES:
         return STRATEGIES[name]
     free = [pair for pair in LINES if pair not in STRATEGIES.values()]
@@ -57,6 +57,6 @@ def strategy_colour(name: str) -> Pair:
 
 
 def every_pair() -> dict[str, str]:
-    """Light colour -> dark colour, of all colours that a figure may hold."""
+    """Light colour -> dark colour, for all colours in charts."""
     found = [KNOWN, NOVEL, TEXT, MUTED, *STRATEGIES.values(), *LINES, *WIDTHS.values()]
     return dict(found)

@@ -29,7 +29,7 @@ _SHAPES = ("circle", "diamond", "square", "triangle-up")
 
 
 def table_section(rows: Sequence[Row]) -> Section | None:
-    """Sizes and qualities of all evaluated models."""
+    """Section with sizes and qualities of all evaluated models."""
     if not rows:
         return None
     groups = []
@@ -48,19 +48,19 @@ def table_section(rows: Sequence[Row]) -> Section | None:
     if pairs:
         blocks.append(_against_uniform(pairs))
     reading = (
-        "KL divergence (nats per token) says how far a checkpoint's predictions are from the original's: 0 is the same "
-        "model, less is better. The small number below it is the perplexity. Rows under one heading have the same size "
-        "within 0.5 % and can be compared; the best mean of each group stands out in green."
+        "KL divergence (nats per token) measures how far a checkpoint's predictions are from the original's: 0 is the "
+        "same model, less is better. The small number below it is the perplexity. Rows under one heading have the same "
+        "size within 0.5 % and can be compared; the best mean of each group is green."
     )
     if rows[0].known and rows[0].novel:
         reading += (
-            " Known distributions were used to fit, novel ones never were; the best row on novel texts comes first."
+            " Known distributions were used for the fit, novel ones were not; the best row on novel texts comes first."
         )
     return Section("quality", "Quality", "Size and quality", reading, blocks)
 
 
 def size_section(rows: Sequence[Row]) -> Section | None:
-    """Divergence against bytes."""
+    """Section with charts of divergence against bytes."""
     roles = [("known", "Known texts"), ("novel", "Novel texts")]
     found = [(role, title) for role, title in roles if any(_value(row, role) for row in rows)]
     lines = series(rows)
@@ -73,8 +73,8 @@ def size_section(rows: Sequence[Row]) -> Section | None:
     charts = tuple(_chart(lines, role, title, limits) for role, title in found)
     key = tuple(KeyEntry(s.name, *strategy_colour(s.strategy), s.hollow, s.shape) for s in _styles(lines))
     reading = (
-        "Down and to the left is better: less divergence from the original in fewer bytes. Both pictures share the "
-        "logarithmic axis; hover over a point for its numbers."
+        "Down and to the left is better: less divergence from the original in fewer bytes. Both charts share the "
+        "logarithmic axis; hover over a point to see its numbers."
     )
     return Section("size", "Size", "Quality against size", reading, [Key(key), CellGrid(charts)])
 
@@ -109,7 +109,7 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
             notes.append(f"{row.name} at {row.mebibytes:.2f} MiB was fitted on {text} only.")
     contexts = sorted({row.evaluation.context for row in rows})
     if len(contexts) > 1:
-        notes.append(f"The windows differ ({', '.join(map(str, contexts))} tokens): such rows do not compare.")
+        notes.append(f"The windows differ ({', '.join(map(str, contexts))} tokens): such rows cannot be compared.")
     return notes
 
 
@@ -137,7 +137,7 @@ def _value(row: Row, role: str) -> float | None:
 
 @dataclass(frozen=True)
 class _Style:
-    """Colour tells the strategy, a hollow mark plain rounding, the shape the hedge."""
+    """Marker style: the colour shows the strategy, a hollow marker plain rounding, the shape the hedge."""
 
     name: str
     strategy: str

@@ -1,4 +1,4 @@
-"""Evaluations as rows: roles of distributions, groups of one size, the best of each group."""
+"""Evaluations as table rows: roles of distributions, groups of equal size, the best row of each group."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,8 +18,8 @@ class Row:
 
     Attributes:
         evaluation: its record.
-        known: distributions of the run that a checkpoint was fitted on.
-        novel: distributions of the run that none was fitted on.
+        known: distributions that an evaluated checkpoint was fitted on.
+        novel: all other distributions.
     """
 
     evaluation: Evaluation
@@ -28,7 +28,7 @@ class Row:
 
     @property
     def original(self) -> bool:
-        """Whether it is no checkpoint."""
+        """Whether it is an original model."""
         return self.evaluation.strategy is None
 
     @property
@@ -45,16 +45,16 @@ class Row:
 
     @property
     def known_divergence(self) -> float | None:
-        """Mean KL divergence over the known distributions; None where one was not measured."""
+        """Mean KL divergence over the known distributions; None if one was not measured."""
         return self._mean(self.known)
 
     @property
     def novel_divergence(self) -> float | None:
-        """Mean KL divergence over the novel distributions; None where one was not measured."""
+        """Mean KL divergence over the novel distributions; None if one was not measured."""
         return self._mean(self.novel)
 
     def quality(self, name: str) -> Quality | None:
-        """Scores on one distribution, None where it was not evaluated."""
+        """Scores on one distribution; None if it was not evaluated."""
         return self.evaluation.distributions.get(name)
 
     def _mean(self, names: Sequence[str]) -> float | None:
@@ -64,11 +64,11 @@ class Row:
 
 
 def make_rows(found: Artifacts) -> list[Row]:
-    """All evaluations as rows, the original first, then by size and divergence.
+    """All evaluations as rows: the original first, then ordered by size and divergence.
 
-    A distribution is known if any evaluated checkpoint was fitted on it or a summary says so, otherwise novel.
+    A distribution is known if an evaluated checkpoint was fitted on it or a summary says so, otherwise novel.
     """
-    # those with an adjustment are compared with themselves without it, in a section of their own
+    # evaluations with an adjustment have their own section, in which they are compared with those without it
     evaluations = [e for e in found.evaluations if e.adjustment is None]
     names = list(dict.fromkeys(name for e in evaluations for name in e.distributions))
     fitted = {name for e in evaluations for name in e.fitted_on}
@@ -78,7 +78,7 @@ def make_rows(found: Artifacts) -> list[Row]:
 
 
 def size_groups(rows: Iterable[Row]) -> list[list[Row]]:
-    """Checkpoints in groups whose sizes differ by at most 0.5 %, small ones first; each ordered by divergence."""
+    """Group checkpoints whose sizes differ by at most 0.5 %, smallest first; each group is ordered by divergence."""
     groups: list[list[Row]] = []
     for row in sorted((r for r in rows if not r.original), key=lambda r: r.evaluation.bytes):
         if groups and same_size(row, groups[-1][0]):
@@ -89,13 +89,13 @@ def size_groups(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def same_size(one: Row, other: Row) -> bool:
-    """Whether two models differ by at most 0.5 % of their bytes."""
+    """Whether the sizes of two models differ by at most 0.5 %."""
     sizes = sorted((one.evaluation.bytes, other.evaluation.bytes))
     return sizes[1] - sizes[0] <= SAME_SIZE * sizes[0]
 
 
 def best(values: Sequence[float | None]) -> set[int]:
-    """Indices of the smallest value (several if they are equal); none where there is no contest.
+    """Indices of the smallest value (several if equal); empty if there are no different values.
 
     >>> best([0.2, 0.1, None, 0.1])
     {1, 3}
@@ -107,7 +107,7 @@ def best(values: Sequence[float | None]) -> set[int]:
 
 
 def series(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
-    """Checkpoints by name (strategy, hedge and method), each with its sizes in ascending order."""
+    """Group checkpoints by name (strategy, hedge and method), ordered by size."""
     ordered = sorted((r for r in rows if not r.original), key=lambda r: (r.name, r.evaluation.bytes))
     return [(name, list(group)) for name, group in groupby(ordered, key=lambda row: row.name)]
 

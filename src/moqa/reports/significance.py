@@ -1,4 +1,4 @@
-"""Section on significance: what the experts carry on each distribution, and how that drifts."""
+"""Section on significance: the contribution of experts on each distribution, and how it drifts."""
 
 import math
 from typing import Any
@@ -31,7 +31,7 @@ _CURVE = tuple(np.geomspace(0.001, 1, 61).tolist())
 
 
 def significance_section(profile: Profile) -> Section | None:
-    """Maps of significance, drift between every two distributions."""
+    """Section with maps of significance, and the drift between every two distributions."""
     if not profile.expert_layers:
         return None
     names = drift.distributions(profile)
@@ -42,18 +42,18 @@ def significance_section(profile: Profile) -> Section | None:
     ends = ("0 %", f"{top:.1f} % or more")
     blocks: list[PageElement] = [CellGrid(maps, Scale("sequential", *ends, "share of the layer's output"))]
     reading = (
-        "A cell is an expert; its colour is the share of its layer's output that the expert carries on a distribution. "
-        "Where the maps of two distributions differ, a plan fitted on one spends its bits in the wrong place for the "
-        "other."
+        "A cell is an expert; its colour is the share of its layer's output that the expert contributes on a "
+        "distribution. Where the maps of two distributions differ, a plan fitted on one spends its bits in the wrong "
+        "place for the other."
     )
     pairs = drift.pairs(profile)
     if pairs:
         limit = max(upper(np.abs(tables[b] - tables[a])) for a, b in pairs)
         blocks += [
             Note(
-                "The map compares a pair of distributions expert by expert. The curve asks whether few channels hold "
-                "most of the drift: the solid line above the dashed one means that drift is more concentrated than "
-                "significance itself, which is where it would lie if drift were proportional to significance.",
+                "The map compares two distributions expert by expert. The curve shows whether few channels hold most "
+                "of the drift. If drift were proportional to significance, the solid line would lie on the dashed one; "
+                "above it, drift is more concentrated than significance.",
                 "Drift between two distributions",
             ),
             Picker("Pair", tuple((f"{a} \u2192 {b}", _pair(profile, tables, a, b, limit)) for a, b in pairs)),
@@ -61,7 +61,7 @@ def significance_section(profile: Profile) -> Section | None:
             Note(
                 "Rank correlation 1: the same experts matter, in the same order; 0: no relation. The top 1 % are the "
                 "channels of largest drift, or of largest significance for the two controls. Routing divergence "
-                "(Jensen-Shannon) 0: the same experts are picked as often; 1: no expert in common."
+                "(Jensen-Shannon) 0: every expert is picked equally often; 1: no expert in common."
             ),
             *_by_layer(profile, pairs),
         ]
@@ -72,14 +72,14 @@ def expert_map(
     title: str, table: NDArray, profile: Profile, hover: str, limits: tuple[float, float], *,
     scale: str = "sequential", customdata: NDArray | None = None, height: int = 0,
 ) -> Chart:  # fmt: skip
-    """Layers x experts of one distribution; at least `height` pixels high."""
+    """Heat map of layers x experts for one distribution; at least `height` pixels high."""
     rows, columns = table.shape
     trace = heat_map(table, profile.expert_layers, hover, scale, limits, customdata=customdata)
     return chart(title, [trace], map_axes("expert", "layer", rows, columns), max(height, map_height(rows)))
 
 
 def titled(name: str) -> str:
-    """A distribution as a picture's title."""
+    """Title of a chart for a distribution."""
     return f"{name} (the model's own text)" if name == SELF else name
 
 
@@ -149,7 +149,7 @@ def _least(values: list[float]) -> float:
 
 
 def _by_layer(profile: Profile, pairs: list[tuple[str, str]]) -> list[PageElement]:
-    """Rank correlation and routing divergence over the layers, one line per pair."""
+    """Charts of rank correlation and routing divergence per layer, one line per pair."""
     if len(profile.expert_layers) < 2:
         return []
     key: list[KeyEntry] = []

@@ -1,4 +1,4 @@
-"""The verdict: ours against the uniform plan of the same size and method, in one sentence."""
+"""The verdict: one sentence that compares our checkpoint with the uniform one of the same size and method."""
 
 import math
 from collections.abc import Sequence
@@ -10,16 +10,18 @@ from moqa.planning.registry import DEFAULT_STRATEGY, PLAIN
 from moqa.reports.rows import Row, same_size
 
 OURS, BASELINE = DEFAULT_STRATEGY, PLAIN
-EQUAL = 0.005
+EQUAL = 0.005  # relative changes below this count as equal
 
 Outcome = Literal["win", "lose", "mixed", "equal", "open"]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One of our checkpoints and the uniform one of the same size and method.
+    """One of our checkpoints compared with the uniform one of the same size and method.
 
     Attributes:
+        ours: our checkpoint.
+        baseline: the uniform one.
         known: relative change of the mean KL divergence on known distributions, -0.4 for 40 % less.
         novel: the same on novel distributions.
     """
@@ -31,7 +33,7 @@ class Comparison:
 
     @property
     def outcome(self) -> Outcome:
-        """Who has less divergence."""
+        """Which of the two has less divergence."""
         signs = {0 if abs(c) < EQUAL else math.copysign(1, c) for c in (self.known, self.novel) if c is not None}
         if not signs:
             return "open"
@@ -42,12 +44,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the page says first.
+    """The first sentence of the page.
 
     Attributes:
-        sentence: the verdict on one pair.
-        tally: what the other pairs say, and which other baseline is better; empty where there is nothing to add.
-        comparison: the pair, None where there is none.
+        sentence: verdict on one pair.
+        tally: result of the other pairs, and a baseline that is better, if any; may be empty.
+        comparison: the pair; None if there is none.
     """
 
     sentence: str
@@ -56,12 +58,12 @@ class Verdict:
 
     @property
     def outcome(self) -> Outcome:
-        """Who has less divergence."""
+        """Which of the two has less divergence."""
         return self.comparison.outcome if self.comparison else "open"
 
 
 def comparisons(rows: Sequence[Row]) -> list[Comparison]:
-    """Every checkpoint of a moqa strategy with the uniform one of the same method that is nearest in size."""
+    """Compare every checkpoint of a moqa strategy with the uniform one of the same method that is nearest in size."""
     found = []
     for row in filter(_is_ours, rows):
         peers = [r for r in rows if r.evaluation.strategy == BASELINE and _comparable(row, r)]
@@ -73,10 +75,10 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
-    """One sentence that compares ours with its baseline, and says so where ours loses or has none.
+    """Compare our checkpoint with its baseline in one sentence, which also says if ours loses or has no baseline.
 
-    The pair is not chosen by its result: `moqa-budget` with its default hedge, a method that corrects errors before
-    plain rounding, and the middle one of the sizes.
+    The pair is chosen independently of its result: `moqa-budget` with its default hedge, preferably a method that
+    corrects errors instead of plain rounding, and the middle one of the sizes.
     """
     ours = [row for row in rows if _is_ours(row)]
     pairs = [c for c in comparisons(rows) if c.outcome != "open"]
@@ -131,7 +133,7 @@ def _tally(pairs: Sequence[Comparison]) -> str:
 
 
 def _still_better(ours: Row, rows: Sequence[Row]) -> str:
-    """Names a baseline other than uniform that beats ours at its size, with the same method."""
+    """Name a baseline other than uniform that beats ours at the same size and with the same method."""
     peers = [r for r in rows if not r.original and not _is_ours(r) and _comparable(ours, r)]
     found: dict[str, list[str]] = {}
     for role in ("known", "novel"):

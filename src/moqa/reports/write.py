@@ -1,4 +1,4 @@
-"""`moqa.report`: one self-contained HTML page from artifacts."""
+"""`moqa.report`: make one self-contained HTML page from artifacts."""
 
 import os
 import tempfile
@@ -9,19 +9,19 @@ from moqa.errors import MoqaError
 
 
 def report(artifacts: Sequence[str | Path], out: str | Path) -> Path:
-    """One HTML page from profile folders, plan files, checkpoint folders, evaluation files, and folders that hold such.
+    """Make one HTML page from profiles, plans, checkpoints, adjustments and evaluations.
 
-    >>> moqa.report(["runs/profile", "runs/evaluations"], "report.html")
+    >>> moqa.report(["runs/profile", "runs/out"], "report.html")
     PosixPath('report.html')
 
     The page needs no network and no other file. A section whose artifacts are missing is left out.
 
     Args:
-        artifacts: where to look; folders are searched with all that lies below them.
-        out: file to write; one that is there is replaced once the new page is complete.
+        artifacts: files and folders; folders are searched recursively.
+        out: file to write; an existing file is replaced once the new page is complete.
 
     Raises:
-        MoqaError: if a path is missing or no artifact, nothing is found, or jinja2 or plotly is not installed.
+        MoqaError: if a path is missing or not an artifact, nothing is found, or jinja2 or plotly is not installed.
     """
     try:
         from moqa.reports.page import render

@@ -1,4 +1,4 @@
-"""The server: OpenAI-style requests, answered by one model in turns."""
+"""The server: answers OpenAI-style requests with one model, several texts in turns."""
 
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ _EXTRA = ("fastapi", "starlette", "uvicorn", "prometheus_client")
 def serve(model: str | Path, **options: Any) -> None:
     """Answer OpenAI-style requests until SIGTERM or Ctrl-C; for the options see `moqa.serve.run.serve`.
 
-    >>> serve("runs/out", port=8000)
+    >>> serve("runs/out", port=8000)  # doctest: +SKIP
 
     Raises:
-        MoqaError: if the model is missing or damaged, the port is taken, or a library of the server is missing.
+        MoqaError: if the model is missing or damaged, the port is in use, or a library of the server is missing.
     """
     try:
         from moqa.serve.run import serve as run

@@ -1,4 +1,4 @@
-"""Which adjustment each text is written with, and the turn-taking between them."""
+"""Chooses the adjustment of each text, and switches the model between texts."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
     from moqa.runtime.adjusted import Adjustments
 
-NONE = "(none)"  # as a metric's label; no adjustment can be named so
+NONE = "(none)"  # label of metrics; no adjustment can have this name
 
 
 class Adjusting:
-    """Adjustments that are given when the server starts, or none.
+    """Adjustments that are given when the server starts; there may be none.
 
-    >>> adjusting = Adjusting(model, metrics, ["runs/german"])
-    >>> adjusting.choose(None, explicit=False).name
-    'german'
+    >>> adjusting = Adjusting(model, Metrics())
+    >>> adjusting.names, adjusting.choose(None, explicit=False).name
+    ([], None)
 
     Args:
-        model: that writes; only the scheduler's thread switches it.
-        metrics: to count in.
-        folders: of adjustments; the first is what requests get that say nothing.
+        model: the served model; only the scheduler's thread switches its adjustment.
+        metrics: metrics of the server.
+        folders: folders of adjustments; the first is the default for requests that name none.
 
     Raises:
-        MoqaError: if one is damaged or does not fit the model.
+        MoqaError: if an adjustment is damaged or does not fit the model.
     """
 
     def __init__(self, model: "PreTrainedModel", metrics: Metrics, folders: Sequence[str | Path] = ()) -> None:
-        # an original model has none
+        # an original model has no adjustments
         self._held: Adjustments | None = getattr(model, "adjustments", None)
         if folders and self._held is None:
             raise MoqaError(f"--adjust {folders[0]} needs a checkpoint", "this is an original model")
@@ -47,32 +47,32 @@ class Adjusting:
 
     @property
     def names(self) -> list[str]:
-        """Adjustments that a request may choose."""
+        """Names of the adjustments that a request may choose."""
         return self._held.names if self._held else []
 
     @property
     def drift(self) -> State | None:
-        """What recent text is; None if that is not watched."""
+        """Whether recent text is known, drifting or novel; None if drift is not detected."""
         return None
 
     def choose(self, asked: str | None, explicit: bool) -> Chosen:
-        """The adjustment of a request.
+        """Choose the adjustment of a request.
 
         Args:
-            asked: its name; None for the checkpoint as it is.
-            explicit: whether the request says so; one that does not gets the default.
+            asked: name in the request; None for the checkpoint without adjustment.
+            explicit: whether the request has this field; otherwise it gets the default.
 
         Raises:
-            RefusalError: 400 if none of that name is held.
+            RefusalError: 400 if there is no adjustment of that name.
         """
         return self._find(asked) if explicit else self._default
 
     def count(self, chosen: Chosen) -> None:
-        """Note that a request is written with an adjustment."""
+        """Count a request for the adjustment that it is written with."""
         self._metrics.adjusted.labels(self._label(chosen)).inc()
 
     def written(self, job: ServedText, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Pieces of a text, each computed with the text's own adjustment, whatever was computed before it."""
+        """Pieces of a text; before each, the model is switched to the adjustment of this text."""
         while True:
             if self._held is not None:
                 self._held.switch(job.chosen.name)
@@ -82,13 +82,13 @@ class Adjusting:
             yield piece
 
     def close(self) -> None:
-        """Let go of threads."""
+        """Stop threads."""
 
     def _find(self, asked: str | None) -> Chosen:
         if asked is not None and asked not in self.names:
             held = ", ".join(self.names) or "none"
             raise RefusalError(
-                400, f"no such adjustment here; held: {held}", param="adjustment", code="adjustment_not_found"
+                400, f"no such adjustment: the server has {held}", param="adjustment", code="adjustment_not_found"
             )
         return Chosen(asked, explicit=True)
 

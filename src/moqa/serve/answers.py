@@ -1,4 +1,4 @@
-"""Answers in OpenAI's two shapes, whole and in chunks."""
+"""Responses in OpenAI's two formats, complete or as chunks of a stream."""
 
 import json
 import time
@@ -11,16 +11,16 @@ from moqa.generation import Finish, Piece, Token
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOWEST = -9999.0  # JSON has no infinity
+_LOWEST = -9999.0  # stands for minus infinity, which JSON does not have
 
 
 class Answer:
-    """Shape of `/v1/completions`.
+    """Response format of `/v1/completions`.
 
     Args:
-        model: its name.
-        tokenizer: spells the tokens of log-probabilities.
-        logprobs: whether they are asked for.
+        model: name of the model.
+        tokenizer: turns the tokens of log-probabilities into text.
+        logprobs: whether log-probabilities are requested.
     """
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
@@ -31,11 +31,11 @@ class Answer:
         self._base = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, texts: Sequence[Sequence[Piece]], note: Mapping[str, Any]) -> dict[str, Any]:
-        """One answer for all that was asked.
+        """The complete response to a request.
 
         Args:
-            texts: pieces of each text, up to its end.
-            note: further fields beside the usage.
+            texts: all pieces of each text.
+            note: further fields in addition to the usage.
         """
         choices = []
         for index, pieces in enumerate(texts):
@@ -46,17 +46,17 @@ class Answer:
         return {**self._base, "object": self.whole_object, "choices": choices, "usage": usage(finishes), **note}
 
     def first(self, texts: int) -> list[dict[str, Any]]:
-        """Chunks before all others, for some number of texts."""
+        """The chunks before all others, for a number of texts."""
         if self.opening is None:
             return []
         return [self._chunk([self._choice(index, Piece(), self.opening)]) for index in range(texts)]
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """One piece of one text."""
+        """The chunk for one piece of one text."""
         return self._chunk([self._choice(index, piece, self._delta(piece))])
 
     def last(self, finishes: Sequence[Finish]) -> dict[str, Any]:
-        """The chunk with the token counts, for those who want it."""
+        """The chunk with the token counts, for requests with `include_usage`."""
         return {**self._chunk([]), "usage": usage(finishes)}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -77,15 +77,15 @@ class Answer:
         return self._message(piece.text)
 
     def _report(self, tokens: Iterable[tuple[Token, int]]) -> dict[str, Any]:
-        found = list(tokens)
+        pairs = list(tokens)
         return {
-            "tokens": [self._spell(token.id) for token, _ in found],
-            "token_logprobs": [_finite(token.logprob) for token, _ in found],
-            # the token written is among them, even if it is not one of the likeliest
+            "tokens": [self._spell(token.id) for token, _ in pairs],
+            "token_logprobs": [_finite(token.logprob) for token, _ in pairs],
+            # the written token is included, even if it is not one of the likeliest
             "top_logprobs": [
-                {self._spell(i): _finite(p) for i, p in ((token.id, token.logprob), *token.top)} for token, _ in found
+                {self._spell(i): _finite(p) for i, p in ((token.id, token.logprob), *token.top)} for token, _ in pairs
             ],
-            "text_offset": [offset for _, offset in found],
+            "text_offset": [offset for _, offset in pairs],
         }
 
     def _spell(self, token: int) -> str:
@@ -95,7 +95,7 @@ class Answer:
 
 
 class ChatAnswer(Answer):
-    """Shape of `/v1/chat/completions`; for the arguments see `Answer`."""
+    """Response format of `/v1/chat/completions`; for the arguments see `Answer`."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
     opening: ClassVar[dict[str, Any] | None] = {"delta": {"role": "assistant", "content": ""}}
@@ -117,7 +117,7 @@ class ChatAnswer(Answer):
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._spell(token)
-        # the bytes of a part of a character are not known
+        # the bytes of an incomplete character are not known
         spelt = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": _finite(logprob), "bytes": spelt}
 
@@ -129,7 +129,7 @@ def usage(finishes: Sequence[Finish]) -> dict[str, int]:
 
 
 def event(data: dict[str, Any] | str) -> str:
-    """One server-sent event."""
+    """One server-sent event, as text."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return f"data: {text}\n\n"
 

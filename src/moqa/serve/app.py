@@ -1,4 +1,4 @@
-"""Routes of the server."""
+"""HTTP routes of the server."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -26,13 +26,13 @@ _PROBLEMS = {"missing": "is missing", "extra_forbidden": "is not supported: leav
 
 
 def build_app(service: Service, api_key: str | None = None) -> FastAPI:
-    """The application, for any ASGI server.
+    """Build the application, for any ASGI server.
 
     >>> app = build_app(Service(model, tokenizer, "out", slots=4, queue=256))
 
     Args:
-        service: whose scheduler runs.
-        api_key: what clients must send; None lets everyone in.
+        service: a service whose scheduler is running.
+        api_key: key that clients must send; None for no key.
     """
     app = FastAPI(title="moqa", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, metrics=service.metrics, api_key=api_key)
@@ -81,7 +81,7 @@ def build_app(service: Service, api_key: str | None = None) -> FastAPI:
 
 def _check_model(service: Service, name: str | None) -> None:
     if name not in (None, service.name):
-        raise RefusalError(404, f"no such model here: ask for {service.name}", param="model", code="model_not_found")
+        raise RefusalError(404, f"no such model: the only one is {service.name}", param="model", code="model_not_found")
 
 
 async def _answer(
@@ -94,7 +94,7 @@ async def _answer(
             found = await _unless_gone(request, _collect(running))
             return JSONResponse(answer.whole(found, note()))
         pieces = running.pieces()
-        # what fails before the first piece still gets a status of its own
+        # an error before the first piece still gets its own HTTP status
         first = await _unless_gone(request, anext(pieces))
         count = body.stream_options.include_usage
         return _Events(running, _chunks(answer, running.count, first, pieces, count, note))
@@ -143,7 +143,7 @@ async def _chunks(
 
 
 class _Events(StreamingResponse):
-    """Server-sent events of texts that are dropped when the client leaves, even before the first event."""
+    """Server-sent events; the texts are cancelled when the client disconnects, even before the first event."""
 
     def __init__(self, running: Running, chunks: AsyncIterator[str]) -> None:
         super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -157,10 +157,10 @@ class _Events(StreamingResponse):
 
 
 async def _unless_gone(request: Request, work: Awaitable[_T]) -> _T:
-    """The result of some work, unless the client leaves first.
+    """The result of some work, unless the client disconnects first.
 
     Raises:
-        ClientDisconnect: if it does.
+        ClientDisconnect: if the client disconnects first.
     """
 
     async def gone() -> None:
@@ -186,8 +186,8 @@ async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return RefusalError(400, "the body is no JSON").response()
-    # field names are the client's own and may be anything
+        return RefusalError(400, "the body is not JSON").response()
+    # field names come from the client and may be anything
     place = [str(part)[:40].encode(errors="replace").decode() for part in first["loc"] if part != "body"]
     if not place:
         message = "the body should be a JSON object, sent as application/json"

@@ -1,4 +1,4 @@
-"""`--adjust auto`: watch for drift, and make adjustments from what is novel while the server goes on."""
+"""`--adjust auto`: detect drift, and make adjustments from novel text while the server runs."""
 
 import logging
 import threading
@@ -35,31 +35,32 @@ if TYPE_CHECKING:
     from moqa.serve.text import ServedText
 
 _LOG = logging.getLogger(__name__)
-# more than the 8 windows that an adjustment needs: texts are cut anew, and their ends are left out
-ENOUGH, MOST = 10 * CONTEXT, DEFAULT_SAMPLES * CONTEXT
-# after one was made, this many times its seconds pass before the next: text without end and of many kinds must not
-# keep the machine busy with adjustments
-PAUSE = 10
+# tokens needed for an adjustment: more than its 8 windows, since the ends of texts do not fill a window
+MIN_TOKENS = 10 * CONTEXT
+MAX_TOKENS = DEFAULT_SAMPLES * CONTEXT  # tokens kept for an adjustment
+# pause after an adjustment, as a multiple of its own time: endless text of many kinds must not keep the machine busy
+# with adjustments
+PAUSE_FACTOR = 10
 
 
 class _StoppedError(Exception):
-    """The server stops while an adjustment is being made."""
+    """The server was stopped while an adjustment was being made."""
 
 
 class AutoAdjusting(Adjusting):
     """Adjustments that are made while the server runs.
 
-    Requests that say nothing get the adjustment whose text is like recent text, while that is novel. All happens in the
-    scheduler's thread, but for the making.
+    While recent text is novel, requests that name no adjustment get one that was made for similar text. Everything runs
+    in the scheduler's thread, except for making an adjustment.
 
     Args:
-        model: that writes.
-        tokenizer: of the model.
-        folder: of the checkpoint.
-        metrics: to count in.
+        model: the served model.
+        tokenizer: tokenizer of the model.
+        folder: folder of the checkpoint.
+        metrics: metrics of the server.
 
     Raises:
-        MoqaError: if it is no checkpoint, or lacks the routing of its known distributions or the channel cache.
+        MoqaError: if the folder is not a checkpoint, or lacks the routing of known distributions or the channel cache.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class AutoAdjusting(Adjusting):
         fingerprint = read_json(Manifest, folder / MANIFEST).fingerprint
         self._detector = DriftDetector(read_routing(folder, fingerprint))
         open_cache(folder, fingerprint)
-        self._folder, self._collected = folder, Collected(tokenizer, MOST)
+        self._folder, self._collected = folder, Collected(tokenizer, MAX_TOKENS)
         self._kept = KeptAdjustments(model.adjustments)
         self._watch = Watch(self._detector, self._collected, self._kept)
         self._results: SimpleQueue[tuple[Adjustment, MadeAdjustment, float] | None] = SimpleQueue()
@@ -89,7 +90,7 @@ class AutoAdjusting(Adjusting):
         return self._detector.state
 
     def written(self, job: "ServedText", pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """See `Adjusting`; texts for which no adjustment was asked are watched."""
+        """See `Adjusting`; texts without a requested adjustment are used to detect drift."""
         if job.chosen.explicit and job.chosen.name is not None:
             yield from super().written(job, self._uncounted(pieces))
             return
@@ -116,7 +117,7 @@ class AutoAdjusting(Adjusting):
         return self._find(asked) if explicit else self._watch.default
 
     def close(self) -> None:
-        """Give up an adjustment that is being made."""
+        """Cancel an adjustment that is being made."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
@@ -131,7 +132,7 @@ class AutoAdjusting(Adjusting):
             yield piece
 
     def _judge(self) -> None:
-        """Look at what was counted since the last time."""
+        """Judge the routing that was counted since the last call."""
         received = not self._results.empty()
         if received:
             self._receive()
@@ -142,8 +143,8 @@ class AutoAdjusting(Adjusting):
             self._begin()
 
     def _begin(self) -> None:
-        """Make an adjustment, unless one is being made, was made just now, or there is too little text for it."""
-        if self._thread is not None or self._collected.tokens < ENOUGH or time.monotonic() < self._not_before:
+        """Start to make an adjustment, unless one is being made or was just made, or there is too little text."""
+        if self._thread is not None or self._collected.tokens < MIN_TOKENS or time.monotonic() < self._not_before:
             return
         self._number += 1
         made = MadeAdjustment(f"auto-{self._number}", self._collected.shares)
@@ -154,7 +155,7 @@ class AutoAdjusting(Adjusting):
         self._thread.start()
 
     def _make(self, made: MadeAdjustment, texts: Sequence[str]) -> None:
-        """In a thread of its own."""
+        """Make an adjustment; runs in its own thread."""
 
         def report(*_: object, **_facts: object) -> None:
             if self._stopping.is_set():
@@ -169,13 +170,13 @@ class AutoAdjusting(Adjusting):
         except _StoppedError:
             pass
         except Exception as error:
-            # neither its message, which may quote a text, nor more than the place
+            # log only where it happened: the message may quote a text
             place = traceback.extract_tb(error.__traceback__)[-1]
             _LOG.error("moqa: no adjustment was made: %s at %s:%s", type(error).__name__, place.filename, place.lineno)
             self._results.put(None)
 
     def _receive(self) -> None:
-        """Hold what was made meanwhile, and drop what is too much."""
+        """Take over the adjustment that was made; old ones make room for it."""
         result, self._thread = self._results.get(), None
         if result is None:
             self._metrics.failures.inc()
@@ -183,14 +184,14 @@ class AutoAdjusting(Adjusting):
         adjustment, made, seconds = result
         self._kept.add(adjustment, made)
         self._metrics.adjustment_seconds.set(seconds)
-        self._not_before = time.monotonic() + PAUSE * seconds
+        self._not_before = time.monotonic() + PAUSE_FACTOR * seconds
 
     def _find(self, asked: str | None) -> Chosen:
         made = self._kept.find(asked)
         return super()._find(asked) if made is None else Chosen(asked, explicit=True, keeps=made)
 
     def _label(self, chosen: Chosen) -> str:
-        # their names have no end
+        # one label for all: the number of names is unlimited
         return NONE if chosen.name is None else "auto"
 
     @property

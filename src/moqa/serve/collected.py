@@ -1,4 +1,4 @@
-"""Recent texts of clients: in memory only, and no more of them than an adjustment needs."""
+"""Recent texts of clients: kept only in memory, and no more than an adjustment needs."""
 
 from collections import deque
 from typing import TYPE_CHECKING
@@ -8,15 +8,15 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PART = 1024  # tokens after which a text that goes on is taken
+PART = 1024  # tokens after which a part of an unfinished text is collected
 
 
 class Collected:
-    """Texts as tokens, the latest ones up to a limit, and how their tokens were routed.
+    """The latest texts as tokens, up to a limit, and the routing of their tokens.
 
     Args:
-        tokenizer: to spell them.
-        limit: tokens to keep at most.
+        tokenizer: turns the tokens back into text.
+        limit: largest number of tokens to keep.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", limit: int) -> None:
@@ -27,28 +27,28 @@ class Collected:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens kept."""
         return self._tokens
 
     @property
     def shares(self) -> np.ndarray:
-        """[layers, experts] share of the routed tokens since the last `clear` that each expert got."""
+        """[layers, experts] share of the tokens routed to each expert since the last `clear`."""
         return self._counts / np.maximum(self._counts.sum(1, keepdims=True), 1)
 
     def count(self, counts: np.ndarray) -> None:
-        """Note how further tokens were routed.
+        """Add the routing of further tokens.
 
         Args:
-            counts: [layers, experts] how many of them each expert got.
+            counts: [layers, experts] number of tokens routed to each expert.
         """
         self._counts = self._counts + counts
 
     def take(self, text: list[int], last: bool) -> None:
-        """Take over the tokens of a text once they are many, or nothing follows; the list is empty then.
+        """Move the tokens of a text into this collection once there are enough of them, or the text has ended.
 
         Args:
-            text: tokens that were not taken before.
-            last: whether the text is at its end.
+            text: tokens that were not collected yet; emptied if they are taken.
+            last: whether the text has ended.
         """
         if len(text) < PART and not last:
             return
@@ -61,11 +61,11 @@ class Collected:
             self._tokens -= len(self._texts.popleft())
 
     def texts(self) -> list[str]:
-        """All of them, spelt."""
+        """The collected texts, decoded."""
         return [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in self._texts]
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Discard everything."""
         self._texts.clear()
         self._tokens = 0
         self._counts = np.zeros((1, 1))

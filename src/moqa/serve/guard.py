@@ -1,4 +1,4 @@
-"""What every request passes: the key, the limit on bodies, the count, and the last resort for errors."""
+"""Middleware for every request: API key, limit on the body, metrics, and errors that nothing else handled."""
 
 import hmac
 
@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moqa.serve.metrics import Metrics
 from moqa.serve.refusal import RefusalError, refusal_of
 
-BODY_LIMIT = 8 * 2**20  # bytes; a million tokens as numbers
+BODY_LIMIT = 8 * 2**20  # bytes; enough for a million tokens as numbers
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
 
 
@@ -16,9 +16,9 @@ class Guard:
     """ASGI middleware around the whole application.
 
     Args:
-        app: what lies inside.
-        metrics: to count requests in.
-        api_key: what `/v1` asks for as a bearer token; None lets everyone in.
+        app: the wrapped application.
+        metrics: metrics of the server.
+        api_key: bearer token required under `/v1`; None for no key.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None) -> None:
@@ -42,7 +42,7 @@ class Guard:
             self._check(scope)
             await self._app(scope, _bounded(receive), noted)
         except ClientDisconnect:
-            status = 499  # the usual number for a client that left; nobody gets it
+            status = 499  # common status for a client that disconnected; only counted, never sent
         except Exception as error:
             refusal = refusal_of(error)
             if status == 0:
@@ -64,7 +64,7 @@ class Guard:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """Read no more of a body than the limit, whatever its headers say."""
+    """Wrap `receive` so that it reads no more of a body than the limit, whatever the headers say."""
     size = 0
 
     async def bounded() -> Message:

@@ -1,4 +1,4 @@
-"""The few adjustments that a server has made last."""
+"""The last few adjustments that a server has made."""
 
 import weakref
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from moqa.format.adjustment import Adjustment
 if TYPE_CHECKING:
     from moqa.runtime.adjusted import Adjustments
 
-KEPT = 4
+MAX_KEPT = 4
 
 
 @dataclass(eq=False)
@@ -20,8 +20,8 @@ class MadeAdjustment:
     """An adjustment that was made.
 
     Attributes:
-        name: by which it is held.
-        shares: [layers, experts] routing of the text that it is for.
+        name: name of the adjustment.
+        shares: [layers, experts] routing of the text that it was made for.
     """
 
     name: str
@@ -29,42 +29,43 @@ class MadeAdjustment:
 
 
 class KeptAdjustments:
-    """Adjustments that were made, at most `KEPT` of them: the one used longest ago makes room for another.
+    """Adjustments that were made, at most `MAX_KEPT`: a new one replaces the least recently used one.
 
-    One that leaves stays held while a text is written with it, that is while somebody holds what `find` gave.
+    A replaced one stays loaded for as long as a text is written with it, i.e. while there is a reference to the result
+    of `find`.
 
     Args:
-        held: those of the model; only the thread that writes changes what is kept.
+        held: adjustments of the model; only the thread that writes text changes what is kept.
     """
 
     def __init__(self, held: "Adjustments") -> None:
         self._held = held
-        self._made: list[MadeAdjustment] = []  # the one used last at the end
+        self._made: list[MadeAdjustment] = []  # the most recently used one is last
         self._leaving: list[tuple[str, weakref.ref[MadeAdjustment]]] = []
 
     @property
     def names(self) -> list[str]:
-        """Those that a request may choose."""
+        """Names of the adjustments that a request may choose."""
         return [made.name for made in self._made.copy()]
 
     def find(self, name: str | None) -> MadeAdjustment | None:
-        """One of them by its name."""
+        """The adjustment with a name, if it is kept."""
         return next((made for made in self._made.copy() if made.name == name), None)
 
     def nearest(self, distance: Callable[[np.ndarray], float]) -> MadeAdjustment | None:
-        """The one whose shares are nearest."""
+        """The adjustment with the smallest distance of its shares."""
         return min(self._made, key=lambda made: distance(made.shares), default=None)
 
     def use(self, made: MadeAdjustment) -> None:
-        """Note that one of them is used now."""
+        """Mark an adjustment as the most recently used one."""
         self._made.remove(made)
         self._made.append(made)
 
     def add(self, adjustment: Adjustment, made: MadeAdjustment) -> None:
-        """Hold another one; drops what is too much and not written with."""
+        """Add an adjustment; drops replaced ones that no text is written with."""
         self._held.hold(adjustment, made.name)
         self._made.append(made)
-        if len(self._made) > KEPT:
+        if len(self._made) > MAX_KEPT:
             oldest = self._made.pop(0)
             self._leaving.append((oldest.name, weakref.ref(oldest)))
             del oldest

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Metrics of the server, for Prometheus."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from moqa.adjustment.drift import STATES, State
 
-_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_NEXT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+_FIRST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_NEXT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
 
 class Metrics:
-    """Counters of one server in a registry of its own.
+    """Metrics of one server in their own registry.
 
     >>> metrics = Metrics()
     >>> metrics.requests.labels("/v1/models", 200).inc()
@@ -26,11 +26,14 @@ class Metrics:
         self.active = Gauge("moqa_active_slots", "texts that are being written", registry=registry)
         self.slots = Gauge("moqa_slots", "texts that can be written at once", registry=registry)
         self.first_token = Histogram(
-            "moqa_time_to_first_token_seconds", "from request to first token, waiting included", buckets=_FIRST,
+            "moqa_time_to_first_token_seconds", "from request to first token, waiting included", buckets=_FIRST_BUCKETS,
             registry=registry,
         )  # fmt: skip
         self.next_token = Histogram(
-            "moqa_time_per_token_seconds", "from one token of a text to its next", buckets=_NEXT, registry=registry
+            "moqa_time_per_token_seconds",
+            "from one token of a text to its next",
+            buckets=_NEXT_BUCKETS,
+            registry=registry,
         )
         self.seconds = Counter("moqa_busy_seconds", "time that the model worked", ("phase",), registry=registry)
         for phase in ("prefill", "decode"):
@@ -45,12 +48,12 @@ class Metrics:
         self.failures = Counter("moqa_adjustment_failures", "adjustments that could not be made", registry=registry)
 
     def watch(self, state: Callable[[], State], divergence: Callable[[], float]) -> None:
-        """Show what a drift detector says."""
+        """Add metrics of a drift detector."""
         shown = Gauge("moqa_drift_state", "0 known, 1 drifting, 2 novel", registry=self.registry)
         shown.set_function(lambda: STATES.index(state()))
         bits = Gauge("moqa_drift_divergence_bits", "routing, from known distributions", registry=self.registry)
         bits.set_function(divergence)
 
     def page(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Everything but an answer: errors in the shape that OpenAI's clients understand."""
+"""Error responses in the format of OpenAI's API."""
 
 import logging
 import traceback
@@ -15,17 +15,17 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class RefusalError(HTTPException):
-    """A request that gets no answer.
+    """The request is refused.
 
     >>> RefusalError(400, "temperature should be a number", param="temperature").body()["error"]["type"]
     'invalid_request_error'
 
     Args:
-        status: of HTTP.
-        message: what was given and what would work, without any of the prompt.
-        param: the field that is wrong.
-        code: for programs.
-        headers: to send along.
+        status: HTTP status.
+        message: what was given and what would work, without any part of the prompt.
+        param: name of the invalid field.
+        code: machine-readable error code.
+        headers: additional HTTP headers.
     """
 
     def __init__(
@@ -40,17 +40,17 @@ class RefusalError(HTTPException):
         self.param, self.code = param, code
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """What the client gets."""
+        """The JSON body of the response."""
         kind = "server_error" if self.status_code >= 500 else _TYPES.get(self.status_code, "invalid_request_error")
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The same with status and headers."""
+        """The response with status and headers."""
         return JSONResponse(self.body(), self.status_code, headers=self.headers)
 
 
 def refusal_of(error: Exception) -> RefusalError:
-    """What a client is told of any exception; a bug is logged, without its message, which may quote a prompt."""
+    """The refusal for any exception; bugs are logged, without their message, which may quote a prompt."""
     if isinstance(error, RefusalError):
         return error
     if isinstance(error, MoqaError):
@@ -59,4 +59,4 @@ def refusal_of(error: Exception) -> RefusalError:
     if isinstance(error, HTTPException):
         return RefusalError(error.status_code, error.detail, headers=error.headers)
     _LOG.error("moqa: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-    return RefusalError(500, "an error inside the server; its log says where", code="internal_error")
+    return RefusalError(500, "internal error; the server's log says where", code="internal_error")

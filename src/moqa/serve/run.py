@@ -1,4 +1,4 @@
-"""`moqa serve`: from a folder to a server that answers until it is told to stop."""
+"""`moqa serve`: load a model and serve it until a signal stops the server."""
 
 import signal
 import socket
@@ -16,16 +16,16 @@ from moqa.serve.auto import AutoAdjusting
 from moqa.serve.metrics import Metrics
 from moqa.serve.service import Service
 
-GRACE = 3.0  # seconds for texts that are being written when the server is told to stop
+GRACE = 3.0  # seconds to finish texts that are being written when the server is stopped
 AUTO = "auto"
-_BACKLOG = 2048  # connections that wait to be accepted
+_BACKLOG = 2048  # connections waiting to be accepted
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with our way to stop.
+    """uvicorn's server, which also stops the scheduler.
 
     Args:
-        service: whose scheduler runs.
+        service: a service whose scheduler is running.
         api_key: what clients must send; None lets everyone in.
     """
 
@@ -34,13 +34,13 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             build_app(service, api_key), http="h11", loop="asyncio", ws="none", lifespan="off", log_config=None,
             access_log=False, server_header=False, proxy_headers=False,
-            # longer than clients keep theirs, so that none meets a connection that is just being closed
+            # longer than clients keep connections open, so that the server never closes one just as it is used
             timeout_keep_alive=75, timeout_graceful_shutdown=int(GRACE) + 2,
         )  # fmt: skip
         super().__init__(config)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting; texts that are being written get some seconds."""
+        """Stop accepting requests; texts that are being written get a few seconds to finish."""
         self._scheduler.stop(GRACE)
         await super().shutdown(sockets)
 
@@ -58,21 +58,21 @@ def serve(
 ) -> None:
     """Answer OpenAI-style requests until SIGTERM or Ctrl-C.
 
-    >>> serve("runs/out", port=8000)
+    >>> serve("runs/out", port=8000)  # doctest: +SKIP
 
     Args:
         model: folder of a checkpoint or of an original model, or a Hub id.
-        host: address to listen at.
-        port: 0 for any that is free.
-        slots: texts that are written at once.
+        host: address to listen on.
+        port: port to listen on; 0 takes any free port.
+        slots: texts written at the same time.
         queue: texts that may wait; further requests get status 429.
         api_key: what clients must send; None lets everyone in.
-        adjust: folders of adjustments, the first for requests that name none; or `auto` alone, to make them when text
-            is novel.
-        ready: called with the server's address before the first request is taken.
+        adjust: adjustment folders, the first being the default for requests that name none; or only `auto`, to make
+            adjustments for novel text.
+        ready: called with the server's address before the first request is accepted.
 
     Raises:
-        MoqaError: if the model or an adjustment is missing or damaged, or the port is taken.
+        MoqaError: if the model or an adjustment is missing or damaged, or the port is in use.
     """
     with _bound(host, port) as listener:
         loaded, tokenizer = load_any(model)
@@ -86,7 +86,7 @@ def serve(
         def stop(*_: object) -> None:
             server.should_exit = True
 
-        # uvicorn passes a signal on when it is done; to the default handlers that would be death, not exit 0
+        # uvicorn raises a signal again when it is done; the default handlers would then kill the process
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         service.scheduler.start()
         try:
@@ -102,7 +102,7 @@ def serve(
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket that is not open yet: who connects while the model loads is to be refused, not to wait."""
+    """Bind a socket that does not listen yet: clients that connect while the model loads are refused at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -120,12 +120,12 @@ def _bound(host: str, port: int) -> socket.socket:
 def _listen(listener: socket.socket, host: str, port: int) -> None:
     try:
         listener.listen(_BACKLOG)
-    except OSError as error:  # another server that was bound at the same time was faster
+    except OSError as error:  # another server bound the same port and was faster
         raise _no_port(host, port, error) from None
 
 
 def _no_port(host: str, port: int, error: Exception) -> MoqaError:
-    return MoqaError(f"cannot listen at --host {host} --port {port}", getattr(error, "strerror", None) or str(error))
+    return MoqaError(f"cannot listen on --host {host} --port {port}", getattr(error, "strerror", None) or str(error))
 
 
 def _address(listener: socket.socket) -> str:

@@ -1,4 +1,4 @@
-"""One thread that owns the model and takes all texts forward in turns, a token each."""
+"""One thread that owns the model and writes all texts in turns, one token each."""
 
 import threading
 import time
@@ -12,20 +12,20 @@ from moqa.serve.text import ServedText
 
 
 class Scheduler:
-    """Slots for texts that are written at once, and a queue of bounded length before them.
+    """Slots for texts that are written at the same time, and a bounded queue of waiting texts.
 
-    >>> scheduler = Scheduler(lambda job: generate(model, tokenizer, job.ids, job.sampling), 4, 256, Metrics())
+    >>> scheduler = Scheduler(lambda job: moqa.generate(model, tokenizer, job.ids, job.sampling), 4, 256, Metrics())
     >>> scheduler.start()
-    >>> scheduler.submit([job])
+    >>> scheduler.submit([ServedText([599, 3523], moqa.Sampling(max_tokens=4), deliver=lambda piece: None)])
 
-    Each text is a generator with a cache and a random generator of its own, and every step belongs to one text only:
-    what is written does not depend on what else is.
+    Each text is a generator with its own key-value cache and random generator, and every step belongs to a single text:
+    a text does not depend on the other texts.
 
     Args:
-        begin: makes a job's generator; called in the scheduler's thread.
-        slots: texts that are written at once.
+        begin: makes the generator of a text; called in the scheduler's thread.
+        slots: texts written at the same time.
         queue: texts that may wait.
-        metrics: to count in.
+        metrics: metrics of the server.
     """
 
     def __init__(
@@ -43,16 +43,16 @@ class Scheduler:
 
     @property
     def room(self) -> int:
-        """Texts that fit at all, if there are no others."""
+        """Texts that fit into slots and queue when both are empty."""
         return self._slots + self._queue
 
     @property
     def stopping(self) -> bool:
-        """Whether nothing new is taken."""
+        """Whether new texts are refused because the server stops."""
         return self._deadline is not None
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     def submit(self, jobs: Sequence[ServedText]) -> None:
@@ -71,7 +71,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, jobs: Sequence[ServedText]) -> None:
-        """Drop texts that nobody reads any more; those that are finished stay so."""
+        """Cancel texts that nobody reads any more; finished ones are not affected."""
         with self._changed:
             for job in jobs:
                 job.cancelled = True
@@ -79,7 +79,7 @@ class Scheduler:
                     self._waiting.remove(job)
 
     def stop(self, seconds: float) -> None:
-        """Take nothing new, refuse what waits, cut what is not written after some time; does not wait."""
+        """Refuse new and waiting texts, and end unfinished ones after some seconds; returns at once."""
         deadline = time.monotonic() + seconds
         with self._changed:
             self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
@@ -89,7 +89,7 @@ class Scheduler:
             job.deliver(_stopping())
 
     def join(self) -> None:
-        """Wait until all is written or cut."""
+        """Wait until every text is finished or ended."""
         self._thread.join()
 
     def _run(self) -> None:
@@ -105,7 +105,7 @@ class Scheduler:
                     self._active.remove(job)
 
     def _step(self, job: ServedText) -> bool:
-        """One chunk of a prompt or one token; whether there is more to do."""
+        """Process one chunk of a prompt or one token; returns whether the text continues."""
         if job.cancelled:
             return False
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -117,7 +117,7 @@ class Scheduler:
                 job.pieces = self.begin(job)
             piece = next(job.pieces)
         except Exception as error:
-            # whatever went wrong is this text's problem, the others go on
+            # an error ends only this text, the others continue
             job.deliver(error)
             return False
         self._count(job, piece, start)

@@ -1,4 +1,4 @@
-"""What may be asked for: OpenAI's fields, as far as they are kept; what would be ignored is refused."""
+"""Request bodies: the fields of OpenAI's API that are supported; fields that would be ignored are refused."""
 
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,13 +16,13 @@ from moqa.generation.sampling import Sampling, first_problem
 from moqa.serve.refusal import RefusalError
 
 _T = TypeVar("_T")
-# without fail_fast a million numbers are a million complaints of the branch for texts
+# without fail_fast, a million numbers would produce a million errors of the branch for texts
 _Many = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
-# no effect on any text
+# these have no effect on any text
 _IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 }  # fmt: skip
-# known to OpenAI's clients and not kept: only what changes nothing is taken
+# OpenAI's fields that are not supported: only values without any effect are accepted
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "presence_penalty": (0,), "frequency_penalty": (0,),
     "logit_bias": ({},), "response_format": ({"type": "text"},), "modalities": (["text"],), "tools": ([],),
@@ -31,12 +31,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
 }  # fmt: skip
 
-# where null says something else than nothing
+# fields for which null has a meaning
 _SAYING = {"adjustment"}
 
 
 def _described(text: str) -> WrapValidator:
-    """One sentence instead of what each branch of a union would have liked."""
+    """Replace the errors of all branches of a union by one sentence."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -63,14 +63,14 @@ class _Asked(BaseModel):
 
 
 class StreamOptions(_Asked):
-    """Of a streamed answer."""
+    """Options of a streamed response."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
 class _Request(_Asked):
-    model: str | None = Field(None, description="the one that /v1/models names")
+    model: str | None = Field(None, description="the model that /v1/models lists")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     temperature: float | None = None
@@ -79,23 +79,25 @@ class _Request(_Asked):
     seed: int | None = None
     stop: Annotated[str | list[str], _described("a text or a list of texts")] = []
     repetition_penalty: float | None = None
-    adjustment: str | None = Field(None, description="one that is held; null for the checkpoint as it is")
+    adjustment: str | None = Field(
+        None, description="name of a loaded adjustment; null for the checkpoint without adjustment"
+    )
 
     @property
     def chooses(self) -> bool:
-        """Whether it says which adjustment to use."""
+        """Whether the request chooses an adjustment."""
         return "adjustment" in self.model_fields_set
 
     def sampling(self, max_tokens: int | None, logprobs: int | None, stops: tuple[str, ...] = ()) -> Sampling:
-        """How to continue the text.
+        """The sampling options of this request.
 
         Args:
-            max_tokens: tokens to write at most.
-            logprobs: likeliest tokens to report.
-            stops: further stop strings.
+            max_tokens: largest number of tokens to write.
+            logprobs: likeliest tokens to report for each token.
+            stops: additional stop strings.
 
         Raises:
-            RefusalError: if a number is out of its range.
+            RefusalError: if a value is out of range.
         """
         names = ("temperature", "top_p", "top_k", "seed", "repetition_penalty")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -119,7 +121,7 @@ class CompletionRequest(_Request):
     logprobs: int | None = None
 
     def prompts(self) -> list[str | list[int]]:
-        """One prompt for each text to be written."""
+        """One prompt per text to be written."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
@@ -139,7 +141,7 @@ class ChatMessage(_Asked):
     content: Annotated[str | list[TextPart], _described("a text or a list of text parts; nothing else can be read")]
 
     def plain(self) -> dict[str, str]:
-        """As chat templates know it; they call a developer's message the system's."""
+        """The message in the form that chat templates expect, in which the role `developer` is called `system`."""
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
         return {"role": "system" if self.role == "developer" else self.role, "content": "".join(parts)}
 
@@ -154,10 +156,10 @@ class ChatRequest(_Request):
     top_logprobs: int | None = None
 
     def asked_logprobs(self) -> int | None:
-        """Likeliest tokens to report beside each one; None for no log-probabilities.
+        """Likeliest tokens to report for each token; None for no log-probabilities.
 
         Raises:
-            RefusalError: if a number is given without `logprobs`.
+            RefusalError: if `top_logprobs` is given without `logprobs`.
         """
         if not self.logprobs and self.top_logprobs is not None:
             raise RefusalError(400, "top_logprobs needs logprobs: true", param="top_logprobs")

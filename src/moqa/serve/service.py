@@ -1,4 +1,4 @@
-"""A loaded model and its scheduler: what routes work with."""
+"""A loaded model and its scheduler, as used by the routes."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -22,18 +22,18 @@ Text = tuple[Sequence[int], Sampling]
 
 
 class Service:
-    """One model that many clients share.
+    """One model shared by many clients.
 
     >>> service = Service(model, tokenizer, "out", slots=4, queue=256)
     >>> service.scheduler.start()
 
     Args:
         model: a causal language model of transformers; only the scheduler's thread uses it.
-        tokenizer: of the model.
-        name: by which clients ask for it.
-        slots: texts that are written at once.
+        tokenizer: tokenizer of the model.
+        name: name of the model in requests.
+        slots: texts written at the same time.
         queue: texts that may wait.
-        adjusting: makes what chooses adjustments; None: there are none.
+        adjusting: makes the object that chooses adjustments; None for no adjustments.
     """
 
     def __init__(
@@ -53,20 +53,22 @@ class Service:
             return self.adjusting.written(job, generate(model, tokenizer, job.ids, job.sampling))
 
         self.scheduler = Scheduler(begin, slots, queue, self.metrics)
-        # a long prompt must not hold up the answers of others; one thread, so that it cannot take every core either
+        # tokenizing a long prompt must not block the responses of others; one thread, so that it cannot use every core
         self._encoder = ThreadPoolExecutor(1, "moqa-encode")
-        # tokenizers drop a truncation of their own at the first use, which must not happen in two threads at once
+        # the first use of a tokenizer resets its truncation, which must not happen in two threads at the same time
         encode(tokenizer, "")
 
     async def texts(self, prompts: Sequence[str | list[int]], sampling: Sampling) -> list[Text]:
-        """Prompts as tokens, each checked against the context.
+        """Tokenize prompts and check that each fits the context.
 
         Raises:
-            MoqaError: if one is empty, has unknown tokens or is too long.
-            RefusalError: if there are more than fit into slots and queue.
+            MoqaError: if a prompt is empty, has unknown tokens or is too long.
+            RefusalError: if there are more prompts than fit into slots and queue.
         """
         if len(prompts) > self.scheduler.room:
-            raise RefusalError(400, f"{len(prompts)} prompts: at most {self.scheduler.room} fit", param="prompt")
+            raise RefusalError(
+                400, f"{len(prompts)} prompts are too many: at most {self.scheduler.room} fit", param="prompt"
+            )
 
         def work() -> list[Text]:
             return [
@@ -79,14 +81,14 @@ class Service:
     async def conversation(
         self, messages: Sequence[dict[str, str]], sampling: Callable[[tuple[str, ...]], Sampling]
     ) -> list[Text]:
-        """A conversation as tokens, checked against the context.
+        """Tokenize a conversation and check that it fits the context.
 
         Args:
             messages: each with a role and a content.
-            sampling: from the stop strings that the model's way to chat needs.
+            sampling: makes the sampling options from the stop strings that the chat format needs.
 
         Raises:
-            MoqaError: if the chat template refuses it, or it is too long.
+            MoqaError: if the chat template refuses the conversation, or it is too long.
         """
 
         def work() -> list[Text]:
@@ -96,21 +98,21 @@ class Service:
         return await self._in_encoder(work)
 
     def start(self, texts: Sequence[Text], chosen: Chosen) -> "Running":
-        """Queue texts, all to be written with one adjustment.
+        """Queue the texts of one request, to be written with one adjustment.
 
         Raises:
-            RefusalError: 429 if there is no room, 503 if the server stops.
+            RefusalError: 429 if the queue is full, 503 if the server is stopping.
         """
         running = Running(self.scheduler, texts, chosen)
         self.adjusting.count(chosen)
         return running
 
     def note(self, chosen: Chosen) -> dict[str, Any]:
-        """What an answer says beside its usage."""
+        """Fields of a response in addition to its usage."""
         return {"adjustment": chosen.name, "drift": self.adjusting.drift}
 
     def close(self) -> None:
-        """Let go of the threads, once the scheduler stops."""
+        """Stop all threads, once the scheduler has stopped."""
         self.scheduler.join()
         self.adjusting.close()
         self._encoder.shutdown()
@@ -124,12 +126,12 @@ class Service:
 
 
 class Running:
-    """Texts of one request while they are written.
+    """The texts of one request while they are written.
 
     Args:
-        scheduler: that writes them.
-        texts: tokens and sampling of each.
-        chosen: the adjustment to write them with.
+        scheduler: the scheduler that writes them.
+        texts: tokens and sampling options of each text.
+        chosen: adjustment to write them with.
     """
 
     def __init__(self, scheduler: Scheduler, texts: Sequence[Text], chosen: Chosen) -> None:
@@ -140,7 +142,7 @@ class Running:
 
         def deliverer(index: int) -> Callable[[Piece | Exception], None]:
             def deliver(event: Piece | Exception) -> None:
-                with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
                     loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
             return deliver
@@ -151,10 +153,10 @@ class Running:
         scheduler.submit(self._jobs)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Pieces of all texts as they come, each with the number of its text.
+        """Pieces of all texts in the order they are written, each with the index of its text.
 
         Raises:
-            Exception: whatever went wrong in one of them.
+            Exception: the error of a text that failed.
         """
         left = self.count
         while left:
@@ -165,5 +167,5 @@ class Running:
             yield index, event
 
     def cancel(self) -> None:
-        """Give slots and places in the queue back; harmless when all is written."""
+        """Free slots and places in the queue; does nothing if all texts are finished."""
         self._scheduler.cancel(self._jobs)

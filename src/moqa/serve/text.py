@@ -1,4 +1,4 @@
-"""One text that a request asks for, and the adjustment that it is written with."""
+"""One text of a request, and the adjustment that it is written with."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,12 +9,12 @@ from moqa.generation import Piece, Sampling
 
 @dataclass(eq=False)
 class Chosen:
-    """The adjustment of one request, from its first token to its last; an adjustment is held while one refers to it.
+    """The adjustment of one request, from its first token to its last.
 
     Attributes:
-        name: of the adjustment; None is the checkpoint as it is.
-        explicit: whether the request said so itself.
-        keeps: what must live as long.
+        name: name of the adjustment; None for the checkpoint without adjustment.
+        explicit: whether the request chose it.
+        keeps: object kept alive as long as this one, so that the adjustment stays loaded.
     """
 
     name: str | None = None
@@ -28,9 +28,9 @@ class ServedText:
 
     Attributes:
         ids: tokens of the prompt.
-        sampling: how to continue it.
-        deliver: called in the scheduler's thread with each piece that says something; an exception is the last.
-        chosen: the adjustment to write it with.
+        sampling: sampling options.
+        deliver: called in the scheduler's thread with each piece that is not empty; after an exception nothing follows.
+        chosen: adjustment to write it with.
     """
 
     ids: Sequence[int]
@@ -39,5 +39,5 @@ class ServedText:
     chosen: Chosen = field(default_factory=Chosen)
     cancelled: bool = False
     pieces: Iterator[Piece] | None = None
-    last: float = field(default_factory=time.monotonic)  # when it came, then when its last token did
+    last: float = field(default_factory=time.monotonic)  # time of the request, then of the last token
     written: int = 0

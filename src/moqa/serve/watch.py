@@ -1,4 +1,4 @@
-"""What recent text is, and which of the adjustments that were made it gets."""
+"""Decides from recent text which adjustment is the default."""
 
 import numpy as np
 
@@ -9,20 +9,22 @@ from moqa.serve.text import Chosen
 
 
 class Watch:
-    """Decides which adjustment requests get that ask for none.
+    """Decides which adjustment requests get that name none.
 
-    >>> watch.count(counts)
-    True
-    >>> watch.default.name
-    'auto-1'
+    >>> from moqa.format.routing import read_routing
+    >>> detector = DriftDetector(read_routing("runs/out", plan.fingerprint))
+    >>> watch = Watch(detector, Collected(tokenizer, 4096), KeptAdjustments(model.adjustments))
+    >>> watch.decide()
+    >>> watch.default.name, watch.lacks_one
+    (None, False)
 
     Args:
-        detector: says whether text is known or novel.
-        collected: recent novel text; cleared when an adjustment fits it.
+        detector: detects whether text is known or novel.
+        collected: recent novel text; cleared once an adjustment fits it.
         kept: adjustments that were made.
 
     Attributes:
-        default: what requests get.
+        default: adjustment for requests that name none.
         lacks_one: whether recent text is novel and no adjustment fits it.
     """
 
@@ -31,10 +33,10 @@ class Watch:
         self.default, self.lacks_one = Chosen(), False
 
     def count(self, counts: np.ndarray) -> bool:
-        """Note how further tokens were routed; whether that led to a decision.
+        """Add the routing of further tokens; returns whether it led to a decision.
 
         Args:
-            counts: [layers, experts] how many of them each expert got.
+            counts: [layers, experts] number of tokens routed to each expert.
         """
         judged = self._detector.judgements
         self._collected.count(counts)
@@ -45,7 +47,7 @@ class Watch:
         return True
 
     def decide(self) -> None:
-        """Choose what requests get from now on."""
+        """Choose the default from now on."""
         self.lacks_one = False
         if self._detector.state == "known":
             self._collected.clear()

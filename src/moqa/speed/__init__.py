@@ -1,4 +1,4 @@
-"""Speed of a checkpoint or an original model, as a user gets it."""
+"""Speed of a checkpoint or an original model, measured as a user experiences it."""
 
 from moqa.speed.run import Speed, bench
 

@@ -1,4 +1,4 @@
-"""`moqa.bench`: load time, prefill and decode speed, and memory, each model in a process of its own."""
+"""`moqa.bench`: load time, prefill and decode speed, and memory; every model is measured in a process of its own."""
 
 import json
 import os
@@ -15,19 +15,19 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class Speed(BaseModel, frozen=True):
-    """What was measured; of several repeats, the median."""
+    """Measured speed and memory; speeds are the median of several repeats."""
 
     model: str
     engine: str = Field(description="moqa for a checkpoint, transformers for an original model")
-    kernels: str | None = Field(description="what a checkpoint computed with")
+    kernels: str | None = Field(description="kernels that a checkpoint computed with")
     threads: int
     prompt_tokens: int
     new_tokens: int
-    bytes: int = Field(description="of the weight files")
-    load_seconds: float = Field(description="from the files, which are in the page cache, to a model that can run")
+    bytes: int = Field(description="bytes of the weight files")
+    load_seconds: float = Field(description="from files in the page cache to a model that can run")
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
-    peak_bytes: int = Field(description="most resident memory, mapped weights and all of Python included")
+    peak_bytes: int = Field(description="peak resident memory, including mapped weights and Python itself")
 
 
 def bench(
@@ -41,18 +41,18 @@ def bench(
 ) -> Speed:
     """Measure a model in a fresh process: it reads random tokens at once, then writes more one by one.
 
-    >>> moqa.bench("runs/out").decode_tokens_per_second
+    >>> moqa.bench("runs/out").decode_tokens_per_second  # doctest: +SKIP
 
     Args:
         model: folder of a checkpoint, or folder or Hub id of an original, which runs in transformers in bfloat16.
-        threads: of every operation; all cores if None.
-        prompt_tokens: that are read at once.
-        new_tokens: that are written after them.
-        repeats: of both, after one that does not count.
-        kernels: what a checkpoint computes with, see `moqa.load`.
+        threads: threads of each operation; None means all cores.
+        prompt_tokens: tokens to read at once.
+        new_tokens: tokens to write after them.
+        repeats: measurements of both, after one that is not counted.
+        kernels: kernels for a checkpoint, see `moqa.load`.
 
     Raises:
-        MoqaError: if the model is missing or damaged, or does not hold that many tokens.
+        MoqaError: if the model is missing or damaged, or its context is too short for the tokens.
     """
     threads = threads or len(os.sched_getaffinity(0))
     folder = locate(model)

@@ -20,11 +20,11 @@ from moqa.tasks import check_language_model
 def measure(
     folder: Path, *, threads: int, prompt_tokens: int, new_tokens: int, repeats: int, kernels: str
 ) -> dict[str, object]:
-    """What `Speed` holds, but the model's name."""
+    """Measure a model: the fields of `Speed` except the model's name."""
     torch.set_num_threads(threads)
     packed = is_checkpoint(folder)
     check_language_model(read_config(folder, packed), folder)
-    # both checks read every byte, into the page cache: what is measured is the loading, not the disk
+    # both checks read every byte into the page cache, so loading is measured without the disk
     if packed:
         files = [folder / name for name in open_checkpoint(folder).manifest.files]
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What long work shows while it runs: a live view or plain lines on stderr, and a log for machines."""
+"""Progress of long work: a live view or plain lines on stderr, and a JSON log."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,13 +15,13 @@ __all__ = ["Log", "LogOption", "logged", "progress"]
 
 @contextmanager
 def progress(log: Log | None = None) -> Iterator[Report]:
-    """Show the work of a block: live on a terminal, in plain lines elsewhere, and in a log if there is one.
+    """Show the progress of a `with` block: live on a terminal, as plain lines elsewhere, and in a log if given.
 
-    >>> with progress(log) as report:
+    >>> with progress() as report:
     ...     report("quantize", 0, 24, layer=0)
 
     Args:
-        log: what `--log-json` gave to a command that is `logged`.
+        log: value of `--log-json`, for commands decorated with `logged`.
     """
     shown: AbstractContextManager[View] = Terminal(console) if console.is_interactive else nullcontext(Lines())
     with shown as view:

@@ -1,4 +1,4 @@
-"""Limits of long work: memory, time, and what an earlier run has left."""
+"""Options that limit long work: memory, time, and reuse of an interrupted run."""
 
 import re
 import time
@@ -11,13 +11,15 @@ from moqa.progress import Report
 
 MemoryOption = Annotated[
     str | None,
-    typer.Option("--max-memory", metavar="SIZE", help="memory the process may take, e.g. 4GiB [default: what is free]"),
+    typer.Option("--max-memory", metavar="SIZE", help="memory the process may take, e.g. 4GiB [default: free memory]"),
 ]
 TimeOption = Annotated[
     str | None,
-    typer.Option("--time-limit", metavar="TIME", help="stop after the layer at e.g. 90m; the same command goes on"),
+    typer.Option(
+        "--time-limit", metavar="TIME", help="stop at the end of a layer after e.g. 90m; the same command continues"
+    ),
 ]
-RestartOption = Annotated[bool, typer.Option("--restart")]  # help: that of `CompressOptions`
+RestartOption = Annotated[bool, typer.Option("--restart")]  # help comes from `CompressOptions`
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -29,22 +31,22 @@ def seconds_of(text: str) -> float:
     5400.0
 
     Raises:
-        MoqaError: if it is no time.
+        MoqaError: if it is not a time.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", text)
     if found is None or not float(found[1]):
-        raise MoqaError(f"--time-limit {text} is no time", "give e.g. 90m, 2h or 1.5d")
+        raise MoqaError(f"--time-limit {text} is not a time", "give e.g. 90m, 2h or 1.5d")
     return float(found[1]) * _SECONDS[found[2]]
 
 
 def time_limited(report: Report, limit: str | None) -> Report:
-    """A listener that stops the work when a piece begins after the time is up.
+    """Wrap a report function so that it stops the work when a piece begins after the time limit.
 
-    The first piece is always done: however short the limit is, the same command ends some day.
+    The first piece is always finished: however short the limit is, repeating the command reaches the end.
 
     Args:
-        report: what else listens.
-        limit: as typed; None never stops.
+        report: receives all reports as well.
+        limit: as typed; None for no limit.
     """
     if limit is None:
         return report
@@ -56,7 +58,7 @@ def time_limited(report: Report, limit: str | None) -> Report:
         report(step, done, total, **facts)
         if done < total:
             if begun not in (None, (step, done)) and time.monotonic() > ends:
-                raise Stopped(f"stopped after {limit} in {step} {done}/{total}; the same command goes on from there")
+                raise Stopped(f"stopped after {limit} in {step} {done}/{total}; the same command continues from there")
             begun = step, done
 
     return listen

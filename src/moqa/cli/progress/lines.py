@@ -1,4 +1,4 @@
-"""Plain lines on stderr, where that is no terminal."""
+"""Plain lines on stderr, for when it is not a terminal."""
 
 import sys
 import time
@@ -6,14 +6,13 @@ import time
 from moqa.cli.progress.steps import Clock, Step
 from moqa.cli.progress.words import facts, gib, memory, span
 
-EVERY = 10.0  # seconds
+INTERVAL = 10.0  # seconds between two lines of a step
 
 
 class Lines:
     """A line when a step begins, one every ten seconds while it reports, and one when it ends.
 
-    >>> Lines().show(step)
-    moqa: quantize
+    >>> Lines().show(Step("quantize"))  # writes "moqa: quantize"
 
     Args:
         clock: seconds.
@@ -25,11 +24,11 @@ class Lines:
         self._last = 0.0
 
     def show(self, step: Step) -> None:
-        """A line, if it is time for one."""
+        """Print a line for a new step, or if the last line is old enough."""
         now = self._clock()
         if step is not self._step:
             _write(step.name)
-        elif now - self._last >= EVERY and step.done < step.total:
+        elif now - self._last >= INTERVAL and step.done < step.total:
             left = "" if step.seconds_left is None else f", {span(step.seconds_left)} left"
             _write(f"{_told(step)}, {span(step.seconds)} so far{left}")
         else:
@@ -37,7 +36,7 @@ class Lines:
         self._step, self._last = step, now
 
     def end(self, step: Step) -> None:
-        """What it was and took."""
+        """Print the result of the step and its time."""
         _write(f"{_told(step)}, took {span(step.seconds)}")
 
 

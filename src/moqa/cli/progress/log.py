@@ -1,4 +1,4 @@
-"""`--log-json`: what a command does, one JSON object per line, for machines."""
+"""`--log-json`: the progress of a command, one JSON object per line."""
 
 import json
 import math
@@ -20,19 +20,22 @@ from moqa.cli.progress.steps import Clock, Step
 from moqa.cli.progress.words import memory
 from moqa.errors import MoqaError
 
-EVERY = 0.1  # seconds
+INTERVAL = 0.1  # seconds between two lines of a step, at least
 Options = ParamSpec("Options")
 
 
 class Log:
-    """A line when a command begins, lines as its steps report, and a line when it ends, whatever ends it.
+    """Writes a line when a command begins, lines while its steps report, and a line when it ends or fails.
 
-    >>> with Log("run.jsonl").lasting("profile"):
-    ...     work()
+    >>> log = Log("run.jsonl")
+    >>> with log.lasting("profile"):
+    ...     log.show(Step("activation"))
+    >>> len(Path("run.jsonl").read_text().splitlines())
+    3
 
     Args:
-        path: file to write, - for stderr.
-        clock: seconds.
+        path: file to write; - for stderr.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, path: str, clock: Clock = time.monotonic) -> None:
@@ -48,15 +51,15 @@ class Log:
         """Log a command from its beginning to its end.
 
         Args:
-            command: its name.
+            command: name of the command.
 
         Raises:
-            MoqaError: if the file cannot be written; nothing has been done then.
+            MoqaError: if the file cannot be written; raised before the command begins.
         """
         with ExitStack() as stack:
             try:
                 if self._path != "-":
-                    # no buffer: a line is one write, and a run that is killed leaves whole lines
+                    # unbuffered: a line is one write, so a killed run leaves only complete lines
                     self._file = stack.enter_context(Path(self._path).open("wb", buffering=0))
                 self._write({"event": "start", "time": _time(), "command": command, "moqa": __version__})
             except OSError as error:
@@ -69,7 +72,7 @@ class Log:
             self._finish(None)
 
     def show(self, step: Step) -> None:
-        """A line, if the step is new or the last line is a while ago; else it waits for the end of the step."""
+        """Write a line if the step is new or the last line is old enough; otherwise keep it for the end of the step."""
         now, left = self._clock(), step.seconds_left
         resident, peak = memory()
         self._waiting = {
@@ -78,12 +81,12 @@ class Log:
             "memory_bytes": resident, "peak_bytes": peak, "seconds": round(now - self._began, 3),
             "seconds_left": None if left is None else round(left, 3),
         }  # fmt: skip
-        if step is not self._step or now - self._last >= EVERY:
+        if step is not self._step or now - self._last >= INTERVAL:
             self._step, self._last = step, now
             self._flush()
 
     def end(self, _step: Step) -> None:
-        """The line that waits was its last."""
+        """Write the line that was kept."""
         self._flush()
 
     def _flush(self) -> None:
@@ -102,15 +105,15 @@ class Log:
         try:
             self._write(record)
         except OSError as error:
-            # a full disk costs the log, and not the hours of work that it tells of
+            # a full disk ends the log, but must not end hours of work
             self._lost = True
             reason = error.strerror or str(error)
-            print(f"moqa: warning: nothing more goes to --log-json {self._path}: {reason}", file=sys.stderr)
+            print(f"moqa: warning: --log-json {self._path} cannot be written any more: {reason}", file=sys.stderr)
 
     def _write(self, record: dict[str, Any]) -> None:
         line = json.dumps(record, allow_nan=False)
         if self._file is None:
-            # above a live view, and never wrapped
+            # printed above a live view, without wrapping
             console.out(line, highlight=False)
         else:
             self._file.write(f"{line}\n".encode())
@@ -123,10 +126,9 @@ LogOption = Annotated[
 
 
 def logged(command: Callable[Options, None]) -> Callable[Options, None]:
-    """Make a command keep the log that it is given as `log_json` while it runs.
+    """Decorate a command so that it writes the log that it gets as `log_json`.
 
-    >>> @app.command()
-    ... @logged
+    >>> @logged
     ... def profile(model: str, log_json: LogOption = None) -> None: ...
     """
 
@@ -153,6 +155,6 @@ def _reason(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    # neither a bug's message, which may quote a text, nor more than the place
+    # only where a bug occurred: its message may quote a text
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {place.filename}:{place.lineno}"

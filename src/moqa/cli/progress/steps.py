@@ -1,4 +1,4 @@
-"""How far work is and how fast it gets on, from what it reports."""
+"""Progress and speed of work, computed from its reports."""
 
 import time
 from collections import deque
@@ -8,12 +8,12 @@ from typing import Protocol
 from moqa.progress import Fact
 
 Clock = Callable[[], float]
-PIECES = 8  # the pace is that of the last ones: where pieces differ, they say most about the next
-SO_FAR = ("error", "tokens")  # facts of the whole step; the others are gone with their moment
+PACE_PIECES = 8  # the pace is that of the last pieces: where pieces differ, these predict the next ones best
+KEPT_FACTS = ("error", "tokens")  # facts about the step so far, kept until reported again; others apply once
 
 
 class Step:
-    """One step of some work, as it reported it last.
+    """One step of some work, with its last report.
 
     >>> step = Step("quantize")
     >>> step.update(3, 24, {"layer": 3, "error": 0.0123})
@@ -21,7 +21,7 @@ class Step:
     True
 
     Args:
-        name: what is being done.
+        name: name of the step.
         clock: seconds.
     """
 
@@ -31,66 +31,66 @@ class Step:
         self.tokens_per_second: float | None = None
         self._clock, self._began = clock, clock()
         self._ended: float | None = None
-        self._marks: deque[tuple[float, int]] = deque(maxlen=PIECES + 1)
+        self._marks: deque[tuple[float, int]] = deque(maxlen=PACE_PIECES + 1)
 
     def update(self, done: int, total: int, facts: dict[str, Fact]) -> None:
-        """Take a report."""
+        """Take over a report."""
         now = self._clock()
         if not self._marks or done > self._marks[-1][1]:
             self._marks.append((now, done))
         self.done, self.total = done, total
-        self.facts = facts | {name: self.facts[name] for name in SO_FAR if name in self.facts and name not in facts}
+        self.facts = facts | {name: self.facts[name] for name in KEPT_FACTS if name in self.facts and name not in facts}
         tokens = facts.get("tokens")
         if isinstance(tokens, int | float) and now > self._began:
             self.tokens_per_second = tokens / (now - self._began)
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """Mark the step as ended."""
         self._ended = self._clock()
 
     @property
     def over(self) -> bool:
-        """Whether it has ended."""
+        """Whether the step has ended."""
         return self._ended is not None
 
     @property
     def seconds(self) -> float:
-        """What it has taken so far."""
+        """Time since the step began, or all of its time if it has ended."""
         return (self._clock() if self._ended is None else self._ended) - self._began
 
     @property
     def seconds_left(self) -> float | None:
-        """What it should still take, by the pace of its last pieces; None before two of them were measured."""
+        """Expected remaining time, by the pace of the last pieces; None before two pieces were measured."""
         if self.done >= self.total:
             return 0.0
         if len(self._marks) < 3:
             return None
         (first, before), (last, done) = self._marks[0], self._marks[-1]
         pace = (last - first) / (done - before)
-        # one that takes longer than the others did may end at any moment, and the others are still to come
+        # a piece that already takes longer than the pace is expected to end now
         rest_of_piece = max(0.0, pace - (self._clock() - last))
         return rest_of_piece + pace * (self.total - done - 1)
 
 
 class View(Protocol):
-    """What shows steps."""
+    """A display of steps."""
 
     def show(self, step: Step, /) -> None:
-        """A step has reported; it is a new one if it is not the one of the last call."""
+        """Show a step that has reported; a step other than that of the last call is new."""
 
     def end(self, step: Step, /) -> None:
-        """A step is over."""
+        """Show that a step has ended."""
 
 
 class Steps:
-    """The `Report` that makes steps of what it is called with, and shows them.
+    """A `Report` that collects reports into steps and shows them.
 
+    >>> from moqa.cli.progress.lines import Lines
     >>> report = Steps([Lines()])
-    >>> report("quantize", 0, 24)
-    moqa: quantize
+    >>> report("quantize", 0, 24)  # writes "moqa: quantize" to stderr
 
     Args:
-        views: what shows them.
+        views: displays of the steps.
         clock: seconds.
     """
 
@@ -99,7 +99,7 @@ class Steps:
         self._step: Step | None = None
 
     def __call__(self, step: str, done: int, total: int, **facts: Fact) -> None:
-        """Take a report, and show the step that it is of."""
+        """Take a report and show its step."""
         current = self._step
         if current is None or step != current.name or done < current.done:
             self.end()
@@ -111,7 +111,7 @@ class Steps:
             self.end()
 
     def end(self) -> None:
-        """All that was begun is over."""
+        """End the current step, if any."""
         if self._step is None or self._step.over:
             return
         self._step.end()

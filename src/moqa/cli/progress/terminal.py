@@ -1,4 +1,4 @@
-"""The live view of a terminal."""
+"""The live view on a terminal."""
 
 import sys
 
@@ -11,22 +11,22 @@ from rich.text import Text
 from moqa.cli.progress.steps import Step
 from moqa.cli.progress.words import facts, gib, memory, span
 
-BAR = 8  # characters
+BAR_WIDTH = 8  # characters
 
 
 class Terminal:
-    """One line per step, renewed while it runs; all of it is wiped off at the end.
+    """One line per step, updated while it runs; the view is erased at the end.
 
-    >>> with Terminal(console) as view:
-    ...     view.show(step)
+    >>> with Terminal(Console(stderr=True)) as view:
+    ...     view.show(Step("quantize"))
 
     Args:
-        console: of the terminal.
+        console: console of the terminal.
     """
 
     def __init__(self, console: Console) -> None:
         self._steps: dict[str, Step] = {}
-        # What is printed meanwhile goes above the view; but a result for a pipe must get there, and not to stderr.
+        # Output printed meanwhile appears above the view, but a result for a pipe must go to stdout, not to stderr.
         self._live = Live(
             get_renderable=self._table, console=console, transient=True, redirect_stdout=sys.stdout.isatty()
         )
@@ -39,27 +39,27 @@ class Terminal:
         self._live.stop()
 
     def show(self, step: Step) -> None:
-        """Give it a line: that of its name, if it comes again."""
+        """Show a step; it replaces an earlier one of the same name."""
         self._steps[step.name] = step
 
     def end(self, step: Step) -> None:
-        """Its line stays."""
+        """Nothing to do: the line of the step stays."""
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for heading in ("step", "", "done"):
             table.add_column(heading, no_wrap=True)
-        # on a narrow terminal this one gives way
+        # this column is shortened on a narrow terminal
         table.add_column("")
         for heading in ("GiB (peak)", "time", "left"):
             table.add_column(heading, justify="right", no_wrap=True)
         now, peak = memory()
-        # in the thread that renews the view, while work may add steps
+        # runs in the thread that updates the view, while work may add steps
         for step in list(self._steps.values()):
             left = None if step.over else step.seconds_left
             table.add_row(
                 Text(step.name),
-                ProgressBar(step.total, step.total if step.over else step.done, width=BAR),
+                ProgressBar(step.total, step.total if step.over else step.done, width=BAR_WIDTH),
                 f"{step.done}/{step.total}",
                 Text(" ".join(facts(step)), no_wrap=True, overflow="ellipsis"),
                 "" if step.over else f"{gib(now)} ({gib(peak)})",

@@ -1,4 +1,4 @@
-"""What people read of a step: its facts, times and memory."""
+"""Readable text for a step: its facts, times and memory."""
 
 import re
 import sys
@@ -9,20 +9,22 @@ from moqa.cli.progress.steps import Step
 
 
 def facts(step: Step) -> list[str]:
-    """A step's facts; its tokens as their speed.
+    """The facts of a step; tokens are shown as tokens per second.
 
+    >>> step = Step("quantize")
+    >>> step.update(3, 24, {"layer": 3, "expert": 17, "experts": 64, "error": 0.0123})
     >>> facts(step)
-    ['layer 3', 'expert 17/64', 'error 0.0123', '3210 tokens/s']
+    ['layer 3', 'expert 17/64', 'error 0.0123']
     """
     known = {name: value for name, value in step.facts.items() if name != "tokens"}
     if "expert" in known and "experts" in known:
         known["expert"] = f"{known['expert']}/{known.pop('experts')}"
-    said = [f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in known.items()]
-    return said if step.tokens_per_second is None else [*said, f"{step.tokens_per_second:.0f} tokens/s"]
+    words = [f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in known.items()]
+    return words if step.tokens_per_second is None else [*words, f"{step.tokens_per_second:.0f} tokens/s"]
 
 
 def span(seconds: float) -> str:
-    """A time.
+    """A duration as minutes and seconds, or hours, minutes and seconds.
 
     >>> span(62.3), span(3662)
     ('01:02', '1:01:02')
@@ -40,7 +42,7 @@ def gib(size: int | None) -> str:
 
 
 def memory() -> tuple[int | None, int]:
-    """Resident bytes of this process now, None where a system does not tell, and at their peak.
+    """Resident bytes of this process now (None where the system does not report them), and their peak.
 
     >>> now, peak = memory()
     """

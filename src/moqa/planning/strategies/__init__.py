@@ -1,1 +1,1 @@
-"""The strategies, one file each: a file that is here is found, see `moqa.planning.registry`."""
+"""The strategies, one file each; every file in this folder is registered by `moqa.planning.registry`."""

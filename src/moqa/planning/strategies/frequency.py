@@ -1,4 +1,4 @@
-"""`frequency`: bits by how often the router picks an expert, the usual hand rule."""
+"""`frequency`: bits by how often the router picks an expert, the usual heuristic."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @strategy("frequency", needs_budget=True, needs_experts=True)
 def frequency(problem: Problem) -> Choice:
-    """Least rounding error, each expert's counted as often as it is picked on the known distributions.
+    """Least rounding error, weighted by how often the router picks each expert on the known distributions.
 
-    The rule of QuantMoE-Bench (arXiv 2406.08155) in the knapsack form of MC-MoE (arXiv 2410.06270); units that every
-    token visits count as picked each time.
+    The rule of QuantMoE-Bench (arXiv 2406.08155) in the knapsack form of MC-MoE (arXiv 2410.06270). Units that every
+    token passes through have a weight of 1.
     """
     picked = np.ones(len(problem.profile.record.units))
     for row, unit in enumerate(problem.profile.record.units):
@@ -30,6 +30,6 @@ def frequency(problem: Problem) -> Choice:
 
 
 def share(problem: Problem, name: str, layer: int) -> np.ndarray:
-    """[experts] share of a distribution's tokens that each expert of a layer saw."""
+    """[experts] share of a distribution's tokens that the router of a layer sends to each expert."""
     tokens = problem.profile.layer(name, layer, "tokens").double().numpy()
     return tokens / problem.profile.record.distributions[name].tokens

@@ -1,4 +1,4 @@
-"""`moqa`: the paper's base quantization, fuzzy c-means on the joint significance of experts."""
+"""`moqa`: the base quantization of the paper, fuzzy c-means on the joint significance of experts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ OVERLAP = 0.25
 
 @strategy("moqa", needs_experts=True, options=("scope",))
 def moqa(problem: Problem) -> Choice:
-    """Experts in four classes of 2, 4, 6 and 8 bits by their significance, low precision first in overlaps.
+    """Experts in four classes of 2, 4, 6 and 8 bits by significance; an expert between two classes gets fewer bits.
 
-    Fuzzy c-means has no say in size. With a budget, experts that lie nearest to the border of their class move over it
-    until the bytes fit (our design; the paper has no budget). Units that are no experts take the nearest width from
-    their floor up.
+    Fuzzy c-means does not control the size. With a budget, the experts nearest to the border of their class move to the
+    next class until the bytes fit (our design; the paper has no budget). Units that are not experts take their smallest
+    allowed width.
 
     MoQa (arXiv 2503.21135), equation 2 and algorithm 1.
     """
@@ -41,7 +41,7 @@ def moqa(problem: Problem) -> Choice:
 
 
 def joint_significance(problem: Problem, experts: list[tuple[int, int]]) -> NDArray[np.float64]:
-    """[experts] mean significance over the known distributions: the diagonal of their joint distribution."""
+    """[experts] mean significance over the known distributions, the diagonal of their joint distribution."""
     per_layer = {
         layer: np.mean([problem.profile.significance(name, layer).double().numpy() for name in problem.known], axis=0)
         for layer in {layer for layer, _ in experts}
@@ -50,7 +50,7 @@ def joint_significance(problem: Problem, experts: list[tuple[int, int]]) -> NDAr
 
 
 def low_precision_first(membership: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Class of each value; where the two likeliest classes are neighbours and nearly equal, the lower one."""
+    """Class of each value; if its two likeliest classes are neighbours and nearly equal, the lower of them."""
     order = np.argsort(-membership, axis=1, kind="stable")
     first, second = order[:, 0], order[:, 1]
     rows = np.arange(len(membership))
@@ -59,7 +59,7 @@ def low_precision_first(membership: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def border_pull(membership: NDArray[np.float64], classes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[values, 2] how much each value belongs to the class below and above its own."""
+    """[values, 2] membership of each value in the class below and the class above its own."""
     rows = np.arange(len(membership))
     padded = np.pad(membership, ((0, 0), (1, 1)))
     return np.stack([padded[rows, classes], padded[rows, classes + 2]], axis=1)
@@ -68,18 +68,18 @@ def border_pull(membership: NDArray[np.float64], classes: NDArray[np.int64]) -> 
 def fit_classes(
     problem: Problem, experts: list[list[int]], classes: NDArray[np.int64], pull: NDArray[np.float64]
 ) -> Choice:
-    """Widths of all groups for the experts' classes, moved over the nearest borders until the budget holds."""
+    """Widths of all groups for the experts' classes; with a budget, experts change class until it holds."""
 
     def widths_of(classes: NDArray[np.int64]) -> Choice:
         choice = problem.at_width(min(CLASSES))
         for rows, level in zip(experts, classes, strict=True):
             wanted = problem.at_width(CLASSES[level])
-            # a group that ties several experts takes the widest that one of them needs
+            # a group of several experts takes the widest width that one of them needs
             choice[rows] = np.maximum(choice[rows], wanted[rows])
         return choice
 
     classes, choice = classes.copy(), widths_of(classes)
-    # one class down, nearest to the border first, round after round
+    # lower one class per round, experts nearest to the border first
     while not problem.fits(choice) and classes.any():
         for index in np.argsort(-np.where(classes > 0, pull[:, 0], -1), kind="stable"):
             if classes[index] > 0:
@@ -100,5 +100,5 @@ def fit_classes(
                 else:
                     classes[index] -= 1
     order = [row for index in np.argsort(-pull[:, 1], kind="stable") for row in experts[index]]
-    # what no expert can use any more goes to the other units
+    # bytes that no expert can use go to the other units
     return problem.fill(problem.fill(choice, order), range(len(problem.groups)))

@@ -1,4 +1,4 @@
-"""`moqa-budget`: least expected divergence for the bytes, exactly, hedged against texts that are not known."""
+"""`moqa-budget`: least expected divergence within a budget, solved exactly and hedged against novel texts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ DEFAULT_HEDGE = 0.3
 def budgeted(problem: Problem) -> Choice:
     """Knapsack over the measured sensitivity of every unit and width.
 
-    A unit's sensitivity on a distribution holds both how much of the data reaches it (its significance) and what a
-    rounding error does to the output there, in nats of KL divergence per token; sums over units predict a plan's
-    divergence. The hedge is the share of the model's own text in every objective: it stands in for all that the model
-    can be asked, where the known texts are silent.
+    The sensitivity of a unit on a distribution includes how much of the data reaches it (its significance) and how much
+    a rounding error changes the output there, in nats of KL divergence per token; the sum over all units predicts the
+    divergence of a plan. The hedge is the share of the model's own text in every objective: it represents inputs that
+    the known texts do not cover.
     """
     limit, hedge = problem.needed_limit, problem.options.hedge or 0.0
     known = np.stack([problem.errors(name) for name in problem.known])
     if problem.options.objective == "minimax":
-        # distributions differ in how much any plan costs them: compare each with what the uniform plan does to it
+        # distributions differ in how much any plan costs them: measure each relative to its cost under the uniform plan
         uniform = problem.at_width(min(problem.widths, key=lambda w: abs(problem.bytes(problem.at_width(w)) - limit)))
-        # (a uniform plan of 16 bits costs nothing: then with the narrowest)
+        # (a uniform plan of 16 bits costs nothing: then relative to the narrowest widths)
         cost, narrowest = _sums(known, uniform), _sums(known, problem.smallest())
         cost = np.where(cost > 0, cost, np.where(narrowest > 0, narrowest, 1.0))
         known = known / cost[:, None, None]
@@ -39,7 +39,7 @@ def budgeted(problem: Problem) -> Choice:
         known = known.mean(0, keepdims=True)
     if hedge:
         own = problem.own_errors()
-        # a hedge is a share whatever the objective's unit is: both count by their cost at the narrowest widths
+        # the hedge is a share in any unit of the objective: both parts are scaled by their cost at the narrowest widths
         cost, own_cost = (_sums(errors, problem.smallest()).mean() for errors in (known, own[None]))
         scale = cost / own_cost if own_cost else 0.0
         known = (1 - hedge) * known + hedge * scale * own

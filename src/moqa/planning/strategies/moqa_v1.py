@@ -1,4 +1,4 @@
-"""`moqa-v1`: the paper's first version, two groups of experts by a threshold on re-weighted significance."""
+"""`moqa-v1`: first version of the paper, two groups of experts split by a threshold on re-weighted significance."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ REWEIGHT = 0.3
 def moqa_v1(problem: Problem) -> Choice:
     """Experts above a threshold get the higher of two widths, experts below it the lower.
 
-    Significance is lowered for experts whose weights resemble another's: S (1 - a * largest similarity), a = 0.3.
-    With a budget the threshold is where its bytes end, and the two widths are the narrowest neighbours around the
-    uniform plan; without one the threshold is the layer's mean significance, the widths 2 and 4.
+    The significance of an expert is lowered if its weights resemble those of another: S (1 - a * largest similarity),
+    a = 0.3. With a budget, the two widths are those of the uniform plans just below and above it, and experts get the
+    higher one in order of significance until the bytes are used. Without one, the threshold is the mean significance of
+    the layer, and the widths are 2 and 4.
 
     MoQa v1 (arXiv 2503.21135v1): threshold T and re-weighting factor a are the paper's, their values and the form of
     the re-weighting are ours.
@@ -48,12 +49,12 @@ def moqa_v1(problem: Problem) -> Choice:
             break
         choice = raised
     choice = problem.fill(choice, [row for index in order for row in rows[index]])
-    # what no expert can use any more goes to the other units
+    # bytes that no expert can use go to the other units
     return problem.fill(choice, range(len(problem.groups)))
 
 
 def _neighbours(problem: Problem) -> tuple[Choice, Choice]:
-    """Uniform plans below and above the budget; a budget that one meets exactly lies between its two neighbours."""
+    """Uniform plans below and above the budget; if one nearly equals the budget, its two neighbours."""
     plans = [problem.at_width(width) for width in problem.widths]
     limit = problem.needed_limit
     above = next((i for i, plan in enumerate(plans) if problem.bytes(plan) > limit), len(plans) - 1)

@@ -1,4 +1,4 @@
-"""`random`: widths by lot, the control of every other strategy."""
+"""`random`: random widths, the control for every other strategy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @strategy("random", needs_budget=True, options=("seed",), is_control=True)
 def random(problem: Problem) -> Choice:
-    """Groups raised in random order, each to a random wider width that still fits, until the budget is used."""
+    """Groups widened in random order, each to a random width that still fits, until the budget is used."""
     generator = np.random.default_rng(problem.options.seed)
     choice = problem.smallest()
     order = generator.permutation(len(problem.groups))

@@ -1,4 +1,4 @@
-"""`uniform`: one width for all routed experts, the baseline of every comparison."""
+"""`uniform`: one width for all units, the baseline of every comparison."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ if TYPE_CHECKING:
 
 @strategy("uniform", needs_sensitivity=False)
 def uniform(problem: Problem) -> Choice:
-    """The widest width that fits, the same for every unit (units with a floor take at least that)."""
+    """The widest width that fits, the same for every unit except for those with a larger smallest allowed width."""
     fitting = [choice for width in problem.widths if problem.fits(choice := problem.at_width(width))]
     return fitting[-1] if fitting else problem.smallest()
