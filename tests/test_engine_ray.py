@@ -207,7 +207,7 @@ class TestLosses:
 
         monkeypatch.setattr(on_ray, "_CHECK_SECONDS", 0.5)
         threads = engine._threads
-        with pytest.raises(Stopped, match="no node of the Ray cluster is left; the same command goes on"):
+        with pytest.raises(Stopped, match="no node of the Ray cluster is left; the same command continues"):
             quantize(tiny_model, planned, tmp_path / "out", profile=profiled, engine=engine, report=report)
         engine._threads = threads
         out = quantize(tiny_model, planned, tmp_path / "out", profile=profiled)

@@ -106,12 +106,12 @@ class RayExecutor:
         try:
             while not self._ray.wait([reference], timeout=_CHECK_SECONDS)[0]:
                 if not self._places():
-                    raise Stopped("no node of the Ray cluster is left; the same command goes on from there")
+                    raise Stopped("no node of the Ray cluster is left; the same command continues from there")
             return self._ray.get(reference)
         except RayTaskError as error:
             _raise_as_here(error)
         except RayError as error:
-            raise Stopped(f"the Ray cluster failed ({one_line(error)}); the same command goes on from there") from None
+            raise Stopped(f"the Ray cluster failed ({one_line(error)}); the same command continues from there") from None
 
     def _let_end(self, references: list[Any]) -> None:
         """Wait for tasks whose results are not needed, so that they do not write into what comes next.

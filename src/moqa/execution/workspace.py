@@ -129,7 +129,7 @@ def opened(place: WorkspaceAddress) -> Workspace:
 def _open(place: WorkspaceAddress) -> Workspace:
     lacking = place.wanted.lacking()
     if lacking:
-        raise Stopped(f"a machine {lacking}; the same command goes on without it")
+        raise Stopped(f"a machine {lacking}; the same command continues without it")
     if torch.get_num_threads() != place.threads:
         torch.set_num_threads(place.threads)
     return_large_blocks()
