@@ -111,7 +111,9 @@ class RayExecutor:
         except RayTaskError as error:
             _raise_as_here(error)
         except RayError as error:
-            raise Stopped(f"the Ray cluster failed ({one_line(error)}); the same command continues from there") from None
+            raise Stopped(
+                f"the Ray cluster failed ({one_line(error)}); the same command continues from there"
+            ) from None
 
     def _let_end(self, references: list[Any]) -> None:
         """Wait for tasks whose results are not needed, so that they do not write into what comes next.
