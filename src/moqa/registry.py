@@ -35,8 +35,7 @@ class Registry(MutableMapping[str, Member]):
         Raises:
             MoqaError: if there is no such member.
         """
-        if name not in self:
-            raise MoqaError(f"{self.option} {name} is unknown", f"there are {', '.join(sorted(self))}")
+        check_known(self.option, name, sorted(self))
         return self[name]
 
     def __contains__(self, name: object) -> bool:
@@ -60,6 +59,25 @@ class Registry(MutableMapping[str, Member]):
 
     def __len__(self) -> int:
         return len(self._members)
+
+
+def check_known(option: str, name: str, names: Iterable[str]) -> None:
+    """Check that a name is one of those that there are.
+
+    >>> check_known("--ties", "head", ("none", "layer"))
+    Traceback (most recent call last):
+    moqa.errors.MoqaError: --ties head is unknown: there are none, layer
+
+    Args:
+        option: what the name was given for, for the message.
+        name: as the user typed it.
+        names: all that there are, in the order of the message.
+
+    Raises:
+        MoqaError: if it is none of them.
+    """
+    if name not in (known := list(names)):
+        raise MoqaError(f"{option} {name} is unknown", f"there are {', '.join(known)}")
 
 
 def modules_in(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from moqa.format.adjustment import COLUMNS, ChannelPart, ExpertSizes, Replaced, 
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import BLOCK, KEEP_WIDTH, LARGEST_GROUP, TILE
 from moqa.models.experts import PROJECTIONS
+from moqa.registry import check_known
 
 # number of inputs of a row that share a scale
 ROW_GROUP = 256
@@ -77,8 +78,7 @@ def find_rule(name: str) -> Callable[[Evidence], Scores]:
     Raises:
         MoqaError: if no rule has that name.
     """
-    if name not in RULES:
-        raise MoqaError(f"--rule {name} is unknown", f"there are {', '.join(RULES)}")
+    check_known("--rule", name, RULES)
     return RULES[name]
 
 

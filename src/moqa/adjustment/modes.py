@@ -11,12 +11,12 @@ from moqa.adjustment.cached import LayerOriginals
 from moqa.adjustment.choose import REMAINING_ERROR, Choice, Evidence, Scores, allocate, describe
 from moqa.adjustment.measure import in_half
 from moqa.adjustment.residuals import FittedChannels, Grams, fit_layer, fit_unit
-from moqa.errors import MoqaError
 from moqa.format.adjustment import ChannelPart, ExpertSizes, Replaced, index_dtype
 from moqa.format.reader import Checkpoint
 from moqa.format.tiles import KEEP_WIDTH
 from moqa.models.experts import observed
 from moqa.progress import Report
+from moqa.registry import check_known
 from moqa.runtime.packed import unpacked
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def find_mode(name: str) -> Mode:
     Raises:
         MoqaError: if no mode has that name.
     """
-    if name not in MODES:
-        raise MoqaError(f"--mode {name} is unknown", f"there are {', '.join(MODES)}")
+    check_known("--mode", name, MODES)
     return MODES[name]
 
 

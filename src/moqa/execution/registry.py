@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moqa.errors import MoqaError
+from moqa.registry import check_known
 
 if TYPE_CHECKING:
     from moqa.execution.local import Executor
@@ -60,6 +61,5 @@ def find_executor(name: str = DEFAULT_EXECUTOR, *, address: str | None = None) -
     Raises:
         MoqaError: if there is no such executor, Ray is not installed, or there is no cluster at the address.
     """
-    if name not in EXECUTORS:
-        raise MoqaError(f"--engine {name} is unknown", f"there are {', '.join(EXECUTORS)}")
+    check_known("--engine", name, EXECUTORS)
     return EXECUTORS[name].start(address)

@@ -19,6 +19,7 @@ from moqa.planning.record import FORMAT, Account, Objective, Options, Plan, Scop
 from moqa.planning.registry import DEFAULT_STRATEGY, STRATEGIES, Strategy, for_dense_models
 from moqa.planning.ties import TIES, tie_groups
 from moqa.profiling import SELF, Profile
+from moqa.registry import check_known
 from moqa.storage.artifact import read_json
 from moqa.tasks import find_task
 
@@ -63,11 +64,9 @@ def plan(
     """
     budget = Budget.of(budget) if isinstance(budget, str) else budget
     member = STRATEGIES.find(strategy)
-    if ties not in TIES:
-        raise MoqaError(f"--ties {ties} is unknown", f"there are {', '.join(TIES)}")
-    for option, typed, values in (("objective", objective, get_args(Objective)), ("scope", scope, get_args(Scope))):
-        if typed not in values:
-            raise MoqaError(f"--{option} {typed} is unknown", f"there are {', '.join(values)}")
+    check_known("--ties", ties, TIES)
+    check_known("--objective", objective, get_args(Objective))
+    check_known("--scope", scope, get_args(Scope))
     known = tuple(profile.names if known is None else known)
     absent = [name for name in known if name not in profile.names]
     if absent or not known:

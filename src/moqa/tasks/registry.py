@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moqa.errors import MoqaError
+from moqa.registry import check_known
 from moqa.tasks.causal_lm import CausalLM
 from moqa.tasks.image_classification import ImageClassification
 from moqa.tasks.task import Task
@@ -20,8 +21,7 @@ def find_task(name: str) -> Task:
     Raises:
         MoqaError: if there is none.
     """
-    if name not in TASKS:
-        raise MoqaError(f"task {name} is unknown", f"there are {', '.join(TASKS)}")
+    check_known("task", name, TASKS)
     return TASKS[name]
 
 
