@@ -32,7 +32,7 @@ def read_json(kind: type[Record], path: Path) -> Record:
     Raises:
         MoqaError: if the file is missing, not JSON, or not such a record; names the first wrong field.
     """
-    name = kind.__name__.lower()
+    name = kind.__name__.removesuffix("Record").lower()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
