@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import JsonOption, mib, print_table, write_result
+from moqa.cli.common import mib, print_table, write_result
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(metavar="ARTIFACT", help="profile, plan, checkpoint, adjustment or model folder")
     ],
-    json: JsonOption = None,
+    json: options.Json = None,
 ) -> None:
     """Show the content of a profile, plan, checkpoint, adjustment or original model."""
     if path.is_file():

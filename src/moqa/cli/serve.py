@@ -4,14 +4,15 @@ from typing import Annotated
 
 import typer
 
+from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.generate import OutArgument, ThreadsOption, use_threads
+from moqa.cli.generate import use_threads
 from moqa.errors import MoqaError
 
 
 @app.command()
 def serve(
-    out: OutArgument,
+    out: options.Out,
     host: Annotated[str, typer.Option("--host", help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes any free port")] = 8000,
     slots: Annotated[int, typer.Option("--slots", min=1, help="texts written at the same time")] = 4,
@@ -26,7 +27,7 @@ def serve(
         list[str] | None,
         typer.Option("--adjust", metavar="ADJ", help="adjustment folder (may be repeated), auto, or off"),
     ] = None,
-    threads: ThreadsOption = None,
+    threads: options.Threads = None,
 ) -> None:
     """Answer OpenAI-style requests until Ctrl-C or SIGTERM."""
     from moqa.serve import serve as run
