@@ -178,7 +178,7 @@ def test_a_new_method_is_in_the_help():
     METHODS["made-up"] = METHODS["rtn"]
     try:
         assert help_of("method") == "gptq, rtn or made-up"
-        with pytest.raises(MoqaError, match="--method awq is unknown: there are gptq, made-up, rtn"):
+        with pytest.raises(MoqaError, match="--method awq is unknown: there are gptq, rtn, made-up"):
             METHODS.find("awq")
     finally:
         del METHODS["made-up"]

@@ -34,6 +34,6 @@ def _application() -> "App":
     from moqa.cli.app import app
     from moqa.registry import modules_in
 
-    for name in modules_in(Path(__file__).parent):
-        importlib.import_module(f"moqa.cli.{name}")
+    for module in modules_in("moqa.cli", Path(__file__).parent).values():
+        importlib.import_module(module)
     return app

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moqa.errors import MoqaError
-from moqa.registry import check_known
+from moqa.registry import Registry
 
 if TYPE_CHECKING:
     from moqa.execution.local import Executor
@@ -42,10 +42,8 @@ def _ray(address: str | None) -> Executor:
     return RayExecutor(address or "auto")
 
 
-EXECUTORS = {
-    "local": ExecutorKind("this process", _local),
-    "ray": ExecutorKind("the machines of a cluster", _ray),
-}
+EXECUTORS: Registry[ExecutorKind] = Registry("--engine")
+EXECUTORS.update(local=ExecutorKind("this process", _local), ray=ExecutorKind("the machines of a cluster", _ray))
 
 
 def find_executor(name: str = DEFAULT_EXECUTOR, *, address: str | None = None) -> Executor:
@@ -61,5 +59,4 @@ def find_executor(name: str = DEFAULT_EXECUTOR, *, address: str | None = None) -
     Raises:
         MoqaError: if there is no such executor, Ray is not installed, or there is no cluster at the address.
     """
-    check_known("--engine", name, EXECUTORS)
-    return EXECUTORS[name].start(address)
+    return EXECUTORS.find(name).start(address)
