@@ -4,7 +4,7 @@ import numpy as np
 
 from moqa.evaluation import Evaluation
 from moqa.format.adjustment import Adjustment
-from moqa.reports.blocks import CellGrid, Chart, Column, PageElement, Scale, Section, Table, number, percent
+from moqa.reports.blocks import CellGrid, Chart, PageElement, Scale, Section, Table, number, percent
 from moqa.reports.charts import chart, heat_map, map_axes, upper
 from moqa.reports.gather import Artifacts
 
@@ -24,8 +24,7 @@ def adjustments_section(found: Artifacts) -> Section | None:
         blocks.append(_made(found.adjustments))
     if changes := _changes(found.evaluations):
         names = ("model", "adjustment", "text", "KL before", "after", "change", "perplexity before", "after")
-        heads = tuple(Column(name, numeric=i > 2) for i, name in enumerate(names))
-        blocks.append(Table("Before and after", heads, tuple(changes)))
+        blocks.append(Table("Before and after", names, tuple(changes), words=(0, 1, 2)))
     if found.adjustments:
         tables = [_counts(adjustment) for adjustment in found.adjustments]
         top = upper(np.concatenate([table.ravel() for table in tables]))
@@ -44,7 +43,7 @@ def _made(adjustments: list[Adjustment]) -> Table:
         )
         for a in adjustments
     ]  # fmt: skip
-    return Table("Made", tuple(Column(name, numeric=i > 3) for i, name in enumerate(names)), tuple(rows))
+    return Table("Made", names, tuple(rows), words=(0, 1, 2, 3))
 
 
 def _changes(evaluations: list[Evaluation]) -> list[tuple[str, ...]]:

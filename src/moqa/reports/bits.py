@@ -21,13 +21,13 @@ def bits_section(made: Sequence[Allocation], first: Allocation | None = None) ->
     bars = Bars(
         "Share of the weights at each width",
         tuple(
-            (one.label, tuple(BarPart(_bits(width), share, *WIDTHS[width]) for width, share in one.widths.items()))
+            (one.label, tuple(BarPart(_bits(width), share, WIDTHS[width]) for width, share in one.widths.items()))
             for one in made
         ),
     )
     blocks: list[PageElement] = [
         bars,
-        Key(tuple(KeyEntry(_bits(width), *WIDTHS[width], shape="square") for width in used)),
+        Key(tuple(KeyEntry(_bits(width), WIDTHS[width], shape="square") for width in used)),
     ]
     maps = [(one.label, _maps(one)) for one in sorted(made, key=lambda one: one is not first)]
     blocks.append(Picker("Plan", tuple(maps)))

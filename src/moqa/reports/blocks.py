@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moqa.reports.palette import Pair
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -47,21 +49,14 @@ class Picker:
 
 
 @dataclass(frozen=True)
-class Column:
-    """Heading of a table column."""
-
-    title: str
-    numeric: bool = True
-
-
-@dataclass(frozen=True)
 class Table:
-    """A plain table."""
+    """A plain table; `words` are the columns that do not hold numbers."""
 
     kind: ClassVar[str] = "table"
     title: str
-    columns: tuple[Column, ...]
+    heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    words: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -78,8 +73,7 @@ class KeyEntry:
     """A colour or marker and its meaning."""
 
     label: str
-    light: str
-    dark: str
+    colour: Pair
     hollow: bool = False
     shape: str = "circle"
 
@@ -107,13 +101,11 @@ class QualityRow:
 
     name: str
     method: str
-    detail: str
     hedge: str
     sizes: tuple[str, ...]
     known: tuple[Cell, ...]
     novel: tuple[Cell, ...]
-    light: str
-    dark: str
+    colour: Pair
     tip: str
 
 
@@ -133,8 +125,7 @@ class BarPart:
 
     label: str
     share: float
-    light: str
-    dark: str
+    colour: Pair
 
 
 @dataclass(frozen=True)

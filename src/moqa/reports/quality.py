@@ -9,7 +9,6 @@ from moqa.reports.blocks import (
     Cell,
     CellGrid,
     Chart,
-    Column,
     Key,
     KeyEntry,
     Note,
@@ -83,11 +82,10 @@ def _line(row: Row, known: bool, novel: bool) -> QualityRow:
     e = row.evaluation
     return QualityRow(
         name=e.strategy or "original", method=e.method or "", hedge="" if e.hedge is None else f"{e.hedge:g}",
-        detail="", sizes=(f"{row.mebibytes:.2f}", number(e.bits_per_weight), number(e.model_bits_per_weight)),
+        sizes=(f"{row.mebibytes:.2f}", number(e.bits_per_weight), number(e.model_bits_per_weight)),
         known=_cells(row, row.known, row.known_divergence, known),
         novel=_cells(row, row.novel, row.novel_divergence, novel),
-        light=strategy_colour(e.strategy or "original")[0], dark=strategy_colour(e.strategy or "original")[1],
-        tip=f"{e.model}: {e.bytes} bytes",
+        colour=strategy_colour(e.strategy or "original"), tip=f"{e.model}: {e.bytes} bytes",
     )  # fmt: skip
 
 
@@ -114,15 +112,14 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
 
 
 def _against_uniform(pairs: Sequence[Comparison]) -> Table:
-    columns = [Column("Checkpoint", numeric=False), Column("MiB"), Column("uniform MiB"), Column("KL, known")]
+    heads = ("Checkpoint", "MiB", "uniform MiB", "KL, known", "KL, novel", "Result")
     words = {"win": "better", "lose": "worse", "mixed": "mixed", "equal": "equal", "open": "\u2014"}
     rows = [
         (pair.ours.name, number(pair.ours.mebibytes), number(pair.baseline.mebibytes), _signed(pair.known),
          _signed(pair.novel), words[pair.outcome])
         for pair in pairs
     ]  # fmt: skip
-    heads = (*columns, Column("KL, novel"), Column("Result", numeric=False))
-    return Table("Against uniform of the same size and method", heads, tuple(rows))
+    return Table("Against uniform of the same size and method", heads, tuple(rows), words=(0, 5))
 
 
 def _signed(change: float | None) -> str:

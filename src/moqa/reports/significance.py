@@ -12,7 +12,6 @@ from moqa.reports import drift
 from moqa.reports.blocks import (
     CellGrid,
     Chart,
-    Column,
     Key,
     KeyEntry,
     Note,
@@ -137,11 +136,11 @@ def _table(profile: Profile, pairs: list[tuple[str, str]]) -> Table:
              number(-_least([-v for v in routing]), 3))
         )  # fmt: skip
     heads = (
-        "Rank correlation of experts", "Lowest layer", "Drift in top 1 %", "in top 5 %", "in top 10 %",
+        "Pair", "Rank correlation of experts", "Lowest layer", "Drift in top 1 %", "in top 5 %", "in top 10 %",
         "Control: significance in its top 1 %", "Control: drift in the 1 % most significant before",
         "Routing divergence, mean", "largest",
     )  # fmt: skip
-    return Table("Drift in numbers", (Column("Pair", numeric=False), *map(Column, heads)), tuple(rows))
+    return Table("Drift in numbers", heads, tuple(rows))
 
 
 def _least(values: list[float]) -> float:
@@ -158,7 +157,7 @@ def _by_layer(profile: Profile, pairs: list[tuple[str, str]]) -> list[PageElemen
     for index, (a, b) in enumerate(pairs):
         colour, style = LINES[index % len(LINES)], {"dash": dash(index, len(LINES))}
         name = f"{a} \u2192 {b}"
-        key.append(KeyEntry(name, *colour))
+        key.append(KeyEntry(name, colour))
         for traces, values in (
             (ranks, drift.layer_rank_correlations(profile, a, b)),
             (routing, drift.routing_divergence(profile, a, b)),
