@@ -6,7 +6,7 @@ import numpy as np
 
 from moqa.reports.allocation import AllocatedUnit, Allocation
 from moqa.reports.blocks import BarPart, Bars, CellGrid, Chart, Key, KeyEntry, PageElement, Picker, Scale, Section
-from moqa.reports.charts import chart, heat_map, map_axes, map_height
+from moqa.reports.charts import heat_map
 from moqa.reports.palette import WIDTHS
 
 # 16 means not quantized; the colour scale ends at 8 so that the widths in use can be distinguished
@@ -71,9 +71,7 @@ def _expert_map(places: Sequence[AllocatedUnit]) -> Chart:
     each = "".join(f"<br>{name}: %{{customdata[{i}]}} bit" for i, name in enumerate(projections))
     hover = "layer %{y}, expert %{x}<br>mean width %{z:.2f}" + each
     numbers = np.where(present, table, 0).astype(np.uint8)
-    trace = heat_map(mean, layers, hover, "sequential", _LIMITS, customdata=numbers)
-    axes = map_axes("expert", "layer", *mean.shape)
-    return chart("Routed experts: mean width", [trace], axes, map_height(len(layers)))
+    return heat_map("Routed experts: mean width", mean, layers, hover, _LIMITS, customdata=numbers)
 
 
 def _other_map(places: Sequence[AllocatedUnit]) -> Chart:
@@ -85,10 +83,9 @@ def _other_map(places: Sequence[AllocatedUnit]) -> Chart:
         total[cell] += place.width
         count[cell] += 1
     mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    trace = heat_map(mean, layers, "layer %{y}<br>%{x}: %{z} bit", "sequential", _LIMITS, x=columns)
     roles = sorted({place.role for place in places})
     title = f"{' and '.join(roles).capitalize()} units: width"
-    return chart(title, [trace], map_axes("", "layer", *mean.shape), map_height(len(layers)))
+    return heat_map(title, mean, layers, "layer %{y}<br>%{x}: %{z} bit", _LIMITS, axes=("", "layer"), x=columns)
 
 
 def _column(place: AllocatedUnit) -> str:

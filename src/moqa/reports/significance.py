@@ -23,7 +23,7 @@ from moqa.reports.blocks import (
     number,
     percent,
 )  # fmt: skip
-from moqa.reports.charts import braces, chart, dash, heat_map, line, map_axes, map_height, stacked, upper
+from moqa.reports.charts import braces, chart, dash, heat_map, line, map_height, stacked, upper
 from moqa.reports.palette import LINES, MUTED, TEXT
 
 _CURVE = tuple(np.geomspace(0.001, 1, 61).tolist())
@@ -37,7 +37,7 @@ def significance_section(profile: Profile) -> Section | None:
     tables = {name: _shares(profile, name) for name in names}
     top = upper(np.stack(list(tables.values())))
     hover = "layer %{y}, expert %{x}<br>%{z:.2f} % of the layer"
-    maps = tuple(expert_map(titled(n), t, profile, hover, (0.0, top)) for n, t in tables.items())
+    maps = tuple(heat_map(titled(n), t, profile.expert_layers, hover, (0.0, top)) for n, t in tables.items())
     ends = ("0 %", f"{top:.1f} % or more")
     blocks: list[PageElement] = [CellGrid(maps, Scale("sequential", *ends, "share of the layer's output"))]
     reading = (
@@ -67,16 +67,6 @@ def significance_section(profile: Profile) -> Section | None:
     return Section("significance", "Significance", "What each expert carries", reading, blocks)
 
 
-def expert_map(
-    title: str, table: NDArray, profile: Profile, hover: str, limits: tuple[float, float], *,
-    scale: str = "sequential", customdata: NDArray | None = None, height: int = 0,
-) -> Chart:  # fmt: skip
-    """Heat map of layers x experts for one distribution; at least `height` pixels high."""
-    rows, columns = table.shape
-    trace = heat_map(table, profile.expert_layers, hover, scale, limits, customdata=customdata)
-    return chart(title, [trace], map_axes("expert", "layer", rows, columns), max(height, map_height(rows)))
-
-
 def titled(name: str) -> str:
     """Title of a chart for a distribution."""
     return f"{name} (the model's own text)" if name == SELF else name
@@ -94,12 +84,12 @@ def _pair(profile: Profile, tables: dict[str, NDArray], a: str, b: str, limit: f
         "%{z:+.2f} points"
     )
     ends = (f"{limit:.1f} points less on {b}", f"{limit:.1f} points more on {b}")
-    left = expert_map(
-        f"Significance: {b} minus {a}", change, profile, hover, (-limit, limit), scale="diverging", customdata=both,
-        height=300,
+    height = max(300, map_height(len(change)))
+    left = heat_map(
+        f"Significance: {b} minus {a}", change, profile.expert_layers, hover, (-limit, limit), scale="diverging",
+        customdata=both, height=height, legend=Scale("diverging", *ends),
     )  # fmt: skip
-    left = Chart(left.title, left.figure, left.height, Scale("diverging", *ends))
-    return (CellGrid((left, _curves(profile, a, b, left.height))),)
+    return (CellGrid((left, _curves(profile, a, b, height))),)
 
 
 def _curves(profile: Profile, a: str, b: str, height: int) -> Chart:
