@@ -161,3 +161,8 @@ def number(value: float | None, digits: int = 2) -> str:
 def percent(value: float | None, digits: int = 1) -> str:
     """Format a share as a percentage for a table; a dash for None and NaN."""
     return "\u2014" if value is None or math.isnan(value) else f"{number(value * 100, digits)} %"
+
+
+def signed(change: float | None) -> str:
+    """Format a relative change in whole percent with its sign; a dash for None."""
+    return number(None) if change is None else f"{'+' if change > 0 else ''}{number(change * 100, 0)} %"
