@@ -16,7 +16,7 @@ from moqa.format.manifest import FORMAT, MANIFEST, Manifest
 from moqa.format.reader import Checkpoint
 from moqa.planning import Plan, read_plan
 from moqa.profiling.store import RECORD, Profile, read_profile
-from moqa.storage.artifact import read_json
+from moqa.storage.artifact import Record, read_json
 
 SUMMARY = "summary.json"
 KINDS = (
@@ -107,26 +107,24 @@ def _take_record(file: Path, found: Artifacts) -> bool:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if _is(Plan, data):
+    if _as(Plan, data):
         name = file.stem if file.stem not in found.plans else str(file.with_suffix(""))
         found.plans[name] = read_plan(file)
-    elif _is(Evaluation, data):
-        record = Evaluation.model_validate(data)
-        if record not in found.evaluations:
-            found.evaluations.append(record)
-    elif file.name == SUMMARY and _is(Summary, data):
-        found.roles.update(Summary.model_validate(data).roles)
+    elif evaluation := _as(Evaluation, data):
+        if evaluation not in found.evaluations:
+            found.evaluations.append(evaluation)
+    elif file.name == SUMMARY and (summary := _as(Summary, data)):
+        found.roles.update(summary.roles)
     else:
         return False
     return True
 
 
-def _is(kind: type[BaseModel], data: object) -> bool:
+def _as(kind: type[Record], data: object) -> Record | None:
     try:
-        kind.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError:
-        return False
-    return True
+        return None
 
 
 def _checkpoint(folder: Path) -> Checkpoint:
