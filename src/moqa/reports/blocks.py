@@ -3,9 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from moqa.reports.palette import Pair
+
+
+class PageElement:
+    """What the template draws, each kind in its own way."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the class."""
+        return type(self).__name__
 
 
 @dataclass(frozen=True)
@@ -19,10 +27,9 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Chart:
+class Chart(PageElement):
     """One chart: plotly's JSON, drawn when it comes into view."""
 
-    kind: ClassVar[str] = "chart"
     title: str
     figure: str
     height: int
@@ -30,29 +37,26 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class CellGrid:
+class CellGrid(PageElement):
     """Charts side by side with one legend; `lead` gives the first one more space."""
 
-    kind: ClassVar[str] = "grid"
     charts: tuple[Chart, ...]
     scale: Scale | None = None
     lead: bool = False
 
 
 @dataclass(frozen=True)
-class Picker:
+class Picker(PageElement):
     """Several alternatives, of which the reader picks one to show."""
 
-    kind: ClassVar[str] = "picker"
     label: str
-    options: tuple[tuple[str, "tuple[PageElement, ...]"], ...]
+    options: tuple[tuple[str, tuple[PageElement, ...]], ...]
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(PageElement):
     """A plain table; `words` are the columns that do not hold numbers."""
 
-    kind: ClassVar[str] = "table"
     title: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -60,10 +64,9 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Note:
+class Note(PageElement):
     """A paragraph between charts."""
 
-    kind: ClassVar[str] = "note"
     text: str
     title: str = ""
 
@@ -79,10 +82,9 @@ class KeyEntry:
 
 
 @dataclass(frozen=True)
-class Key:
+class Key(PageElement):
     """Legend of lines or bar segments."""
 
-    kind: ClassVar[str] = "key"
     entries: tuple[KeyEntry, ...]
 
 
@@ -110,10 +112,9 @@ class QualityRow:
 
 
 @dataclass(frozen=True)
-class QualityTable:
+class QualityTable(PageElement):
     """Table of sizes and qualities, with rows grouped by size."""
 
-    kind: ClassVar[str] = "quality"
     known: tuple[str, ...]
     novel: tuple[str, ...]
     groups: tuple[tuple[str, tuple[QualityRow, ...]], ...]
@@ -129,15 +130,11 @@ class BarPart:
 
 
 @dataclass(frozen=True)
-class Bars:
+class Bars(PageElement):
     """Stacked bars; the shares of the longest bar add up to 1."""
 
-    kind: ClassVar[str] = "bars"
     title: str
     rows: tuple[tuple[str, tuple[BarPart, ...]], ...]
-
-
-PageElement = Chart | CellGrid | Picker | Table | Note | Key | QualityTable | Bars
 
 
 @dataclass(frozen=True)
