@@ -96,16 +96,13 @@ def measure(
         divergence += sum(loss for loss, _ in pieces)
         gradients.append(torch.cat([gradient for _, gradient in pieces]))
     hidden.forget(stages.depth)
-    gains: list[dict[str, Tensor]] = []
-    squares: list[dict[str, Tensor]] = []
-    significance: list[Tensor | None] = []
+    observers: list[_Observer | None] = []
     for layer in reversed(range(stages.depth)):
         report("samples", steps - 1 - layer, steps)
         weighed_parts = [hidden.at(layer, number) for number in range(len(parts))]
-        observer = _backward(stages, layer, open_layer(layer), weighed_parts, gradients)
-        gains.insert(0, {} if observer is None else observer.gains)
-        squares.insert(0, {} if observer is None else observer.squares)
-        significance.insert(0, None if observer is None else observer.significance)
+        observers.insert(0, _backward(stages, layer, open_layer(layer), weighed_parts, gradients))
+    gains, squares = [o.gains if o else {} for o in observers], [o.squares if o else {} for o in observers]
+    significance = [o.significance if o else None for o in observers]
     count = weighed.numel()
     return ChannelGains(
         _combined(gains, squares, count, whole), significance, stages, hidden, divergence / count if whole else None

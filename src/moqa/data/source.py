@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moqa.data.images import Images, is_image
+from moqa.data.images import Images, is_image, name_and_source
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_FORM = "NAME=SOURCE", "wiki=wiki.txt"
 _HUB = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(:(?P<field>[^:#]+))?(#(?P<split>[^#]+))?")
 _FILE_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".parquet", ".csv"}  # never the end of a dataset id
 _DEFAULT_FIELDS = ("text", "messages", "conversations")
@@ -59,7 +60,7 @@ def read_distribution(spec: str, tokenizer: PreTrainedTokenizerBase | None = Non
     Raises:
         MoqaError: if the source is missing, unreadable, empty, or a record of it has no text in the field.
     """
-    name, source = _name_and_source(spec)
+    name, source = name_and_source(spec, *_FORM)
     try:
         texts = tuple(text for text in _read(source, tokenizer) if text.strip())
     except MoqaError as error:
@@ -124,20 +125,11 @@ def read_distributions(specs: Sequence[str], tokenizer: PreTrainedTokenizerBase 
     """
     first: dict[str, str] = {}
     for spec in specs:
-        name, _ = _name_and_source(spec)
+        name, _ = name_and_source(spec, *_FORM)
         if name in first:
             raise MoqaError(f"{first[name]} and {spec} are both named '{name}'", "give each its own name")
         first[name] = spec
     return [read_distribution(spec, tokenizer) for spec in specs]
-
-
-def _name_and_source(spec: str) -> tuple[str, str]:
-    name, equals, source = spec.partition("=")
-    if not equals or not source:
-        raise MoqaError(f"'{spec}' is not NAME=SOURCE", "give for example wiki=wiki.txt")
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise MoqaError(f"'{name}' in '{spec}' is not a name", "use letters, digits, '_', '.' and '-'")
-    return name, source
 
 
 def _read(source: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterable[str]:
