@@ -17,7 +17,7 @@ import typer
 from moqa import __version__
 from moqa.cli.common import console
 from moqa.cli.progress.steps import Clock, Step
-from moqa.cli.progress.words import memory
+from moqa.cli.progress.views import memory
 from moqa.errors import MoqaError
 
 INTERVAL = 0.1  # seconds between two lines of a step, at least
