@@ -32,7 +32,7 @@ def account_section(made: Sequence[Allocation]) -> Section | None:
         "(embeddings, norms, routers); headers are the tables of contents of the weight files. Bits per weight counts "
         "all bytes of the units."
     )
-    return Section("bytes", "Bytes", "Byte account", reading, [*_bars(made), Table("", heads, rows, words=(0, 8))])
+    return Section("Bytes", "Byte account", reading, [*_bars(made), Table("", heads, rows, words=(0, 8))])
 
 
 def _bars(made: Sequence[Allocation]) -> list[PageElement]:
@@ -63,7 +63,7 @@ def provenance_section(found: Artifacts, made: Sequence[Allocation], rows: Seque
     if any(SELF in one.mixture for one in mixtures) or (found.profile and SELF in found.profile.statistics):
         blocks.append(Note(_SELF_SENTENCE))
     reading = "What the numbers on this page were measured on, and with what; enough to make them again."
-    return Section("provenance", "Provenance", "Provenance", reading, blocks)
+    return Section("Provenance", "Provenance", reading, blocks)
 
 
 def _bytes(count: int) -> str:
@@ -71,15 +71,12 @@ def _bytes(count: int) -> str:
 
 
 def _facts(found: Artifacts, rows: Sequence[Row]) -> Table:
-    records = [(r.model, r.model_type, r.moqa) for r in (p.record for p in found.profiles)]
-    records += [(p.model, p.model_type, p.moqa) for p in found.plans.values()]
-    records += [(m.model, m.model_type, m.moqa) for m in (c.manifest for c in found.checkpoints)]
-    models, kinds, versions = zip(*records, strict=True) if records else ((), (), ())
+    models = [record.model for record in found.records]
     facts = [
         ("Model", _joined(models or (row.evaluation.model for row in rows if row.original))),
-        ("Architecture", _joined(kinds)),
+        ("Architecture", _joined(record.model_type for record in found.records)),
         ("Fingerprint", _joined(f[:12] for f in found.fingerprints)),
-        ("moqa", _joined(versions)),
+        ("moqa", _joined(record.moqa for record in found.records)),
     ]
     if found.profile:
         r, s = found.profile.record, found.profile.record.settings

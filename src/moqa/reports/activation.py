@@ -46,7 +46,7 @@ def activation_section(profile: Profile) -> Section | None:
             ),
             Picker("Layer", layers),
         ]
-    return Section("activation", "Activation", "Where the tokens go", reading, blocks)
+    return Section("Activation", "Where the tokens go", reading, blocks)
 
 
 def _tokens(profile: Profile, name: str) -> NDArray[np.float64]:

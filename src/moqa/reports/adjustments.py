@@ -35,7 +35,7 @@ def adjustments_section(found: Artifacts) -> Section | None:
             for a, table in zip(found.adjustments, tables, strict=True)
         )  # fmt: skip
         blocks.append(CellGrid(maps, Scale("sequential", "0", f"{top:.0f} or more", "rows and columns of the expert")))
-    return Section("adjustments", "Adjustments", "Adjustments to novel texts", READING, blocks)
+    return Section("Adjustments", "Adjustments to novel texts", READING, blocks)
 
 
 def _made(adjustments: list[Adjustment]) -> Table:

@@ -43,7 +43,7 @@ def bits_section(made: Sequence[Allocation], first: Allocation | None = None) ->
         if experts
         else "In the map a cell is one matrix."
     )
-    return Section("bits", "Bits", "Bits per expert" if experts else "Bits per matrix", reading, blocks)
+    return Section("Bits", "Bits per expert" if experts else "Bits per matrix", reading, blocks)
 
 
 def _bits(width: int) -> str:

@@ -141,7 +141,6 @@ class Bars(PageElement):
 class Section:
     """A section of the page, with its entry in the navigation."""
 
-    anchor: str
     nav: str
     title: str
     reading: str

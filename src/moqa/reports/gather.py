@@ -15,6 +15,7 @@ from moqa.format.adjustment import Adjustment, read_adjustment
 from moqa.format.manifest import FORMAT, MANIFEST, Manifest
 from moqa.format.reader import Checkpoint
 from moqa.planning import Plan, read_plan
+from moqa.profiling.record import ProfileRecord
 from moqa.profiling.store import RECORD, Profile, read_profile
 from moqa.storage.artifact import Record, read_json
 
@@ -55,10 +56,15 @@ class Artifacts:
         return max(self.profiles, key=lambda profile: len(profile.statistics), default=None)
 
     @property
+    def records(self) -> list[ProfileRecord | Plan | Manifest]:
+        """What says which model it belongs to: records of profiles, then plans, then manifests."""
+        profiles, manifests = [p.record for p in self.profiles], [c.manifest for c in self.checkpoints]
+        return [*profiles, *self.plans.values(), *manifests]
+
+    @property
     def fingerprints(self) -> tuple[str, ...]:
         """Fingerprints of all models that the artifacts belong to."""
-        found = [p.record.fingerprint for p in self.profiles] + [p.fingerprint for p in self.plans.values()]
-        return tuple(dict.fromkeys([*found, *(c.manifest.fingerprint for c in self.checkpoints)]))
+        return tuple(dict.fromkeys(record.fingerprint for record in self.records))
 
 
 def gather(paths: Sequence[str | Path]) -> Artifacts:

@@ -96,9 +96,8 @@ def _unjudged(found: Artifacts, profile: Profile | None) -> str:
 
 
 def _model(found: Artifacts, rows: Sequence[Row]) -> str:
-    records = [p.record.model for p in found.profiles] + [p.model for p in found.plans.values()]
-    records += [c.manifest.model for c in found.checkpoints] + [r.evaluation.against or "" for r in rows]
-    named = next((record for record in records if record), "")
+    models = [record.model for record in found.records] + [row.evaluation.against for row in rows]
+    named = next(filter(None, models), "")
     parts = [part for part in named.replace("\\", "/").split("/") if part]
     return "/".join(parts[-2:])
 

@@ -55,7 +55,7 @@ def table_section(rows: Sequence[Row]) -> Section | None:
         reading += (
             " Known distributions were used for the fit, novel ones were not; the best row on novel texts comes first."
         )
-    return Section("quality", "Quality", "Size and quality", reading, blocks)
+    return Section("Quality", "Size and quality", reading, blocks)
 
 
 def size_section(rows: Sequence[Row]) -> Section | None:
@@ -73,7 +73,7 @@ def size_section(rows: Sequence[Row]) -> Section | None:
         "Down and to the left is better: less divergence from the original in fewer bytes. Both charts share the "
         "logarithmic axis; hover over a point to see its numbers."
     )
-    return Section("size", "Size", "Quality against size", reading, [Key(_key(lines)), CellGrid(charts)])
+    return Section("Size", "Quality against size", reading, [Key(_key(lines)), CellGrid(charts)])
 
 
 def _line(row: Row, known: bool, novel: bool) -> QualityRow:

@@ -64,7 +64,7 @@ def significance_section(profile: Profile) -> Section | None:
             ),
             *_by_layer(profile, pairs),
         ]
-    return Section("significance", "Significance", "What each expert carries", reading, blocks)
+    return Section("Significance", "What each expert carries", reading, blocks)
 
 
 def titled(name: str) -> str:
