@@ -13,6 +13,7 @@ from moqa import MoqaError
 from moqa.cli.progress import Log, logged, views
 from moqa.cli.progress.steps import PACE_PIECES, Step, Steps
 from moqa.cli.progress.views import Lines, Terminal
+from moqa.memory import process
 
 FACTS = {"layer": 3, "expert": 17, "experts": 64, "error": 0.01234, "tokens": 640}
 
@@ -36,7 +37,7 @@ def clock():
 def memory(monkeypatch):
     """700 MB, and 1.5 GB at the peak."""
     for module in (views, sys.modules["moqa.cli.progress.log"]):
-        monkeypatch.setattr(module, "memory", lambda: (700_000_000, 1_500_000_000))
+        monkeypatch.setattr(module, "used", lambda: (700_000_000, 1_500_000_000))
 
 
 def read(path):
@@ -154,16 +155,17 @@ class TestWords:
         assert views.span(seconds) == text
 
     def test_memory_of_this_process(self):
-        now, peak = views.memory()
+        now, peak = process.used()
         assert 20e6 < now <= peak < 1e12
 
     def test_memory_where_there_is_no_proc(self, monkeypatch):
         import resource
 
-        monkeypatch.setattr(views, "Path", lambda _: Path("/none"))
-        now, peak = views.memory()
+        monkeypatch.setattr(process, "Path", lambda _: Path("/none"))
+        now, peak = process.used()
         assert now is None
         assert 0.5 < peak / (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) <= 1
+        assert process.resident() >= peak
         assert views.gib(now) == "-"
 
 

@@ -1,11 +1,8 @@
 """Displays of steps: a live view on a terminal, plain lines elsewhere, and the words of both."""
 
-import re
-import resource
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
@@ -14,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moqa.cli.progress.steps import Clock, Step
+from moqa.memory.process import used
 
 INTERVAL = 10.0  # seconds between two lines of a step
 BAR_WIDTH = 8  # characters
@@ -58,7 +56,7 @@ class Terminal:
         table.add_column("")
         for heading in ("GiB (peak)", "time", "left"):
             table.add_column(heading, justify="right", no_wrap=True)
-        now, peak = memory()
+        now, peak = used()
         # runs in the thread that updates the view, while work may add steps
         for step in list(self._steps.values()):
             left = None if step.over else step.seconds_left
@@ -138,21 +136,8 @@ def gib(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**30:.2f}"
 
 
-def memory() -> tuple[int | None, int]:
-    """Resident bytes of this process now (None where the system does not report them), and their peak.
-
-    >>> now, peak = memory()
-    """
-    try:
-        status = Path("/proc/self/status").read_bytes()
-        found = dict(re.findall(rb"(VmRSS|VmHWM):\s*(\d+) kB", status))
-        return int(found[b"VmRSS"]) * 1024, int(found[b"VmHWM"]) * 1024
-    except (OSError, KeyError):
-        return None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _told(step: Step) -> str:
-    now, peak = memory()
+    now, peak = used()
     return ", ".join([f"{step.name} {step.done}/{step.total}", *facts(step), f"{gib(now)} GiB (peak {gib(peak)})"])
 
 
