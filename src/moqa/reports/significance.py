@@ -1,7 +1,6 @@
 """Section on significance: the contribution of experts on each distribution, and how it drifts."""
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,25 +140,21 @@ def _by_layer(profile: Profile, pairs: list[tuple[str, str]]) -> list[PageElemen
     """Charts of rank correlation and routing divergence per layer, one line per pair."""
     if len(profile.expert_layers) < 2:
         return []
-    key: list[KeyEntry] = []
-    ranks: list[Any] = []
-    routing: list[Any] = []
-    for index, (a, b) in enumerate(pairs):
-        colour, style = LINES[index % len(LINES)], {"dash": dash(index, len(LINES))}
-        name = f"{a} \u2192 {b}"
-        key.append(KeyEntry(name, colour))
-        for traces, values in (
-            (ranks, drift.layer_rank_correlations(profile, a, b)),
-            (routing, drift.routing_divergence(profile, a, b)),
-        ):
-            hover = f"{braces(name)}<br>layer %{{x}}: %{{y:.3f}}"
-            traces.append(line(profile.expert_layers, values, name, colour, hover, line=style, mode="lines+markers"))
+    lines = [
+        (a, b, f"{a} \u2192 {b}", LINES[index % len(LINES)], dash(index, len(LINES)))
+        for index, (a, b) in enumerate(pairs)
+    ]
     few = {"dtick": 1} if len(profile.expert_layers) <= 16 else {}
     x = {"title": {"text": "layer"}, "zeroline": False, **few}
-    layouts = [{"xaxis": x, "yaxis": {"zeroline": True, "automargin": True, **more}} for more in
-               ({"range": [None, 1.02]}, {"rangemode": "tozero"})]  # fmt: skip
-    charts = (
-        chart("Rank correlation of experts, by layer", ranks, layouts[0], 280),
-        chart("Routing divergence, by layer (bits)", routing, layouts[1], 280),
-    )
-    return [Key(tuple(key)), CellGrid(charts)]
+    charts = []
+    for title, measure, y in (
+        ("Rank correlation of experts, by layer", drift.layer_rank_correlations, {"range": [None, 1.02]}),
+        ("Routing divergence, by layer (bits)", drift.routing_divergence, {"rangemode": "tozero"}),
+    ):
+        traces = [
+            line(profile.expert_layers, measure(profile, a, b), name, colour,
+                 f"{braces(name)}<br>layer %{{x}}: %{{y:.3f}}", line={"dash": style}, mode="lines+markers")
+            for a, b, name, colour, style in lines
+        ]  # fmt: skip
+        charts.append(chart(title, traces, {"xaxis": x, "yaxis": {"zeroline": True, "automargin": True, **y}}, 280))
+    return [Key(tuple(KeyEntry(name, colour) for _, _, name, colour, _ in lines)), CellGrid(tuple(charts))]
