@@ -17,7 +17,7 @@ def main() -> None:
     """Run the command line: a user's error prints one line and exits with code 2, a bug keeps its traceback."""
     try:
         check_system()
-        _application()()
+        application()()
     except MoqaError as error:
         print(f"moqa: {error}", file=sys.stderr)
         sys.exit(2)
@@ -29,7 +29,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def _application() -> "App":
+def application() -> "App":
     """The application with all commands, which register when their modules are imported."""
     from moqa.cli.app import app
     from moqa.registry import modules_in
