@@ -9,10 +9,9 @@ from moqa.compression.job import CompressJob
 from moqa.compression.options import DEFAULTS, CompressOptions
 from moqa.compression.result import CompressResult
 from moqa.data import Data
-from moqa.estimate import estimate, peak_bytes
+from moqa.estimate import Estimate, estimate, working_sets
 from moqa.evaluation.proof import ProofSetup, prove
 from moqa.execution import Executor
-from moqa.forecast.estimate import Estimate
 from moqa.memory.limit import MemoryLimit
 from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
@@ -126,7 +125,7 @@ def _check_resources(job: CompressJob, view: ModelView) -> None:
         return
     blank, likely = job.expected(view)
     check_space(job.out, disk_needed(view, likely, blank, job.method, job.options.cache))
-    peak_bytes(view, likely, blank, job.method, job.memory, profiled=False, held_out=job.tokens)
+    working_sets(view, likely, blank, job.method, job.memory, profiled=False, held_out=job.tokens)
 
 
 def _quantized(job: CompressJob, view: ModelView, report: Report) -> CompressResult:
@@ -141,7 +140,7 @@ def _quantized(job: CompressJob, view: ModelView, report: Report) -> CompressRes
     chosen = job.plan(measured)
     if options.overwrite or not job.is_quantized(chosen):
         # for an existing profile, nothing has checked yet whether the proof fits the memory limit
-        peak_bytes(view, chosen, measured, job.method, job.memory, profiled=True, held_out=job.tokens)
+        working_sets(view, chosen, measured, job.method, job.memory, profiled=True, held_out=job.tokens)
         quantize(
             job.model, chosen, job.out, method=options.method, overwrite=options.overwrite, report=report,
             profile=measured, view=view, cache=options.cache, memory=job.memory, restart=options.restart,

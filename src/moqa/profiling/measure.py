@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,12 +51,7 @@ class Measurement:
     ) -> None:
         self._workspace, self._how, self._seed, self._engine = workspace, how, seed, engine
         self._shapes = {name: (tuple(tokens.shape), tokens.dtype) for name, tokens in samples.items()}
-        self._flows = {
-            name: workspace.once(
-                ("flow", name), partial(ProfiledSamples, name, tokens, workspace.stages, workspace.work)
-            )
-            for name, tokens in samples.items()
-        }
+        self._flows = {name: ProfiledSamples.of(workspace, name, tokens) for name, tokens in samples.items()}
 
     def run(self, report: Report) -> ProfileTables:
         """Measure everything that is not measured yet."""

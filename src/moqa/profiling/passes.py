@@ -76,6 +76,10 @@ class BlockPass:
     dtype: torch.dtype = torch.int64
     experts: tuple[int, ...] | None = None
 
+    def samples(self, workspace: Workspace) -> "ProfiledSamples":
+        """The distribution, whose hidden states are already saved."""
+        return ProfiledSamples.of(workspace, self.name, torch.zeros(self.shape, dtype=self.dtype))
+
 
 class ProfiledSamples:
     """Hidden states of one distribution at every block, for windows to calibrate on and windows to measure on."""
@@ -93,14 +97,9 @@ class ProfiledSamples:
         self.measured = range(self._calibrate, len(batches))
 
     @classmethod
-    def of(cls, workspace: Workspace, given: BlockPass) -> "ProfiledSamples":
-        """Of a distribution whose hidden states are already saved: its tokens are no longer needed."""
-
-        def make() -> "ProfiledSamples":
-            inputs = torch.zeros(given.shape, dtype=given.dtype)
-            return cls(given.name, inputs, workspace.stages, workspace.work)
-
-        return workspace.once(("flow", given.name), make)
+    def of(cls, workspace: Workspace, name: str, tokens: Tensor) -> "ProfiledSamples":
+        """Of a distribution, made once; when its hidden states are saved, only shape and dtype of its tokens matter."""
+        return workspace.once(("flow", name), lambda: cls(name, tokens, workspace.stages, workspace.work))
 
     def draw_labels(self, stages: LayerwiseModel, generator: torch.Generator) -> None:
         """Save the gradients of the loss of the measured windows, for labels drawn from the model."""
@@ -137,7 +136,7 @@ def go_forward(workspace: Workspace, given: BlockPass) -> None:
             weights["similarity"] = layer_similarity(view, layer)
         workspace.work.save(f"weights-{layer}", weights)
         return
-    flow = ProfiledSamples.of(workspace, given)
+    flow = given.samples(workspace)
     statistics = LayerStatistics(torch.stack([matrix.float().norm(dim=0) for matrix in down])) if down else None
     with in_stored_precision(view, layer), watching(view, layer, statistics):
         flow.hidden.advance(layer)
@@ -147,7 +146,7 @@ def go_forward(workspace: Workspace, given: BlockPass) -> None:
 def go_back(workspace: Workspace, given: BlockPass) -> None:
     """Save the sensitivity of a block's units, some experts at a time: their errors need most of a profile's memory."""
     view, layer, how = workspace.view, given.layer, given.how
-    flow, units = ProfiledSamples.of(workspace, given), view.block_units(layer)
+    flow, units = given.samples(workspace), view.block_units(layer)
     experts = sorted({unit.expert for unit in units if unit.expert is not None})
     if given.experts is not None:
         experts = list(given.experts)

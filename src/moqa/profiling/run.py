@@ -9,7 +9,7 @@ from moqa.data import Data
 from moqa.errors import MoqaError
 from moqa.execution import Executor, LocalExecutor, Workspace
 from moqa.forecast.disk import profile_disk_bytes
-from moqa.forecast.working_set import ProfileWorkingSet
+from moqa.forecast.working_set import WorkingSet
 from moqa.format.manifest import Fitted
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
@@ -130,7 +130,7 @@ def profile(
     job = {"moqa": __version__, "model": fingerprint, **settings.model_dump(mode="json"),
            "texts": {name: records[name].model_dump(mode="json") for name in missing}}  # fmt: skip
     settle()
-    room = ProfileWorkingSet.within(limits, view, how, len(PROBES))
+    room = WorkingSet.to_profile(limits, view, how, len(PROBES))
     check_space(out, profile_disk_bytes(view, sum(records[name].tokens for name in missing), len(missing)))
     engine.prepare(folder, out, report)
     with resumable(out, job, overwrite=True, restart=restart) as work:

@@ -13,7 +13,7 @@ from moqa.errors import MoqaError
 from moqa.execution import Executor, LocalExecutor, Workspace
 from moqa.execution.background import Background
 from moqa.forecast.disk import largest_block_bytes, quantization_disk_bytes
-from moqa.forecast.working_set import QuantizationWorkingSet
+from moqa.forecast.working_set import WorkingSet
 from moqa.format.cache import write_cache
 from moqa.format.writer import introduce
 from moqa.memory.limit import MemoryLimit
@@ -97,7 +97,7 @@ def quantize(
     _check_units(view, plan)
     executor = engine or LocalExecutor()
     settle()
-    room = QuantizationWorkingSet.within(
+    room = WorkingSet.to_quantize(
         executor.memory(memory), view, how, tokens_of(plan, profile), largest_block_bytes(view, plan.units)
     )
     check_space(out, disk_needed(view, plan, profile, how, cache))
