@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from moqa.models.layerwise import LayerwiseModel
-from moqa.storage.in_memory import StepStore
+from moqa.storage.in_memory import InMemoryRun
+from moqa.storage.resumable import ResumableRun
 
 
 class HiddenStates:
@@ -23,7 +24,9 @@ class HiddenStates:
         batches: what the model is called with, e.g. [windows, context] token ids.
     """
 
-    def __init__(self, stages: LayerwiseModel, work: StepStore, name: str, batches: Sequence[Tensor]) -> None:
+    def __init__(
+        self, stages: LayerwiseModel, work: ResumableRun | InMemoryRun, name: str, batches: Sequence[Tensor]
+    ) -> None:
         self._stages, self._work, self._name, self._count = stages, work, name, len(batches)
         embedded, shapes = work.done(f"embedded-{name}") is not None, set()
         for number, batch in enumerate(batches):

@@ -1,7 +1,5 @@
 """An adjustment on disk: a record, and one file of channels and units with bits of their own."""
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from moqa.format.manifest import Fitted, Length, Side, StoredFile
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import TILE
 from moqa.format.writer import write_shard
-from moqa.storage.artifact import checksum, read_json, write_json
+from moqa.storage.artifact import check_signed, file_hash, read_json, signed, write_json
 from moqa.storage.folders import finished_folder
 
 FORMAT = 1
@@ -249,9 +247,7 @@ def write_adjustment(record: AdjustmentRecord, tensors: Mapping[str, Tensor], ou
         overwrite: replace an adjustment that exists there.
     """
     with finished_folder(out, overwrite) as folder:
-        stored = write_shard(folder, record.shard(), tensors)
-        record = record.model_copy(update={"weights": stored})
-        record = record.model_copy(update={"checksum": checksum(record.model_dump(mode="json"))})
+        record = signed(record.model_copy(update={"weights": write_shard(folder, record.shard(), tensors)}))
         write_json(record, folder / RECORD)
     return Adjustment(out, record)
 
@@ -271,16 +267,14 @@ def read_adjustment(folder: str | Path) -> Adjustment:
         raise MoqaError(
             f"{folder} has adjustment format {record.format}", f"this moqa reads up to {FORMAT}: upgrade moqa"
         )
-    if checksum(json.loads((folder / RECORD).read_text(encoding="utf-8"))) != record.checksum:
-        raise MoqaError(f"{folder / RECORD} was changed after it was written", "its checksum differs")
+    check_signed(folder / RECORD, record.checksum)
     path, shard = folder / WEIGHTS, record.shard()
     if not path.is_file():
         raise MoqaError(f"{folder} lacks {WEIGHTS}")
     if path.stat().st_size != shard.bytes:
         raise MoqaError(f"{path} has {path.stat().st_size} bytes", f"{shard.bytes} were written")
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != record.weights.sha256:
-            raise MoqaError(f"{path} is corrupted", f"its sha256 differs from that in {RECORD}")
+    if file_hash(path) != record.weights.sha256:
+        raise MoqaError(f"{path} is corrupted", f"its sha256 differs from that in {RECORD}")
     adjustment = Adjustment(folder, record)
     adjustment.check_values()
     return adjustment
