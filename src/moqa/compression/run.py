@@ -20,7 +20,7 @@ from moqa.profiling import Profile, profile
 from moqa.progress import Report, quiet
 from moqa.quantization import quantize
 from moqa.quantization.run import disk_needed
-from moqa.storage.space import check_space
+from moqa.storage.resumable import check_space
 
 
 def compress(

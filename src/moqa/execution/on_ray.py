@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from moqa.errors import MoqaError, Stopped, one_line
 from moqa.execution.cluster import ask, connect, nodes, token
 from moqa.execution.local import Item, Result
-from moqa.execution.workspace import Requirements, Workspace, WorkspaceAddress, opened
+from moqa.execution.workspace import Workspace, WorkspaceAddress, opened
 from moqa.memory.free import free_on_machine
 from moqa.memory.limit import MemoryLimit
 from moqa.progress import Report
@@ -66,7 +66,7 @@ class RayExecutor:
         """See `Executor`: every node must see the model and the output, and compute with the same versions."""
         members = nodes(self._ray, self._threads)
         with token(out.absolute().parent) as shared:
-            for node, lacking in ask(self._ray, members, Requirements.here(model, shared).lacking):
+            for node, lacking in ask(self._ray, members, WorkspaceAddress.here(model, shared).lacking):
                 if lacking:
                     raise MoqaError(
                         f"node {node.name} {lacking}",

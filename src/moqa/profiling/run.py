@@ -26,8 +26,7 @@ from moqa.profiling.sensitivity import PROBES
 from moqa.profiling.store import RECORD, Profile, read_profile, stored_samples, write_profile
 from moqa.progress import Report, quiet
 from moqa.storage.folders import is_taken
-from moqa.storage.resumable import ResumableRun, resumable
-from moqa.storage.space import check_space
+from moqa.storage.resumable import ResumableRun, check_space, resumable
 from moqa.tasks import task_of
 
 DEFAULT_SAMPLES = 64

@@ -11,7 +11,7 @@ import torch
 from moqa import __version__
 from moqa.errors import MoqaError
 from moqa.execution import Executor, LocalExecutor, Workspace
-from moqa.execution.background import Background
+from moqa.execution.background import background
 from moqa.forecast.disk import largest_block_bytes, quantization_disk_bytes
 from moqa.forecast.working_set import WorkingSet
 from moqa.format.cache import write_cache
@@ -32,8 +32,7 @@ from moqa.quantization.pieces import BlockWork, quantized_layers
 from moqa.quantization.routing import describe_routing
 from moqa.quantization.samples import CalibrationSamples, tokens_of
 from moqa.storage.folders import check_free
-from moqa.storage.resumable import resumable
-from moqa.storage.space import check_space
+from moqa.storage.resumable import check_space, resumable
 
 # small files of the original that a transformers model needs in addition to its weights
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -118,12 +117,12 @@ def quantize(
             work.mark_done("start", {})
         samples = CalibrationSamples(view, plan, profile, work) if how.needs_data else None
         todo = BlockWork(Workspace(view, work), plan.units, how, executor, room.experts, report)
-        with Background(room.ahead) as background, closing(quantized_layers(todo, samples, missing)) as results:
+        with background(room.ahead) as do, closing(quantized_layers(todo, samples, missing)) as results:
             if not writer.has_kept():
-                background.do(writer.write_kept, view.kept_on_disk())
+                do(writer.write_kept, view.kept_on_disk())
             for layer in missing:
                 report("quantize", layer, writer.depth)
-                background.do(_finish, todo, writer, samples, layer, next(results))
+                do(_finish, todo, writer, samples, layer, next(results))
         writer.finish(str(model))
         report("quantize", writer.depth, writer.depth)
     return out
