@@ -30,9 +30,8 @@ from moqa.originals import folder as original
 from moqa.originals.rate import storage_rate
 from moqa.planning import Plan
 from moqa.profiling import SELF, Profile
-from moqa.profiling.passes import ErrorSettings
 from moqa.profiling.selfsample import OWN_BATCH
-from moqa.profiling.sensitivity import PROBES
+from moqa.profiling.sensitivity import PROBES, ErrorSettings
 from moqa.profiling.trial import ProfileTrial, try_self_sampling
 from moqa.quantization.run import disk_needed
 from moqa.quantization.samples import tokens_of

@@ -72,7 +72,7 @@ def compress(
         when_quantized(result)
     if not options.proof:
         return result
-    setup = ProofSetup.open(
+    setup = ProofSetup(
         job.model, view, result.profile, held_out=job.held_out, windows=job.windows, report=report, memory=job.memory
     )
     return replace(result, proof=prove(setup, result.plan, job.out, options.method, report)).store()

@@ -19,10 +19,9 @@ from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.profiling.measure import Measurement
-from moqa.profiling.passes import ErrorSettings
 from moqa.profiling.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profiling.selfsample import self_sample
-from moqa.profiling.sensitivity import PROBES
+from moqa.profiling.sensitivity import PROBES, ErrorSettings
 from moqa.profiling.store import RECORD, Profile, read_profile, stored_samples, write_profile
 from moqa.progress import Report, quiet
 from moqa.storage.folders import is_taken
@@ -117,7 +116,8 @@ def profile(
         )  # fmt: skip
     fingerprint = original.fingerprint(folder)
     old = _reusable(out, fingerprint, settings)
-    missing = [name for name, record in records.items() if old is None or not _same(old, name, record)]
+    held = {} if old is None else old.record.distributions
+    missing = [name for name, record in records.items() if not _same(held.get(name), record)]
     if old is not None:
         # an existing profile may hold more than was asked for, e.g. the sensitivity
         settings = old.record.settings
@@ -138,8 +138,8 @@ def profile(
             inputs[SELF] = _own_text(view, wanted, settings, work, report)
         errors = ErrorSettings.of(settings, how, room.experts)
         measurement = Measurement(Workspace(view, work), inputs, errors, seed, engine)
-        measured = measurement.run(report)
-        statistics = {name: {**measured.statistics[name], "samples": stored_samples(inputs[name])} for name in missing}
+        measured, weights = measurement.run(report)
+        statistics = {name: {**measured[name], "samples": stored_samples(inputs[name])} for name in missing}
         if old is not None:
             statistics = {**old.statistics, **statistics}
             records = {**old.record.distributions, **records}
@@ -151,9 +151,9 @@ def profile(
             units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
             distributions={name: records[name] for name in statistics},
         )  # fmt: skip
-        write_profile(Profile(record, work.result, statistics, measured.weights))
+        write_profile(Profile(record, work.result, statistics, weights))
         work.mark_done("profile", {})
-    return Profile(record, out, statistics, measured.weights)
+    return Profile(record, out, statistics, weights)
 
 
 def _own_text(view: ModelView, windows: int, settings: Settings, work: ResumableRun, report: Report) -> Tensor:
@@ -180,8 +180,5 @@ def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None
     return old
 
 
-def _same(old: Profile, name: str, record: DistributionRecord) -> bool:
-    there = old.record.distributions.get(name)
-    if there is None:
-        return False
-    return there.fitted == record.fitted and there.samples == record.samples
+def _same(old: DistributionRecord | None, new: DistributionRecord) -> bool:
+    return old is not None and (old.fitted, old.samples) == (new.fitted, new.samples)

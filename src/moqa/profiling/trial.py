@@ -11,8 +11,9 @@ from moqa.execution import Workspace
 from moqa.forecast.rates import BlockRates, TokenCost
 from moqa.forecast.trial import Stopwatch, states_in_front
 from moqa.models.view import ModelView
-from moqa.profiling.passes import BlockPass, ErrorSettings, ProfiledSamples, go_back, go_forward
+from moqa.profiling.passes import BlockPass, ProfiledSamples, go_back, go_forward
 from moqa.profiling.selfsample import OWN_BATCH, draw
+from moqa.profiling.sensitivity import ErrorSettings
 
 # decoding steps that are timed
 _STEPS = 4
