@@ -162,7 +162,7 @@ def quantize(
             model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=executor,
             before=start_and_end(),
         )  # fmt: skip
-        print_estimate(expected.cost, expected.plan, expected.profile, json)
+        print_estimate(*expected, json)
         return
     with progress(log_json) as report:
         result = compress(

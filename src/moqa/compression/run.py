@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from moqa.compression.job import CompressJob
@@ -62,7 +62,7 @@ def compress(
         MoqaError: if the model or a text cannot be used, an option is unknown, the budget is out of reach, memory or
             disk space is too small, or `out` exists.
     """
-    job = CompressJob.of(
+    job = CompressJob(
         model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=executor
     )  # fmt: skip
     view = open_model(job.folder, keep=job.memory.holds(OriginalReader(job.folder).values))
@@ -78,35 +78,29 @@ def compress(
     return replace(result, proof=prove(setup, result.plan, job.out, options.method, report)).store()
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """The expected cost of a job, and the plan and profile that it was computed from."""
-
-    cost: Estimate
-    plan: Plan
-    profile: Profile
-
-
 def forecast(
     model: str | Path, data: Data, budget: Budget | str | None, out: str | Path, *, held_out: Data | None = None,
     options: CompressOptions = DEFAULTS, memory: MemoryLimit | None = None, executor: Executor | None = None,
     before: float = 0.0,
-) -> Forecast:  # fmt: skip
+) -> tuple[Estimate, Plan, Profile]:  # fmt: skip
     """Estimate the cost of `compress` with the same arguments; works with or without an existing profile.
 
-    >>> expected = forecast("reference/model", {"wiki": "wiki.txt"}, "3bpw", "runs/new")
-    >>> expected.cost.checkpoint_bytes == expected.plan.account.checkpoint
+    >>> cost, plan, profile = forecast("reference/model", {"wiki": "wiki.txt"}, "3bpw", "runs/new")
+    >>> cost.checkpoint_bytes == plan.account.checkpoint
     True
 
     Args:
         model: as for `compress`, like all arguments that are not described here.
         before: further seconds to include, such as the start of a command.
 
+    Returns:
+        The cost, and the plan and the profile that it was computed from; without an existing profile, a blank one.
+
     Raises:
         MoqaError: as for `compress`.
     """
     began = time.perf_counter()
-    job = CompressJob.of(
+    job = CompressJob(
         model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=executor
     )  # fmt: skip
     view = open_model(job.folder, keep=False)
@@ -116,7 +110,7 @@ def forecast(
         profiled=job.is_profiled, view=view, held_out=job.tokens,
         before=before + time.perf_counter() - began,
     )  # fmt: skip
-    return Forecast(cost, chosen, measured)
+    return cost, chosen, measured
 
 
 def _check_resources(job: CompressJob, view: ModelView) -> None:

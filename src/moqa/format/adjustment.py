@@ -1,6 +1,5 @@
 """An adjustment on disk: a record, and one file of channels and units with bits of their own."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -11,7 +10,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.layout import Entry, Shard, entry_bytes
+from moqa.format.layout import Entry, Shard, aligned, entry_bytes
 from moqa.format.manifest import Fitted, Length, Side, StoredFile
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import TILE
@@ -113,8 +112,7 @@ def layout(sizes: ExpertSizes, channels: tuple[ChannelPart, ...], units: Mapping
         entries["matrices"] = (torch.uint8, (sum(part.bytes(sizes) for part in channels),))
     for name, unit in units.items():
         entries |= {f"{name}.{suffix}": entry for suffix, entry in unit.scheme.tensors(unit.shape).items()}
-    order = sorted(entries.items(), key=lambda item: (-math.gcd(entry_bytes(item[1]), 64), item[0]))
-    return Shard(WEIGHTS, dict(order))
+    return Shard(WEIGHTS, aligned(entries))
 
 
 def index_dtype(sizes: ExpertSizes) -> torch.dtype:
