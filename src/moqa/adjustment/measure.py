@@ -38,7 +38,7 @@ class ChannelGains:
     Attributes:
         gains: by layer and projection, [experts, width]: decrease of the KL divergence from the original if a channel's
             row or column were exact, nats per token; -inf for channels that the cache does not have.
-        significance: by layer, [experts, width] (`LayerStatistics.channel`), on the samples.
+        significance: by layer, [experts, width] (`channel` of `LayerStatistics`), on the samples.
         stages: of the checkpoint's model.
         hidden: the samples as inputs of every layer.
         divergence: current KL divergence on the samples, nats per token; None without the whole original.

@@ -68,7 +68,8 @@ def nodes(ray: Any, cpus: int) -> list[Node]:
     """Nodes that are alive and offer at least `cpus` CPUs."""
     found = []
     for entry in ray.nodes():
-        node = Node(entry["NodeID"], _name(entry), int(entry["Resources"].get("CPU", 0)))
+        name = f"{entry['NodeManagerAddress']} ({entry['NodeID'][:6]})"
+        node = Node(entry["NodeID"], name, int(entry["Resources"].get("CPU", 0)))
         if entry["Alive"] and node.cpus >= cpus:
             found.append(node)
     return sorted(found, key=lambda node: node.name)
@@ -132,10 +133,6 @@ def _reach(address: str) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MoqaError(f"no Ray cluster at --ray-address {address} ({reason})", _START) from None
-
-
-def _name(entry: dict[str, Any]) -> str:
-    return f"{entry['NodeManagerAddress']} ({entry['NodeID'][:6]})"
 
 
 def _warn_on_stderr() -> None:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -109,7 +109,10 @@ class RayExecutor:
                     raise Stopped("no node of the Ray cluster is left; the same command continues from there")
             return self._ray.get(reference)
         except RayTaskError as error:
-            _raise_as_here(error)
+            # as if it had happened in this process; bugs keep the traceback of the task
+            if isinstance(error.cause, MoqaError | Stopped | OSError | MemoryError | SafetensorError):
+                raise error.cause from None
+            raise
         except RayError as error:
             raise Stopped(
                 f"the Ray cluster failed ({one_line(error)}); the same command continues from there"
@@ -130,10 +133,3 @@ def _do(work: Callable[[Workspace, Any], Any], place: WorkspaceAddress, item: An
     result = work(workspace, item)
     workspace.work.flush()
     return result
-
-
-def _raise_as_here(error: Any) -> NoReturn:
-    """Raise a task's error as if it had happened in this process; bugs keep the traceback of the task."""
-    if isinstance(error.cause, MoqaError | Stopped | OSError | MemoryError | SafetensorError):
-        raise error.cause from None
-    raise error

@@ -108,7 +108,7 @@ def go_forward(workspace: Workspace, given: BlockPass) -> None:
     statistics = LayerStatistics(torch.stack([matrix.float().norm(dim=0) for matrix in down])) if down else None
     with in_stored_precision(view, layer), watching(view, layer, statistics):
         flow.hidden.advance(layer)
-    workspace.work.save(f"statistics-{layer}-{given.name}", statistics.tensors() if statistics else {})
+    workspace.work.save(f"statistics-{layer}-{given.name}", statistics.sums if statistics else {})
 
 
 def go_back(workspace: Workspace, given: BlockPass) -> None:

@@ -43,10 +43,6 @@ class CheckpointWriter:
         """Indices of the layers that are not written yet."""
         return [layer for layer in range(self.depth) if self._work.done(_step(layer)) is None]
 
-    def has_kept(self) -> bool:
-        """Whether the tensors that are not units are written."""
-        return self._work.done("kept") is not None
-
     def write_kept(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors that are not units, and record that it is done."""
         file = write_shard(self._work.result, self._layout[0], tensors)

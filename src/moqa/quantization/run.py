@@ -127,7 +127,7 @@ def quantize(
                 samples.forget(layer)
 
         with background(room.ahead) as do, closing(quantized_layers(todo, samples, missing)) as results:
-            if not writer.has_kept():
+            if work.done("kept") is None:
                 do(writer.write_kept, view.kept_on_disk())
             for layer in missing:
                 report("quantize", layer, writer.depth)
