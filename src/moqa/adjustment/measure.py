@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from moqa.adjustment.cached import LayerOriginals
-from moqa.calibration.backward import run_back
-from moqa.calibration.hidden import HiddenStates
+from moqa.calibration.hidden import HiddenStates, run_back
 from moqa.models.experts import PROJECTIONS, ExpertRun, observed, projection_rows
 from moqa.models.layerwise import LayerwiseModel
 from moqa.profiling.selfsample import draw

@@ -9,11 +9,11 @@ from moqa.execution import Executor, LocalExecutor
 from moqa.format.cache import has_cache
 from moqa.format.reader import open_checkpoint
 from moqa.memory.limit import MemoryLimit
-from moqa.methods.registry import Method, find_method
+from moqa.methods.registry import find_method
 from moqa.models.load import read_config
 from moqa.models.view import ModelView
 from moqa.originals.folder import fingerprint, locate
-from moqa.planning import STRATEGIES, Budget, MemoryBudget, Plan, Strategy, plan
+from moqa.planning import STRATEGIES, Budget, MemoryBudget, Plan, plan
 from moqa.planning.run import check_budget
 from moqa.profiling import Profile, read_profile
 from moqa.profiling.blank import blank_profile
@@ -42,6 +42,9 @@ class CompressJob:
         windows: windows of each text of the proof; None for all.
         memory: memory that a process may take.
         executor: where the work is done.
+        strategy: of the plan.
+        method: quantization method of the checkpoint and its baselines.
+        profile_folder: where the profile is or will be.
     """
 
     def __init__(
@@ -49,8 +52,9 @@ class CompressJob:
         options: CompressOptions, memory: MemoryLimit | None, executor: Executor | None,
     ) -> None:  # fmt: skip
         self.model, self.out, self.options = str(model), Path(out), options
+        self.profile_folder = options.profile or self.out.with_name(self.out.name + ".profile")
         self.executor = executor or LocalExecutor()
-        find_method(options.method)
+        self.method = find_method(options.method)
         if options.cache is not None:
             parse_cache(options.cache)
         if not (options.proof and lacks_proof(self.out)):
@@ -58,7 +62,8 @@ class CompressJob:
         self.budget = Budget.of(budget) if isinstance(budget, str) else budget
         if isinstance(self.budget, MemoryBudget):
             self.budget.check(options.widths, options.group_size, options.symmetric)
-        check_budget(STRATEGIES.find(options.strategy), self.budget, "give --bpw, --size or --fit")
+        self.strategy = STRATEGIES.find(options.strategy)
+        check_budget(self.strategy, self.budget, "give --bpw, --size or --fit")
         self.memory = self.executor.memory(memory)
         self.folder = locate(self.model)
         task = task_of(read_config(self.folder))
@@ -74,21 +79,6 @@ class CompressJob:
             # a text that is too short for the proof is refused now, not after the checkpoint is written
             samples = [task.cut(text, reader, options.context, self.windows) for text in self.held_out]
             self.tokens = sum(task.count(sample.inputs) for sample in samples)
-
-    @property
-    def strategy(self) -> Strategy:
-        """Strategy of the plan."""
-        return STRATEGIES[self.options.strategy]
-
-    @property
-    def method(self) -> Method:
-        """Quantization method of the checkpoint and its baselines."""
-        return find_method(self.options.method)
-
-    @property
-    def profile_folder(self) -> Path:
-        """Folder where the profile is or will be."""
-        return self.options.profile or self.out.with_name(self.out.name + ".profile")
 
     @property
     def is_profiled(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from moqa.errors import MoqaError, one_line
+from moqa.storage.folders import writing
 
 Answer = TypeVar("Answer")
 _START = "start one with `ray start --head`, and `ray start --address=HOST:6379` on the other machines"
@@ -110,11 +111,9 @@ def token(folder: Path) -> Iterator[Path]:
         MoqaError: if it cannot be written.
     """
     path = folder / f".moqa-{uuid4().hex}"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         path.touch()
-    except OSError as error:
-        raise MoqaError(f"{folder} cannot be written", error.strerror or str(error)) from None
     try:
         yield path
     finally:

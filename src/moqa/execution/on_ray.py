@@ -13,8 +13,7 @@ from moqa.errors import MoqaError, Stopped, one_line
 from moqa.execution.cluster import ask, connect, nodes, token
 from moqa.execution.local import Item, Result
 from moqa.execution.workspace import Workspace, WorkspaceAddress, opened
-from moqa.memory.free import free_on_machine
-from moqa.memory.limit import MemoryLimit
+from moqa.memory.limit import MemoryLimit, free_on_machine
 from moqa.progress import Report
 
 # lost workers after which a piece is given up: machines come and go, but a piece may also kill its workers

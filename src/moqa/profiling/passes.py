@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from moqa.calibration.backward import run_back
-from moqa.calibration.hidden import HiddenStates
+from moqa.calibration.hidden import HiddenStates, run_back
 from moqa.calibration.inputs import BlockInputs, CalibrationBatch
 from moqa.execution import Workspace
 from moqa.models.layerwise import LayerwiseModel
@@ -161,11 +159,10 @@ def _run_back(workspace: Workspace, layer: int, flow: ProfiledSamples, sensitivi
         if unit.name in sensitivity.sums:
             out.register_hook(lambda gradient: sensitivity.add(unit.name, rows, output_rows(module, gradient), samples))
 
+    def put(index: int, gradient: Tensor) -> None:
+        if keep:
+            flow.put_gradient(layer, flow.measured[index], gradient)
+
     with in_stored_precision(view, layer), watching(view, layer, sensitivity, linear):
         batches = ((flow.hidden.at(layer, number), flow.gradient(layer + 1, number)) for number in flow.measured)
-        put = partial(flow.put_gradient, layer) if keep else _forget
-        run_back(stages, layer, batches, lambda index, gradient: put(flow.measured[index], gradient))
-
-
-def _forget(number: int, gradient: Tensor) -> None:
-    """Drop a gradient: the last pass over the block computes it again."""
+        run_back(stages, layer, batches, put)

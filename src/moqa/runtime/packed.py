@@ -136,6 +136,9 @@ class PackedExperts(nn.Module):
         kernels: that multiply.
         variants: of the model; None means that these matrices are never replaced.
         layer: index of the layer, which variants use.
+
+    Attributes:
+        count: number of experts.
     """
 
     def __init__(
@@ -148,7 +151,7 @@ class PackedExperts(nn.Module):
         layer: int = 0,
     ) -> None:
         super().__init__()
-        self._rows, self._count = projection_rows(experts), experts.num_experts
+        self._rows, self.count = projection_rows(experts), experts.num_experts
         self.activation = activation_of(experts)
         self.variants, self._layer = variants or Variants(), layer
         self._plain = ExpertsVariant()
@@ -156,11 +159,6 @@ class PackedExperts(nn.Module):
         self.counts: Tensor | None = None
         self.kernels = kernels
         self.matrices = nn.ModuleDict({f"{e}:{projection}": matrix for (e, projection), matrix in matrices.items()})
-
-    @property
-    def count(self) -> int:
-        """Number of experts."""
-        return self._count
 
     def count_in(self, counts: Tensor | None) -> None:
         """From now on, count the tokens of each expert in [experts] int64 on the CPU; None counts nothing."""
@@ -176,7 +174,7 @@ class PackedExperts(nn.Module):
         """All experts in one call, or None if the kernels cannot compute this family's activation or the patches."""
         if self.counts is not None:
             # an index past the last expert stands for none
-            self.counts += torch.bincount(index.flatten().cpu(), minlength=self._count)[: self._count]
+            self.counts += torch.bincount(index.flatten().cpu(), minlength=self.count)[: self.count]
         if self.activation is None or (self.variant.patches and not self.kernels.takes_patches):
             return None
         return self.kernels.experts(self.stack(module), hidden, index, weights)
@@ -217,7 +215,7 @@ class PackedExperts(nn.Module):
 
     def _as_stack(self, module: Experts, activation: str) -> ExpertStack:
         def all_of(projection: str) -> list[PackedMatrix]:
-            return [self._matrix(expert, projection) for expert in range(self._count)]
+            return [self._matrix(expert, projection) for expert in range(self.count)]
 
         parts = (all_of("gate_proj"), all_of("up_proj"), all_of("down_proj"))
         stack = ExpertStack(*parts, activation, patches=self.variant.patches)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moqa.errors import MoqaError, Stopped, UnreadableError
-from moqa.storage.folders import check_free, put_in_place, sync
+from moqa.storage.folders import check_free, put_in_place, sync, writing
 
 _JOB, _LOCK, _RESULT, _STEPS = "job.json", "lock", "result", "steps"
 
@@ -110,16 +110,12 @@ def resumable(
     """
     check_free(out, overwrite)
     folder = folder_beside(out)
-    try:
+    with writing(out):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder, out)
-    except OSError as error:
-        raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
     with lock:
-        try:
+        with writing(out):
             _same_job(folder, job, out, restart)
-        except OSError as error:
-            raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
         work = ResumableRun(folder)
         keep = False
         try:
