@@ -108,13 +108,9 @@ def opened(place: WorkspaceAddress) -> Workspace:
     Raises:
         Stopped: if this machine, which may have joined after the run began, lacks something.
     """
-    if place.run not in _opened:
-        _opened.clear()
-        _opened[place.run] = _open(place)
-    return _opened[place.run]
-
-
-def _open(place: WorkspaceAddress) -> Workspace:
+    if place.run in _opened:
+        return _opened[place.run]
+    _opened.clear()
     lacking = place.lacking()
     if lacking:
         raise Stopped(f"a machine {lacking}; the same command continues without it")
@@ -123,7 +119,7 @@ def _open(place: WorkspaceAddress) -> Workspace:
     return_large_blocks()
     workspace = Workspace(open_model(place.model, keep=False), ResumableRun(place.shared))
     workspace.mark = f"-{uuid4().hex}"
-    return workspace
+    return _opened.setdefault(place.run, workspace)
 
 
 def _versions() -> dict[str, str]:

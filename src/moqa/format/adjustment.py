@@ -132,20 +132,16 @@ class LayerChannels:
     """One layer's part of `ChannelPart`, mapped from the file.
 
     Attributes:
-        projection: which.
-        scheme: of the matrix.
+        part: which channels these are, and how they are stored.
         shape: (out, in) of the matrix.
-        replaces: see `ChannelPart`.
         tensors: of the matrix, by suffix.
         expert: [channels] int64.
         channel: [channels] int64.
         factor: [channels] float32; None for rows.
     """
 
-    projection: str
-    scheme: Scheme
+    part: ChannelPart
     shape: tuple[int, int]
-    replaces: bool
     tensors: dict[str, Tensor]
     expert: Tensor
     channel: Tensor
@@ -185,7 +181,7 @@ class Adjustment:
             if not count:
                 continue
             yield LayerChannels(
-                part.projection, part.scheme, part.shape(count, sizes), part.replaces, self._matrix(number, layer),
+                part, part.shape(count, sizes), self._matrix(number, layer),
                 expert=torch.arange(sizes.experts).repeat_interleave(self._mapped["experts"][number, layer].long()),
                 channel=self._mapped["channel"][at].long(),
                 factor=self._mapped["factor"][columns].float() if part.projection == COLUMNS else None,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.layout import DTYPES, Entry, Shard
+from moqa.format.layout import NAMED, Entry, Shard
 from moqa.format.manifest import StoredFile
 from moqa.format.writer import write_shard
 from moqa.storage.artifact import check_signed, file_hash, read_json, signed, write_json
@@ -52,10 +52,9 @@ class Cache:
 
     @cached_property
     def _shards(self) -> list[Shard]:
-        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
         count = len(self.record.layers)
         return [
-            _shard(i, count, {name: (dtypes[dtype], shape) for name, (dtype, shape) in tensors.items()})
+            _shard(i, count, {name: (NAMED[dtype], shape) for name, (dtype, shape) in tensors.items()})
             for i, tensors in enumerate(self.record.layers)
         ]
 

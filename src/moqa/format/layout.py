@@ -16,6 +16,8 @@ DTYPES = {
     torch.uint8: "U8", torch.bool: "BOOL", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
     torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
 }  # fmt: skip
+# the same dtypes by the names that records give them
+NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 ALIGNMENT = 64
 _DIGITS = 15  # of the largest offset in a file
 

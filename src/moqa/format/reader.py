@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.layout import DTYPES, Shard, shards
+from moqa.format.layout import DTYPES, NAMED, Shard, shards
 from moqa.format.manifest import CONFIG, FORMAT, MANIFEST, Manifest
 from moqa.originals.folder import read_header
 from moqa.storage.artifact import check_signed, file_hash, read_json
@@ -162,10 +162,9 @@ def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
 
 
 def _dtype(name: str, text: str) -> torch.dtype:
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    if text not in known:
-        raise MoqaError(f"{MANIFEST}: {name} has dtype {text!r}", f"known dtypes are {', '.join(known)}")
-    return known[text]
+    if text not in NAMED:
+        raise MoqaError(f"{MANIFEST}: {name} has dtype {text!r}", f"known dtypes are {', '.join(NAMED)}")
+    return NAMED[text]
 
 
 def _difference(path: Path, shard: Shard) -> str:

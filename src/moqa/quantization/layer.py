@@ -36,12 +36,6 @@ def keep_unit(weights: Tensor) -> QuantizedUnit:
     return QuantizedUnit({"weight": weights.to(torch.bfloat16).contiguous()}, "none", None)
 
 
-def store_unit(weights: Tensor, scheme: Scheme, method: Method) -> QuantizedUnit:
-    """A unit [out, in] quantized by a method that uses no inputs."""
-    assert method.store is not None
-    return QuantizedUnit(method.store(weights, scheme), method.name, None)
-
-
 def solve(stack: UnitStack, schemes: Mapping[str, Scheme], method: Method) -> dict[str, QuantizedUnit]:
     """Unit name -> result of a stack: for each of its units the better of the method and plain rounding."""
     solved: dict[str, QuantizedUnit] = {}

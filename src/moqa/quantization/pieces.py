@@ -14,7 +14,7 @@ from moqa.execution import Executor, Workspace
 from moqa.format.scheme import Scheme
 from moqa.methods import Method
 from moqa.progress import Report
-from moqa.quantization.layer import QuantizedUnit, keep_unit, solve, store_unit
+from moqa.quantization.layer import QuantizedUnit, keep_unit, solve
 from moqa.quantization.samples import CalibrationSamples
 
 Item = TypeVar("Item")
@@ -137,7 +137,10 @@ def quantize_piece(workspace: Workspace, piece: BlockPiece) -> dict[str, Quantiz
     done = {unit.name: keep_unit(view.weight(unit)) for unit in kept}
     narrow = [unit for unit in units if not schemes[unit.name].is_unquantized]
     if method.store is not None:
-        return done | {unit.name: store_unit(view.weight(unit), schemes[unit.name], method) for unit in narrow}
+        for unit in narrow:
+            stored = method.store(view.weight(unit), schemes[unit.name])
+            done[unit.name] = QuantizedUnit(stored, method.name, None)
+        return done
     left = Counter(map(input_space, narrow))
     for stack in stacks(view, narrow, schemes, inputs):
         done |= solve(stack, schemes, method)
@@ -157,16 +160,12 @@ def _collected(
     depth = len(work.workspace.view.blocks)
     for piece in pieces:
         if piece.experts:
-            error = _error(done)
+            errors = [result.error for result in done.values() if result.error is not None]
+            # mean relative output error so far
+            error = sum(errors) / max(len(errors), 1)
             work.report("quantize", piece.layer, depth, layer=piece.layer, expert=piece.experts[0], error=error)
         done |= next(results)
     return done
-
-
-def _error(done: Mapping[str, QuantizedUnit]) -> float:
-    """Mean relative output error so far."""
-    errors = [result.error for result in done.values() if result.error is not None]
-    return sum(errors) / max(len(errors), 1)
 
 
 def _slices(items: Sequence[Item], together: int, workers: int) -> Iterator[Sequence[Item]]:

@@ -98,8 +98,11 @@ def try_quantization(tried: TrialLayer, batches: Sequence[CalibrationBatch], mov
     rates.linear = watch.seconds(lambda: solve(linear)) if linear else 0.0
     rates.solve = watch.seconds(lambda: solve(routed)) / len(few) if few else 0.0
     tried.stored.update({name: tried.schemes[name] for name in tried.done})
-    for unit, other in _stand_ins(units, few):
-        tried.done[unit.name], tried.stored[unit.name] = tried.done[other.name], tried.schemes[other.name]
+    alike = {(unit.expert, unit.projection): unit.name for unit in routed}
+    for unit in units:
+        if unit.name not in tried.done and unit.expert is not None:
+            other = alike[few[unit.expert % len(few)], unit.projection]
+            tried.done[unit.name], tried.stored[unit.name] = tried.done[other], tried.schemes[other]
     if moving is not None:
         rates.advance = _advance(tried, moving)
     if inputs is not None:
@@ -184,14 +187,6 @@ def _write(tried: TrialLayer) -> None:
 
     tried.rates.written = shard.bytes
     tried.rates.write, tried.rates.write_work = tried.watch.single(write)
-
-
-def _stand_ins(units: Sequence[Unit], few: Sequence[int]) -> Iterator[tuple[Unit, Unit]]:
-    """Units of experts that were not quantized, each with one that was and stands in for it."""
-    routed = {(unit.expert, unit.projection): unit for unit in units if unit.expert is not None}
-    for (expert, projection), unit in routed.items():
-        if expert is not None and expert not in few:
-            yield unit, routed[few[expert % len(few)], projection]
 
 
 def _mixed(fit: float, check: float) -> float:

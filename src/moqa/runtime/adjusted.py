@@ -131,10 +131,10 @@ class Adjustments:
 
 
 def _patch(stored: LayerChannels) -> Patch:
-    matrix = PackedMatrix(stored.scheme, stored.shape, stored.tensors)
+    matrix = PackedMatrix(stored.part.scheme, stored.shape, stored.tensors)
     channels = Channels(matrix, stored.expert, stored.channel, stored.factor)
-    parts = {"gate_proj": None, "up_proj": None, COLUMNS: None, stored.projection: channels}
-    return Patch(parts["gate_proj"], parts["up_proj"], parts[COLUMNS], stored.replaces)
+    parts = {"gate_proj": None, "up_proj": None, COLUMNS: None, stored.part.projection: channels}
+    return Patch(parts["gate_proj"], parts["up_proj"], parts[COLUMNS], stored.part.replaces)
 
 
 def make_adjustable(
