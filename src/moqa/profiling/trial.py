@@ -95,8 +95,7 @@ class ProfileTrial:
 
     def _line(self, seconds: Sequence[float]) -> TokenCost:
         counts = [self.workspace.stages.task.count(tokens) for tokens in self.samples.values()]
-        few, more = zip(counts, seconds, strict=True)
-        return TokenCost.through(few, more)
+        return TokenCost.through(*zip(counts, seconds, strict=True))
 
 
 @torch.no_grad()

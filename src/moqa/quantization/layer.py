@@ -31,11 +31,6 @@ class QuantizedUnit:
     error: float | None
 
 
-def keep_unit(weights: Tensor) -> QuantizedUnit:
-    """A unit that stays in 16-bit floating point."""
-    return QuantizedUnit({"weight": weights.to(torch.bfloat16).contiguous()}, "none", None)
-
-
 def solve(stack: UnitStack, schemes: Mapping[str, Scheme], method: Method) -> dict[str, QuantizedUnit]:
     """Unit name -> result of a stack: for each of its units the better of the method and plain rounding."""
     solved: dict[str, QuantizedUnit] = {}
