@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from moqa.adjustment.cached import LayerOriginals
-from moqa.calibration.backward import run_back
-from moqa.calibration.hidden import HiddenStates
+from moqa.calibration.hidden import HiddenStates, run_back
 from moqa.models.experts import PROJECTIONS, ExpertRun, observed, projection_rows
 from moqa.models.layerwise import LayerwiseModel
 from moqa.profiling.selfsample import draw
@@ -38,7 +37,7 @@ class ChannelGains:
     Attributes:
         gains: by layer and projection, [experts, width]: decrease of the KL divergence from the original if a channel's
             row or column were exact, nats per token; -inf for channels that the cache does not have.
-        significance: by layer, [experts, width] (`LayerStatistics.channel`), on the samples.
+        significance: by layer, [experts, width] (`channel` of `LayerStatistics`), on the samples.
         stages: of the checkpoint's model.
         hidden: the samples as inputs of every layer.
         divergence: current KL divergence on the samples, nats per token; None without the whole original.

@@ -47,7 +47,7 @@ app = App(
 
 def _help_of(option: str) -> str | None:
     if option == "engine":
-        kinds = [f"{name} ({kind.help})" for name, kind in EXECUTORS.items()]
+        kinds = [f"{name} ({where})" for name, where in EXECUTORS.items()]
         return f"where the work is done: {one_of(kinds)}"
     if option == "no_sensitivity":
         unmeasured = [name for name, member in STRATEGIES.items() if not member.needs_sensitivity]

@@ -96,9 +96,9 @@ def _adjustment(path: Path, json: Path | None) -> None:
     rows = []
     for layer in range(len(record.channels[0].counts) if record.channels else 0):
         counts, experts = Counter[int](), Counter[int]()
-        for part in adjustment.layer(layer):
-            counts[part.scheme.width] += len(part.channel)
-            experts.update(part.expert.tolist())
+        for channels in adjustment.layer(layer):
+            counts[channels.part.scheme.width] += len(channels.channel)
+            experts.update(channels.expert.tolist())
         units = sum(f".layers.{layer}." in name for name in record.units)
         most = ", ".join(f"{expert} ({count})" for expert, count in experts.most_common(5))
         rows.append([str(layer), *(str(counts[w] or "") for w in widths), str(units or ""), most])

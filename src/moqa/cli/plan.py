@@ -13,7 +13,7 @@ from moqa.compression.options import DEFAULTS
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
-    from moqa.forecast.estimate import Estimate
+    from moqa.estimate import Estimate
     from moqa.planning import Account, MemoryBudget, Plan
     from moqa.profiling import Profile
 

@@ -138,7 +138,7 @@ def quantize(
             model, data, budget, out, held_out=held_out, options=settings, memory=memory, executor=executor,
             before=start_and_end(),
         )  # fmt: skip
-        print_estimate(expected.cost, expected.plan, expected.profile, json)
+        print_estimate(*expected, json)
         return
     with progress(log_json) as report:
         result = compress(

@@ -12,7 +12,7 @@ from torch import Tensor
 from moqa.format.layout import Shard
 from moqa.format.manifest import CONFIG, Manifest, StoredFile
 from moqa.originals.folder import INDEX
-from moqa.storage.artifact import checksum, write_json
+from moqa.storage.artifact import file_hash, signed, write_json
 
 
 def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> StoredFile:
@@ -47,9 +47,8 @@ def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> St
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write a checkpoint's manifest with its checksum and that of `config.json`, so that readers detect changes."""
     config = path.with_name(CONFIG)
-    digest = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else ""
-    manifest = manifest.model_copy(update={"config": digest})
-    write_json(manifest.model_copy(update={"checksum": checksum(manifest.model_dump(mode="json"))}), path)
+    digest = file_hash(config) if config.is_file() else ""
+    write_json(signed(manifest.model_copy(update={"config": digest})), path)
 
 
 def introduce(folder: Path) -> None:

@@ -89,13 +89,13 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _hide_packed(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """Replace packed modules by empty ones that only have the biases that are still to be loaded."""
-    from moqa.runtime.packed import PackedConvolution, PackedExperts, PackedLinear
+    from moqa.runtime.packed import PackedExperts, PackedLinear
 
     places = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, PackedLinear | PackedConvolution | PackedExperts)
+        if isinstance(child, PackedLinear | PackedExperts)
     ]
     for parent, name, child in places:
         empty = nn.Module()

@@ -9,7 +9,7 @@ from moqa.data import Data
 from moqa.errors import MoqaError
 from moqa.execution import Executor, LocalExecutor, Workspace
 from moqa.forecast.disk import profile_disk_bytes
-from moqa.forecast.working_set import ProfileWorkingSet
+from moqa.forecast.working_set import WorkingSet
 from moqa.format.manifest import Fitted
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
@@ -19,15 +19,13 @@ from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.profiling.measure import Measurement
-from moqa.profiling.passes import ErrorSettings
 from moqa.profiling.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profiling.selfsample import self_sample
-from moqa.profiling.sensitivity import PROBES
+from moqa.profiling.sensitivity import PROBES, ErrorSettings
 from moqa.profiling.store import RECORD, Profile, read_profile, stored_samples, write_profile
 from moqa.progress import Report, quiet
 from moqa.storage.folders import is_taken
-from moqa.storage.resumable import ResumableRun, resumable
-from moqa.storage.space import check_space
+from moqa.storage.resumable import ResumableRun, check_space, resumable
 from moqa.tasks import task_of
 
 DEFAULT_SAMPLES = 64
@@ -118,7 +116,8 @@ def profile(
         )  # fmt: skip
     fingerprint = original.fingerprint(folder)
     old = _reusable(out, fingerprint, settings)
-    missing = [name for name, record in records.items() if old is None or not _same(old, name, record)]
+    held = {} if old is None else old.record.distributions
+    missing = [name for name, record in records.items() if not _same(held.get(name), record)]
     if old is not None:
         # an existing profile may hold more than was asked for, e.g. the sensitivity
         settings = old.record.settings
@@ -130,7 +129,7 @@ def profile(
     job = {"moqa": __version__, "model": fingerprint, **settings.model_dump(mode="json"),
            "texts": {name: records[name].model_dump(mode="json") for name in missing}}  # fmt: skip
     settle()
-    room = ProfileWorkingSet.within(limits, view, how, len(PROBES))
+    room = WorkingSet.to_profile(limits, view, how, len(PROBES))
     check_space(out, profile_disk_bytes(view, sum(records[name].tokens for name in missing), len(missing)))
     engine.prepare(folder, out, report)
     with resumable(out, job, overwrite=True, restart=restart) as work:
@@ -139,8 +138,8 @@ def profile(
             inputs[SELF] = _own_text(view, wanted, settings, work, report)
         errors = ErrorSettings.of(settings, how, room.experts)
         measurement = Measurement(Workspace(view, work), inputs, errors, seed, engine)
-        measured = measurement.run(report)
-        statistics = {name: {**measured.statistics[name], "samples": stored_samples(inputs[name])} for name in missing}
+        measured, weights = measurement.run(report)
+        statistics = {name: {**measured[name], "samples": stored_samples(inputs[name])} for name in missing}
         if old is not None:
             statistics = {**old.statistics, **statistics}
             records = {**old.record.distributions, **records}
@@ -152,9 +151,9 @@ def profile(
             units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
             distributions={name: records[name] for name in statistics},
         )  # fmt: skip
-        write_profile(Profile(record, work.result, statistics, measured.weights))
+        write_profile(Profile(record, work.result, statistics, weights))
         work.mark_done("profile", {})
-    return Profile(record, out, statistics, measured.weights)
+    return Profile(record, out, statistics, weights)
 
 
 def _own_text(view: ModelView, windows: int, settings: Settings, work: ResumableRun, report: Report) -> Tensor:
@@ -181,8 +180,5 @@ def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None
     return old
 
 
-def _same(old: Profile, name: str, record: DistributionRecord) -> bool:
-    there = old.record.distributions.get(name)
-    if there is None:
-        return False
-    return there.fitted == record.fitted and there.samples == record.samples
+def _same(old: DistributionRecord | None, new: DistributionRecord) -> bool:
+    return old is not None and (old.fitted, old.samples) == (new.fitted, new.samples)

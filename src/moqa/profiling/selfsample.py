@@ -10,7 +10,7 @@ OWN_BATCH = 64
 
 
 @torch.no_grad()
-def self_sample(view: ModelView, windows: int, context: int, seed: int, batch: int = OWN_BATCH) -> Tensor:
+def self_sample(view: ModelView, windows: int, context: int, seed: int) -> Tensor:
     """Windows drawn from the model's own distribution, each from a random first token.
 
     >>> self_sample(view, windows=2, context=8, seed=0).shape
@@ -21,7 +21,6 @@ def self_sample(view: ModelView, windows: int, context: int, seed: int, batch: i
         windows: number of windows.
         context: tokens in each.
         seed: of the random draws.
-        batch: windows that are written at a time.
 
     Returns:
         [windows, context] token ids, int64.
@@ -32,8 +31,8 @@ def self_sample(view: ModelView, windows: int, context: int, seed: int, batch: i
     generator = torch.Generator().manual_seed(seed)
     vocabulary = view.model.get_input_embeddings().num_embeddings
     written = []
-    for start in range(0, windows, batch):
-        tokens = torch.randint(vocabulary, (min(batch, windows - start), 1), generator=generator)
+    for start in range(0, windows, OWN_BATCH):
+        tokens = torch.randint(vocabulary, (min(OWN_BATCH, windows - start), 1), generator=generator)
         parts, cache = [tokens], None
         for _ in range(context - 1):
             result = view.model(parts[-1], past_key_values=cache, use_cache=True)
