@@ -14,6 +14,8 @@ from moqa.format.manifest import CONFIG, Manifest, StoredFile
 from moqa.originals.folder import INDEX
 from moqa.storage.artifact import file_hash, signed, write_json
 
+NOT_A_FILE = "made-by-moqa--pip-install-moqa-to-load-it.safetensors"
+
 
 def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> StoredFile:
     """Write one file of a checkpoint, byte for byte as it was planned.
@@ -52,10 +54,15 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
 
 
 def introduce(folder: Path) -> None:
-    """Mark `config.json` as moqa's, for transformers; call it before the manifest is written."""
+    """Mark `config.json` as moqa's, for transformers; call it before the manifest is written.
+
+    A transformers that does not know moqa only warns about the unknown method, and loads random units. So the weights
+    are said to be in a file that does not exist and whose name says what to do; `integrations/transformers.py` ignores
+    it.
+    """
     path = folder / CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    write_json(config | {"quantization_config": {"quant_method": "moqa"}}, path)
+    write_json(config | {"quantization_config": {"quant_method": "moqa"}, "transformers_weights": NOT_A_FILE}, path)
 
 
 def write_index(manifest: Manifest, folder: Path) -> None:

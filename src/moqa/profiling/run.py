@@ -1,11 +1,12 @@
 """`moqa.profile`: measure a model on distributions, reusing what the folder already holds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from moqa import __version__
-from moqa.data import Data
+from moqa.data import Data, prompt_start
 from moqa.errors import MoqaError
 from moqa.execution import Executor, LocalExecutor, Workspace
 from moqa.forecast.disk import profile_disk_bytes
@@ -135,7 +136,7 @@ def profile(
     with resumable(out, job, overwrite=True, restart=restart) as work:
         inputs = {name: cut[name].inputs for name in missing if name != SELF}
         if SELF in missing:
-            inputs[SELF] = _own_text(view, wanted, settings, work, report)
+            inputs[SELF] = _own_text(view, wanted, settings, work, report, prompt_start(reader))
         errors = ErrorSettings.of(settings, how, room.experts)
         measurement = Measurement(Workspace(view, work), inputs, errors, seed, engine)
         measured, weights = measurement.run(report)
@@ -156,11 +157,13 @@ def profile(
     return Profile(record, out, statistics, weights)
 
 
-def _own_text(view: ModelView, windows: int, settings: Settings, work: ResumableRun, report: Report) -> Tensor:
+def _own_text(
+    view: ModelView, windows: int, settings: Settings, work: ResumableRun, report: Report, start: Sequence[int]
+) -> Tensor:
     """[windows, context] text of the model itself, written now or before a kill."""
     if work.done("self") is None:
         report("self-sampling", 0, 1)
-        work.save("self", {"tokens": self_sample(view, windows, settings.context, settings.seed)})
+        work.save("self", {"tokens": self_sample(view, windows, settings.context, settings.seed, start)})
         report("self-sampling", 1, 1)
         work.mark_done("self", {})
     return work.load("self")["tokens"]
