@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from moqa.format.reader import is_checkpoint
-from moqa.models.load import load_original, read_config
+from moqa.models.load import read_config, read_generation_config
+from moqa.models.view import open_model
 from moqa.originals import folder as original
 from moqa.runtime.load import load
 from moqa.tasks import check_language_model
@@ -31,5 +30,7 @@ def load_any(model: str | Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBa
         check_language_model(read_config(Path(model), packed=True), model)
         return load(model)
     folder = original.locate(model)
-    original.check_finite(folder)
-    return load_original(folder, torch.float32), load_tokenizer(folder)
+    check_language_model(read_config(folder), folder)
+    loaded = open_model(folder).model
+    read_generation_config(loaded, folder)
+    return loaded, load_tokenizer(folder)

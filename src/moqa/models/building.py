@@ -31,9 +31,21 @@ def empty_model(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedMo
 
     >>> next(empty_model(config, torch.float32).parameters()).is_meta
     True
+
+    Parameters and buffers have the dtypes that `from_pretrained` gives them: what a family keeps in float32 whatever
+    the dtype, such as the biases of routers, is float32.
     """
+    from transformers.core_model_loading import build_glob_alternation
+
     with BUILDING, quiet(), _parameters_on_meta(), _LargeOnMeta():
-        return task_of(config).auto_class().from_config(config, dtype=dtype).eval().requires_grad_(False)
+        model = task_of(config).auto_class().from_config(config, dtype=dtype).eval().requires_grad_(False)
+    wide = model._get_dtype_plan(dtype)
+    if wide:
+        pattern = build_glob_alternation(list(wide))[0]
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point() and pattern.search(name):
+                tensor.data = tensor.data.float()
+    return model
 
 
 @contextmanager

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    """Original model of a folder, ready to evaluate.
+    """Original model of a folder as transformers itself loads and runs it, to compare moqa with.
 
     Raises:
         MoqaError: if it is not a causal language model, is quantized in a format that moqa does not read, or its
@@ -69,6 +69,9 @@ def read_config(folder: Path, packed: bool = False) -> "PretrainedConfig":
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise MoqaError(f"{folder} has a config.json that transformers cannot read", one_line(error)) from None
     task_of(config, folder)
+    named = getattr(config, "transformers_weights", None)
+    if named is not None:  # transformers would read this file instead
+        raise MoqaError(f"{folder} names its weights {named} (transformers_weights in config.json)", "rename the files")
     quantized = None if packed else getattr(config, "quantization_config", None)
     if quantized:
         find_format(folder, quantized if isinstance(quantized, dict) else quantized.to_dict())
@@ -104,10 +107,12 @@ def difference(folder: Path, config: "PretrainedConfig") -> str | None:
             model = task_of(config).auto_class().from_config(config)
     except Exception:  # whatever is wrong with the configuration, the caller already has an error to report
         return None
-    state = {k: v for k, v in model.state_dict().items() if k not in (model.all_tied_weights_keys or {})}
+    ties = model.all_tied_weights_keys
+    state = {k: v for k, v in model.state_dict().items() if k not in ties}
     wanted = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
     found = {name: list(entry["shape"]) for name, entry in OriginalReader(folder).headers.items()}
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    tied = {source for target, source in ties.items() if target in found}
+    missing, extra = sorted(wanted.keys() - found.keys() - tied), sorted(found.keys() - wanted.keys() - ties.keys())
     other = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
     if missing:
         return f"it lacks {missing[0]} {wanted[missing[0]]}{_more(missing)}"

@@ -75,9 +75,12 @@ class BlockLoader:
         stacks: dict[str, _Stack] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         mixed: set[str] = set()
+        names: dict[str, str] = {}
         wanted = model.state_dict()
         for name, (target, pattern, converter) in _targets(model, self._mapping, list(headers)).items():
             dtype = _dtype(headers[name])
+            if pattern is None and names.setdefault(target, name) != name:
+                raise MoqaError(f"{stored.folder} holds {target} twice", f"as {names[target]} and as {name}")
             if wanted[target].is_floating_point() and not dtype.is_floating_point:
                 kind = headers[name]["dtype"]
                 raise MoqaError(
@@ -101,8 +104,9 @@ class BlockLoader:
         self._fetcher = ThreadPoolExecutor(1, "moqa-fetcher")
         self._readers = ThreadPoolExecutor(_READERS, "moqa-reader")
         self._fetching: tuple[int, Future[_Fetched]] | None = None
-        _check(model, stored.folder, self._mapping, headers)
+        self._absent = _check(model, stored.folder, self._mapping, headers)
         self._read(None)
+        self._settle_ties(names)
 
     def need(self, piece: int) -> None:
         """Make sure that a piece is in memory."""
@@ -205,8 +209,24 @@ class BlockLoader:
         return [name for name, p in self._model.named_parameters(remove_duplicate=False) if id(p) != before[name]]
 
     def _tie(self) -> None:
-        with BUILDING:
-            self._model.tie_weights()
+        """Tie what the configuration ties, in either direction, except two tensors of the folder that differ."""
+        with BUILDING, quiet():
+            self._model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
+
+    def _settle_ties(self, names: Mapping[str, str]) -> None:
+        """Find out once which parameters are tied; `names` are those on disk."""
+        ties = self._model.all_tied_weights_keys
+        twice = {target: source for target, source in ties.items() if not self._absent & {target, source}}
+        if twice:
+            self.need(ENDS)  # compares them
+            for target in twice.keys() & ties.keys():  # the same values: reading one is enough
+                self._absent.add(target)
+                self._names = {p: [n for n in found if n != names[target]] for p, found in self._names.items()}
+            if not self.keep:
+                self.forget()
+        for target, source in ties.items():
+            if source in self._absent and target in self._dtypes:
+                self._dtypes[source] = self._dtypes[target]
 
     def _fetch(self, piece: int) -> "_Fetched":
         """Read a piece's tensors, for a later `_put`."""
@@ -315,17 +335,25 @@ def _targets(
     return found
 
 
-def _check(model: "PreTrainedModel", folder: Path, mapping: Sequence[Any], headers: Mapping[str, dict]) -> None:
-    """Convert all tensors without their values, and refuse a checkpoint whose result does not fit the model."""
+def _check(model: "PreTrainedModel", folder: Path, mapping: Sequence[Any], headers: Mapping[str, dict]) -> set[str]:
+    """Convert all tensors without their values, and refuse a checkpoint whose result does not fit the model; returns
+    the parameters that only a tie provides."""
     state = {name: torch.empty(entry["shape"], dtype=_dtype(entry), device="meta") for name, entry in headers.items()}
     found = _convert(model, state, mapping, "meta")
+    absent = set(found.missing_keys)
+    with BUILDING, quiet():
+        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+    absent -= found.missing_keys
+    # transformers would fill these with random numbers; some families only silence its warning
+    random = found.missing_keys & dict(model.named_parameters(remove_duplicate=False)).keys()
     model._adjust_missing_and_unexpected_keys(found)
-    missing = found.missing_keys - set(model.all_tied_weights_keys or {})
+    missing = found.missing_keys | random
     wrong = [*sorted(found.conversion_errors), *sorted(str(key) for key in found.mismatched_keys), *sorted(missing)]
     wrong += sorted(found.unexpected_keys)
     if wrong:
         problem = difference(folder, model.config) or f"{len(wrong)} tensors do not fit, e.g. {wrong[0]}"
         raise MoqaError(f"{folder} is not what its config.json says", problem)
+    return absent
 
 
 def _convert(model: "PreTrainedModel", state: Mapping[str, Any], mapping: Sequence[Any], device: str) -> Any:

@@ -156,11 +156,9 @@ class ModelView:
 
     def ends_bytes(self) -> int:
         """Bytes of the embedding and the head in memory."""
-        sizes = [end.weight.numel() * end.weight.dtype.itemsize for end in self.task.ends(self.model)]
-        if not sizes:
-            return 0
-        tied = self.model.all_tied_weights_keys and self.model.config.get_text_config().tie_word_embeddings
-        return max(sizes) if tied else sum(sizes)
+        # tied ends have one weight
+        weights = {id(end.weight): end.weight for end in self.task.ends(self.model)}.values()
+        return sum(weight.numel() * weight.dtype.itemsize for weight in weights)
 
     def need(self, piece: int) -> None:
         """Make sure that the weights of a block, or of both `ENDS`, are in memory."""

@@ -15,6 +15,7 @@ from moqa.originals.header import described_bytes, parse_unique
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
 # Enough of every tensor to distinguish two trainings of one architecture without reading whole files.
 _FINGERPRINT_BYTES = 4096
 # values that are checked for NaN at a time
@@ -37,15 +38,14 @@ def locate(model: str | Path) -> Path:
         model: a folder with `config.json` and safetensors files, or an id such as `allenai/OLMoE-1B-7B-0924`.
 
     Raises:
-        MoqaError: if there is no such folder, and the Hub does not have it or cannot be reached.
+        MoqaError: if there is no such folder, and the Hub does not have it or cannot be reached; or if transformers
+            would apply an adapter to its weights, or read others.
     """
     folder = Path(model)
     if not str(model).strip():
         raise MoqaError("the model's name is empty", "give a folder with config.json and safetensors, or a Hub id")
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise MoqaError(f"{model} is a folder without config.json", "give the folder of a transformers checkpoint")
-        return folder
+        return _checked(folder, model)
     if folder.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise MoqaError(
             f"no model at {model}", "give a folder with config.json and safetensors, or a Hub id (org/name)"
@@ -54,10 +54,30 @@ def locate(model: str | Path) -> Path:
 
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        folder = Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MoqaError(f"no folder {model}, and it cannot be downloaded from the Hub", reason) from None
+    return _checked(folder, model)
+
+
+def _checked(folder: Path, model: str | Path) -> Path:
+    """The folder, if its weights are those that transformers would compute with.
+
+    Raises:
+        MoqaError: naming what transformers would read besides or instead.
+    """
+    if (folder / _ADAPTER).is_file():
+        raise MoqaError(
+            f"{model} holds an adapter ({_ADAPTER}), which transformers applies to the weights",
+            "merge it into them with PEFT's merge_and_unload, or remove the file to use the weights without it",
+        )
+    if not (folder / "config.json").is_file():
+        raise MoqaError(f"{model} is a folder without config.json", "give the folder of a transformers checkpoint")
+    parts = sorted(path.name for path in folder.glob("shard-*-model-*-of-*.safetensors"))
+    if parts:
+        raise MoqaError(f"{model} holds {parts[0]}, a part of a distributed run", "save the whole model as safetensors")
+    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -87,12 +87,12 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, kernels: str, device: str
     install_units(model, checkpoint, chosen)
     stored = checkpoint.layer(None)
     _check_kept(model, stored, checkpoint.folder)
-    mapped = _tables(model, stored)
-    report = model.load_state_dict(
-        {n: t.to(dtype) if t.is_floating_point() and n not in mapped else t for n, t in stored.items()},
-        strict=False, assign=True,
-    )  # fmt: skip
-    model.tie_weights()
+    wanted, mapped = model.state_dict(), _tables(model, stored)
+    wide = {n: t for n, t in stored.items() if n in wanted and n not in mapped and t.is_floating_point()}
+    state = {**stored, **{n: t.to(wanted[n].dtype) for n, t in wide.items()}}
+    report = model.load_state_dict(state, strict=False, assign=True)
+    # as transformers does: an embedding and a head that are both stored stay apart, whatever config.json says
+    model.tie_weights(missing_keys=set(report.missing_keys), recompute_mapping=False)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if report.unexpected_keys or left:
         name = (report.unexpected_keys or left)[0]
