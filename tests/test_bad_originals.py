@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from moqa.memory.limit import MemoryLimit
 from moqa.models.view import open_model
-from moqa.originals.folder import INDEX, fingerprint, headers
+from moqa.originals.fingerprint import fingerprint
+from moqa.originals.folder import INDEX, headers
 from moqa.originals.reader import LazyTensor
 from moqa.planning import plan
 from moqa.profiling import profile

@@ -223,7 +223,7 @@ class TestSpace:
     @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_every_strategy_plans_from_a_profile_that_is_not_there_yet(self, strategy, sharded):
         view = open_model(sharded, keep=False)
-        blank = blank_profile(view, str(sharded), "f" * 64, ["t"], Settings(samples=2, context=16), 1)
+        blank = blank_profile(view, str(sharded), ["t"], Settings(samples=2, context=16), 1)
         budget = None if strategy in ("moqa", "moqa-v1", "uniform") else Budget.parse(bpw=6)
         chosen = plan(
             blank, budget, strategy=strategy, known=["t"], widths=(4,) if strategy == "uniform" else (2, 4, 8)

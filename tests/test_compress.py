@@ -54,6 +54,15 @@ class TestCompress:
         assert set(again.proof.ours.distributions) == {"python"}
         assert (tmp_path / "out" / "moqa.json").stat().st_mtime_ns == written
 
+    def test_does_not_take_a_checkpoint_of_other_texts_for_its_own(self, tiny_model, texts, tmp_path):
+        options = replace(SMALL, strategy="uniform", widths=(8,))
+        out, held_out = tmp_path / "out", [texts["python"]]
+        moqa.compress(tiny_model, [texts["wiki"]], None, out, options=replace(options, proof=False), held_out=held_out)
+        other = replace(texts["novels"], name="wiki")
+        with pytest.raises(MoqaError, match=f"{out} exists"):
+            moqa.compress(tiny_model, [other], None, out, options=options, held_out=held_out)
+        assert not (out / "proof.json").exists()
+
     def test_takes_texts_in_every_form(self, tiny_model, texts, tmp_path):
         (tmp_path / "wiki.txt").write_text(texts["wiki"].texts[0])
         forms = ([f"wiki={tmp_path / 'wiki.txt'}"], {"wiki": tmp_path / "wiki.txt"}, {"wiki": texts["wiki"].texts})

@@ -23,7 +23,7 @@ from moqa.generation.load import load_any
 from moqa.models.load import load_original
 from moqa.models.view import open_model
 from moqa.originals import OriginalReader, blocks
-from moqa.originals.folder import fingerprint
+from moqa.originals.fingerprint import fingerprint
 
 WEIGHTS = "model.safetensors"
 # method, family, changes of its configuration, block
@@ -63,7 +63,7 @@ def read(folder: Path, tensors: dict, options: dict) -> dict[str, torch.Tensor]:
     stored = OriginalReader(folder)
     with stored.opened() as on_disk:
         found = {name: on_disk(name)[...] for name in stored.headers}
-    assert len(fingerprint(folder)) == 64
+    assert len(fingerprint(folder)) == 4 * 32 + 3
     assert stored.values == sum(tensor.numel() for tensor in found.values())
     assert {n: list(t.shape) for n, t in found.items()} == {n: e["shape"] for n, e in stored.headers.items()}
     return found

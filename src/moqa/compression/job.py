@@ -12,7 +12,7 @@ from moqa.memory.limit import MemoryLimit
 from moqa.methods.registry import find_method
 from moqa.models.load import read_config
 from moqa.models.view import ModelView
-from moqa.originals.folder import fingerprint, locate
+from moqa.originals.folder import locate
 from moqa.planning import STRATEGIES, Budget, MemoryBudget, Plan, plan
 from moqa.planning.run import check_budget
 from moqa.profiling import Profile, read_profile
@@ -108,14 +108,18 @@ class CompressJob:
             own = options.samples if options.self_samples is None else options.self_samples
             own = own if view.task.writes_samples else 0
             names = [distribution.name for distribution in self.fitted]
-            measured = blank_profile(view, self.model, fingerprint(self.folder), names, settings, own)
+            measured = blank_profile(view, self.model, names, settings, own)
         return measured, self.plan(measured)
 
-    def is_quantized(self, chosen: Plan) -> bool:
-        """Whether the checkpoint of a plan is finished except for its proof."""
+    def is_quantized(self, chosen: Plan, measured: Profile) -> bool:
+        """Whether the checkpoint of a plan and its profile is finished except for its proof."""
         if not lacks_proof(self.out):
             return False
         manifest = open_checkpoint(self.out).manifest
         schemes = {name: unit.scheme for name, unit in manifest.units.items()}
-        existing = (manifest.fingerprint, manifest.method, schemes, has_cache(self.out))
-        return existing == (chosen.fingerprint, self.options.method, chosen.units, self.options.cache is not None)
+        fitted = {name: measured.record.distributions[name].fitted for name in chosen.known}
+        return (
+            (manifest.fingerprint, manifest.method, schemes) == (chosen.fingerprint, self.options.method, chosen.units)
+            and (manifest.mixture, manifest.fitted) == (chosen.mixture, fitted)
+            and has_cache(self.out) == (self.options.cache is not None)
+        )

@@ -132,7 +132,7 @@ def _quantized(job: CompressJob, view: ModelView, report: Report) -> CompressRes
         restart=options.restart, sensitivity=job.strategy.needs_sensitivity, engine=job.executor,
     )  # fmt: skip
     chosen = job.plan(measured)
-    if options.overwrite or not job.is_quantized(chosen):
+    if options.overwrite or not job.is_quantized(chosen, measured):
         # for an existing profile, nothing has checked yet whether the proof fits the memory limit
         working_sets(view, chosen, measured, job.method, job.memory, profiled=True, held_out=job.tokens)
         quantize(

@@ -17,6 +17,7 @@ from moqa.models.load import read_config
 from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
+from moqa.originals.fingerprint import differing_part
 from moqa.progress import Report, quiet
 from moqa.runtime.load import load_packed
 from moqa.tasks import Samples, task_of
@@ -136,10 +137,12 @@ def _reference(
     wanted = against if against is not None else packed.manifest.model if packed else model
     if against is None and not Path(wanted).is_dir():
         return None
-    view = open_model(wanted)
-    if packed and original.fingerprint(view.folder or Path(wanted)) != packed.manifest.fingerprint:
-        raise MoqaError(f"--against {wanted} is not the model that {model} was made from", "give that model")
-    return Reference.of(view.model, cut, report)
+    folder = original.locate(wanted)
+    other = packed and differing_part(folder, packed.manifest.fingerprint)
+    if other:
+        reason = f"it has other {other}"
+        raise MoqaError(f"--against {wanted} is not the model that {model} was made from", f"{reason}: give that model")
+    return Reference.of(open_model(folder).model, cut, report)
 
 
 def _size_of_checkpoint(packed: Checkpoint) -> dict:

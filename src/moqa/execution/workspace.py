@@ -16,7 +16,7 @@ from moqa.kernels import find_kernels
 from moqa.memory.process import return_large_blocks
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.view import ModelView, open_model
-from moqa.originals import folder as original
+from moqa.originals.fingerprint import differing_part, file_times, fingerprint
 from moqa.storage.resumable import ResumableRun
 
 Made = TypeVar("Made")
@@ -66,6 +66,7 @@ class WorkspaceAddress:
     Attributes:
         model: folder of the original.
         fingerprint: of the model.
+        times: of its weight files: machines that share them need not read all of them.
         shared: file or folder that all machines share.
         versions: name of each library that computes -> version.
         threads: threads of torch, because sums depend on their number.
@@ -74,6 +75,7 @@ class WorkspaceAddress:
 
     model: Path
     fingerprint: str
+    times: tuple[tuple[int, int], ...]
     shared: Path
     versions: dict[str, str]
     threads: int
@@ -83,7 +85,8 @@ class WorkspaceAddress:
     def here(cls, model: Path, shared: Path) -> "WorkspaceAddress":
         """What this process has."""
         threads, run = torch.get_num_threads(), uuid4().hex
-        return cls(model.absolute(), original.fingerprint(model), shared.absolute(), _versions(), threads, run)
+        identity, times = fingerprint(model), file_times(model)
+        return cls(model.absolute(), identity, times, shared.absolute(), _versions(), threads, run)
 
     def lacking(self) -> str | None:
         """What this machine lacks, worded to follow its name in a message; None if it has everything."""
@@ -93,10 +96,12 @@ class WorkspaceAddress:
         if not self.shared.exists():
             return f"does not see {self.shared.parent}"
         try:
-            found = original.fingerprint(self.model) if self.model.is_dir() else ""
+            if not self.model.is_dir():
+                return f"has no model in {self.model}"
+            other = differing_part(self.model, self.fingerprint, self.times)
         except (MoqaError, OSError) as error:
             return f"cannot read the model ({error})"
-        return None if found == self.fingerprint else f"has {'another' if found else 'no'} model in {self.model}"
+        return f"has another model in {self.model}, with other {other}" if other else None
 
 
 _opened: dict[str, Workspace] = {}

@@ -1,6 +1,5 @@
-"""A model folder on disk: its files, their tensors, and its fingerprint."""
+"""A model folder on disk: its files and their tensors."""
 
-import hashlib
 import math
 import struct
 from collections.abc import Iterator
@@ -16,8 +15,6 @@ from moqa.originals.header import described_bytes, parse_unique
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
-# Enough of every tensor to distinguish two trainings of one architecture without reading whole files.
-_FINGERPRINT_BYTES = 4096
 # values that are checked for NaN at a time
 _CHECK_CHUNK = 2**22
 # safetensors' names of dtypes
@@ -212,31 +209,6 @@ def _may_be_bad(tensor: Tensor) -> bool:
     infinite = int(torch.tensor(math.inf, dtype=tensor.dtype).view(-1).view(torch.uint8).numpy().view(signed.dtype)[0])
     unsigned = signed.view(f"u{size}")
     return bool(signed.max() >= infinite or int(unsigned.max()) >= infinite + (1 << 8 * size - 1))
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash that identifies a model: of every tensor's name, dtype, shape and first bytes.
-
-    >>> len(fingerprint(Path("reference/model")))
-    64
-
-    Raises:
-        MoqaError: if a file is corrupted or a name occurs twice.
-    """
-    digest, found = hashlib.sha256(), headers(folder)
-    for path in weight_files(folder):
-        try:
-            with path.open("rb", buffering=0) as file:
-                data = 8 + struct.unpack("<Q", file.read(8))[0]
-                for name in sorted(name for name, entry in found.items() if entry["file"] == path.name):
-                    entry = found[name]
-                    begin, end = entry["data_offsets"]
-                    file.seek(data + begin)
-                    digest.update(f"{name} {DTYPES[entry['dtype']]} {tuple(entry['shape'])}\n".encode())
-                    digest.update(file.read(min(end - begin, _FINGERPRINT_BYTES)))
-        except OSError as error:
-            raise UnreadableError(f"{path} cannot be read", str(error)) from None
-    return digest.hexdigest()
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:

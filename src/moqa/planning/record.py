@@ -54,6 +54,7 @@ class Plan(BaseModel, frozen=True):
     model: str
     model_type: str
     fingerprint: str = Field(description="fingerprint of the model that the plan is for")
+    samples: str = Field("", description="hash of the samples of the mixture; empty in plans of moqa 0.1")
     profile: str = Field(description="folder of the profile, relative to the plan's file; contains the samples")
     strategy: str
     options: Options

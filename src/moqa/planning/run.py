@@ -95,11 +95,12 @@ def plan(
     names = [*known, *([SELF] if SELF in profile.statistics else [])]
     # with a hedge, the quantization also fits the model's own text, with at least the weight of one more distribution
     own = max(share, 1 / (len(known) + 1)) if share else 0.0
+    mixture = {n: (1 - own) / len(known) for n in known if own < 1} | ({SELF: own} if own else {})
     return Plan(
         moqa=__version__, model=profile.record.model, model_type=profile.record.model_type,
-        fingerprint=profile.record.fingerprint, profile=str(profile.folder), strategy=strategy, options=options,
-        ties=ties, budget=budget.typed if budget else None, known=known,
-        mixture={n: (1 - own) / len(known) for n in known if own < 1} | ({SELF: own} if own else {}),
+        fingerprint=profile.record.fingerprint, samples=profile.digest(mixture), profile=str(profile.folder),
+        strategy=strategy, options=options, ties=ties, budget=budget.typed if budget else None, known=known,
+        mixture=mixture,
         predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
         account=_account(profile, schemes), units=schemes,
     )  # fmt: skip

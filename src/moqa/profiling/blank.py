@@ -13,9 +13,7 @@ from moqa.profiling.significance import LayerStatistics
 from moqa.profiling.store import Profile
 
 
-def blank_profile(
-    view: ModelView, model: str, fingerprint: str, names: Sequence[str], settings: Settings, own: int
-) -> Profile:
+def blank_profile(view: ModelView, model: str, names: Sequence[str], settings: Settings, own: int) -> Profile:
     """A profile in which all weights matter equally.
 
     A plan from it is as large as one from a real profile: exactly so if widths are uniform, else within the same
@@ -24,7 +22,6 @@ def blank_profile(
     Args:
         view: the model; its units are not read.
         model: as the user typed it.
-        fingerprint: of the model.
         names: of the distributions.
         settings: of the profile that will be made.
         own: number of windows that the model will write itself.
@@ -49,7 +46,7 @@ def blank_profile(
         )
     record = ProfileRecord(
         moqa=__version__, task=view.task.name, model=model, model_type=view.model.config.model_type,
-        fingerprint=fingerprint,
+        fingerprint="",
         kept={name: (str(dtype).removeprefix("torch."), shape) for name, (dtype, shape) in view.kept_entries().items()},
         layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=widths,
         units=tuple(UnitRecord.of(unit) for unit in units), distributions=records,

@@ -19,6 +19,7 @@ from moqa.models.load import read_config
 from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
+from moqa.originals.fingerprint import differing_part, fingerprint
 from moqa.profiling.measure import Measurement
 from moqa.profiling.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profiling.selfsample import self_sample
@@ -115,8 +116,7 @@ def profile(
             origin=f"{wanted} windows drawn from the model, seed {seed}", samples=wanted, tokens=wanted * context,
             fitted=None,
         )  # fmt: skip
-    fingerprint = original.fingerprint(folder)
-    old = _reusable(out, fingerprint, settings)
+    old = _reusable(out, folder, settings)
     held = {} if old is None else old.record.distributions
     missing = [name for name, record in records.items() if not _same(held.get(name), record)]
     if old is not None:
@@ -127,7 +127,8 @@ def profile(
     engine = engine or LocalExecutor()
     limits = engine.memory(memory)
     view = view or open_model(folder, keep=limits.holds(OriginalReader(folder).values))
-    job = {"moqa": __version__, "model": fingerprint, **settings.model_dump(mode="json"),
+    identity = fingerprint(folder)
+    job = {"moqa": __version__, "model": identity, **settings.model_dump(mode="json"),
            "texts": {name: records[name].model_dump(mode="json") for name in missing}}  # fmt: skip
     settle()
     room = WorkingSet.to_profile(limits, view, how, len(PROBES))
@@ -147,7 +148,8 @@ def profile(
         kept = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in view.kept_on_disk().items()}
         record = ProfileRecord(
             moqa=__version__, task=task.name, model=str(model), model_type=view.model.config.model_type,
-            fingerprint=fingerprint,
+            # what an older moqa has measured is known to be of this model only as far as it recorded
+            fingerprint=identity if old is None else old.record.fingerprint,
             kept=kept, layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=errors.widths,
             units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
             distributions={name: records[name] for name in statistics},
@@ -169,14 +171,16 @@ def _own_text(
     return work.load("self")["tokens"]
 
 
-def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None:
+def _reusable(out: Path, folder: Path, settings: Settings) -> Profile | None:
     if not is_taken(out):
         return None
     if not (out / RECORD).is_file():
         raise MoqaError(f"{out} exists and is not a profile", "choose another folder")
     old = read_profile(out)
-    if old.record.fingerprint != fingerprint:
-        raise MoqaError(f"{out} is the profile of {old.record.model}, another model", "choose another folder")
+    other = differing_part(folder, old.record.fingerprint)
+    if other:
+        what = f"{out} is the profile of {old.record.model}, another model"
+        raise MoqaError(what, f"{folder} has other {other}: choose another folder")
     if settings not in (old.record.settings, old.record.settings.model_copy(update={"sensitivity": False})):
         was = ", ".join(f"{k} {v}" for k, v in old.record.settings.model_dump().items())
         raise MoqaError(f"{out} was made with {was}", "use the same settings or choose another folder")

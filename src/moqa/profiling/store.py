@@ -1,5 +1,7 @@
 """A profile on disk: one JSON table of contents and one safetensors file per distribution."""
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +73,14 @@ class Profile:
         """Inputs of the model: [windows, context] token ids, int64, or pixels of images, float32."""
         stored = self.statistics[name]["samples"]
         return stored if stored.is_floating_point() else stored.long()
+
+    def digest(self, names: Iterable[str]) -> str:
+        """Hash of the samples of some distributions."""
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            samples = self.statistics[name]["samples"].contiguous()
+            digest.update(f"{name} {tuple(samples.shape)}\n".encode() + samples.numpy().tobytes())
+        return digest.hexdigest()
 
     def starved(self) -> list[str]:
         """Experts that got no token of any distribution given by the user."""

@@ -22,6 +22,7 @@ from moqa.methods import Method
 from moqa.methods.registry import find_method
 from moqa.models.view import ModelView, open_model
 from moqa.originals import folder as original
+from moqa.originals.fingerprint import differing_part, fingerprint
 from moqa.planning import Plan
 from moqa.profiling import Profile, read_profile
 from moqa.progress import Report, quiet
@@ -82,11 +83,11 @@ def quantize(
     share = None if cache is None else parse_cache(cache)
     check_free(out, overwrite)
     folder = original.locate(model)
-    fingerprint = original.fingerprint(folder)
-    if fingerprint != plan.fingerprint:
+    other = differing_part(folder, plan.fingerprint)
+    if other:
         raise MoqaError(
-            f"the plan is for {plan.model} ({plan.model_type}, {plan.fingerprint[:8]})",
-            f"{model} is another model ({fingerprint[:8]}): plan from its own profile",
+            f"the plan is for {plan.model} ({plan.model_type})",
+            f"{model} is another model, with other {other}: plan from its own profile",
         )
     # even if the method needs no data, the plan was fitted on texts, whose hashes go into the manifest
     profile = profile or _profile_of(plan)
@@ -100,7 +101,7 @@ def quantize(
     )
     check_space(out, disk_needed(view, plan, profile, how, cache))
     executor.prepare(folder, out, report)
-    with torch.no_grad(), resumable(out, _job(plan, profile, how, cache), overwrite, restart) as work:
+    with torch.no_grad(), resumable(out, _job(folder, plan, profile, how, cache), overwrite, restart) as work:
         writer = CheckpointWriter(view, work, plan, profile, how)
         missing = writer.missing()
         if missing and room.ahead and executor.name == "local":
@@ -157,12 +158,10 @@ def disk_needed(view: ModelView, plan: Plan, profile: Profile, method: Method, c
     return quantization_disk_bytes(view, plan.account.checkpoint, tokens, 1.0 if share is None else share)
 
 
-def _job(plan: Plan, profile: Profile, method: Method, cache: str | None) -> dict:
+def _job(folder: Path, plan: Plan, profile: Profile, method: Method, cache: str | None) -> dict:
     """Everything that a checkpoint's bytes depend on."""
-    digest = hashlib.sha256(plan.model_dump_json(exclude={"profile", "model"}).encode())
-    for name in sorted(plan.mixture):
-        digest.update(profile.statistics[name]["samples"].contiguous().numpy().tobytes())
-    return {"moqa": __version__, "model": plan.fingerprint, "plan and samples": digest.hexdigest(),
+    digest = hashlib.sha256(plan.model_dump_json(exclude={"profile", "model"}).encode()).hexdigest()
+    return {"moqa": __version__, "model": fingerprint(folder), "plan": digest, "samples": profile.digest(plan.mixture),
             "method": method.name, "cache": cache}  # fmt: skip
 
 
@@ -178,6 +177,8 @@ def _check_profile(profile: Profile, plan: Plan) -> None:
     if profile.record.fingerprint != plan.fingerprint or absent:
         lack = f"lacks {', '.join(dict.fromkeys(absent))}" if absent else f"is of {profile.record.model}"
         raise MoqaError(f"profile {profile.folder} {lack}", "it is not the one that the plan was made from")
+    if plan.samples and plan.samples != profile.digest(plan.mixture):
+        raise MoqaError(f"profile {profile.folder} has other samples than the plan", "plan again from this profile")
 
 
 def _check_units(view: ModelView, plan: Plan) -> None:
