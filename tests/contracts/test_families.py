@@ -184,6 +184,17 @@ class TestEveryFamily:
         ours, theirs = load(folder)[0], AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
 
+    def test_in_bfloat16_it_keeps_in_float32_what_transformers_keeps(self, family, quantized, tokens):
+        folder = quantized(family).rtn
+        ours, theirs = (
+            load(folder, dtype=torch.bfloat16)[0], AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
+        )  # fmt: skip
+        found, expected = ours.state_dict(), theirs.state_dict()
+        assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in expected.items()}
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+        with torch.no_grad():
+            assert ours(tokens).logits.isfinite().all()
+
     def test_the_fused_decoder_computes_the_same_or_is_not_used(self, family, quantized, tokens):
         model, _ = load(quantized(family).rtn)
         decoder = FusedDecoder.of(model)
