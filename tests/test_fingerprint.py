@@ -14,7 +14,7 @@ import moqa
 from moqa.data import Distribution
 from moqa.errors import MoqaError
 from moqa.originals import fingerprint as module
-from moqa.originals.fingerprint import differing_part, fingerprint
+from moqa.originals.fingerprint import differing_part, file_times, fingerprint
 from moqa.originals.folder import read_header
 from moqa.planning import plan
 from moqa.profiling import profile, read_profile
@@ -134,6 +134,15 @@ class TestTheSameOriginal:
         monkeypatch.setattr(module, "_RECENT", 2)  # a file this young may change without its time changing
         fingerprint(folder)
         assert len(hashed) == 2
+
+    def test_files_with_the_same_times_are_not_read_again(self, folder, monkeypatch):
+        before, times = fingerprint(folder), file_times(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_hash_piece", None)
+            assert differing_part(folder, before, times) is None
+        flip(folder)
+        os.utime(folder / WEIGHTS)
+        assert differing_part(folder, before, times) == "weights"
 
     def test_a_cheap_difference_is_found_without_reading_everything(self, folder, monkeypatch):
         before = fingerprint(folder)
