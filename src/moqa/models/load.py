@@ -69,7 +69,7 @@ def read_config(folder: Path, packed: bool = False) -> "PretrainedConfig":
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise MoqaError(f"{folder} has a config.json that transformers cannot read", one_line(error)) from None
     task_of(config, folder)
-    named = getattr(config, "transformers_weights", None)
+    named = None if packed else getattr(config, "transformers_weights", None)
     if named is not None:  # transformers would read this file instead
         raise MoqaError(f"{folder} names its weights {named} (transformers_weights in config.json)", "rename the files")
     quantized = None if packed else getattr(config, "quantization_config", None)
