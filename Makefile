@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow test-next lint hooks sanitize wheel bench peers scale-study adjust-study results clean
+.PHONY: setup demo test test-slow test-next lint hooks sanitize wheel bench peers scale-study adjust-study robustness results clean
 
 setup: $(VENV)/.ready
 
@@ -103,6 +103,10 @@ adjust-study: setup
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/adjust_speed.py # alone, as a user's command runs
 	$(BIN)/python benchmarks/adjust_ablation.py
 	$(BIN)/python benchmarks/drift_detector.py
+
+# kills at every call that changes the disk, and damaged unfinished work: hours
+robustness: setup
+	$(BIN)/python benchmarks/robustness.py
 
 results: demo
 	cp runs/demo/main-job.md docs/results/main-job.md

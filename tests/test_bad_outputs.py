@@ -97,7 +97,8 @@ class TestOutput:
         with pytest.raises(Stopped):
             quantize(sharded, sharded_plan, out, profile=sharded_profile, report=time_limited(quiet, "0.000001s"))
         shutil.rmtree(out.with_name(".out.partial") / "result")
-        quantize(sharded, sharded_plan, out, profile=sharded_profile)
+        with pytest.warns(UserWarning, match="starts over: result/"):
+            quantize(sharded, sharded_plan, out, profile=sharded_profile)
         assert contents(out) == contents(
             quantize(sharded, sharded_plan, out.with_name("whole"), profile=sharded_profile)
         )

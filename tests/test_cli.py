@@ -213,7 +213,7 @@ class TestMistakes:
             (out / "moqa.json").write_text((out / "moqa.json").read_text()[:-500])
         else:
             shard.unlink()
-        assert moqa("verify", out)[0] == 1
+        assert moqa("verify", out)[0] == 2
         fails(moqa("evaluate", out, "--data", held_out("wiki"), "--windows", "2"), out)
 
     def test_options_that_do_not_exist(self, moqa, work, tmp_path):

@@ -8,7 +8,8 @@ import torch
 from moqa.errors import MoqaError
 from moqa.format.layout import Shard
 from moqa.format.writer import write_shard
-from moqa.storage.folders import check_free, finished_folder
+from moqa.storage.folders import check_free
+from moqa.storage.resumable import resumable
 
 
 class BlockError(Exception):
@@ -21,11 +22,11 @@ def make_old(out):
     return out
 
 
-class TestFinishedFolder:
+class TestResult:
     def test_appears_when_it_is_whole(self, tmp_path):
         out = tmp_path / "new" / "out"
-        with finished_folder(out) as folder:
-            (folder / "a").write_text("1")
+        with resumable(out, {}) as work:
+            (work.result / "a").write_text("1")
             assert not out.exists()
         assert [path.name for path in out.parent.iterdir()] == ["out"]
         assert (out / "a").read_text() == "1"
@@ -33,18 +34,18 @@ class TestFinishedFolder:
 
     @pytest.mark.parametrize("error", [BlockError, KeyboardInterrupt, SystemExit])
     def test_leaves_nothing_behind_after_a_failure(self, tmp_path, error):
-        def fail(folder):
-            (folder / "a").write_text("1")
+        def fail(work):
+            (work.result / "a").write_text("1")
             raise error
 
-        with pytest.raises(error), finished_folder(tmp_path / "out") as folder:
-            fail(folder)
+        with pytest.raises(error), resumable(tmp_path / "out", {}) as work:
+            fail(work)
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("error", [BlockError, KeyboardInterrupt])
     def test_a_failure_keeps_what_was_there(self, tmp_path, error):
         old = make_old(tmp_path / "out")
-        with pytest.raises(error), finished_folder(old, overwrite=True):
+        with pytest.raises(error), resumable(old, {}, overwrite=True):
             raise error
         assert (old / "moqa.json").read_text() == "old"
         assert list(tmp_path.iterdir()) == [old]
@@ -53,41 +54,45 @@ class TestFinishedFolder:
         old, rename = make_old(tmp_path / "out"), Path.rename
 
         def fail(path, target):
-            if path.name.endswith(".partial"):
+            if path.name == "result":
                 raise OSError("disk trouble")
             return rename(path, target)
 
         monkeypatch.setattr(Path, "rename", fail)
-        with pytest.raises(OSError, match="disk trouble"), finished_folder(old, overwrite=True):
+        with pytest.raises(MoqaError, match=r"disk trouble.*same command"), resumable(old, {}, overwrite=True):
             pass
         assert (old / "moqa.json").read_text() == "old"
+        monkeypatch.undo()
+        with resumable(old, {}, overwrite=True) as work:
+            (work.result / "moqa.json").write_text("new")
+        assert (old / "moqa.json").read_text() == "new"
         assert list(tmp_path.iterdir()) == [old]
 
     def test_refuses_what_is_there(self, tmp_path):
         old = make_old(tmp_path / "out")
-        with pytest.raises(MoqaError, match="--overwrite"), finished_folder(old):
+        with pytest.raises(MoqaError, match="--overwrite"), resumable(old, {}):
             pytest.fail("the block ran")
         assert (old / "moqa.json").read_text() == "old"
 
     def test_overwrite_replaces_the_whole_folder(self, tmp_path):
         old = make_old(tmp_path / "out")
         (old / "stray").write_text("x")
-        with finished_folder(old, overwrite=True) as folder:
-            (folder / "moqa.json").write_text("new")
+        with resumable(old, {}, overwrite=True) as work:
+            (work.result / "moqa.json").write_text("new")
         assert {path.name: path.read_text() for path in old.iterdir()} == {"moqa.json": "new"}
         assert list(tmp_path.iterdir()) == [old]
 
     def test_an_unwritable_place_is_named(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(MoqaError, match="cannot be written"), finished_folder(tmp_path / "file" / "out"):
+        with pytest.raises(MoqaError, match="cannot be written"), resumable(tmp_path / "file" / "out", {}):
             pytest.fail("the block ran")
 
 
 class TestCheckFree:
     def test_an_empty_folder_is_free(self, tmp_path):
         check_free(tmp_path, overwrite=False)
-        with finished_folder(tmp_path / "sub") as folder:
-            (folder / "a").touch()
+        with resumable(tmp_path / "sub", {}) as work:
+            (work.result / "a").touch()
 
     @pytest.mark.parametrize("kind", ["folder", "file"])
     def test_only_moqas_own_folders_are_replaced(self, tmp_path, kind):
@@ -97,7 +102,7 @@ class TestCheckFree:
         else:
             out.mkdir()
             (out / "photo").write_text("photos")
-        with pytest.raises(MoqaError, match="was not written by moqa"), finished_folder(out, overwrite=True):
+        with pytest.raises(MoqaError, match="was not written by moqa"), resumable(out, {}, overwrite=True):
             pytest.fail("the block ran")
         assert (out if kind == "file" else out / "photo").read_text() == "photos"
 

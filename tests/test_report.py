@@ -393,7 +393,7 @@ class TestPage:
     def test_an_old_page_stays_if_the_new_one_fails(self, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch):
         out = tmp_path / "report.html"
         out.write_text("old")
-        monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("full")))
+        monkeypatch.setattr(Path, "rename", lambda self, target: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             report([run], out)
         assert out.read_text() == "old"

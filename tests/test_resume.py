@@ -89,13 +89,24 @@ class TestQuantize:
         whole = quantize(tiny_model, planned, tmp_path / "whole", profile=profiled, **changed)
         assert contents(out) == contents(whole)
 
-    def test_damaged_work_says_how_to_begin_anew(self, tiny_model, planned, profiled, tmp_path):
+    def test_damaged_work_starts_over_and_says_so(self, tiny_model, planned, profiled, tmp_path):
+        whole = quantize(tiny_model, planned, tmp_path / "whole", profile=profiled)
         with pytest.raises(Stopped):
             quantize(tiny_model, planned, tmp_path / "out", profile=profiled, report=stop_at(4))
         for path in (tmp_path / ".out.partial" / "steps").glob("hidden-*"):
             path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(MoqaError, match=r"damaged.*--restart"):
+        with pytest.warns(UserWarning, match=r"starts over: steps/hidden-1-\S+ is not as it was written"):
+            out = quantize(tiny_model, planned, tmp_path / "out", profile=profiled)
+        assert contents(out) == contents(whole)
+
+    def test_hidden_states_that_are_gone_are_not_made_up(self, tiny_model, planned, profiled, tmp_path):
+        with pytest.raises(Stopped):
+            quantize(tiny_model, planned, tmp_path / "out", profile=profiled, report=stop_at(4))
+        for path in (tmp_path / ".out.partial" / "steps").glob("hidden-*"):
+            path.unlink()
+        with pytest.raises(MoqaError, match=r"hidden-1-\S+ is damaged.*the same command starts over"):
             quantize(tiny_model, planned, tmp_path / "out", profile=profiled)
+        assert list(tmp_path.iterdir()) == []
 
     def test_temporary_files_stay_bounded(self, tiny_model, planned, profiled, tmp_path):
         seen = []

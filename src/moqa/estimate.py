@@ -1,6 +1,5 @@
 """Forecast of the cost of quantizing: bytes are computed from shapes, seconds from a short trial."""
 
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from moqa.quantization.run import disk_needed
 from moqa.quantization.samples import tokens_of
 from moqa.quantization.trial import TrialLayer, trial_batches, try_quantization
 from moqa.storage.resumable import resumable
+from moqa.storage.temporary import temporary_folder
 
 
 class Estimate(BaseModel, frozen=True):
@@ -188,7 +188,7 @@ class Trial:
     def run(self, watch: Stopwatch | None = None) -> Rates:
         """Run a small part of every step and time it."""
         watch = watch or Stopwatch()
-        with tempfile.TemporaryDirectory(prefix="moqa-") as folder, resumable(Path(folder) / "trial", {}) as work:
+        with temporary_folder() as folder, resumable(folder / "trial", {}) as work:
             return self._tried(Workspace(self.view, work), watch)
 
     def _tried(self, workspace: Workspace, watch: Stopwatch) -> Rates:

@@ -257,7 +257,7 @@ class BlockInputs:
     def _open(self, view: ModelView, layer: int, work: ResumableRun, name: str) -> None:
         self._view, self._layer, self._path = view, layer, view.experts_path(layer)
         self._module: Experts = None if self._path is None else view.module(self._path)
-        self._work, self._name, self._parts = work, name, list[CalibrationBatch]()
+        self._work, self._name, self._parts = work, f".{name}", list[CalibrationBatch]()
         self.linear: dict[str, InputStatistics] = {}
         view.need(layer)
 

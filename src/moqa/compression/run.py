@@ -20,6 +20,7 @@ from moqa.profiling import Profile, profile
 from moqa.progress import Report, quiet
 from moqa.quantization import quantize
 from moqa.quantization.run import disk_needed
+from moqa.storage.folders import PLACED, beside
 from moqa.storage.resumable import check_space
 
 
@@ -132,7 +133,7 @@ def _quantized(job: CompressJob, view: ModelView, report: Report) -> CompressRes
         restart=options.restart, sensitivity=job.strategy.needs_sensitivity, engine=job.executor,
     )  # fmt: skip
     chosen = job.plan(measured)
-    if options.overwrite or not job.is_quantized(chosen, measured):
+    if options.overwrite or beside(job.out, PLACED).exists() or not job.is_quantized(chosen, measured):
         # for an existing profile, nothing has checked yet whether the proof fits the memory limit
         working_sets(view, chosen, measured, job.method, job.memory, profiled=True, held_out=job.tokens)
         quantize(

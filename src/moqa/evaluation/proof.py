@@ -2,7 +2,6 @@
 
 import gc
 import math
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from moqa.planning.registry import HAND_RULE, PLAIN
 from moqa.profiling import Profile
 from moqa.progress import Report
 from moqa.quantization import quantize
+from moqa.storage.temporary import temporary_folder
 
 
 class Proof(BaseModel, frozen=True):
@@ -81,8 +81,8 @@ class ProofSetup:
 
     def run(self, chosen: Plan, method: str, report: Report, out: Path | None = None) -> Evaluation:
         """Quantize by a plan and measure the checkpoint on disk; in a temporary folder if `out` is None."""
-        with tempfile.TemporaryDirectory(prefix="moqa-") as temporary:
-            target = out or Path(temporary) / "checkpoint"
+        with temporary_folder() as temporary:
+            target = out or temporary / "checkpoint"
             if out is None or not out.exists():
                 quantize(
                     self._model, chosen, target, method=method, report=report, profile=self.profile, view=self._view,

@@ -15,8 +15,8 @@ from moqa.format.manifest import Fitted, Length, Side, StoredFile
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import TILE
 from moqa.format.writer import write_shard
-from moqa.storage.artifact import check_signed, file_hash, read_json, signed, write_json
-from moqa.storage.folders import finished_folder
+from moqa.storage.artifact import check_signed, checksum, file_hash, read_json, signed, write_json
+from moqa.storage.resumable import resumable, tidy
 
 FORMAT = 1
 RECORD, WEIGHTS = "adjustment.json", "adjustment.safetensors"
@@ -240,9 +240,12 @@ def write_adjustment(record: AdjustmentRecord, tensors: Mapping[str, Tensor], ou
         out: folder to create.
         overwrite: replace an adjustment that exists there.
     """
-    with finished_folder(out, overwrite) as folder:
-        record = signed(record.model_copy(update={"weights": write_shard(folder, record.shard(), tensors)}))
-        write_json(record, folder / RECORD)
+    job = {"adjustment": checksum(record.model_dump(mode="json"))}
+    if tidy(out) == job:
+        return read_adjustment(out)
+    with resumable(out, job, overwrite, restart=True) as work:
+        record = signed(record.model_copy(update={"weights": write_shard(work.result, record.shard(), tensors)}))
+        write_json(record, work.result / RECORD)
     return Adjustment(out, record)
 
 

@@ -67,8 +67,11 @@ class Cache:
         """
         return self._shards[index].mapped(self.folder)
 
-    def check(self) -> None:
+    def check(self, verify: bool) -> None:
         """Compare its files with the record: lengths and headers, and the hashes of all but a whole original.
+
+        Args:
+            verify: compare the hashes of a whole original, too.
 
         Raises:
             MoqaError: naming the file that differs.
@@ -81,7 +84,7 @@ class Cache:
                 if file.read(len(shard.header())) != shard.header():
                     raise MoqaError(f"{path} has a different header than was written")
             # a whole original may be larger than memory; it is mapped, and only the needed channels are read
-            if not self.whole and file_hash(path) != recorded.sha256:
+            if (verify or not self.whole) and file_hash(path) != recorded.sha256:
                 raise MoqaError(f"{path} is corrupted", "its sha256 differs from the record's")
 
 
@@ -93,7 +96,7 @@ def _shard(layer: int, layers: int, entries: Mapping[str, Entry]) -> Shard:
 
 def write_cache(
     folder: Path, fingerprint: str, share: float | None, depth: int, layers: Iterable[Mapping[str, Tensor]]
-) -> None:
+) -> dict[str, str]:
     """Write a checkpoint's cache.
 
     Args:
@@ -102,6 +105,9 @@ def write_cache(
         share: of the channels; None for the whole original.
         depth: number of layers.
         layers: tensors of each of them, see `Cache.layer`.
+
+    Returns:
+        Hashes of its weight files, by path in the checkpoint's folder.
     """
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
@@ -113,6 +119,7 @@ def write_cache(
         described.append({n: (str(dtype).removeprefix("torch."), shape) for n, (dtype, shape) in entries.items()})
     record = CacheRecord(fingerprint=fingerprint, share=share, layers=tuple(described), files=files)
     write_json(signed(record), target / RECORD)
+    return {f"{FOLDER}/{name}": file.sha256 for name, file in files.items()}
 
 
 def has_cache(folder: str | Path) -> bool:
@@ -120,8 +127,8 @@ def has_cache(folder: str | Path) -> bool:
     return (Path(folder) / FOLDER / RECORD).is_file()
 
 
-def open_cache(folder: str | Path, fingerprint: str) -> Cache:
-    """Open the cache of a checkpoint, made from the original with this fingerprint, and check it.
+def open_cache(folder: str | Path, fingerprint: str, verify: bool = False) -> Cache:
+    """Open the cache of a checkpoint, made from the original with this fingerprint, and check it; see `Cache.check`.
 
     Raises:
         MoqaError: if the checkpoint has no cache, or it is damaged.
@@ -134,5 +141,5 @@ def open_cache(folder: str | Path, fingerprint: str) -> Cache:
     if record.fingerprint != fingerprint:
         raise MoqaError(f"{path} is of another model ({record.fingerprint[:8]})", f"{folder} is of {fingerprint[:8]}")
     cache = Cache(path, record)
-    cache.check()
+    cache.check(verify)
     return cache

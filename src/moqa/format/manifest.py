@@ -83,4 +83,7 @@ class Manifest(BaseModel, frozen=True):
     kept: dict[str, StoredTensor]
     files: dict[str, StoredFile]
     config: str = Field("", description="sha256 of config.json, which says how the model computes with the weights")
+    companions: dict[str, StoredFile] | None = Field(
+        None, description="every other file that loading uses, such as the tokenizer's; null: written before these"
+    )
     checksum: str = Field("", description="sha256 of all other fields; files have their own in `files`")

@@ -11,6 +11,7 @@ from torch import Tensor
 from moqa.errors import MoqaError
 from moqa.format.layout import DTYPES, NAMED, Shard, shards
 from moqa.format.manifest import CONFIG, FORMAT, MANIFEST, Manifest
+from moqa.format.writer import stored_file
 from moqa.originals.folder import read_header
 from moqa.storage.artifact import check_signed, file_hash, read_json
 
@@ -74,11 +75,11 @@ class Checkpoint:
         if digest != self.manifest.config:
             raise MoqaError(f"{path} was changed after it was written", "its sha256 differs from the manifest's")
 
-    def check_files(self) -> None:
-        """Compare every weight file with the layout that the manifest describes: names, dtypes, shapes, offsets.
+    def check_layout(self) -> None:
+        """Check that the manifest lists just the weight files that its units need.
 
         Raises:
-            MoqaError: naming the first file or tensor that differs.
+            MoqaError: naming the first thing that differs.
         """
         manifest = self.manifest
         if len(manifest.files) != manifest.layers + 1:
@@ -89,29 +90,42 @@ class Checkpoint:
         for name, unit in manifest.units.items():
             if unit.layer >= manifest.layers:
                 raise MoqaError(f"{MANIFEST}: {name} is in layer {unit.layer}", f"there are {manifest.layers} layers")
-        expected = self.shards
-        if sorted(self.manifest.files) != sorted(shard.file for shard in expected):
+        if sorted(manifest.files) != sorted(shard.file for shard in self.shards):
             raise MoqaError(f"{self.folder / MANIFEST} lists other files than its units need")
-        for shard in expected:
-            path, recorded = self.folder / shard.file, self.manifest.files[shard.file]
-            if not path.is_file():
-                raise MoqaError(f"{self.folder} lacks {shard.file}", f"{MANIFEST} lists {len(expected)} weight files")
-            if path.stat().st_size != recorded.bytes or recorded.bytes != shard.bytes:
-                raise MoqaError(f"{path} has {path.stat().st_size} bytes", f"{shard.bytes} were written")
-            with path.open("rb") as file:
-                # entries and offsets follow from the layout, so only one header is correct
-                if file.read(len(shard.header())) != shard.header():
-                    raise MoqaError(f"{path} has a different header than was written", _difference(path, shard))
 
-    def check_hashes(self) -> None:
-        """Compare every weight file with its recorded hash.
+    def check_file(self, shard: Shard, verify: bool) -> None:
+        """Compare a weight file with its layout: length, names, dtypes, shapes, offsets.
+
+        Args:
+            shard: the layout.
+            verify: also compare the hash, which reads every byte.
 
         Raises:
-            MoqaError: naming the first that differs.
+            MoqaError: naming the first thing that differs.
         """
-        for name, recorded in self.manifest.files.items():
-            if file_hash(self.folder / name) != recorded.sha256:
-                raise MoqaError(f"{self.folder / name} is corrupted", "its sha256 differs from the manifest's")
+        path, recorded = self.folder / shard.file, self.manifest.files[shard.file]
+        if not path.is_file():
+            raise MoqaError(f"{self.folder} lacks {shard.file}", f"{MANIFEST} lists {len(self.shards)} weight files")
+        if path.stat().st_size != recorded.bytes or recorded.bytes != shard.bytes:
+            raise MoqaError(f"{path} has {path.stat().st_size} bytes", f"{shard.bytes} were written")
+        with path.open("rb") as file:
+            # entries and offsets follow from the layout, so only one header is correct
+            if file.read(len(shard.header())) != shard.header():
+                raise MoqaError(f"{path} has a different header than was written", _difference(path, shard))
+        if verify and stored_file(path) != recorded:
+            raise MoqaError(f"{path} is corrupted", "its sha256 differs from the manifest's")
+
+    def check_companion(self, name: str) -> None:
+        """Compare a file beside the weights, such as the tokenizer's, with its recorded hash.
+
+        Raises:
+            MoqaError: if it is missing or differs.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            raise MoqaError(f"{self.folder} lacks {name}", f"{MANIFEST} lists it")
+        if self.manifest.companions is None or stored_file(path) != self.manifest.companions[name]:
+            raise MoqaError(f"{path} was changed after it was written", "its sha256 differs from the manifest's")
 
     def check_values(self) -> None:
         """Check that no scale is NaN, infinite or negative.
@@ -132,6 +146,22 @@ def is_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read the manifest of a checkpoint; its files are not checked.
+
+    Raises:
+        MoqaError: as `open_checkpoint`, for the manifest.
+    """
+    folder = Path(folder)
+    if not is_checkpoint(folder):
+        raise MoqaError(f"{folder} is not a moqa checkpoint", f"it has no {MANIFEST}")
+    manifest = read_json(Manifest, folder / MANIFEST)
+    if manifest.format > FORMAT:
+        raise MoqaError(f"{folder} has format {manifest.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    check_signed(folder / MANIFEST, manifest.checksum)
+    return Checkpoint(folder, manifest)
+
+
 def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
     """Open a checkpoint and check it.
 
@@ -145,18 +175,11 @@ def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
     Raises:
         MoqaError: if it is not a checkpoint, has a newer format, or does not match its manifest.
     """
-    folder = Path(folder)
-    if not is_checkpoint(folder):
-        raise MoqaError(f"{folder} is not a moqa checkpoint", f"it has no {MANIFEST}")
-    manifest = read_json(Manifest, folder / MANIFEST)
-    if manifest.format > FORMAT:
-        raise MoqaError(f"{folder} has format {manifest.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
-    check_signed(folder / MANIFEST, manifest.checksum)
-    checkpoint = Checkpoint(folder, manifest)
+    checkpoint = read_checkpoint(folder)
     checkpoint.check_config()
-    checkpoint.check_files()
-    if verify:
-        checkpoint.check_hashes()
+    checkpoint.check_layout()
+    for shard in checkpoint.shards:
+        checkpoint.check_file(shard, verify)
     checkpoint.check_values()
     return checkpoint
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -39,18 +38,26 @@ def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> St
             digest.update(part)
             length += len(part)
             file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
     if length != shard.bytes:
         raise ValueError(f"{shard.file} has {length} bytes, {shard.bytes} were planned")
     return StoredFile(bytes=length, sha256=digest.hexdigest())
 
 
+def stored_file(path: Path) -> StoredFile:
+    """Length and hash of a file that is already written."""
+    return StoredFile(bytes=path.stat().st_size, sha256=file_hash(path))
+
+
 def write_manifest(manifest: Manifest, path: Path) -> None:
-    """Write a checkpoint's manifest with its checksum and that of `config.json`, so that readers detect changes."""
-    config = path.with_name(CONFIG)
-    digest = file_hash(config) if config.is_file() else ""
-    write_json(signed(manifest.model_copy(update={"config": digest})), path)
+    """Write a checkpoint's manifest last: with hashes of all other files beside it, and its own checksum."""
+    companions = {
+        file.relative_to(path.parent).as_posix(): stored_file(file)
+        for file in sorted(path.parent.rglob("*"))
+        # the cache has a record of its files of its own
+        if file.is_file() and file != path and file.suffix != ".safetensors"
+    }
+    config = companions[CONFIG].sha256 if CONFIG in companions else ""
+    write_json(signed(manifest.model_copy(update={"config": config, "companions": companions})), path)
 
 
 def introduce(folder: Path) -> None:

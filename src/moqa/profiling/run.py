@@ -27,7 +27,7 @@ from moqa.profiling.sensitivity import PROBES, ErrorSettings
 from moqa.profiling.store import RECORD, Profile, read_profile, stored_samples, write_profile
 from moqa.progress import Report, quiet
 from moqa.storage.folders import is_taken
-from moqa.storage.resumable import ResumableRun, check_space, resumable
+from moqa.storage.resumable import ResumableRun, check_space, resumable, tidy
 from moqa.tasks import task_of
 
 DEFAULT_SAMPLES = 64
@@ -116,6 +116,7 @@ def profile(
             origin=f"{wanted} windows drawn from the model, seed {seed}", samples=wanted, tokens=wanted * context,
             fitted=None,
         )  # fmt: skip
+    tidy(out)
     old = _reusable(out, folder, settings)
     held = {} if old is None else old.record.distributions
     missing = [name for name, record in records.items() if not _same(held.get(name), record)]
@@ -155,7 +156,6 @@ def profile(
             distributions={name: records[name] for name in statistics},
         )  # fmt: skip
         write_profile(Profile(record, work.result, statistics, weights))
-        work.mark_done("profile", {})
     return Profile(record, out, statistics, weights)
 
 

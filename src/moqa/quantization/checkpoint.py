@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moqa import __version__
 from moqa.errors import MoqaError
-from moqa.format.layout import shards
+from moqa.format.layout import Shard, shards
 from moqa.format.manifest import MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
 from moqa.format.writer import write_index, write_manifest, write_shard
 from moqa.methods import Method
@@ -46,7 +46,7 @@ class CheckpointWriter:
     def write_kept(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors that are not units, and record that it is done."""
         file = write_shard(self._work.result, self._layout[0], tensors)
-        self._work.mark_done("kept", {"file": file.model_dump(mode="json"), "units": {}})
+        self._mark_done("kept", {"file": file.model_dump(mode="json"), "units": {}}, self._layout[0])
 
     def write_layer(self, layer: int, done: Mapping[str, QuantizedUnit]) -> dict[str, Any]:
         """Write a quantized layer; returns what `mark_done` records of it."""
@@ -62,7 +62,11 @@ class CheckpointWriter:
 
     def mark_done(self, layer: int, written: Mapping[str, Any]) -> None:
         """Record that a layer is done."""
-        self._work.mark_done(_step(layer), written)
+        self._mark_done(_step(layer), written, self._layout[layer + 1])
+
+    def _mark_done(self, step: str, written: Mapping[str, Any], shard: Shard) -> None:
+        # the hash of a shard is made while it is written
+        self._work.mark_done(step, written, {shard.file: written["file"]["sha256"]})
 
     def finish(self, model: str) -> None:
         """Check all files and write the manifest.
@@ -103,8 +107,8 @@ class CheckpointWriter:
                 for name, (dtype, shape) in self._kept.items()
             },
         )  # fmt: skip
-        write_manifest(manifest, work.result / MANIFEST)
         write_index(manifest, work.result)
+        write_manifest(manifest, work.result / MANIFEST)
 
 
 def stored_tensors(done: Mapping[str, QuantizedUnit]) -> dict[str, Tensor]:

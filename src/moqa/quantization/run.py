@@ -32,7 +32,7 @@ from moqa.quantization.layer import QuantizedUnit
 from moqa.quantization.pieces import BlockWork, quantized_layers
 from moqa.quantization.samples import CalibrationSamples, tokens_of
 from moqa.storage.folders import check_free
-from moqa.storage.resumable import check_space, resumable
+from moqa.storage.resumable import as_json, check_space, resumable, tidy
 
 # small files of the original that a transformers model needs in addition to its weights
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -94,6 +94,10 @@ def quantize(
     _check_profile(profile, plan)
     view = view or open_model(folder, keep=False)
     _check_units(view, plan)
+    job = as_json(_job(folder, plan, profile, how, cache))
+    if tidy(out) == job:
+        return out
+    check_free(out, overwrite)
     executor = engine or LocalExecutor()
     settle()
     room = WorkingSet.to_quantize(
@@ -101,20 +105,21 @@ def quantize(
     )
     check_space(out, disk_needed(view, plan, profile, how, cache))
     executor.prepare(folder, out, report)
-    with torch.no_grad(), resumable(out, _job(folder, plan, profile, how, cache), overwrite, restart) as work:
+    with torch.no_grad(), resumable(out, job, overwrite, restart) as work:
         writer = CheckpointWriter(view, work, plan, profile, how)
         missing = writer.missing()
         if missing and room.ahead and executor.name == "local":
             view.read_ahead(missing[0])
         if work.done("start") is None:
             _copy_companions(folder, work.result)
+            hashed = dict[str, str]()
             if cache is not None:
                 report("cache", 0, 1)
                 layers = cache_layers(view, profile, plan.known, share)
-                write_cache(work.result, plan.fingerprint, share, len(view.blocks), layers)
+                hashed = write_cache(work.result, plan.fingerprint, share, len(view.blocks), layers)
                 report("cache", 1, 1)
             describe_routing(work.result, profile, plan.known)
-            work.mark_done("start", {})
+            work.mark_done("start", {}, hashed)
         samples = CalibrationSamples(view, plan, profile, work) if how.needs_data else None
         todo = BlockWork(Workspace(view, work), plan.units, how, executor, room.experts, report)
 

@@ -139,7 +139,7 @@ def _time_experts(tried: TrialLayer, inputs: BlockInputs, few: Sequence[int]) ->
     view, parts = tried.workspace.view, inputs.parts
     fit = [part for part in parts if not part.check]
     # parts only know their share: tokens are counted in the recorded calls
-    counts = [len(tried.workspace.work.load(f"experts-{number}")["index"]) for number in range(len(parts))]
+    counts = [len(tried.workspace.work.load(f".experts-{number}")["index"]) for number in range(len(parts))]
 
     def seconds(which: Sequence[int], some: Sequence[CalibrationBatch]) -> float:
         recorded = BlockInputs.recorded(view, tried.layer, some, tried.workspace.work)
@@ -183,7 +183,8 @@ def _write(tried: TrialLayer) -> None:
     work, tensors = tried.workspace.work, stored_tensors(tried.done)
 
     def write() -> None:
-        work.mark_done(f"layer-{tried.layer}", write_shard(work.result, shard, tensors).model_dump(mode="json"))
+        file = write_shard(work.result, shard, tensors)
+        work.mark_done(f"layer-{tried.layer}", file.model_dump(mode="json"), {shard.file: file.sha256})
 
     tried.rates.written = shard.bytes
     tried.rates.write, tried.rates.write_work = tried.watch.single(write)

@@ -1,11 +1,10 @@
 """`moqa.report`: make one self-contained HTML page from artifacts."""
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from moqa.errors import MoqaError
+from moqa.storage.artifact import write_whole
 
 
 def report(artifacts: Sequence[str | Path], out: str | Path) -> Path:
@@ -36,13 +35,5 @@ def report(artifacts: Sequence[str | Path], out: str | Path) -> Path:
         raise MoqaError(f"{out} is a folder", "name the HTML file to write")
     text = render(gather(artifacts))
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(unfinished).chmod(0o644)
-        Path(unfinished).replace(out)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+    write_whole(out, text)
     return out

@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from moqa.adjustment.drift import INTERVAL, DriftDetector, State
@@ -28,6 +27,7 @@ from moqa.serve.metrics import Metrics
 from moqa.serve.text import Chosen
 from moqa.serve.watch import Watch
 from moqa.storage.artifact import read_json
+from moqa.storage.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,8 +163,8 @@ class AutoAdjusting(Adjusting):
 
         started = time.monotonic()
         try:
-            with TemporaryDirectory(prefix="moqa-") as parent:
-                out = Path(parent) / made.name
+            with temporary_folder() as parent:
+                out = parent / made.name
                 adjust(self._folder, [Distribution(made.name, tuple(texts), "served texts")], out, report=report)
                 self._results.put((read_adjustment(out), made, time.monotonic() - started))
         except _StoppedError:

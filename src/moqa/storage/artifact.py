@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from moqa.errors import MoqaError
+from moqa.storage.folders import sync
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -19,7 +21,32 @@ def write_json(record: BaseModel | dict, path: Path) -> None:
     """
     data = record.model_dump(mode="json") if isinstance(record, BaseModel) else record
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a kill or a loss of power leaves the earlier file or the new one, never a part.
+
+    >>> write_whole(Path("note.txt"), "done")
+    >>> Path("note.txt").read_text()
+    'done'
+    """
+    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()  # a link stays a link
+    # one name for all tries: what a killed one left is overwritten by the next
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        with fresh.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.rename(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def read_json(kind: type[Record], path: Path) -> Record:

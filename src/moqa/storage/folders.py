@@ -1,13 +1,15 @@
-"""Folders that appear complete or not at all: written next to the target and renamed when complete."""
+"""Where results and what belongs to them are put, and when they are safe on the disk."""
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from moqa.errors import MoqaError
+
+# what may lie beside a result: its work folder, the result that it replaces, and a record that it is in place
+PARTIAL, REPLACED, PLACED = "partial", "replaced", "placed"
 
 
 @contextmanager
@@ -23,40 +25,26 @@ def writing(out: Path) -> Iterator[None]:
         raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
 
 
-@contextmanager
-def finished_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `out` if the `with` block succeeds, and is removed if it fails.
+def beside(out: Path, what: str) -> Path:
+    """A hidden name beside a result.
 
-    >>> with finished_folder(Path("runs/finished")) as folder:
-    ...     _ = (folder / "moqa.json").write_text("{}")
-    >>> Path("runs/finished/moqa.json").is_file()
-    True
-
-    Args:
-        out: the folder to make.
-        overwrite: replace an existing folder.
+    >>> beside(Path("runs/out"), PARTIAL)
+    PosixPath('runs/.out.partial')
 
     Raises:
-        MoqaError: if `out` exists and may not be replaced, or its parent cannot be written.
+        MoqaError: if no folder can be made at `out`.
     """
-    check_free(out, overwrite)
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        yield folder
-        put_in_place(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    if out.name in ("", ".."):
+        raise MoqaError(f"{out} is not the name of a new folder", "give a name or a path")
+    return out.with_name(f".{out.name}.{what}")
 
 
 def put_in_place(folder: Path, out: Path) -> None:
-    """Rename a complete folder to the result, replacing an existing one."""
-    for path in folder.rglob("*"):
+    """Rename a complete folder to the result; an existing one is moved beside it."""
+    for path in (*folder.rglob("*"), folder):
         sync(path)
     folder.chmod(0o755)
-    old = out.with_name(f".{out.name}.replaced")
+    old = beside(out, REPLACED)
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
@@ -67,7 +55,6 @@ def put_in_place(folder: Path, out: Path) -> None:
             old.rename(out)
         raise
     sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -82,10 +69,12 @@ def sync(path: Path) -> None:
 def check_free(out: Path, overwrite: bool) -> None:
     """Refuse to replace an existing result without `overwrite`, and anything that is not an output of moqa.
 
+    A result that a killed run has put in place is not refused: the same command has to clean up (`resumable.tidy`).
+
     Raises:
         MoqaError: naming the folder.
     """
-    if not is_taken(out):
+    if not is_taken(out) or beside(out, PLACED).is_file():
         return
     if not overwrite:
         raise MoqaError(f"{out} exists", "choose another -o, or give --overwrite")
@@ -99,7 +88,6 @@ def is_taken(out: Path) -> bool:
     Raises:
         MoqaError: if no folder can be made there.
     """
-    if out.name in ("", ".."):
-        raise MoqaError(f"{out} is not the name of a new folder", "give a name or a path")
+    beside(out, PARTIAL)
     with writing(out):
         return out.exists() and not (out.is_dir() and not any(out.iterdir()))

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moqa.errors import MoqaError, Stopped, UnreadableError
-from moqa.storage.folders import check_free, put_in_place, sync, writing
+from moqa.storage.artifact import checksum, file_hash, write_whole
+from moqa.storage.folders import PARTIAL, PLACED, REPLACED, beside, check_free, put_in_place, sync, writing
 
 _JOB, _LOCK, _RESULT, _STEPS = "job.json", "lock", "result", "steps"
 
@@ -38,6 +40,9 @@ class ResumableRun:
     def __init__(self, folder: Path) -> None:
         self.folder, self._steps, self.result = folder, folder / _STEPS, folder / _RESULT
         self._fresh: list[Path] = []
+        # sha256 by path in the folder: of files that notes stand for, and of others that are safe on the disk
+        self._recorded: dict[str, str] = {}
+        self._hashed: dict[str, str] = {}
 
     @property
     def begun(self) -> bool:
@@ -45,7 +50,10 @@ class ResumableRun:
         return any(self._steps.glob("*.json"))
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Save tensors under a name; they are safe on the disk after the next `mark_done`."""
+        """Save tensors under a name; they are safe on the disk after the next `mark_done`.
+
+        A name that begins with a dot is for tensors that are removed before the step ends.
+        """
         path, fresh = self._steps / f"{name}.safetensors", self._steps / f".{uuid4().hex}"
         try:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, fresh)
@@ -65,28 +73,85 @@ class ResumableRun:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise MoqaError(f"{path} is damaged ({error})", "start over with --restart") from None
+            raise MoqaError(f"{path} is damaged ({error})", "the same command starts over") from None
 
     def remove(self, name: str) -> None:
         """Remove saved tensors; a pattern such as `hidden-*` removes several."""
         for path in self._steps.glob(f"{name}.safetensors"):
             path.unlink()
 
-    def mark_done(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Record that a step is done; everything that was saved before is on the disk when this returns."""
+    def mark_done(self, name: str, facts: Mapping[str, Any], hashed: Mapping[str, str] | None = None) -> None:
+        """Record that a step is done; every file that was written before is on the disk when this returns.
+
+        Args:
+            name: of the step.
+            facts: what to record of it.
+            hashed: sha256 of files of the result that are known since they were written, by path in `result`.
+        """
         self.flush()
-        _write_whole(self._steps / f"{name}.json", facts)
+        known = self._hashed | {f"{_RESULT}/{path}": digest for path, digest in (hashed or {}).items()}
+        files = {self._name(path): path for path in self._files() if self._name(path) not in self._recorded}
+        for path in (*(files[name] for name in files.keys() - self._hashed.keys()), *self._folders()):
+            sync(path)
+        note = {"facts": facts, "files": {name: known.get(name) or _digest(path) for name, path in files.items()}}
+        _write(self._steps / f"{name}.json", note)
+        self._recorded |= note["files"]
+        self._hashed = {}
 
     def flush(self) -> None:
         """Write everything that this process saved through to the disk, before another process calls `mark_done`."""
         for path in self._fresh:
-            if path.is_file():
+            if path.is_file() and not path.name.startswith("."):
                 sync(path)
+                self._hashed[self._name(path)] = _digest(path)
         self._fresh = []
 
     def done(self, name: str) -> dict[str, Any] | None:
         """What was recorded of a step; None if it is not done."""
-        return _read(self._steps / f"{name}.json")
+        note = _read(self._steps / f"{name}.json")
+        return None if note is None else note["facts"]
+
+    def check(self) -> str | None:
+        """Compare the files of finished steps with their recorded hashes, and remove all others.
+
+        Returns:
+            The first file that is not as it was written; None if all are.
+        """
+        # what follows the last step is written again
+        (self._steps / f"{_RESULT}.json").unlink(missing_ok=True)
+        for path in sorted(self._steps.glob("*.json")):
+            note = _read(path)
+            if note is None:
+                return self._name(path)
+            self._recorded |= note["files"]
+        for name, digest in self._recorded.items():
+            path = self.folder / name
+            # saved tensors may have been removed since; without those that are needed, `load` refuses
+            if _digest(path) != digest and (path.exists() or name.startswith(_RESULT)):
+                return name
+        for path in (*self._files(), *self._steps.glob(".*")):
+            if self._name(path) not in self._recorded:
+                path.unlink(missing_ok=True)
+        return None
+
+    def finish(self, out: Path, job: Mapping[str, Any]) -> None:
+        """Put the result in place; a record beside it says so until the work folder is removed."""
+        self.mark_done(_RESULT, {})
+        of_result = f"{_RESULT}/"
+        files = {n.removeprefix(of_result): digest for n, digest in self._recorded.items() if n.startswith(of_result)}
+        _write(beside(out, PLACED), {"job": job, "files": files})
+        put_in_place(self.result, out)
+
+    def _files(self) -> list[Path]:
+        """Files that steps stand for: saved tensors, and all of the result."""
+        saved = [path for path in self._steps.glob("*.safetensors") if not path.name.startswith(".")]
+        return sorted([*saved, *(path for path in self.result.rglob("*") if not path.is_dir())])
+
+    def _folders(self) -> list[Path]:
+        return [self._steps, self.result, *(path for path in self.result.rglob("*") if path.is_dir())]
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
 
 
 @contextmanager
@@ -108,23 +173,18 @@ def resumable(
         MoqaError: if `out` may not be replaced or cannot be written, another process is writing it, or earlier work
             on it belongs to another job.
     """
+    tidy(out)
     check_free(out, overwrite)
-    folder = folder_beside(out)
-    with writing(out):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _locked(folder, out)
-    with lock:
+    folder, job = folder_beside(out), as_json(job)
+    with _locked(folder, out) as lock:
         with writing(out):
-            _same_job(folder, job, out, restart)
-        work = ResumableRun(folder)
+            work = _continued(folder, job, out, restart)
         keep = False
         try:
-            for path in (folder / _STEPS, work.result):
-                path.mkdir(exist_ok=True)
             yield work
             if not _holds(lock, folder):
                 raise _removed(out, folder)
-            put_in_place(work.result, out)
+            work.finish(out, job)
         except (OSError, SafetensorError, MoqaError) as error:
             if not _holds(lock, folder):
                 raise _removed(out, folder) from None
@@ -141,12 +201,59 @@ def resumable(
         finally:
             # if the folder was removed, another process may have started a new one
             if not keep and (_holds(lock, folder) or not (folder / _LOCK).exists()):
-                shutil.rmtree(folder, ignore_errors=True)
+                _clear(out)
+
+
+def tidy(out: Path) -> dict[str, Any] | None:
+    """Complete what a kill has left of a result that was being put in place.
+
+    >>> tidy(Path("runs/out")) is None
+    True
+
+    Args:
+        out: the result.
+
+    Returns:
+        The job whose complete result `out` is, if the run was killed before its work folder was removed; else None.
+
+    Raises:
+        MoqaError: if another process is writing the result.
+    """
+    record, old = beside(out, PLACED), beside(out, REPLACED)
+    with writing(out):
+        if not record.exists() and not old.exists():
+            return None
+    with _locked(folder_beside(out), out):
+        note = _read(record)
+        files = note["files"].items() if note is not None and out.is_dir() else ()
+        if files and all(_digest(out / path) == digest for path, digest in files):
+            _clear(out)
+            return note["job"] if note else None
+        if not out.exists() and old.exists():
+            old.rename(out)
+            sync(out.parent)
+        record.unlink(missing_ok=True)
+        if not (folder_beside(out) / _JOB).exists():
+            _clear(out)
+    return None
 
 
 def folder_beside(out: Path) -> Path:
     """The work folder of `out` until it is complete."""
-    return out.with_name(f".{out.name}.partial")
+    return beside(out, PARTIAL)
+
+
+def as_json(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job as it is read again."""
+    return json.loads(json.dumps(job))
+
+
+def _clear(out: Path) -> None:
+    """Remove the work folder and what was replaced; the record of the result goes last."""
+    shutil.rmtree(folder_beside(out), ignore_errors=True)
+    if out.exists():
+        shutil.rmtree(beside(out, REPLACED), ignore_errors=True)
+    beside(out, PLACED).unlink(missing_ok=True)
 
 
 def check_space(out: Path, needs: int) -> None:
@@ -178,9 +285,11 @@ def check_space(out: Path, needs: int) -> None:
 
 
 def _locked(folder: Path, out: Path) -> IO[str]:
-    """The folder's lock, held until it is closed or the process ends."""
+    """The lock of a work folder, made if it is missing; held until it is closed or the process ends."""
     while True:
-        lock = (folder / _LOCK).open("w")
+        with writing(out):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / _LOCK).open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -190,7 +299,6 @@ def _locked(folder: Path, out: Path) -> IO[str]:
         if _holds(lock, folder):
             return lock
         lock.close()
-        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _holds(lock: IO[str], folder: Path) -> bool:
@@ -203,20 +311,28 @@ def _removed(out: Path, folder: Path) -> MoqaError:
     return MoqaError(f"{out} could not be written: somebody removed {folder}", "run the same command again")
 
 
-def _same_job(folder: Path, job: Mapping[str, Any], out: Path, restart: bool) -> None:
-    """Keep earlier work on the same job, or clear the folder for this one."""
-    wanted, old = json.loads(json.dumps(job)), _read(folder / _JOB)
-    if old == wanted and not restart and (folder / _RESULT).is_dir():
-        return
-    if old is not None and old != wanted and ResumableRun(folder).begun and not restart:
-        key = next(key for key in sorted(old.keys() | wanted.keys()) if old.get(key) != wanted.get(key))
+def _continued(folder: Path, job: Mapping[str, Any], out: Path, restart: bool) -> ResumableRun:
+    """Earlier work on the same job if it is intact, or else an empty folder for this one."""
+    work, old = ResumableRun(folder), _read(folder / _JOB)
+    if old not in (None, job) and work.begun and not restart:
+        key = next(key for key in sorted(old.keys() | job.keys()) if old.get(key) != job.get(key))
         raise MoqaError(
-            f"{out} has an unfinished run with {key} {_short(old.get(key))}, this one has {_short(wanted.get(key))}",
+            f"{out} has an unfinished run with {key} {_short(old.get(key))}, this one has {_short(job.get(key))}",
             "finish that one with its own command, or start over with --restart",
         )
+    damaged = work.check() if old == job and not restart else _JOB
+    if damaged is not None:
+        if work.begun and not restart:
+            warnings.warn(f"unfinished work on {out} starts over: {damaged} is not as it was written", stacklevel=4)
+        (folder / _JOB).unlink(missing_ok=True)
+        for path in (folder / _STEPS, folder / _RESULT):
+            shutil.rmtree(path, ignore_errors=True)
+        work = ResumableRun(folder)
     for path in (folder / _STEPS, folder / _RESULT):
-        shutil.rmtree(path, ignore_errors=True)
-    _write_whole(folder / _JOB, wanted)
+        path.mkdir(exist_ok=True)
+    _write(folder / _JOB, job)
+    sync(folder.parent)
+    return work
 
 
 def _short(value: Any) -> str:
@@ -224,14 +340,20 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def _digest(path: Path) -> str:
+    """sha256 of a regular file; empty if there is none."""
+    return file_hash(path) if path.is_file() else ""
+
+
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """A note; None if there is none that is as it was written."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        return note["note"] if checksum(note["note"]) == note["checksum"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
-def _write_whole(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write JSON atomically."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(facts), encoding="utf-8")
-    sync(fresh)
-    fresh.rename(path)
-    sync(path.parent)
+def _write(path: Path, note: Mapping[str, Any]) -> None:
+    """Write a note with its checksum; it is on the disk when this returns."""
+    write_whole(path, json.dumps({"note": note, "checksum": checksum(dict(note))}))
