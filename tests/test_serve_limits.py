@@ -387,6 +387,8 @@ class TestBodies:
             (CompletionRequest, {"prompt": "a", "stop": ["a"] * MANY}),
             (CompletionRequest, {"prompt": "a", **{f"field{n}": n for n in range(MANY)}}),
             (CompletionRequest, {"prompt": [[0.5]] * MANY}),
+            (CompletionRequest, {"prompt": [[5]] * MANY}),
+            (CompletionRequest, {"prompt": ["a"] * MANY}),
             (CompletionRequest, {"prompt": ["a"] * MANY + [0]}),
             (ChatRequest, {"messages": [{"role": "user", "content": [0] * MANY}]}),
             (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * MANY}]}),

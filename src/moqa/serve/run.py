@@ -1,6 +1,7 @@
 """`moqa serve`: load a model and serve it until a signal stops the server."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -118,6 +119,9 @@ def serve(
 
         # uvicorn raises a signal again when it is done; the default handlers would then kill the process
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        # else looking for garbage among a request's lists goes through torch and the model as well, for a second
+        gc.collect()
+        gc.freeze()
         service.scheduler.start()
         try:
             _listen(listener, host, port)
@@ -127,6 +131,7 @@ def serve(
         finally:
             service.scheduler.stop(0)
             service.close()
+            gc.unfreeze()
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -20,8 +20,8 @@ _T = TypeVar("_T")
 _Many = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
 _MOST_FIELDS = 100  # of one object; there is an error for each unknown one
 _MOST_STOPS = 16
-_MOST_MESSAGES = 4096
-_MOST_PARTS = 1024
+_MOST = 4096  # prompts, messages, and parts of a message
+_Prompts = Annotated[list[_T], Field(min_length=1, max_length=_MOST, fail_fast=True)]
 # these have no effect on any text
 _IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -123,8 +123,11 @@ class CompletionRequest(_Request):
     """Body of `/v1/completions`."""
 
     prompt: Annotated[
-        str | _Many[str] | _Many[int] | _Many[_Many[int]],
-        _described("a text, a list of texts, a list of token numbers or a list of such lists, none of them empty"),
+        str | _Prompts[str] | _Many[int] | _Prompts[_Many[int]],
+        _described(
+            "a text, a list of texts, a list of token numbers or a list of such lists, none of them empty, "
+            f"at most {_MOST} prompts"
+        ),
     ]
     max_tokens: int = 16
     logprobs: int | None = None
@@ -148,8 +151,8 @@ class ChatMessage(_Asked):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        str | Annotated[list[TextPart], Field(max_length=_MOST_PARTS, fail_fast=True)],
-        _described(f"a text or a list of text parts, at most {_MOST_PARTS}; nothing else can be read"),
+        str | Annotated[list[TextPart], Field(max_length=_MOST, fail_fast=True)],
+        _described(f"a text or a list of text parts, at most {_MOST}; nothing else can be read"),
     ]
 
     def plain(self) -> dict[str, str]:
@@ -161,7 +164,7 @@ class ChatMessage(_Asked):
 class ChatRequest(_Request):
     """Body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=_MOST, fail_fast=True)]
     max_completion_tokens: int | None = None
     max_tokens: int | None = Field(None, description="the older name of max_completion_tokens")
     logprobs: bool = False

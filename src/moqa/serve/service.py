@@ -52,7 +52,8 @@ class Service:
             return self.adjusting.written(job, generate(model, tokenizer, job.ids, job.sampling))
 
         self.scheduler = Scheduler(begin, slots, queue, self.metrics)
-        self.bodies = Bodies(body_limit(getattr(model.config.get_text_config(), "max_position_embeddings", None)))
+        self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.bodies = Bodies(body_limit(self._context))
         # the first use of a tokenizer resets its truncation, which must not happen in two threads at the same time
         encode(tokenizer, "")
 
@@ -68,7 +69,9 @@ class Service:
                 400, f"{len(prompts)} prompts are too many: at most {self.scheduler.room} fit", param="prompt"
             )
         return [
-            self._checked(encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt, sampling)
+            self._checked(
+                encode(self.tokenizer, prompt, context=self._context) if isinstance(prompt, str) else prompt, sampling
+            )
             for prompt in prompts
         ]
 
@@ -84,7 +87,7 @@ class Service:
         Raises:
             MoqaError: if the chat template refuses the conversation, or it is too long.
         """
-        ids, stops = chat_prompt(self.tokenizer, messages)
+        ids, stops = chat_prompt(self.tokenizer, messages, self._context)
         return [self._checked(ids, sampling(stops))]
 
     def start(self, texts: Sequence[Text], chosen: Chosen) -> "Running":
