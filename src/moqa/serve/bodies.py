@@ -1,6 +1,7 @@
 """Bodies of requests: what they may cost, and how they are read without holding up other clients."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -47,6 +48,7 @@ class Bodies:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._held, self._most_held = 0, max(_MOST_HELD, 4 * limit)
+        self._rested = 0.0  # when the next long one may begin
         self._short, self._long = (ThreadPoolExecutor(1, f"moqa-{name}-bodies") for name in ("short", "long"))
 
     async def read(self, request: Request, kind: type[_Body], prepare: Callable[[_Body], _T]) -> tuple[_Body, _T]:
@@ -83,10 +85,21 @@ class Bodies:
                 body = _parsed(data, kind)
                 return body, prepare(body)
 
-            thread = self._long if counted else self._short
-            return await unless_gone(request, asyncio.get_running_loop().run_in_executor(thread, work))
+            loop = asyncio.get_running_loop()
+            if counted:
+                return await unless_gone(request, loop.run_in_executor(self._long, self._resting, work))
+            return await unless_gone(request, loop.run_in_executor(self._short, work))
         finally:
             self._held -= counted
+
+    def _resting(self, work: Callable[[], _T]) -> _T:
+        """Do the work of a long body, after a rest for as long as the last one took: parsers let nobody else run."""
+        time.sleep(max(0.0, self._rested - time.monotonic()))
+        started = time.monotonic()
+        try:
+            return work()
+        finally:
+            self._rested = 2 * time.monotonic() - started
 
     def _too_long(self) -> RefusalError:
         return RefusalError(413, f"the body is longer than {self.limit} bytes", code="body_too_large")

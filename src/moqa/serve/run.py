@@ -5,6 +5,7 @@ import gc
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ from moqa.serve.service import Service
 GRACE = 3.0  # seconds to finish texts that are being written when the server is stopped
 AUTO = "auto"
 _BACKLOG = 2048  # connections waiting to be accepted
-_SPARE = 256  # connections beside those whose texts are written or wait
+_SWITCH = 0.0005  # seconds
+_SPARE = 1024  # connections beside those whose texts are written or wait
 _QUIET = 60.0  # seconds after a problem of connections in which no other is logged
 
 _LOG = logging.getLogger(__name__)
@@ -119,9 +121,12 @@ def serve(
 
         # uvicorn raises a signal again when it is done; the default handlers would then kill the process
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        switch = sys.getswitchinterval()
         # else looking for garbage among a request's lists goes through torch and the model as well, for a second
         gc.collect()
         gc.freeze()
+        # the event loop needs the interpreter for moments, again and again, beside threads that keep it when they can
+        sys.setswitchinterval(_SWITCH)
         service.scheduler.start()
         try:
             _listen(listener, host, port)
@@ -132,6 +137,7 @@ def serve(
             service.scheduler.stop(0)
             service.close()
             gc.unfreeze()
+            sys.setswitchinterval(switch)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
