@@ -148,7 +148,11 @@ class Clients:
             "huge": self._huge, "strange": self._strange,
         }  # fmt: skip
         names = [name for name, share in SHARES.items() for _ in range(max(1, round(number * share)))]
-        await asyncio.gather(*(self._repeat(name, kinds[name], n) for n, name in enumerate(names)))
+        tasks = [asyncio.ensure_future(self._repeat(name, kinds[name], n)) for n, name in enumerate(names)]
+        await asyncio.gather(*(task for task, name in zip(tasks, names, strict=True) if name == "good"))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _repeat(self, name: str, act: Callable[[random.Random], Awaitable[object]], number: int) -> None:
         dice = random.Random(number)
@@ -258,8 +262,6 @@ async def watched(clients: Clients, number: int, pid: int, found: Found) -> None
 def measure(model: Path, minutes: float, clients: int) -> Found:
     """Serve a model to clients for some time."""
     found = Found(minutes=minutes, clients=clients)
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most if most < 2**16 else max(files, 2**16), most))
     with tempfile.TemporaryDirectory() as folder, served(model, Path(folder) / "log") as (server, url):
         with httpx.Client(base_url=url, timeout=PATIENCE) as one:
             expected = {n: text_of(body, one.post(path, json=body)) for n, (path, body) in enumerate(asked())}
@@ -299,9 +301,9 @@ def section(found: Found, model: Path) -> str:
             f"Made by `python benchmarks/clients.py --minutes {found.minutes:g} --clients {found.clients}`: `moqa "
             f"serve` of `{model.name}` with one thread, on {os.cpu_count()} cores that it shares with its clients and "
             f"others (load {os.getloadavg()[1]:.0f}). Half of the clients ask and compare answers; a tenth each leave "
-            f"in the middle of an answer, hold {HALF_OPEN} half-open connections, send a body byte by byte, send 8 MiB, "
-            "and send bodies of a megabyte that are strange (numbers as `stop`, thousands of fields or messages, deep "
-            "nesting) or ambiguous.",
+            f"in the middle of an answer, hold {HALF_OPEN} half-open connections, send a body byte by byte, send 8 "
+            "MiB, and send bodies of a megabyte that are strange (numbers as `stop`, thousands of fields or messages, "
+            "deep nesting) or ambiguous.",
             "",
             "| | |",
             "|---|---|",
@@ -333,6 +335,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--model", type=Path, default=ROOT / "reference" / "model")
     options = parser.parse_args()
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, min(most, 2**14)), most))
     found = measure(options.model, options.minutes, options.clients)
     text = section(found, options.model)
     write(text)

@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 from pydantic import ValidationError
 from serving import GREEDY, LONG, PATIENCE, asked, complete, fails, running
+from starlette.responses import JSONResponse
 
 from moqa.errors import MoqaError
 from moqa.generation import load_any
@@ -69,6 +70,39 @@ def wait_for(condition):
 def head(length=None, path="/v1/completions"):
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     return "\r\n".join([*lines, *([f"Content-Length: {length}"] if length else []), "", ""]).encode()
+
+
+class Transport(asyncio.Transport):
+    """What a connection does with its socket, without one."""
+
+    def __init__(self):
+        super().__init__({"socket": None})
+        self.reads, self.written, self._closed = True, b"", False
+
+    def abort(self):
+        self._closed = True
+
+    close = abort
+
+    def is_closing(self):
+        return self._closed
+
+    def pause_reading(self):
+        self.reads = False
+
+    def resume_reading(self):
+        self.reads = True
+
+    def write(self, data):
+        self.written += data
+
+
+def made(shared, app=print):
+    """A connection with such a transport."""
+    config, state = uvicorn.Config(app, log_config=None), uvicorn.server.ServerState()
+    connection, transport = Connection(shared=shared, config=config, server_state=state, app_state={}), Transport()
+    connection.connection_made(transport)
+    return connection, transport
 
 
 class TestTime:
@@ -129,35 +163,39 @@ class TestTime:
             assert complete(http, prompt="The", **GREEDY).status_code == 200
 
     def test_of_a_client_that_does_not_read_is_limited(self):
-        class Transport(asyncio.Transport):
-            aborted = False
-
-            def abort(self):
-                self.aborted = True
-
-            close = abort
-
-            def is_closing(self):
-                return self.aborted
-
         async def wait(reads):
-            shared = Connections(5, {"head": 60, "body": 60, "read": 0.01})
-            connection = Connection(
-                shared=shared, config=uvicorn.Config(print, log_config=None),
-                server_state=uvicorn.server.ServerState(), app_state={},
-            )  # fmt: skip
-            transport = Transport({"socket": None})
-            connection.connection_made(transport)
+            connection, transport = made(Connections(5, {"head": 60, "body": 60, "read": 0.01}))
             connection.pause_writing()
             if reads:
                 connection.resume_writing()
             await asyncio.sleep(0.05)
-            aborted = transport.aborted
+            aborted = transport.is_closing()
             connection.connection_lost(None)
-            return aborted, shared.unasked
+            return aborted
 
-        assert asyncio.run(wait(reads=False)) == (True, {})
-        assert asyncio.run(wait(reads=True)) == (False, {})
+        assert asyncio.run(wait(reads=False))
+        assert not asyncio.run(wait(reads=True))
+
+    def test_is_not_spent_on_a_body_that_was_answered(self, monkeypatch):
+        monkeypatch.setattr("moqa.serve.connection._UNREAD_PAUSE", 0.01)
+
+        async def refuse(scope, receive, send):
+            await JSONResponse({}, 413)(scope, receive, send)
+
+        async def wait():
+            connection, transport = made(Connections(5), refuse)
+            connection.data_received(head(10**8))
+            while not transport.written:
+                await asyncio.sleep(0.01)
+            reads = transport.reads
+            connection.data_received(b" " * 2**17)
+            paused = not transport.reads
+            while not transport.reads:
+                await asyncio.sleep(0.01)
+            connection.connection_lost(None)
+            return reads, paused
+
+        assert asyncio.run(wait()) == (True, True)
 
 
 class TestConnections:

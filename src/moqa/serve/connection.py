@@ -14,6 +14,7 @@ from moqa.serve.refusal import RefusalError
 ACCEPTED = 32  # connections that the event loop accepts in one turn, before it closes those beyond the limit
 _FILES = 128 + 3 * ACCEPTED  # files left for everything else: the model, the event loop, connections being closed
 _FEWEST = 16
+_UNREAD_PAUSE = 0.2  # seconds between two parts of a body that nobody reads
 _CHUNKS = 4096  # of one body: reading one takes the event loop some microseconds, however short it is
 
 
@@ -88,6 +89,10 @@ class Connection(H11Protocol):
             self._enter("head")
         super().data_received(data)
         self._follow()
+        if self._phase == "body" and self.conn.our_state is h11.DONE:
+            # it was answered already, and many clients read the answer only after they have sent everything
+            self.flow.pause_reading()
+            self.loop.call_later(_UNREAD_PAUSE, self.flow.resume_reading)
 
     def on_response_complete(self) -> None:
         """See uvicorn."""
@@ -109,6 +114,13 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
         """See uvicorn."""
         self._refuse(RefusalError(400, "the request is not valid HTTP", code="invalid_http"))
+
+    def shutdown(self) -> None:
+        """See uvicorn, which would wait for bodies that are still being sent."""
+        if self._phase == "body":
+            self.drop()
+        else:
+            super().shutdown()
 
     def drop(self) -> None:
         """Close the connection, without sending what waits."""
