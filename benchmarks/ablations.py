@@ -95,7 +95,7 @@ class Table:
 def starved(view: Any, held_out: list) -> str:
     """Uniform 3 bits calibrated on four windows, with and without the two rules that guard experts with few tokens."""
     profile = moqa.profile(MODEL, texts("calib", KNOWN), ROOT / "runs" / "ablations" / "starved", samples=4, view=view)
-    bench = ProofSetup.open(str(MODEL), view, profile, held_out=held_out, windows=WINDOWS, report=quiet)
+    bench = ProofSetup(str(MODEL), view, profile, held_out=held_out, windows=WINDOWS, report=quiet)
     plan = moqa.plan(profile, None, strategy="uniform", widths=[3])
     table = Table(bench)
     table.add("rtn", plan, "rtn")
@@ -131,7 +131,7 @@ def main() -> None:
     diagonal = moqa.profile(MODEL, data, ROOT / "runs" / "ablations" / "diagonal", view=view)
     measure.Sensitivity = Sensitivity
     held_out = texts("test", (*KNOWN, *NOVEL))
-    bench = ProofSetup.open(str(MODEL), view, profile, held_out=held_out, windows=WINDOWS, report=quiet)
+    bench = ProofSetup(str(MODEL), view, profile, held_out=held_out, windows=WINDOWS, report=quiet)
     uniform = moqa.plan(profile, None, strategy="uniform", widths=[3])
     budget = f"{uniform.account.checkpoint}B"
     table, plans, measured = Table(bench), {"uniform": uniform}, {}

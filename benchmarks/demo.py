@@ -164,7 +164,7 @@ def main() -> None:
     profile = moqa.profile(MODEL, texts("calib", KNOWN), out / "profile", samples=args.samples, view=view)
     say("the original on held-out text")
     held_out = texts("test", (*KNOWN, *NOVEL))
-    bench = ProofSetup.open(str(MODEL), view, profile, held_out=held_out, windows=args.windows, report=quiet)
+    bench = ProofSetup(str(MODEL), view, profile, held_out=held_out, windows=args.windows, report=quiet)
     found = moqa.evaluate(MODEL, held_out, reference=bench.reference)
     write_json(found.model_copy(update={"model": "original"}), out / "evaluations" / "original.json")
     rows = [row("original", found)]

@@ -48,7 +48,7 @@ def random_matrix(shape: tuple[int, int], scheme: Scheme, device: torch.device) 
         if dtype == torch.uint8:
             tensors[name] = torch.randint(256, stored, dtype=dtype, device=device)
         else:
-            size = shape[1] ** -0.5 / (1 if scheme.is_unquantized else scheme.levels)
+            size = shape[1] ** -0.5 / (1 if scheme.is_unquantized else 2**scheme.width)
             values = torch.randn(stored, device=device) * size
             tensors[name] = (values.abs() if name == "scale" else values).to(dtype)
     return PackedMatrix(scheme, shape, tensors)

@@ -98,8 +98,8 @@ def make_matrix(scheme: Scheme, shape: tuple[int, int], seed: int, size: float =
     if scheme.is_unquantized:
         weight = (torch.randn(shape, generator=generator) * size).bfloat16()
         return Known(PackedMatrix(scheme, shape, {"weight": weight}), weight.double(), weight.double().abs())
-    top, groups = scheme.levels - 1, -(-features // scheme.group_size)
-    integers = torch.randint(0, scheme.levels, shape, generator=generator, dtype=torch.uint8)
+    top, groups = 2**scheme.width - 1, -(-features // scheme.group_size)
+    integers = torch.randint(0, 2**scheme.width, shape, generator=generator, dtype=torch.uint8)
     # rows at the end of the range are where sums are largest
     edge = torch.randint(0, 6, (out, 1), generator=generator)
     integers = torch.where(edge == 0, top, torch.where(edge == 1, top * (integers & 1), integers)).to(torch.uint8)

@@ -23,7 +23,7 @@ from moqa.progress import quiet
 from moqa.quantization import checkpoint as written
 from moqa.quantization import quantize
 from moqa.quantization.run import disk_needed
-from moqa.storage import space
+from moqa.storage import resumable as unfinished
 from moqa.storage.resumable import ResumableRun
 
 
@@ -128,7 +128,7 @@ def free(monkeypatch):
 
     def set_free(size):
         usage = shutil._ntuple_diskusage(10**15, 10**15 - size, size)
-        monkeypatch.setattr(space.shutil, "disk_usage", lambda _: usage)
+        monkeypatch.setattr(unfinished.shutil, "disk_usage", lambda _: usage)
 
     return set_free
 

@@ -58,8 +58,8 @@ class TestCompress:
         (tmp_path / "wiki.txt").write_text(texts["wiki"].texts[0])
         forms = ([f"wiki={tmp_path / 'wiki.txt'}"], {"wiki": tmp_path / "wiki.txt"}, {"wiki": texts["wiki"].texts})
         found = [forecast(tiny_model, data, "6bpw", tmp_path / "out", options=SMALL) for data in forms]
-        assert len({one.cost.checkpoint_bytes for one in found}) == 1
-        assert found[0].plan.known == ("wiki",)
+        assert len({cost.checkpoint_bytes for cost, _, _ in found}) == 1
+        assert found[0][1].known == ("wiki",)
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_new_method_is_in_the_help():
     METHODS["made-up"] = METHODS["rtn"]
     try:
         assert help_of("method") == "gptq, rtn or made-up"
-        with pytest.raises(MoqaError, match="--method awq is unknown: there are gptq, made-up, rtn"):
+        with pytest.raises(MoqaError, match="--method awq is unknown: there are gptq, rtn, made-up"):
             METHODS.find("awq")
     finally:
         del METHODS["made-up"]

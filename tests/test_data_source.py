@@ -83,6 +83,16 @@ class TestFiles:
         assert read_distribution(f"a={path}").texts == ("one", "two")
         assert read_distribution(f"a={path}:body").texts == ("three",)
 
+    def test_json_and_tables_are_records(self, tmp_path):
+        (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}]))
+        (tmp_path / "a.csv").write_text('id,text\n1,a\n2,"b\n, c"\n')
+        (tmp_path / "a.tsv").write_text("text\tid\na\t1\n")
+        (tmp_path / "a.ndjson").write_text('{"text": "a"}\n')
+        read = {
+            suffix: read_distribution(f"a={tmp_path}/a.{suffix}").texts for suffix in ("json", "csv", "tsv", "ndjson")
+        }
+        assert read == {"json": ("a", "b"), "csv": ("a", "b\n, c"), "tsv": ("a",), "ndjson": ("a",)}
+
     def test_several_keep_their_order(self, tmp_path):
         for name in "ab":
             (tmp_path / name).write_text(name)
@@ -113,8 +123,54 @@ class TestChats:
     def test_the_template_may_refuse(self, tmp_path, chat_tokenizer):
         chat_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
         path = write_jsonl(tmp_path / "a.jsonl", {"messages": CHAT})
-        with pytest.raises(MoqaError, match=r"does not fit the chat template.*roles must alternate"):
+        with pytest.raises(MoqaError, match=r"line 1, .*the chat template refuses.*roles must alternate"):
             read_distribution(f"a={path}", chat_tokenizer)
+
+    def test_text_parts_are_joined_and_other_parts_refused(self, tmp_path, chat_tokenizer):
+        parts = [{"type": "text", "text": "Hal"}, {"type": "text", "text": "lo"}]
+        path = write_jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": parts}, CHAT[1]]})
+        assert read_distribution(f"a={path}", chat_tokenizer).texts == (CHAT_TEXT,)
+        image = [{"type": "image_url", "image_url": {"url": "data:"}}]
+        path = write_jsonl(tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": [{"role": "user", "content": image}]})
+        with pytest.raises(MoqaError, match="line 2, field 'messages': message 1 has a part of type 'image_url'"):
+            read_distribution(f"a={path}", chat_tokenizer)
+
+    @pytest.mark.parametrize("arguments", ['{"city": "Bonn"}', {"city": "Bonn"}])
+    def test_tools_and_their_calls(self, tmp_path, chat_tokenizer, arguments):
+        chat_tokenizer.chat_template = (
+            "{{ tools[0].function.name }}{% for m in messages %}|{{ m.content }}"
+            "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.city }}){% endfor %}"
+            "{% endfor %}"
+        )
+        call = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "w", "arguments": arguments}}],
+        }
+        record = {"messages": [CHAT[0], call], "tools": [{"type": "function", "function": {"name": "w"}}]}
+        path = write_jsonl(tmp_path / "a.jsonl", record)
+        assert read_distribution(f"a={path}", chat_tokenizer).texts == ("w|Hallo|w(Bonn)",)
+
+    @pytest.mark.parametrize(
+        ("message", "lost"),
+        [
+            ({"role": "tool", "content": "22 degrees"}, "'22' of message 2"),
+            ({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "w"}}]}, "'w' of message 2"),
+        ],
+    )
+    def test_what_the_template_leaves_out_is_an_error(self, tmp_path, chat_tokenizer, message, lost):
+        chat_tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+        path = write_jsonl(tmp_path / "a.jsonl", {"messages": [CHAT[0], message]})
+        with pytest.raises(MoqaError, match=f"line 1, .* leaves out {lost}"):
+            read_distribution(f"a={path}", chat_tokenizer)
+
+    @pytest.mark.parametrize("content", ["<think>first</think>Gut", "first</think> Gut ", 'with "quotes"\n\n  lines'])
+    def test_templates_may_leave_out_thinking_and_change_spaces(self, tmp_path, chat_tokenizer, content):
+        chat_tokenizer.chat_template = (
+            "{% for m in messages %}{{ (m.content.split('</think>')[-1].split() | join(' ')) | tojson }}{% endfor %}"
+        )
+        path = write_jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": content}]})
+        assert len(read_distribution(f"a={path}", chat_tokenizer).texts) == 1
 
 
 class TestHub:
@@ -172,6 +228,7 @@ class TestErrors:
             ('{"text": 3}', "field 'text' is of type int"),
             ('{"text": null}', "field 'text' is of type NoneType"),
             ('{"text": ["a"]}', "field 'text' is a list, but not of messages"),
+            ('{"messages": "[]"}', "field 'messages' is of type str: a list of messages is needed"),
             ('{"text": "\\ud800"}', "not valid Unicode"),
             ("\n\n", "holds no text"),
         ],
@@ -192,6 +249,12 @@ class TestErrors:
             ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8 at byte 24"),
             ("a.txt", b" \n", "holds no text"),
             ("a.txt", b"", "holds no text"),
+            ("a.txt", b'{"text": "a"}\n{"text": "b"}\n', r"holds JSON lines: name it \.jsonl"),
+            ("a.html", b"<p>a</p>", "is not plain text: extract its text"),
+            ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "a file of JSON lines ends in"),
+            ("a.json", b'{"text": "a"}', "holds one dict: give a list of records"),
+            ("a.csv", b"id,text\n1\n", "line 2 has another number of fields"),
+            ("a.csv", b"id,body\n1,a\n", "line 2 has no field 'text': its fields are id, body"),
         ],
     )
     def test_files(self, tmp_path, name, content, message):
@@ -222,6 +285,9 @@ class TestErrors:
         with pytest.raises(MoqaError, match=r"holds no \.txt file"):
             read_distribution(f"a={tmp_path}")
         (tmp_path / "a.txt").write_text("a")
+        write_jsonl(tmp_path / "b.jsonl", {"text": "b"})
+        with pytest.raises(MoqaError, match=r"holds texts and b\.jsonl"):
+            read_distribution(f"a={tmp_path}")
         with pytest.raises(MoqaError, match="has no fields: leave out ':body'"):
             read_distribution(f"a={tmp_path}/a.txt:body")
 

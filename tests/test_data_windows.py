@@ -11,9 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from moqa.data import Distribution, cut_windows, overlap, overlap_share, refuse_overlap, shingles, split_held_out
+from moqa.data import (
+    Distribution,
+    cut_windows,
+    overlap,
+    overlap_share,
+    prompt_start,
+    refuse_overlap,
+    shingles,
+    split_held_out,
+)
 from moqa.errors import MoqaError
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -50,6 +60,26 @@ class TestWindows:
         windows = cut_windows(distribution(*texts), TOKENIZER, context)
         assert windows.inputs.dtype == torch.int64
         assert windows.inputs.flatten().tolist() == stream[: len(stream) // context * context]
+
+    def test_windows_begin_as_prompts_do(self):
+        tokenizer = AutoTokenizer.from_pretrained(REFERENCE / "model")
+        mark = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        tokenizer._tokenizer.post_processor = TemplateProcessing(
+            single="<|endoftext|> $A", pair="$A $B", special_tokens=[("<|endoftext|>", mark)]
+        )
+        text = reference_text("wiki", size=2000)
+        stream = all_tokens([text])
+        windows = cut_windows(distribution(text), tokenizer, 9, count=3)
+        assert prompt_start(tokenizer) == [mark]
+        assert prompt_start(TOKENIZER) == []
+        assert windows.inputs[:, 0].tolist() == [mark] * 3
+        assert windows.inputs[0, 1:].tolist() == stream[:8]
+        # all 8 tokens after the first one are predicted
+        assert cut_windows(distribution(text), tokenizer, 9, count=1).text_bytes == len(TOKENIZER.decode(stream[:8]))
+        # a chat template has written the first token already
+        assert cut_windows(distribution("<|endoftext|>" + text), tokenizer, 9, count=3).inputs[0].tolist() == [
+            mark, *stream[:8]
+        ]  # fmt: skip
 
     @settings(deadline=None)
     @given(documents, st.integers(2, 5), st.integers(1, 8), st.integers(0, 2**70))

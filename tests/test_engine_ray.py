@@ -275,15 +275,15 @@ class TestMistakes:
     def test_a_node_that_differs(self, changed, said, tiny_model, planned, profiled, engine, tmp_path, monkeypatch):
         from dataclasses import replace
 
-        from moqa.execution.workspace import Requirements
+        from moqa.execution.workspace import WorkspaceAddress
 
-        real = Requirements.here
+        real = WorkspaceAddress.here
 
         def here(model, shared):
             found = real(model, shared)
             return replace(found, **(changed | {"versions": found.versions | changed.get("versions", {})}))
 
-        monkeypatch.setattr(Requirements, "here", here)
+        monkeypatch.setattr(WorkspaceAddress, "here", here)
         with pytest.raises(MoqaError, match=said):
             quantize(tiny_model, planned, tmp_path / "out", profile=profiled, engine=engine)
         assert list(tmp_path.iterdir()) == []

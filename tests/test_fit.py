@@ -18,7 +18,7 @@ from families import FAMILIES, random_model
 from moqa.errors import MoqaError
 from moqa.forecast.serving import ServedModel
 from moqa.generation.loop import CHUNK
-from moqa.memory.free import free_memory
+from moqa.memory.limit import free_memory
 from moqa.planning import MemoryBudget, memory_budget, plan
 from moqa.planning.fit import smallest_plan
 from moqa.profiling import profile

@@ -10,18 +10,9 @@ from families import random_model, save, train_tokenizer
 
 from moqa.estimate import Trial
 from moqa.evaluation.proof import baselines
-from moqa.forecast.rates import (
-    BlockRates,
-    ComparisonRates,
-    FileRates,
-    ProfileRates,
-    QuantizationRates,
-    Rates,
-    TokenCost,
-    block_kinds,
-)
-from moqa.forecast.stopwatch import Stopwatch
+from moqa.forecast.rates import BlockRates, Rates, TokenCost, block_kinds
 from moqa.forecast.time import comparison_seconds, loading_seconds, profile_seconds, quantization_seconds
+from moqa.forecast.trial import Stopwatch
 from moqa.methods import METHODS
 from moqa.models.view import open_model
 from moqa.planning import plan
@@ -30,15 +21,13 @@ from moqa.quantization.trial import trial_batches
 
 BLOCK = BlockRates(
     experts=8,
-    file=FileRates(bytes=1000, read=0.5, read_work=0.4, written=100, write=1.0, write_work=0.2),
-    quantization=QuantizationRates(
-        TokenCost(0.0, 0.01), TokenCost(0.0, 0.001), TokenCost(0.5, 0.002), 3.0, 4.0, TokenCost(1.0, 0.02)
-    ),
-    profile=ProfileRates(
-        7.0, TokenCost(1.0, 0.01), TokenCost(2.0, 0.02), TokenCost(0.0, 0.03), TokenCost(3.0, 0.04), 0.5
-    ),
-    comparison=ComparisonRates(TokenCost(0.0, 0.01), TokenCost(2.0, 0.02)),
-)
+    bytes=1000, read=0.5, read_work=0.4, written=100, write=1.0, write_work=0.2,
+    inputs=TokenCost(0.0, 0.01), calls=TokenCost(0.0, 0.001), expert=TokenCost(0.5, 0.002), linear=3.0, solve=4.0,
+    advance=TokenCost(1.0, 0.02),
+    weights=7.0, forward=TokenCost(1.0, 0.01), back=TokenCost(2.0, 0.02), back_slice=TokenCost(0.0, 0.03),
+    back_expert=TokenCost(3.0, 0.04), step=0.5,
+    original=TokenCost(0.0, 0.01), packed=TokenCost(2.0, 0.02),
+)  # fmt: skip
 RATES = Rates(
     (0, 0), {0: BLOCK}, 10_000.0, 2, ends=6.0, embed=TokenCost(0.0, 0.1), labels=TokenCost(0.0, 0.05), step=0.25,
     score=TokenCost(0.0, 0.1), checkpoint=9.0,
@@ -72,7 +61,7 @@ class TestSeconds:
 
     def test_a_model_in_memory_is_read_once(self):
         assert loading_seconds(RATES) == pytest.approx(6 + 2 * 0.5)
-        less = quantization_seconds(RATES, 0, 0, 8) - quantization_seconds(RATES, 0, 0, 8, whole=True)
+        less = quantization_seconds(RATES, 0, 0, 8) - quantization_seconds(RATES.loaded(), 0, 0, 8)
         assert less == pytest.approx(loading_seconds(RATES))
 
     def test_a_profile_goes_forward_back_and_writes(self):
@@ -81,7 +70,7 @@ class TestSeconds:
         assert profile_seconds(RATES, [100, 100], 3, 4) == pytest.approx(expected)
 
     def test_without_sensitivity_nothing_goes_back(self):
-        found = profile_seconds(RATES, [100], 0, 4, sensitivity=False, whole=True)
+        found = profile_seconds(RATES.loaded(), [100], 0, 4, sensitivity=False)
         assert found == pytest.approx(100 * 0.1 + 2 * (7 + 2.0))
 
     def test_a_comparison_runs_the_original_once(self):
@@ -135,23 +124,21 @@ class TestTrial:
         assert rates.layers == block_kinds(view)
         assert rates.blocks.keys() == set(rates.layers)
         for layer, block in rates.blocks.items():
-            work, routed = block.quantization, view.experts_path(layer) is not None
-            assert min(work.inputs.token, work.linear, work.advance.token) > 0
-            assert (work.solve > 0, work.expert.token > 0, block.experts > 0) == (routed, routed, routed)
-            profiled = block.profile
-            assert min(profiled.weights, profiled.forward.token, profiled.back.token, profiled.step) > 0
-            assert (profiled.back_expert.of(1) > 0, profiled.back_slice.of(1) > 0) == (routed, routed)
-            assert min(block.comparison.original.token, block.comparison.packed.of(1)) > 0
-            assert min(block.file.read, block.file.write, block.file.bytes, block.file.written) > 0
+            routed = view.experts_path(layer) is not None
+            assert min(block.inputs.token, block.linear, block.advance.token) > 0
+            assert (block.solve > 0, block.expert.token > 0, block.experts > 0) == (routed, routed, routed)
+            assert min(block.weights, block.forward.token, block.back.token, block.step) > 0
+            assert (block.back_expert.of(1) > 0, block.back_slice.of(1) > 0) == (routed, routed)
+            assert min(block.original.token, block.packed.of(1)) > 0
+            assert min(block.read, block.write, block.bytes, block.written) > 0
         assert min(rates.ends, rates.labels.token, rates.score.token, rates.checkpoint, rates.step) > 0
 
     def test_a_method_without_data_needs_no_samples(self, mixed):
         _, rates = self.rates(mixed, "rtn", errors=None, compared=False)
         for block in rates.blocks.values():
-            assert block.quantization.linear > 0
-            assert (block.quantization.inputs, block.profile, block.comparison) == (
-                TokenCost(), ProfileRates(), ComparisonRates(),
-            )  # fmt: skip
+            assert block.linear > 0
+            assert {block.inputs, block.forward, block.back, block.original, block.packed} == {TokenCost()}
+            assert block.weights == block.step == 0
 
     def test_leaves_the_model_as_it_was(self, mixed):
         folder, measured, chosen = mixed

@@ -85,7 +85,7 @@ class TestGrid:
         grid = fit_grid(weights, scheme).grid
         integers = grid.encode(weights)
         assert integers.dtype == torch.uint8
-        assert int(integers.max()) < scheme.levels
+        assert int(integers.max()) < 2**scheme.width
         assert torch.equal(grid.encode(grid.decode(integers)), integers)
 
     @pytest.mark.parametrize("width", WIDTHS)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, TopPLogitsWarper
 import moqa
 from moqa.errors import MoqaError
 from moqa.generation import Chat, ContextError, PromptCache, Sampling, chat_prompt, generate, load_any, loop, tokens
-from moqa.generation.nucleus import Nucleus
+from moqa.generation.processors import Nucleus
 from moqa.generation.run import encode
 from moqa.generation.text import Detokenizer, StopStrings
 from moqa.planning import Budget, plan

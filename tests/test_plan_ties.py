@@ -20,7 +20,7 @@ def test_groups_partition_the_units(tiny_profile, ties):
     groups = tie_groups(units, ties)
     assert sorted(row for group in groups for row in group.members) == list(range(len(units)))
     assert all(group.units == tuple(units[row] for row in group.members) for group in groups)
-    assert sum(group.weights for group in groups) == sum(unit.weights for unit in units)
+    assert sum(unit.weights for group in groups for unit in group.units) == sum(unit.weights for unit in units)
     assert [len(group.members) for group in groups] == SIZES[ties]
 
 

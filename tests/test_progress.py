@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from moqa import MoqaError
-from moqa.cli.progress import Log, lines, logged, words
-from moqa.cli.progress.lines import Lines
+from moqa.cli.progress import Log, logged, views
 from moqa.cli.progress.steps import PACE_PIECES, Step, Steps
-from moqa.cli.progress.terminal import Terminal
+from moqa.cli.progress.views import Lines, Terminal
+from moqa.memory import process
 
 FACTS = {"layer": 3, "expert": 17, "experts": 64, "error": 0.01234, "tokens": 640}
 
@@ -36,8 +36,8 @@ def clock():
 @pytest.fixture
 def memory(monkeypatch):
     """700 MB, and 1.5 GB at the peak."""
-    for module in (lines, sys.modules["moqa.cli.progress.terminal"], sys.modules["moqa.cli.progress.log"]):
-        monkeypatch.setattr(module, "memory", lambda: (700_000_000, 1_500_000_000))
+    for module in (views, sys.modules["moqa.cli.progress.log"]):
+        monkeypatch.setattr(module, "used", lambda: (700_000_000, 1_500_000_000))
 
 
 def read(path):
@@ -144,30 +144,29 @@ class TestWords:
         clock.now += 2
         step.update(3, 8, FACTS | {"distribution": "wiki"})
         expected = ["layer 3", "expert 17/64", "error 0.0123", "distribution wiki", "320 tokens/s"]
-        assert sorted(words.facts(step)) == sorted(expected)
+        assert sorted(views.facts(step)) == sorted(expected)
         step.update(3, 8, {"experts": 64})
-        assert "experts 64" in words.facts(step)
+        assert "experts 64" in views.facts(step)
 
     @pytest.mark.parametrize(
         ("seconds", "text"), [(0.4, "00:00"), (62.3, "01:02"), (3662, "1:01:02"), (90_000, "1 day, 1:00:00")]
     )
     def test_times(self, seconds, text):
-        assert words.span(seconds) == text
+        assert views.span(seconds) == text
 
     def test_memory_of_this_process(self):
-        now, peak = words.memory()
+        now, peak = process.used()
         assert 20e6 < now <= peak < 1e12
 
-    @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
-    def test_memory_where_there_is_no_proc(self, monkeypatch, platform, unit):
+    def test_memory_where_there_is_no_proc(self, monkeypatch):
         import resource
 
-        monkeypatch.setattr(words, "Path", lambda _: Path("/none"))
-        monkeypatch.setattr(words.sys, "platform", platform)
-        now, peak = words.memory()
+        monkeypatch.setattr(process, "Path", lambda _: Path("/none"))
+        now, peak = process.used()
         assert now is None
-        assert 0.5 < peak / (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) <= 1
-        assert words.gib(now) == "-"
+        assert 0.5 < peak / (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) <= 1
+        assert process.resident() >= peak
+        assert views.gib(now) == "-"
 
 
 @pytest.mark.usefixtures("memory")

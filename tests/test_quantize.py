@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moqa.errors import MoqaError
-from moqa.execution.background import Background
+from moqa.execution.background import background
 from moqa.format.manifest import MANIFEST
 from moqa.format.reader import open_checkpoint
 from moqa.format.scheme import Scheme
@@ -216,9 +216,9 @@ class TestBackground:
     @pytest.mark.parametrize("aside", [True, False])
     def test_does_one_thing_after_the_other_and_waits_for_the_last(self, aside):
         done = []
-        with Background(aside) as background:
+        with background(aside) as do:
             for number in range(20):
-                background.do(done.append, number)
+                do(done.append, number)
         assert done == list(range(20))
 
     @pytest.mark.parametrize("aside", [True, False])
@@ -229,22 +229,22 @@ class TestBackground:
             raise OSError("disk full")
 
         def run():
-            with Background(aside) as background:
-                background.do(fail)
-                background.do(done.append, 1)
+            with background(aside) as do:
+                do(fail)
+                do(done.append, 1)
 
         with pytest.raises(OSError, match="disk full"):
             run()
         assert not done
 
     def test_the_last_failure_is_raised_when_the_block_ends(self):
-        with pytest.raises(ZeroDivisionError), Background() as background:
-            background.do(lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError), background() as do:
+            do(lambda: 1 // 0)
 
     def test_a_failure_of_the_block_itself_comes_first(self):
         def run():
-            with Background() as background:
-                background.do(lambda: 1 // 0)
+            with background() as do:
+                do(lambda: 1 // 0)
                 raise KeyError
 
         with pytest.raises(KeyError):

@@ -168,13 +168,13 @@ class TestRows:
 
     def test_a_distribution_is_novel_unless_fitted_or_said_to_be_known(self):
         found = Artifacts(evaluations=[evaluation("uniform", 10, 0.1, 0.1)])
-        assert (make_rows(found)[0].known, make_rows(found)[0].novel) == (("wiki",), ("python",))
+        assert make_rows(found)[0].names == {"known": ("wiki",), "novel": ("python",)}
         found.roles["python"] = "known"
-        assert make_rows(found)[0].novel == ()
+        assert make_rows(found)[0].names["novel"] == ()
 
     def test_a_summary_cannot_make_a_fitted_distribution_novel(self):
         found = Artifacts(evaluations=[evaluation("uniform", 10, 0.1, 0.1)], roles={"wiki": "novel"})
-        assert make_rows(found)[0].known == ("wiki",)
+        assert make_rows(found)[0].names["known"] == ("wiki",)
 
     def test_equal_values_share_the_mark_and_no_contest_has_none(self):
         assert best([0.2, 0.1, None, 0.1]) == {1, 3}
@@ -242,7 +242,7 @@ class TestVerdict:
             evaluation("moqa-budget", 10_000, 1, 1), evaluation("uniform", 10_040, 2, 2),
             evaluation("uniform", 9_990, 4, 4),
         ]))  # fmt: skip
-        assert comparisons(rows)[0].known == pytest.approx(-0.75)
+        assert comparisons(rows)[0].changes["known"] == pytest.approx(-0.75)
 
 
 def write_checkpoint(folder: Path, made: Plan, profile: Profile) -> None:

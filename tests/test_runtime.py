@@ -58,6 +58,27 @@ class TestLoad:
         )
         assert run_python(script, packed).split()[-1] == "True"
 
+    @pytest.mark.parametrize(
+        "load", ["AutoModelForCausalLM.from_pretrained(F)", "pipeline('text-generation', F).model"]
+    )
+    def test_transformers_alone_loads_it(self, packed, load):
+        script = (
+            "import sys, torch\n"
+            "from transformers import AutoModelForCausalLM, pipeline\n"
+            f"F = sys.argv[1]; model = {load}\n"
+            "import moqa\n"
+            "ids = torch.arange(40)[None]\n"
+            "print(torch.equal(model(ids).logits, moqa.load(F, dtype=model.dtype)[0](ids).logits))"
+        )
+        assert run_python(script, packed).split()[-1] == "True"
+
+    def test_transformers_without_moqa_fails(self, packed, monkeypatch):
+        monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # as if moqa were not installed
+        script = "import sys; from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1])"
+        with pytest.raises(subprocess.CalledProcessError) as error:
+            run_python(script, packed)
+        assert "pip-install-moqa" in error.value.stderr
+
     def test_bfloat16_activations(self, packed):
         model, _ = moqa.load(packed, dtype=torch.bfloat16)
         exact, _ = moqa.load(packed)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from moqa.errors import LittleMemoryError, MoqaError
-from moqa.estimate import estimate, peak_bytes
+from moqa.estimate import estimate, working_sets
 from moqa.forecast.footprint import SLACK, as_many
-from moqa.forecast.stopwatch import Stopwatch
-from moqa.forecast.working_set import ProfileWorkingSet, QuantizationWorkingSet
+from moqa.forecast.trial import Stopwatch
+from moqa.forecast.working_set import WorkingSet
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import resident
 from moqa.methods import METHODS
@@ -97,8 +97,8 @@ class TestPieces:
 
 
 ROOMS = (
-    partial(QuantizationWorkingSet.within, tokens=192, packed=100_000),
-    partial(ProfileWorkingSet.within, probes=4),
+    partial(WorkingSet.to_quantize, tokens=192, packed=100_000),
+    partial(WorkingSet.to_profile, probes=4),
 )
 
 
@@ -136,18 +136,16 @@ class TestMemory:
     def test_slices_of_experts_change_nothing(self, tiny_model, profiled, tmp_path, monkeypatch):
         chosen = plan(profiled, strategy="uniform", widths=(3,))
         whole = quantize(tiny_model, chosen, tmp_path / "whole", profile=profiled)
-        room = QuantizationWorkingSet(experts=3, peak=0)
-        monkeypatch.setattr(driver.QuantizationWorkingSet, "within", lambda *_, **__: room)
+        room = WorkingSet(experts=3, peak=0)
+        monkeypatch.setattr(driver.WorkingSet, "to_quantize", lambda *_, **__: room)
         sliced = quantize(tiny_model, chosen, tmp_path / "sliced", profile=profiled)
         for path in whole.glob("*.safetensors"):
             assert path.read_bytes() == (sliced / path.name).read_bytes()
 
     def test_a_method_without_data_reads_ahead_where_two_layers_fit(self, streamed, monkeypatch):
         monkeypatch.setattr("moqa.forecast.footprint.resident", lambda: 0)
-        much = QuantizationWorkingSet.within(MemoryLimit(2**40), streamed, METHODS["rtn"], 0, 100_000)
-        little = QuantizationWorkingSet.within(
-            MemoryLimit(int(much.peak * SLACK) - 1), streamed, METHODS["rtn"], 0, 100_000
-        )
+        much = WorkingSet.to_quantize(MemoryLimit(2**40), streamed, METHODS["rtn"], 0, 100_000)
+        little = WorkingSet.to_quantize(MemoryLimit(int(much.peak * SLACK) - 1), streamed, METHODS["rtn"], 0, 100_000)
         assert (little.ahead, much.ahead) == (False, True)
         assert little.peak < much.peak
 
@@ -158,16 +156,16 @@ class TestMemory:
             tiny_model, chosen, tmp_path / "at once", method="rtn", profile=profiled, view=open_model(tiny_model)
         )
         monkeypatch.setattr(
-            driver.QuantizationWorkingSet,
-            "within",
-            lambda *_, **__: QuantizationWorkingSet(experts=6, peak=0, ahead=ahead),
+            driver.WorkingSet,
+            "to_quantize",
+            lambda *_, **__: WorkingSet(experts=6, peak=0, ahead=ahead),
         )
         out = quantize(tiny_model, chosen, tmp_path / "out", method="rtn", profile=profiled)
         for path in at_once.glob("*.safetensors"):
             assert path.read_bytes() == (out / path.name).read_bytes()
 
     def test_a_profile_in_slices_is_the_same(self, tiny_model, texts, profiled, tmp_path, monkeypatch):
-        monkeypatch.setattr(ProfileWorkingSet, "within", lambda *_: ProfileWorkingSet(experts=3, peak=0))
+        monkeypatch.setattr(WorkingSet, "to_profile", lambda *_: WorkingSet(experts=3, peak=0))
         sliced = profile(tiny_model, [texts["wiki"]], tmp_path / "tiny", samples=6, context=32, self_samples=2)
         for name in ("wiki", "self"):
             assert torch.allclose(sliced.sensitivity(name), profiled.sensitivity(name), rtol=1e-3, atol=1e-9)
@@ -198,7 +196,8 @@ class TestEstimate:
         chosen = plan(profiled, strategy="uniform", widths=(3,))
 
         def peak(memory):
-            return peak_bytes(streamed, chosen, profiled, METHODS["gptq"], memory, profiled=False, held_out=held_out)
+            rooms = working_sets(streamed, chosen, profiled, METHODS["gptq"], memory, profiled=False, held_out=held_out)
+            return max(room.peak for room in rooms)
 
         with pytest.raises(LittleMemoryError, match="at least") as refused:
             peak(MemoryLimit(2**20, "1MiB"))

@@ -50,6 +50,11 @@ def test_the_command_says_so_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr() == ("", f"moqa: moqa does not run on macOS: {REMEDY}\n")
 
 
+def test_a_new_process_of_the_command_says_so_too():
+    done = elsewhere("from moqa.cli.main import main; main()")
+    assert (done.returncode, done.stderr) == (2, f"moqa: moqa does not run on macOS: {REMEDY}\n")
+
+
 @pytest.mark.parametrize("system", ["darwin", "win32"])
 def test_importing_moqa_works_everywhere(system):
     done = elsewhere("import moqa, json; print(moqa.__version__ > '', moqa.MoqaError.__name__)", system)

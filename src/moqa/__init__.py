@@ -43,26 +43,6 @@ if TYPE_CHECKING:
 
     __version__: str  # from pyproject.toml, read at the first access
 
-# module that defines each public name; the imports above repeat this for type checkers
-_HOMES = {
-    "moqa.adjustment": ("Adjusted", "adjust"),
-    "moqa.compression.options": ("CompressOptions",),
-    "moqa.compression.result": ("CompressResult",),
-    "moqa.compression.run": ("compress",),
-    "moqa.data": ("Distribution",),
-    "moqa.evaluation": ("Evaluation", "evaluate"),
-    "moqa.execution": ("find_executor",),
-    "moqa.format.reader": ("open_checkpoint",),
-    "moqa.generation": ("Sampling", "generate"),
-    "moqa.memory.limit": ("MemoryLimit",),
-    "moqa.planning": ("Budget", "MemoryBudget", "Plan", "memory_budget", "plan", "read_plan"),
-    "moqa.profiling": ("Profile", "profile", "read_profile"),
-    "moqa.quantization": ("quantize",),
-    "moqa.reports": ("report",),
-    "moqa.runtime.load": ("load",),
-    "moqa.speed": ("Speed", "bench"),
-}
-
 __all__ = [  # noqa: RUF022  (functions first, in the order of the work)
     "compress", "profile", "plan", "quantize", "evaluate", "report", "load", "generate", "adjust", "bench",
     "memory_budget", "read_plan", "read_profile", "open_checkpoint", "find_executor",
@@ -71,7 +51,7 @@ __all__ = [  # noqa: RUF022  (functions first, in the order of the work)
 ]  # fmt: skip
 
 if not TYPE_CHECKING:
-    _found, __dir__ = lazily(__name__, _HOMES)
+    _found, __dir__ = lazily(__name__, __file__)
 
     def __getattr__(name: str) -> object:
         if name != "__version__":

@@ -2,11 +2,11 @@
 
 import tempfile
 import time
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, Field
 
 from moqa.calibration.hidden import HiddenStates
 from moqa.calibration.inputs import CalibrationBatch
@@ -15,12 +15,10 @@ from moqa.evaluation.proof import baselines
 from moqa.evaluation.trial import try_comparison, try_opening, try_scoring
 from moqa.execution import Workspace
 from moqa.forecast.disk import largest_block_bytes, profile_disk_bytes
-from moqa.forecast.estimate import Estimate
-from moqa.forecast.rates import BlockRates, ComparisonRates, ProfileRates, Rates, TokenCost, block_kinds
-from moqa.forecast.samples import states_in_front
-from moqa.forecast.stopwatch import Stopwatch
+from moqa.forecast.rates import Rates, TokenCost, block_kinds
 from moqa.forecast.time import comparison_seconds, loading_seconds, profile_seconds, quantization_seconds
-from moqa.forecast.working_set import ProfileWorkingSet, QuantizationWorkingSet, comparison_peak
+from moqa.forecast.trial import Stopwatch, states_in_front
+from moqa.forecast.working_set import WorkingSet
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
 from moqa.methods import Method
@@ -32,14 +30,22 @@ from moqa.originals import folder as original
 from moqa.originals.rate import storage_rate
 from moqa.planning import Plan
 from moqa.profiling import SELF, Profile
-from moqa.profiling.passes import ErrorSettings
 from moqa.profiling.selfsample import OWN_BATCH
-from moqa.profiling.sensitivity import PROBES
+from moqa.profiling.sensitivity import PROBES, ErrorSettings
 from moqa.profiling.trial import ProfileTrial, try_self_sampling
 from moqa.quantization.run import disk_needed
 from moqa.quantization.samples import tokens_of
 from moqa.quantization.trial import TrialLayer, trial_batches, try_quantization
 from moqa.storage.resumable import resumable
+
+
+class Estimate(BaseModel, frozen=True):
+    """Estimated cost of a run."""
+
+    checkpoint_bytes: int = Field(description="exact size of the weight files")
+    peak_bytes: int = Field(description="largest resident memory of the process")
+    disk_bytes: int = Field(description="most disk space at any time: checkpoint, cache and hidden states")
+    seconds: float = Field(description="on this machine, from the start of the command, from a trial of a few seconds")
 
 
 def estimate(
@@ -72,37 +78,37 @@ def estimate(
     view = view or open_model(folder, keep=False)
     before += time.perf_counter() - began
     limits = memory or MemoryLimit.free()
-    peak = peak_bytes(view, plan, profile, how, limits, profiled=profiled, held_out=held_out)
+    rooms = working_sets(view, plan, profile, how, limits, profiled=profiled, held_out=held_out)
+    room, first = rooms[0], None if profiled else rooms[1]
     tokens = tokens_of(plan, profile) if how.needs_data else 0
-    room = QuantizationWorkingSet.within(limits, view, how, tokens, largest_block_bytes(view, plan.units))
-    first = None if profiled else ProfileWorkingSet.within(limits, view, how, len(PROBES))
     # a command that runs all steps keeps the original in memory if it fits
-    whole = bool(held_out or not profiled) and limits.holds(OriginalReader(folder).values)
+    whole = bool(held_out or first) and limits.holds(OriginalReader(folder).values)
     trial = Trial(
         view, plan, profile, how, room.experts, None if first is None else first.experts, bool(held_out), whole
     )
     rates = trial.run()
-    quantizing = quantization_seconds(
-        rates, tokens, plan.account.kept, room.experts, ahead=room.ahead and not whole, whole=whole
-    )
-    seconds = before + rates.once + quantizing + (loading_seconds(rates) if whole else 0.0)
+    seconds = before + rates.once
+    if whole:
+        seconds += loading_seconds(rates)
+        rates = rates.loaded()
+    quantizing = quantization_seconds(rates, tokens, plan.account.kept, room.experts, ahead=room.ahead and not whole)
+    seconds += quantizing
     disk = disk_needed(view, plan, profile, how, cache)
     if held_out:
         others = len(baselines(profile, plan))
-        seconds += others * quantizing + comparison_seconds(rates, held_out, 1 + others, whole=whole)
+        seconds += others * quantizing + comparison_seconds(rates, held_out, 1 + others)
         disk += disk_needed(view, plan, profile, how, None)
     if first is not None:
         settings, counts = profile.record.settings, trial.counts()
-        seconds += profile_seconds(
-            rates, counts, trial.steps(), first.experts, sensitivity=settings.sensitivity, whole=whole
-        )
+        seconds += profile_seconds(rates, counts, trial.steps(), first.experts, sensitivity=settings.sensitivity)
         disk = max(disk, profile_disk_bytes(view, sum(counts), len(counts)))
     return Estimate(
-        checkpoint_bytes=plan.account.checkpoint, peak_bytes=peak, disk_bytes=disk, seconds=float(f"{seconds:.3g}")
-    )
+        checkpoint_bytes=plan.account.checkpoint, peak_bytes=max(step.peak for step in rooms), disk_bytes=disk,
+        seconds=float(f"{seconds:.3g}"),
+    )  # fmt: skip
 
 
-def peak_bytes(
+def working_sets(
     view: ModelView,
     plan: Plan,
     profile: Profile,
@@ -111,37 +117,39 @@ def peak_bytes(
     *,
     profiled: bool,
     held_out: int,
-) -> int:
-    """Peak resident memory over all steps of a run, in bytes; for the arguments see `estimate`.
+) -> list[WorkingSet]:
+    """Working sets of all steps of a run: quantizing, profiling, comparing; for the arguments see `estimate`.
 
     >>> limit = MemoryLimit.parse("4GiB")
-    >>> peak_bytes(view, plan, profile, find_method("gptq"), limit, profiled=True, held_out=0) < 4 * 2**30
+    >>> steps = working_sets(view, plan, profile, find_method("gptq"), limit, profiled=True, held_out=0)
+    >>> max(step.peak for step in steps) < 4 * 2**30
     True
 
     Raises:
         LittleMemoryError: if a step does not fit the memory limit; it names the step that needs most.
     """
 
-    def quantizing() -> int:
-        tokens = tokens_of(plan, profile) if method.needs_data else 0
-        return QuantizationWorkingSet.within(memory, view, method, tokens, largest_block_bytes(view, plan.units)).peak
+    def quantizing() -> WorkingSet:
+        packed = largest_block_bytes(view, plan.units)
+        return WorkingSet.to_quantize(memory, view, method, tokens_of(plan, profile), packed)
 
-    def profiling() -> int:
-        return ProfileWorkingSet.within(memory, view, method, len(PROBES)).peak + view.missing(memory)
+    def profiling() -> WorkingSet:
+        room = WorkingSet.to_profile(memory, view, method, len(PROBES))
+        return replace(room, peak=room.peak + view.missing(memory))
 
     settle()
     steps = [quantizing] if profiled else [quantizing, profiling]
     if held_out:
-        steps.append(lambda: comparison_peak(memory, view, plan.account.checkpoint, held_out))
-    peaks, errors = [], []
+        steps.append(lambda: WorkingSet.to_compare(memory, view, plan.account.checkpoint, held_out))
+    found, errors = [], []
     for step in steps:
         try:
-            peaks.append(step())
+            found.append(step())
         except LittleMemoryError as error:
             errors.append(error)
     if errors:
         raise max(errors, key=lambda error: error.least)
-    return max(peaks)
+    return found
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,7 @@ class Trial:
             return self._tried(Workspace(self.view, work), watch)
 
     def _tried(self, workspace: Workspace, watch: Stopwatch) -> Rates:
-        view, task = self.view, self.view.task
+        view, task, settings = self.view, self.view.task, self.profile.record.settings
         assert view.folder is not None
         ends, kinds = watch.single(lambda: view.need(ENDS))[0], block_kinds(view)
         stages, each = workspace.stages, task.count(self._samples(1))
@@ -197,29 +205,34 @@ class Trial:
         held_out, moving = states_in_front(stages, self._samples(size), set(kinds)), None
         if self.method.needs_data:
             moving = HiddenStates(stages, workspace.work, "moving", [batch])
-        profiling = self._profiling(workspace, self._samples(2), self._samples(2 * len(batch)))
-        steps = self._steps(set(kinds), watch)
+        profiling, outside, steps, labels = None, 0.0, dict[int, float](), TokenCost()
+        if self.errors is not None and self.steps():
+            own = self.profile.record.distributions[SELF].samples
+            outside, steps = try_self_sampling(view, sorted(set(kinds)), own, settings.context, watch)
         scoring = try_scoring(stages, batch, watch) if self.compared else TokenCost()
-        labels = profiling.labels(watch) if profiling and profiling.how.probes else TokenCost()
+        if self.errors is not None:
+            few = {"few": self._samples(2), "more": self._samples(2 * len(batch))}
+            profiling = ProfileTrial(workspace, ErrorSettings.of(settings, self.method, self.errors), few, watch)
+            labels = profiling.labels() if profiling.how.probes else TokenCost()
         blocks = {}
         for layer in dict.fromkeys(kinds):
-            tried = TrialLayer(workspace, layer, self.plan.units, self.method, self.experts, each)
+            tried = TrialLayer(workspace, layer, self.plan.units, self.method, self.experts, each, watch)
             batches = list[CalibrationBatch]()
             if moving is not None:
                 moving.put(layer, 0, hidden[layer])
                 batches += [CalibrationBatch(hidden[layer])] * fit
                 batches += [CalibrationBatch(held_out[layer], check=True)] * checked
-            found = try_quantization(tried, batches, moving, watch)
-            blocks[layer] = BlockRates(
-                len({unit.expert for unit in tried.units() if unit.expert is not None}),
-                found.file,
-                found.rates,
-                self._profiled(profiling, tried, steps[1], watch),
-                try_comparison(tried, found, hidden[layer], self.whole, watch) if self.compared else ComparisonRates(),
-            )
+            try_quantization(tried, batches, moving)
+            if profiling is not None:
+                view.need(layer)
+                profiling.layer(layer, tried.few_experts()[: profiling.how.experts], tried.rates)
+                tried.rates.step = steps.get(layer, 0.0)
+            if self.compared:
+                try_comparison(tried, hidden[layer], self.whole)
+            blocks[layer] = tried.rates
         return Rates(
             kinds, blocks, storage_rate(view.folder), torch.get_num_threads(), watch.once, ends,
-            TokenCost(0.0, embedding), labels, steps[0], scoring,
+            TokenCost(0.0, embedding), labels, outside, scoring,
             try_opening(view, watch) if self.compared else 0.0,
         )  # fmt: skip
 
@@ -230,24 +243,3 @@ class Trial:
             shape = (count, self.profile.record.settings.context)
             return torch.randint(self.view.classes, shape, generator=generator)
         return torch.randn(count, *self.view.task.probe(self.view.model).shape[1:], generator=generator)
-
-    def _profiling(self, workspace: Workspace, few: torch.Tensor, more: torch.Tensor) -> ProfileTrial | None:
-        if self.errors is None:
-            return None
-        how = ErrorSettings.of(self.profile.record.settings, self.method, self.errors)
-        return ProfileTrial(workspace, how, few, more)
-
-    def _steps(self, firsts: Collection[int], watch: Stopwatch) -> tuple[float, dict[int, float]]:
-        if self.errors is None or not self.steps():
-            return 0.0, {}
-        own = self.profile.record.distributions[SELF].samples
-        return try_self_sampling(self.view, sorted(firsts), own, self.profile.record.settings.context, watch)
-
-    def _profiled(
-        self, profiling: ProfileTrial | None, tried: TrialLayer, steps: dict[int, float], watch: Stopwatch
-    ) -> ProfileRates:
-        if profiling is None:
-            return ProfileRates()
-        self.view.need(tried.layer)
-        few = tried.few_experts()[: profiling.how.experts]
-        return replace(profiling.layer(tried.layer, few, watch), step=steps.get(tried.layer, 0.0))

@@ -2,32 +2,33 @@
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from moqa.errors import MoqaError
 
 Member = TypeVar("Member")
+Function = TypeVar("Function")
+Declared = ParamSpec("Declared")
 
 
 class Registry(MutableMapping[str, Member]):
     """Members of one kind.
 
-    >>> METHODS = Registry("--method", "moqa.methods", ("gptq", "rtn"))
+    >>> METHODS = Registry("--method", {"gptq": "moqa.methods.gptq", "rtn": "moqa.methods.rtn"})
     >>> METHODS.find("awq")
     Traceback (most recent call last):
     moqa.errors.MoqaError: --method awq is unknown: there are gptq, rtn
 
     Args:
         option: command-line option that takes a name, for error messages.
-        package: contains a module for each name; importing the module registers the member.
-        names: names of the members.
+        modules: name of each member -> module that registers it when it is imported. Others are simply assigned.
     """
 
-    def __init__(self, option: str, package: str, names: Iterable[str]) -> None:
-        self.option, self.package = option, package
-        self._members: dict[str, Member | None] = dict.fromkeys(sorted(names))
+    def __init__(self, option: str, modules: Mapping[str, str] | None = None) -> None:
+        self.option, self._modules = option, modules or {}
+        self._members: dict[str, Member | None] = dict.fromkeys(self._modules)
 
     def find(self, name: str) -> Member:
         """Return the member with the name that a user typed.
@@ -35,17 +36,40 @@ class Registry(MutableMapping[str, Member]):
         Raises:
             MoqaError: if there is no such member.
         """
-        check_known(self.option, name, sorted(self))
+        check_known(self.option, name, self)
         return self[name]
+
+    def decorator(
+        self, kind: Callable[Concatenate[str, Function, Declared], Member]
+    ) -> Callable[Concatenate[str, Declared], Callable[[Function], Function]]:
+        """Make a decorator for functions of members, which takes a name and what else `kind` takes.
+
+        >>> MEANS = Registry("--mean")
+        >>> mean = MEANS.decorator(lambda name, function: function)
+        >>> @mean("middle")
+        ... def middle(low, high):
+        ...     return (low + high) / 2
+        >>> MEANS.find("middle")(1, 2)
+        1.5
+        """
+
+        def named(name: str, /, *args: Declared.args, **declared: Declared.kwargs) -> Callable[[Function], Function]:
+            def register(function: Function) -> Function:
+                self[name] = kind(name, function, *args, **declared)
+                return function
+
+            return register
+
+        return named
 
     def __contains__(self, name: object) -> bool:
         return name in self._members
 
     def __getitem__(self, name: str) -> Member:
         if self._members[name] is None:
-            importlib.import_module(f"{self.package}.{name.replace('-', '_')}")
+            importlib.import_module(self._modules[name])
         member = self._members[name]
-        assert member is not None, f"the module of {name} in {self.package} does not register it"
+        assert member is not None, f"{self._modules[name]} does not register {name}"
         return member
 
     def __setitem__(self, name: str, member: Member) -> None:
@@ -80,10 +104,11 @@ def check_known(option: str, name: str, names: Iterable[str]) -> None:
         raise MoqaError(f"{option} {name} is unknown", f"there are {', '.join(known)}")
 
 
-def modules_in(folder: Path) -> list[str]:
-    """Names of the members that have a module in a folder; no module is imported.
+def modules_in(package: str, folder: Path) -> dict[str, str]:
+    """Members that have a module each in a package: name -> module; none is imported.
 
-    >>> modules_in(Path(moqa.__file__).parent / "planning/strategies")
+    >>> list(modules_in("moqa.planning.strategies", Path(moqa.__file__).parent / "planning/strategies"))
     ['frequency', 'moqa', 'moqa-budget', 'moqa-v1', 'random', 'uniform']
     """
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules([str(folder)]))
+    names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
+    return {name.replace("_", "-"): f"{package}.{name}" for name in names}

@@ -10,8 +10,8 @@ from moqa.errors import MoqaError
 _NAMES = {"darwin": "macOS", "win32": "Windows", "cygwin": "Cygwin"}
 # modules that can be imported on any system: what the command needs to print the error
 _EVERYWHERE = frozenset({
-    "moqa.__main__", "moqa.cli", "moqa.cli.app", "moqa.cli.main", "moqa.errors", "moqa.integrations",
-    "moqa.integrations.on_import", "moqa.support",
+    "moqa.__main__", "moqa.cli", "moqa.cli.main", "moqa.errors", "moqa.integrations", "moqa.integrations.on_import",
+    "moqa.support",
 })  # fmt: skip
 
 

@@ -253,7 +253,7 @@ class TestUnits:
                 [result.tensors[k] for k in sorted(result.tensors) if k[0] == "p"], scheme.width, unit.shape
             )
             group = torch.arange(features) // scheme.group_size
-            offset = untile_rows(result.tensors["zero"], out).float()[:, group] * ((scheme.levels - 1) / 255)
+            offset = untile_rows(result.tensors["zero"], out).float()[:, group] * ((2**scheme.width - 1) / 255)
             decoded = untile_rows(result.tensors["scale"], out).float()[:, group] * (integers.float() - offset)
             assert torch.allclose(decoded, result.dense, atol=1e-6)
 

@@ -12,7 +12,7 @@ from moqa.format.adjustment import COLUMNS, ChannelPart, ExpertSizes, Replaced, 
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import BLOCK, KEEP_WIDTH, LARGEST_GROUP, TILE
 from moqa.models.experts import PROJECTIONS
-from moqa.registry import check_known
+from moqa.registry import Registry
 
 # number of inputs of a row that share a scale
 ROW_GROUP = 256
@@ -69,17 +69,8 @@ def at_random(evidence: Evidence) -> Scores:
     ]
 
 
-RULES: dict[str, Callable[[Evidence], Scores]] = {"gain": by_gain, "dynamics": by_dynamics, "random": at_random}
-
-
-def find_rule(name: str) -> Callable[[Evidence], Scores]:
-    """A rule by the name that the user typed.
-
-    Raises:
-        MoqaError: if no rule has that name.
-    """
-    check_known("--rule", name, RULES)
-    return RULES[name]
+RULES: Registry[Callable[[Evidence], Scores]] = Registry("--rule")
+RULES.update(gain=by_gain, dynamics=by_dynamics, random=at_random)
 
 
 def allocate(

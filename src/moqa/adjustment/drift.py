@@ -58,7 +58,8 @@ class DriftDetector:
             raise MoqaError(f"a drift window of {window} tokens is too small", f"give {MIN_TOKENS} or more")
         self._known = padded(routing.known)
         self._basis = np.maximum(self._known, _MIN_SHARE)
-        self._mixture = np.full(len(self._known), 1 / len(self._known))
+        # [known distributions] shares of the mixture that fits recent tokens best
+        self.mixture = np.full(len(self._known), 1 / len(self._known))
         self._slots = routing.top_k
         self._forget = math.exp(-1 / window)
         self.threshold = threshold
@@ -74,11 +75,6 @@ class DriftDetector:
     def state(self) -> State:
         """State of the recent tokens."""
         return STATES[self._level]
-
-    @property
-    def mixture(self) -> np.ndarray:
-        """[known distributions] shares of the mixture that fits recent tokens best."""
-        return self._mixture
 
     @property
     def recent(self) -> np.ndarray:
@@ -120,7 +116,7 @@ class DriftDetector:
         recent = self.recent
         self.judgements += 1
         self._fit(recent)
-        self.divergence = self._divergence(recent, np.tensordot(self._mixture, self._basis, 1))
+        self.divergence = self._divergence(recent, np.tensordot(self.mixture, self._basis, 1))
         while self._level < 2 and self.divergence >= self._enter[self._level]:
             self._level += 1
         while self._level > 0 and self.divergence < self._enter[self._level - 1] * _HYSTERESIS:
@@ -130,11 +126,11 @@ class DriftDetector:
         """Fit the most likely mixture by expectation-maximization."""
         if len(self._basis) == 1:
             return
-        shares = np.maximum(self._mixture, _MIN_SHARE)
+        shares = np.maximum(self.mixture, _MIN_SHARE)
         basis, weights = self._basis.reshape(len(shares), -1), recent.reshape(-1) / len(recent)
         for _ in range(_STEPS):
             shares = shares * (basis @ (weights / (shares @ basis)))
-        self._mixture = shares / shares.sum()
+        self.mixture = shares / shares.sum()
 
     def _divergence(self, recent: np.ndarray, other: np.ndarray) -> float:
         both = np.stack([recent + other, recent, other]).reshape(3, -1)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from moqa.adjustment.cached import LayerOriginals
-from moqa.calibration.backward import run_back
-from moqa.calibration.hidden import HiddenStates
+from moqa.calibration.hidden import HiddenStates, run_back
 from moqa.models.experts import PROJECTIONS, ExpertRun, observed, projection_rows
 from moqa.models.layerwise import LayerwiseModel
 from moqa.profiling.selfsample import draw
@@ -38,7 +37,7 @@ class ChannelGains:
     Attributes:
         gains: by layer and projection, [experts, width]: decrease of the KL divergence from the original if a channel's
             row or column were exact, nats per token; -inf for channels that the cache does not have.
-        significance: by layer, [experts, width] (`LayerStatistics.channel`), on the samples.
+        significance: by layer, [experts, width] (`channel` of `LayerStatistics`), on the samples.
         stages: of the checkpoint's model.
         hidden: the samples as inputs of every layer.
         divergence: current KL divergence on the samples, nats per token; None without the whole original.
@@ -96,16 +95,13 @@ def measure(
         divergence += sum(loss for loss, _ in pieces)
         gradients.append(torch.cat([gradient for _, gradient in pieces]))
     hidden.forget(stages.depth)
-    gains: list[dict[str, Tensor]] = []
-    squares: list[dict[str, Tensor]] = []
-    significance: list[Tensor | None] = []
+    observers: list[_Observer | None] = []
     for layer in reversed(range(stages.depth)):
         report("samples", steps - 1 - layer, steps)
         weighed_parts = [hidden.at(layer, number) for number in range(len(parts))]
-        observer = _backward(stages, layer, open_layer(layer), weighed_parts, gradients)
-        gains.insert(0, {} if observer is None else observer.gains)
-        squares.insert(0, {} if observer is None else observer.squares)
-        significance.insert(0, None if observer is None else observer.significance)
+        observers.insert(0, _backward(stages, layer, open_layer(layer), weighed_parts, gradients))
+    gains, squares = [o.gains if o else {} for o in observers], [o.squares if o else {} for o in observers]
+    significance = [o.significance if o else None for o in observers]
     count = weighed.numel()
     return ChannelGains(
         _combined(gains, squares, count, whole), significance, stages, hidden, divergence / count if whole else None

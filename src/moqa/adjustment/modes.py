@@ -16,7 +16,7 @@ from moqa.format.reader import Checkpoint
 from moqa.format.tiles import KEEP_WIDTH
 from moqa.models.experts import observed
 from moqa.progress import Report
-from moqa.registry import check_known
+from moqa.registry import Registry
 from moqa.runtime.packed import unpacked
 
 if TYPE_CHECKING:
@@ -71,36 +71,19 @@ class Mode:
 
     Attributes:
         name: as users type it.
-        needs_whole: whether it needs a cache of the whole original.
         run: the function.
+        needs_whole: whether it needs a cache of the whole original.
     """
 
     name: str
-    needs_whole: bool
     run: Callable[[Situation, Report], Change]
+    needs_whole: bool = False
 
 
-MODES: dict[str, Mode] = {}
-
-
-def mode(name: str, needs_whole: bool = False) -> Callable[[Callable[[Situation, Report], Change]], Callable]:
-    """Register a mode."""
-
-    def register(run: Callable[[Situation, Report], Change]) -> Callable:
-        MODES[name] = Mode(name, needs_whole, run)
-        return run
-
-    return register
-
-
-def find_mode(name: str) -> Mode:
-    """A mode by the name that the user typed.
-
-    Raises:
-        MoqaError: if no mode has that name.
-    """
-    check_known("--mode", name, MODES)
-    return MODES[name]
+MODES: Registry[Mode] = Registry("--mode", {
+    "residual": __name__, "fp16": __name__, "requant": "moqa.adjustment.requant", "swap": "moqa.adjustment.swap",
+})  # fmt: skip
+mode = MODES.decorator(Mode)
 
 
 @mode("residual")

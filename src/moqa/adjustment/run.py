@@ -7,11 +7,10 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from moqa import __version__
-from moqa.adjustment import requant, swap  # noqa: F401  (registers them)
 from moqa.adjustment.cached import LayerOriginals
-from moqa.adjustment.choose import Evidence, find_rule
+from moqa.adjustment.choose import RULES, Evidence
 from moqa.adjustment.measure import measure
-from moqa.adjustment.modes import Change, Situation, find_mode
+from moqa.adjustment.modes import MODES, Change, Situation
 from moqa.data import Data, as_distributions, cut_windows
 from moqa.errors import MoqaError
 from moqa.format.adjustment import Adjustment, AdjustmentRecord, ExpertSizes, layout, write_adjustment
@@ -88,8 +87,8 @@ def adjust(
         MoqaError: if the checkpoint has no cache, or only a part of the original although the mode needs all of it, the
             samples are too few, or the bytes are too few for a channel.
     """
-    find_mode(mode)
-    find_rule(rule)
+    MODES.find(mode)
+    RULES.find(rule)
     parse_share(budget)
     check_free(Path(out), overwrite)
     return Search(checkpoint, data, samples, seed, report).make(out, budget, mode, rule, overwrite)
@@ -148,7 +147,7 @@ class Search:
         overwrite: bool = False,
     ) -> Adjusted:
         """Make an adjustment; see `adjust`."""
-        how, ranks, share = find_mode(mode), find_rule(rule), parse_share(budget)
+        how, ranks, share = MODES.find(mode), RULES.find(rule), parse_share(budget)
         if how.needs_whole and not self._cache.whole:
             raise MoqaError(f"--mode {mode} needs the whole original", "quantize with --cache full")
         evidence, measured_in = self._evidence

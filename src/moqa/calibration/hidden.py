@@ -1,11 +1,14 @@
-"""Hidden states of some samples at every block: the one way in which moqa runs blocks."""
+"""Hidden states of some samples at every block, and their gradients: the one way in which moqa runs blocks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 from moqa.models.layerwise import LayerwiseModel
-from moqa.storage.in_memory import StepStore
+from moqa.storage.in_memory import InMemoryRun
+from moqa.storage.resumable import ResumableRun
 
 
 class HiddenStates:
@@ -23,7 +26,9 @@ class HiddenStates:
         batches: what the model is called with, e.g. [windows, context] token ids.
     """
 
-    def __init__(self, stages: LayerwiseModel, work: StepStore, name: str, batches: Sequence[Tensor]) -> None:
+    def __init__(
+        self, stages: LayerwiseModel, work: ResumableRun | InMemoryRun, name: str, batches: Sequence[Tensor]
+    ) -> None:
         self._stages, self._work, self._name, self._count = stages, work, name, len(batches)
         embedded, shapes = work.done(f"embedded-{name}") is not None, set()
         for number, batch in enumerate(batches):
@@ -73,3 +78,32 @@ class HiddenStates:
 
     def _file(self, layer: int, number: int) -> str:
         return f"hidden-{layer}-{self._name}-{number}"
+
+
+def run_back(
+    stages: LayerwiseModel,
+    block: int,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    keep: Callable[[int, Tensor], None],
+    *,
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Run a block again with gradients, batch by batch; observers of its units see the gradients.
+
+    >>> gradients = []
+    >>> run_back(stages, 3, [(hidden, torch.ones_like(hidden))], lambda number, found: gradients.append(found))
+    >>> gradients[0].shape
+    torch.Size([2, 16, 256])
+
+    Args:
+        stages: of the model.
+        block: index of the block.
+        batches: inputs of the block, and the gradients of its outputs.
+        keep: called with the number of each batch and the gradient of its inputs.
+        precision: makes the context in which the block runs, for every batch anew.
+    """
+    for number, (hidden, gradient) in enumerate(batches):
+        inputs = hidden.detach().requires_grad_(True)
+        with precision():
+            out = stages.run_block(block, inputs)
+        keep(number, torch.autograd.grad(out, inputs, gradient)[0])

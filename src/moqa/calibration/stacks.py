@@ -66,18 +66,9 @@ def stacks(
         size = max(1, STACK_WEIGHTS // (copies * sum(out * features for out, features in shapes)))
         for start in range(0, len(entries), size):
             part = entries[start : start + size]
-            weights = _joined(view, part)
-            seen = [inputs.get(input_space(sharing[0])) or InputStatistics(weights.shape[2]) for sharing in part]
-            yield UnitStack(part, weights, seen, scheme)
-
-
-def _joined(view: ModelView, entries: Sequence[Sequence[Unit]]) -> Tensor:
-    first = view.weight(entries[0][0])
-    rows = sum(unit.shape[0] for unit in entries[0])
-    whole = torch.empty(len(entries), rows, first.shape[1], dtype=torch.float32)
-    for entry, sharing in zip(whole, entries, strict=True):
-        begin = 0
-        for unit in sharing:
-            entry[begin : begin + unit.shape[0]] = view.weight(unit)
-            begin += unit.shape[0]
-    return whole
+            rows, features = sum(out for out, _ in shapes), shapes[0][1]
+            seen = [inputs.get(input_space(sharing[0])) or InputStatistics(features) for sharing in part]
+            stack = UnitStack(part, torch.empty(len(part), rows, features, dtype=torch.float32), seen, scheme)
+            for unit, entry, place in stack.places():
+                stack.weights[entry, place] = view.weight(unit)
+            yield stack

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import DataOption, JsonOption, OverwriteOption, SeedOption, print_table, write_result
+from moqa.cli.common import print_table, write_result
 from moqa.cli.progress import LogOption, logged, progress
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 @logged
 def adjust(
     checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint, made with --cache")],
-    data: DataOption,
+    data: options.Data,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="ADJ", help="adjustment folder to make")],
     samples: Annotated[int, typer.Option("--samples", min=1, help="windows of 256 tokens to read")] = 64,
     budget: Annotated[str, typer.Option("--bytes", help="extra bytes, as a share of the checkpoint's")] = "1%",
@@ -25,9 +26,9 @@ def adjust(
     rule: Annotated[
         str, typer.Option("--rule", help="how channels are chosen: gain, dynamics (MoQa's) or random")
     ] = "gain",
-    seed: SeedOption = 0,
-    overwrite: OverwriteOption = False,
-    json: JsonOption = None,
+    seed: int = 0,
+    overwrite: options.Overwrite = False,
+    json: options.Json = None,
     log_json: LogOption = None,
 ) -> None:
     """Fit a checkpoint to texts that it was not made for: a small file, switched on or off in milliseconds."""

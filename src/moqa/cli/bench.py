@@ -4,19 +4,20 @@ from typing import Annotated
 
 import typer
 
+from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import JsonOption, mib, print_table, write_result
+from moqa.cli.common import mib, print_table, write_result
 
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(metavar="OUT", help="checkpoint, or folder or Hub id of an original model")],
+    model: options.Out,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="[default: all cores]")] = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="tokens to read at once")] = 512,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="tokens to write one by one")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="measurements; the median is reported")] = 5,
     kernels: Annotated[str, typer.Option("--kernels", help="for a checkpoint: auto, native or reference")] = "auto",
-    json: JsonOption = None,
+    json: options.Json = None,
 ) -> None:
     """Measure load time, prefill and decode speed, and memory; an original runs in transformers, in bfloat16."""
     from moqa.speed import bench as run

@@ -7,19 +7,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.generate import (
-    MaxTokensOption,
-    OutArgument,
-    SamplingSeedOption,
-    StopOption,
-    TemperatureOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    sampling_of,
-    use_threads,
-)
+from moqa.cli.generate import sampling_of, use_threads
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
@@ -28,14 +18,14 @@ if TYPE_CHECKING:
 
 @app.command()
 def chat(
-    out: OutArgument,
-    max_tokens: MaxTokensOption = 512,
-    temperature: TemperatureOption = 1.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    stop: StopOption = None,
-    seed: SamplingSeedOption = 0,
-    threads: ThreadsOption = None,
+    out: options.Out,
+    max_tokens: options.MaxTokens = 512,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    stop: options.Stop = None,
+    seed: options.SamplingSeed = 0,
+    threads: options.Threads = None,
 ) -> None:
     """Talk with a checkpoint on a terminal, or line by line from stdin."""
     from moqa.generation import Chat, load_any

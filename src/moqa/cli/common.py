@@ -1,13 +1,11 @@
-"""Shared by several commands: options, tables, JSON output."""
+"""Shared by several commands: tables, JSON output."""
 
 import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
@@ -17,35 +15,6 @@ from moqa.errors import MoqaError
 from moqa.storage.artifact import write_json
 
 _BEGAN = time.perf_counter()
-
-DataOption = Annotated[
-    list[str],
-    typer.Option("--data", metavar="NAME=SOURCE", help="a distribution: NAME=FILE[:field], folder or Hub dataset"),
-]
-BpwOption = Annotated[float | None, typer.Option("--bpw", help="budget: stored bits per weight of the units")]
-SizeOption = Annotated[str | None, typer.Option("--size", help="budget: all weight files, e.g. 12MiB")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="also write the result to this file, - for stdout")]
-AddressOption = Annotated[
-    str | None,
-    typer.Option("--ray-address", metavar="HOST:PORT", help="head of the Ray cluster [default: this machine's]"),
-]
-# the help of these comes from `CompressOptions` and the registries, see `moqa.cli.help`
-SeedOption = Annotated[int, typer.Option("--seed")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite")]
-StrategyOption = Annotated[str, typer.Option("--strategy")]
-TiesOption = Annotated[str, typer.Option("--ties")]
-HedgeOption = Annotated[float | None, typer.Option("--hedge")]
-ObjectiveOption = Annotated[str, typer.Option("--objective")]
-ScopeOption = Annotated[str, typer.Option("--scope")]
-WidthsOption = Annotated[str, typer.Option("--widths")]
-MethodOption = Annotated[str, typer.Option("--method")]
-SamplesOption = Annotated[int, typer.Option("--samples", min=1)]
-ContextOption = Annotated[int, typer.Option("--context", min=2)]
-SelfSamplesOption = Annotated[int | None, typer.Option("--self-samples", min=0)]
-SensitivityOption = Annotated[bool, typer.Option("--no-sensitivity")]
-GroupOption = Annotated[int, typer.Option("--group-size", min=8)]
-SymmetricOption = Annotated[bool, typer.Option("--symmetric")]
-EngineOption = Annotated[str, typer.Option("--engine")]
 
 DEFAULT_WIDTHS = ",".join(map(str, DEFAULTS.widths))
 

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import ContextOption, DataOption, JsonOption, mib, print_table, write_result
+from moqa.cli.common import mib, print_table, write_result
 from moqa.cli.progress import LogOption, logged, progress
 
 if TYPE_CHECKING:
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 @logged
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_OUT", help="original model or checkpoint")],
-    data: DataOption,
+    data: options.Data,
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="original to measure divergence from")
     ] = None,
-    context: ContextOption = 256,
+    context: options.Context = 256,
     windows: Annotated[int, typer.Option("--windows", min=0, help="windows per distribution, 0 for all")] = 64,
     kernels: Annotated[
         str, typer.Option("--kernels", help="kernels for a checkpoint: reference, native or auto")
@@ -29,7 +30,7 @@ def evaluate(
     adjustment: Annotated[
         Path | None, typer.Option("--adjustment", metavar="ADJ", help="adjustment to apply to the checkpoint")
     ] = None,
-    json: JsonOption = None,
+    json: options.Json = None,
     log_json: LogOption = None,
 ) -> None:
     """Measure perplexity, bits per byte, KL divergence and top-1 agreement of the files on disk."""

@@ -6,42 +6,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moqa.cli import options
 from moqa.cli.app import app
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
     from moqa.generation import Sampling
 
-OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="checkpoint, or folder or Hub id of an original model")]
-MaxTokensOption = Annotated[int, typer.Option("--max-tokens", help="largest number of tokens to write")]
-TemperatureOption = Annotated[
-    float, typer.Option("--temperature", help="0 takes the likeliest token, 1 keeps the model's probabilities, up to 2")
-]
-TopPOption = Annotated[
-    float, typer.Option("--top-p", help="sample from the likeliest tokens that reach this probability together")
-]
-TopKOption = Annotated[int, typer.Option("--top-k", help="sample from this many likeliest tokens; 0 for all")]
-StopOption = Annotated[
-    list[str] | None,
-    typer.Option("--stop", metavar="TEXT", help="text that ends the output and is left out; may be repeated"),
-]
-SamplingSeedOption = Annotated[int, typer.Option("--seed", help="the same seed gives the same text")]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, help="threads of each operation [default: all cores]")
-]
-
 
 @app.command()
 def generate(
-    out: OutArgument,
+    out: options.Out,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="text to continue, - for stdin")],
-    max_tokens: MaxTokensOption = 256,
-    temperature: TemperatureOption = 1.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    stop: StopOption = None,
-    seed: SamplingSeedOption = 0,
-    threads: ThreadsOption = None,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    stop: options.Stop = None,
+    seed: options.SamplingSeed = 0,
+    threads: options.Threads = None,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object with text, counts and times")] = False,
 ) -> None:
     """Continue a text with a checkpoint; it is printed while it is written."""

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import JsonOption, mib, print_table, write_result
+from moqa.cli.common import mib, print_table, write_result
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(metavar="ARTIFACT", help="profile, plan, checkpoint, adjustment or model folder")
     ],
-    json: JsonOption = None,
+    json: options.Json = None,
 ) -> None:
     """Show the content of a profile, plan, checkpoint, adjustment or original model."""
     if path.is_file():
@@ -95,9 +96,9 @@ def _adjustment(path: Path, json: Path | None) -> None:
     rows = []
     for layer in range(len(record.channels[0].counts) if record.channels else 0):
         counts, experts = Counter[int](), Counter[int]()
-        for part in adjustment.layer(layer):
-            counts[part.scheme.width] += len(part.channel)
-            experts.update(part.expert.tolist())
+        for channels in adjustment.layer(layer):
+            counts[channels.part.scheme.width] += len(channels.channel)
+            experts.update(channels.expert.tolist())
         units = sum(f".layers.{layer}." in name for name in record.units)
         most = ", ".join(f"{expert} ({count})" for expert, count in experts.most_common(5))
         rows.append([str(layer), *(str(counts[w] or "") for w in widths), str(units or ""), most])

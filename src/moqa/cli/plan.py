@@ -6,66 +6,42 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import (
-    DEFAULT_WIDTHS,
-    BpwOption,
-    HedgeOption,
-    JsonOption,
-    ObjectiveOption,
-    ScopeOption,
-    SeedOption,
-    SizeOption,
-    StrategyOption,
-    TiesOption,
-    WidthsOption,
-    mib,
-    print_table,
-    start_and_end,
-    widths_of,
-    write_result,
-)  # fmt: skip
+from moqa.cli.common import DEFAULT_WIDTHS, mib, print_table, start_and_end, widths_of, write_result
 from moqa.compression.options import DEFAULTS
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
-    from moqa.forecast.estimate import Estimate
+    from moqa.estimate import Estimate
     from moqa.planning import Account, MemoryBudget, Plan
     from moqa.profiling import Profile
-
-FitOption = Annotated[
-    str | None,
-    typer.Option("--fit", metavar="SIZE", help="budget: all memory of the served model, e.g. 8GiB; auto: free memory"),
-]
-BatchOption = Annotated[
-    int | None, typer.Option("--batch", min=1, help="with --fit: conversations at the same time [default: 1]")
-]
 
 
 @app.command()
 def plan(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="profile folder")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="plan file to write")],
-    bpw: BpwOption = None,
-    size: SizeOption = None,
-    fit: FitOption = None,
+    bpw: options.Bpw = None,
+    size: options.Size = None,
+    fit: options.Fit = None,
     context: Annotated[
         int | None,
         typer.Option("--context", min=1, help="with --fit: tokens of a conversation [default: 8192, or the model's]"),
     ] = None,
-    batch: BatchOption = None,
-    strategy: StrategyOption = DEFAULTS.strategy,
-    ties: TiesOption = DEFAULTS.ties,
+    batch: options.Batch = None,
+    strategy: str = DEFAULTS.strategy,
+    ties: str = DEFAULTS.ties,
     known: Annotated[str | None, typer.Option("--known", help="distributions to fit on [default: all]")] = None,
-    widths: WidthsOption = DEFAULT_WIDTHS,
-    hedge: HedgeOption = DEFAULTS.hedge,
-    objective: ObjectiveOption = DEFAULTS.objective,
-    scope: ScopeOption = DEFAULTS.scope,
-    seed: SeedOption = DEFAULTS.seed,
+    widths: str = DEFAULT_WIDTHS,
+    hedge: float | None = DEFAULTS.hedge,
+    objective: str = DEFAULTS.objective,
+    scope: str = DEFAULTS.scope,
+    seed: int = DEFAULTS.seed,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="estimate the cost of quantizing by the plan, and write nothing")
     ] = False,
-    json: JsonOption = None,
+    json: options.Json = None,
 ) -> None:
     """Choose a width for every unit from a profile."""
     from moqa.planning import Budget, MemoryBudget, for_file

@@ -5,25 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import (
-    AddressOption,
-    ContextOption,
-    DataOption,
-    EngineOption,
-    GroupOption,
-    JsonOption,
-    MethodOption,
-    SamplesOption,
-    SeedOption,
-    SelfSamplesOption,
-    SensitivityOption,
-    SymmetricOption,
-    print_table,
-    write_result,
-)
+from moqa.cli.common import print_table, write_result
 from moqa.cli.progress import LogOption, logged, progress
-from moqa.cli.progress.limits import MemoryOption, RestartOption, TimeOption, time_limited
+from moqa.cli.progress.limits import time_limited
 from moqa.compression.options import DEFAULTS
 from moqa.execution.registry import DEFAULT_EXECUTOR
 
@@ -35,22 +21,22 @@ if TYPE_CHECKING:
 @logged
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of the original model")],
-    data: DataOption,
+    data: options.Data,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="profile folder; reused if it exists")],
-    samples: SamplesOption = DEFAULTS.samples,
-    context: ContextOption = DEFAULTS.context,
-    self_samples: SelfSamplesOption = DEFAULTS.self_samples,
-    group_size: GroupOption = DEFAULTS.group_size,
-    symmetric: SymmetricOption = DEFAULTS.symmetric,
-    method: MethodOption = DEFAULTS.method,
-    no_sensitivity: SensitivityOption = False,
-    seed: SeedOption = DEFAULTS.seed,
-    max_memory: MemoryOption = None,
-    time_limit: TimeOption = None,
-    restart: RestartOption = False,
-    engine: EngineOption = DEFAULT_EXECUTOR,
-    ray_address: AddressOption = None,
-    json: JsonOption = None,
+    samples: options.Samples = DEFAULTS.samples,
+    context: options.Context = DEFAULTS.context,
+    self_samples: options.SelfSamples = DEFAULTS.self_samples,
+    group_size: options.GroupSize = DEFAULTS.group_size,
+    symmetric: options.Symmetric = DEFAULTS.symmetric,
+    method: str = DEFAULTS.method,
+    no_sensitivity: Annotated[bool, typer.Option("--no-sensitivity")] = False,
+    seed: int = DEFAULTS.seed,
+    max_memory: options.MaxMemory = None,
+    time_limit: options.TimeLimit = None,
+    restart: options.Restart = False,
+    engine: str = DEFAULT_EXECUTOR,
+    ray_address: options.RayAddress = None,
+    json: options.Json = None,
     log_json: LogOption = None,
 ) -> None:
     """Measure the contribution of experts and channels, and the cost of lower precision, on each distribution."""

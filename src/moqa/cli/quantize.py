@@ -5,37 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import (
-    DEFAULT_WIDTHS,
-    AddressOption,
-    BpwOption,
-    EngineOption,
-    GroupOption,
-    HedgeOption,
-    JsonOption,
-    MethodOption,
-    ObjectiveOption,
-    OverwriteOption,
-    SamplesOption,
-    ScopeOption,
-    SeedOption,
-    SelfSamplesOption,
-    SizeOption,
-    StrategyOption,
-    SymmetricOption,
-    TiesOption,
-    WidthsOption,
-    mib,
-    print_table,
-    start_and_end,
-    widths_of,
-    write_result,
-)  # fmt: skip
-from moqa.cli.plan import BatchOption, FitOption, check_budgets, print_estimate, print_fit
+from moqa.cli.common import DEFAULT_WIDTHS, mib, print_table, start_and_end, widths_of, write_result
+from moqa.cli.plan import check_budgets, print_estimate, print_fit
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import LogOption, logged, progress
-from moqa.cli.progress.limits import MemoryOption, RestartOption, TimeOption, time_limited
+from moqa.cli.progress.limits import time_limited
 from moqa.compression.options import DEFAULTS, CompressOptions
 from moqa.errors import MoqaError
 from moqa.execution.registry import DEFAULT_EXECUTOR
@@ -60,19 +36,19 @@ def quantize(
         list[str] | None,
         typer.Option("--held-out", metavar="NAME=SOURCE", help="texts for the proof [default: a fifth of --data]"),
     ] = None,
-    bpw: BpwOption = None,
-    size: SizeOption = None,
-    fit: FitOption = None,
-    batch: BatchOption = None,
-    strategy: StrategyOption = DEFAULTS.strategy,
-    ties: TiesOption = DEFAULTS.ties,
-    method: MethodOption = DEFAULTS.method,
-    widths: WidthsOption = DEFAULT_WIDTHS,
-    hedge: HedgeOption = DEFAULTS.hedge,
-    objective: ObjectiveOption = DEFAULTS.objective,
-    scope: ScopeOption = DEFAULTS.scope,
+    bpw: options.Bpw = None,
+    size: options.Size = None,
+    fit: options.Fit = None,
+    batch: options.Batch = None,
+    strategy: str = DEFAULTS.strategy,
+    ties: str = DEFAULTS.ties,
+    method: str = DEFAULTS.method,
+    widths: str = DEFAULT_WIDTHS,
+    hedge: float | None = DEFAULTS.hedge,
+    objective: str = DEFAULTS.objective,
+    scope: str = DEFAULTS.scope,
     profile: Annotated[Path | None, typer.Option("--profile")] = DEFAULTS.profile,
-    samples: SamplesOption = DEFAULTS.samples,
+    samples: options.Samples = DEFAULTS.samples,
     context: Annotated[
         int | None,
         typer.Option(
@@ -82,22 +58,22 @@ def quantize(
             "model's], and windows have as many but at most 256",
         ),
     ] = None,
-    self_samples: SelfSamplesOption = DEFAULTS.self_samples,
-    group_size: GroupOption = DEFAULTS.group_size,
-    symmetric: SymmetricOption = DEFAULTS.symmetric,
+    self_samples: options.SelfSamples = DEFAULTS.self_samples,
+    group_size: options.GroupSize = DEFAULTS.group_size,
+    symmetric: options.Symmetric = DEFAULTS.symmetric,
     cache: Annotated[str | None, typer.Option("--cache", metavar="SHARE")] = DEFAULTS.cache,
     proof: Annotated[bool, typer.Option("--proof/--no-proof")] = DEFAULTS.proof,
-    overwrite: OverwriteOption = DEFAULTS.overwrite,
-    seed: SeedOption = DEFAULTS.seed,
-    max_memory: MemoryOption = None,
-    time_limit: TimeOption = None,
-    restart: RestartOption = DEFAULTS.restart,
-    engine: EngineOption = DEFAULT_EXECUTOR,
-    ray_address: AddressOption = None,
+    overwrite: options.Overwrite = DEFAULTS.overwrite,
+    seed: int = DEFAULTS.seed,
+    max_memory: options.MaxMemory = None,
+    time_limit: options.TimeLimit = None,
+    restart: options.Restart = DEFAULTS.restart,
+    engine: str = DEFAULT_EXECUTOR,
+    ray_address: options.RayAddress = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="estimate bytes, memory, disk and time, and do nothing")
     ] = False,
-    json: JsonOption = None,
+    json: options.Json = None,
     log_json: LogOption = None,
 ) -> None:
     """Quantize a model by a plan, or from the texts it will see and a size, with a proof on held-out text."""
@@ -150,7 +126,7 @@ def quantize(
     check_budgets(bpw, size, fit, None, batch)
     # with --fit, --context is the length of a served conversation
     window = min(context or DEFAULTS.context, DEFAULTS.context) if fit else context or DEFAULTS.context
-    options = CompressOptions(
+    settings = CompressOptions(
         strategy=strategy, ties=ties, widths=widths_of(widths), hedge=hedge,  # type: ignore[arg-type]
         objective=objective, scope=scope, method=method, profile=profile, samples=samples,  # type: ignore[arg-type]
         context=window, self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
@@ -159,14 +135,14 @@ def quantize(
     budget = memory_budget(model, fit, context=context, batch=batch or 1) if fit else Budget.parse(bpw, size)
     if dry_run:
         expected = forecast(
-            model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=executor,
+            model, data, budget, out, held_out=held_out, options=settings, memory=memory, executor=executor,
             before=start_and_end(),
         )  # fmt: skip
-        print_estimate(expected.cost, expected.plan, expected.profile, json)
+        print_estimate(*expected, json)
         return
     with progress(log_json) as report:
         result = compress(
-            model, data, budget, out, held_out=held_out, options=options, report=time_limited(report, time_limit),
+            model, data, budget, out, held_out=held_out, options=settings, report=time_limited(report, time_limit),
             memory=memory, executor=executor, when_quantized=print_quantized,
         )  # fmt: skip
     print_compressed(result)

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.generate import OutArgument, ThreadsOption, use_threads
+from moqa.cli.generate import use_threads
 from moqa.errors import MoqaError
 
 _KEYS = "MOQA_API_KEY"
@@ -14,7 +15,7 @@ _KEYS = "MOQA_API_KEY"
 
 @app.command()
 def serve(
-    out: OutArgument,
+    out: options.Out,
     host: Annotated[str, typer.Option("--host", help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes any free port")] = 8000,
     slots: Annotated[int, typer.Option("--slots", min=1, help="texts written at the same time")] = 4,
@@ -41,7 +42,7 @@ def serve(
         bool,
         typer.Option("--adjust-shared", help="with --adjust auto: adjust to all clients' text together, for all"),
     ] = False,
-    threads: ThreadsOption = None,
+    threads: options.Threads = None,
 ) -> None:
     """Answer OpenAI-style requests until Ctrl-C or SIGTERM."""
     from moqa.serve import serve as run

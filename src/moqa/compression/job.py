@@ -1,6 +1,5 @@
 """One `moqa.compress` job: its inputs, read and checked, and what several functions need from them."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from moqa.compression.options import CompressOptions
@@ -10,11 +9,11 @@ from moqa.execution import Executor, LocalExecutor
 from moqa.format.cache import has_cache
 from moqa.format.reader import open_checkpoint
 from moqa.memory.limit import MemoryLimit
-from moqa.methods.registry import Method, find_method
+from moqa.methods.registry import find_method
 from moqa.models.load import read_config
 from moqa.models.view import ModelView
 from moqa.originals.folder import fingerprint, locate
-from moqa.planning import STRATEGIES, Budget, MemoryBudget, Plan, Strategy, plan
+from moqa.planning import STRATEGIES, Budget, MemoryBudget, Plan, plan
 from moqa.planning.run import check_budget
 from moqa.profiling import Profile, read_profile
 from moqa.profiling.blank import blank_profile
@@ -25,9 +24,11 @@ from moqa.storage.folders import check_free
 from moqa.tasks import task_of
 
 
-@dataclass(frozen=True)
 class CompressJob:
-    """The arguments of `moqa.compress`, resolved.
+    """The arguments of `moqa.compress`, resolved; invalid ones are refused before anything is measured.
+
+    Args:
+        model: as for `moqa.compress`, like all arguments.
 
     Attributes:
         model: as typed.
@@ -41,67 +42,43 @@ class CompressJob:
         windows: windows of each text of the proof; None for all.
         memory: memory that a process may take.
         executor: where the work is done.
+        strategy: of the plan.
+        method: quantization method of the checkpoint and its baselines.
+        profile_folder: where the profile is or will be.
     """
 
-    model: str
-    folder: Path
-    out: Path
-    options: CompressOptions
-    budget: Budget | None
-    fitted: list[Source]
-    held_out: list[Source]
-    tokens: int
-    windows: int | None
-    memory: MemoryLimit
-    executor: Executor
-
-    @classmethod
-    def of(
-        cls, model: str | Path, data: Data, budget: Budget | str | None, out: str | Path, *, held_out: Data | None,
+    def __init__(
+        self, model: str | Path, data: Data, budget: Budget | str | None, out: str | Path, *, held_out: Data | None,
         options: CompressOptions, memory: MemoryLimit | None, executor: Executor | None,
-    ) -> "CompressJob":  # fmt: skip
-        """Read the texts and refuse invalid arguments before anything is measured; see `moqa.compress`."""
-        out, executor = Path(out), executor or LocalExecutor()
-        find_method(options.method)
+    ) -> None:  # fmt: skip
+        self.model, self.out, self.options = str(model), Path(out), options
+        self.profile_folder = options.profile or self.out.with_name(self.out.name + ".profile")
+        self.executor = executor or LocalExecutor()
+        self.method = find_method(options.method)
         if options.cache is not None:
             parse_cache(options.cache)
-        if not (options.proof and lacks_proof(out)):
-            check_free(out, options.overwrite)
-        budget = Budget.of(budget) if isinstance(budget, str) else budget
-        if isinstance(budget, MemoryBudget):
-            budget.check(options.widths, options.group_size, options.symmetric)
-        check_budget(STRATEGIES.find(options.strategy), budget, "give --bpw, --size or --fit")
-        limits = executor.memory(memory)
-        folder = locate(str(model))
-        task = task_of(read_config(folder))
-        reader = task.reader(folder)
-        fitted, proving, tokens = task.sources(data, reader), list[Source](), 0
-        windows = None if held_out else options.samples
+        if not (options.proof and lacks_proof(self.out)):
+            check_free(self.out, options.overwrite)
+        self.budget = Budget.of(budget) if isinstance(budget, str) else budget
+        if isinstance(self.budget, MemoryBudget):
+            self.budget.check(options.widths, options.group_size, options.symmetric)
+        self.strategy = STRATEGIES.find(options.strategy)
+        check_budget(self.strategy, self.budget, "give --bpw, --size or --fit")
+        self.memory = self.executor.memory(memory)
+        self.folder = locate(self.model)
+        task = task_of(read_config(self.folder))
+        reader = task.reader(self.folder)
+        self.fitted, self.held_out, self.tokens = task.sources(data, reader), list[Source](), 0
+        self.windows = None if held_out else options.samples
         if options.proof:
             if held_out:
-                proving = task.sources(held_out, reader)
+                self.held_out = task.sources(held_out, reader)
             else:
-                pairs = [task.split(distribution) for distribution in fitted]
-                fitted, proving = [first for first, _ in pairs], [second for _, second in pairs]
+                pairs = [task.split(distribution) for distribution in self.fitted]
+                self.fitted, self.held_out = [first for first, _ in pairs], [second for _, second in pairs]
             # a text that is too short for the proof is refused now, not after the checkpoint is written
-            samples = [task.cut(distribution, reader, options.context, windows) for distribution in proving]
-            tokens = sum(task.count(sample.inputs) for sample in samples)
-        return cls(str(model), folder, out, options, budget, fitted, proving, tokens, windows, limits, executor)
-
-    @property
-    def strategy(self) -> Strategy:
-        """Strategy of the plan."""
-        return STRATEGIES[self.options.strategy]
-
-    @property
-    def method(self) -> Method:
-        """Quantization method of the checkpoint and its baselines."""
-        return find_method(self.options.method)
-
-    @property
-    def profile_folder(self) -> Path:
-        """Folder where the profile is or will be."""
-        return self.options.profile or self.out.with_name(self.out.name + ".profile")
+            samples = [task.cut(text, reader, options.context, self.windows) for text in self.held_out]
+            self.tokens = sum(task.count(sample.inputs) for sample in samples)
 
     @property
     def is_profiled(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from moqa.methods.registry import DEFAULT_METHOD, METHODS
 from moqa.planning.registry import DEFAULT_STRATEGY, STRATEGIES
@@ -13,9 +13,12 @@ from moqa.planning.registry import DEFAULT_STRATEGY, STRATEGIES
 if TYPE_CHECKING:
     from moqa.planning.record import Objective, Scope, Ties
 
+Value = TypeVar("Value")
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+
+def _option(default: Value, text: str) -> Value:
+    """A field with its help text; names in braces are filled in by `help_of`."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,34 +33,24 @@ class CompressOptions:
     Values are checked by the step that uses them: `moqa.profile`, `moqa.plan` or `moqa.quantize`.
     """
 
-    strategy: str = field(default=DEFAULT_STRATEGY, metadata=_help("{strategies}"))
-    ties: Ties = field(
-        default="unit", metadata=_help("what must share a width: unit, expert, layer_projection or layer")
-    )
-    widths: tuple[int, ...] = field(default=(2, 3, 4, 5, 6, 8), metadata=_help("candidate widths, comma-separated"))
-    hedge: float | None = field(
-        default=None, metadata=_help("{hedged}: share of the model's own text in the objective, 0 to 1")
-    )
-    objective: Objective = field(
-        default="mean", metadata=_help("{users}: mean or minimax over the known distributions")
-    )
-    scope: Scope = field(
-        default="global", metadata=_help("{users}: rank experts over all layers (global) or per layer")
-    )
-    method: str = field(default=DEFAULT_METHOD, metadata=_help("{methods}"))
-    profile: Path | None = field(default=None, metadata=_help("profile folder to reuse or make [default: OUT.profile]"))
-    samples: int = field(default=64, metadata=_help("windows per distribution to measure"))
-    context: int = field(default=256, metadata=_help("tokens of a window"))
-    self_samples: int | None = field(
-        default=None, metadata=_help("windows that the model writes itself [default: as --samples]")
-    )
-    group_size: int = field(default=64, metadata=_help("weights that share a scale"))
-    symmetric: bool = field(default=False, metadata=_help("grids without a zero-point"))
-    cache: str | None = field(default=None, metadata=_help("keep for `moqa adjust`: 1% of the channels, or full"))
-    proof: bool = field(default=True, metadata=_help("compare with baselines on held-out text"))
-    overwrite: bool = field(default=False, metadata=_help("replace an existing output of moqa"))
-    restart: bool = field(default=False, metadata=_help("start again, discarding what an interrupted run has finished"))
-    seed: int = field(default=0, metadata=_help("seed of samples, labels, self-written text and random plans"))
+    strategy: str = _option(DEFAULT_STRATEGY, "{strategies}")
+    ties: Ties = _option("unit", "what must share a width: unit, expert, layer_projection or layer")
+    widths: tuple[int, ...] = _option((2, 3, 4, 5, 6, 8), "candidate widths, comma-separated")
+    hedge: float | None = _option(None, "{hedged}: share of the model's own text in the objective, 0 to 1")
+    objective: Objective = _option("mean", "{users}: mean or minimax over the known distributions")
+    scope: Scope = _option("global", "{users}: rank experts over all layers (global) or per layer")
+    method: str = _option(DEFAULT_METHOD, "{methods}")
+    profile: Path | None = _option(None, "profile folder to reuse or make [default: OUT.profile]")
+    samples: int = _option(64, "windows per distribution to measure")
+    context: int = _option(256, "tokens of a window")
+    self_samples: int | None = _option(None, "windows that the model writes itself [default: as --samples]")
+    group_size: int = _option(64, "weights that share a scale")
+    symmetric: bool = _option(False, "grids without a zero-point")
+    cache: str | None = _option(None, "keep for `moqa adjust`: 1% of the channels, or full")
+    proof: bool = _option(True, "compare with baselines on held-out text")
+    overwrite: bool = _option(False, "replace an existing output of moqa")
+    restart: bool = _option(False, "start again, discarding what an interrupted run has finished")
+    seed: int = _option(0, "seed of samples, labels, self-written text and random plans")
 
 
 DEFAULTS = CompressOptions()

@@ -2,17 +2,16 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from moqa.compression.job import CompressJob
 from moqa.compression.options import DEFAULTS, CompressOptions
 from moqa.compression.result import CompressResult
 from moqa.data import Data
-from moqa.estimate import estimate, peak_bytes
+from moqa.estimate import Estimate, estimate, working_sets
 from moqa.evaluation.proof import ProofSetup, prove
 from moqa.execution import Executor
-from moqa.forecast.estimate import Estimate
 from moqa.memory.limit import MemoryLimit
 from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
@@ -21,7 +20,7 @@ from moqa.profiling import Profile, profile
 from moqa.progress import Report, quiet
 from moqa.quantization import quantize
 from moqa.quantization.run import disk_needed
-from moqa.storage.space import check_space
+from moqa.storage.resumable import check_space
 
 
 def compress(
@@ -63,7 +62,7 @@ def compress(
         MoqaError: if the model or a text cannot be used, an option is unknown, the budget is out of reach, memory or
             disk space is too small, or `out` exists.
     """
-    job = CompressJob.of(
+    job = CompressJob(
         model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=executor
     )  # fmt: skip
     view = open_model(job.folder, keep=job.memory.holds(OriginalReader(job.folder).values))
@@ -73,41 +72,35 @@ def compress(
         when_quantized(result)
     if not options.proof:
         return result
-    setup = ProofSetup.open(
+    setup = ProofSetup(
         job.model, view, result.profile, held_out=job.held_out, windows=job.windows, report=report, memory=job.memory
     )
     return replace(result, proof=prove(setup, result.plan, job.out, options.method, report)).store()
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """The expected cost of a job, and the plan and profile that it was computed from."""
-
-    cost: Estimate
-    plan: Plan
-    profile: Profile
 
 
 def forecast(
     model: str | Path, data: Data, budget: Budget | str | None, out: str | Path, *, held_out: Data | None = None,
     options: CompressOptions = DEFAULTS, memory: MemoryLimit | None = None, executor: Executor | None = None,
     before: float = 0.0,
-) -> Forecast:  # fmt: skip
+) -> tuple[Estimate, Plan, Profile]:  # fmt: skip
     """Estimate the cost of `compress` with the same arguments; works with or without an existing profile.
 
-    >>> expected = forecast("reference/model", {"wiki": "wiki.txt"}, "3bpw", "runs/new")
-    >>> expected.cost.checkpoint_bytes == expected.plan.account.checkpoint
+    >>> cost, plan, profile = forecast("reference/model", {"wiki": "wiki.txt"}, "3bpw", "runs/new")
+    >>> cost.checkpoint_bytes == plan.account.checkpoint
     True
 
     Args:
         model: as for `compress`, like all arguments that are not described here.
         before: further seconds to include, such as the start of a command.
 
+    Returns:
+        The cost, and the plan and the profile that it was computed from; without an existing profile, a blank one.
+
     Raises:
         MoqaError: as for `compress`.
     """
     began = time.perf_counter()
-    job = CompressJob.of(
+    job = CompressJob(
         model, data, budget, out, held_out=held_out, options=options, memory=memory, executor=executor
     )  # fmt: skip
     view = open_model(job.folder, keep=False)
@@ -117,7 +110,7 @@ def forecast(
         profiled=job.is_profiled, view=view, held_out=job.tokens,
         before=before + time.perf_counter() - began,
     )  # fmt: skip
-    return Forecast(cost, chosen, measured)
+    return cost, chosen, measured
 
 
 def _check_resources(job: CompressJob, view: ModelView) -> None:
@@ -126,7 +119,7 @@ def _check_resources(job: CompressJob, view: ModelView) -> None:
         return
     blank, likely = job.expected(view)
     check_space(job.out, disk_needed(view, likely, blank, job.method, job.options.cache))
-    peak_bytes(view, likely, blank, job.method, job.memory, profiled=False, held_out=job.tokens)
+    working_sets(view, likely, blank, job.method, job.memory, profiled=False, held_out=job.tokens)
 
 
 def _quantized(job: CompressJob, view: ModelView, report: Report) -> CompressResult:
@@ -141,7 +134,7 @@ def _quantized(job: CompressJob, view: ModelView, report: Report) -> CompressRes
     chosen = job.plan(measured)
     if options.overwrite or not job.is_quantized(chosen):
         # for an existing profile, nothing has checked yet whether the proof fits the memory limit
-        peak_bytes(view, chosen, measured, job.method, job.memory, profiled=True, held_out=job.tokens)
+        working_sets(view, chosen, measured, job.method, job.memory, profiled=True, held_out=job.tokens)
         quantize(
             job.model, chosen, job.out, method=options.method, overwrite=options.overwrite, report=report,
             profile=measured, view=view, cache=options.cache, memory=job.memory, restart=options.restart,

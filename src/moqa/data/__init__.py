@@ -11,7 +11,7 @@ from moqa.data.source import (
     read_distribution,
     read_distributions,
 )
-from moqa.data.windows import Windows, cut_windows, split_held_out
+from moqa.data.windows import Windows, cut_windows, prompt_start, split_held_out
 
 __all__ = [
     "MAX_OVERLAP",
@@ -26,6 +26,7 @@ __all__ = [
     "cut_images",
     "cut_windows",
     "overlap_share",
+    "prompt_start",
     "read_distribution",
     "read_distributions",
     "read_images",

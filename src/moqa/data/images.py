@@ -90,11 +90,7 @@ def read_images(spec: str) -> Images:
     Raises:
         MoqaError: if it is not such a folder, or an image is outside the folders of classes.
     """
-    name, equals, source = spec.partition("=")
-    if not equals or not source:
-        raise MoqaError(f"'{spec}' is not NAME=FOLDER", "give for example test=images/test")
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise MoqaError(f"'{name}' in '{spec}' is not a name", "use letters, digits, '_', '.' and '-'")
+    name, source = name_and_source(spec, "NAME=FOLDER", "test=images/test")
     folder = Path(source).expanduser()
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
@@ -166,6 +162,25 @@ def split_images(images: Images, share: float = 0.2) -> tuple[Images, Images]:
     out = set(evenly_spaced(len(images.files), held, 0).tolist())
     sides = [tuple(f for n, f in enumerate(images.files) if (n in out) == held_out) for held_out in (False, True)]
     return replace(images, files=sides[0]), replace(images, files=sides[1])
+
+
+def name_and_source(spec: str, form: str, example: str) -> tuple[str, str]:
+    """The two parts of NAME=SOURCE.
+
+    Args:
+        spec: as the user typed it.
+        form: what it should look like, for the message.
+        example: of that form.
+
+    Raises:
+        MoqaError: if there are no two parts, or the name has other characters than names of files should have.
+    """
+    name, equals, source = spec.partition("=")
+    if not equals or not source:
+        raise MoqaError(f"'{spec}' is not {form}", f"give for example {example}")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise MoqaError(f"'{name}' in '{spec}' is not a name", "use letters, digits, '_', '.' and '-'")
+    return name, source
 
 
 def is_image(path: Path) -> bool:

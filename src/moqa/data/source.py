@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moqa.data.images import Images, is_image
+from moqa.data.chat import chat_text
+from moqa.data.images import Images, is_image, name_and_source
+from moqa.data.records import RECORD_SUFFIXES, decoded, file_records, hub_field, hub_records, one_line
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HUB = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(:(?P<field>[^:#]+))?(#(?P<split>[^#]+))?")
-_FILE_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".parquet", ".csv"}  # never the end of a dataset id
-_DEFAULT_FIELDS = ("text", "messages", "conversations")
+_FORM = "NAME=SOURCE", "wiki=wiki.txt"
+_CHAT_FIELDS = ("messages", "conversations")
+_DEFAULT_FIELDS = ("text", *_CHAT_FIELDS)
 _CHAT_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names -> those of chat templates
+# text files whose markup is not the text
+_MARKED_UP = {".htm", ".html", ".ipynb", ".rtf", ".xml", ".yaml", ".yml"}
 
 
 @dataclass(frozen=True)
@@ -50,22 +52,22 @@ def read_distribution(spec: str, tokenizer: PreTrainedTokenizerBase | None = Non
 
     Args:
         spec: NAME=SOURCE or NAME=SOURCE:field. SOURCE is a text file (one document), a folder (one document for each
-            .txt file in it), a .jsonl or .parquet file (one document for each record), or a dataset of the Hub as
-            org/name, org/name:field or org/name:field#split.
-        tokenizer: turns chat records into text with its chat template; not needed for other records.
+            .txt file in it), a file of records (.jsonl, .ndjson, .json, .csv, .tsv or .parquet; one document for each
+            record), or a dataset of the Hub as org/name, org/name:field or org/name:field#split.
+        tokenizer: turns chat records into text with its chat template, see `moqa.data.chat`; not needed for others.
 
     Documents without any text are left out.
 
     Raises:
         MoqaError: if the source is missing, unreadable, empty, or a record of it has no text in the field.
     """
-    name, source = _name_and_source(spec)
+    name, source = name_and_source(spec, *_FORM)
     try:
         texts = tuple(text for text in _read(source, tokenizer) if text.strip())
     except MoqaError as error:
         raise MoqaError(spec, str(error)) from None
     except OSError as error:
-        raise MoqaError(spec, f"cannot be read ({error.strerror or _one_line(error)})") from None
+        raise MoqaError(spec, f"cannot be read ({error.strerror or one_line(error)})") from None
     if not texts:
         raise MoqaError(spec, "holds no text")
     return Distribution(name, texts, source)
@@ -124,20 +126,11 @@ def read_distributions(specs: Sequence[str], tokenizer: PreTrainedTokenizerBase 
     """
     first: dict[str, str] = {}
     for spec in specs:
-        name, _ = _name_and_source(spec)
+        name, _ = name_and_source(spec, *_FORM)
         if name in first:
             raise MoqaError(f"{first[name]} and {spec} are both named '{name}'", "give each its own name")
         first[name] = spec
     return [read_distribution(spec, tokenizer) for spec in specs]
-
-
-def _name_and_source(spec: str) -> tuple[str, str]:
-    name, equals, source = spec.partition("=")
-    if not equals or not source:
-        raise MoqaError(f"'{spec}' is not NAME=SOURCE", "give for example wiki=wiki.txt")
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise MoqaError(f"'{name}' in '{spec}' is not a name", "use letters, digits, '_', '.' and '-'")
-    return name, source
 
 
 def _read(source: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterable[str]:
@@ -146,88 +139,44 @@ def _read(source: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterable[st
         head, _, field = source.rpartition(":")
         path = Path(head).expanduser()
         if not (head and field and path.exists()):
-            return _texts(_hub_records(source), _hub_field(source), tokenizer)
-    suffix = "" if path.is_dir() else path.suffix.lower()
-    if suffix == ".jsonl":
-        return _texts(_jsonl_records(path), field, tokenizer)
-    if suffix == ".parquet":
-        return _texts(_parquet_records(path, field), field, tokenizer)
+            return _texts(hub_records(source), hub_field(source), tokenizer)
+    if not path.is_dir() and path.suffix.lower() in RECORD_SUFFIXES:
+        # tools of a conversation stand beside its messages
+        return _texts(file_records(path, [field or "", *_DEFAULT_FIELDS, "tools"]), field, tokenizer)
     if field:
-        raise MoqaError(f"{path} has no fields", f"leave out ':{field}', or give a .jsonl or .parquet file")
-    if not path.is_dir():
-        return [_decoded(path.read_bytes(), str(path))]
-    files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+        raise MoqaError(f"{path} has no fields", f"leave out ':{field}', or give one of {', '.join(RECORD_SUFFIXES)}")
+    return map(_plain_text, _files(path) if path.is_dir() else [path])
+
+
+def _files(folder: Path) -> list[Path]:
+    every = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = [file for file in every if file.suffix == ".txt"]
+    if not files and any(is_image(file) for file in every):
+        raise MoqaError(f"the folder {folder} holds images", "a causal language model reads text")
     if not files:
-        if any(is_image(file) for file in path.rglob("*")):
-            raise MoqaError(f"the folder {path} holds images", "a causal language model reads text")
-        raise MoqaError(f"the folder {path} holds no .txt file", "give a folder of .txt files, or one file")
-    return [_decoded(file.read_bytes(), str(file)) for file in files]
+        raise MoqaError(f"the folder {folder} holds no .txt file", "give a folder of .txt files, or one file")
+    if records := [file for file in every if file.suffix.lower() in RECORD_SUFFIXES]:
+        raise MoqaError(f"the folder {folder} holds texts and {records[0].name}", "give files of records by themselves")
+    return files
 
 
-def _decoded(data: bytes, where: str, offset: int = 0) -> str:
+def _plain_text(path: Path) -> str:
+    """Text of a file, which is refused if it is the text of another format."""
+    if path.suffix.lower() in _MARKED_UP:
+        raise MoqaError(f"{path} is not plain text", "extract its text; if it is meant as it is, name it .txt")
+    text = decoded(path.read_bytes(), str(path))
+    first = text.lstrip()[:1_000_000].partition("\n")[0]
+    if first.startswith("{") and _is_json(first):
+        raise MoqaError(f"{path} holds JSON lines", "name it .jsonl")
+    return text
+
+
+def _is_json(line: str) -> bool:
     try:
-        return data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise MoqaError(f"{where} is not UTF-8 at byte {offset + error.start}", "convert it, e.g. with iconv") from None
-
-
-def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            text = _decoded(line, f"line {number}", offset)
-            offset += len(line)
-            if not text.strip():
-                continue
-            try:
-                yield f"line {number}", json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise MoqaError(f"line {number} is not JSON", str(error)) from None
-
-
-def _parquet_records(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MoqaError("a .parquet file needs the package pyarrow", "pip install 'moqa[data]'") from None
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            wanted = (field,) if field else _DEFAULT_FIELDS
-            columns = [name for name in wanted if name in file.schema_arrow.names] or None  # None: all, for the error
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", record
-    except pyarrow.ArrowException as error:
-        raise MoqaError("it is not a readable .parquet file", _one_line(error)) from None
-
-
-def _hub_field(source: str) -> str | None:
-    dataset = _HUB.fullmatch(source)
-    return dataset["field"] if dataset else None
-
-
-def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
-    dataset = _HUB.fullmatch(source)
-    if not dataset or Path(dataset["id"]).suffix.lower() in _FILE_SUFFIXES:
-        raise MoqaError("there is no such file or folder", "give a file, a folder, or a dataset of the Hub as org/name")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise MoqaError(
-            "there is no such file or folder, and a dataset of the Hub needs the package datasets",
-            "pip install 'moqa[data]'",
-        ) from None
-    try:
-        records = load_dataset(dataset["id"], split=dataset["split"] or "train")
-    except Exception as error:  # the network, the Hub and a dataset's files raise many kinds
-        raise MoqaError(
-            "there is no such file or folder, and loading it from the Hub as a dataset failed", _one_line(error)
-        ) from None
-    for number, record in enumerate(records, 1):
-        yield f"row {number}", record
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _texts(
@@ -241,25 +190,26 @@ def _texts(
             raise MoqaError(f"{where} has no field '{key}'", f"its fields are {', '.join(map(str, record)) or 'none'}")
         value = record[key]
         if isinstance(value, list):
-            value = _chat_text(value, f"{where}, field '{key}'", tokenizer)
-        if not isinstance(value, str):
+            value = _chat(value, record.get("tools"), f"{where}, field '{key}'", tokenizer)
+        elif not isinstance(value, str) or key in _CHAT_FIELDS:
             kind = type(value).__name__
-            raise MoqaError(f"{where}, field '{key}' is of type {kind}", "a text or a list of messages is needed")
+            wanted = "a list of messages" if key in _CHAT_FIELDS else "a text or a list of messages"
+            raise MoqaError(f"{where}, field '{key}' is of type {kind}", f"{wanted} is needed")
         try:
             value.encode()
         except UnicodeEncodeError as error:  # JSON escapes can stand for lone surrogates, which UTF-8 cannot hold
-            raise MoqaError(f"{where}, field '{key}' is not valid Unicode", _one_line(error)) from None
+            raise MoqaError(f"{where}, field '{key}' is not valid Unicode", one_line(error)) from None
         yield value
 
 
-def _chat_text(messages: list, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def _chat(messages: list, tools: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     if not messages:
         return ""
     chat = []
     for message in messages:
         if isinstance(message, Mapping) and {"from", "value"} <= message.keys():
             message = {"role": _CHAT_ROLES.get(message["from"], message["from"]), "content": message["value"]}
-        if not (isinstance(message, Mapping) and {"role", "content"} <= message.keys()):
+        if not (isinstance(message, Mapping) and "role" in message and message.keys() & {"content", "tool_calls"}):
             raise MoqaError(f"{where} is a list, but not of messages", 'each needs a "role" and a "content"')
         chat.append(message)
     if tokenizer is None:
@@ -270,12 +220,6 @@ def _chat_text(messages: list, where: str, tokenizer: PreTrainedTokenizerBase | 
             "give plain text, or a model with a chat template",
         )
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except Exception as error:  # templates are programs and raise any error
-        raise MoqaError(
-            f"{where} does not fit the chat template of {tokenizer.name_or_path}", _one_line(error)
-        ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        return chat_text(tokenizer, chat, tools=tools)
+    except MoqaError as error:
+        raise MoqaError(where, str(error)) from None

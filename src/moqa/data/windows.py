@@ -38,7 +38,7 @@ def cut_windows(
     count: int | None = None,
     seed: int = 0,
 ) -> Windows:
-    """Cut a distribution into windows of tokens that do not overlap.
+    """Cut a distribution into windows of tokens that do not overlap, each beginning as a prompt does.
 
     >>> cut_windows(wiki, tokenizer, context=256, count=32).inputs.shape
     torch.Size([32, 256])
@@ -46,7 +46,7 @@ def cut_windows(
     Args:
         distribution: its documents are joined by the tokenizer's end-of-text token, if it has one, which counts as
             0 bytes of text; the tokens after the last full window are dropped.
-        tokenizer: a fast tokenizer of transformers.
+        tokenizer: a fast tokenizer of transformers. If it begins a prompt with a special token, so does each window.
         context: tokens in a window.
         count: number of windows to take, evenly spaced; all of them if None or more than there are.
         seed: shifts which evenly spaced windows are taken; 0 starts with the first.
@@ -62,27 +62,41 @@ def cut_windows(
         raise MoqaError(f"{count} windows of {distribution.name} leave nothing to read", "take 1 or more")
     if not tokenizer.is_fast:
         raise MoqaError(f"the tokenizer {tokenizer.name_or_path} returns no offsets", "use one with a tokenizer.json")
-    tokens, begins, ends = _token_stream(distribution, tokenizer)
-    available = len(tokens) // context
+    start = np.array(prompt_start(tokenizer), np.int64)
+    tokens, begins, ends = _token_stream(distribution, tokenizer, start)
+    step = context - len(start)
+    available = len(tokens) // step if step > 0 else 0
     if available == 0:
         raise MoqaError(
             f"{distribution.name}={distribution.origin} holds {len(tokens)} tokens",
-            f"one window of --context {context} needs at least {context}",
+            f"one window of --context {context} needs at least {step}",
         )
     chosen = evenly_spaced(available, available if count is None else min(count, available), seed)
-    firsts, lasts = chosen * context, (chosen + 1) * context - 1
+    firsts, lasts = chosen * step, (chosen + 1) * step - 1
     bytes_before = _bytes_before(distribution.texts)
-    text_bytes = int((bytes_before[ends[lasts]] - bytes_before[begins[firsts + 1]]).sum())
+    predicted = firsts if len(start) else firsts + 1
+    text_bytes = int((bytes_before[ends[lasts]] - bytes_before[begins[predicted]]).sum())
+    body = tokens[: available * step].reshape(available, step)[chosen]
     text = "\n".join(distribution.texts)
     # Adjacent windows are hashed as one text, so that the shingles across their border are not missed.
     gaps = np.flatnonzero(np.diff(chosen) > 1)
     runs = zip(firsts[np.r_[0, gaps + 1]], lasts[np.r_[gaps, len(chosen) - 1]], strict=True)
     return Windows(
         name=distribution.name,
-        inputs=torch.from_numpy(tokens[: available * context].reshape(available, context)[chosen]),
+        inputs=torch.from_numpy(np.hstack([np.tile(start, (len(chosen), 1)), body])),
         text_bytes=text_bytes,
         hashes=shingles(text[begins[first] : ends[last]] for first, last in runs),
     )
+
+
+def prompt_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that the tokenizer puts in front of every prompt: usually one or none.
+
+    >>> prompt_start(tokenizer)
+    []
+    """
+    whole, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return whole[: next((k for k in range(len(whole)) if whole[k : k + len(plain)] == plain), 0)]
 
 
 def split_held_out(distribution: Distribution, share: float = 0.2) -> tuple[Distribution, Distribution]:
@@ -137,9 +151,11 @@ def _nearest_break(text: str, target: int) -> int:
 
 
 def _token_stream(
-    distribution: Distribution, tokenizer: PreTrainedTokenizerBase
+    distribution: Distribution, tokenizer: PreTrainedTokenizerBase, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens of all documents, and where each begins and ends in the documents joined by one character.
+
+    A document that begins with the tokens of `start`, as chat templates write them, loses them: they begin windows.
 
     Returns:
         [tokens] ids, [tokens] first character, [tokens] character after the last; all int64. The end-of-text token
@@ -147,13 +163,14 @@ def _token_stream(
     """
     parts: list[np.ndarray] = []  # each [3, tokens]
     base = 0
-    for start in range(0, len(distribution.texts), _BATCH):
-        batch = list(distribution.texts[start : start + _BATCH])
+    for done in range(0, len(distribution.texts), _BATCH):
+        batch = list(distribution.texts[done : done + _BATCH])
         encoded = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for text, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if base and tokenizer.eos_token_id is not None:
                 parts.append(np.array([[tokenizer.eos_token_id], [base - 1], [base]]))
-            spans = np.array(offsets, np.int64).reshape(-1, 2)
+            skipped = len(start) if ids[: len(start)] == start.tolist() else 0
+            ids, spans = ids[skipped:], np.array(offsets, np.int64).reshape(-1, 2)[skipped:]
             # Some tokenizers leave spaces out of the offsets: they belong to the token after them.
             begins = np.minimum(spans[:, 0], np.r_[0, spans[:-1, 1]][: len(spans)])
             parts.append(np.stack([np.array(ids, np.int64), base + begins, base + spans[:, 1]]))

@@ -88,16 +88,14 @@ def scores(model: nn.Module, windows: list[Samples], reference: Reference | None
         reference: the original's outputs on the same windows.
         report: called per layer.
     """
-    same = reference is not None and reference.model is model
-    hidden = reference.hidden if reference is not None and same else final_hidden(model, windows, report)
-    stages, own = LayerwiseModel(model), None
-    if reference is not None:
-        own = stages if same else LayerwiseModel(reference.model)
-    qualities = {}
-    for window in windows:
-        answers = reference.hidden[window.name] if reference is not None else None
-        qualities[window.name] = quality(window, hidden[window.name], stages, answers, own)
-    return qualities
+    stages = LayerwiseModel(model)
+    if reference is None:
+        hidden = final_hidden(model, windows, report)
+        return {window.name: quality(window, hidden[window.name], stages) for window in windows}
+    same, answers = reference.model is model, reference.hidden
+    hidden = answers if same else final_hidden(model, windows, report)
+    own = stages if same else LayerwiseModel(reference.model)
+    return {w.name: quality(w, hidden[w.name], stages, answers[w.name], own) for w in windows}
 
 
 def quality(

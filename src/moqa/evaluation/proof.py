@@ -4,7 +4,6 @@ import gc
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -53,36 +52,32 @@ class Proof(BaseModel, frozen=True):
         return losses
 
 
-@dataclass(frozen=True)
 class ProofSetup:
-    """An original model, opened once for many checkpoints.
+    """An original model, run once on held-out text for many checkpoints.
 
-    Attributes:
+    Args:
         model: as the user gave it.
         view: the model for quantizing; its weights are restored after each run.
         profile: statistics and samples.
         held_out: text that no fit saw.
-        reference: the original's outputs on it.
+        windows: of each text; None for all.
+        report: called with the progress.
         memory: what quantizing may use, see `moqa.quantize`.
+
+    Attributes:
+        profile: statistics and samples.
+        reference: the original's outputs on the held-out text.
     """
 
-    model: str
-    view: ModelView
-    profile: Profile
-    held_out: tuple[Source, ...]
-    reference: Reference
-    memory: MemoryLimit | None = None
-
-    @classmethod
-    def open(
-        cls, model: str, view: ModelView, profile: Profile, *, held_out: Sequence[Source], windows: int | None,
+    def __init__(
+        self, model: str, view: ModelView, profile: Profile, *, held_out: Sequence[Source], windows: int | None,
         report: Report, memory: MemoryLimit | None = None,
-    ) -> "ProofSetup":  # fmt: skip
-        """Run the original once on the held-out text."""
+    ) -> None:  # fmt: skip
         assert view.folder is not None
+        self._model, self._view, self._held_out, self._memory, self.profile = model, view, held_out, memory, profile
         reader = view.task.reader(view.folder)
         cut = [view.task.cut(d, reader, profile.record.settings.context, windows) for d in held_out]
-        return cls(model, view, profile, tuple(held_out), Reference.of(view.model, cut, report), memory)
+        self.reference = Reference.of(view.model, cut, report)
 
     def run(self, chosen: Plan, method: str, report: Report, out: Path | None = None) -> Evaluation:
         """Quantize by a plan and measure the checkpoint on disk; in a temporary folder if `out` is None."""
@@ -90,11 +85,11 @@ class ProofSetup:
             target = out or Path(temporary) / "checkpoint"
             if out is None or not out.exists():
                 quantize(
-                    self.model, chosen, target, method=method, report=report, profile=self.profile, view=self.view,
-                    memory=self.memory,
+                    self._model, chosen, target, method=method, report=report, profile=self.profile, view=self._view,
+                    memory=self._memory,
                 )  # fmt: skip
             give_back()
-            evaluation = evaluate(target, self.held_out, against=self.model, report=report, reference=self.reference)
+            evaluation = evaluate(target, self._held_out, against=self._model, report=report, reference=self.reference)
             # models have reference cycles: until they are collected, the mapped checkpoint takes memory
             gc.collect()
             return evaluation

@@ -8,44 +8,39 @@ from moqa.calibration.hidden import HiddenStates
 from moqa.data import Windows
 from moqa.data.images import ImageSamples
 from moqa.evaluation.measure import quality
-from moqa.forecast.rates import ComparisonRates, TokenCost
-from moqa.forecast.samples import states_in_front
-from moqa.forecast.stopwatch import Stopwatch
+from moqa.forecast.rates import TokenCost
+from moqa.forecast.trial import Stopwatch, states_in_front
 from moqa.kernels import find_kernels
 from moqa.models.building import empty_model
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.load import read_config
 from moqa.models.view import ModelView
 from moqa.quantization.layer import quantized
-from moqa.quantization.trial import TrialLayer, TrialResult
+from moqa.quantization.trial import TrialLayer
 from moqa.runtime.packed import unpacked
 from moqa.storage.in_memory import InMemoryRun
 from moqa.tasks import Samples
 
 
 @torch.no_grad()
-def try_comparison(
-    tried: TrialLayer, result: TrialResult, hidden: Tensor, whole: bool, watch: Stopwatch
-) -> ComparisonRates:
-    """Rates of a layer.
+def try_comparison(tried: TrialLayer, hidden: Tensor, whole: bool) -> None:
+    """Time a layer and its quantized version.
 
     Args:
-        tried: the layer.
-        result: of quantizing it.
+        tried: the layer, already quantized; gets its rates.
         hidden: one batch of samples as inputs of the layer.
         whole: whether the whole original is in memory.
-        watch: times the work.
     """
     workspace, layer, tokens = tried.workspace, tried.layer, len(hidden) * tried.predictions
     with workspace.view.held([layer] if whole else []):
         workspace.view.need(layer)
-        original = watch.seconds(lambda: workspace.stages.run_block(layer, hidden))
-    reference = find_kernels("reference")
-    with quantized(workspace.view, layer, result.done, result.schemes, reference):
-        unpacking = watch.seconds(lambda: _unpack(workspace.view, layer))
+        original = tried.watch.seconds(lambda: workspace.stages.run_block(layer, hidden))
+    with quantized(workspace.view, layer, tried.done, tried.stored, find_kernels("reference")):
+        unpacking = tried.watch.seconds(lambda: _unpack(workspace.view, layer))
         with unpacked(workspace.view.blocks[layer]):
-            packed = watch.seconds(lambda: workspace.stages.run_block(layer, hidden))
-    return ComparisonRates(TokenCost(0.0, original / tokens), TokenCost(unpacking, packed / tokens))
+            packed = tried.watch.seconds(lambda: workspace.stages.run_block(layer, hidden))
+    tried.rates.original = TokenCost(0.0, original / tokens)
+    tried.rates.packed = TokenCost(unpacking, packed / tokens)
 
 
 @torch.no_grad()

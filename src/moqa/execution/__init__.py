@@ -9,13 +9,6 @@ if TYPE_CHECKING:
     from moqa.execution.registry import EXECUTORS, find_executor
     from moqa.execution.workspace import Workspace
 else:
-    __getattr__, __dir__ = lazily(
-        __name__,
-        {
-            "moqa.execution.local": ("Executor", "LocalExecutor"),
-            "moqa.execution.registry": ("EXECUTORS", "find_executor"),
-            "moqa.execution.workspace": ("Workspace",),
-        },
-    )
+    __getattr__, __dir__ = lazily(__name__, __file__)
 
 __all__ = ["EXECUTORS", "Executor", "LocalExecutor", "Workspace", "find_executor"]

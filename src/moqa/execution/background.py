@@ -1,52 +1,38 @@
 """Do one thing in the background while the next is prepared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Any
+from contextlib import contextmanager
 
 
-class Background:
-    """Runs one call at a time in a thread while the caller continues; leaving the `with` block waits for the last.
+@contextmanager
+def background(aside: bool = True) -> Iterator[Callable[..., None]]:
+    """A function that makes one call at a time in a thread; leaving the `with` block waits for the last.
 
     >>> written = []
-    >>> with Background() as background:
+    >>> with background() as do:
     ...     for layer in range(3):
-    ...         background.do(written.append, layer)
+    ...         do(written.append, layer)
     >>> written
     [0, 1, 2]
 
     Args:
         aside: whether to use a thread; else the caller waits for each call.
+
+    Raises:
+        Exception: what a call raised, at the next one or at the end of the `with` block.
     """
+    last: Future[None] = Future()
+    last.set_result(None)
 
-    def __init__(self, aside: bool = True) -> None:
-        self._aside = aside
-        self._thread = ThreadPoolExecutor(1, "moqa-background")
-        self._doing: Future[None] | None = None
-
-    def __enter__(self) -> "Background":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._thread.shutdown()
-        if error is None:
-            self._wait()
-
-    def do(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Run a call, after the previous one has finished.
-
-        Raises:
-            Exception: what the previous call raised.
-        """
-        self._wait()
-        if self._aside:
-            self._doing = self._thread.submit(work, *arguments)
+    def do(work: Callable[..., None], *arguments: object) -> None:
+        nonlocal last
+        last.result()
+        if aside:
+            last = thread.submit(work, *arguments)
         else:
             work(*arguments)
 
-    def _wait(self) -> None:
-        if self._doing is not None:
-            self._doing.result()
+    with ThreadPoolExecutor(1, "moqa-background") as thread:
+        yield do
+    last.result()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from moqa.errors import MoqaError, one_line
+from moqa.storage.folders import writing
 
 Answer = TypeVar("Answer")
 _START = "start one with `ray start --head`, and `ray start --address=HOST:6379` on the other machines"
@@ -68,7 +69,8 @@ def nodes(ray: Any, cpus: int) -> list[Node]:
     """Nodes that are alive and offer at least `cpus` CPUs."""
     found = []
     for entry in ray.nodes():
-        node = Node(entry["NodeID"], _name(entry), int(entry["Resources"].get("CPU", 0)))
+        name = f"{entry['NodeManagerAddress']} ({entry['NodeID'][:6]})"
+        node = Node(entry["NodeID"], name, int(entry["Resources"].get("CPU", 0)))
         if entry["Alive"] and node.cpus >= cpus:
             found.append(node)
     return sorted(found, key=lambda node: node.name)
@@ -109,11 +111,9 @@ def token(folder: Path) -> Iterator[Path]:
         MoqaError: if it cannot be written.
     """
     path = folder / f".moqa-{uuid4().hex}"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         path.touch()
-    except OSError as error:
-        raise MoqaError(f"{folder} cannot be written", error.strerror or str(error)) from None
     try:
         yield path
     finally:
@@ -132,10 +132,6 @@ def _reach(address: str) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MoqaError(f"no Ray cluster at --ray-address {address} ({reason})", _START) from None
-
-
-def _name(entry: dict[str, Any]) -> str:
-    return f"{entry['NodeManagerAddress']} ({entry['NodeID'][:6]})"
 
 
 def _warn_on_stderr() -> None:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,9 +12,8 @@ from safetensors import SafetensorError
 from moqa.errors import MoqaError, Stopped, one_line
 from moqa.execution.cluster import ask, connect, nodes, token
 from moqa.execution.local import Item, Result
-from moqa.execution.workspace import Requirements, Workspace, WorkspaceAddress, opened
-from moqa.memory.free import free_on_machine
-from moqa.memory.limit import MemoryLimit
+from moqa.execution.workspace import Workspace, WorkspaceAddress, opened
+from moqa.memory.limit import MemoryLimit, free_on_machine
 from moqa.progress import Report
 
 # lost workers after which a piece is given up: machines come and go, but a piece may also kill its workers
@@ -66,7 +65,7 @@ class RayExecutor:
         """See `Executor`: every node must see the model and the output, and compute with the same versions."""
         members = nodes(self._ray, self._threads)
         with token(out.absolute().parent) as shared:
-            for node, lacking in ask(self._ray, members, Requirements.here(model, shared).lacking):
+            for node, lacking in ask(self._ray, members, WorkspaceAddress.here(model, shared).lacking):
                 if lacking:
                     raise MoqaError(
                         f"node {node.name} {lacking}",
@@ -109,7 +108,10 @@ class RayExecutor:
                     raise Stopped("no node of the Ray cluster is left; the same command continues from there")
             return self._ray.get(reference)
         except RayTaskError as error:
-            _raise_as_here(error)
+            # as if it had happened in this process; bugs keep the traceback of the task
+            if isinstance(error.cause, MoqaError | Stopped | OSError | MemoryError | SafetensorError):
+                raise error.cause from None
+            raise
         except RayError as error:
             raise Stopped(
                 f"the Ray cluster failed ({one_line(error)}); the same command continues from there"
@@ -130,10 +132,3 @@ def _do(work: Callable[[Workspace, Any], Any], place: WorkspaceAddress, item: An
     result = work(workspace, item)
     workspace.work.flush()
     return result
-
-
-def _raise_as_here(error: Any) -> NoReturn:
-    """Raise a task's error as if it had happened in this process; bugs keep the traceback of the task."""
-    if isinstance(error.cause, MoqaError | Stopped | OSError | MemoryError | SafetensorError):
-        raise error.cause from None
-    raise error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moqa.errors import MoqaError
@@ -15,37 +13,8 @@ if TYPE_CHECKING:
 DEFAULT_EXECUTOR = "local"
 
 
-@dataclass(frozen=True)
-class ExecutorKind:
-    """A kind of executor.
-
-    Attributes:
-        help: where it does the work.
-        start: starts one; an address is refused where there is no cluster.
-    """
-
-    help: str
-    start: Callable[[str | None], Executor]
-
-
-def _local(address: str | None) -> Executor:
-    from moqa.execution.local import LocalExecutor
-
-    if address is not None:
-        raise MoqaError(f"--ray-address {address} is for --engine ray", "add it, or leave the address out")
-    return LocalExecutor()
-
-
-def _ray(address: str | None) -> Executor:
-    from moqa.execution.on_ray import RayExecutor
-
-    return RayExecutor(address or "auto")
-
-
-EXECUTORS = {
-    "local": ExecutorKind("this process", _local),
-    "ray": ExecutorKind("the machines of a cluster", _ray),
-}
+# name -> where it does the work
+EXECUTORS = {"local": "this process", "ray": "the machines of a cluster"}
 
 
 def find_executor(name: str = DEFAULT_EXECUTOR, *, address: str | None = None) -> Executor:
@@ -62,4 +31,12 @@ def find_executor(name: str = DEFAULT_EXECUTOR, *, address: str | None = None) -
         MoqaError: if there is no such executor, Ray is not installed, or there is no cluster at the address.
     """
     check_known("--engine", name, EXECUTORS)
-    return EXECUTORS[name].start(address)
+    if name == "ray":
+        from moqa.execution.on_ray import RayExecutor
+
+        return RayExecutor(address or "auto")
+    if address is not None:
+        raise MoqaError(f"--ray-address {address} is for --engine ray", "add it, or leave the address out")
+    from moqa.execution.local import LocalExecutor
+
+    return LocalExecutor()

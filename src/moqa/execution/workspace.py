@@ -40,7 +40,6 @@ class Workspace:
     def __init__(self, view: ModelView, work: ResumableRun) -> None:
         self.view, self.work, self.mark = view, work, ""
         self._made: dict[Hashable, object] = {}
-        self._run = uuid4().hex
 
     @cached_property
     def stages(self) -> LayerwiseModel:
@@ -57,30 +56,34 @@ class Workspace:
     def place(self) -> "WorkspaceAddress":
         """Description by which another process opens the same workspace."""
         assert self.view.folder is not None
-        wanted = Requirements.here(self.view.folder, self.work.folder)
-        return WorkspaceAddress(wanted, torch.get_num_threads(), self._run)
+        return WorkspaceAddress.here(self.view.folder, self.work.folder)
 
 
 @dataclass(frozen=True)
-class Requirements:
-    """What a machine must have to compute the same bytes as this one.
+class WorkspaceAddress:
+    """A `Workspace` for another process: what its machine must have to compute the same bytes as this one.
 
     Attributes:
         model: folder of the original.
         fingerprint: of the model.
         shared: file or folder that all machines share.
         versions: name of each library that computes -> version.
+        threads: threads of torch, because sums depend on their number.
+        run: identifies the run, so that nothing of an earlier one is used.
     """
 
     model: Path
     fingerprint: str
     shared: Path
     versions: dict[str, str]
+    threads: int
+    run: str
 
     @classmethod
-    def here(cls, model: Path, shared: Path) -> "Requirements":
+    def here(cls, model: Path, shared: Path) -> "WorkspaceAddress":
         """What this process has."""
-        return cls(model.absolute(), original.fingerprint(model), shared.absolute(), _versions())
+        threads, run = torch.get_num_threads(), uuid4().hex
+        return cls(model.absolute(), original.fingerprint(model), shared.absolute(), _versions(), threads, run)
 
     def lacking(self) -> str | None:
         """What this machine lacks, worded to follow its name in a message; None if it has everything."""
@@ -96,21 +99,6 @@ class Requirements:
         return None if found == self.fingerprint else f"has {'another' if found else 'no'} model in {self.model}"
 
 
-@dataclass(frozen=True)
-class WorkspaceAddress:
-    """A description of a `Workspace` that can be sent to another process.
-
-    Attributes:
-        wanted: the model, the work folder, and the versions.
-        threads: threads of torch, because sums depend on their number.
-        run: identifies the run, so that nothing of an earlier one is used.
-    """
-
-    wanted: Requirements
-    threads: int
-    run: str
-
-
 _opened: dict[str, Workspace] = {}
 
 
@@ -120,22 +108,18 @@ def opened(place: WorkspaceAddress) -> Workspace:
     Raises:
         Stopped: if this machine, which may have joined after the run began, lacks something.
     """
-    if place.run not in _opened:
-        _opened.clear()
-        _opened[place.run] = _open(place)
-    return _opened[place.run]
-
-
-def _open(place: WorkspaceAddress) -> Workspace:
-    lacking = place.wanted.lacking()
+    if place.run in _opened:
+        return _opened[place.run]
+    _opened.clear()
+    lacking = place.lacking()
     if lacking:
         raise Stopped(f"a machine {lacking}; the same command continues without it")
     if torch.get_num_threads() != place.threads:
         torch.set_num_threads(place.threads)
     return_large_blocks()
-    workspace = Workspace(open_model(place.wanted.model, keep=False), ResumableRun(place.wanted.shared))
+    workspace = Workspace(open_model(place.model, keep=False), ResumableRun(place.shared))
     workspace.mark = f"-{uuid4().hex}"
-    return workspace
+    return _opened.setdefault(place.run, workspace)
 
 
 def _versions() -> dict[str, str]:

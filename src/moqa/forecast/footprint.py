@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 
 from moqa.calibration.inputs import LOOKUP_TOKENS, by_input
@@ -26,12 +25,14 @@ _COMPUTING_LATE = 128 * 2**20
 _OUTPUTS = 4
 
 
-@dataclass(frozen=True)
 class Footprint:
     """Bytes of the parts of a model; for blocks, those of the largest.
 
-    >>> Footprint.of(view).layer
+    >>> Footprint(view).layer
     13369344
+
+    Args:
+        view: the model, in a process that returns unused memory (`moqa.memory.process.settle`).
 
     Attributes:
         base: resident memory of the process now.
@@ -49,47 +50,27 @@ class Footprint:
         hidden: features of a token between two blocks.
     """
 
-    base: int
-    ends: int
-    logits: int
-    layer: int
-    weights: int
-    batch: int
-    linear: int
-    expert: int
-    unit: int
-    spaces: frozenset[tuple[int, int, int]]
-    features: int
-    experts: int
-    hidden: int
-
-    @classmethod
-    def of(cls, view: ModelView) -> "Footprint":
-        """Of a model, in a process that returns unused memory (`moqa.memory.process.settle`)."""
-        layer = weights = linear = expert = largest = features = experts = 0
-        alike: set[tuple[int, int, int]] = set()
+    def __init__(self, view: ModelView) -> None:
+        self.base, self.ends, self.hidden = resident(), view.ends_bytes(), view.stream
+        self.logits = 4 * 4 * view.task.batch_size * view.classes
+        self.batch = view.task.batch_size * view.stream * 4 * (_OUTPUTS * max(view.top_k, 1) + 8)
+        self.unit = max(unit.weights for unit in view.units.values())
+        self.features = max(unit.shape[1] for unit in view.units.values())
+        self.layer = self.weights = self.linear = self.expert = self.experts = 0
+        self.spaces: set[tuple[int, int, int]] = set()
         for index in range(len(view.blocks)):
             units = view.block_units(index)
-            layer = max(layer, sum(unit.weights * view.itemsize(unit) for unit in units))
-            weights = max(weights, sum(unit.weights for unit in units))
+            self.layer = max(self.layer, sum(unit.weights * view.itemsize(unit) for unit in units))
+            self.weights = max(self.weights, sum(unit.weights for unit in units))
             spaces = list(by_input(units).values())
             routed = [sharing for sharing in spaces if sharing[0].expert is not None]
             dense = [sharing for sharing in spaces if sharing[0].expert is None]
             count = len({unit.expert for unit in units if unit.expert is not None})
-            linear = max(linear, _gram_bytes(dense))
-            expert = max(expert, _gram_bytes(routed) // max(count, 1))
-            largest = max(largest, *(unit.weights for unit in units))
+            self.linear = max(self.linear, _gram_bytes(dense))
+            self.expert = max(self.expert, _gram_bytes(routed) // max(count, 1))
             shapes = Counter(tuple(unit.shape for unit in sharing) for sharing in spaces)
-            alike |= {(sum(map(prod, shape)), shape[0][1], count) for shape, count in shapes.items()}
-            features = max(features, *(unit.shape[1] for unit in units))
-            experts = max(experts, count)
-        outputs = _OUTPUTS * max(view.top_k, 1) + 8
-        return cls(
-            base=resident(), ends=view.ends_bytes(), logits=4 * 4 * view.task.batch_size * view.classes, layer=layer,
-            weights=weights, batch=view.task.batch_size * view.stream * 4 * outputs, linear=linear, expert=expert,
-            unit=largest, spaces=frozenset(alike), features=features, experts=experts,
-            hidden=view.stream,
-        )  # fmt: skip
+            self.spaces |= {(sum(map(prod, shape)), shape[0][1], count) for shape, count in shapes.items()}
+            self.experts = max(self.experts, count)
 
     @property
     def reading_ends(self) -> int:

@@ -1,7 +1,7 @@
 """Rates: seconds of the work on one block of each kind, measured by a trial."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moqa.models.view import ModelView
 
@@ -40,91 +40,57 @@ class TokenCost:
         return self.fixed + self.token * tokens
 
 
-@dataclass(frozen=True)
-class QuantizationRates:
-    """Seconds of quantizing a block; tokens are those of all samples.
+@dataclass
+class BlockRates:
+    """All rates of one kind of block, filled in by the trials of each step; seconds if no unit is given.
+
+    Tokens are those of all samples in a quantization, and those of one distribution in a profile.
 
     Attributes:
+        experts: number of experts.
+        bytes: of the original block.
+        read: reading it, possibly from the page cache.
+        read_work: processor seconds of reading it.
+        written: bytes of the quantized block.
+        write: writing it.
+        write_work: processor seconds of writing it.
         inputs: running the original block, with statistics of the inputs of units that are not experts.
         calls: reading the calls of the experts, for each slice of experts.
         expert: statistics of one expert's inputs.
         linear: solving the units that are not experts.
         solve: solving one expert's units.
         advance: running the quantized block and saving its outputs.
-    """
-
-    inputs: TokenCost = TokenCost()
-    calls: TokenCost = TokenCost()
-    expert: TokenCost = TokenCost()
-    linear: float = 0.0
-    solve: float = 0.0
-    advance: TokenCost = TokenCost()
-
-
-@dataclass(frozen=True)
-class ProfileRates:
-    """Seconds of profiling a block; tokens are those of one distribution.
-
-    Attributes:
-        weights: statistics of the weights alone.
-        forward: the forward pass.
-        back: the backward pass, with the sensitivity of units that are not experts.
+        weights: statistics of the weights alone, for a profile.
+        forward: the forward pass of a profile.
+        back: its backward pass, with the sensitivity of units that are not experts.
         back_slice: another backward pass, for another slice of experts.
         back_expert: making and measuring one expert's errors.
         step: one decoding step of all windows that the model writes itself.
+        original: running the original block, to compare a checkpoint with it.
+        packed: running the quantized block with the reference kernels, for that comparison.
     """
 
-    weights: float = 0.0
-    forward: TokenCost = TokenCost()
-    back: TokenCost = TokenCost()
-    back_slice: TokenCost = TokenCost()
-    back_expert: TokenCost = TokenCost()
-    step: float = 0.0
-
-
-@dataclass(frozen=True)
-class ComparisonRates:
-    """Seconds of running a block to compare a checkpoint with the original.
-
-    Attributes:
-        original: the original block.
-        packed: the quantized block, with the reference kernels.
-    """
-
-    original: TokenCost = TokenCost()
-    packed: TokenCost = TokenCost()
-
-
-@dataclass(frozen=True)
-class FileRates:
-    """Reading an original block and writing a quantized one.
-
-    Attributes:
-        bytes: of the original block.
-        read: seconds of reading it, possibly from the page cache.
-        read_work: processor seconds of reading it.
-        written: bytes of the quantized block.
-        write: seconds of writing it.
-        write_work: processor seconds of writing it.
-    """
-
+    experts: int = 0
     bytes: int = 0
     read: float = 0.0
     read_work: float = 0.0
     written: int = 0
     write: float = 0.0
     write_work: float = 0.0
-
-
-@dataclass(frozen=True)
-class BlockRates:
-    """All rates of one kind of block, which has `experts` experts."""
-
-    experts: int = 0
-    file: FileRates = FileRates()
-    quantization: QuantizationRates = QuantizationRates()
-    profile: ProfileRates = ProfileRates()
-    comparison: ComparisonRates = ComparisonRates()
+    inputs: TokenCost = TokenCost()
+    calls: TokenCost = TokenCost()
+    expert: TokenCost = TokenCost()
+    linear: float = 0.0
+    solve: float = 0.0
+    advance: TokenCost = TokenCost()
+    weights: float = 0.0
+    forward: TokenCost = TokenCost()
+    back: TokenCost = TokenCost()
+    back_slice: TokenCost = TokenCost()
+    back_expert: TokenCost = TokenCost()
+    step: float = 0.0
+    original: TokenCost = TokenCost()
+    packed: TokenCost = TokenCost()
 
 
 @dataclass(frozen=True)
@@ -160,6 +126,11 @@ class Rates:
     def each(self) -> list[BlockRates]:
         """Rates of all blocks, in order."""
         return [self.blocks[first] for first in self.layers]
+
+    def loaded(self) -> "Rates":
+        """The same with the whole original in memory: nothing is read."""
+        blocks = {first: replace(block, bytes=0, read=0.0) for first, block in self.blocks.items()}
+        return replace(self, blocks=blocks, ends=0.0)
 
 
 def block_kinds(view: ModelView) -> tuple[int, ...]:

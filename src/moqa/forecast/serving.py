@@ -12,7 +12,7 @@ from moqa.generation.loop import CHUNK
 from moqa.models.building import BUILDING
 from moqa.models.view import ModelView
 from moqa.originals.folder import locate
-from moqa.runtime.decoder import FAMILIES, ROPES
+from moqa.runtime.decoder import decodes_natively
 from moqa.runtime.growing import SMALLEST, GrowingCache
 from moqa.tasks import check_language_model
 
@@ -77,7 +77,7 @@ class ServedModel:
             raise
         except Exception as error:  # transformers raises many kinds of errors here
             raise MoqaError(f"{folder} has no usable config.json", one_line(error)) from None
-        self._grows = _grows(config)
+        self._grows = decodes_natively(config)
         self.view = ModelView(self._model)
 
     @property
@@ -119,13 +119,3 @@ class ServedModel:
         sides = [sum(unit.shape) for unit in self.view.units.values() if unit.role == "expert"]
         # for each row, float32 results of both products, and integers and scales with reserve for other routings
         return 6 * tokens * self.view.top_k * max(sides, default=0)
-
-
-def _grows(config: Any) -> bool:
-    """Whether the runtime decodes a model natively (`FusedDecoder`), with a cache of its own."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    usual = config.model_type in FAMILIES and rope in ROPES and getattr(config, "clip_qkv", None) is None
-    return usual and {type(layer) for layer in DynamicCache(config=config).layers} == {DynamicLayer}

@@ -5,14 +5,11 @@ from collections.abc import Collection
 from moqa.forecast.rates import BlockRates, Rates
 
 
-def quantization_seconds(
-    rates: Rates, tokens: int, kept: int, together: int, *, ahead: bool = False, whole: bool = False
-) -> float:
+def quantization_seconds(rates: Rates, tokens: int, kept: int, together: int, *, ahead: bool = False) -> float:
     """Seconds of a run of `moqa.quantize`.
 
-    >>> from moqa.forecast.rates import QuantizationRates
-    >>> block = BlockRates(experts=16, quantization=QuantizationRates(solve=0.5))
-    >>> quantization_seconds(Rates(layers=(0, 0), blocks={0: block}, storage=1e9), tokens=0, kept=0, together=16)
+    >>> rates = Rates(layers=(0, 0), blocks={0: BlockRates(experts=16, solve=0.5)}, storage=1e9)
+    >>> quantization_seconds(rates, tokens=0, kept=0, together=16)
     16.0
 
     Args:
@@ -21,28 +18,28 @@ def quantization_seconds(
         kept: bytes that are written unchanged.
         together: number of experts whose statistics are held together.
         ahead: whether blocks are read and written in the background.
-        whole: whether the whole original is in memory.
     """
     blocks, seconds = rates.each(), 0.0
     for number, block in enumerate(blocks):
-        of, slices = block.quantization, -(-block.experts // together)
-        work = of.linear + block.experts * of.solve
+        slices = -(-block.experts // together)
+        work = block.linear + block.experts * block.solve
         if tokens:
-            work += of.inputs.of(tokens) + slices * of.calls.of(tokens) + block.experts * of.expert.of(tokens)
+            work += block.inputs.of(tokens) + slices * block.calls.of(tokens) + block.experts * block.expert.of(tokens)
             # the last block's outputs are not needed
-            work += of.advance.of(tokens) if number + 1 < len(blocks) else 0.0
-        reading = 0.0 if whole else _reading(rates, block)
+            work += block.advance.of(tokens) if number + 1 < len(blocks) else 0.0
+        reading = _reading(rates, block)
         if ahead:
-            background = (block.file.read_work + block.file.write_work) / rates.cores
-            seconds += max(reading + block.file.write, work + background)
+            background = (block.read_work + block.write_work) / rates.cores
+            seconds += max(reading + block.write, work + background)
         else:
-            seconds += reading + work + block.file.write
-    ends = 0.0 if whole else rates.ends
-    return seconds + ends + rates.embed.of(tokens) + kept * _written(rates)
+            seconds += reading + work + block.write
+    # the fastest rate, because small files mostly wait for the disk
+    each = min((block.write / block.written for block in rates.blocks.values() if block.written), default=0.0)
+    return seconds + rates.ends + rates.embed.of(tokens) + kept * each
 
 
 def profile_seconds(
-    rates: Rates, tokens: Collection[int], steps: int, together: int, *, sensitivity: bool = True, whole: bool = False
+    rates: Rates, tokens: Collection[int], steps: int, together: int, *, sensitivity: bool = True
 ) -> float:
     """Seconds of a run of `moqa.profile`.
 
@@ -52,39 +49,34 @@ def profile_seconds(
         steps: decoding steps of the model's own text.
         together: number of experts whose errors are held together.
         sensitivity: whether sensitivity is measured.
-        whole: whether the whole original is in memory.
     """
     seconds, total = rates.embed.of(sum(tokens)), sum(tokens)
-    ends = 0.0 if whole else rates.ends
     for block in rates.each():
-        of, slices = block.profile, max(1, -(-block.experts // together))
-        reading = 0.0 if whole else _reading(rates, block)
-        seconds += reading + of.weights + steps * (reading + of.step)
-        seconds += sum(of.forward.of(count) for count in tokens)
+        reading, slices = _reading(rates, block), max(1, -(-block.experts // together))
+        seconds += reading + block.weights + steps * (reading + block.step)
+        seconds += sum(block.forward.of(count) for count in tokens)
         if sensitivity:
             seconds += reading
             for count in tokens:
-                seconds += of.back.of(count) + (slices - 1) * of.back_slice.of(count)
-                seconds += block.experts * of.back_expert.of(count)
+                seconds += block.back.of(count) + (slices - 1) * block.back_slice.of(count)
+                seconds += block.experts * block.back_expert.of(count)
     if sensitivity:
-        seconds += ends + rates.labels.of(total)
-    return seconds + ends + steps * (ends + rates.step)
+        seconds += rates.ends + rates.labels.of(total)
+    return seconds + rates.ends + steps * (rates.ends + rates.step)
 
 
-def comparison_seconds(rates: Rates, tokens: int, checkpoints: int, *, whole: bool = False) -> float:
+def comparison_seconds(rates: Rates, tokens: int, checkpoints: int) -> float:
     """Seconds of comparing checkpoints with their original, see `moqa.evaluation.proof`.
 
     Args:
         rates: of the model.
         tokens: of all texts.
         checkpoints: number of checkpoints.
-        whole: whether the whole original is in memory.
     """
-    original = 0.0 if whole else rates.ends
-    each = rates.checkpoint + rates.score.of(tokens)
+    original, each = loading_seconds(rates), rates.checkpoint + rates.score.of(tokens)
     for block in rates.each():
-        original += block.comparison.original.of(tokens) + (0.0 if whole else _reading(rates, block))
-        each += block.comparison.packed.of(tokens)
+        original += block.original.of(tokens)
+        each += block.packed.of(tokens)
     return original + checkpoints * each
 
 
@@ -95,10 +87,4 @@ def loading_seconds(rates: Rates) -> float:
 
 def _reading(rates: Rates, block: BlockRates) -> float:
     # the trial may have read from the page cache, which does not hold the rest
-    return max(block.file.read, block.file.bytes / rates.storage)
-
-
-def _written(rates: Rates) -> float:
-    """Seconds per written byte; the fastest rate, because small files mostly wait for the disk."""
-    files = [block.file for block in rates.blocks.values()]
-    return min((file.write / file.written for file in files if file.written), default=0.0)
+    return max(block.read, block.bytes / rates.storage)

@@ -11,24 +11,26 @@ from moqa.models.view import ModelView
 
 
 @dataclass(frozen=True)
-class ProfileWorkingSet:
-    """How much of a block is measured at a time.
+class WorkingSet:
+    """How much of a block is worked on at a time.
 
     >>> from moqa.methods import METHODS
-    >>> ProfileWorkingSet.within(MemoryLimit.parse("64GiB"), view, METHODS["gptq"], probes=4).experts
+    >>> WorkingSet.to_profile(MemoryLimit.parse("64GiB"), view, METHODS["gptq"], probes=4).experts
     16
 
     Attributes:
-        experts: number of experts whose errors are held together.
+        experts: number of experts whose errors (of a profile) or statistics (of a quantization) are held together.
         peak: largest resident memory in bytes.
+        ahead: whether the next block is read, and the previous one written, in the background.
     """
 
     experts: int
     peak: int
+    ahead: bool = False
 
     @classmethod
-    def within(cls, memory: MemoryLimit, view: ModelView, method: Method, probes: int) -> "ProfileWorkingSet":
-        """The largest working set that fits into the memory.
+    def to_profile(cls, memory: MemoryLimit, view: ModelView, method: Method, probes: int) -> "WorkingSet":
+        """The largest working set of `moqa.profile` that fits into the memory.
 
         Args:
             memory: the limit.
@@ -39,7 +41,7 @@ class ProfileWorkingSet:
         Raises:
             MoqaError: if not even one expert fits; names the memory that is needed.
         """
-        sizes = Footprint.of(view)
+        sizes = Footprint(view)
         # errors are held in half precision; those of other units together with those of the first experts
         errors = 2 * probes * (sizes.weights // max(sizes.experts, 1))
         each = errors + (sizes.expert if method.needs_data else 0)
@@ -49,30 +51,15 @@ class ProfileWorkingSet:
         experts = as_many(memory, fixed, each, sizes.experts, least)
         return cls(experts, max(least, fixed + each * experts))
 
-
-@dataclass(frozen=True)
-class QuantizationWorkingSet:
-    """How much of a block is quantized at a time.
-
-    >>> from moqa.methods import METHODS
-    >>> QuantizationWorkingSet.within(MemoryLimit.parse("64GiB"), view, METHODS["gptq"], 16384, 2_000_000).experts
-    16
-
-    Attributes:
-        experts: number of experts whose statistics are held together.
-        peak: largest resident memory in bytes.
-        ahead: whether the next block is read, and the previous one written, in the background.
-    """
-
-    experts: int
-    peak: int
-    ahead: bool = False
-
     @classmethod
-    def within(
+    def to_quantize(
         cls, memory: MemoryLimit, view: ModelView, method: Method, tokens: int, packed: int
-    ) -> "QuantizationWorkingSet":
-        """The largest working set that fits into the memory.
+    ) -> "WorkingSet":
+        """The largest working set of `moqa.quantize` that fits into the memory.
+
+        >>> from moqa.methods import METHODS
+        >>> WorkingSet.to_quantize(MemoryLimit.parse("64GiB"), view, METHODS["gptq"], 16384, 2_000_000).experts
+        16
 
         Args:
             memory: the limit.
@@ -84,7 +71,7 @@ class QuantizationWorkingSet:
         Raises:
             MoqaError: if not even one expert fits; names the memory that is needed.
         """
-        sizes = Footprint.of(view)
+        sizes = Footprint(view)
         if not method.needs_data:
             return cls._without_data(memory, sizes, packed)
         fixed = sizes.base + COMPUTING + sizes.layer + max(packed + sizes.solving(), sizes.summing(tokens))
@@ -98,7 +85,7 @@ class QuantizationWorkingSet:
         return cls(experts, max(least, fixed + each * experts))
 
     @classmethod
-    def _without_data(cls, memory: MemoryLimit, sizes: Footprint, packed: int) -> "QuantizationWorkingSet":
+    def _without_data(cls, memory: MemoryLimit, sizes: Footprint, packed: int) -> "WorkingSet":
         """For a method that needs no data: blocks do not depend on each other."""
         # a unit as it is read, its integers, and what they are packed from
         fixed, ends = sizes.base + sizes.layer + packed + 4 * sizes.unit, sizes.reading_ends
@@ -108,30 +95,31 @@ class QuantizationWorkingSet:
             return cls(experts, max(fixed, ends))
         return cls(experts, more, ahead=True)
 
+    @classmethod
+    def to_compare(cls, memory: MemoryLimit, view: ModelView, packed: int, tokens: int) -> "WorkingSet":
+        """What the comparison of a checkpoint with its original needs; experts are not worked on one by one.
 
-def comparison_peak(memory: MemoryLimit, view: ModelView, packed: int, tokens: int) -> int:
-    """Largest resident memory, in bytes, while a checkpoint is compared with its original.
+        >>> WorkingSet.to_compare(MemoryLimit.parse("64GiB"), view, 12_922_880, 16384).peak > 12_922_880
+        True
 
-    >>> comparison_peak(MemoryLimit.parse("64GiB"), view, 12_922_880, 16384) > 12_922_880
-    True
+        Args:
+            memory: the limit.
+            view: the original.
+            packed: bytes of the checkpoint.
+            tokens: of the text on which they are compared.
 
-    Args:
-        memory: the limit.
-        view: the original.
-        packed: bytes of the checkpoint.
-        tokens: of the text on which they are compared.
-
-    Raises:
-        LittleMemoryError: if a limit that the user typed is smaller.
-    """
-    without = Footprint.of(view).comparing(packed, tokens)
-    peak = without + view.missing(memory)
-    # without a typed limit, mapped files do not matter: the system drops their pages when it needs the memory
-    if memory.typed and memory.limit < peak * SLACK:
-        # with a slightly larger limit the whole original may be read, which needs more memory
-        peak = max(peak, without + view.missing(MemoryLimit(int(without * SLACK))))
-        raise LittleMemoryError(
-            f"--max-memory {memory.typed} does not hold a checkpoint and its original to compare them",
-            int(peak * SLACK), ", or give --no-proof",
-        )  # fmt: skip
-    return peak
+        Raises:
+            LittleMemoryError: if a limit that the user typed is smaller.
+        """
+        sizes = Footprint(view)
+        without = sizes.comparing(packed, tokens)
+        peak = without + view.missing(memory)
+        # without a typed limit, mapped files do not matter: the system drops their pages when it needs the memory
+        if memory.typed and memory.limit < peak * SLACK:
+            # with a slightly larger limit the whole original may be read, which needs more memory
+            peak = max(peak, without + view.missing(MemoryLimit(int(without * SLACK))))
+            raise LittleMemoryError(
+                f"--max-memory {memory.typed} does not hold a checkpoint and its original to compare them",
+                int(peak * SLACK), ", or give --no-proof",
+            )  # fmt: skip
+        return cls(sizes.experts, peak)

@@ -1,8 +1,5 @@
 """An adjustment on disk: a record, and one file of channels and units with bits of their own."""
 
-import hashlib
-import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -13,12 +10,12 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.layout import Entry, Shard, entry_bytes
+from moqa.format.layout import Entry, Shard, aligned, entry_bytes
 from moqa.format.manifest import Fitted, Length, Side, StoredFile
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import TILE
 from moqa.format.writer import write_shard
-from moqa.storage.artifact import checksum, read_json, write_json
+from moqa.storage.artifact import check_signed, file_hash, read_json, signed, write_json
 from moqa.storage.folders import finished_folder
 
 FORMAT = 1
@@ -115,8 +112,7 @@ def layout(sizes: ExpertSizes, channels: tuple[ChannelPart, ...], units: Mapping
         entries["matrices"] = (torch.uint8, (sum(part.bytes(sizes) for part in channels),))
     for name, unit in units.items():
         entries |= {f"{name}.{suffix}": entry for suffix, entry in unit.scheme.tensors(unit.shape).items()}
-    order = sorted(entries.items(), key=lambda item: (-math.gcd(entry_bytes(item[1]), 64), item[0]))
-    return Shard(WEIGHTS, dict(order))
+    return Shard(WEIGHTS, aligned(entries))
 
 
 def index_dtype(sizes: ExpertSizes) -> torch.dtype:
@@ -136,20 +132,16 @@ class LayerChannels:
     """One layer's part of `ChannelPart`, mapped from the file.
 
     Attributes:
-        projection: which.
-        scheme: of the matrix.
+        part: which channels these are, and how they are stored.
         shape: (out, in) of the matrix.
-        replaces: see `ChannelPart`.
         tensors: of the matrix, by suffix.
         expert: [channels] int64.
         channel: [channels] int64.
         factor: [channels] float32; None for rows.
     """
 
-    projection: str
-    scheme: Scheme
+    part: ChannelPart
     shape: tuple[int, int]
-    replaces: bool
     tensors: dict[str, Tensor]
     expert: Tensor
     channel: Tensor
@@ -189,7 +181,7 @@ class Adjustment:
             if not count:
                 continue
             yield LayerChannels(
-                part.projection, part.scheme, part.shape(count, sizes), part.replaces, self._matrix(number, layer),
+                part, part.shape(count, sizes), self._matrix(number, layer),
                 expert=torch.arange(sizes.experts).repeat_interleave(self._mapped["experts"][number, layer].long()),
                 channel=self._mapped["channel"][at].long(),
                 factor=self._mapped["factor"][columns].float() if part.projection == COLUMNS else None,
@@ -249,9 +241,7 @@ def write_adjustment(record: AdjustmentRecord, tensors: Mapping[str, Tensor], ou
         overwrite: replace an adjustment that exists there.
     """
     with finished_folder(out, overwrite) as folder:
-        stored = write_shard(folder, record.shard(), tensors)
-        record = record.model_copy(update={"weights": stored})
-        record = record.model_copy(update={"checksum": checksum(record.model_dump(mode="json"))})
+        record = signed(record.model_copy(update={"weights": write_shard(folder, record.shard(), tensors)}))
         write_json(record, folder / RECORD)
     return Adjustment(out, record)
 
@@ -271,16 +261,14 @@ def read_adjustment(folder: str | Path) -> Adjustment:
         raise MoqaError(
             f"{folder} has adjustment format {record.format}", f"this moqa reads up to {FORMAT}: upgrade moqa"
         )
-    if checksum(json.loads((folder / RECORD).read_text(encoding="utf-8"))) != record.checksum:
-        raise MoqaError(f"{folder / RECORD} was changed after it was written", "its checksum differs")
+    check_signed(folder / RECORD, record.checksum)
     path, shard = folder / WEIGHTS, record.shard()
     if not path.is_file():
         raise MoqaError(f"{folder} lacks {WEIGHTS}")
     if path.stat().st_size != shard.bytes:
         raise MoqaError(f"{path} has {path.stat().st_size} bytes", f"{shard.bytes} were written")
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != record.weights.sha256:
-            raise MoqaError(f"{path} is corrupted", f"its sha256 differs from that in {RECORD}")
+    if file_hash(path) != record.weights.sha256:
+        raise MoqaError(f"{path} is corrupted", f"its sha256 differs from that in {RECORD}")
     adjustment = Adjustment(folder, record)
     adjustment.check_values()
     return adjustment

@@ -1,6 +1,5 @@
 """Channels of the original, stored with a checkpoint so that an adjustment can give them more bits later."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +9,10 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.layout import DTYPES, Entry, Shard
+from moqa.format.layout import NAMED, Entry, Shard
 from moqa.format.manifest import StoredFile
 from moqa.format.writer import write_shard
-from moqa.storage.artifact import checksum, read_json, write_json
+from moqa.storage.artifact import check_signed, file_hash, read_json, signed, write_json
 
 FOLDER, RECORD = "cache", "cache.json"
 
@@ -53,10 +52,9 @@ class Cache:
 
     @cached_property
     def _shards(self) -> list[Shard]:
-        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
         count = len(self.record.layers)
         return [
-            _shard(i, count, {name: (dtypes[dtype], shape) for name, (dtype, shape) in tensors.items()})
+            _shard(i, count, {name: (NAMED[dtype], shape) for name, (dtype, shape) in tensors.items()})
             for i, tensors in enumerate(self.record.layers)
         ]
 
@@ -82,11 +80,9 @@ class Cache:
             with path.open("rb") as file:
                 if file.read(len(shard.header())) != shard.header():
                     raise MoqaError(f"{path} has a different header than was written")
-                # a whole original may be larger than memory; it is mapped, and only the needed channels are read
-                if not self.whole:
-                    file.seek(0)
-                    if hashlib.file_digest(file, "sha256").hexdigest() != recorded.sha256:
-                        raise MoqaError(f"{path} is corrupted", "its sha256 differs from the record's")
+            # a whole original may be larger than memory; it is mapped, and only the needed channels are read
+            if not self.whole and file_hash(path) != recorded.sha256:
+                raise MoqaError(f"{path} is corrupted", "its sha256 differs from the record's")
 
 
 def _shard(layer: int, layers: int, entries: Mapping[str, Entry]) -> Shard:
@@ -97,7 +93,7 @@ def _shard(layer: int, layers: int, entries: Mapping[str, Entry]) -> Shard:
 
 def write_cache(
     folder: Path, fingerprint: str, share: float | None, depth: int, layers: Iterable[Mapping[str, Tensor]]
-) -> CacheRecord:
+) -> None:
     """Write a checkpoint's cache.
 
     Args:
@@ -116,9 +112,7 @@ def write_cache(
         files[shard.file] = write_shard(target, shard, tensors)
         described.append({n: (str(dtype).removeprefix("torch."), shape) for n, (dtype, shape) in entries.items()})
     record = CacheRecord(fingerprint=fingerprint, share=share, layers=tuple(described), files=files)
-    record = record.model_copy(update={"checksum": checksum(record.model_dump(mode="json"))})
-    write_json(record, target / RECORD)
-    return record
+    write_json(signed(record), target / RECORD)
 
 
 def has_cache(folder: str | Path) -> bool:
@@ -136,8 +130,7 @@ def open_cache(folder: str | Path, fingerprint: str) -> Cache:
     if not has_cache(folder):
         raise MoqaError(f"{folder} has no channel cache", "quantize with --cache 1% or --cache full")
     record = read_json(CacheRecord, path / RECORD)
-    if checksum(record.model_dump(mode="json")) != record.checksum:
-        raise MoqaError(f"{path / RECORD} was changed after it was written", "its checksum differs")
+    check_signed(path / RECORD, record.checksum)
     if record.fingerprint != fingerprint:
         raise MoqaError(f"{path} is of another model ({record.fingerprint[:8]})", f"{folder} is of {fingerprint[:8]}")
     cache = Cache(path, record)

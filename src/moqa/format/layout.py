@@ -16,6 +16,8 @@ DTYPES = {
     torch.uint8: "U8", torch.bool: "BOOL", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
     torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
 }  # fmt: skip
+# the same dtypes by the names that records give them
+NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 ALIGNMENT = 64
 _DIGITS = 15  # of the largest offset in a file
 
@@ -89,7 +91,7 @@ def shards(
         for suffix, entry in scheme.tensors(shape).items():
             stored[layer + 1][f"{name}.{suffix}"] = entry
     return [
-        Shard(f"model-{number:05d}-of-{len(stored):05d}.safetensors", dict(sorted(tensors.items(), key=_order)))
+        Shard(f"model-{number:05d}-of-{len(stored):05d}.safetensors", aligned(tensors))
         for number, tensors in enumerate(stored, 1)
     ]
 
@@ -116,5 +118,6 @@ def _describe(name: str, entry: Entry, offsets: str) -> bytes:
     return f'{json.dumps(name)}:{{"dtype":"{DTYPES[entry[0]]}","shape":[{shape}],"data_offsets":[{offsets}]}}'.encode()
 
 
-def _order(item: tuple[str, Entry]) -> tuple[int, str]:
-    return -math.gcd(entry_bytes(item[1]), ALIGNMENT), item[0]
+def aligned(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Entries ordered by the power of two that divides their bytes, then by name."""
+    return dict(sorted(entries.items(), key=lambda item: (-math.gcd(entry_bytes(item[1]), ALIGNMENT), item[0])))

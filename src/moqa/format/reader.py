@@ -1,7 +1,5 @@
 """Read a checkpoint: its manifest, and its tensors only after every file has been checked."""
 
-import hashlib
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +9,10 @@ import torch
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.layout import DTYPES, Shard, shards
+from moqa.format.layout import DTYPES, NAMED, Shard, shards
 from moqa.format.manifest import CONFIG, FORMAT, MANIFEST, Manifest
 from moqa.originals.folder import read_header
-from moqa.storage.artifact import checksum, read_json
+from moqa.storage.artifact import check_signed, file_hash, read_json
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Checkpoint:
         path = self.folder / CONFIG
         try:
             # reading a pipe in its place would never end
-            digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+            digest = file_hash(path) if path.is_file() else ""
         except OSError as error:
             raise MoqaError(f"{path} cannot be read", error.strerror or str(error)) from None
         if digest != self.manifest.config:
@@ -112,9 +110,8 @@ class Checkpoint:
             MoqaError: naming the first that differs.
         """
         for name, recorded in self.manifest.files.items():
-            with (self.folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != recorded.sha256:
-                    raise MoqaError(f"{self.folder / name} is corrupted", "its sha256 differs from the manifest's")
+            if file_hash(self.folder / name) != recorded.sha256:
+                raise MoqaError(f"{self.folder / name} is corrupted", "its sha256 differs from the manifest's")
 
     def check_values(self) -> None:
         """Check that no scale is NaN, infinite or negative.
@@ -154,8 +151,7 @@ def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
     manifest = read_json(Manifest, folder / MANIFEST)
     if manifest.format > FORMAT:
         raise MoqaError(f"{folder} has format {manifest.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
-    if _checksum(folder / MANIFEST) != manifest.checksum or not manifest.checksum:
-        raise MoqaError(f"{folder / MANIFEST} was changed after it was written", "its checksum differs")
+    check_signed(folder / MANIFEST, manifest.checksum)
     checkpoint = Checkpoint(folder, manifest)
     checkpoint.check_config()
     checkpoint.check_files()
@@ -165,19 +161,10 @@ def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
     return checkpoint
 
 
-def _checksum(path: Path) -> str:
-    # of the JSON in the file: it includes fields that a later version adds
-    try:
-        return checksum(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError):
-        return ""
-
-
 def _dtype(name: str, text: str) -> torch.dtype:
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    if text not in known:
-        raise MoqaError(f"{MANIFEST}: {name} has dtype {text!r}", f"known dtypes are {', '.join(known)}")
-    return known[text]
+    if text not in NAMED:
+        raise MoqaError(f"{MANIFEST}: {name} has dtype {text!r}", f"known dtypes are {', '.join(NAMED)}")
+    return NAMED[text]
 
 
 def _difference(path: Path, shard: Shard) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, Field, model_validator
 
 from moqa.errors import MoqaError
-from moqa.storage.artifact import checksum, read_json, write_json
+from moqa.storage.artifact import check_signed, read_json, signed, write_json
 
 ROUTING = "routing.json"
 DIGITS = 6
@@ -39,8 +39,7 @@ class Routing(BaseModel, frozen=True):
 
 def write_routing(folder: Path, routing: Routing) -> None:
     """Write the routing of the known distributions into a checkpoint's folder."""
-    whole = routing.model_copy(update={"checksum": checksum(routing.model_dump(mode="json"))})
-    write_json(whole, folder / ROUTING)
+    write_json(signed(routing), folder / ROUTING)
 
 
 def read_routing(folder: str | Path, fingerprint: str) -> Routing:
@@ -59,8 +58,7 @@ def read_routing(folder: str | Path, fingerprint: str) -> Routing:
             "quantize a model with routed experts again with this moqa, or do not watch for drift",
         )
     routing = read_json(Routing, path)
-    if checksum(routing.model_dump(mode="json")) != routing.checksum:
-        raise MoqaError(f"{path} was changed after it was written", "its checksum differs")
+    check_signed(path, routing.checksum)
     if routing.fingerprint != fingerprint:
         raise MoqaError(f"{path} is of another model ({routing.fingerprint[:8]})", f"{folder} is of {fingerprint[:8]}")
     return routing

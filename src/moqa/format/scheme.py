@@ -1,17 +1,17 @@
 """Schemes: how one unit's weights are stored, and exactly how many bytes that takes."""
 
 import math
-from typing import Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from moqa.format.encodings import ENCODINGS, Encoding, TensorSpec
-from moqa.format.tiles import BLOCK, KEEP_WIDTH, LARGEST_GROUP, WIDTHS
+from moqa.format.encodings.encoding import Parameters
+from moqa.format.tiles import KEEP_WIDTH, WIDTHS
 
 DEFAULT_ENCODING = "integer_planes"
 
 
-class Scheme(BaseModel, frozen=True):
+class Scheme(Parameters, frozen=True):
     """How one unit's weights are stored.
 
     >>> Scheme(width=3).stored_bytes((256, 256))
@@ -20,13 +20,6 @@ class Scheme(BaseModel, frozen=True):
     Width 16 keeps the matrix as 16-bit floating point; the other fields then do not matter.
     """
 
-    width: int = Field(ge=1, le=16, description="bits of each stored integer; 16 means not quantized: 16-bit floats")
-    group_size: int = Field(
-        default=64, ge=BLOCK, le=LARGEST_GROUP, multiple_of=BLOCK,
-        description="weights along the input dimension that share a scale",
-    )  # fmt: skip
-    symmetric: bool = Field(default=False, description="no zero-point: the grid is centred on zero")
-    scale_dtype: Literal["bfloat16", "float16"] = Field(default="bfloat16", description="dtype of the stored scales")
     encoding: str = Field(
         default=DEFAULT_ENCODING, description="how integers or codes and their scales are stored",
         exclude_if=lambda name: name == DEFAULT_ENCODING,
@@ -51,11 +44,6 @@ class Scheme(BaseModel, frozen=True):
     def is_unquantized(self) -> bool:
         """Whether the unit stays in floating point."""
         return self.width == KEEP_WIDTH
-
-    @property
-    def levels(self) -> int:
-        """Number of values that a stored integer can take."""
-        return 2**self.width
 
     def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor that stores a unit of [out, in] weights, by suffix.

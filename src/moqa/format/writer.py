@@ -12,7 +12,9 @@ from torch import Tensor
 from moqa.format.layout import Shard
 from moqa.format.manifest import CONFIG, Manifest, StoredFile
 from moqa.originals.folder import INDEX
-from moqa.storage.artifact import checksum, write_json
+from moqa.storage.artifact import file_hash, signed, write_json
+
+NOT_A_FILE = "made-by-moqa--pip-install-moqa-to-load-it.safetensors"
 
 
 def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> StoredFile:
@@ -47,16 +49,20 @@ def write_shard(folder: Path, shard: Shard, tensors: Mapping[str, Tensor]) -> St
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write a checkpoint's manifest with its checksum and that of `config.json`, so that readers detect changes."""
     config = path.with_name(CONFIG)
-    digest = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else ""
-    manifest = manifest.model_copy(update={"config": digest})
-    write_json(manifest.model_copy(update={"checksum": checksum(manifest.model_dump(mode="json"))}), path)
+    digest = file_hash(config) if config.is_file() else ""
+    write_json(signed(manifest.model_copy(update={"config": digest})), path)
 
 
 def introduce(folder: Path) -> None:
-    """Mark `config.json` as moqa's, for transformers; call it before the manifest is written."""
+    """Mark `config.json` as moqa's, for transformers; call it before the manifest is written.
+
+    A transformers that does not know moqa only warns about the unknown method, and loads random units. So the weights
+    are said to be in a file that does not exist and whose name says what to do; `integrations/transformers.py` ignores
+    it.
+    """
     path = folder / CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    write_json(config | {"quantization_config": {"quant_method": "moqa"}}, path)
+    write_json(config | {"quantization_config": {"quant_method": "moqa"}, "transformers_weights": NOT_A_FILE}, path)
 
 
 def write_index(manifest: Manifest, folder: Path) -> None:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.generation.nucleus import Nucleus
+from moqa.generation.processors import processors
 from moqa.generation.prompt_cache import PromptCache
 from moqa.generation.sampling import Sampling
 
 if TYPE_CHECKING:
-    from transformers import LogitsProcessorList, PreTrainedModel
+    from transformers import PreTrainedModel
 
 CHUNK = 512  # prompt tokens read at a time; limits how long other texts wait, and the memory of a read
 
@@ -123,7 +123,7 @@ class _Chooser:
 
     def __init__(self, sampling: Sampling, memory: PromptCache) -> None:
         self._sampling, self._memory = sampling, memory
-        self._processors = _processors(sampling)
+        self._processors = processors(sampling)
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -161,24 +161,3 @@ class _Chooser:
 def _check(value: float) -> None:
     if math.isnan(value):
         raise MoqaError("the model's logits are NaN", "its weights are damaged")
-
-
-def _processors(sampling: Sampling) -> "LogitsProcessorList":
-    from transformers import (
-        LogitsProcessorList,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-    )
-
-    processors = LogitsProcessorList()
-    if sampling.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if not sampling.greedy:
-        if sampling.temperature != 1:
-            processors.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k:
-            processors.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            processors.append(Nucleus(sampling.top_p))
-    return processors

@@ -1,9 +1,9 @@
 """`AutoModelForCausalLM.from_pretrained(OUT)`: packed units in transformers' own loader.
 
 The index of the checkpoint folder lists only the kept tensors, which transformers loads like those of any model; this
-module installs the units, mapped from their files. `import moqa` registers it with transformers
-(`moqa.integrations.on_import`) while transformers itself is being imported, so other modules of moqa are imported only
-when a method runs.
+module installs the units, mapped from their files. `import torch` imports moqa (`moqa.integrations.torch_backend`), and
+`import moqa` registers this module with transformers (`moqa.integrations.on_import`) while transformers itself is being
+imported, so other modules of moqa are imported only when a method runs.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @register_quantization_config("moqa")
@@ -49,6 +49,11 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
     """Replaces the matrices of a model by packed units."""
 
     quantization_config: MoqaConfig
+
+    def update_attn_implementation(self, config: "PretrainedConfig") -> "PretrainedConfig":
+        """The first method that sees the configuration: weights are in the index, not in a file that it names."""
+        config.transformers_weights = None
+        return config
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Activations are float32 or bfloat16."""
@@ -89,13 +94,13 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _hide_packed(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """Replace packed modules by empty ones that only have the biases that are still to be loaded."""
-    from moqa.runtime.packed import PackedConvolution, PackedExperts, PackedLinear
+    from moqa.runtime.packed import PackedExperts, PackedLinear
 
     places = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, PackedLinear | PackedConvolution | PackedExperts)
+        if isinstance(child, PackedLinear | PackedExperts)
     ]
     for parent, name, child in places:
         empty = nn.Module()

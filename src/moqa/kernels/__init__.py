@@ -15,16 +15,11 @@ from moqa.kernels.registry import (
     check_encoding,
     find_grid_kernels,
     find_kernels,
-    register,
-    register_grid,
 )
 from moqa.kernels.triton import TritonKernels
 
-register(NativeKernels())
-register(TritonKernels())
-register(ReferenceKernels())
-register_grid(NativeKernels())
-register_grid(ReferenceKernels())
+KERNELS.update(native=NativeKernels(), triton=TritonKernels(), reference=ReferenceKernels())
+GRID_KERNELS.update(native=NativeKernels(), reference=ReferenceKernels())
 
 __all__ = [
     "ACTIVATIONS", "GRID_KERNELS", "KERNELS", "Channels", "Columns", "ExpertStack", "GridKernels", "PackedMatrix",

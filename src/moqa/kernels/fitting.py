@@ -151,14 +151,11 @@ def _refit(groups: Tensor, weight: Tensor, grid: Grid, scheme: Scheme) -> Grid:
     scale, offset = grid.scale.float()[..., None], grid.offset()[..., None]
     integers = nearest(groups, scale, offset, grid.top[..., None])
     weight = weight.expand_as(groups)
-    if scheme.symmetric:
-        steps = integers - offset
-        spread = (weight * steps.square()).sum(-1)
-        slope = torch.where(spread > 0, (weight * steps * groups).sum(-1) / spread, grid.scale.float()).clamp_min(0)
-        return _stored(slope, slope, scheme, grid.top)
-    total = weight.sum(-1)
-    mean_q, mean_w = (weight * integers).sum(-1) / total, (weight * groups).sum(-1) / total
-    centred = integers - mean_q[..., None]
-    spread = (weight * centred.square()).sum(-1)
-    slope = torch.where(spread > 0, (weight * centred * groups).sum(-1) / spread, grid.scale.float()).clamp_min(0)
-    return _stored(slope, mean_w - slope * mean_q, scheme, grid.top)
+    if not scheme.symmetric:
+        total = weight.sum(-1)
+        mean_q, mean_w = (weight * integers).sum(-1) / total, (weight * groups).sum(-1) / total
+        offset = mean_q[..., None]
+    steps = integers - offset
+    spread = (weight * steps.square()).sum(-1)
+    slope = torch.where(spread > 0, (weight * steps * groups).sum(-1) / spread, grid.scale.float()).clamp_min(0)
+    return _stored(slope, slope if scheme.symmetric else mean_w - slope * mean_q, scheme, grid.top)

@@ -125,9 +125,7 @@ class NativeKernels:
         }  # fmt: skip
         kinds = {"order": torch.int64, "integers": torch.uint8}
         for name, shape in wanted.items():
-            part, kind = getattr(c, name), kinds.get(name, torch.float32)
-            if (part.dtype, tuple(part.shape), part.device.type) != (kind, shape, "cpu") or not part.is_contiguous():
-                raise ValueError(f"{name} is {part.dtype} {tuple(part.shape)} on {part.device}, not {kind} {shape}")
+            _require(name, getattr(c, name), kinds.get(name, torch.float32), shape)
         if values.shape != (count, block, out) or not 0 <= first <= features - block:
             raise ValueError(f"values {tuple(values.shape)} from column {first} of {tuple(c.work.shape)}")
         _native.round(
@@ -210,9 +208,7 @@ def use_experts(model: Any, layer: int, stack: ExpertStack, counts: Tensor | Non
         counts: [experts] int64, incremented for every token that an expert receives; None counts nothing.
     """
     if counts is not None:
-        wanted = (torch.int64, (len(stack.gate),), "cpu")
-        if (counts.dtype, tuple(counts.shape), counts.device.type) != wanted or not counts.is_contiguous():
-            raise ValueError(f"counts of {counts.dtype} {tuple(counts.shape)} on {counts.device}, not {wanted}")
+        _require("counts", counts, torch.int64, (len(stack.gate),))
     prepared = _prepared_stack(stack)
     _native.use_experts(model, layer, prepared, _address(counts))
     return prepared
@@ -255,6 +251,12 @@ def _floats(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    found = (tensor.dtype, tuple(tensor.shape), tensor.device.type)
+    if found != (dtype, shape, "cpu") or not tensor.is_contiguous():
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, not {dtype} {shape}")
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -289,9 +291,8 @@ def _prepare_stack(stack: ExpertStack) -> Any:
         raise ValueError(f"{', '.join(str(len(part)) for part in parts)} matrices of gate, up and down")
     biases = []
     for bias, part in zip((stack.gate_bias, stack.up_bias, stack.down_bias), parts, strict=True):
-        wanted = (len(part), part[0].shape[0])
-        if bias is not None and not _is_bias(bias, wanted):
-            raise ValueError(f"a bias of {bias.dtype} {tuple(bias.shape)} on {bias.device}, not float32 {wanted}")
+        if bias is not None:
+            _require("a bias", bias, torch.float32, (len(part), part[0].shape[0]))
         biases.append(_address(bias))
     matrices = [[matrix.prepared or _prepare(matrix) for matrix in part] for part in parts]
     patches = [_prepare_patch(patch, stack) for patch in stack.patches]
@@ -327,8 +328,3 @@ def _prepare_channels(channels: Channels | None, experts: int, width: int, hidde
     begin = torch.searchsorted(channels.expert, torch.arange(experts + 1)).tolist()
     matrix = channels.matrix.prepared or _prepare(channels.matrix)
     return _native.Channels(matrix, begin, channels.channel.tolist(), scale)
-
-
-def _is_bias(bias: Tensor, wanted: tuple[int, int]) -> bool:
-    kind = (bias.dtype, tuple(bias.shape), bias.device.type)
-    return kind == (torch.float32, wanted, "cpu") and bias.is_contiguous()

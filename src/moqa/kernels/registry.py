@@ -126,19 +126,9 @@ class GridKernels(Protocol):
         """Planes of [out, in] uint8 integers, the same as `moqa.format.planes.pack` returns."""
 
 
-# both with the fastest first
+# both with the fastest first; `moqa.kernels` fills them
 KERNELS: dict[str, ProductKernels] = {}
 GRID_KERNELS: dict[str, GridKernels] = {}
-
-
-def register(kernels: ProductKernels) -> None:
-    """Add kernels for products to the registry."""
-    KERNELS[kernels.name] = kernels
-
-
-def register_grid(kernels: GridKernels) -> None:
-    """Add kernels that fit grids to the registry."""
-    GRID_KERNELS[kernels.name] = kernels
 
 
 def find_kernels(name: str = "auto", device: torch.device | str = "cpu") -> ProductKernels:
@@ -151,13 +141,13 @@ def find_kernels(name: str = "auto", device: torch.device | str = "cpu") -> Prod
         MoqaError: if no kernels have that name, or they do not run here.
     """
     device = torch.device(device)
-    reasons = {kernels.name: kernels.unusable(device) for kernels in KERNELS.values()}
     if name == "auto":
-        return next(KERNELS[usable] for usable, reason in reasons.items() if reason is None)
+        return next(kernels for kernels in KERNELS.values() if kernels.unusable(device) is None)
     if name not in KERNELS:
         raise MoqaError(f"there are no kernels named {name!r}", f"choose auto, {', '.join(KERNELS)}")
-    if reasons[name] is not None:
-        raise MoqaError(f"kernels {name!r} do not run on {device}", str(reasons[name]))
+    reason = KERNELS[name].unusable(device)
+    if reason is not None:
+        raise MoqaError(f"kernels {name!r} do not run on {device}", reason)
     return KERNELS[name]
 
 

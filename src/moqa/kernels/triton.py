@@ -44,7 +44,7 @@ class _Packed:
 
     Attributes:
         table: [matrices, 8] int64: addresses of three planes (or the 16-bit weight), scales and zero-points; where its
-            kind begins in `kinds`; where its group size begins in a row's q and in its steps (`_Rows`).
+            kind begins in `kinds`; where its group size begins in a row's q and in its steps (`_quantize`).
         kinds: compile-time constants, four numbers for each kind: width, group size, symmetric, float16 scales.
         sizes: group sizes, each followed by the power of two that holds it; rows are quantized once for each.
         shape: (out, in).
@@ -68,21 +68,6 @@ class _Layer:
     first: _Packed
     last: _Packed
     bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows, and their quantized values, one group size of a `_Packed` after the other.
-
-    Attributes:
-        values: [rows, in] float32 or bfloat16.
-        q: [rows, inputs of whole groups] int8.
-        steps: [rows, groups] int64, the sum of q above the bits of its float32 scale.
-    """
-
-    values: Tensor
-    q: Tensor
-    steps: Tensor
 
 
 @dataclass(frozen=True)
@@ -233,7 +218,13 @@ def _options() -> dict[str, Any]:
     return {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 
-def _quantize(packed: _Packed, x: Tensor) -> _Rows:
+def _quantize(packed: _Packed, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantized values of rows, one group size after the other.
+
+    Returns:
+        [rows, inputs of whole groups] int8 q, and [rows, groups] int64 steps: the sum of q above the bits of its
+        float32 scale.
+    """
     (rows, features), sizes = x.shape, packed.sizes[::2]
     groups = [-(-features // size) for size in sizes]
     inputs = sum(count * size for count, size in zip(groups, sizes, strict=True))
@@ -244,7 +235,7 @@ def _quantize(packed: _Packed, x: Tensor) -> _Rows:
         _ops().quantize[(rows, -(-max(groups) // count))](
             x, q, steps, features, inputs, sum(groups), SIZES=packed.sizes, COUNT=count, **_options()
         )
-    return _Rows(x, q, steps)
+    return q, steps
 
 
 def _route(index: Tensor, experts: int, sort: bool) -> _Route:
@@ -278,13 +269,13 @@ def _product(
     shared: int = 1,
 ) -> None:
     """Compute all slots: slot s multiplies row s // shared of x, with its own expert's matrix if there is a route."""
-    rows, (out, features) = _quantize(packed, x), packed.shape
+    (q, steps), (out, features) = _quantize(packed, x), packed.shape
     slots, experts = y.numel() // out, 1 if route is None else route.experts
-    numbers = (slots, shared, experts, features, rows.q.shape[1], rows.steps.shape[1], out)
+    numbers = (slots, shared, experts, features, q.shape[1], steps.shape[1], out)
     if slots <= FEW_ROWS and not packed.keeps if route is None else route.order is None:
         count = min(8, 1 << (slots - 1).bit_length()) if route is None else 1
         _ops().few[(-(-out // TILE), -(-slots // count))](
-            packed.table, y, bias, rows.q, rows.steps, None if route is None else route.index, *numbers,
+            packed.table, y, bias, q, steps, None if route is None else route.index, *numbers,
             KINDS=packed.kinds, ROUTED=route is not None, ACTIVATION=activation, ROWS=count,
             DP4A=not _interpreted() and torch.version.hip is None, **_options(),
         )  # fmt: skip
@@ -292,7 +283,7 @@ def _product(
     sorted_slots = (None,) * 4 if route is None else (route.order, route.work, route.starts, route.ends)
     count = _power_of_two(slots) if route is None else route.rows
     _ops().many[(-(-out // _OUT), -(-slots // count) if route is None else route.pieces)](
-        packed.table, y, bias, rows.q, rows.steps, rows.values, *sorted_slots, *numbers,
+        packed.table, y, bias, q, steps, x, *sorted_slots, *numbers,
         KINDS=packed.kinds, ROUTED=route is not None, ACTIVATION=activation, OUT=_OUT, ROWS=count,
         EMULATED=_interpreted(), **_options(),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -13,11 +14,21 @@ _LARGE, _KEPT = 4 * 2**20, 32 * 2**20
 
 def resident() -> int:
     """Resident bytes of the process; on a system without /proc, the most so far."""
+    now, peak = used()
+    return peak if now is None else now
+
+
+def used() -> tuple[int | None, int]:
+    """Resident bytes of the process now (None where the system does not report them), and their peak.
+
+    >>> now, peak = used()
+    """
     try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+        status = Path("/proc/self/status").read_bytes()
+        found = dict(re.findall(rb"(VmRSS|VmHWM):\s*(\d+) kB", status))
+        return int(found[b"VmRSS"]) * 1024, int(found[b"VmHWM"]) * 1024
+    except (OSError, KeyError):
+        return None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def return_large_blocks() -> None:

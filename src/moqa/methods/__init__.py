@@ -8,12 +8,6 @@ if TYPE_CHECKING:
     from moqa.methods.registry import METHODS, Method, SolveBatch, method
     from moqa.methods.result import GridResult, SolveResult
 else:
-    __getattr__, __dir__ = lazily(
-        __name__,
-        {
-            "moqa.methods.registry": ("METHODS", "Method", "SolveBatch", "method"),
-            "moqa.methods.result": ("GridResult", "SolveResult"),
-        },
-    )
+    __getattr__, __dir__ = lazily(__name__, __file__)
 
 __all__ = ["METHODS", "GridResult", "Method", "SolveBatch", "SolveResult", "method"]

@@ -57,19 +57,8 @@ class Method:
 
 
 # to add a method, add a module of its name, and its name here
-METHODS: Registry[Method] = Registry("--method", "moqa.methods", ("gptq", "rtn"))
-
-
-def method(
-    name: str, store: Callable[[Tensor, Scheme], dict[str, Tensor]] | None = None
-) -> Callable[[Callable[[SolveBatch], SolveResult]], Callable[[SolveBatch], SolveResult]]:
-    """Register a quantization method, see `Method`."""
-
-    def register(run: Callable[[SolveBatch], SolveResult]) -> Callable[[SolveBatch], SolveResult]:
-        METHODS[name] = Method(name, run, store)
-        return run
-
-    return register
+METHODS: Registry[Method] = Registry("--method", {"gptq": "moqa.methods.gptq", "rtn": "moqa.methods.rtn"})
+method = METHODS.decorator(Method)
 
 
 def find_method(name: str) -> Method:

@@ -12,17 +12,7 @@ if TYPE_CHECKING:
     from moqa.planning.run import DEFAULT_WIDTHS, for_file, plan, read_plan
     from moqa.planning.ties import TIES
 else:
-    __getattr__, __dir__ = lazily(
-        __name__,
-        {
-            "moqa.planning.budget": ("Budget",),
-            "moqa.planning.fit": ("MemoryBudget", "memory_budget"),
-            "moqa.planning.record": ("Account", "Options", "Plan"),
-            "moqa.planning.registry": ("STRATEGIES", "Strategy", "strategy"),
-            "moqa.planning.run": ("DEFAULT_WIDTHS", "for_file", "plan", "read_plan"),
-            "moqa.planning.ties": ("TIES",),
-        },
-    )
+    __getattr__, __dir__ = lazily(__name__, __file__)
 
 __all__ = [
     "DEFAULT_WIDTHS",

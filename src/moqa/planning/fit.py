@@ -12,8 +12,7 @@ from moqa.forecast.serving import Needs, ServedModel
 from moqa.format.layout import Entry, shards
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH, WIDTHS
-from moqa.memory.free import free_memory
-from moqa.memory.limit import parse_size
+from moqa.memory.limit import free_memory, parse_size
 from moqa.models.units import ROLES
 from moqa.models.view import ModelView
 from moqa.planning.budget import Budget

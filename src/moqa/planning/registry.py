@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +20,11 @@ PLAIN, HAND_RULE = "uniform", "frequency"
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to choose the width of every unit.
+    """A way to choose the width of every unit; its help is the first line of the function's docstring.
 
     Attributes:
         name: as users type it; its module has the same name, with "_" for "-".
         choose: the function that makes the choice.
-        help: one line on what it does.
         needs_sensitivity: whether it uses the measured sensitivities.
         needs_budget: whether it cannot make a plan without a budget.
         needs_experts: whether it cannot make a plan for dense models.
@@ -36,13 +35,18 @@ class Strategy:
 
     name: str
     choose: Callable[[Problem], Choice]
-    help: str
+    _: KW_ONLY
     needs_sensitivity: bool = True
     needs_budget: bool = False
     needs_experts: bool = False
     hedge: float | None = None
     options: tuple[str, ...] = ()
     is_control: bool = False
+
+    @property
+    def help(self) -> str:
+        """One line on what it does."""
+        return (inspect.getdoc(self.choose) or "").partition("\n")[0]
 
     @property
     def needs_profile(self) -> bool:
@@ -52,37 +56,9 @@ class Strategy:
 
 # every module in the folder is a strategy
 STRATEGIES: Registry[Strategy] = Registry(
-    "--strategy", "moqa.planning.strategies", modules_in(Path(__file__).with_name("strategies"))
+    "--strategy", modules_in("moqa.planning.strategies", Path(__file__).with_name("strategies"))
 )
-
-
-def strategy(
-    name: str,
-    *,
-    needs_sensitivity: bool = True,
-    needs_budget: bool = False,
-    needs_experts: bool = False,
-    hedge: float | None = None,
-    options: tuple[str, ...] = (),
-    is_control: bool = False,
-) -> Callable[[Callable[[Problem], Choice]], Callable[[Problem], Choice]]:
-    """Register a strategy; see `Strategy`. Its help is the first line of the function's docstring.
-
-    >>> @strategy("narrowest", needs_sensitivity=False)
-    ... def narrowest(problem: Problem) -> Choice:
-    ...     return problem.smallest()
-    >>> STRATEGIES.pop("narrowest").needs_sensitivity
-    False
-    """
-
-    def register(choose: Callable[[Problem], Choice]) -> Callable[[Problem], Choice]:
-        STRATEGIES[name] = Strategy(
-            name, choose, (inspect.getdoc(choose) or "").partition("\n")[0], needs_sensitivity=needs_sensitivity,
-            needs_budget=needs_budget, needs_experts=needs_experts, hedge=hedge, options=options, is_control=is_control,
-        )  # fmt: skip
-        return choose
-
-    return register
+strategy = STRATEGIES.decorator(Strategy)
 
 
 def for_dense_models() -> list[str]:

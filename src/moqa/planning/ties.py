@@ -27,11 +27,6 @@ class Group:
     members: tuple[int, ...]
     units: tuple[UnitRecord, ...]
 
-    @property
-    def weights(self) -> int:
-        """Number of weights in the group."""
-        return sum(unit.weights for unit in self.units)
-
 
 def tie_groups(units: Sequence[UnitRecord], ties: Ties) -> list[Group]:
     """Group the units that share a width, in the order of their first members.

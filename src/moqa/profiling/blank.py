@@ -9,6 +9,7 @@ from moqa import __version__
 from moqa.format.tiles import WIDTHS
 from moqa.models.view import ModelView
 from moqa.profiling.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
+from moqa.profiling.significance import LayerStatistics
 from moqa.profiling.store import Profile
 
 
@@ -40,12 +41,8 @@ def blank_profile(
             down = [u for u in view.block_units(layer) if u.role == "expert" and u.projection == "down_proj"]
             if down:
                 weights[f"layer.{layer}.similarity"] = torch.eye(len(down))
-                tables |= {
-                    f"layer.{layer}.tokens": torch.ones(len(down), dtype=torch.int64),
-                    f"layer.{layer}.gate_mass": torch.ones(len(down)),
-                    f"layer.{layer}.channel": torch.ones(len(down), down[0].shape[1]),
-                    f"layer.{layer}.coactivation": torch.ones(len(down), len(down)),
-                }
+                sums = LayerStatistics(torch.ones(len(down), down[0].shape[1])).sums
+                tables |= {f"layer.{layer}.{key}": torch.ones_like(value) for key, value in sums.items()}
         statistics[name] = tables
         records[name] = DistributionRecord(
             origin="not read", samples=count, tokens=count * settings.context, fitted=None

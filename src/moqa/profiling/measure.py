@@ -1,29 +1,17 @@
 """Statistics of some distributions: a forward pass for significance, a backward pass for sensitivity, by block."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from moqa.execution import Executor, Workspace
-from moqa.profiling.passes import BlockPass, ErrorSettings, ProfiledSamples, go_back, go_forward
-from moqa.profiling.sensitivity import all_widths
+from moqa.profiling.passes import BlockPass, ProfiledSamples, go_back, go_forward
+from moqa.profiling.sensitivity import ErrorSettings, all_widths
 from moqa.progress import Report
 
-
-@dataclass(frozen=True)
-class ProfileTables:
-    """The measured statistics.
-
-    Attributes:
-        statistics: distribution -> name (`layer.3.channel`, ..., `sensitivity` [units, widths]) -> tensor.
-        weights: `rounding` [units, widths], the relative squared rounding error, and `layer.3.similarity`.
-    """
-
-    statistics: dict[str, dict[str, Tensor]]
-    weights: dict[str, Tensor]
+# distribution -> name -> tensor
+Statistics = dict[str, dict[str, Tensor]]
 
 
 class Measurement:
@@ -33,7 +21,8 @@ class Measurement:
     >>> from moqa.methods import METHODS
     >>> errors = ErrorSettings.of(profile.record.settings, METHODS["rtn"], experts=16)
     >>> measurement = Measurement(workspace, {"wiki": tokens}, errors, 0, LocalExecutor())
-    >>> measurement.run(report).statistics["wiki"]["sensitivity"].shape
+    >>> statistics, weights = measurement.run(report)
+    >>> statistics["wiki"]["sensitivity"].shape
     torch.Size([312, 8])
 
     Hidden states of all blocks are saved on disk: significance is measured on the way forward, sensitivity on the way
@@ -52,15 +41,15 @@ class Measurement:
     ) -> None:
         self._workspace, self._how, self._seed, self._engine = workspace, how, seed, engine
         self._shapes = {name: (tuple(tokens.shape), tokens.dtype) for name, tokens in samples.items()}
-        self._flows = {
-            name: workspace.once(
-                ("flow", name), partial(ProfiledSamples, name, tokens, workspace.stages, workspace.work)
-            )
-            for name, tokens in samples.items()
-        }
+        self._flows = {name: ProfiledSamples.of(workspace, name, tokens) for name, tokens in samples.items()}
 
-    def run(self, report: Report) -> ProfileTables:
-        """Measure everything that is not measured yet."""
+    def run(self, report: Report) -> tuple[Statistics, dict[str, Tensor]]:
+        """Measure everything that is not measured yet.
+
+        Returns:
+            Distribution -> name (`layer.3.channel`, ..., `sensitivity` [units, widths]) -> tensor; and statistics of
+            the weights: `rounding` [units, widths], the relative squared rounding error, and `layer.3.similarity`.
+        """
         stages, work = self._workspace.stages, self._workspace.work
         depth = stages.depth
         for layer in range(depth):
@@ -98,11 +87,11 @@ class Measurement:
         for _ in self._engine.map(work, self._workspace, passes):
             pass
 
-    def _gathered(self) -> ProfileTables:
+    def _gathered(self) -> tuple[Statistics, dict[str, Tensor]]:
         depth, load = self._workspace.stages.depth, self._workspace.work.load
         weights = {layer: load(f"weights-{layer}") for layer in range(depth)}
         relative = torch.cat([weights[layer]["rounding"] for layer in range(depth)])
-        statistics: dict[str, dict[str, Tensor]] = {}
+        statistics: Statistics = {}
         for name in self._shapes:
             statistics[name] = {
                 f"layer.{layer}.{key}": value
@@ -113,4 +102,4 @@ class Measurement:
                 probed = torch.cat([load(f"sensitivity-{layer}-{name}")["sensitivity"] for layer in range(depth)])
                 statistics[name]["sensitivity"] = all_widths(probed, relative, self._how.probes, self._how.widths)
         similar = {f"layer.{n}.similarity": w["similarity"] for n, w in weights.items() if "similarity" in w}
-        return ProfileTables(statistics, {"rounding": relative, **similar})
+        return statistics, {"rounding": relative, **similar}

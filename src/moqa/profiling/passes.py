@@ -2,58 +2,24 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from moqa.calibration.backward import run_back
-from moqa.calibration.hidden import HiddenStates
+from moqa.calibration.hidden import HiddenStates, run_back
 from moqa.calibration.inputs import BlockInputs, CalibrationBatch
 from moqa.execution import Workspace
-from moqa.format.scheme import Scheme
-from moqa.format.tiles import WIDTHS
-from moqa.methods import Method
-from moqa.models.experts import projection_rows
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.layout import input_rows, output_rows
 from moqa.models.precision import in_stored_precision
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.models.watch import watching
-from moqa.profiling.record import Settings
 from moqa.profiling.selfsample import draw
-from moqa.profiling.sensitivity import PROBES, LayerErrors, LayerObserver, Sensitivity, relative_errors
+from moqa.profiling.sensitivity import ErrorSettings, Sensitivity, relative_errors
 from moqa.profiling.significance import LayerStatistics, layer_similarity
 from moqa.storage.resumable import ResumableRun
-
-
-@dataclass(frozen=True)
-class ErrorSettings:
-    """How errors are made and measured.
-
-    Attributes:
-        scheme: group size, symmetry and scale dtype of the quantization.
-        widths: candidate widths, ascending.
-        probes: widths whose errors are really made; none if no sensitivity is measured.
-        method: the quantization method.
-        experts: number of experts whose errors are held together.
-    """
-
-    scheme: Scheme
-    widths: tuple[int, ...]
-    probes: tuple[int, ...]
-    method: Method
-    experts: int
-
-    @classmethod
-    def of(cls, settings: Settings, method: Method, experts: int) -> "ErrorSettings":
-        """Of a profile with some settings."""
-        scheme = Scheme(width=8, group_size=settings.group_size, symmetric=settings.symmetric)
-        widths = tuple(w for w in WIDTHS if not (settings.symmetric and w == 1))
-        probes = tuple(width for width in PROBES if width in widths and settings.sensitivity)
-        return cls(scheme, widths, probes, method, experts)
 
 
 @dataclass(frozen=True)
@@ -76,6 +42,10 @@ class BlockPass:
     dtype: torch.dtype = torch.int64
     experts: tuple[int, ...] | None = None
 
+    def samples(self, workspace: Workspace) -> "ProfiledSamples":
+        """The distribution, whose hidden states are already saved."""
+        return ProfiledSamples.of(workspace, self.name, torch.zeros(self.shape, dtype=self.dtype))
+
 
 class ProfiledSamples:
     """Hidden states of one distribution at every block, for windows to calibrate on and windows to measure on."""
@@ -93,14 +63,9 @@ class ProfiledSamples:
         self.measured = range(self._calibrate, len(batches))
 
     @classmethod
-    def of(cls, workspace: Workspace, given: BlockPass) -> "ProfiledSamples":
-        """Of a distribution whose hidden states are already saved: its tokens are no longer needed."""
-
-        def make() -> "ProfiledSamples":
-            inputs = torch.zeros(given.shape, dtype=given.dtype)
-            return cls(given.name, inputs, workspace.stages, workspace.work)
-
-        return workspace.once(("flow", given.name), make)
+    def of(cls, workspace: Workspace, name: str, tokens: Tensor) -> "ProfiledSamples":
+        """Of a distribution, made once; when its hidden states are saved, only shape and dtype of its tokens matter."""
+        return workspace.once(("flow", name), lambda: cls(name, tokens, workspace.stages, workspace.work))
 
     def draw_labels(self, stages: LayerwiseModel, generator: torch.Generator) -> None:
         """Save the gradients of the loss of the measured windows, for labels drawn from the model."""
@@ -132,22 +97,22 @@ def go_forward(workspace: Workspace, given: BlockPass) -> None:
     """Run a block on a distribution and save its statistics; without a distribution, those of the weights alone."""
     view, layer, down = workspace.view, given.layer, _down(workspace.view, given.layer)
     if not given.name:
-        weights = {"rounding": relative_errors(view, view.block_units(layer), given.how.scheme, given.how.widths)}
+        weights = {"rounding": relative_errors(view, layer, given.how)}
         if down:
             weights["similarity"] = layer_similarity(view, layer)
         workspace.work.save(f"weights-{layer}", weights)
         return
-    flow = ProfiledSamples.of(workspace, given)
+    flow = given.samples(workspace)
     statistics = LayerStatistics(torch.stack([matrix.float().norm(dim=0) for matrix in down])) if down else None
     with in_stored_precision(view, layer), watching(view, layer, statistics):
         flow.hidden.advance(layer)
-    workspace.work.save(f"statistics-{layer}-{given.name}", statistics.tensors() if statistics else {})
+    workspace.work.save(f"statistics-{layer}-{given.name}", statistics.sums if statistics else {})
 
 
 def go_back(workspace: Workspace, given: BlockPass) -> None:
     """Save the sensitivity of a block's units, some experts at a time: their errors need most of a profile's memory."""
     view, layer, how = workspace.view, given.layer, given.how
-    flow, units = ProfiledSamples.of(workspace, given), view.block_units(layer)
+    flow, units = given.samples(workspace), view.block_units(layer)
     experts = sorted({unit.expert for unit in units if unit.expert is not None})
     if given.experts is not None:
         experts = list(given.experts)
@@ -161,13 +126,14 @@ def go_back(workspace: Workspace, given: BlockPass) -> None:
     for number, some in enumerate(slices):
         mine = [u for u in units if u.expert in some or (u.expert is None and number == 0)]
         seen = {} if inputs is None else {**inputs.linear, **(inputs.experts(some) if some else {})}
-        errors = LayerErrors(view, mine, how.scheme, how.method, seen, how.probes)
+        sensitivity = Sensitivity(view, layer, mine, how, seen)
         del seen
-        sums |= _run_back(view, workspace.stages, layer, flow, errors, keep=number == len(slices) - 1)
+        _run_back(workspace, layer, flow, sensitivity, keep=number == len(slices) - 1)
+        sums |= sensitivity.sums
     if inputs:
         inputs.drop()
-    sensitivity = torch.stack([sums[unit.name] for unit in units]) / flow.predictions
-    workspace.work.save(f"sensitivity-{layer}-{given.name}", {"sensitivity": sensitivity})
+    table = torch.stack([sums[unit.name] for unit in units]) / flow.predictions
+    workspace.work.save(f"sensitivity-{layer}-{given.name}", {"sensitivity": table})
 
 
 def _down(view: ModelView, layer: int) -> list[Tensor]:
@@ -183,13 +149,9 @@ def _label_gradient(stages: LayerwiseModel, hidden: Tensor, generator: torch.Gen
     return torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), hidden)[0]
 
 
-def _run_back(
-    view: ModelView, stages: LayerwiseModel, layer: int, flow: ProfiledSamples, errors: LayerErrors, keep: bool
-) -> dict[str, Tensor]:
-    """Run a block again with gradients; `keep` saves those of the block's inputs."""
-    sensitivity = Sensitivity(errors)
-    path = view.experts_path(layer)
-    observer = LayerObserver(sensitivity, path, projection_rows(view.module(path))) if path else None
+def _run_back(workspace: Workspace, layer: int, flow: ProfiledSamples, sensitivity: Sensitivity, keep: bool) -> None:
+    """Run a block again with gradients, which add to a sensitivity; `keep` saves those of the block's inputs."""
+    view, stages = workspace.view, workspace.stages
 
     def linear(unit: Unit, x: Tensor, out: Tensor) -> None:
         module, samples = view.module(unit.module), None if stages.task.predicts_each else len(x)
@@ -197,12 +159,10 @@ def _run_back(
         if unit.name in sensitivity.sums:
             out.register_hook(lambda gradient: sensitivity.add(unit.name, rows, output_rows(module, gradient), samples))
 
-    with in_stored_precision(view, layer), watching(view, layer, observer, linear):
+    def put(index: int, gradient: Tensor) -> None:
+        if keep:
+            flow.put_gradient(layer, flow.measured[index], gradient)
+
+    with in_stored_precision(view, layer), watching(view, layer, sensitivity, linear):
         batches = ((flow.hidden.at(layer, number), flow.gradient(layer + 1, number)) for number in flow.measured)
-        put = partial(flow.put_gradient, layer) if keep else _forget
-        run_back(stages, layer, batches, lambda index, gradient: put(flow.measured[index], gradient))
-    return sensitivity.sums
-
-
-def _forget(number: int, gradient: Tensor) -> None:
-    """Drop a gradient: the last pass over the block computes it again."""
+        run_back(stages, layer, batches, put)

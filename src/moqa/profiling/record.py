@@ -29,10 +29,7 @@ class UnitRecord(BaseModel, frozen=True):
     @classmethod
     def of(cls, unit: Unit) -> "UnitRecord":
         """Record of a unit of a model view."""
-        return cls(
-            name=unit.name, layer=unit.layer, role=unit.role, projection=unit.projection, expert=unit.expert,
-            shape=unit.shape,
-        )  # fmt: skip
+        return cls.model_validate(unit, from_attributes=True)
 
 
 class DistributionRecord(BaseModel, frozen=True):

@@ -1,15 +1,16 @@
 """`moqa.profile`: measure a model on distributions, reusing what the folder already holds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from moqa import __version__
-from moqa.data import Data
+from moqa.data import Data, prompt_start
 from moqa.errors import MoqaError
 from moqa.execution import Executor, LocalExecutor, Workspace
 from moqa.forecast.disk import profile_disk_bytes
-from moqa.forecast.working_set import ProfileWorkingSet
+from moqa.forecast.working_set import WorkingSet
 from moqa.format.manifest import Fitted
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
@@ -19,15 +20,13 @@ from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.profiling.measure import Measurement
-from moqa.profiling.passes import ErrorSettings
 from moqa.profiling.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profiling.selfsample import self_sample
-from moqa.profiling.sensitivity import PROBES
+from moqa.profiling.sensitivity import PROBES, ErrorSettings
 from moqa.profiling.store import RECORD, Profile, read_profile, stored_samples, write_profile
 from moqa.progress import Report, quiet
 from moqa.storage.folders import is_taken
-from moqa.storage.resumable import ResumableRun, resumable
-from moqa.storage.space import check_space
+from moqa.storage.resumable import ResumableRun, check_space, resumable
 from moqa.tasks import task_of
 
 DEFAULT_SAMPLES = 64
@@ -118,7 +117,8 @@ def profile(
         )  # fmt: skip
     fingerprint = original.fingerprint(folder)
     old = _reusable(out, fingerprint, settings)
-    missing = [name for name, record in records.items() if old is None or not _same(old, name, record)]
+    held = {} if old is None else old.record.distributions
+    missing = [name for name, record in records.items() if not _same(held.get(name), record)]
     if old is not None:
         # an existing profile may hold more than was asked for, e.g. the sensitivity
         settings = old.record.settings
@@ -130,17 +130,17 @@ def profile(
     job = {"moqa": __version__, "model": fingerprint, **settings.model_dump(mode="json"),
            "texts": {name: records[name].model_dump(mode="json") for name in missing}}  # fmt: skip
     settle()
-    room = ProfileWorkingSet.within(limits, view, how, len(PROBES))
+    room = WorkingSet.to_profile(limits, view, how, len(PROBES))
     check_space(out, profile_disk_bytes(view, sum(records[name].tokens for name in missing), len(missing)))
     engine.prepare(folder, out, report)
     with resumable(out, job, overwrite=True, restart=restart) as work:
         inputs = {name: cut[name].inputs for name in missing if name != SELF}
         if SELF in missing:
-            inputs[SELF] = _own_text(view, wanted, settings, work, report)
+            inputs[SELF] = _own_text(view, wanted, settings, work, report, prompt_start(reader))
         errors = ErrorSettings.of(settings, how, room.experts)
         measurement = Measurement(Workspace(view, work), inputs, errors, seed, engine)
-        measured = measurement.run(report)
-        statistics = {name: {**measured.statistics[name], "samples": stored_samples(inputs[name])} for name in missing}
+        measured, weights = measurement.run(report)
+        statistics = {name: {**measured[name], "samples": stored_samples(inputs[name])} for name in missing}
         if old is not None:
             statistics = {**old.statistics, **statistics}
             records = {**old.record.distributions, **records}
@@ -152,16 +152,18 @@ def profile(
             units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
             distributions={name: records[name] for name in statistics},
         )  # fmt: skip
-        write_profile(Profile(record, work.result, statistics, measured.weights))
+        write_profile(Profile(record, work.result, statistics, weights))
         work.mark_done("profile", {})
-    return Profile(record, out, statistics, measured.weights)
+    return Profile(record, out, statistics, weights)
 
 
-def _own_text(view: ModelView, windows: int, settings: Settings, work: ResumableRun, report: Report) -> Tensor:
+def _own_text(
+    view: ModelView, windows: int, settings: Settings, work: ResumableRun, report: Report, start: Sequence[int]
+) -> Tensor:
     """[windows, context] text of the model itself, written now or before a kill."""
     if work.done("self") is None:
         report("self-sampling", 0, 1)
-        work.save("self", {"tokens": self_sample(view, windows, settings.context, settings.seed)})
+        work.save("self", {"tokens": self_sample(view, windows, settings.context, settings.seed, start)})
         report("self-sampling", 1, 1)
         work.mark_done("self", {})
     return work.load("self")["tokens"]
@@ -181,8 +183,5 @@ def _reusable(out: Path, fingerprint: str, settings: Settings) -> Profile | None
     return old
 
 
-def _same(old: Profile, name: str, record: DistributionRecord) -> bool:
-    there = old.record.distributions.get(name)
-    if there is None:
-        return False
-    return there.fitted == record.fitted and there.samples == record.samples
+def _same(old: DistributionRecord | None, new: DistributionRecord) -> bool:
+    return old is not None and (old.fitted, old.samples) == (new.fitted, new.samples)

@@ -1,5 +1,7 @@
 """Text that a model writes itself: a sample of what it knows, without any other text."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,8 @@ OWN_BATCH = 64
 
 
 @torch.no_grad()
-def self_sample(view: ModelView, windows: int, context: int, seed: int, batch: int = OWN_BATCH) -> Tensor:
-    """Windows drawn from the model's own distribution, each from a random first token.
+def self_sample(view: ModelView, windows: int, context: int, seed: int, start: Sequence[int] = ()) -> Tensor:
+    """Windows drawn from the model's own distribution, each from the start of a prompt or from a random token.
 
     >>> self_sample(view, windows=2, context=8, seed=0).shape
     torch.Size([2, 8])
@@ -21,7 +23,7 @@ def self_sample(view: ModelView, windows: int, context: int, seed: int, batch: i
         windows: number of windows.
         context: tokens in each.
         seed: of the random draws.
-        batch: windows that are written at a time.
+        start: tokens that begin every window, see `moqa.data.prompt_start`; a random one if there are none.
 
     Returns:
         [windows, context] token ids, int64.
@@ -32,10 +34,12 @@ def self_sample(view: ModelView, windows: int, context: int, seed: int, batch: i
     generator = torch.Generator().manual_seed(seed)
     vocabulary = view.model.get_input_embeddings().num_embeddings
     written = []
-    for start in range(0, windows, batch):
-        tokens = torch.randint(vocabulary, (min(batch, windows - start), 1), generator=generator)
+    for done in range(0, windows, OWN_BATCH):
+        count = min(OWN_BATCH, windows - done)
+        first = torch.randint(vocabulary, (count, 1), generator=generator)
+        tokens = torch.tensor(start).expand(count, -1) if start else first
         parts, cache = [tokens], None
-        for _ in range(context - 1):
+        for _ in range(context - tokens.shape[1]):
             result = view.model(parts[-1], past_key_values=cache, use_cache=True)
             cache = result.past_key_values
             parts.append(draw(result.logits[:, -1], generator)[:, None])

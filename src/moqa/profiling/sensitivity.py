@@ -1,6 +1,7 @@
 """Sensitivity: how much the model's output suffers when one unit loses precision."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,11 +9,13 @@ from torch import Tensor
 from moqa.calibration.inputs import InputStatistics
 from moqa.calibration.stacks import stacks
 from moqa.format.scheme import Scheme
+from moqa.format.tiles import WIDTHS
 from moqa.methods import Method, SolveBatch
 from moqa.methods.grid import fit_grid
-from moqa.models.experts import ExpertRun
+from moqa.models.experts import ExpertRun, projection_rows
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
+from moqa.profiling.record import Settings
 
 # the errors need most of a profile's memory and time; bfloat16 changes a sensitivity by less than 1 %
 _DTYPE = torch.bfloat16
@@ -24,53 +27,41 @@ _SAMPLED_WEIGHTS = 2**17
 PROBES = (1, 2, 3, 4)
 
 
-class LayerErrors:
-    """Errors that a method makes in a block's units at the probed widths, calibrated on one distribution.
+@dataclass(frozen=True)
+class ErrorSettings:
+    """How errors are made and measured.
 
-    >>> from moqa.methods import METHODS
-    >>> errors = LayerErrors(view, view.block_units(0), Scheme(width=4), METHODS["rtn"], {}, (2, 3, 4))
-    >>> errors["model.layers.0.self_attn.q_proj"].shape
-    torch.Size([3, 256, 256])
+    Attributes:
+        scheme: group size, symmetry and scale dtype of the quantization.
+        widths: candidate widths, ascending.
+        probes: widths whose errors are really made; none if no sensitivity is measured.
+        method: the quantization method.
+        experts: number of experts whose errors are held together.
     """
 
-    def __init__(
-        self,
-        view: ModelView,
-        units: Sequence[Unit],
-        scheme: Scheme,
-        method: Method,
-        inputs: Mapping[str, InputStatistics],
-        probes: Sequence[int],
-    ) -> None:
-        self.probes = tuple(probes)
-        self._errors: dict[str, Tensor] = {}
-        schemes = dict.fromkeys((unit.name for unit in units), scheme)
-        for stack in stacks(view, units, schemes, inputs, copies=len(probes)):
-            rows = stack.weights.shape[1]
-            weights = stack.weights.repeat(1, len(probes), 1)
-            widths = torch.tensor(self.probes).repeat_interleave(rows).expand(len(weights), -1)
-            stored = method.run(SolveBatch(weights, widths, stack.inputs if method.needs_data else [], scheme)).decode()
-            error = (stored - weights).to(_DTYPE).unflatten(1, (len(probes), rows))
-            for unit, entry, place in stack.places():
-                self._errors[unit.name] = error[entry, :, place]
+    scheme: Scheme
+    widths: tuple[int, ...]
+    probes: tuple[int, ...]
+    method: Method
+    experts: int
 
-    def __getitem__(self, name: str) -> Tensor:
-        """[probes, out, in] stored minus original weights of a unit, bfloat16."""
-        return self._errors[name]
-
-    def names(self) -> list[str]:
-        """Names of the units, in the block's order."""
-        return list(self._errors)
+    @classmethod
+    def of(cls, settings: Settings, method: Method, experts: int) -> "ErrorSettings":
+        """Of a profile with some settings."""
+        scheme = Scheme(width=8, group_size=settings.group_size, symmetric=settings.symmetric)
+        widths = tuple(w for w in WIDTHS if not (settings.symmetric and w == 1))
+        probes = tuple(width for width in PROBES if width in widths and settings.sensitivity)
+        return cls(scheme, widths, probes, method, experts)
 
 
-def relative_errors(view: ModelView, units: Sequence[Unit], scheme: Scheme, widths: Sequence[int]) -> Tensor:
+def relative_errors(view: ModelView, layer: int, how: ErrorSettings) -> Tensor:
     """[units, widths] squared error of rounding over squared weights, float32; large units are sampled by rows."""
     rows = []
-    for unit in units:
+    for unit in view.block_units(layer):
         weight = view.weight(unit)
         weight = weight[:: max(1, weight.numel() // _SAMPLED_WEIGHTS)].float()
-        stacked = weight.expand(len(widths), -1, -1)
-        error = fit_grid(stacked, scheme, torch.tensor(widths)).error
+        stacked = weight.expand(len(how.widths), -1, -1)
+        error = fit_grid(stacked, how.scheme, torch.tensor(how.widths)).error
         rows.append(error.sum((1, 2)) / weight.square().sum().clamp_min(1e-30))
     return torch.stack(rows)
 
@@ -97,18 +88,53 @@ def all_widths(probed: Tensor, relative: Tensor, probes: Sequence[int], widths: 
 
 
 class Sensitivity:
-    """Expected rise of the KL divergence for each unit and width: a sum over tokens.
+    """Expected rise of the KL divergence for some units of a block at each probed width: a sum over tokens.
+
+    >>> from moqa.methods import METHODS
+    >>> how = ErrorSettings.of(profile.record.settings, METHODS["rtn"], experts=16)
+    >>> Sensitivity(view, 0, view.block_units(0), how, {}).errors["model.layers.0.self_attn.q_proj"].shape
+    torch.Size([4, 256, 256])
 
     For a unit with input x_t, output gradient g_t and rounding error E it is half the sum of (g_t . E x_t)^2. That is
     the second-order term of the KL divergence between the predictions of the original and of the quantized model, if g
     comes from labels drawn from the model's own predictions (the true Fisher matrix) and tokens are independent.
     Our design; the sum over single weights (squared gradient x squared error) predicts less well, see
     docs/results/ablations.md.
+
+    Args:
+        view: the model.
+        layer: index of the block.
+        units: some of its units.
+        how: how errors are made.
+        inputs: input space -> statistics on one distribution, which the errors are fitted on.
+
+    Attributes:
+        errors: unit name -> [probes, out, in] stored minus original weights, bfloat16.
+        sums: unit name -> [probes] the sum so far, float32.
     """
 
-    def __init__(self, errors: LayerErrors) -> None:
-        self._errors = errors
-        self.sums: dict[str, Tensor] = {name: torch.zeros(len(errors.probes)) for name in errors.names()}
+    def __init__(
+        self,
+        view: ModelView,
+        layer: int,
+        units: Sequence[Unit],
+        how: ErrorSettings,
+        inputs: Mapping[str, InputStatistics],
+    ) -> None:
+        self.errors: dict[str, Tensor] = {}
+        schemes = dict.fromkeys((unit.name for unit in units), how.scheme)
+        for stack in stacks(view, units, schemes, inputs, copies=len(how.probes)):
+            rows = stack.weights.shape[1]
+            weights = stack.weights.repeat(1, len(how.probes), 1)
+            widths = torch.tensor(how.probes).repeat_interleave(rows).expand(len(weights), -1)
+            seen = stack.inputs if how.method.needs_data else []
+            stored = how.method.run(SolveBatch(weights, widths, seen, how.scheme)).decode()
+            error = (stored - weights).to(_DTYPE).unflatten(1, (len(how.probes), rows))
+            for unit, entry, place in stack.places():
+                self.errors[unit.name] = error[entry, :, place]
+        self.sums = {name: torch.zeros(len(how.probes)) for name in self.errors}
+        self._path = view.experts_path(layer)
+        self._rows = {} if self._path is None else projection_rows(view.module(self._path))
 
     def add(self, name: str, x: Tensor, gradient: Tensor, samples: int | None = None) -> None:
         """Add [tokens, in] inputs and [tokens, out] gradients of the log-likelihood of drawn labels.
@@ -120,7 +146,7 @@ class Sensitivity:
             samples: number of samples, if all rows of a sample share one label: their effects on it are added before
                 they are squared.
         """
-        error = self._errors[name]
+        error = self.errors[name]
         widths, out, features = error.shape
         shift = (x.to(_DTYPE) @ error.reshape(widths * out, features).T).unflatten(-1, (widths, out))
         effect = torch.einsum("two,to->tw", shift, gradient.to(_DTYPE)).float()
@@ -128,26 +154,18 @@ class Sensitivity:
             effect = effect.unflatten(0, (samples, -1)).sum(1)
         self.sums[name] += 0.5 * effect.square().sum(0)
 
-
-class LayerObserver:
-    """Passes inputs and gradients of a block's experts to `Sensitivity` during the backward pass."""
-
-    def __init__(self, sensitivity: Sensitivity, path: str, rows: dict[str, slice]) -> None:
-        self._sensitivity, self._path, self._rows = sensitivity, path, rows
-
     def routed(self, index: Tensor, weights: Tensor) -> None:
-        """Does nothing: routing does not matter here."""
+        """See `ExpertsObserver`: routing does not matter here."""
 
     def expert(self, run: ExpertRun) -> None:
         """Register hooks for the gradients of one expert's two products."""
         name, x, inner = f"{self._path}.{run.expert}", run.x.detach(), run.inner.detach()
-
-        if f"{name}.down_proj" not in self._sensitivity.sums:
+        if f"{name}.down_proj" not in self.sums:
             return
 
         def back_gate_up(gradient: Tensor) -> None:
             for projection, rows in self._rows.items():
-                self._sensitivity.add(f"{name}.{projection}", x, gradient[:, rows])
+                self.add(f"{name}.{projection}", x, gradient[:, rows])
 
         run.gate_up.register_hook(back_gate_up)
-        run.out.register_hook(lambda gradient: self._sensitivity.add(f"{name}.down_proj", inner, gradient))
+        run.out.register_hook(lambda gradient: self.add(f"{name}.down_proj", inner, gradient))

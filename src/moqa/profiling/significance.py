@@ -20,7 +20,7 @@ class LayerStatistics:
     >>> statistics = LayerStatistics(down_norms=torch.ones(16, 256))
     >>> with observed(view.experts(0), statistics):
     ...     _ = stages.run_block(0, hidden)
-    >>> round(float(expert_significance(statistics.channel).sum()), 4)
+    >>> round(float(expert_significance(statistics.sums["channel"]).sum()), 4)
     1.0
 
     Stage (a), sparse activation: `tokens` and `gate_mass` per expert. Stage (b), data-to-parameter mapping: `channel`.
@@ -29,38 +29,33 @@ class LayerStatistics:
     Args:
         down_norms: [experts, channels] norm of each column of `down_proj`, float32.
 
+    Attributes:
+        sums: by the name of the statistic.
+
     MoQa (arXiv 2503.21135) leaves the channel term S_ch open; ours is the size of what channel c of expert j adds to
     the block's output for token i: gate_ij * |h_ijc| * ||W_down[:, c]||, see docs/methods/moqa.md.
     """
 
     def __init__(self, down_norms: Tensor) -> None:
-        experts = down_norms.shape[0]
-        self._norms = down_norms
-        self.tokens = torch.zeros(experts, dtype=torch.int64)
-        self.gate_mass = torch.zeros(experts)
-        self.channel = torch.zeros_like(down_norms)
-        self.coactivation = torch.zeros(experts, experts)
+        experts, self._norms = len(down_norms), down_norms
+        self.sums = {
+            "tokens": torch.zeros(experts, dtype=torch.int64),
+            "gate_mass": torch.zeros(experts),
+            "channel": torch.zeros_like(down_norms),
+            "coactivation": torch.zeros(experts, experts),
+        }
 
     def routed(self, index: Tensor, weights: Tensor) -> None:
         """Count a batch's routing: [tokens, top_k] expert indices and gate weights."""
-        experts = len(self.tokens)
-        self.tokens += torch.bincount(index.flatten(), minlength=experts)[:experts]
-        self.gate_mass.index_add_(0, index.flatten(), weights.flatten().float())
+        experts = len(self._norms)
+        self.sums["tokens"] += torch.bincount(index.flatten(), minlength=experts)[:experts]
+        self.sums["gate_mass"].index_add_(0, index.flatten(), weights.flatten().float())
         visited = one_hot(index, experts).sum(1).clamp_max(1).float()
-        self.coactivation += visited.T @ visited
+        self.sums["coactivation"] += visited.T @ visited
 
     def expert(self, run: ExpertRun) -> None:
         """Add one expert's activations to its channels."""
-        self.channel[run.expert] += (run.inner.abs() * run.gate).sum(0) * self._norms[run.expert]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The sums by name."""
-        return {
-            "tokens": self.tokens,
-            "gate_mass": self.gate_mass,
-            "channel": self.channel,
-            "coactivation": self.coactivation,
-        }
+        self.sums["channel"][run.expert] += (run.inner.abs() * run.gate).sum(0) * self._norms[run.expert]
 
 
 def expert_significance(channel: Tensor) -> Tensor:

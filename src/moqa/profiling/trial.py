@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from moqa.execution import Workspace
-from moqa.forecast.rates import ProfileRates, TokenCost
-from moqa.forecast.samples import states_in_front
-from moqa.forecast.stopwatch import Stopwatch
+from moqa.forecast.rates import BlockRates, TokenCost
+from moqa.forecast.trial import Stopwatch, states_in_front
 from moqa.models.view import ModelView
-from moqa.profiling.passes import BlockPass, ErrorSettings, ProfiledSamples, go_back, go_forward
+from moqa.profiling.passes import BlockPass, ProfiledSamples, go_back, go_forward
 from moqa.profiling.selfsample import OWN_BATCH, draw
+from moqa.profiling.sensitivity import ErrorSettings
 
 # decoding steps that are timed
 _STEPS = 4
@@ -26,77 +26,76 @@ class ProfileTrial:
     Args:
         workspace: the model, and a work folder that is thrown away.
         how: how errors are made and measured.
-        few: the smaller distribution.
-        more: the larger one.
+        samples: of the distributions, the smaller one first.
+        watch: times the work.
     """
 
     workspace: Workspace
     how: ErrorSettings
-    few: Tensor
-    more: Tensor
+    samples: dict[str, Tensor]
+    watch: Stopwatch
 
-    def layer(self, layer: int, few_experts: Sequence[int], watch: Stopwatch) -> ProfileRates:
-        """Rates of a block; errors are made for `few_experts` only."""
-        names = {"few": self.few, "more": self.more}
-        for name, tokens in names.items():
-            self._place(layer, name, tokens)
-        weights = watch.seconds(lambda: go_forward(self.workspace, BlockPass(layer, self.how)))
-        counts = [self.workspace.stages.task.count(tokens) for tokens in names.values()]
-
-        def forward(name: str) -> float:
-            given = BlockPass(layer, self.how, name)
-            return watch.seconds(lambda: self._flushed(lambda: go_forward(self.workspace, given)))
-
-        first, second = (forward(name) for name in names)
-        rates = ProfileRates(weights, _line(counts, [first, second]))
-        if not self.how.probes:
-            return rates
+    def layer(self, layer: int, few_experts: Sequence[int], rates: BlockRates) -> None:
+        """Fill in the rates of a block; errors are made for `few_experts` only."""
+        for name in self.samples:
+            self._place(layer, name)
+        rates.weights = self.watch.seconds(lambda: go_forward(self.workspace, BlockPass(layer, self.how)))
 
         def back(name: str, experts: Sequence[int], together: int) -> float:
             how = replace(self.how, experts=together)
-            given = BlockPass(layer, how, name, experts=tuple(experts))
-            return watch.seconds(lambda: self._flushed(lambda: go_back(self.workspace, given)))
+            return self._seconds(go_back, BlockPass(layer, how, name, experts=tuple(experts)))
 
-        linear = [back(name, (), 1) for name in names]
-        rates = replace(rates, back=_line(counts, linear))
+        rates.forward = self._line([self._seconds(go_forward, BlockPass(layer, self.how, n)) for n in self.samples])
+        if not self.how.probes:
+            return
+        linear = [back(name, (), 1) for name in self.samples]
+        rates.back = self._line(linear)
         if not few_experts:
-            return rates
-        routed = [back(name, few_experts, len(few_experts)) for name in names]
-        each = [
-            (with_experts - without) / len(few_experts) for with_experts, without in zip(routed, linear, strict=True)
-        ]
-        rates = replace(rates, back_expert=_line(counts, each))
-        if len(few_experts) > 1:
-            halves = back("few", few_experts, -(-len(few_experts) // 2))
-            rates = replace(rates, back_slice=TokenCost(0.0, max(halves - routed[0], 0.0) / counts[0]))
-        return rates
+            return
+        count = len(few_experts)
+        routed = [back(name, few_experts, count) for name in self.samples]
+        rates.back_expert = self._line([(more - less) / count for more, less in zip(routed, linear, strict=True)])
+        if count > 1:
+            few, tokens = next(iter(self.samples.items()))
+            halves = back(few, few_experts, -(-count // 2))
+            each = max(halves - routed[0], 0.0) / self.workspace.stages.task.count(tokens)
+            rates.back_slice = TokenCost(0.0, each)
 
-    def labels(self, watch: Stopwatch) -> TokenCost:
+    def labels(self) -> TokenCost:
         """Cost of drawing labels, per token of a distribution."""
-        flow, stages = self._flow("few", self.few), self.workspace.stages
+        name, tokens = next(iter(self.samples.items()))
+        flow, stages = self._flow(name), self.workspace.stages
         for number in flow.measured:
-            states = states_in_front(stages, self.few[len(self.few) // 2 :], (stages.depth,))
+            states = states_in_front(stages, tokens[len(tokens) // 2 :], (stages.depth,))
             flow.hidden.put(stages.depth, number, states[stages.depth])
         generator = torch.Generator().manual_seed(0)
-        return TokenCost(0.0, watch.seconds(lambda: flow.draw_labels(stages, generator)) / stages.task.count(self.few))
+        return TokenCost(
+            0.0, self.watch.seconds(lambda: flow.draw_labels(stages, generator)) / stages.task.count(tokens)
+        )
 
-    def _place(self, layer: int, name: str, tokens: Tensor) -> None:
+    def _place(self, layer: int, name: str) -> None:
         """Save samples at the input of a block, and gradients at its output."""
-        flow = self._flow(name, tokens)
+        flow = self._flow(name)
         # half of the samples are a batch to calibrate on, the other half one to measure on
-        for number, inputs in enumerate(tokens.chunk(2)):
+        for number, inputs in enumerate(self.samples[name].chunk(2)):
             states = states_in_front(self.workspace.stages, inputs, (layer, layer + 1))
             flow.hidden.put(layer, number, states[layer])
             if number in flow.measured:
                 flow.put_gradient(layer + 1, number, torch.randn_like(states[layer + 1]))
 
-    def _flow(self, name: str, tokens: Tensor) -> ProfiledSamples:
-        stages, work = self.workspace.stages, self.workspace.work
-        return self.workspace.once(("flow", name), lambda: ProfiledSamples(name, tokens, stages, work))
+    def _flow(self, name: str) -> ProfiledSamples:
+        return ProfiledSamples.of(self.workspace, name, self.samples[name])
 
-    def _flushed(self, work: Callable[[], None]) -> None:
-        work()
-        self.workspace.work.flush()
+    def _seconds(self, work: Callable[[Workspace, BlockPass], None], given: BlockPass) -> float:
+        def saved() -> None:
+            work(self.workspace, given)
+            self.workspace.work.flush()
+
+        return self.watch.seconds(saved)
+
+    def _line(self, seconds: Sequence[float]) -> TokenCost:
+        counts = [self.workspace.stages.task.count(tokens) for tokens in self.samples.values()]
+        return TokenCost.through(*zip(counts, seconds, strict=True))
 
 
 @torch.no_grad()
@@ -148,7 +147,3 @@ def _first_layers(view: ModelView, count: int) -> Iterator[None]:
         yield
     finally:
         owner.layers = layers
-
-
-def _line(counts: Sequence[int], seconds: Sequence[float]) -> TokenCost:
-    return TokenCost.through((counts[0], seconds[0]), (counts[1], seconds[1]))

@@ -1,11 +1,13 @@
-"""What a checkpoint keeps of the original for later adjustments."""
+"""What a checkpoint keeps for later adjustments: parts of the original, and how its known distributions are routed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moqa.errors import MoqaError
+from moqa.format.routing import DIGITS, Routing, write_routing
 from moqa.models.experts import PROJECTIONS
 from moqa.models.view import ModelView, narrowest
 from moqa.profiling import SELF, Profile
@@ -65,6 +67,30 @@ def cache_layers(
         if layer in places:
             stored |= _rows(view, layer, places[layer])
         yield stored
+
+
+def describe_routing(target: Path, profile: Profile, known: Sequence[str]) -> None:
+    """Write how the known distributions use the experts; nothing if the model has no experts or no known distributions.
+
+    Args:
+        target: folder of the checkpoint, still being written.
+        profile: of the known distributions.
+        known: their names.
+    """
+    layers = profile.expert_layers
+    if layers and known:
+        shares = {
+            name: tuple(_rounded_shares(profile.layer(name, layer, "tokens")) for layer in layers)
+            for name in sorted(known)
+        }
+        routing = Routing(
+            fingerprint=profile.record.fingerprint, top_k=profile.record.top_k, layers=layers, known=shares
+        )
+        write_routing(target, routing)
+
+
+def _rounded_shares(tokens: Tensor) -> tuple[float, ...]:
+    return tuple(round(share, DIGITS) for share in (tokens.double() / tokens.sum()).tolist())
 
 
 def _shares(channel: Tensor) -> Tensor:

@@ -43,10 +43,6 @@ class CheckpointWriter:
         """Indices of the layers that are not written yet."""
         return [layer for layer in range(self.depth) if self._work.done(_step(layer)) is None]
 
-    def has_kept(self) -> bool:
-        """Whether the tensors that are not units are written."""
-        return self._work.done("kept") is not None
-
     def write_kept(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors that are not units, and record that it is done."""
         file = write_shard(self._work.result, self._layout[0], tensors)
@@ -54,8 +50,7 @@ class CheckpointWriter:
 
     def write_layer(self, layer: int, done: Mapping[str, QuantizedUnit]) -> dict[str, Any]:
         """Write a quantized layer; returns what `mark_done` records of it."""
-        tensors = {f"{name}.{key}": tensor for name, result in done.items() for key, tensor in result.tensors.items()}
-        file = write_shard(self._work.result, self._layout[layer + 1], tensors)
+        file = write_shard(self._work.result, self._layout[layer + 1], stored_tensors(done))
         stored = {
             unit.name: StoredUnit(
                 layer=layer, role=unit.role, shape=unit.shape, scheme=self._plan.units[unit.name],
@@ -110,6 +105,11 @@ class CheckpointWriter:
         )  # fmt: skip
         write_manifest(manifest, work.result / MANIFEST)
         write_index(manifest, work.result)
+
+
+def stored_tensors(done: Mapping[str, QuantizedUnit]) -> dict[str, Tensor]:
+    """The tensors of some units by their names in a shard."""
+    return {f"{name}.{suffix}": tensor for name, result in done.items() for suffix, tensor in result.tensors.items()}
 
 
 def _step(layer: int) -> str:

@@ -13,7 +13,7 @@ from moqa.kernels import PackedMatrix, ProductKernels, find_kernels
 from moqa.methods import METHODS, Method, SolveBatch
 from moqa.models.experts import weights_from
 from moqa.models.view import ModelView
-from moqa.runtime.packed import PackedExperts, packed_like
+from moqa.runtime.packed import PackedExperts, packed_parts
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,6 @@ class QuantizedUnit:
     tensors: dict[str, Tensor]
     method: str
     error: float | None
-
-
-def keep_unit(weights: Tensor) -> QuantizedUnit:
-    """A unit that stays in 16-bit floating point."""
-    return QuantizedUnit({"weight": weights.to(torch.bfloat16).contiguous()}, "none", None)
-
-
-def store_unit(weights: Tensor, scheme: Scheme, method: Method) -> QuantizedUnit:
-    """A unit [out, in] quantized by a method that uses no inputs."""
-    assert method.store is not None
-    return QuantizedUnit(method.store(weights, scheme), method.name, None)
 
 
 def solve(stack: UnitStack, schemes: Mapping[str, Scheme], method: Method) -> dict[str, QuantizedUnit]:
@@ -88,21 +77,16 @@ def quantized(
         schemes: unit name -> scheme.
         kernels: that multiply; None means the fastest.
     """
-    kernels = kernels or find_kernels()
-    experts: dict[tuple[int, str], PackedMatrix] = {}
+    matrices = {
+        unit.name: PackedMatrix(schemes[unit.name], unit.shape, done[unit.name].tensors)
+        for unit in view.block_units(layer)
+    }
     with ExitStack() as stack:
         stack.enter_context(view.without(layer))
-        for unit in view.block_units(layer):
-            matrix = PackedMatrix(schemes[unit.name], unit.shape, done[unit.name].tensors)
-            if unit.expert is not None:
-                experts[unit.expert, unit.projection] = matrix
-                continue
-            parent, _, child = unit.module.rpartition(".")
-            owner, linear = view.module(parent), view.module(unit.module)
-            setattr(owner, child, packed_like(linear, matrix, kernels))
-            stack.callback(setattr, owner, child, linear)
-        path = view.experts_path(layer)
-        if path is not None:
-            module = view.module(path)
-            stack.enter_context(weights_from(module, PackedExperts(module, experts, kernels)))
+        for owner, name, packed in packed_parts(view, layer, matrices, kernels or find_kernels()):
+            if isinstance(packed, PackedExperts):
+                stack.enter_context(weights_from(owner, packed))
+            else:
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, packed)
         yield

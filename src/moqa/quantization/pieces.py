@@ -13,8 +13,9 @@ from moqa.calibration.stacks import stacks
 from moqa.execution import Executor, Workspace
 from moqa.format.scheme import Scheme
 from moqa.methods import Method
+from moqa.models.units import Unit
 from moqa.progress import Report
-from moqa.quantization.layer import QuantizedUnit, keep_unit, solve, store_unit
+from moqa.quantization.layer import QuantizedUnit, solve
 from moqa.quantization.samples import CalibrationSamples
 
 Item = TypeVar("Item")
@@ -129,15 +130,19 @@ def quantize_piece(workspace: Workspace, piece: BlockPiece) -> dict[str, Quantiz
     ['model.layers.0.self_attn.q_proj']
     """
     view, schemes, method = workspace.view, piece.schemes, piece.method
-    units = [unit for unit in view.block_units(piece.layer) if unit.name in schemes]
     inputs = dict(piece.linear)
     if piece.parts:
         inputs = BlockInputs.recorded(view, piece.layer, piece.parts, workspace.work).experts(piece.experts)
-    kept = [unit for unit in units if schemes[unit.name].is_unquantized]
-    done = {unit.name: keep_unit(view.weight(unit)) for unit in kept}
-    narrow = [unit for unit in units if not schemes[unit.name].is_unquantized]
-    if method.store is not None:
-        return done | {unit.name: store_unit(view.weight(unit), schemes[unit.name], method) for unit in narrow}
+    done, narrow = {}, list[Unit]()
+    for unit in (unit for unit in view.block_units(piece.layer) if unit.name in schemes):
+        scheme = schemes[unit.name]
+        if scheme.is_unquantized:
+            weights = view.weight(unit).to(torch.bfloat16).contiguous()
+            done[unit.name] = QuantizedUnit({"weight": weights}, "none", None)
+        elif method.store is not None:
+            done[unit.name] = QuantizedUnit(method.store(view.weight(unit), scheme), method.name, None)
+        else:
+            narrow.append(unit)
     left = Counter(map(input_space, narrow))
     for stack in stacks(view, narrow, schemes, inputs):
         done |= solve(stack, schemes, method)
@@ -157,16 +162,12 @@ def _collected(
     depth = len(work.workspace.view.blocks)
     for piece in pieces:
         if piece.experts:
-            error = _error(done)
+            errors = [result.error for result in done.values() if result.error is not None]
+            # mean relative output error so far
+            error = sum(errors) / max(len(errors), 1)
             work.report("quantize", piece.layer, depth, layer=piece.layer, expert=piece.experts[0], error=error)
         done |= next(results)
     return done
-
-
-def _error(done: Mapping[str, QuantizedUnit]) -> float:
-    """Mean relative output error so far."""
-    errors = [result.error for result in done.values() if result.error is not None]
-    return sum(errors) / max(len(errors), 1)
 
 
 def _slices(items: Sequence[Item], together: int, workers: int) -> Iterator[Sequence[Item]]:

@@ -11,9 +11,9 @@ import torch
 from moqa import __version__
 from moqa.errors import MoqaError
 from moqa.execution import Executor, LocalExecutor, Workspace
-from moqa.execution.background import Background
+from moqa.execution.background import background
 from moqa.forecast.disk import largest_block_bytes, quantization_disk_bytes
-from moqa.forecast.working_set import QuantizationWorkingSet
+from moqa.forecast.working_set import WorkingSet
 from moqa.format.cache import write_cache
 from moqa.format.writer import introduce
 from moqa.memory.limit import MemoryLimit
@@ -25,15 +25,13 @@ from moqa.originals import folder as original
 from moqa.planning import Plan
 from moqa.profiling import Profile, read_profile
 from moqa.progress import Report, quiet
-from moqa.quantization.cache import cache_layers, parse_cache
+from moqa.quantization.cache import cache_layers, describe_routing, parse_cache
 from moqa.quantization.checkpoint import CheckpointWriter
 from moqa.quantization.layer import QuantizedUnit
 from moqa.quantization.pieces import BlockWork, quantized_layers
-from moqa.quantization.routing import describe_routing
 from moqa.quantization.samples import CalibrationSamples, tokens_of
 from moqa.storage.folders import check_free
-from moqa.storage.resumable import resumable
-from moqa.storage.space import check_space
+from moqa.storage.resumable import check_space, resumable
 
 # small files of the original that a transformers model needs in addition to its weights
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -97,7 +95,7 @@ def quantize(
     _check_units(view, plan)
     executor = engine or LocalExecutor()
     settle()
-    room = QuantizationWorkingSet.within(
+    room = WorkingSet.to_quantize(
         executor.memory(memory), view, how, tokens_of(plan, profile), largest_block_bytes(view, plan.units)
     )
     check_space(out, disk_needed(view, plan, profile, how, cache))
@@ -118,12 +116,22 @@ def quantize(
             work.mark_done("start", {})
         samples = CalibrationSamples(view, plan, profile, work) if how.needs_data else None
         todo = BlockWork(Workspace(view, work), plan.units, how, executor, room.experts, report)
-        with Background(room.ahead) as background, closing(quantized_layers(todo, samples, missing)) as results:
-            if not writer.has_kept():
-                background.do(writer.write_kept, view.kept_on_disk())
+
+        def finish(layer: int, done: Mapping[str, QuantizedUnit]) -> None:
+            """Write a quantized layer, store the hidden states after it, and record that it is done."""
+            written = writer.write_layer(layer, done)
+            if samples and layer + 1 < writer.depth:
+                samples.advance(layer, done, plan.units)
+            writer.mark_done(layer, written)
+            if samples:
+                samples.forget(layer)
+
+        with background(room.ahead) as do, closing(quantized_layers(todo, samples, missing)) as results:
+            if work.done("kept") is None:
+                do(writer.write_kept, view.kept_on_disk())
             for layer in missing:
                 report("quantize", layer, writer.depth)
-                background.do(_finish, todo, writer, samples, layer, next(results))
+                do(finish, layer, next(results))
         writer.finish(str(model))
         report("quantize", writer.depth, writer.depth)
     return out
@@ -156,19 +164,6 @@ def _job(plan: Plan, profile: Profile, method: Method, cache: str | None) -> dic
         digest.update(profile.statistics[name]["samples"].contiguous().numpy().tobytes())
     return {"moqa": __version__, "model": plan.fingerprint, "plan and samples": digest.hexdigest(),
             "method": method.name, "cache": cache}  # fmt: skip
-
-
-def _finish(
-    work: BlockWork, writer: CheckpointWriter, samples: CalibrationSamples | None, layer: int,
-    done: Mapping[str, QuantizedUnit],
-) -> None:  # fmt: skip
-    """Write a quantized layer, store the hidden states after it, and record that it is done."""
-    written = writer.write_layer(layer, done)
-    if samples and layer + 1 < writer.depth:
-        samples.advance(layer, done, work.schemes)
-    writer.mark_done(layer, written)
-    if samples:
-        samples.forget(layer)
 
 
 def _profile_of(plan: Plan) -> Profile:

@@ -1,6 +1,6 @@
 """The hidden states of the samples as they pass through the model, whose earlier blocks are already quantized."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -43,7 +43,9 @@ class CalibrationSamples:
 
     def inputs(self, layer: int) -> BlockInputs:
         """Inputs of all units of a layer, whose weights are still the original ones."""
-        return BlockInputs(self._view, self._stages, layer, self._at(layer), self._work)
+        states = (self._hidden.at(layer, number) for number in range(len(self._parts)))
+        batches = (CalibrationBatch(x, share, held) for x, (share, held) in zip(states, self._parts, strict=True))
+        return BlockInputs(self._view, self._stages, layer, batches, self._work)
 
     def advance(self, layer: int, done: Mapping[str, QuantizedUnit], schemes: Mapping[str, Scheme]) -> None:
         """Move the hidden states past a layer that has been quantized."""
@@ -53,10 +55,6 @@ class CalibrationSamples:
     def forget(self, layer: int) -> None:
         """Remove the stored inputs of a layer that is done."""
         self._hidden.forget(layer)
-
-    def _at(self, layer: int) -> Iterator[CalibrationBatch]:
-        for number, (share, held) in enumerate(self._parts):
-            yield CalibrationBatch(self._hidden.at(layer, number), share, held)
 
 
 def tokens_of(plan: Plan, profile: Profile) -> int:

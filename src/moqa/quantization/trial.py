@@ -1,7 +1,7 @@
 """A trial of quantizing one layer: each part of the driver's work is done on a few samples, and timed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
 
@@ -11,13 +11,14 @@ from moqa.calibration.hidden import HiddenStates
 from moqa.calibration.inputs import HELD_OUT_EVERY, BlockInputs, CalibrationBatch, InputStatistics, by_input
 from moqa.calibration.stacks import STACK_WEIGHTS
 from moqa.execution import Workspace
-from moqa.forecast.rates import FileRates, QuantizationRates, TokenCost
-from moqa.forecast.stopwatch import Stopwatch
+from moqa.forecast.rates import BlockRates, TokenCost
+from moqa.forecast.trial import Stopwatch
 from moqa.format.layout import shards
 from moqa.format.scheme import Scheme
 from moqa.format.writer import write_shard
 from moqa.methods import Method
 from moqa.models.units import Unit
+from moqa.quantization.checkpoint import stored_tensors
 from moqa.quantization.layer import QuantizedUnit, quantized
 from moqa.quantization.pieces import BlockPiece, quantize_piece
 
@@ -36,6 +37,10 @@ class TrialLayer:
         method: how it is quantized.
         experts: largest number of experts whose statistics are held at a time.
         predictions: of one sample, see `Task.count`.
+        watch: times the work.
+        rates: of the layer, filled in by each trial.
+        done: unit name -> result; those of a few experts are used for the others, too.
+        stored: unit name -> scheme of that result.
     """
 
     workspace: Workspace
@@ -44,6 +49,10 @@ class TrialLayer:
     method: Method
     experts: int
     predictions: int
+    watch: Stopwatch
+    rates: BlockRates = field(default_factory=BlockRates)
+    done: dict[str, QuantizedUnit] = field(default_factory=dict)
+    stored: dict[str, Scheme] = field(default_factory=dict)
 
     def units(self) -> list[Unit]:
         """All units of the layer."""
@@ -59,76 +68,53 @@ class TrialLayer:
         return [every[len(every) * number // count] for number in range(count)] if every else []
 
 
-@dataclass(frozen=True)
-class TrialResult:
-    """A layer that was quantized for a trial: results of a few experts are used for the others, too.
-
-    Attributes:
-        rates: of the work.
-        file: rates of reading the layer and writing the result.
-        done: unit name -> result.
-        schemes: unit name -> scheme of that result.
-    """
-
-    rates: QuantizationRates
-    file: FileRates
-    done: dict[str, QuantizedUnit]
-    schemes: dict[str, Scheme]
-
-
 @torch.no_grad()
-def try_quantization(
-    tried: TrialLayer, batches: Sequence[CalibrationBatch], moving: HiddenStates | None, watch: Stopwatch
-) -> TrialResult:
+def try_quantization(tried: TrialLayer, batches: Sequence[CalibrationBatch], moving: HiddenStates | None) -> None:
     """Quantize a layer as `moqa.quantize` does, with a few samples and a few of its experts.
 
     Args:
-        tried: the layer.
+        tried: the layer; gets its rates and results.
         batches: samples to fit on, then those on which results are compared; none for a method that needs no data.
         moving: one batch of samples, as inputs of the layer; None for a method that needs no data.
-        watch: times the work.
     """
-    view, layer = tried.workspace.view, tried.layer
-    read = watch.single(lambda: view.need(layer))
+    view, layer, rates, watch = tried.workspace.view, tried.layer, tried.rates, tried.watch
+    rates.read, rates.read_work = watch.single(lambda: view.need(layer))
     units, few = tried.units(), tried.few_experts()
-    inputs, rates = None, QuantizationRates()
+    inputs = None
     seen: dict[str, InputStatistics] = {}
     if batches:
-        inputs, cost = _inputs(tried, batches, watch)
-        rates = replace(rates, inputs=cost)
+        inputs = _inputs(tried, batches)
         seen |= inputs.linear
         if few:
-            calls, expert = _experts(tried, inputs, few, watch)
-            rates = replace(rates, calls=calls, expert=expert)
+            _time_experts(tried, inputs, few)
             seen |= inputs.experts(few)
-    done: dict[str, QuantizedUnit] = {}
 
     def solve(some: Sequence[Unit]) -> None:
         schemes = {unit.name: tried.schemes[unit.name] for unit in some}
-        done.update(quantize_piece(tried.workspace, BlockPiece(layer, tried.method, schemes, linear=seen)))
+        tried.done.update(quantize_piece(tried.workspace, BlockPiece(layer, tried.method, schemes, linear=seen)))
 
     linear = [unit for unit in units if unit.expert is None]
     routed = [unit for unit in units if unit.expert in few]
-    rates = replace(
-        rates,
-        linear=watch.seconds(lambda: solve(linear)) if linear else 0.0,
-        solve=watch.seconds(lambda: solve(routed)) / len(few) if few else 0.0,
-    )
-    schemes = {name: tried.schemes[name] for name in done}
-    for unit, other in _stand_ins(units, few):
-        done[unit.name], schemes[unit.name] = done[other.name], tried.schemes[other.name]
+    rates.linear = watch.seconds(lambda: solve(linear)) if linear else 0.0
+    rates.solve = watch.seconds(lambda: solve(routed)) / len(few) if few else 0.0
+    tried.stored.update({name: tried.schemes[name] for name in tried.done})
+    alike = {(unit.expert, unit.projection): unit.name for unit in routed}
+    for unit in units:
+        if unit.name not in tried.done and unit.expert is not None:
+            other = alike[few[unit.expert % len(few)], unit.projection]
+            tried.done[unit.name], tried.stored[unit.name] = tried.done[other], tried.schemes[other]
     if moving is not None:
-        rates = replace(rates, advance=_advance(tried, done, schemes, moving, watch))
+        rates.advance = _advance(tried, moving)
     if inputs is not None:
         inputs.drop()
-    stored = sum(unit.weights * view.stored_dtype(unit).itemsize for unit in units)
-    file = FileRates(stored, read[0], read[1], *_written(tried, done, schemes, watch))
-    return TrialResult(rates, file, done, schemes)
+    rates.experts = len({unit.expert for unit in units if unit.expert is not None})
+    rates.bytes = sum(unit.weights * view.stored_dtype(unit).itemsize for unit in units)
+    _write(tried)
 
 
-def _inputs(tried: TrialLayer, batches: Sequence[CalibrationBatch], watch: Stopwatch) -> tuple[BlockInputs, TokenCost]:
-    """Inputs of the layer, and the cost of collecting them per token of the samples."""
-    marks: list[float] = []
+def _inputs(tried: TrialLayer, batches: Sequence[CalibrationBatch]) -> BlockInputs:
+    """Inputs of the layer; times collecting them, per token of the samples."""
+    watch, marks = tried.watch, list[float]()
 
     def timed() -> Iterator[CalibrationBatch]:
         for batch in batches:
@@ -143,15 +129,13 @@ def _inputs(tried: TrialLayer, batches: Sequence[CalibrationBatch], watch: Stopw
     again = fmean(fit[1:] or fit)
     watch.once += max(fit[0] - again, 0.0)
     each = again / (len(batches[0].hidden) * tried.predictions)
-    return inputs, TokenCost(
-        0.0, _mixed(each, fmean(checked) / (len(batches[-1].hidden) * tried.predictions) if checked else each)
-    )
+    check = fmean(checked) / (len(batches[-1].hidden) * tried.predictions) if checked else each
+    tried.rates.inputs = TokenCost(0.0, _mixed(each, check))
+    return inputs
 
 
-def _experts(
-    tried: TrialLayer, inputs: BlockInputs, few: Sequence[int], watch: Stopwatch
-) -> tuple[TokenCost, TokenCost]:
-    """Costs of reading all calls of the experts, and of gathering one expert's inputs."""
+def _time_experts(tried: TrialLayer, inputs: BlockInputs, few: Sequence[int]) -> None:
+    """Time reading all calls of the experts, and gathering one expert's inputs."""
     view, parts = tried.workspace.view, inputs.parts
     fit = [part for part in parts if not part.check]
     # parts only know their share: tokens are counted in the recorded calls
@@ -159,7 +143,7 @@ def _experts(
 
     def seconds(which: Sequence[int], some: Sequence[CalibrationBatch]) -> float:
         recorded = BlockInputs.recorded(view, tried.layer, some, tried.workspace.work)
-        return watch.seconds(lambda: recorded.experts(which))
+        return tried.watch.seconds(lambda: recorded.experts(which))
 
     every, fitted, first = sum(counts), sum(counts[: len(fit)]), counts[0]
     call = seconds((), parts) / every
@@ -167,17 +151,14 @@ def _experts(
     gathered = inputs.experts(few)
     rows = sum(statistics.tokens for name, statistics in gathered.items() if name.endswith(".in"))
     # a router may send more tokens to these experts than to others: scale to an average expert
-    share = fitted * view.top_k / tried.workspace.view.experts(tried.layer).num_experts * len(few) / max(rows, 1)
+    share = fitted * view.top_k / view.experts(tried.layer).num_experts * len(few) / max(rows, 1)
     line = TokenCost.through((first, one - call * first), (fitted, some - call * fitted))
     check = (all_ - some - call * (every - fitted)) / (every - fitted) if every > fitted else line.token
     token = _mixed(line.token, max(check, 0.0)) * share / len(few)
-    return TokenCost(0.0, call), TokenCost(line.fixed / len(few), token)
+    tried.rates.calls, tried.rates.expert = TokenCost(0.0, call), TokenCost(line.fixed / len(few), token)
 
 
-def _advance(
-    tried: TrialLayer, done: Mapping[str, QuantizedUnit], schemes: Mapping[str, Scheme], moving: HiddenStates,
-    watch: Stopwatch,
-) -> TokenCost:  # fmt: skip
+def _advance(tried: TrialLayer, moving: HiddenStates) -> TokenCost:
     view, layer = tried.workspace.view, tried.layer
     hidden = moving.at(layer, 0)
 
@@ -186,36 +167,26 @@ def _advance(
         tried.workspace.work.flush()
 
     def whole() -> None:
-        with quantized(view, layer, done, schemes):
+        with quantized(view, layer, tried.done, tried.stored):
             move()
 
-    first = watch.seconds(whole)
-    with quantized(view, layer, done, schemes):
-        each = watch.seconds(move)
+    first = tried.watch.seconds(whole)
+    with quantized(view, layer, tried.done, tried.stored):
+        each = tried.watch.seconds(move)
     return TokenCost(max(first - each, 0.0), each / (len(hidden) * tried.predictions))
 
 
-def _written(
-    tried: TrialLayer, done: Mapping[str, QuantizedUnit], schemes: Mapping[str, Scheme], watch: Stopwatch
-) -> tuple[int, float, float]:
-    """Bytes of the result, seconds to write them, and processor seconds of that."""
-    entries = {unit.name: (tried.layer, unit.shape, schemes[unit.name]) for unit in tried.units()}
+def _write(tried: TrialLayer) -> None:
+    """Write the result, and time it."""
+    entries = {unit.name: (tried.layer, unit.shape, tried.stored[unit.name]) for unit in tried.units()}
     shard = shards({}, len(tried.workspace.view.blocks), entries)[tried.layer + 1]
-    tensors = {f"{name}.{suffix}": tensor for name, result in done.items() for suffix, tensor in result.tensors.items()}
-    work = tried.workspace.work
+    work, tensors = tried.workspace.work, stored_tensors(tried.done)
 
     def write() -> None:
         work.mark_done(f"layer-{tried.layer}", write_shard(work.result, shard, tensors).model_dump(mode="json"))
 
-    return shard.bytes, *watch.single(write)
-
-
-def _stand_ins(units: Sequence[Unit], few: Sequence[int]) -> Iterator[tuple[Unit, Unit]]:
-    """Units of experts that were not quantized, each with one that was and stands in for it."""
-    routed = {(unit.expert, unit.projection): unit for unit in units if unit.expert is not None}
-    for (expert, projection), unit in routed.items():
-        if expert is not None and expert not in few:
-            yield unit, routed[few[expert % len(few)], projection]
+    tried.rates.written = shard.bytes
+    tried.rates.write, tried.rates.write_work = tried.watch.single(write)
 
 
 def _mixed(fit: float, check: float) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from moqa.profiling.record import SELF
 from moqa.profiling.store import Profile
 from moqa.reports.allocation import Allocation
-from moqa.reports.blocks import BarPart, Bars, Column, Key, KeyEntry, Note, PageElement, Section, Table, number
+from moqa.reports.blocks import BarPart, Bars, Key, KeyEntry, Note, PageElement, Section, Table, number
 from moqa.reports.gather import Artifacts
 from moqa.reports.palette import LINES, NOVEL, STRATEGIES
 from moqa.reports.rows import Row
@@ -26,25 +26,24 @@ def account_section(made: Sequence[Allocation]) -> Section | None:
          number(one.account.model_bits_per_weight), one.ties)
         for one in made
     )  # fmt: skip
-    heads = ("Units", "Kept", "Headers", "Total bytes", "MiB", "Bits per weight", "of the whole model")
-    columns = (Column("Plan", numeric=False), *map(Column, heads), Column("Ties", numeric=False))
+    heads = ("Plan", "Units", "Kept", "Headers", "Total bytes", "MiB", "Bits per weight", "of the whole model", "Ties")
     reading = (
         "Units are the planned matrices with their scales and zero-points; kept is what stays in high precision "
         "(embeddings, norms, routers); headers are the tables of contents of the weight files. Bits per weight counts "
         "all bytes of the units."
     )
-    return Section("bytes", "Bytes", "Byte account", reading, [*_bars(made), Table("", columns, rows)])
+    return Section("Bytes", "Byte account", reading, [*_bars(made), Table("", heads, rows, words=(0, 8))])
 
 
 def _bars(made: Sequence[Allocation]) -> list[PageElement]:
     longest = max(one.account.checkpoint for one in made)
     colours = {"units": LINES[0], "kept": STRATEGIES["uniform"], "headers": NOVEL}
     bars = tuple(
-        (one.label, tuple(BarPart(f"{_bytes(size)} bytes of {name}", size / longest, *colour)
+        (one.label, tuple(BarPart(f"{_bytes(size)} bytes of {name}", size / longest, colour)
                           for name, colour in colours.items() if (size := getattr(one.account, name))))
         for one in made
     )  # fmt: skip
-    key = tuple(KeyEntry(name, *colour, shape="square") for name, colour in colours.items())
+    key = tuple(KeyEntry(name, colour, shape="square") for name, colour in colours.items())
     return [Bars("", bars), Key(key)]
 
 
@@ -64,7 +63,7 @@ def provenance_section(found: Artifacts, made: Sequence[Allocation], rows: Seque
     if any(SELF in one.mixture for one in mixtures) or (found.profile and SELF in found.profile.statistics):
         blocks.append(Note(_SELF_SENTENCE))
     reading = "What the numbers on this page were measured on, and with what; enough to make them again."
-    return Section("provenance", "Provenance", "Provenance", reading, blocks)
+    return Section("Provenance", "Provenance", reading, blocks)
 
 
 def _bytes(count: int) -> str:
@@ -72,15 +71,12 @@ def _bytes(count: int) -> str:
 
 
 def _facts(found: Artifacts, rows: Sequence[Row]) -> Table:
-    records = [(r.model, r.model_type, r.moqa) for r in (p.record for p in found.profiles)]
-    records += [(p.model, p.model_type, p.moqa) for p in found.plans.values()]
-    records += [(m.model, m.model_type, m.moqa) for m in (c.manifest for c in found.checkpoints)]
-    models, kinds, versions = zip(*records, strict=True) if records else ((), (), ())
+    models = [record.model for record in found.records]
     facts = [
         ("Model", _joined(models or (row.evaluation.model for row in rows if row.original))),
-        ("Architecture", _joined(kinds)),
+        ("Architecture", _joined(record.model_type for record in found.records)),
         ("Fingerprint", _joined(f[:12] for f in found.fingerprints)),
-        ("moqa", _joined(versions)),
+        ("moqa", _joined(record.moqa for record in found.records)),
     ]
     if found.profile:
         r, s = found.profile.record, found.profile.record.settings
@@ -103,8 +99,7 @@ def _facts(found: Artifacts, rows: Sequence[Row]) -> Table:
         against = _joined(row.evaluation.against or "" for row in rows)
         facts.append(("Evaluation", f"windows of {contexts} tokens, {tokens} predicted tokens per distribution"
                       + (f", against {against}" if against else "")))  # fmt: skip
-    heads = (Column("", numeric=False), Column("", numeric=False))
-    return Table("", heads, tuple((name, value) for name, value in facts if value))
+    return Table("", ("", ""), tuple((name, value) for name, value in facts if value), words=(0, 1))
 
 
 def _distributions(profile: Profile, found: Artifacts, rows: Sequence[Row]) -> Table:
@@ -115,8 +110,8 @@ def _distributions(profile: Profile, found: Artifacts, rows: Sequence[Row]) -> T
     for name, record in profile.record.distributions.items():
         role = "the model's own text" if name == SELF else "yes" if name in fitted else "no"
         lines.append((name, record.origin, str(record.samples), _bytes(record.tokens), role))
-    heads = (Column("Distribution", False), Column("Calibration text", False), Column("Windows"), Column("Tokens"))
-    return Table("Distributions of the profile", (*heads, Column("Fitted on", False)), tuple(lines))
+    heads = ("Distribution", "Calibration text", "Windows", "Tokens", "Fitted on")
+    return Table("Distributions of the profile", heads, tuple(lines), words=(0, 1, 4))
 
 
 def _mixtures(made: Sequence[Allocation]) -> Table:
@@ -124,8 +119,7 @@ def _mixtures(made: Sequence[Allocation]) -> Table:
     for one in made:
         parts = sorted(one.mixture.items(), key=lambda item: (item[0] == SELF, item[0]))
         lines.append((one.label, ", ".join(f"{name} {share * 100:.0f} %" for name, share in parts)))
-    heads = (Column("Plan", False), Column("Share of each distribution", False))
-    return Table("Calibration mixture", heads, tuple(lines))
+    return Table("Calibration mixture", ("Plan", "Share of each distribution"), tuple(lines), words=(0, 1))
 
 
 def _joined(values: Iterable[str]) -> str:

@@ -1,13 +1,15 @@
 """Section on activation: routing of tokens, co-activation of experts and similarity of their weights."""
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
 from moqa.profiling.store import Profile
-from moqa.reports.blocks import CellGrid, Chart, Note, PageElement, Picker, Scale, Section
-from moqa.reports.charts import chart, heat_map, map_axes, stacked, upper
+from moqa.reports.blocks import CellGrid, Note, PageElement, Picker, Scale, Section
+from moqa.reports.charts import heat_map, stacked, upper
 from moqa.reports.drift import distributions
-from moqa.reports.significance import expert_map, titled
+from moqa.reports.significance import titled
 
 _MAX_NAMES = 60
 
@@ -21,8 +23,8 @@ def activation_section(profile: Profile) -> Section | None:
     top = upper(np.stack(list(shares.values())))
     hover = "layer %{y}, expert %{x}<br>%{customdata[0]:,} tokens<br>%{z:.2f} % of the layer's"
     maps = tuple(
-        expert_map(titled(name), table, profile, hover, (0.0, top),
-                   customdata=np.nan_to_num(tokens[name])[..., None].astype(np.int32))
+        heat_map(titled(name), table, profile.expert_layers, hover, (0.0, top),
+                 customdata=np.nan_to_num(tokens[name])[..., None].astype(np.int32))
         for name, table in shares.items()
     )  # fmt: skip
     even = 100 / max(table.shape[1] for table in tokens.values())
@@ -44,7 +46,7 @@ def activation_section(profile: Profile) -> Section | None:
             ),
             Picker("Layer", layers),
         ]
-    return Section("activation", "Activation", "Where the tokens go", reading, blocks)
+    return Section("Activation", "Where the tokens go", reading, blocks)
 
 
 def _tokens(profile: Profile, name: str) -> NDArray[np.float64]:
@@ -67,17 +69,20 @@ def _correlation(profile: Profile) -> tuple[tuple[str, tuple[PageElement, ...]],
         return ()
     top = max(upper(table) for table in together.values())
     limit = max((upper(np.abs(table)) for table in alike.values()), default=1.0)
+    square = partial(heat_map, axes=("expert", "expert"), height=380)
     options = []
     for layer, table in together.items():
         charts = []
         if has_pairs:
             hover = "of expert %{y}'s tokens<br>%{z:.1f} % also visit expert %{x}"
             ends = Scale("sequential", "0 %", f"{top:.0f} % or more")
-            charts.append(_square("Co-activation", table, hover, "sequential", (0.0, top), ends))
+            charts.append(square("Co-activation", table, range(len(table)), hover, (0.0, top), legend=ends))
         if layer in alike:
             hover = "experts %{y} and %{x}<br>cosine %{z:.3f}"
             ends = Scale("diverging", f"\u2212{limit:.3f} or less", f"{limit:.3f} or more")
-            charts.append(_square("Similarity of weights", alike[layer], hover, "diverging", (-limit, limit), ends))
+            bounds = (-limit, limit)
+            charts.append(square("Similarity of weights", alike[layer], range(len(table)), hover, bounds,
+                                 scale="diverging", legend=ends))  # fmt: skip
         options.append((f"layer {layer}", (CellGrid(tuple(charts)),)))
     return tuple(options)
 
@@ -98,8 +103,3 @@ def _similarity(profile: Profile, layer: int) -> NDArray[np.float64] | None:
     table: NDArray[np.float64] = similarity.double().numpy().copy()
     np.fill_diagonal(table, np.nan)
     return table
-
-
-def _square(title: str, table: NDArray, hover: str, scale: str, limits: tuple[float, float], legend: Scale) -> Chart:
-    trace = heat_map(table, range(len(table)), hover, scale, limits)
-    return chart(title, [trace], map_axes("expert", "expert", *table.shape), 380, legend)

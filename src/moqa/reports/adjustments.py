@@ -4,8 +4,8 @@ import numpy as np
 
 from moqa.evaluation import Evaluation
 from moqa.format.adjustment import Adjustment
-from moqa.reports.blocks import CellGrid, Chart, Column, PageElement, Scale, Section, Table, number, percent
-from moqa.reports.charts import chart, heat_map, map_axes, upper
+from moqa.reports.blocks import CellGrid, PageElement, Scale, Section, Table, number, percent
+from moqa.reports.charts import heat_map, upper
 from moqa.reports.gather import Artifacts
 
 READING = (
@@ -24,14 +24,18 @@ def adjustments_section(found: Artifacts) -> Section | None:
         blocks.append(_made(found.adjustments))
     if changes := _changes(found.evaluations):
         names = ("model", "adjustment", "text", "KL before", "after", "change", "perplexity before", "after")
-        heads = tuple(Column(name, numeric=i > 2) for i, name in enumerate(names))
-        blocks.append(Table("Before and after", heads, tuple(changes)))
+        blocks.append(Table("Before and after", names, tuple(changes), words=(0, 1, 2)))
     if found.adjustments:
         tables = [_counts(adjustment) for adjustment in found.adjustments]
         top = upper(np.concatenate([table.ravel() for table in tables]))
-        maps = tuple(_map(a, table, top) for a, table in zip(found.adjustments, tables, strict=True))
+        hover = "layer %{y}, expert %{x}<br>%{z} rows and columns"
+        maps = tuple(
+            heat_map(f"{a.record.name}, {a.record.mode}", table, range(len(table)), hover, (0.0, top),
+                     height=90 + 22 * len(table))
+            for a, table in zip(found.adjustments, tables, strict=True)
+        )  # fmt: skip
         blocks.append(CellGrid(maps, Scale("sequential", "0", f"{top:.0f} or more", "rows and columns of the expert")))
-    return Section("adjustments", "Adjustments", "Adjustments to novel texts", READING, blocks)
+    return Section("Adjustments", "Adjustments to novel texts", READING, blocks)
 
 
 def _made(adjustments: list[Adjustment]) -> Table:
@@ -44,7 +48,7 @@ def _made(adjustments: list[Adjustment]) -> Table:
         )
         for a in adjustments
     ]  # fmt: skip
-    return Table("Made", tuple(Column(name, numeric=i > 3) for i, name in enumerate(names)), tuple(rows))
+    return Table("Made", names, tuple(rows), words=(0, 1, 2, 3))
 
 
 def _changes(evaluations: list[Evaluation]) -> list[tuple[str, ...]]:
@@ -74,12 +78,3 @@ def _counts(adjustment: Adjustment) -> np.ndarray:
         for part in adjustment.layer(layer):
             table[layer] += np.bincount(part.expert.numpy(), minlength=record.sizes.experts)
     return table
-
-
-def _map(adjustment: Adjustment, table: np.ndarray, top: float) -> Chart:
-    layers, experts = table.shape
-    hover = "layer %{y}, expert %{x}<br>%{z} rows and columns"
-    trace = heat_map(table, range(layers), hover, "sequential", (0.0, top))
-    height = 90 + 22 * layers
-    title = f"{adjustment.record.name}, {adjustment.record.mode}"
-    return chart(title, [trace], map_axes("expert", "layer", layers, experts), height)

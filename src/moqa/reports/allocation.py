@@ -2,9 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from moqa.format.layout import entry_bytes
+from moqa.format.manifest import StoredUnit
 from moqa.format.scheme import Scheme
 from moqa.planning import Account
 from moqa.profiling.record import UnitRecord
@@ -12,18 +13,6 @@ from moqa.reports.gather import Artifacts
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class AllocatedUnit:
-    """A unit as a chart needs it; `weights` is 1 if no artifact has its shape."""
-
-    layer: int
-    expert: int | None
-    role: str
-    projection: str
-    weights: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +25,7 @@ class Allocation:
         hedge: share of the model's own text in the objective.
         ties: which units share a width.
         mixture: share of each distribution in the fit.
-        places: all units.
+        places: all units with their widths.
     """
 
     label: str
@@ -44,15 +33,15 @@ class Allocation:
     hedge: float | None
     ties: str
     mixture: dict[str, float]
-    places: tuple[AllocatedUnit, ...]
+    places: tuple[tuple[UnitRecord, int], ...]
 
     @property
     def widths(self) -> dict[int, float]:
         """Width -> share of the weights, narrowest first."""
-        total = sum(place.weights for place in self.places)
+        total = sum(unit.weights for unit, _ in self.places)
         counts: dict[int, int] = {}
-        for place in sorted(self.places, key=lambda p: p.width):
-            counts[place.width] = counts.get(place.width, 0) + place.weights
+        for unit, width in sorted(self.places, key=lambda place: place[1]):
+            counts[width] = counts.get(width, 0) + unit.weights
         return {width: weights / total for width, weights in counts.items()}
 
 
@@ -60,13 +49,7 @@ def allocations(found: Artifacts) -> list[Allocation]:
     """All distinct allocations of plans and checkpoints, ordered by size."""
     units = {u.name: u for profile in found.profiles for u in profile.record.units}
     for checkpoint in found.checkpoints:
-        for name, stored in checkpoint.manifest.units.items():
-            projection = name.rpartition(".")[2]
-            units.setdefault(
-                name,
-                UnitRecord(name=name, layer=stored.layer, role=stored.role, projection=projection,
-                           expert=_number(_EXPERT, name), shape=stored.shape),
-            )  # fmt: skip
+        units = {name: _unit(name, stored) for name, stored in checkpoint.manifest.units.items()} | units
     made: dict[object, Allocation] = {}
     for plan in found.plans.values():
         same = made.get(_key(plan.units))
@@ -78,34 +61,18 @@ def allocations(found: Artifacts) -> list[Allocation]:
         m = checkpoint.manifest
         schemes = {name: stored.scheme for name, stored in m.units.items()}
         if _key(schemes) not in made:
+            entries = checkpoint.shards[0].entries.values()
             stored_bytes = sum(u.scheme.stored_bytes(u.shape) for u in m.units.values())
-            kept = sum(entry.size for entry in _kept(checkpoint.shards[0].entries.values()))
-            values = sum(entry.values for entry in _kept(checkpoint.shards[0].entries.values()))
+            kept = sum(map(entry_bytes, entries))
             account = Account(
                 units=stored_bytes, kept=kept, headers=checkpoint.bytes - stored_bytes - kept,
-                weights=checkpoint.unit_weights, kept_weights=values,
+                weights=checkpoint.unit_weights, kept_weights=sum(math.prod(shape) for _, shape in entries),
             )  # fmt: skip
             hedge = None if m.options.get("hedge") is None else float(m.options["hedge"] or 0)
             label = m.strategy if hedge is None else f"{m.strategy} hedge {hedge:g}"
             made[_key(schemes)] = Allocation(label, account, hedge, m.ties, m.mixture, _places(schemes, units))
     # sizes within half a percent count as equal
     return _distinct_labels(sorted(made.values(), key=lambda a: (round(math.log(a.account.checkpoint) * 200), a.label)))
-
-
-@dataclass(frozen=True)
-class _Kept:
-    size: int
-    values: int
-
-
-def _kept(entries: Iterable[tuple]) -> list[_Kept]:
-    kept = []
-    for dtype, shape in entries:
-        values = 1
-        for length in shape:
-            values *= length
-        kept.append(_Kept(values * dtype.itemsize, values))
-    return kept
 
 
 def _joined(label: str, other: str) -> str:
@@ -131,19 +98,19 @@ def _key(schemes: dict[str, Scheme]) -> object:
     return tuple(sorted((name, scheme.width, scheme.group_size, scheme.symmetric) for name, scheme in schemes.items()))
 
 
-def _places(schemes: dict[str, Scheme], units: dict[str, UnitRecord]) -> tuple[AllocatedUnit, ...]:
-    places = []
-    for name, scheme in schemes.items():
-        unit = units.get(name)
-        if unit is not None:
-            places.append(
-                AllocatedUnit(unit.layer, unit.expert, unit.role, unit.projection, unit.weights, scheme.width)
-            )
-        else:
-            layer, expert = _number(_LAYER, name) or 0, _number(_EXPERT, name)
-            role = "expert" if expert is not None else "attention" if "attn" in name else "mlp"
-            places.append(AllocatedUnit(layer, expert, role, name.rpartition(".")[2], 1, scheme.width))
-    return tuple(places)
+def _unit(name: str, stored: StoredUnit | None = None) -> UnitRecord:
+    """A unit by its name and what a checkpoint says of it; of one weight if no artifact has its shape."""
+    expert = _number(_EXPERT, name)
+    layer, shape = _number(_LAYER, name) or 0, (1, 1)
+    role = "expert" if expert is not None else "attention" if "attn" in name else "mlp"
+    if stored is not None:
+        layer, role, shape = stored.layer, stored.role, stored.shape
+    projection = name.rpartition(".")[2]
+    return UnitRecord(name=name, layer=layer, role=role, projection=projection, expert=expert, shape=shape)
+
+
+def _places(schemes: dict[str, Scheme], units: dict[str, UnitRecord]) -> tuple[tuple[UnitRecord, int], ...]:
+    return tuple((units.get(name) or _unit(name), scheme.width) for name, scheme in schemes.items())
 
 
 def _number(pattern: re.Pattern[str], name: str) -> int | None:

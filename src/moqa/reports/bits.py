@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moqa.reports.allocation import AllocatedUnit, Allocation
+from moqa.profiling.record import UnitRecord
+from moqa.reports.allocation import Allocation
 from moqa.reports.blocks import BarPart, Bars, CellGrid, Chart, Key, KeyEntry, PageElement, Picker, Scale, Section
-from moqa.reports.charts import chart, heat_map, map_axes, map_height
+from moqa.reports.charts import heat_map
 from moqa.reports.palette import WIDTHS
 
 # 16 means not quantized; the colour scale ends at 8 so that the widths in use can be distinguished
@@ -21,17 +22,17 @@ def bits_section(made: Sequence[Allocation], first: Allocation | None = None) ->
     bars = Bars(
         "Share of the weights at each width",
         tuple(
-            (one.label, tuple(BarPart(_bits(width), share, *WIDTHS[width]) for width, share in one.widths.items()))
+            (one.label, tuple(BarPart(_bits(width), share, WIDTHS[width]) for width, share in one.widths.items()))
             for one in made
         ),
     )
     blocks: list[PageElement] = [
         bars,
-        Key(tuple(KeyEntry(_bits(width), *WIDTHS[width], shape="square") for width in used)),
+        Key(tuple(KeyEntry(_bits(width), WIDTHS[width], shape="square") for width in used)),
     ]
     maps = [(one.label, _maps(one)) for one in sorted(made, key=lambda one: one is not first)]
     blocks.append(Picker("Plan", tuple(maps)))
-    experts = any(place.role == "expert" for one in made for place in one.places)
+    experts = any(unit.role == "expert" for one in made for unit, _ in one.places)
     reading = (
         "A plan gives every matrix a width, the bits of each stored weight; scales are stored in addition and are in "
         "the byte account. "
@@ -42,7 +43,7 @@ def bits_section(made: Sequence[Allocation], first: Allocation | None = None) ->
         if experts
         else "In the map a cell is one matrix."
     )
-    return Section("bits", "Bits", "Bits per expert" if experts else "Bits per matrix", reading, blocks)
+    return Section("Bits", "Bits per expert" if experts else "Bits per matrix", reading, blocks)
 
 
 def _bits(width: int) -> str:
@@ -50,49 +51,46 @@ def _bits(width: int) -> str:
 
 
 def _maps(one: Allocation) -> tuple[PageElement, ...]:
-    experts = [place for place in one.places if place.role == "expert" and place.expert is not None]
-    others = [place for place in one.places if place.role != "expert"]
+    experts = [(unit, width) for unit, width in one.places if unit.role == "expert" and unit.expert is not None]
+    others = [(unit, width) for unit, width in one.places if unit.role != "expert"]
     charts = [_expert_map(experts)] if experts else []
     if others:
         charts.append(_other_map(others))
     return (CellGrid(tuple(charts), Scale("sequential", "1 bit", "8 bit or more", "width"), lead=len(charts) > 1),)
 
 
-def _expert_map(places: Sequence[AllocatedUnit]) -> Chart:
-    layers = sorted({place.layer for place in places})
-    columns = max(place.expert or 0 for place in places) + 1
-    projections = sorted({place.projection for place in places}, key=_order)
+def _expert_map(places: Sequence[tuple[UnitRecord, int]]) -> Chart:
+    layers = sorted({unit.layer for unit, _ in places})
+    columns = max(unit.expert or 0 for unit, _ in places) + 1
+    projections = sorted({unit.projection for unit, _ in places}, key=_order)
     table = np.full((len(layers), columns, len(projections)), np.nan, dtype=np.float32)
-    for place in places:
-        table[layers.index(place.layer), place.expert or 0, projections.index(place.projection)] = place.width
+    for unit, width in places:
+        table[layers.index(unit.layer), unit.expert or 0, projections.index(unit.projection)] = width
     present = ~np.isnan(table)
     counts = present.sum(-1)
     mean = np.where(counts > 0, np.where(present, table, 0).sum(-1) / np.maximum(counts, 1), np.nan)
     each = "".join(f"<br>{name}: %{{customdata[{i}]}} bit" for i, name in enumerate(projections))
     hover = "layer %{y}, expert %{x}<br>mean width %{z:.2f}" + each
     numbers = np.where(present, table, 0).astype(np.uint8)
-    trace = heat_map(mean, layers, hover, "sequential", _LIMITS, customdata=numbers)
-    axes = map_axes("expert", "layer", *mean.shape)
-    return chart("Routed experts: mean width", [trace], axes, map_height(len(layers)))
+    return heat_map("Routed experts: mean width", mean, layers, hover, _LIMITS, customdata=numbers)
 
 
-def _other_map(places: Sequence[AllocatedUnit]) -> Chart:
-    layers = sorted({place.layer for place in places})
-    columns = sorted({_column(place) for place in places}, key=_order)
+def _other_map(places: Sequence[tuple[UnitRecord, int]]) -> Chart:
+    layers = sorted({unit.layer for unit, _ in places})
+    columns = sorted({_column(unit) for unit, _ in places}, key=_order)
     total, count = (np.zeros((len(layers), len(columns)), dtype=np.float32) for _ in range(2))
-    for place in places:
-        cell = layers.index(place.layer), columns.index(_column(place))
-        total[cell] += place.width
+    for unit, width in places:
+        cell = layers.index(unit.layer), columns.index(_column(unit))
+        total[cell] += width
         count[cell] += 1
     mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    trace = heat_map(mean, layers, "layer %{y}<br>%{x}: %{z} bit", "sequential", _LIMITS, x=columns)
-    roles = sorted({place.role for place in places})
+    roles = sorted({unit.role for unit, _ in places})
     title = f"{' and '.join(roles).capitalize()} units: width"
-    return chart(title, [trace], map_axes("", "layer", *mean.shape), map_height(len(layers)))
+    return heat_map(title, mean, layers, "layer %{y}<br>%{x}: %{z} bit", _LIMITS, axes=("", "layer"), x=columns)
 
 
-def _column(place: AllocatedUnit) -> str:
-    return f"shared {place.projection}" if place.role == "shared" else place.projection
+def _column(unit: UnitRecord) -> str:
+    return f"shared {unit.projection}" if unit.role == "shared" else unit.projection
 
 
 def _order(name: str) -> tuple[int, str]:

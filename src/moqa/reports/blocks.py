@@ -3,7 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+
+from moqa.reports.palette import Pair
+
+
+class PageElement:
+    """What the template draws, each kind in its own way."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the class."""
+        return type(self).__name__
 
 
 @dataclass(frozen=True)
@@ -17,10 +27,9 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Chart:
+class Chart(PageElement):
     """One chart: plotly's JSON, drawn when it comes into view."""
 
-    kind: ClassVar[str] = "chart"
     title: str
     figure: str
     height: int
@@ -28,47 +37,36 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class CellGrid:
+class CellGrid(PageElement):
     """Charts side by side with one legend; `lead` gives the first one more space."""
 
-    kind: ClassVar[str] = "grid"
     charts: tuple[Chart, ...]
     scale: Scale | None = None
     lead: bool = False
 
 
 @dataclass(frozen=True)
-class Picker:
+class Picker(PageElement):
     """Several alternatives, of which the reader picks one to show."""
 
-    kind: ClassVar[str] = "picker"
     label: str
-    options: tuple[tuple[str, "tuple[PageElement, ...]"], ...]
+    options: tuple[tuple[str, tuple[PageElement, ...]], ...]
 
 
 @dataclass(frozen=True)
-class Column:
-    """Heading of a table column."""
+class Table(PageElement):
+    """A plain table; `words` are the columns that do not hold numbers."""
 
     title: str
-    numeric: bool = True
-
-
-@dataclass(frozen=True)
-class Table:
-    """A plain table."""
-
-    kind: ClassVar[str] = "table"
-    title: str
-    columns: tuple[Column, ...]
+    heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    words: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
-class Note:
+class Note(PageElement):
     """A paragraph between charts."""
 
-    kind: ClassVar[str] = "note"
     text: str
     title: str = ""
 
@@ -78,17 +76,15 @@ class KeyEntry:
     """A colour or marker and its meaning."""
 
     label: str
-    light: str
-    dark: str
+    colour: Pair
     hollow: bool = False
     shape: str = "circle"
 
 
 @dataclass(frozen=True)
-class Key:
+class Key(PageElement):
     """Legend of lines or bar segments."""
 
-    kind: ClassVar[str] = "key"
     entries: tuple[KeyEntry, ...]
 
 
@@ -107,21 +103,18 @@ class QualityRow:
 
     name: str
     method: str
-    detail: str
     hedge: str
     sizes: tuple[str, ...]
     known: tuple[Cell, ...]
     novel: tuple[Cell, ...]
-    light: str
-    dark: str
+    colour: Pair
     tip: str
 
 
 @dataclass(frozen=True)
-class QualityTable:
+class QualityTable(PageElement):
     """Table of sizes and qualities, with rows grouped by size."""
 
-    kind: ClassVar[str] = "quality"
     known: tuple[str, ...]
     novel: tuple[str, ...]
     groups: tuple[tuple[str, tuple[QualityRow, ...]], ...]
@@ -133,27 +126,21 @@ class BarPart:
 
     label: str
     share: float
-    light: str
-    dark: str
+    colour: Pair
 
 
 @dataclass(frozen=True)
-class Bars:
+class Bars(PageElement):
     """Stacked bars; the shares of the longest bar add up to 1."""
 
-    kind: ClassVar[str] = "bars"
     title: str
     rows: tuple[tuple[str, tuple[BarPart, ...]], ...]
-
-
-PageElement = Chart | CellGrid | Picker | Table | Note | Key | QualityTable | Bars
 
 
 @dataclass(frozen=True)
 class Section:
     """A section of the page, with its entry in the navigation."""
 
-    anchor: str
     nav: str
     title: str
     reading: str
@@ -170,3 +157,8 @@ def number(value: float | None, digits: int = 2) -> str:
 def percent(value: float | None, digits: int = 1) -> str:
     """Format a share as a percentage for a table; a dash for None and NaN."""
     return "\u2014" if value is None or math.isnan(value) else f"{number(value * 100, digits)} %"
+
+
+def signed(change: float | None) -> str:
+    """Format a relative change in whole percent with its sign; a dash for None."""
+    return number(None) if change is None else f"{'+' if change > 0 else ''}{number(change * 100, 0)} %"

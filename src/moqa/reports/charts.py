@@ -25,46 +25,49 @@ def chart(title: str, traces: Sequence[Any], layout: dict[str, Any], height: int
 
 
 def heat_map(
+    title: str,
     z: NDArray,
     y: Sequence[int],
     hover: str,
-    scale: str,
     limits: tuple[float, float],
     *,
+    scale: str = "sequential",
+    axes: tuple[str, str] = ("expert", "layer"),
     customdata: NDArray | None = None,
     x: Sequence[str] | None = None,
-    suffix: str = "",
-) -> Any:
-    """A heat map of layers x experts, or experts x experts.
+    height: int | None = None,
+    legend: Scale | None = None,
+) -> Chart:
+    """A heat map: first row on top, every row and column labelled if there is enough space.
 
     Args:
+        title: of the chart.
         z: [rows, columns] values; NaN cells stay empty.
         y: labels of the rows.
         hover: hover template of plotly for a cell.
-        scale: `sequential` or `diverging`, see `palette.SCALES`.
         limits: values at the two ends of the scale.
+        scale: `sequential` or `diverging`, see `palette.SCALES`.
+        axes: titles of the columns' and the rows' axis.
         customdata: [rows, columns, values] for `hover`.
         x: labels of the columns; None numbers them.
-        suffix: suffix of the axes in a chart with several maps.
+        height: in pixels; None for one that fits the rows.
+        legend: of the scale, if the chart has its own.
     """
     gap = 1 if max(z.shape) <= MAX_TICKS else 0
-    return go.Heatmap(
+    trace = go.Heatmap(
         z=np.asarray(z, dtype=np.float32), y=list(y), x=None if x is None else [escape(name) for name in x],
         customdata=customdata, hovertemplate=hover + "<extra></extra>", zmin=limits[0], zmax=limits[1],
-        xgap=gap, ygap=gap, showscale=False, meta=scale, hoverongaps=False, xaxis=f"x{suffix}", yaxis=f"y{suffix}",
+        xgap=gap, ygap=gap, showscale=False, meta=scale, hoverongaps=False, xaxis="x", yaxis="y",
     )  # fmt: skip
-
-
-def map_axes(x_title: str, y_title: str, rows: int, columns: int, suffix: str = "") -> dict[str, Any]:
-    """Axes of a heat map: first row on top, every row and column labelled if there is enough space."""
     shared = {"showgrid": False, "zeroline": False, "ticks": "", "automargin": True}
-    x: dict[str, Any] = {"title": {"text": x_title, "standoff": 6}, **shared}
-    y: dict[str, Any] = {"title": {"text": y_title, "standoff": 8}, "autorange": "reversed", **shared}
-    if rows <= MAX_TICKS // 2:
-        y["dtick"] = 1
-    if columns <= MAX_TICKS // 2:
-        x["dtick"] = 1
-    return {f"xaxis{suffix}": x, f"yaxis{suffix}": y}
+    layout: dict[str, Any] = {
+        "xaxis": {"title": {"text": axes[0], "standoff": 6}, **shared},
+        "yaxis": {"title": {"text": axes[1], "standoff": 8}, "autorange": "reversed", **shared},
+    }
+    for axis, length in zip(("yaxis", "xaxis"), z.shape, strict=True):
+        if length <= MAX_TICKS // 2:
+            layout[axis]["dtick"] = 1
+    return chart(title, [trace], layout, height or map_height(len(z)), legend)
 
 
 def map_height(rows: int) -> int:

@@ -15,8 +15,9 @@ from moqa.format.adjustment import Adjustment, read_adjustment
 from moqa.format.manifest import FORMAT, MANIFEST, Manifest
 from moqa.format.reader import Checkpoint
 from moqa.planning import Plan, read_plan
+from moqa.profiling.record import ProfileRecord
 from moqa.profiling.store import RECORD, Profile, read_profile
-from moqa.storage.artifact import read_json
+from moqa.storage.artifact import Record, read_json
 
 SUMMARY = "summary.json"
 KINDS = (
@@ -55,10 +56,15 @@ class Artifacts:
         return max(self.profiles, key=lambda profile: len(profile.statistics), default=None)
 
     @property
+    def records(self) -> list[ProfileRecord | Plan | Manifest]:
+        """What says which model it belongs to: records of profiles, then plans, then manifests."""
+        profiles, manifests = [p.record for p in self.profiles], [c.manifest for c in self.checkpoints]
+        return [*profiles, *self.plans.values(), *manifests]
+
+    @property
     def fingerprints(self) -> tuple[str, ...]:
         """Fingerprints of all models that the artifacts belong to."""
-        found = [p.record.fingerprint for p in self.profiles] + [p.fingerprint for p in self.plans.values()]
-        return tuple(dict.fromkeys([*found, *(c.manifest.fingerprint for c in self.checkpoints)]))
+        return tuple(dict.fromkeys(record.fingerprint for record in self.records))
 
 
 def gather(paths: Sequence[str | Path]) -> Artifacts:
@@ -107,26 +113,24 @@ def _take_record(file: Path, found: Artifacts) -> bool:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if _is(Plan, data):
+    if _as(Plan, data):
         name = file.stem if file.stem not in found.plans else str(file.with_suffix(""))
         found.plans[name] = read_plan(file)
-    elif _is(Evaluation, data):
-        record = Evaluation.model_validate(data)
-        if record not in found.evaluations:
-            found.evaluations.append(record)
-    elif file.name == SUMMARY and _is(Summary, data):
-        found.roles.update(Summary.model_validate(data).roles)
+    elif evaluation := _as(Evaluation, data):
+        if evaluation not in found.evaluations:
+            found.evaluations.append(evaluation)
+    elif file.name == SUMMARY and (summary := _as(Summary, data)):
+        found.roles.update(summary.roles)
     else:
         return False
     return True
 
 
-def _is(kind: type[BaseModel], data: object) -> bool:
+def _as(kind: type[Record], data: object) -> Record | None:
     try:
-        kind.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError:
-        return False
-    return True
+        return None
 
 
 def _checkpoint(folder: Path) -> Checkpoint:

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,21 +16,12 @@ from moqa.reports.activation import activation_section
 from moqa.reports.adjustments import adjustments_section
 from moqa.reports.allocation import Allocation, allocations
 from moqa.reports.bits import bits_section
-from moqa.reports.blocks import Section, number
+from moqa.reports.blocks import number, signed
 from moqa.reports.gather import Artifacts
 from moqa.reports.quality import size_section, table_section
 from moqa.reports.rows import Row, make_rows
 from moqa.reports.significance import significance_section
 from moqa.reports.verdict import OURS, Verdict, verdict
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A number at the top of the page."""
-
-    value: str
-    label: str
-    role: str = ""
 
 
 def render(found: Artifacts) -> str:
@@ -106,14 +96,14 @@ def _unjudged(found: Artifacts, profile: Profile | None) -> str:
 
 
 def _model(found: Artifacts, rows: Sequence[Row]) -> str:
-    records = [p.record.model for p in found.profiles] + [p.model for p in found.plans.values()]
-    records += [c.manifest.model for c in found.checkpoints] + [r.evaluation.against or "" for r in rows]
-    named = next((record for record in records if record), "")
+    models = [record.model for record in found.records] + [row.evaluation.against for row in rows]
+    named = next(filter(None, models), "")
     parts = [part for part in named.replace("\\", "/").split("/") if part]
     return "/".join(parts[-2:])
 
 
-def _figures(judged: Verdict, rows: Sequence[Row]) -> list[Figure]:
+def _figures(judged: Verdict, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Numbers at the top of the page: value, label, and the role of the texts if they are of one."""
     if not judged.comparison:
         return []
     pair = judged.comparison
@@ -121,15 +111,9 @@ def _figures(judged: Verdict, rows: Sequence[Row]) -> list[Figure]:
     original = next((row for row in rows if row.original), None)
     share = f", {ours.evaluation.bytes / original.evaluation.bytes * 100:.0f} % of the original" if original else ""
     figures = [
-        Figure(f"{ours.mebibytes:.2f} MiB", f"size{share}"),
-        Figure(number(ours.evaluation.bits_per_weight), "bits per weight, all stored bytes counted"),
+        (f"{ours.mebibytes:.2f} MiB", f"size{share}", ""),
+        (number(ours.evaluation.bits_per_weight), "bits per weight, all stored bytes counted", ""),
     ]
-    for role, change in (("known", pair.known), ("novel", pair.novel)):
-        if change is not None:
-            sign = "+" if change > 0 else ""
-            label = f"KL divergence against uniform, {role} texts"
-            figures.append(Figure(f"{sign}{number(change * 100, 0)} %", label, role))
-    return figures
-
-
-__all__ = ["Section", "render"]
+    return figures + [
+        (signed(change), f"KL divergence against uniform, {role} texts", role) for role, change in pair.changes.items()
+    ]

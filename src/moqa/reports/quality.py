@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from moqa.planning import STRATEGIES
 from moqa.reports.blocks import (
     Cell,
     CellGrid,
     Chart,
-    Column,
     Key,
     KeyEntry,
     Note,
@@ -19,10 +17,11 @@ from moqa.reports.blocks import (
     Section,
     Table,
     number,
+    signed,
 )  # fmt: skip
 from moqa.reports.charts import braces, chart, line
 from moqa.reports.palette import strategy_colour
-from moqa.reports.rows import Row, best, series, size_groups
+from moqa.reports.rows import ROLES, Role, Row, best, series, size_groups
 from moqa.reports.verdict import OURS, Comparison, comparisons
 
 _SHAPES = ("circle", "diamond", "square", "triangle-up")
@@ -37,12 +36,12 @@ def table_section(rows: Sequence[Row]) -> Section | None:
     if originals:
         groups.append(("Original", tuple(_line(row, False, False) for row in originals)))
     for group in size_groups(rows):
-        known, novel = best([r.known_divergence for r in group]), best([r.novel_divergence for r in group])
+        known, novel = (best([row.divergence(role) for row in group]) for role in ROLES)
         sizes = [row.mebibytes for row in group]
         ends = dict.fromkeys(f"{size:.2f}" for size in (min(sizes), max(sizes)))
         lines = tuple(_line(row, i in known, i in novel) for i, row in enumerate(group))
         groups.append((f"{' to '.join(ends)} MiB", lines))
-    blocks: list[PageElement] = [QualityTable(rows[0].known, rows[0].novel, tuple(groups))]
+    blocks: list[PageElement] = [QualityTable(rows[0].names["known"], rows[0].names["novel"], tuple(groups))]
     blocks += [Note(text) for text in _footnotes(rows)]
     pairs = comparisons(rows)
     if pairs:
@@ -52,59 +51,53 @@ def table_section(rows: Sequence[Row]) -> Section | None:
         "same model, less is better. The small number below it is the perplexity. Rows under one heading have the same "
         "size within 0.5 % and can be compared; the best mean of each group is green."
     )
-    if rows[0].known and rows[0].novel:
+    if all(rows[0].names.values()):
         reading += (
             " Known distributions were used for the fit, novel ones were not; the best row on novel texts comes first."
         )
-    return Section("quality", "Quality", "Size and quality", reading, blocks)
+    return Section("Quality", "Size and quality", reading, blocks)
 
 
 def size_section(rows: Sequence[Row]) -> Section | None:
     """Section with charts of divergence against bytes."""
-    roles = [("known", "Known texts"), ("novel", "Novel texts")]
-    found = [(role, title) for role, title in roles if any(_value(row, role) for row in rows)]
+    found = [role for role in ROLES if any(row.divergence(role) for row in rows)]
     lines = series(rows)
     if not found or not lines:
         return None
-    values = [v for row in rows for role, _ in found if (v := _value(row, role)) and not row.original]
+    values = [v for row in rows for role in found if (v := row.divergence(role)) and not row.original]
     if not values:
         return None
     limits = (math.log10(min(values)) - 0.12, math.log10(max(values)) + 0.12)
-    charts = tuple(_chart(lines, role, title, limits) for role, title in found)
-    key = tuple(KeyEntry(s.name, *strategy_colour(s.strategy), s.hollow, s.shape) for s in _styles(lines))
+    charts = tuple(_chart(lines, role, limits) for role in found)
     reading = (
         "Down and to the left is better: less divergence from the original in fewer bytes. Both charts share the "
         "logarithmic axis; hover over a point to see its numbers."
     )
-    return Section("size", "Size", "Quality against size", reading, [Key(key), CellGrid(charts)])
+    return Section("Size", "Quality against size", reading, [Key(_key(lines)), CellGrid(charts)])
 
 
 def _line(row: Row, known: bool, novel: bool) -> QualityRow:
     e = row.evaluation
     return QualityRow(
         name=e.strategy or "original", method=e.method or "", hedge="" if e.hedge is None else f"{e.hedge:g}",
-        detail="", sizes=(f"{row.mebibytes:.2f}", number(e.bits_per_weight), number(e.model_bits_per_weight)),
-        known=_cells(row, row.known, row.known_divergence, known),
-        novel=_cells(row, row.novel, row.novel_divergence, novel),
-        light=strategy_colour(e.strategy or "original")[0], dark=strategy_colour(e.strategy or "original")[1],
-        tip=f"{e.model}: {e.bytes} bytes",
+        sizes=(f"{row.mebibytes:.2f}", number(e.bits_per_weight), number(e.model_bits_per_weight)),
+        known=_cells(row, "known", known), novel=_cells(row, "novel", novel),
+        colour=strategy_colour(e.strategy or "original"), tip=f"{e.model}: {e.bytes} bytes",
     )  # fmt: skip
 
 
-def _cells(row: Row, names: Sequence[str], mean: float | None, is_best: bool) -> tuple[Cell, ...]:
+def _cells(row: Row, role: Role, is_best: bool) -> tuple[Cell, ...]:
     """The mean first, then every distribution."""
-    if not names:
-        return ()
-    scores = [row.quality(name) for name in names]
+    scores = [row.quality(name) for name in row.names[role]]
     each = [Cell(number(q.kl_divergence, 4), number(q.perplexity)) if q else Cell(number(None)) for q in scores]
-    return (Cell(number(mean, 4), best=is_best), *each)
+    return (Cell(number(row.divergence(role), 4), best=is_best), *each) if each else ()
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:
     notes = []
     for row in rows:
         fitted = row.evaluation.fitted_on
-        if not row.original and set(fitted) & set(row.known) != set(row.known):
+        if not row.original and not set(row.names["known"]) <= set(fitted):
             text = ", ".join(fitted) or "no text"
             notes.append(f"{row.name} at {row.mebibytes:.2f} MiB was fitted on {text} only.")
     contexts = sorted({row.evaluation.context for row in rows})
@@ -114,53 +107,32 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
 
 
 def _against_uniform(pairs: Sequence[Comparison]) -> Table:
-    columns = [Column("Checkpoint", numeric=False), Column("MiB"), Column("uniform MiB"), Column("KL, known")]
+    heads = ("Checkpoint", "MiB", "uniform MiB", "KL, known", "KL, novel", "Result")
     words = {"win": "better", "lose": "worse", "mixed": "mixed", "equal": "equal", "open": "\u2014"}
     rows = [
-        (pair.ours.name, number(pair.ours.mebibytes), number(pair.baseline.mebibytes), _signed(pair.known),
-         _signed(pair.novel), words[pair.outcome])
+        (pair.ours.name, number(pair.ours.mebibytes), number(pair.baseline.mebibytes),
+         *(signed(pair.changes.get(role)) for role in ROLES), words[pair.outcome])
         for pair in pairs
     ]  # fmt: skip
-    heads = (*columns, Column("KL, novel"), Column("Result", numeric=False))
-    return Table("Against uniform of the same size and method", heads, tuple(rows))
+    return Table("Against uniform of the same size and method", heads, tuple(rows), words=(0, 5))
 
 
-def _signed(change: float | None) -> str:
-    if change is None:
-        return number(None)
-    return f"{'+' if change > 0 else ''}{number(change * 100, 0)} %"
-
-
-def _value(row: Row, role: str) -> float | None:
-    return row.known_divergence if role == "known" else row.novel_divergence
-
-
-@dataclass(frozen=True)
-class _Style:
-    """Marker style: the colour shows the strategy, a hollow marker plain rounding, the shape the hedge."""
-
-    name: str
-    strategy: str
-    hollow: bool
-    shape: str
-
-
-def _styles(lines: Sequence[tuple[str, list[Row]]]) -> list[_Style]:
+def _key(lines: Sequence[tuple[str, list[Row]]]) -> tuple[KeyEntry, ...]:
+    """Marker of each line: the colour shows the strategy, a hollow marker plain rounding, the shape the hedge."""
     first = [(name, group[0].evaluation) for name, group in lines]
     hedges = sorted({e.hedge for _, e in first if e.hedge is not None}, key=lambda h: (h != STRATEGIES[OURS].hedge, h))
-    return [
-        _Style(name, e.strategy or "", e.method == "rtn",
-               _SHAPES[hedges.index(e.hedge) % len(_SHAPES)] if e.hedge is not None else _SHAPES[0])
+    return tuple(
+        KeyEntry(name, strategy_colour(e.strategy or ""), e.method == "rtn",
+                 _SHAPES[hedges.index(e.hedge) % len(_SHAPES)] if e.hedge is not None else _SHAPES[0])
         for name, e in first
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
-def _chart(lines: Sequence[tuple[str, list[Row]]], role: str, title: str, limits: tuple[float, float]) -> Chart:
+def _chart(lines: Sequence[tuple[str, list[Row]]], role: Role, limits: tuple[float, float]) -> Chart:
     traces = []
-    for (name, group), style in zip(lines, _styles(lines), strict=True):
-        drawn = [(row, value) for row in group if (value := _value(row, role))]
-        colour = strategy_colour(style.strategy)
-        symbol = style.shape + ("-open" if style.hollow else "")
+    for (name, group), style in zip(lines, _key(lines), strict=True):
+        drawn = [(row, value) for row in group if (value := row.divergence(role))]
+        symbol, colour = style.shape + ("-open" if style.hollow else ""), style.colour
         mark = {"size": 9, "symbol": symbol, "color": colour[0], "line": {"width": 2, "color": colour[0]}}
         traces.append(
             line(
@@ -176,15 +148,15 @@ def _chart(lines: Sequence[tuple[str, list[Row]]], role: str, title: str, limits
         "yaxis": {"title": {"text": "mean KL divergence, nats per token"}, "type": "log", "range": limits,
                   "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks], "automargin": True},
     }  # fmt: skip
-    return chart(title, traces, layout, 380)
+    return chart(f"{role.capitalize()} texts", traces, layout, 380)
 
 
 def _hover(row: Row) -> str:
     e = row.evaluation
     head = f"<b>{braces(row.name)}</b><br>{row.mebibytes:.2f} MiB, {e.bits_per_weight:.2f} bits per weight"
     lines = [head]
-    for role, mean, names in (("known", row.known_divergence, row.known), ("novel", row.novel_divergence, row.novel)):
-        if mean is not None:
+    for role, names in row.names.items():
+        if (mean := row.divergence(role)) is not None:
             lines.append(f"<b>{role}: {mean:.4f}</b>")
         scores = [(name, row.quality(name)) for name in names]
         lines += [

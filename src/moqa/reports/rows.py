@@ -4,10 +4,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 from moqa.evaluation import Evaluation, Quality
 from moqa.reports.gather import Artifacts
 
+Role = Literal["known", "novel"]
+ROLES: tuple[Role, ...] = ("known", "novel")
 MEBIBYTE = 2**20
 SAME_SIZE = 0.005
 
@@ -18,13 +21,11 @@ class Row:
 
     Attributes:
         evaluation: its record.
-        known: distributions that an evaluated checkpoint was fitted on.
-        novel: all other distributions.
+        names: known distributions, which an evaluated checkpoint was fitted on, and novel ones, all others.
     """
 
     evaluation: Evaluation
-    known: tuple[str, ...]
-    novel: tuple[str, ...]
+    names: dict[Role, tuple[str, ...]]
 
     @property
     def original(self) -> bool:
@@ -43,22 +44,13 @@ class Row:
         """Size of all weight files."""
         return self.evaluation.bytes / MEBIBYTE
 
-    @property
-    def known_divergence(self) -> float | None:
-        """Mean KL divergence over the known distributions; None if one was not measured."""
-        return self._mean(self.known)
-
-    @property
-    def novel_divergence(self) -> float | None:
-        """Mean KL divergence over the novel distributions; None if one was not measured."""
-        return self._mean(self.novel)
-
     def quality(self, name: str) -> Quality | None:
         """Scores on one distribution; None if it was not evaluated."""
         return self.evaluation.distributions.get(name)
 
-    def _mean(self, names: Sequence[str]) -> float | None:
-        values = [q.kl_divergence if (q := self.quality(name)) else None for name in names]
+    def divergence(self, role: Role) -> float | None:
+        """Mean KL divergence over the known or the novel distributions; None if one was not measured."""
+        values = [q.kl_divergence if (q := self.quality(name)) else None for name in self.names[role]]
         measured = [value for value in values if value is not None]
         return math.fsum(measured) / len(measured) if measured and len(measured) == len(values) else None
 
@@ -73,7 +65,8 @@ def make_rows(found: Artifacts) -> list[Row]:
     names = list(dict.fromkeys(name for e in evaluations for name in e.distributions))
     fitted = {name for e in evaluations for name in e.fitted_on}
     known = tuple(n for n in names if n in fitted or found.roles.get(n) == "known")
-    rows = [Row(e, known, tuple(n for n in names if n not in known)) for e in evaluations]
+    roles: dict[Role, tuple[str, ...]] = {"known": known, "novel": tuple(n for n in names if n not in known)}
+    rows = [Row(e, roles) for e in evaluations]
     return sorted(rows, key=lambda row: (not row.original, row.evaluation.bytes, _rank(row), row.name))
 
 
@@ -113,5 +106,5 @@ def series(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _rank(row: Row) -> float:
-    known, novel = row.known_divergence, row.novel_divergence
+    known, novel = map(row.divergence, ROLES)
     return novel if novel is not None else known if known is not None else math.inf

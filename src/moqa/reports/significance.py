@@ -1,7 +1,6 @@
 """Section on significance: the contribution of experts on each distribution, and how it drifts."""
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +11,6 @@ from moqa.reports import drift
 from moqa.reports.blocks import (
     CellGrid,
     Chart,
-    Column,
     Key,
     KeyEntry,
     Note,
@@ -24,7 +22,7 @@ from moqa.reports.blocks import (
     number,
     percent,
 )  # fmt: skip
-from moqa.reports.charts import braces, chart, dash, heat_map, line, map_axes, map_height, stacked, upper
+from moqa.reports.charts import braces, chart, dash, heat_map, line, map_height, stacked, upper
 from moqa.reports.palette import LINES, MUTED, TEXT
 
 _CURVE = tuple(np.geomspace(0.001, 1, 61).tolist())
@@ -38,7 +36,7 @@ def significance_section(profile: Profile) -> Section | None:
     tables = {name: _shares(profile, name) for name in names}
     top = upper(np.stack(list(tables.values())))
     hover = "layer %{y}, expert %{x}<br>%{z:.2f} % of the layer"
-    maps = tuple(expert_map(titled(n), t, profile, hover, (0.0, top)) for n, t in tables.items())
+    maps = tuple(heat_map(titled(n), t, profile.expert_layers, hover, (0.0, top)) for n, t in tables.items())
     ends = ("0 %", f"{top:.1f} % or more")
     blocks: list[PageElement] = [CellGrid(maps, Scale("sequential", *ends, "share of the layer's output"))]
     reading = (
@@ -65,17 +63,7 @@ def significance_section(profile: Profile) -> Section | None:
             ),
             *_by_layer(profile, pairs),
         ]
-    return Section("significance", "Significance", "What each expert carries", reading, blocks)
-
-
-def expert_map(
-    title: str, table: NDArray, profile: Profile, hover: str, limits: tuple[float, float], *,
-    scale: str = "sequential", customdata: NDArray | None = None, height: int = 0,
-) -> Chart:  # fmt: skip
-    """Heat map of layers x experts for one distribution; at least `height` pixels high."""
-    rows, columns = table.shape
-    trace = heat_map(table, profile.expert_layers, hover, scale, limits, customdata=customdata)
-    return chart(title, [trace], map_axes("expert", "layer", rows, columns), max(height, map_height(rows)))
+    return Section("Significance", "What each expert carries", reading, blocks)
 
 
 def titled(name: str) -> str:
@@ -95,12 +83,12 @@ def _pair(profile: Profile, tables: dict[str, NDArray], a: str, b: str, limit: f
         "%{z:+.2f} points"
     )
     ends = (f"{limit:.1f} points less on {b}", f"{limit:.1f} points more on {b}")
-    left = expert_map(
-        f"Significance: {b} minus {a}", change, profile, hover, (-limit, limit), scale="diverging", customdata=both,
-        height=300,
+    height = max(300, map_height(len(change)))
+    left = heat_map(
+        f"Significance: {b} minus {a}", change, profile.expert_layers, hover, (-limit, limit), scale="diverging",
+        customdata=both, height=height, legend=Scale("diverging", *ends),
     )  # fmt: skip
-    left = Chart(left.title, left.figure, left.height, Scale("diverging", *ends))
-    return (CellGrid((left, _curves(profile, a, b, left.height))),)
+    return (CellGrid((left, _curves(profile, a, b, height))),)
 
 
 def _curves(profile: Profile, a: str, b: str, height: int) -> Chart:
@@ -137,11 +125,11 @@ def _table(profile: Profile, pairs: list[tuple[str, str]]) -> Table:
              number(-_least([-v for v in routing]), 3))
         )  # fmt: skip
     heads = (
-        "Rank correlation of experts", "Lowest layer", "Drift in top 1 %", "in top 5 %", "in top 10 %",
+        "Pair", "Rank correlation of experts", "Lowest layer", "Drift in top 1 %", "in top 5 %", "in top 10 %",
         "Control: significance in its top 1 %", "Control: drift in the 1 % most significant before",
         "Routing divergence, mean", "largest",
     )  # fmt: skip
-    return Table("Drift in numbers", (Column("Pair", numeric=False), *map(Column, heads)), tuple(rows))
+    return Table("Drift in numbers", heads, tuple(rows))
 
 
 def _least(values: list[float]) -> float:
@@ -152,25 +140,21 @@ def _by_layer(profile: Profile, pairs: list[tuple[str, str]]) -> list[PageElemen
     """Charts of rank correlation and routing divergence per layer, one line per pair."""
     if len(profile.expert_layers) < 2:
         return []
-    key: list[KeyEntry] = []
-    ranks: list[Any] = []
-    routing: list[Any] = []
-    for index, (a, b) in enumerate(pairs):
-        colour, style = LINES[index % len(LINES)], {"dash": dash(index, len(LINES))}
-        name = f"{a} \u2192 {b}"
-        key.append(KeyEntry(name, *colour))
-        for traces, values in (
-            (ranks, drift.layer_rank_correlations(profile, a, b)),
-            (routing, drift.routing_divergence(profile, a, b)),
-        ):
-            hover = f"{braces(name)}<br>layer %{{x}}: %{{y:.3f}}"
-            traces.append(line(profile.expert_layers, values, name, colour, hover, line=style, mode="lines+markers"))
+    lines = [
+        (a, b, f"{a} \u2192 {b}", LINES[index % len(LINES)], dash(index, len(LINES)))
+        for index, (a, b) in enumerate(pairs)
+    ]
     few = {"dtick": 1} if len(profile.expert_layers) <= 16 else {}
     x = {"title": {"text": "layer"}, "zeroline": False, **few}
-    layouts = [{"xaxis": x, "yaxis": {"zeroline": True, "automargin": True, **more}} for more in
-               ({"range": [None, 1.02]}, {"rangemode": "tozero"})]  # fmt: skip
-    charts = (
-        chart("Rank correlation of experts, by layer", ranks, layouts[0], 280),
-        chart("Routing divergence, by layer (bits)", routing, layouts[1], 280),
-    )
-    return [Key(tuple(key)), CellGrid(charts)]
+    charts = []
+    for title, measure, y in (
+        ("Rank correlation of experts, by layer", drift.layer_rank_correlations, {"range": [None, 1.02]}),
+        ("Routing divergence, by layer (bits)", drift.routing_divergence, {"rangemode": "tozero"}),
+    ):
+        traces = [
+            line(profile.expert_layers, measure(profile, a, b), name, colour,
+                 f"{braces(name)}<br>layer %{{x}}: %{{y:.3f}}", line={"dash": style}, mode="lines+markers")
+            for a, b, name, colour, style in lines
+        ]  # fmt: skip
+        charts.append(chart(title, traces, {"xaxis": x, "yaxis": {"zeroline": True, "automargin": True, **y}}, 280))
+    return [Key(tuple(KeyEntry(name, colour) for _, _, name, colour, _ in lines)), CellGrid(tuple(charts))]

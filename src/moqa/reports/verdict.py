@@ -7,7 +7,7 @@ from typing import Literal
 
 from moqa.planning import STRATEGIES
 from moqa.planning.registry import DEFAULT_STRATEGY, PLAIN
-from moqa.reports.rows import Row, same_size
+from moqa.reports.rows import ROLES, Role, Row, same_size
 
 OURS, BASELINE = DEFAULT_STRATEGY, PLAIN
 EQUAL = 0.005  # relative changes below this count as equal
@@ -22,19 +22,17 @@ class Comparison:
     Attributes:
         ours: our checkpoint.
         baseline: the uniform one.
-        known: relative change of the mean KL divergence on known distributions, -0.4 for 40 % less.
-        novel: the same on novel distributions.
+        changes: relative change of the mean KL divergence where it was measured, -0.4 for 40 % less.
     """
 
     ours: Row
     baseline: Row
-    known: float | None
-    novel: float | None
+    changes: dict[Role, float]
 
     @property
     def outcome(self) -> Outcome:
         """Which of the two has less divergence."""
-        signs = {0 if abs(c) < EQUAL else math.copysign(1, c) for c in (self.known, self.novel) if c is not None}
+        signs = {0 if abs(c) < EQUAL else math.copysign(1, c) for c in self.changes.values()}
         if not signs:
             return "open"
         if {1, -1} <= signs:
@@ -69,8 +67,9 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
         peers = [r for r in rows if r.evaluation.strategy == BASELINE and _comparable(row, r)]
         if peers:
             peer = min(peers, key=lambda r: abs(r.evaluation.bytes - row.evaluation.bytes))
-            known = _change(row.known_divergence, peer.known_divergence)
-            found.append(Comparison(row, peer, known, _change(row.novel_divergence, peer.novel_divergence)))
+            pairs = {role: (row.divergence(role), peer.divergence(role)) for role in ROLES}
+            changes = {role: a / b - 1 for role, (a, b) in pairs.items() if a is not None and b}
+            found.append(Comparison(row, peer, changes))
     return found
 
 
@@ -89,8 +88,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         return Verdict(_sentence(pair), " ".join(filter(None, more)), pair)
     if ours:
         row = _headline(ours)
-        parts = [("known", row.known_divergence), ("novel", row.novel_divergence)]
-        measured = " and ".join(f"{value:.4f} nats on {role} texts" for role, value in parts if value is not None)
+        parts = [(role, value) for role in ROLES if (value := row.divergence(role)) is not None]
+        measured = " and ".join(f"{value:.4f} nats on {role} texts" for role, value in parts)
         if not measured:
             return Verdict(f"{_label(row)} was evaluated without its divergence from the original.")
         return Verdict(
@@ -105,14 +104,13 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 def _sentence(pair: Comparison) -> str:
     peer = pair.baseline.evaluation
     against = f"uniform {peer.method} ({peer.bits_per_weight:.2f} bits per weight)"
-    changes = [(role, c) for role, c in (("known", pair.known), ("novel", pair.novel)) if c is not None]
-    (role, change), rest = changes[0], changes[1:]
+    (role, change), *rest = pair.changes.items()
     but = ", but" if pair.outcome == "mixed" else ","
     loses = " loses" if pair.outcome == "lose" else ""
     text = f"{_label(pair.ours)}{loses}: KL divergence on {role} texts {_times(change)} {against} of the same size"
     text += "".join(f"{but} on {role} texts {_times(change, alone=True)}" for role, change in rest)
     if pair.outcome == "mixed":
-        worse = next(role for role, change in changes if change > 0)
+        worse = next(role for role, change in pair.changes.items() if change > 0)
         text += f": on {worse} texts ours loses"
     return text + "."
 
@@ -121,8 +119,8 @@ def _tally(pairs: Sequence[Comparison]) -> str:
     if len(pairs) < 2:
         return ""
     parts = []
-    for role in ("known", "novel"):
-        changes = [change for c in pairs if (change := getattr(c, role)) is not None]
+    for role in ROLES:
+        changes = [c.changes[role] for c in pairs if role in c.changes]
         if changes:
             better, worse = sum(c <= -EQUAL for c in changes), sum(c >= EQUAL for c in changes)
             counts = ((better, "better"), (len(changes) - better - worse, "equal"), (worse, "worse"))
@@ -136,10 +134,10 @@ def _still_better(ours: Row, rows: Sequence[Row]) -> str:
     """Name a baseline other than uniform that beats ours at the same size and with the same method."""
     peers = [r for r in rows if not r.original and not _is_ours(r) and _comparable(ours, r)]
     found: dict[str, list[str]] = {}
-    for role in ("known", "novel"):
-        mine = getattr(ours, f"{role}_divergence")
+    for role in ROLES:
+        mine = ours.divergence(role)
         for peer in peers:
-            its = getattr(peer, f"{role}_divergence")
+            its = peer.divergence(role)
             if peer.evaluation.strategy != BASELINE and mine and its is not None and its < mine * (1 - EQUAL):
                 found.setdefault(peer.evaluation.strategy or "", []).append(role)
     return " ".join(f"At this size {name} is better on {' and '.join(roles)} texts." for name, roles in found.items())
@@ -175,10 +173,6 @@ def _comparable(one: Row, other: Row) -> bool:
 def _label(row: Row) -> str:
     e = row.evaluation
     return f"{e.strategy} {e.method} at {row.mebibytes:.2f} MiB"
-
-
-def _change(ours: float | None, baseline: float | None) -> float | None:
-    return ours / baseline - 1 if ours is not None and baseline else None
 
 
 def _times(change: float, alone: bool = False) -> str:

@@ -114,16 +114,6 @@ class Adjustments:
             raise MoqaError("no adjustment is applied", "there is nothing to revert")
         self.switch(None)
 
-    def extra_bytes(self, name: str) -> int:
-        """Bytes by which the weights in use grow with an adjustment."""
-        self._check(name)
-        return self._held[name].record.extra_bytes
-
-    def record(self, name: str) -> Adjustment:
-        """An adjustment that is held."""
-        self._check(name)
-        return self._held[name]
-
     def _check(self, name: str) -> None:
         if name not in self._held:
             held = ", ".join(self._held) or "none"
@@ -141,10 +131,10 @@ class Adjustments:
 
 
 def _patch(stored: LayerChannels) -> Patch:
-    matrix = PackedMatrix(stored.scheme, stored.shape, stored.tensors)
+    matrix = PackedMatrix(stored.part.scheme, stored.shape, stored.tensors)
     channels = Channels(matrix, stored.expert, stored.channel, stored.factor)
-    parts = {"gate_proj": None, "up_proj": None, COLUMNS: None, stored.projection: channels}
-    return Patch(parts["gate_proj"], parts["up_proj"], parts[COLUMNS], stored.replaces)
+    parts = {"gate_proj": None, "up_proj": None, COLUMNS: None, stored.part.projection: channels}
+    return Patch(parts["gate_proj"], parts["up_proj"], parts[COLUMNS], stored.part.replaces)
 
 
 def make_adjustable(

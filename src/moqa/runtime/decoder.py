@@ -170,13 +170,7 @@ class FusedDecoder:
 
 
 def _is_supported(model: "PreTrainedModel") -> bool:
-    config: Any = model.config
-    if config.model_type not in FAMILIES or model.dtype != torch.float32 or model.device.type != "cpu":
-        return False
-    if getattr(config, "clip_qkv", None) is not None or _rope_type(config) not in ROPES:
-        return False
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+    if model.dtype != torch.float32 or model.device.type != "cpu" or not decodes_natively(model.config):
         return False
     base: Any = model.base_model
     linears = [module for layer in base.layers for module in _linears(layer)]
@@ -200,9 +194,15 @@ def _experts_known(mlp: Any) -> bool:
     return not hasattr(mlp, "experts") or (packed is not None and packed.activation is not None)
 
 
-def _rope_type(config: Any) -> str:
+def decodes_natively(config: Any) -> bool:
+    """Whether models with this configuration have the structure that `FusedDecoder` computes, and so its cache."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return str(rope.get("rope_type", "default"))
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return (
+        config.model_type in FAMILIES and rope.get("rope_type", "default") in ROPES
+        and kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
+        and getattr(config, "clip_qkv", None) is None
+    )  # fmt: skip
 
 
 def _epsilon(norm: Any) -> float:

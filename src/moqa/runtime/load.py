@@ -12,11 +12,10 @@ from moqa.errors import MoqaError, one_line
 from moqa.format.reader import Checkpoint, open_checkpoint
 from moqa.kernels import KERNELS, PackedMatrix, ProductKernels, check_encoding, find_kernels
 from moqa.models.building import BUILDING, empty_model
-from moqa.models.experts import Experts
 from moqa.models.load import read_generation_config
 from moqa.models.view import ModelView
 from moqa.runtime.adjusted import make_adjustable
-from moqa.runtime.packed import KeptEmbedding, PackedExperts, PackedLinear, packed_like
+from moqa.runtime.packed import KeptEmbedding, PackedLinear, packed_parts
 from moqa.runtime.variants import Variants
 from moqa.tasks import task_of
 
@@ -121,7 +120,14 @@ def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Pro
             stored = {suffix: tensors[f"{unit.name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
             matrices[unit.name] = PackedMatrix(scheme, unit.shape, stored)
             check_encoding(kernels, matrices[unit.name])
-        if _install(view, layer, matrices, kernels, variants):
+        for owner, name, packed in packed_parts(view, layer, matrices, kernels, variants):
+            setattr(owner, name, packed)
+        for parameter in {unit.parameter for unit in view.block_units(layer)}:
+            path, _, name = parameter.rpartition(".")
+            module: Any = view.module(path)
+            delattr(module, name)
+            module._is_hf_initialized = True  # transformers must not look for the removed parameter
+        if view.experts_path(layer) is not None:
             with_experts.append(layer)
     make_adjustable(model, checkpoint, variants, with_experts)
 
@@ -159,30 +165,6 @@ def choose_kernels(name: str, device: str | torch.device = "cpu") -> ProductKern
         reason = KERNELS[fast].unusable(device)
         warnings.warn(f"moqa uses its slow reference kernels, {fast} kernels are missing: {reason}", stacklevel=2)
     return chosen
-
-
-def _install(
-    view: ModelView, layer: int, matrices: Mapping[str, PackedMatrix], kernels: ProductKernels, variants: Variants
-) -> bool:
-    """Replace a layer's matrices with packed ones; returns whether it has experts."""
-    units = view.block_units(layer)
-    stacks: dict[str, dict[tuple[int, str], PackedMatrix]] = {}
-    for unit in units:
-        if unit.expert is not None:
-            stacks.setdefault(unit.module, {})[unit.expert, unit.projection] = matrices[unit.name]
-            continue
-        parent, _, child = unit.module.rpartition(".")
-        linear = view.module(unit.module)
-        setattr(view.module(parent), child, packed_like(linear, matrices[unit.name], kernels))
-    for path, stacked in stacks.items():
-        experts: Experts = view.module(path)
-        experts.moqa_weights = PackedExperts(experts, stacked, kernels, variants=variants, layer=layer)
-    for parameter in {unit.parameter for unit in units}:
-        owner, _, name = parameter.rpartition(".")
-        module: Any = view.module(owner)
-        delattr(module, name)
-        module._is_hf_initialized = True  # transformers must not look for the removed parameter
-    return bool(stacks)
 
 
 def _check_units(view: ModelView, checkpoint: Checkpoint) -> None:

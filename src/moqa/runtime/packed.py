@@ -16,6 +16,7 @@ from moqa.kernels.patch import patched_down
 from moqa.kernels.reference import activate
 from moqa.models.experts import Experts, projection_rows
 from moqa.models.layout import Convolution, layout_of
+from moqa.models.view import ModelView
 from moqa.runtime.variants import ExpertsVariant, Variants
 
 
@@ -48,7 +49,7 @@ class PackedLinear(nn.Module):
         return self.kernels.linear(self.matrix, x, self.bias)
 
 
-class PackedConvolution(nn.Module):
+class PackedConvolution(PackedLinear):
     """A convolution of images whose weight is packed: a product with patches of its input.
 
     >>> from moqa.kernels import find_kernels
@@ -67,22 +68,49 @@ class PackedConvolution(nn.Module):
     def __init__(
         self, matrix: PackedMatrix, bias: Tensor | None, kernels: ProductKernels, convolution: Convolution
     ) -> None:
-        super().__init__()
-        self.matrix, self.kernels, self.convolution = matrix, kernels, convolution
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        super().__init__(matrix, bias, kernels)
+        self.convolution = convolution
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, channels, height, width] -> [batch, out, height, width]."""
-        return self.convolution.as_image(self.kernels.linear(self.matrix, self.convolution.patches(x), self.bias), x)
+        return self.convolution.as_image(super().forward(self.convolution.patches(x)), x)
 
 
-def packed_like(module: nn.Module, matrix: PackedMatrix, kernels: ProductKernels) -> "PackedLinear | PackedConvolution":
+def packed_like(module: nn.Module, matrix: PackedMatrix, kernels: ProductKernels) -> PackedLinear:
     """The packed module that replaces a module with one matrix."""
     bias: Any = module.bias
     convolution = layout_of(module)
     if convolution is None:
         return PackedLinear(matrix, bias, kernels)
     return PackedConvolution(matrix, bias, kernels, convolution)
+
+
+def packed_parts(
+    view: ModelView,
+    layer: int,
+    matrices: Mapping[str, PackedMatrix],
+    kernels: ProductKernels,
+    variants: Variants | None = None,
+) -> Iterator[tuple[nn.Module, str, "PackedLinear | PackedExperts"]]:
+    """The packed modules of a block, each with its owner and the name that it gets there.
+
+    Args:
+        view: the model; its own modules stay as they are.
+        layer: index of the block.
+        matrices: unit name -> matrix, of all units of the block.
+        kernels: that multiply.
+        variants: of the model, see `PackedExperts`.
+    """
+    stacks: dict[str, dict[tuple[int, str], PackedMatrix]] = {}
+    for unit in view.block_units(layer):
+        if unit.expert is not None:
+            stacks.setdefault(unit.module, {})[unit.expert, unit.projection] = matrices[unit.name]
+            continue
+        parent, _, child = unit.module.rpartition(".")
+        yield view.module(parent), child, packed_like(view.module(unit.module), matrices[unit.name], kernels)
+    for path, stacked in stacks.items():
+        experts: Experts = view.module(path)
+        yield experts, "moqa_weights", PackedExperts(experts, stacked, kernels, variants=variants, layer=layer)
 
 
 class KeptEmbedding(nn.Module):
@@ -108,6 +136,9 @@ class PackedExperts(nn.Module):
         kernels: that multiply.
         variants: of the model; None means that these matrices are never replaced.
         layer: index of the layer, which variants use.
+
+    Attributes:
+        count: number of experts.
     """
 
     def __init__(
@@ -120,7 +151,7 @@ class PackedExperts(nn.Module):
         layer: int = 0,
     ) -> None:
         super().__init__()
-        self._rows, self._count = projection_rows(experts), experts.num_experts
+        self._rows, self.count = projection_rows(experts), experts.num_experts
         self.activation = activation_of(experts)
         self.variants, self._layer = variants or Variants(), layer
         self._plain = ExpertsVariant()
@@ -128,11 +159,6 @@ class PackedExperts(nn.Module):
         self.counts: Tensor | None = None
         self.kernels = kernels
         self.matrices = nn.ModuleDict({f"{e}:{projection}": matrix for (e, projection), matrix in matrices.items()})
-
-    @property
-    def count(self) -> int:
-        """Number of experts."""
-        return self._count
 
     def count_in(self, counts: Tensor | None) -> None:
         """From now on, count the tokens of each expert in [experts] int64 on the CPU; None counts nothing."""
@@ -148,7 +174,7 @@ class PackedExperts(nn.Module):
         """All experts in one call, or None if the kernels cannot compute this family's activation or the patches."""
         if self.counts is not None:
             # an index past the last expert stands for none
-            self.counts += torch.bincount(index.flatten().cpu(), minlength=self._count)[: self._count]
+            self.counts += torch.bincount(index.flatten().cpu(), minlength=self.count)[: self.count]
         if self.activation is None or (self.variant.patches and not self.kernels.takes_patches):
             return None
         return self.kernels.experts(self.stack(module), hidden, index, weights)
@@ -189,7 +215,7 @@ class PackedExperts(nn.Module):
 
     def _as_stack(self, module: Experts, activation: str) -> ExpertStack:
         def all_of(projection: str) -> list[PackedMatrix]:
-            return [self._matrix(expert, projection) for expert in range(self._count)]
+            return [self._matrix(expert, projection) for expert in range(self.count)]
 
         parts = (all_of("gate_proj"), all_of("up_proj"), all_of("down_proj"))
         stack = ExpertStack(*parts, activation, patches=self.variant.patches)
@@ -247,7 +273,7 @@ def _name_of(compute: Callable[[Tensor, Tensor], Tensor]) -> str | None:
 @contextmanager
 def unpacked(module: nn.Module) -> Iterator[None]:
     """Unpack every matrix below a module once, while the reference kernels use it many times."""
-    users = [m for m in module.modules() if isinstance(m, PackedLinear | PackedConvolution | PackedExperts)]
+    users = [m for m in module.modules() if isinstance(m, PackedLinear | PackedExperts)]
     slow = [user for user in users if user.kernels.name == "reference"]
     matrices = [m for user in slow for m in user.modules() if isinstance(m, PackedMatrix)]
     matrices += [m for user in slow if isinstance(user, PackedExperts) for m in user.variant.parts()]

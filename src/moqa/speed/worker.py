@@ -11,6 +11,7 @@ import torch
 from moqa.errors import MoqaError
 from moqa.format.reader import is_checkpoint, open_checkpoint
 from moqa.generation import Sampling, tokens
+from moqa.memory.process import used
 from moqa.models.load import load_original, read_config
 from moqa.originals.folder import check_finite, weight_files
 from moqa.runtime.load import choose_kernels, load_packed
@@ -50,7 +51,6 @@ def measure(
         if repeat:
             prefill.append(prompt_tokens / (first - started))
             decode.append(written / (time.perf_counter() - first))
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     return {
         "engine": "moqa" if packed else "transformers",
         "kernels": choose_kernels(kernels).name if packed else None,
@@ -59,7 +59,7 @@ def measure(
         "load_seconds": loaded,
         "prefill_tokens_per_second": statistics.median(prefill),
         "decode_tokens_per_second": statistics.median(decode),
-        "peak_bytes": peak,
+        "peak_bytes": used()[1],
     }  # fmt: skip
 
 

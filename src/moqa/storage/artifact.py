@@ -46,6 +46,31 @@ def read_json(kind: type[Record], path: Path) -> Record:
         raise MoqaError(f"{path} is not a {name}", f"{where + ': ' if where else ''}{first['msg']}") from None
 
 
+def signed(record: Record) -> Record:
+    """A record with its `checksum` filled in."""
+    return record.model_copy(update={"checksum": checksum(record.model_dump(mode="json"))})
+
+
+def check_signed(path: Path, recorded: str) -> None:
+    """Check that the JSON of a `signed` record, with any fields that a later version adds, is as it was written.
+
+    Raises:
+        MoqaError: if it was changed.
+    """
+    try:
+        found = checksum(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError):
+        found = ""
+    if not found or found != recorded:
+        raise MoqaError(f"{path} was changed after it was written", "its checksum differs")
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def checksum(data: dict) -> str:
     """Hash of a record's JSON, independent of its layout; the key `checksum` is left out.
 

@@ -11,6 +11,19 @@ from moqa.errors import MoqaError
 
 
 @contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """A `with` block that writes to a path.
+
+    Raises:
+        MoqaError: instead of an error of the system, naming the path and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
+
+
+@contextmanager
 def finished_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `out` if the `with` block succeeds, and is removed if it fails.
 
@@ -27,11 +40,9 @@ def finished_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         MoqaError: if `out` exists and may not be replaced, or its parent cannot be written.
     """
     check_free(out, overwrite)
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
     try:
         yield folder
         put_in_place(folder, out)
@@ -90,7 +101,5 @@ def is_taken(out: Path) -> bool:
     """
     if out.name in ("", ".."):
         raise MoqaError(f"{out} is not the name of a new folder", "give a name or a path")
-    try:
+    with writing(out):
         return out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    except OSError as error:
-        raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None

@@ -2,32 +2,13 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatch
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 
-class StepStore(Protocol):
-    """Where the results of steps are kept: `ResumableRun` on the disk, `InMemoryRun` in memory."""
-
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Save tensors under a name."""
-
-    def load(self, name: str) -> dict[str, Tensor]:
-        """Saved tensors."""
-
-    def remove(self, name: str) -> None:
-        """Remove saved tensors; a pattern such as `hidden-*` removes several."""
-
-    def mark_done(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Record that a step is done."""
-
-    def done(self, name: str) -> dict[str, Any] | None:
-        """What was recorded of a step; None if it is not done."""
-
-
 class InMemoryRun:
-    """See `StepStore`.
+    """Keeps the results of steps as `ResumableRun` does on the disk.
 
     >>> run = InMemoryRun()
     >>> run.save("hidden-0", {"x": torch.ones(3)})
@@ -40,22 +21,22 @@ class InMemoryRun:
         self._facts: dict[str, dict[str, Any]] = {}
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """See `StepStore`."""
+        """See `ResumableRun`."""
         self._tensors[name] = dict(tensors)
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """See `StepStore`."""
+        """See `ResumableRun`."""
         return dict(self._tensors[name])
 
     def remove(self, name: str) -> None:
-        """See `StepStore`."""
+        """See `ResumableRun`."""
         for key in [key for key in self._tensors if fnmatch(key, name)]:
             del self._tensors[key]
 
     def mark_done(self, name: str, facts: Mapping[str, Any]) -> None:
-        """See `StepStore`."""
+        """See `ResumableRun`."""
         self._facts[name] = dict(facts)
 
     def done(self, name: str) -> dict[str, Any] | None:
-        """See `StepStore`."""
+        """See `ResumableRun`."""
         return self._facts.get(name)

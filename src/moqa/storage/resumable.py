@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moqa.errors import MoqaError, Stopped, UnreadableError
-from moqa.storage.folders import check_free, put_in_place, sync
+from moqa.storage.folders import check_free, put_in_place, sync, writing
 
 _JOB, _LOCK, _RESULT, _STEPS = "job.json", "lock", "result", "steps"
 
@@ -110,16 +110,12 @@ def resumable(
     """
     check_free(out, overwrite)
     folder = folder_beside(out)
-    try:
+    with writing(out):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder, out)
-    except OSError as error:
-        raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
     with lock:
-        try:
+        with writing(out):
             _same_job(folder, job, out, restart)
-        except OSError as error:
-            raise MoqaError(f"{out} cannot be written", error.strerror or str(error)) from None
         work = ResumableRun(folder)
         keep = False
         try:
@@ -151,6 +147,34 @@ def resumable(
 def folder_beside(out: Path) -> Path:
     """The work folder of `out` until it is complete."""
     return out.with_name(f".{out.name}.partial")
+
+
+def check_space(out: Path, needs: int) -> None:
+    """Refuse work that does not fit on the disk, before anything is written.
+
+    >>> check_space(Path("runs/out"), 10**16)
+    Traceback (most recent call last):
+    moqa.errors.MoqaError: runs/out needs about 9.31e+06 GiB, ... GiB are free on its disk: free some, or choose ...
+
+    Args:
+        out: the folder to make.
+        needs: most bytes that the work has on the disk; files of an unfinished run count as free.
+
+    Raises:
+        MoqaError: naming both sizes.
+    """
+    try:
+        there = next(folder for folder in out.absolute().parents if folder.is_dir())
+        disk = shutil.disk_usage(there)
+        held = sum(path.stat().st_size for path in folder_beside(out).rglob("*") if path.is_file())
+    except OSError:
+        return  # writing will report what is wrong
+    # /proc and similar file systems report a size of 0
+    if disk.total and needs > disk.free + held:
+        raise MoqaError(
+            f"{out} needs about {(needs - held) / 2**30:.3g} GiB, {disk.free / 2**30:.3g} GiB are free on its disk",
+            "free some, or choose an -o on another disk",
+        )
 
 
 def _locked(folder: Path, out: Path) -> IO[str]:

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from moqa.cli.common import console
-from moqa.cli.progress.lines import Lines
 from moqa.cli.progress.log import Log, LogOption, logged
 from moqa.cli.progress.steps import Steps, View
-from moqa.cli.progress.terminal import Terminal
+from moqa.cli.progress.views import Lines, Terminal
 from moqa.progress import Report
 
 __all__ = ["Log", "LogOption", "logged", "progress"]

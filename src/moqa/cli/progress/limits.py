@@ -1,25 +1,10 @@
-"""Options that limit long work: memory, time, and reuse of an interrupted run."""
+"""`--time-limit`: stop long work between two pieces."""
 
 import re
 import time
-from typing import Annotated
-
-import typer
 
 from moqa.errors import MoqaError, Stopped
 from moqa.progress import Report
-
-MemoryOption = Annotated[
-    str | None,
-    typer.Option("--max-memory", metavar="SIZE", help="memory the process may take, e.g. 4GiB [default: free memory]"),
-]
-TimeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--time-limit", metavar="TIME", help="stop at the end of a layer after e.g. 90m; the same command continues"
-    ),
-]
-RestartOption = Annotated[bool, typer.Option("--restart")]  # help comes from `CompressOptions`
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

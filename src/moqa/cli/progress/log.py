@@ -17,8 +17,8 @@ import typer
 from moqa import __version__
 from moqa.cli.common import console
 from moqa.cli.progress.steps import Clock, Step
-from moqa.cli.progress.words import memory
 from moqa.errors import MoqaError
+from moqa.memory.process import used
 
 INTERVAL = 0.1  # seconds between two lines of a step, at least
 Options = ParamSpec("Options")
@@ -74,7 +74,7 @@ class Log:
     def show(self, step: Step) -> None:
         """Write a line if the step is new or the last line is old enough; otherwise keep it for the end of the step."""
         now, left = self._clock(), step.seconds_left
-        resident, peak = memory()
+        resident, peak = used()
         self._waiting = {
             "time": _time(), "step": step.name, "done": step.done, "total": step.total,
             **{name: _finite(value) for name, value in step.facts.items()},

@@ -85,7 +85,7 @@ class View(Protocol):
 class Steps:
     """A `Report` that collects reports into steps and shows them.
 
-    >>> from moqa.cli.progress.lines import Lines
+    >>> from moqa.cli.progress.views import Lines
     >>> report = Steps([Lines()])
     >>> report("quantize", 0, 24)  # writes "moqa: quantize" to stderr
 

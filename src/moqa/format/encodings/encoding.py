@@ -4,29 +4,24 @@ from collections.abc import Mapping
 from typing import Literal, Protocol
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
+
+from moqa.format.tiles import BLOCK, LARGEST_GROUP
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
 
-class Parameters(Protocol):
+class Parameters(BaseModel, frozen=True):
     """The fields of `moqa.format.scheme.Scheme` that encodings use."""
 
-    @property
-    def width(self) -> int:
-        """See `Scheme`."""
-
-    @property
-    def group_size(self) -> int:
-        """See `Scheme`."""
-
-    @property
-    def symmetric(self) -> bool:
-        """See `Scheme`."""
-
-    @property
-    def scale_dtype(self) -> Literal["bfloat16", "float16"]:
-        """See `Scheme`."""
+    width: int = Field(ge=1, le=16, description="bits of each stored integer; 16 means not quantized: 16-bit floats")
+    group_size: int = Field(
+        default=64, ge=BLOCK, le=LARGEST_GROUP, multiple_of=BLOCK,
+        description="weights along the input dimension that share a scale",
+    )  # fmt: skip
+    symmetric: bool = Field(default=False, description="no zero-point: the grid is centred on zero")
+    scale_dtype: Literal["bfloat16", "float16"] = Field(default="bfloat16", description="dtype of the stored scales")
 
 
 class Encoding(Protocol):

@@ -1,8 +1,13 @@
-"""A stopwatch for trials: how long work takes when repeated, and how much longer the first time."""
+"""What every trial needs: a stopwatch for repeated work, and hidden states to run single blocks with."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from moqa.models.layerwise import LayerwiseModel
 
 # The first time, caches are cold and products are not compiled yet, which costs tenths of a second at most. Work of at
 # least _LONG seconds is therefore done only once; shorter work is repeated for _REPEAT seconds or _MOST_REPEATS times.
@@ -47,3 +52,29 @@ class Stopwatch:
         began, busy = self.clock(), self._work()
         work()
         return self.clock() - began, self._work() - busy
+
+
+@torch.no_grad()
+def states_in_front(stages: LayerwiseModel, inputs: Tensor, blocks: Collection[int]) -> dict[int, Tensor]:
+    """Hidden states of a batch at the input of some blocks; the index after the last block means the head.
+
+    >>> states_in_front(stages, tokens, [0, 3])[3].shape
+    torch.Size([2, 16, 256])
+
+    In models with a prediction for each position, all blocks have inputs of the same shape: those of the first block
+    are used for all, and no block is run.
+
+    Args:
+        stages: of the model.
+        inputs: a batch.
+        blocks: indices of blocks.
+    """
+    hidden = stages.embed(inputs)
+    if stages.task.predicts_each:
+        return dict.fromkeys(blocks, hidden)
+    states = {}
+    for block in range(max(blocks) + 1):
+        states[block] = hidden
+        if block < max(blocks):
+            hidden = stages.run_block(block, hidden).float()
+    return states

@@ -1,8 +1,17 @@
-"""Top-p (nucleus) sampling."""
+"""The processors that turn logits into scores of the next token: transformers', with a faster top-p (nucleus)."""
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from moqa.generation.sampling import Sampling
 
 FIRST = (
     1024  # likeliest tokens to look at first: almost always enough, and 50 times faster than sorting a large vocabulary
@@ -31,3 +40,18 @@ class Nucleus(LogitsProcessor):  # type: ignore[misc]
         # the likeliest token is always kept, however small top_p is
         kept = likeliest.indices[:, : max(1, int((before < self._top_p).sum()))]
         return torch.full_like(scores, -torch.inf).scatter(1, kept, scores.gather(1, kept))
+
+
+def processors(sampling: Sampling) -> LogitsProcessorList:
+    """Those of transformers that the options ask for, in its order, with a faster top-p."""
+    found = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        found.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if not sampling.greedy:
+        if sampling.temperature != 1:
+            found.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            found.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            found.append(Nucleus(sampling.top_p))
+    return found

@@ -1,0 +1,60 @@
+"""Options that several commands have; those without a help text here get it from the library, see `moqa.cli.app`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Data = Annotated[
+    list[str],
+    typer.Option("--data", metavar="NAME=SOURCE", help="a distribution: NAME=FILE[:field], folder or Hub dataset"),
+]
+Samples = Annotated[int, typer.Option("--samples", min=1)]
+Context = Annotated[int, typer.Option("--context", min=2)]
+SelfSamples = Annotated[int | None, typer.Option("--self-samples", min=0)]
+GroupSize = Annotated[int, typer.Option("--group-size", min=8)]
+Symmetric = Annotated[bool, typer.Option("--symmetric")]
+
+Bpw = Annotated[float | None, typer.Option("--bpw", help="budget: stored bits per weight of the units")]
+Size = Annotated[str | None, typer.Option("--size", help="budget: all weight files, e.g. 12MiB")]
+Fit = Annotated[
+    str | None,
+    typer.Option("--fit", metavar="SIZE", help="budget: all memory of the served model, e.g. 8GiB; auto: free memory"),
+]
+Batch = Annotated[
+    int | None, typer.Option("--batch", min=1, help="with --fit: conversations at the same time [default: 1]")
+]
+
+MaxMemory = Annotated[
+    str | None,
+    typer.Option("--max-memory", metavar="SIZE", help="memory the process may take, e.g. 4GiB [default: free memory]"),
+]
+TimeLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--time-limit", metavar="TIME", help="stop at the end of a layer after e.g. 90m; the same command continues"
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray-address", metavar="HOST:PORT", help="head of the Ray cluster [default: this machine's]"),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite")]
+Restart = Annotated[bool, typer.Option("--restart")]
+Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file, - for stdout")]
+
+Out = Annotated[str, typer.Argument(metavar="OUT", help="checkpoint, or folder or Hub id of an original model")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="largest number of tokens to write")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", help="0 takes the likeliest token, 1 keeps the model's probabilities, up to 2")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="sample from the likeliest tokens that reach this probability together")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="sample from this many likeliest tokens; 0 for all")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="text that ends the output and is left out; may be repeated"),
+]
+SamplingSeed = Annotated[int, typer.Option("--seed", help="the same seed gives the same text")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="threads of each operation [default: all cores]")]

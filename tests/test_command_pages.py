@@ -1,0 +1,55 @@
+"""The options on the pages of docs/commands/ are those of --help; run as a script, this file rewrites them."""
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from moqa.cli.main import application
+
+PAGES = Path(__file__).parents[1] / "docs" / "commands"
+COMMANDS = typer.main.get_command(application()).commands
+TABLE = re.compile(r"\| option \| meaning \| default \|\n(?:\|.*\n)+")
+
+
+def options(name: str) -> str:
+    """A command's options as a table, from what --help prints about each."""
+    command = COMMANDS[name]
+    command.get_help(click.Context(command))  # fills in what comes from the library
+    lines = ["| option | meaning | default |", "|---|---|---|"]
+    for param in command.params:
+        if param.param_type_name == "option":
+            text, default = re.fullmatch(r"(.*?) ?(?:\[default: ([^\]]*)\])?", param.help).groups()
+            if default is None:
+                plain = "" if param.default is None or param.default is False else param.default
+                default = "required" if param.required else plain
+            if param.secondary_opts:
+                default = param.opts[0]
+            typed = " / ".join(filter(None, [", ".join(param.opts), *param.secondary_opts]))
+            lines.append(f"| `{' '.join(filter(None, [typed, param.metavar]))}` | {text} | {default} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_options() -> list[str]:
+    return sorted(name for name in COMMANDS if len(options(name).splitlines()) > 2)
+
+
+@pytest.mark.parametrize("name", with_options())
+def test_the_page_has_the_options_of_the_help(name):
+    assert TABLE.findall((PAGES / f"{name}.md").read_text()) == [options(name)]
+
+
+def test_the_table_says_what_users_can_type():
+    text = options("quantize")
+    assert "| `--proof / --no-proof` | compare with baselines on held-out text | --proof |" in text
+    assert "| `--seed` | seed of samples, labels, self-written text and random plans | 0 |" in text
+    assert "| `--out, -o OUT` | checkpoint folder to make | required |" in text
+    assert "| `--max-memory SIZE` | memory the process may take, e.g. 4GiB | free memory |" in text
+
+
+if __name__ == "__main__":
+    for command in with_options():
+        page = PAGES / f"{command}.md"
+        page.write_text(TABLE.sub(lambda _, name=command: options(name), page.read_text()))
