@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from long_work import SMALL
 
+from moqa.adjustment import adjust
 from moqa.cli.main import main
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, Fitted, Manifest, StoredTensor, StoredUnit
@@ -235,6 +236,20 @@ def sharded_profile(sharded, texts, tmp_path_factory):
 @pytest.fixture(scope="session")
 def sharded_plan(sharded_profile):
     return plan(sharded_profile, strategy="uniform", widths=(3,))
+
+
+@pytest.fixture(scope="session")
+def made(tiny_model, texts, tmp_path_factory):
+    """A checkpoint with a cache, known on wiki, and two adjustments; less of a random model would change too little."""
+    folder = tmp_path_factory.mktemp("adjusted")
+    measured = profile(tiny_model, [texts["wiki"]], folder / "profile", samples=4, context=32, self_samples=1)
+    out = quantize(
+        tiny_model, plan(measured, None, strategy="uniform", widths=(2,)), folder / "out", method="rtn",
+        profile=measured, cache="full",
+    )  # fmt: skip
+    for name in ("python", "novels"):
+        adjust(out, [texts[name]], folder / name, samples=8, budget="30%")
+    return out, [folder / "python", folder / "novels"]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from prometheus_client.parser import text_string_to_metric_families
 
 from moqa.generation import Sampling, generate
+from moqa.serve.connection import Connections
 from moqa.serve.run import Server
 from moqa.serve.service import Service
 
@@ -18,12 +19,12 @@ PATIENCE = 300  # seconds, for a machine that is busy: what takes as long hangs
 
 
 @contextmanager
-def running(tiny, slots=4, queue=256, api_key=None, begin=None, adjusting=None):
+def running(tiny, slots=4, queue=256, begin=None, adjusting=None, connections=None, **options):
     """A server of a model in a thread, and where it answers."""
     service = Service(*tiny, "tiny", slots, queue, adjusting)
     if begin:
         service.scheduler.begin = begin(service.scheduler.begin)
-    server = Server(service, api_key)
+    server = Server(service, connections or Connections(500), **options)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))
     service.scheduler.start()
@@ -57,7 +58,8 @@ def asked(url, **body):
     """A client that has asked for a completion, and leaves at the end of the block."""
     host, port = url.removeprefix("http://").split(":")
     text = json.dumps(body)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+    kind = "Content-Type: application/json"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{kind}\r\nContent-Length: {len(text)}"
     with socket.create_connection((host, int(port))) as client:
         client.sendall(f"{head}\r\n\r\n{text}".encode())
         yield

@@ -20,6 +20,7 @@ import moqa
 from moqa.errors import MoqaError
 from moqa.generation import Chat, ContextError, PromptCache, Sampling, chat_prompt, generate, load_any, loop, tokens
 from moqa.generation.processors import Nucleus
+from moqa.generation.run import encode
 from moqa.generation.text import Detokenizer, StopStrings
 from moqa.planning import Budget, plan
 from moqa.profiling import profile
@@ -33,6 +34,31 @@ GREEDY = Sampling(max_tokens=24, temperature=0)
 @pytest.fixture(scope="module")
 def tiny(tiny_model):
     return load_any(tiny_model)
+
+
+class TestEncode:
+    @staticmethod
+    def of(tokenizer, text, context):
+        """Tokens of a text, or the error, and the longest text that was tokenized."""
+        lengths = []
+
+        def counting(text, **options):
+            lengths.append(len(text))
+            return tokenizer(text, **options)
+
+        try:
+            return encode(counting, text, context=context), max(lengths)
+        except ContextError as error:
+            return error, max(lengths)
+
+    def test_stops_where_a_text_is_surely_too_long(self, tiny):
+        error, longest = self.of(tiny[1], "a word " * 100_000, 1000)
+        assert "context of the model holds 1000" in str(error)
+        assert longest <= 10_000
+
+    @pytest.mark.parametrize("text", ["", "a word", "a word " * 500, "=" * 9000])
+    def test_is_the_same_for_what_may_fit(self, tiny, text):
+        assert self.of(tiny[1], text, 1000) == (tiny[1](text)["input_ids"], len(text))
 
 
 @pytest.fixture(scope="module")

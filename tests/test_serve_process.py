@@ -1,5 +1,6 @@
 """The server's scheduler by itself, and the command in a process of its own."""
 
+import gc
 import json
 import os
 import signal
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -51,6 +54,30 @@ class TestScheduler:
         finish_reason="stop", prompt_tokens=1, cached_tokens=0, completion_tokens=3, prefill_seconds=0, decode_seconds=0
     )
 
+    def test_forgets_what_ended(self):
+        left, gone = [], threading.Event()
+
+        def begin(job):
+            memory = Memory()
+            weakref.finalize(memory, gone.set)
+            yield Piece("x", completion_tokens=1, finish=self.finish)
+            left.append(job)  # the generator refers to its job
+
+        class Memory:
+            pass
+
+        scheduler = Scheduler(begin, 1, 1, Metrics())
+        scheduler.start()
+        gc.disable()
+        try:
+            scheduler.submit([self.job()])
+            assert gone.wait(PATIENCE)
+        finally:
+            gc.enable()
+            scheduler.stop(0)
+            scheduler.join()
+        assert left == []
+
     def test_stops_what_runs_and_what_waits(self):
         events = []
 
@@ -72,8 +99,9 @@ class TestScheduler:
 
 class TestCommand:
     @staticmethod
-    def start(model, *options, **environment):
+    def start(model, *options, files=1000, **environment):
         command = [sys.executable, "-m", "moqa", "serve", str(model), "--port", "0", "--threads", "1", *options]
+        command = ["bash", "-c", f'ulimit -n {files} && exec "$@"', "bash", *command]
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
         line = server.stderr.readline()
         assert " at http://127.0.0.1:" in line, line
@@ -102,14 +130,38 @@ class TestCommand:
             with pytest.raises(httpx.ConnectError):
                 httpx.get(f"{url}/health")
 
-    def test_takes_a_key_from_the_environment(self, tiny_model):
-        server, url = self.start(tiny_model, MOQA_API_KEY="right")
+    def test_stays_quiet_and_answers_among_more_connections_than_files(self, tiny_model):
+        server, url = self.start(tiny_model, files=300)
+        host, port = url.removeprefix("http://").split(":")
+        with server, ExitStack() as stack:
+            for _ in range(500):
+                half_open = stack.enter_context(socket.create_connection((host, int(port)), PATIENCE))
+                half_open.sendall(b"POST /v1/completions HTTP/1.1\r\n")
+            slow = stack.enter_context(socket.create_connection((host, int(port)), PATIENCE))
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            slow.sendall(b"Content-Length: 100\r\n\r\n{")
+            for _ in range(3):
+                assert httpx.get(f"{url}/health", timeout=PATIENCE).status_code == 200
+            found = httpx.post(f"{url}/v1/completions", json={"prompt": "The", **GREEDY}, timeout=PATIENCE)
+            assert found.status_code == 200
+            server.terminate()
+            assert server.communicate(timeout=PATIENCE)[1] == "moqa: stopped\n"
+
+    @pytest.mark.parametrize("key", ["", " "])
+    def test_an_empty_key_opens_nothing(self, tiny_model, moqa_command, monkeypatch, key):
+        monkeypatch.setenv("MOQA_API_KEY", key)
+        code, _, error = moqa_command("serve", tiny_model, "--port", "0")
+        assert (code, "MOQA_API_KEY) is empty" in error) == (2, True)
+
+    def test_takes_keys_from_the_environment_and_names_of_pages(self, tiny_model):
+        page = "https://page.example"
+        server, url = self.start(tiny_model, "--cors", page, MOQA_API_KEY="one two")
         with server:
-            assert httpx.get(f"{url}/v1/models", timeout=PATIENCE).status_code == 401
-            assert (
-                httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer right"}, timeout=PATIENCE).status_code
-                == 200
-            )
+            for key, status in (("one", 200), ("two", 200), ("one two", 401)):
+                headers = {"authorization": f"Bearer {key}", "origin": page}
+                found = httpx.get(f"{url}/metrics", headers=headers, timeout=PATIENCE)
+                assert found.status_code == status
+                assert found.headers["access-control-allow-origin"] == page
             server.send_signal(signal.SIGINT)
             assert server.communicate(timeout=PATIENCE)[1] == "moqa: stopped\n"
         assert server.returncode == 0

@@ -1,5 +1,6 @@
 """`moqa serve`: an OpenAI-style server."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -8,6 +9,8 @@ from moqa.cli import options
 from moqa.cli.app import app
 from moqa.cli.generate import use_threads
 from moqa.errors import MoqaError
+
+_KEYS = "MOQA_API_KEY"
 
 
 @app.command()
@@ -20,21 +23,34 @@ def serve(
         int, typer.Option("--queue", min=0, help="texts that may wait; further requests get status 429")
     ] = 256,
     api_key: Annotated[
-        str | None,
-        typer.Option("--api-key", envvar="MOQA_API_KEY", help="key that clients must send; visible to others in `ps`"),
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            envvar=_KEYS,
+            help="key that clients must send (may be repeated: one for each client); visible to others in `ps`",
+        ),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option("--cors", metavar="ORIGIN", help="origin of web pages that may ask (may be repeated), or *"),
     ] = None,
     adjust: Annotated[
         list[str] | None,
         typer.Option("--adjust", metavar="ADJ", help="adjustment folder (may be repeated), auto, or off"),
     ] = None,
+    adjust_shared: Annotated[
+        bool,
+        typer.Option("--adjust-shared", help="with --adjust auto: adjust to all clients' text together, for all"),
+    ] = False,
     threads: options.Threads = None,
 ) -> None:
     """Answer OpenAI-style requests until Ctrl-C or SIGTERM."""
     from moqa.serve import serve as run
 
-    if api_key == "":
-        raise MoqaError("--api-key (or MOQA_API_KEY) is empty", "give a key, or omit the option")
-    if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
+    # an empty variable must not open the server to everyone
+    if not all(api_key or ()) or (not api_key and _KEYS in os.environ):
+        raise MoqaError(f"--api-key (or {_KEYS}) is empty", "give a key, or omit the option")
+    if not api_key and host not in ("127.0.0.1", "localhost", "::1"):
         typer.echo(
             f"moqa: warning: --host {host} without --api-key: anyone who can connect can use the model", err=True
         )
@@ -43,9 +59,12 @@ def serve(
         raise MoqaError(
             f"--adjust {' --adjust '.join(given)} cannot be combined", "give auto, off, or adjustment folders"
         )
+    if adjust_shared and given != ["auto"]:
+        raise MoqaError("--adjust-shared needs --adjust auto", "adjustments that are given are everyone's anyway")
     use_threads(threads)
     run(
-        out, host=host, port=port, slots=slots, queue=queue, api_key=api_key, adjust=[] if given == ["off"] else given,
+        out, host=host, port=port, slots=slots, queue=queue, api_keys=api_key or (), cors=cors or (),
+        adjust=[] if given == ["off"] else given, adjust_shared=adjust_shared,
         ready=lambda url: typer.echo(f"moqa: {out} at {url}/v1, {slots} slots, queue of {queue}", err=True),
     )  # fmt: skip
     typer.echo("moqa: stopped", err=True)

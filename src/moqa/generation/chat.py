@@ -19,7 +19,9 @@ PLAIN_STOPS = ("\nuser:", "\nsystem:")
 _ANSWER = "assistant:"
 
 
-def chat_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
+def chat_prompt(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], context: int | None = None
+) -> tuple[list[int], tuple[str, ...]]:
     """Make the prompt for a conversation, and the strings that end the answer.
 
     >>> chat_prompt(tokenizer, [{"role": "user", "content": "Hello"}])[1]
@@ -28,16 +30,17 @@ def chat_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message
     Args:
         tokenizer: its chat template is used; without a template, each message becomes a line `role: content`.
         messages: each with a role and a content.
+        context: as in `encode`.
 
     Returns:
         Tokens up to the beginning of the answer, and additional stop strings.
 
     Raises:
-        MoqaError: if there is no message, or the template refuses the messages.
+        MoqaError: if there is no message, the template refuses the messages, or they are surely too long.
     """
     text, stops = _render(tokenizer, messages)
     # templates add special tokens themselves
-    return encode(tokenizer, text, special=tokenizer.chat_template is None), stops
+    return encode(tokenizer, text, special=tokenizer.chat_template is None, context=context), stops
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, Field, computed_field
 
 from moqa.errors import MoqaError
-from moqa.generation.loop import Token, check_room, end_tokens, tokens
+from moqa.generation.loop import ContextError, Token, check_room, end_tokens, tokens
 from moqa.generation.prompt_cache import PromptCache
 from moqa.generation.sampling import Sampling
 from moqa.generation.text import Detokenizer, StopStrings
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Reason = Literal["stop", "length"]
+_LONG = 8  # characters of a token; few texts have more on average
+_CUT = 64
 
 
 class Finish(BaseModel, frozen=True):
@@ -83,7 +85,9 @@ def generate(
     return _Pieces(model, tokenizer, ids, sampling, memory or PromptCache())
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", text: str, special: bool = True) -> list[int]:
+def encode(
+    tokenizer: "PreTrainedTokenizerBase", text: str, special: bool = True, context: int | None = None
+) -> list[int]:
     """Tokenize a prompt.
 
     >>> encode(tokenizer, "The history of")
@@ -93,14 +97,22 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str, special: bool = True
         tokenizer: of the model.
         text: any text.
         special: add the special tokens that the model expects, usually one at the beginning.
+        context: most tokens that can be used; a text that surely has more is not tokenized to its end.
 
     Raises:
-        MoqaError: if the text is not valid Unicode.
+        MoqaError: if the text is not valid Unicode, or surely longer than the context.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise MoqaError("the prompt is not valid Unicode text", error.reason) from None
+    if context is not None and len(text) > _LONG * context:
+        # where a beginning is cut, it may have a few tokens more than the whole text has there
+        begins = tokenizer(text[: _LONG * context], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(begins) > context + _CUT:
+            raise ContextError(
+                f"the prompt has more than {len(begins) - _CUT} tokens", f"the context of the model holds {context}"
+            )
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
 

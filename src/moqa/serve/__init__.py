@@ -7,7 +7,7 @@ from moqa.errors import MoqaError
 
 __all__ = ["serve"]
 
-_EXTRA = ("fastapi", "starlette", "uvicorn", "prometheus_client")
+_EXTRA = ("fastapi", "h11", "starlette", "uvicorn", "prometheus_client")
 
 
 def serve(model: str | Path, **options: Any) -> None:

@@ -23,8 +23,8 @@ class Adjusting:
     """Adjustments that are given when the server starts; there may be none.
 
     >>> adjusting = Adjusting(model, Metrics())
-    >>> adjusting.names, adjusting.choose(None, explicit=False).name
-    ([], None)
+    >>> adjusting.choose(None, explicit=False, client=None).name is None
+    True
 
     Args:
         model: the served model; only the scheduler's thread switches its adjustment.
@@ -43,31 +43,36 @@ class Adjusting:
         names = [self._held.hold(folder) for folder in folders] if self._held else []
         self._default = Chosen(names[0] if names else None)
         self._metrics = metrics
-        metrics.adjustments.set_function(lambda: len(self.names))
+        metrics.adjustments.set_function(lambda: self.count)
 
     @property
-    def names(self) -> list[str]:
-        """Names of the adjustments that a request may choose."""
-        return self._held.names if self._held else []
+    def count(self) -> int:
+        """Number of adjustments that requests may choose."""
+        return len(self._held.names) if self._held else 0
 
     @property
-    def drift(self) -> State | None:
-        """Whether recent text is known, drifting or novel; None if drift is not detected."""
+    def by_client(self) -> bool:
+        """Whether clients have to be told apart."""
+        return False
+
+    def drift(self, chosen: Chosen) -> State | None:  # noqa: ARG002
+        """Whether recent text of a request's client is known, drifting or novel; None if drift is not detected."""
         return None
 
-    def choose(self, asked: str | None, explicit: bool) -> Chosen:
+    def choose(self, asked: str | None, explicit: bool, client: str | None) -> Chosen:  # noqa: ARG002
         """Choose the adjustment of a request.
 
         Args:
             asked: name in the request; None for the checkpoint without adjustment.
             explicit: whether the request has this field; otherwise it gets the default.
+            client: whose request it is; None if nothing says so.
 
         Raises:
             RefusalError: 400 if there is no adjustment of that name.
         """
-        return self._find(asked) if explicit else self._default
+        return self._checked(asked, self._held.names if self._held else []) if explicit else self._default
 
-    def count(self, chosen: Chosen) -> None:
+    def note(self, chosen: Chosen) -> None:
         """Count a request for the adjustment that it is written with."""
         self._metrics.adjusted.labels(self._label(chosen)).inc()
 
@@ -75,7 +80,7 @@ class Adjusting:
         """Pieces of a text; before each, the model is switched to the adjustment of this text."""
         while True:
             if self._held is not None:
-                self._held.switch(job.chosen.name)
+                self._held.switch(job.chosen.held)
             piece = next(pieces, None)
             if piece is None:
                 return
@@ -84,12 +89,13 @@ class Adjusting:
     def close(self) -> None:
         """Stop threads."""
 
-    def _find(self, asked: str | None) -> Chosen:
-        if asked is not None and asked not in self.names:
-            held = ", ".join(self.names) or "none"
+    @staticmethod
+    def _checked(asked: str | None, names: Sequence[str]) -> Chosen:
+        if asked is not None and asked not in names:
             raise RefusalError(
-                400, f"no such adjustment: the server has {held}", param="adjustment", code="adjustment_not_found"
-            )
+                400, f"no such adjustment: the server has {', '.join(names) or 'none'}", param="adjustment",
+                code="adjustment_not_found",
+            )  # fmt: skip
         return Chosen(asked, explicit=True)
 
     def _label(self, chosen: Chosen) -> str:

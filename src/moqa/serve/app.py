@@ -1,44 +1,48 @@
 """HTTP routes of the server."""
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from moqa.errors import MoqaError
 from moqa.generation import Finish, Piece
-from moqa.generation.sampling import should
 from moqa.serve.answers import Answer, ChatAnswer, event
+from moqa.serve.bodies import unless_gone
 from moqa.serve.guard import Guard
 from moqa.serve.refusal import RefusalError, refusal_of
 from moqa.serve.schema import ChatRequest, CompletionRequest
 from moqa.serve.service import Running, Service, Text
-
-_T = TypeVar("_T")
-_PROBLEMS = {"missing": "is missing", "extra_forbidden": "is not supported: leave it out"}
+from moqa.serve.sessions import Sessions
 
 
-def build_app(service: Service, api_key: str | None = None) -> FastAPI:
+def build_app(service: Service, keys: Sequence[str] = (), cors: Sequence[str] = ()) -> FastAPI:
     """Build the application, for any ASGI server.
 
     >>> app = build_app(Service(model, tokenizer, "out", slots=4, queue=256))
 
     Args:
         service: a service whose scheduler is running.
-        api_key: key that clients must send; None for no key.
+        keys: clients must send one of them; none for no key.
+        cors: origins of web pages that may ask; `*` for all.
     """
-    app = FastAPI(title="moqa", docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, metrics=service.metrics, api_key=api_key)
+    app = FastAPI(title="moqa", openapi_url=None)
+    if service.adjusting.by_client and not keys:
+        app.add_middleware(Sessions)
+    app.add_middleware(Guard, metrics=service.metrics, keys=keys, cors=cors)
+    if cors:
+        # outermost: a browser asks whether it may ask without the key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=cors, allow_methods=("GET", "POST"), allow_headers=("*",),
+            expose_headers=("*",), allow_private_network=True,
+        )  # fmt: skip
     for kind in (HTTPException, MoqaError):
         app.add_exception_handler(kind, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
     model = {"id": service.name, "object": "model", "created": 0, "owned_by": "moqa"}
 
     @app.get("/health")
@@ -60,19 +64,25 @@ def build_app(service: Service, api_key: str | None = None) -> FastAPI:
         return JSONResponse(model)
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        _check_model(service, body.model)
-        texts = await service.texts(body.prompts(), body.sampling(body.max_tokens, body.logprobs))
+    async def completions(request: Request) -> Response:
+        def prepare(body: CompletionRequest) -> list[Text]:
+            _check_model(service, body.model)
+            return service.texts(body.prompts(), body.sampling(body.max_tokens, body.logprobs))
+
+        body, texts = await service.bodies.read(request, CompletionRequest, prepare)
         answer = Answer(service.name, service.tokenizer, body.logprobs is not None)
         return await _answer(request, service, texts, answer, body)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        _check_model(service, body.model)
-        limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        logprobs = body.asked_logprobs()
-        messages = [message.plain() for message in body.messages]
-        texts = await service.conversation(messages, lambda stops: body.sampling(limit, logprobs, stops))
+    async def chat(request: Request) -> Response:
+        def prepare(body: ChatRequest) -> list[Text]:
+            _check_model(service, body.model)
+            limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+            logprobs = body.asked_logprobs()
+            messages = [message.plain() for message in body.messages]
+            return service.conversation(messages, lambda stops: body.sampling(limit, logprobs, stops))
+
+        body, texts = await service.bodies.read(request, ChatRequest, prepare)
         answer = ChatAnswer(service.name, service.tokenizer, body.logprobs)
         return await _answer(request, service, texts, answer, body)
 
@@ -87,15 +97,16 @@ def _check_model(service: Service, name: str | None) -> None:
 async def _answer(
     request: Request, service: Service, texts: Sequence[Text], answer: Answer, body: CompletionRequest | ChatRequest
 ) -> Response:
-    running = service.start(texts, service.adjusting.choose(body.adjustment, body.chooses))
+    client = getattr(request.state, "client", None)
+    running = service.start(texts, service.adjusting.choose(body.adjustment, body.chooses, client))
     note = partial(service.note, running.chosen)
     try:
         if not body.stream:
-            found = await _unless_gone(request, _collect(running))
+            found = await unless_gone(request, _collect(running))
             return JSONResponse(answer.whole(found, note()))
         pieces = running.pieces()
         # an error before the first piece still gets its own HTTP status
-        first = await _unless_gone(request, anext(pieces))
+        first = await unless_gone(request, anext(pieces))
         count = body.stream_options.include_usage
         return _Events(running, _chunks(answer, running.count, first, pieces, count, note))
     except BaseException:
@@ -156,43 +167,5 @@ class _Events(StreamingResponse):
             self._running.cancel()
 
 
-async def _unless_gone(request: Request, work: Awaitable[_T]) -> _T:
-    """The result of some work, unless the client disconnects first.
-
-    Raises:
-        ClientDisconnect: if the client disconnects first.
-    """
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientDisconnect
-        return tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
 async def _refused(_: Request, error: Exception) -> Response:
     return refusal_of(error).response()
-
-
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return RefusalError(400, "the body is not JSON").response()
-    # field names come from the client and may be anything
-    place = [str(part)[:40].encode(errors="replace").decode() for part in first["loc"] if part != "body"]
-    if not place:
-        message = "the body should be a JSON object, sent as application/json"
-    elif first["type"] in _PROBLEMS:
-        message = f"{'.'.join(place)} {_PROBLEMS[first['type']]}"
-    else:
-        message = f"{'.'.join(place)} {should(first['msg'])}"
-    return RefusalError(400, message, param=place[0] if place else None).response()

@@ -5,11 +5,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from moqa.adjustment.drift import INTERVAL, DriftDetector, State
+from moqa.adjustment.drift import INTERVAL, STATES, DriftDetector, State
 from moqa.adjustment.run import CONTEXT, DEFAULT_SAMPLES, adjust
 from moqa.data import Distribution
 from moqa.errors import MoqaError
@@ -22,7 +23,7 @@ from moqa.generation import Piece
 from moqa.runtime.routing import RoutingCounts
 from moqa.serve.adjusting import NONE, Adjusting
 from moqa.serve.collected import Collected
-from moqa.serve.kept import KeptAdjustments, MadeAdjustment
+from moqa.serve.kept import LoadedAdjustments, MadeAdjustment
 from moqa.serve.metrics import Metrics
 from moqa.serve.text import Chosen
 from moqa.serve.watch import Watch
@@ -41,6 +42,8 @@ MAX_TOKENS = DEFAULT_SAMPLES * CONTEXT  # tokens kept for an adjustment
 # pause after an adjustment, as a multiple of its own time: endless text of many kinds must not keep the machine busy
 # with adjustments
 PAUSE_FACTOR = 10
+MAX_CLIENTS = 8  # whose text is watched; each may have some adjustments in memory
+IDLE = 600  # seconds without a request after which a client makes room for another
 
 
 class _StoppedError(Exception):
@@ -48,54 +51,83 @@ class _StoppedError(Exception):
 
 
 class AutoAdjusting(Adjusting):
-    """Adjustments that are made while the server runs.
+    """Adjustments that are made while the server runs, for each client of its own text.
 
-    While recent text is novel, requests that name no adjustment get one that was made for similar text. Everything runs
-    in the scheduler's thread, except for making an adjustment.
+    While a client's recent text is novel, its requests that name no adjustment get one that was made for similar text.
+    Everything runs in the scheduler's thread, except for making an adjustment.
+
+    >>> adjusting = AutoAdjusting(model, tokenizer, "runs/out", Metrics())
 
     Args:
         model: the served model.
         tokenizer: tokenizer of the model.
         folder: folder of the checkpoint.
         metrics: metrics of the server.
+        shared: treat all clients as one.
 
     Raises:
         MoqaError: if the folder is not a checkpoint, or lacks the routing of known distributions or the channel cache.
     """
 
     def __init__(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: str | Path, metrics: Metrics
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        folder: str | Path,
+        metrics: Metrics,
+        shared: bool = False,
     ) -> None:
         super().__init__(model, metrics)
         folder = Path(folder)
         if not is_checkpoint(folder):
             raise MoqaError("--adjust auto needs a checkpoint", f"{folder} is an original model")
         fingerprint = read_json(Manifest, folder / MANIFEST).fingerprint
-        self._detector = DriftDetector(read_routing(folder, fingerprint))
+        self._routing = read_routing(folder, fingerprint)
         open_cache(folder, fingerprint)
-        self._folder, self._collected = folder, Collected(tokenizer, MAX_TOKENS)
-        self._kept = KeptAdjustments(model.adjustments)
-        self._watch = Watch(self._detector, self._collected, self._kept)
-        self._results: SimpleQueue[tuple[Adjustment, MadeAdjustment, float] | None] = SimpleQueue()
+        self._folder, self._tokenizer, self._shared = folder, tokenizer, shared
+        self._loaded = LoadedAdjustments(model.adjustments)
+        self._watches: dict[str, Watch] = {}
+        self._counted: Watch | None = None  # whose tokens are being counted
+        self._results: SimpleQueue[tuple[Watch, MadeAdjustment, Adjustment, float] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._number, self._not_before = 0, 0.0
-        metrics.watch(lambda: self._detector.state, lambda: self._detector.divergence)
+        self._begun, self._not_before = 0, 0.0
+        metrics.watch(
+            lambda: max((watch.detector.state for watch in self._all), key=STATES.index, default="known"),
+            lambda: max((watch.detector.divergence for watch in self._all), default=0.0),
+        )
         self._counts = RoutingCounts(model)
         self._counts.start()
 
     @property
-    def drift(self) -> State | None:
+    def count(self) -> int:
         """See `Adjusting`."""
-        return self._detector.state
+        return sum(len(watch.kept.names) for watch in self._all)
+
+    @property
+    def by_client(self) -> bool:
+        """See `Adjusting`."""
+        return not self._shared
+
+    def drift(self, chosen: Chosen) -> State | None:
+        """See `Adjusting`; None for a client whose text is not watched."""
+        watch = self._watches.get(self._key(chosen.client))
+        return watch.detector.state if watch else None
+
+    def choose(self, asked: str | None, explicit: bool, client: str | None) -> Chosen:
+        """See `Adjusting`."""
+        watch = self._watches.get(self._key(client))
+        if not explicit:
+            return replace(watch.default if watch else Chosen(), client=client)
+        chosen = self._checked(asked, watch.kept.names if watch else [])
+        return replace(chosen, made=watch.kept.find(asked) if watch else None, client=client)
 
     def written(self, job: "ServedText", pieces: Iterator[Piece]) -> Iterator[Piece]:
         """See `Adjusting`; texts without a requested adjustment are used to detect drift."""
-        if job.chosen.explicit and job.chosen.name is not None:
-            yield from super().written(job, self._uncounted(pieces))
-            return
+        asked = job.chosen.explicit and job.chosen.name is not None
+        watch = None if asked else self._watch(self._key(job.chosen.client))
         text, read, steps = list[int](), False, 0
-        for piece in super().written(job, pieces):
+        for piece in super().written(job, self._counting(watch, pieces)):
             for token, _ in piece.tokens:
                 text.append(token.id)
             steps += 1
@@ -106,15 +138,11 @@ class AutoAdjusting(Adjusting):
                     text[:0] = job.ids
                     read = True
                 self._judge()
-                if self._detector.state == "known":
+                if watch is None or watch.detector.state == "known":
                     text.clear()
                 else:
-                    self._collected.take(text, last=piece.finish is not None)
+                    watch.collected.take(text, last=piece.finish is not None)
             yield piece
-
-    def choose(self, asked: str | None, explicit: bool) -> Chosen:
-        """See `Adjusting`."""
-        return self._find(asked) if explicit else self._watch.default
 
     def close(self) -> None:
         """Cancel an adjustment that is being made."""
@@ -122,39 +150,64 @@ class AutoAdjusting(Adjusting):
         if self._thread is not None:
             self._thread.join()
 
-    def _uncounted(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    @property
+    def _all(self) -> list[Watch]:
+        return list(self._watches.values())
+
+    def _key(self, client: str | None) -> str:
+        """Whose text it is, as a key of what is watched; empty for a client that is not known."""
+        return "everyone" if self._shared else client or ""
+
+    def _watch(self, key: str) -> Watch | None:
+        """What watches a client; None if nothing does: it is not known, or `MAX_CLIENTS` others were here recently."""
+        watch = self._watches.get(key)
+        if watch is None and key:
+            if len(self._watches) >= MAX_CLIENTS:
+                idle = min(self._watches, key=lambda other: self._watches[other].used)
+                if time.monotonic() - self._watches[idle].used < IDLE:
+                    return None
+                del self._watches[idle]
+            watch = Watch(DriftDetector(self._routing), Collected(self._tokenizer, MAX_TOKENS))
+            self._watches[key] = watch
+        return watch
+
+    def _counting(self, watch: Watch | None, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Pieces of a text whose tokens are counted for one client; between them others' texts may be written."""
         while True:
-            self._judge()
+            if watch is not self._counted:
+                self._count()
+                self._counted = watch
             piece = next(pieces, None)
-            self._counts.take()
             if piece is None:
                 return
             yield piece
 
+    def _count(self) -> None:
+        counts = self._counts.take()
+        if self._counted is not None:
+            self._counted.count(counts)
+
     def _judge(self) -> None:
-        """Judge the routing that was counted since the last call."""
-        received = not self._results.empty()
-        if received:
+        """Judge the routing that was counted since the last call, and make an adjustment if one is needed."""
+        self._count()
+        if not self._results.empty():
             self._receive()
-        decided = self._watch.count(self._counts.take())
-        if received and not decided:
-            self._watch.decide()
-        if (received or decided) and self._watch.lacks_one:
+        self._loaded.drop_unused()
+        if self._thread is None and time.monotonic() >= self._not_before:
             self._begin()
 
     def _begin(self) -> None:
-        """Start to make an adjustment, unless one is being made or was just made, or there is too little text."""
-        if self._thread is not None or self._collected.tokens < MIN_TOKENS or time.monotonic() < self._not_before:
+        """Start to make an adjustment for a client that needs one, if there is enough text."""
+        lacking = [watch for watch in self._all if watch.lacks_one and watch.collected.tokens >= MIN_TOKENS]
+        if not lacking:
             return
-        self._number += 1
-        made = MadeAdjustment(f"auto-{self._number}", self._collected.shares)
-        self._thread = threading.Thread(
-            target=self._make, args=(made, self._collected.texts()), name="moqa-adjust", daemon=True
-        )
-        self._collected.clear()
+        watch = min(lacking, key=lambda one: one.begun)  # in turns
+        self._begun += 1
+        made, texts = watch.begin(f"made-{self._begun}")
+        self._thread = threading.Thread(target=self._make, args=(watch, made, texts), name="moqa-adjust", daemon=True)
         self._thread.start()
 
-    def _make(self, made: MadeAdjustment, texts: Sequence[str]) -> None:
+    def _make(self, watch: Watch, made: MadeAdjustment, texts: Sequence[str]) -> None:
         """Make an adjustment; runs in its own thread."""
 
         def report(*_: object, **_facts: object) -> None:
@@ -166,7 +219,7 @@ class AutoAdjusting(Adjusting):
             with temporary_folder() as parent:
                 out = parent / made.name
                 adjust(self._folder, [Distribution(made.name, tuple(texts), "served texts")], out, report=report)
-                self._results.put((read_adjustment(out), made, time.monotonic() - started))
+                self._results.put((watch, made, read_adjustment(out), time.monotonic() - started))
         except _StoppedError:
             pass
         except Exception as error:
@@ -176,25 +229,19 @@ class AutoAdjusting(Adjusting):
             self._results.put(None)
 
     def _receive(self) -> None:
-        """Take over the adjustment that was made; old ones make room for it."""
+        """Take over the adjustment that was made."""
         result, self._thread = self._results.get(), None
         if result is None:
             self._metrics.failures.inc()
             return
-        adjustment, made, seconds = result
-        self._kept.add(adjustment, made)
+        watch, made, adjustment, seconds = result
         self._metrics.adjustment_seconds.set(seconds)
         self._not_before = time.monotonic() + PAUSE_FACTOR * seconds
-
-    def _find(self, asked: str | None) -> Chosen:
-        made = self._kept.find(asked)
-        return super()._find(asked) if made is None else Chosen(asked, explicit=True, keeps=made)
+        if watch in self._all:
+            self._loaded.add(adjustment, made)
+            watch.kept.add(made)
+            watch.decide()
 
     def _label(self, chosen: Chosen) -> str:
         # one label for all: the number of names is unlimited
         return NONE if chosen.name is None else "auto"
-
-    @property
-    def names(self) -> list[str]:
-        """See `Adjusting`."""
-        return self._kept.names

@@ -1,15 +1,17 @@
-"""Middleware for every request: API key, limit on the body, metrics, and errors that nothing else handled."""
+"""Middleware for every request: who may ask, metrics, and errors that nothing else handled."""
 
 import hmac
+from collections.abc import Collection, Sequence
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moqa.serve.metrics import Metrics
+from moqa.serve.origins import check_site
 from moqa.serve.refusal import RefusalError, refusal_of
 
-BODY_LIMIT = 8 * 2**20  # bytes; enough for a million tokens as numbers
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+_OPEN = ("/health",)  # without a key; says nothing but that the server runs
 
 
 class Guard:
@@ -18,12 +20,13 @@ class Guard:
     Args:
         app: the wrapped application.
         metrics: metrics of the server.
-        api_key: bearer token required under `/v1`; None for no key.
+        keys: bearer tokens, one of which is required; without any, only pages of other sites are refused.
+        cors: origins of pages that may ask.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None) -> None:
-        self._app, self._metrics = app, metrics
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+    def __init__(self, app: ASGIApp, metrics: Metrics, keys: Sequence[str], cors: Collection[str]) -> None:
+        self._app, self._metrics, self._cors = app, metrics, cors
+        self._expected = [f"Bearer {key}".encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -40,7 +43,7 @@ class Guard:
 
         try:
             self._check(scope)
-            await self._app(scope, _bounded(receive), noted)
+            await self._app(scope, receive, noted)
         except ClientDisconnect:
             status = 499  # common status for a client that disconnected; only counted, never sent
         except Exception as error:
@@ -53,30 +56,13 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
-        if self._expected is not None and scope["path"].startswith("/v1"):
+        if not self._expected:
+            check_site(scope, headers, self._cors)
+        elif scope["path"] not in _OPEN:
             given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+            # each is compared, so that the time says nothing about which one is like it
+            found = [number for number, key in enumerate(self._expected) if hmac.compare_digest(given, key)]
+            if not found:
                 message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
                 raise RefusalError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > BODY_LIMIT:
-            raise _too_large()
-
-
-def _bounded(receive: Receive) -> Receive:
-    """Wrap `receive` so that it reads no more of a body than the limit, whatever the headers say."""
-    size = 0
-
-    async def bounded() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > BODY_LIMIT:
-            raise _too_large()
-        return message
-
-    return bounded
-
-
-def _too_large() -> RefusalError:
-    return RefusalError(413, f"the body is longer than {BODY_LIMIT} bytes", code="body_too_large")
+            scope.setdefault("state", {})["client"] = f"key {found[0]}"

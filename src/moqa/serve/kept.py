@@ -1,8 +1,9 @@
-"""The last few adjustments that a server has made."""
+"""Adjustments that a server has made: the last few of each client, loaded for as long as they are used."""
 
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,28 +21,46 @@ class MadeAdjustment:
     """An adjustment that was made.
 
     Attributes:
-        name: name of the adjustment.
+        name: its name for the client that it was made for.
+        held: its name in the model, which holds those of all clients.
         shares: [layers, experts] routing of the text that it was made for.
     """
 
     name: str
+    held: str
     shares: np.ndarray
 
 
-class KeptAdjustments:
-    """Adjustments that were made, at most `MAX_KEPT`: a new one replaces the least recently used one.
-
-    A replaced one stays loaded for as long as a text is written with it, i.e. while there is a reference to the result
-    of `find`.
+class LoadedAdjustments:
+    """Adjustments that were made and loaded, each for as long as anything refers to its `MadeAdjustment`.
 
     Args:
-        held: adjustments of the model; only the thread that writes text changes what is kept.
+        held: adjustments of the model; only the thread that writes text changes what is held.
     """
 
     def __init__(self, held: "Adjustments") -> None:
         self._held = held
+        self._left: SimpleQueue[str] = SimpleQueue()  # the last reference may be dropped in any thread
+
+    def add(self, adjustment: Adjustment, made: MadeAdjustment) -> None:
+        """Load an adjustment."""
+        self._held.hold(adjustment, made.held)
+        weakref.finalize(made, self._left.put, made.held).atexit = False
+
+    def drop_unused(self) -> None:
+        """Drop the adjustments that nothing refers to any more."""
+        while not self._left.empty():
+            name = self._left.get()
+            if self._held.current == name:
+                self._held.switch(None)
+            self._held.drop(name)
+
+
+class KeptAdjustments:
+    """The adjustments of one client, at most `MAX_KEPT`: a new one replaces the least recently used one."""
+
+    def __init__(self) -> None:
         self._made: list[MadeAdjustment] = []  # the most recently used one is last
-        self._leaving: list[tuple[str, weakref.ref[MadeAdjustment]]] = []
 
     @property
     def names(self) -> list[str]:
@@ -61,17 +80,7 @@ class KeptAdjustments:
         self._made.remove(made)
         self._made.append(made)
 
-    def add(self, adjustment: Adjustment, made: MadeAdjustment) -> None:
-        """Add an adjustment; drops replaced ones that no text is written with."""
-        self._held.hold(adjustment, made.name)
+    def add(self, made: MadeAdjustment) -> None:
+        """Keep one more."""
         self._made.append(made)
-        if len(self._made) > MAX_KEPT:
-            oldest = self._made.pop(0)
-            self._leaving.append((oldest.name, weakref.ref(oldest)))
-            del oldest
-        for name, left in self._leaving.copy():
-            if left() is None:
-                if self._held.current == name:
-                    self._held.switch(None)
-                self._held.drop(name)
-                self._leaving.remove((name, left))
+        del self._made[:-MAX_KEPT]

@@ -1,10 +1,15 @@
 """`moqa serve`: load a model and serve it until a signal stops the server."""
 
+import asyncio
+import gc
+import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -13,12 +18,19 @@ from moqa.generation import load_any
 from moqa.serve.adjusting import Adjusting
 from moqa.serve.app import build_app
 from moqa.serve.auto import AutoAdjusting
+from moqa.serve.connection import ACCEPTED, Connection, Connections
 from moqa.serve.metrics import Metrics
+from moqa.serve.origins import check_origins
 from moqa.serve.service import Service
 
 GRACE = 3.0  # seconds to finish texts that are being written when the server is stopped
 AUTO = "auto"
 _BACKLOG = 2048  # connections waiting to be accepted
+_SWITCH = 0.0005  # seconds
+_SPARE = 1024  # connections beside those whose texts are written or wait
+_QUIET = 60.0  # seconds after a problem of connections in which no other is logged
+
+_LOG = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
@@ -26,18 +38,32 @@ class Server(uvicorn.Server):
 
     Args:
         service: a service whose scheduler is running.
-        api_key: what clients must send; None lets everyone in.
+        connections: what limits its connections.
+        keys: clients must send one of them; none lets everyone in.
+        cors: origins of web pages that may ask.
     """
 
-    def __init__(self, service: Service, api_key: str | None) -> None:
+    def __init__(
+        self, service: Service, connections: Connections, keys: Sequence[str] = (), cors: Sequence[str] = ()
+    ) -> None:
         self._scheduler = service.scheduler
         config = uvicorn.Config(
-            build_app(service, api_key), http="h11", loop="asyncio", ws="none", lifespan="off", log_config=None,
-            access_log=False, server_header=False, proxy_headers=False,
+            build_app(service, keys, cors), http=partial(Connection, shared=connections),  # type: ignore[arg-type]
+            loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+            proxy_headers=False, backlog=ACCEPTED,
+            # its warnings are one line for each request that is wrong, so their number is unlimited
+            log_level="error",
             # longer than clients keep connections open, so that the server never closes one just as it is used
             timeout_keep_alive=75, timeout_graceful_shutdown=int(GRACE) + 2,
         )  # fmt: skip
         super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to accept requests."""
+        asyncio.get_running_loop().set_exception_handler(log_once_a_minute())
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)  # uvicorn's backlog is also what the event loop accepts in one turn
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting requests; texts that are being written get a few seconds to finish."""
@@ -52,8 +78,10 @@ def serve(
     port: int = 8000,
     slots: int = 4,
     queue: int = 256,
-    api_key: str | None = None,
+    api_keys: Sequence[str] = (),
+    cors: Sequence[str] = (),
     adjust: Sequence[str | Path] = (),
+    adjust_shared: bool = False,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Answer OpenAI-style requests until SIGTERM or Ctrl-C.
@@ -66,28 +94,39 @@ def serve(
         port: port to listen on; 0 takes any free port.
         slots: texts written at the same time.
         queue: texts that may wait; further requests get status 429.
-        api_key: what clients must send; None lets everyone in.
+        api_keys: clients must send one of them; none lets everyone in.
+        cors: origins of web pages that may ask; `*` for all.
         adjust: adjustment folders, the first being the default for requests that name none; or only `auto`, to make
-            adjustments for novel text.
+            adjustments for novel text, for each client (an API key, or a session) of its own text.
+        adjust_shared: with `auto`, make adjustments of all clients' text, for all.
         ready: called with the server's address before the first request is accepted.
 
     Raises:
-        MoqaError: if the model or an adjustment is missing or damaged, or the port is in use.
+        MoqaError: if the model or an adjustment is missing or damaged, an origin is none, or the port is in use.
     """
+    check_origins(cors)
     with _bound(host, port) as listener:
         loaded, tokenizer = load_any(model)
         if list(adjust) == [AUTO]:
-            adjusting: Callable[[Metrics], Adjusting] = partial(AutoAdjusting, loaded, tokenizer, model)
+            adjusting: Callable[[Metrics], Adjusting] = partial(
+                AutoAdjusting, loaded, tokenizer, model, shared=adjust_shared
+            )
         else:
             adjusting = partial(Adjusting, loaded, folders=adjust)
         service = Service(loaded, tokenizer, Path(model).resolve().name, slots, queue, adjusting)
-        server = Server(service, api_key)
+        server = Server(service, Connections.of(slots + queue + _SPARE), api_keys, cors)
 
         def stop(*_: object) -> None:
             server.should_exit = True
 
         # uvicorn raises a signal again when it is done; the default handlers would then kill the process
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        switch = sys.getswitchinterval()
+        # else looking for garbage among a request's lists goes through torch and the model as well, for a second
+        gc.collect()
+        gc.freeze()
+        # the event loop needs the interpreter for moments, again and again, beside threads that keep it when they can
+        sys.setswitchinterval(_SWITCH)
         service.scheduler.start()
         try:
             _listen(listener, host, port)
@@ -97,8 +136,27 @@ def serve(
         finally:
             service.scheduler.stop(0)
             service.close()
+            gc.unfreeze()
+            sys.setswitchinterval(switch)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def log_once_a_minute() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """Log what goes wrong with connections in one line a minute, e.g. that no more files can be opened.
+
+    >>> asyncio.get_running_loop().set_exception_handler(log_once_a_minute())  # doctest: +SKIP
+    """
+    quiet_until = 0.0
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal quiet_until
+        if loop.time() >= quiet_until:
+            quiet_until = loop.time() + _QUIET
+            error = context.get("exception")
+            _LOG.error("moqa: %s: %s", context["message"], getattr(error, "strerror", None) or type(error).__name__)
+
+    return handle
 
 
 def _bound(host: str, port: int) -> socket.socket:

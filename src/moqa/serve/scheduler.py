@@ -103,6 +103,7 @@ class Scheduler:
             for job in self._active.copy():
                 if not self._step(job):
                     self._active.remove(job)
+                    job.pieces = None  # it refers to the job, and to the memory of its text
 
     def _step(self, job: ServedText) -> bool:
         """Process one chunk of a prompt or one token; returns whether the text continues."""

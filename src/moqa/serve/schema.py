@@ -18,6 +18,10 @@ from moqa.serve.refusal import RefusalError
 _T = TypeVar("_T")
 # without fail_fast, a million numbers would produce a million errors of the branch for texts
 _Many = Annotated[list[_T], Field(min_length=1, fail_fast=True)]
+_MOST_FIELDS = 100  # of one object; there is an error for each unknown one
+_MOST_STOPS = 16
+_MOST = 4096  # prompts, messages, and parts of a message
+_Prompts = Annotated[list[_T], Field(min_length=1, max_length=_MOST, fail_fast=True)]
 # these have no effect on any text
 _IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -55,6 +59,8 @@ class _Asked(BaseModel):
     def _drop_what_changes_nothing(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if len(data) > _MOST_FIELDS:
+            raise ValueError(f"should have at most {_MOST_FIELDS} fields")
         left = {n: value for n, value in data.items() if n not in _IGNORED and (value is not None or n in _SAYING)}
         for name in _NEUTRAL.keys() & left.keys() - cls.model_fields.keys():
             if left[name] in _NEUTRAL[name]:
@@ -77,7 +83,10 @@ class _Request(_Asked):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: Annotated[str | list[str], _described("a text or a list of texts")] = []
+    stop: Annotated[
+        str | Annotated[list[str], Field(max_length=_MOST_STOPS, fail_fast=True)],
+        _described(f"a text or a list of texts, at most {_MOST_STOPS}"),
+    ] = []
     repetition_penalty: float | None = None
     adjustment: str | None = Field(
         None, description="name of a loaded adjustment; null for the checkpoint without adjustment"
@@ -114,8 +123,11 @@ class CompletionRequest(_Request):
     """Body of `/v1/completions`."""
 
     prompt: Annotated[
-        str | _Many[str] | _Many[int] | _Many[_Many[int]],
-        _described("a text, a list of texts, a list of token numbers or a list of such lists, none of them empty"),
+        str | _Prompts[str] | _Many[int] | _Prompts[_Many[int]],
+        _described(
+            "a text, a list of texts, a list of token numbers or a list of such lists, none of them empty, "
+            f"at most {_MOST} prompts"
+        ),
     ]
     max_tokens: int = 16
     logprobs: int | None = None
@@ -138,7 +150,10 @@ class ChatMessage(_Asked):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | list[TextPart], _described("a text or a list of text parts; nothing else can be read")]
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(max_length=_MOST, fail_fast=True)],
+        _described(f"a text or a list of text parts, at most {_MOST}; nothing else can be read"),
+    ]
 
     def plain(self) -> dict[str, str]:
         """The message in the form that chat templates expect, in which the role `developer` is called `system`."""
@@ -149,7 +164,7 @@ class ChatMessage(_Asked):
 class ChatRequest(_Request):
     """Body of `/v1/chat/completions`."""
 
-    messages: _Many[ChatMessage]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=_MOST, fail_fast=True)]
     max_completion_tokens: int | None = None
     max_tokens: int | None = Field(None, description="the older name of max_completion_tokens")
     logprobs: bool = False

@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from moqa.generation import Piece, Sampling, chat_prompt, check_room, encode, generate
 from moqa.serve.adjusting import Adjusting
+from moqa.serve.bodies import Bodies, body_limit
 from moqa.serve.metrics import Metrics
 from moqa.serve.refusal import RefusalError
 from moqa.serve.scheduler import Scheduler
@@ -17,7 +17,6 @@ from moqa.serve.text import Chosen, ServedText
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_T = TypeVar("_T")
 Text = tuple[Sequence[int], Sampling]
 
 
@@ -53,12 +52,12 @@ class Service:
             return self.adjusting.written(job, generate(model, tokenizer, job.ids, job.sampling))
 
         self.scheduler = Scheduler(begin, slots, queue, self.metrics)
-        # tokenizing a long prompt must not block the responses of others; one thread, so that it cannot use every core
-        self._encoder = ThreadPoolExecutor(1, "moqa-encode")
+        self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.bodies = Bodies(body_limit(self._context))
         # the first use of a tokenizer resets its truncation, which must not happen in two threads at the same time
         encode(tokenizer, "")
 
-    async def texts(self, prompts: Sequence[str | list[int]], sampling: Sampling) -> list[Text]:
+    def texts(self, prompts: Sequence[str | list[int]], sampling: Sampling) -> list[Text]:
         """Tokenize prompts and check that each fits the context.
 
         Raises:
@@ -69,16 +68,14 @@ class Service:
             raise RefusalError(
                 400, f"{len(prompts)} prompts are too many: at most {self.scheduler.room} fit", param="prompt"
             )
+        return [
+            self._checked(
+                encode(self.tokenizer, prompt, context=self._context) if isinstance(prompt, str) else prompt, sampling
+            )
+            for prompt in prompts
+        ]
 
-        def work() -> list[Text]:
-            return [
-                self._checked(encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt, sampling)
-                for prompt in prompts
-            ]
-
-        return await self._in_encoder(work)
-
-    async def conversation(
+    def conversation(
         self, messages: Sequence[dict[str, str]], sampling: Callable[[tuple[str, ...]], Sampling]
     ) -> list[Text]:
         """Tokenize a conversation and check that it fits the context.
@@ -90,12 +87,8 @@ class Service:
         Raises:
             MoqaError: if the chat template refuses the conversation, or it is too long.
         """
-
-        def work() -> list[Text]:
-            ids, stops = chat_prompt(self.tokenizer, messages)
-            return [self._checked(ids, sampling(stops))]
-
-        return await self._in_encoder(work)
+        ids, stops = chat_prompt(self.tokenizer, messages, self._context)
+        return [self._checked(ids, sampling(stops))]
 
     def start(self, texts: Sequence[Text], chosen: Chosen) -> "Running":
         """Queue the texts of one request, to be written with one adjustment.
@@ -104,25 +97,22 @@ class Service:
             RefusalError: 429 if the queue is full, 503 if the server is stopping.
         """
         running = Running(self.scheduler, texts, chosen)
-        self.adjusting.count(chosen)
+        self.adjusting.note(chosen)
         return running
 
     def note(self, chosen: Chosen) -> dict[str, Any]:
         """Fields of a response in addition to its usage."""
-        return {"adjustment": chosen.name, "drift": self.adjusting.drift}
+        return {"adjustment": chosen.name, "drift": self.adjusting.drift(chosen)}
 
     def close(self) -> None:
         """Stop all threads, once the scheduler has stopped."""
         self.scheduler.join()
         self.adjusting.close()
-        self._encoder.shutdown()
+        self.bodies.close()
 
     def _checked(self, ids: Sequence[int], sampling: Sampling) -> Text:
         check_room(self.model, ids, sampling)
         return ids, sampling
-
-    async def _in_encoder(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, work)
 
 
 class Running:

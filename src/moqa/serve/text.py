@@ -3,8 +3,12 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from moqa.generation import Piece, Sampling
+
+if TYPE_CHECKING:
+    from moqa.serve.kept import MadeAdjustment
 
 
 @dataclass(eq=False)
@@ -14,12 +18,19 @@ class Chosen:
     Attributes:
         name: name of the adjustment; None for the checkpoint without adjustment.
         explicit: whether the request chose it.
-        keeps: object kept alive as long as this one, so that the adjustment stays loaded.
+        made: the adjustment if the server made it; it stays loaded as long as this refers to it.
+        client: whose request it is; None if nothing says so.
     """
 
     name: str | None = None
     explicit: bool = False
-    keeps: object = None
+    made: "MadeAdjustment | None" = None
+    client: str | None = None
+
+    @property
+    def held(self) -> str | None:
+        """The name that the model holds it under."""
+        return self.made.held if self.made else self.name
 
 
 @dataclass(eq=False)
