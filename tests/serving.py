@@ -19,9 +19,9 @@ PATIENCE = 300  # seconds, for a machine that is busy: what takes as long hangs
 
 
 @contextmanager
-def running(tiny, slots=4, queue=256, begin=None, adjusting=None, connections=None, **options):
+def running(tiny, slots=4, queue=256, begin=None, adjusting=None, connections=None, names="tiny", **options):
     """A server of a model in a thread, and where it answers."""
-    service = Service(*tiny, "tiny", slots, queue, adjusting)
+    service = Service(*tiny, names, slots, queue, adjusting)
     if begin:
         service.scheduler.begin = begin(service.scheduler.begin)
     server = Server(service, connections or Connections(500), **options)

@@ -148,7 +148,7 @@ class TestLoad:
             lines = long.iter_lines()  # closes the connection when it is forgotten
             assert next(lines)
             assert complete(http, prompt="A", **GREEDY).status_code == 200
-            until(http, active_slots=1)  # the long one is still written; the short one's slot is free soon
+            until(http, active_slots=1)  # the long one is still written
         until(http, active_slots=0)
 
     @pytest.mark.parametrize("stream", [False, True])
@@ -206,9 +206,19 @@ class TestRefusals:
             ({"prompt": "a", "seed": 2**70}, "seed", "less"),
             ({"prompt": "a", "stop": [""]}, "stop", "1 character"),
             ({"prompt": "a", "stop": 5}, "stop", "a list of texts"),
-            ({"prompt": "a", "n": 2}, "n", "not supported"),
-            ({"prompt": "a", "echo": True}, "echo", "not supported"),
-            ({"prompt": "a", "temprature": 1}, "temprature", "not supported"),
+            ({"prompt": "a", "n": 0}, "n", "greater"),
+            ({"prompt": "a", "n": 3, "best_of": 2}, "best_of", "less than n 3"),
+            ({"prompt": "a", "best_of": 2, "stream": True}, "best_of", "streamed"),
+            ({"prompt": ["a", "b"], "n": 128, "best_of": 128, "max_tokens": 1, "echo": 1}, "echo", "boolean"),
+            ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
+            ({"prompt": "a", "temprature": 1}, "temprature", "did you mean temperature?"),
+            ({"prompt": "a", "min_p": 2}, "min_p", "less than or equal to 1"),
+            ({"prompt": "a", "logit_bias": {"8192": 1}}, None, "logit_bias has token 8192"),
+            ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "integer"),
+            ({"prompt": "a", "frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
+            ({"prompt": "a", "grammar": "start: nothing"}, None, "grammar"),
+            ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format", "json_schema"),
+            ({"prompt": "a", "response_format": {"type": "json_object", "schema": {"type": 5}}}, None, "grammar"),
             ({"prompt": "a", "stream_options": 5}, "stream_options", "valid"),
         ],
     )
@@ -252,7 +262,7 @@ class TestRefusals:
         assert http.get("/health").json() == {"status": "ok"}
 
     def test_of_other_routes(self, http):
-        fails(http.get("/"), 404)
+        fails(http.get("/nothing"), 404)
         fails(http.get("/v1/completions"), 405)
         fails(http.post("/health"), 405)
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def chat(
     out: options.Out,
     max_tokens: options.MaxTokens = 512,
-    temperature: options.Temperature = 1.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
     stop: options.Stop = None,
     seed: options.SamplingSeed = 0,
     threads: options.Threads = None,

@@ -19,9 +19,9 @@ def generate(
     out: options.Out,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="text to continue, - for stdin")],
     max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = 1.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
     stop: options.Stop = None,
     seed: options.SamplingSeed = 0,
     threads: options.Threads = None,
@@ -45,18 +45,23 @@ def generate(
 
 
 def sampling_of(
-    max_tokens: int, temperature: float, top_p: float, top_k: int, stop: list[str] | None, seed: int
+    max_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    stop: list[str] | None,
+    seed: int,
 ) -> "Sampling":
-    """Make a `Sampling` from the options that `generate` and `chat` share.
+    """Make a `Sampling` from the options that `generate` and `chat` share; what is None is left to the model.
 
     Raises:
         MoqaError: if one is out of range.
     """
     from moqa.generation import Sampling
 
-    return Sampling.of(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop or (), seed=seed
-    )
+    options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in options.items() if value is not None}
+    return Sampling.of(max_tokens=max_tokens, stop=stop or (), seed=seed, **given)
 
 
 def use_threads(threads: int | None) -> None:

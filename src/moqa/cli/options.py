@@ -45,13 +45,25 @@ Json = Annotated[Path | None, typer.Option("--json", help="also write the result
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="checkpoint, or folder or Hub id of an original model")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="largest number of tokens to write")]
+_OF_THE_MODEL = "[default: the model's, else {}]"
 Temperature = Annotated[
-    float, typer.Option("--temperature", help="0 takes the likeliest token, 1 keeps the model's probabilities, up to 2")
+    float | None,
+    typer.Option(
+        "--temperature",
+        help=f"0 takes the likeliest token, 1 keeps the model's probabilities, up to 2 {_OF_THE_MODEL.format(1)}",
+    ),
 ]
 TopP = Annotated[
-    float, typer.Option("--top-p", help="sample from the likeliest tokens that reach this probability together")
+    float | None,
+    typer.Option(
+        "--top-p",
+        help=f"sample from the likeliest tokens that reach this probability together {_OF_THE_MODEL.format(1)}",
+    ),
 ]
-TopK = Annotated[int, typer.Option("--top-k", help="sample from this many likeliest tokens; 0 for all")]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", help=f"sample from this many likeliest tokens; 0 for all {_OF_THE_MODEL.format(0)}"),
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", metavar="TEXT", help="text that ends the output and is left out; may be repeated"),

@@ -42,6 +42,10 @@ def serve(
         bool,
         typer.Option("--adjust-shared", help="with --adjust auto: adjust to all clients' text together, for all"),
     ] = False,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option("--alias", metavar="NAME", help="name that clients call the model by; may be repeated"),
+    ] = None,
     threads: options.Threads = None,
 ) -> None:
     """Answer OpenAI-style requests until Ctrl-C or SIGTERM."""
@@ -64,7 +68,7 @@ def serve(
     use_threads(threads)
     run(
         out, host=host, port=port, slots=slots, queue=queue, api_keys=api_key or (), cors=cors or (),
-        adjust=[] if given == ["off"] else given, adjust_shared=adjust_shared,
+        adjust=[] if given == ["off"] else given, adjust_shared=adjust_shared, alias=alias or (),
         ready=lambda url: typer.echo(f"moqa: {out} at {url}/v1, {slots} slots, queue of {queue}", err=True),
     )  # fmt: skip
     typer.echo("moqa: stopped", err=True)

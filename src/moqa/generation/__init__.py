@@ -1,10 +1,12 @@
 """Generation: moqa's own loop over a transformers model, streamed text, conversations."""
 
-from moqa.generation.chat import Chat, chat_prompt
+from moqa.generation.chat import Chat, chat_prompt, template_of
+from moqa.generation.choice import Token
+from moqa.generation.grammar import json_grammar
 from moqa.generation.load import load_any
-from moqa.generation.loop import ContextError, Token, check_room, tokens
+from moqa.generation.loop import ContextError, check_room, tokens
 from moqa.generation.prompt_cache import PromptCache
-from moqa.generation.run import Finish, Piece, encode, generate
+from moqa.generation.run import Finish, Piece, begin_grammar, encode, generate
 from moqa.generation.sampling import Sampling
 
 __all__ = [
@@ -15,10 +17,13 @@ __all__ = [
     "PromptCache",
     "Sampling",
     "Token",
+    "begin_grammar",
     "chat_prompt",
     "check_room",
     "encode",
     "generate",
+    "json_grammar",
     "load_any",
+    "template_of",
     "tokens",
 ]  # fmt: skip

@@ -1,8 +1,10 @@
 """Conversations: the prompt for a list of messages, and a chat that continues turn by turn."""
 
+import inspect
 from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from moqa.data.chat import chat_text
 from moqa.errors import MoqaError
 from moqa.generation.loop import check_room
 from moqa.generation.prompt_cache import PromptCache
@@ -12,7 +14,7 @@ from moqa.generation.sampling import Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Message = Mapping[str, str]  # role and content
+Message = Mapping[str, Any]  # role and content, and what else a template may read
 
 # Without a chat template, only these strings stop a model from writing the user's next line as well.
 PLAIN_STOPS = ("\nuser:", "\nsystem:")
@@ -20,7 +22,11 @@ _ANSWER = "assistant:"
 
 
 def chat_prompt(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], context: int | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    variables: Mapping[str, Any] | None = None,
+    context: int | None = None,
 ) -> tuple[list[int], tuple[str, ...]]:
     """Make the prompt for a conversation, and the strings that end the answer.
 
@@ -30,33 +36,56 @@ def chat_prompt(
     Args:
         tokenizer: its chat template is used; without a template, each message becomes a line `role: content`.
         messages: each with a role and a content.
+        tools: functions that the model may call, as in OpenAI's API; only a template can describe them.
+        variables: further variables of the template, e.g. `enable_thinking`.
         context: as in `encode`.
 
     Returns:
         Tokens up to the beginning of the answer, and additional stop strings.
 
     Raises:
-        MoqaError: if there is no message, the template refuses the messages, or they are surely too long.
+        MoqaError: if there is no message, or the template cannot say what is given or refuses it, or it is surely too
+            long.
     """
-    text, stops = _render(tokenizer, messages)
+    text, stops = _render(tokenizer, messages, tools, variables or {})
     # templates add special tokens themselves
     return encode(tokenizer, text, special=tokenizer.chat_template is None, context=context), stops
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[str, tuple[str, ...]]:
+def template_of(tokenizer: "PreTrainedTokenizerBase", tools: bool = False) -> str:
+    """Source of the chat template; empty if there is none.
+
+    >>> template_of(tokenizer)
+    ''
+
+    Args:
+        tokenizer: of the model.
+        tools: whether there are tools, for which some models have a template of its own.
+    """
+    if tokenizer.chat_template is None:
+        return ""
+    return str(tokenizer.get_chat_template(tools=[{}] if tools else None))
+
+
+def _render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    variables: Mapping[str, Any] = {},
+) -> tuple[str, tuple[str, ...]]:
     if not messages:
         raise MoqaError("the conversation has no messages", "give at least one")
+    if tools and "tools" not in template_of(tokenizer, tools=True):
+        raise MoqaError("the model's chat template has no place for tools", "leave them out")
     if tokenizer.chat_template is None:
+        if any(message.get("tool_calls") for message in messages):
+            raise MoqaError("the model has no chat template, which tool calls need", "leave them out")
         return "".join(map(_line, messages)) + _ANSWER, PLAIN_STOPS
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # a template is code of the model's author and may raise anything
-        reason = str(error).strip().splitlines()
-        raise MoqaError("the chat template refuses these messages", reason[0] if reason else "") from None
-    assert isinstance(text, str)
-    return text, ()
+    # such a name would be an option of transformers, and could even be another template
+    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "answer"}
+    for name in reserved & variables.keys():
+        raise MoqaError(f"{name} is no variable of a chat template", "leave it out")
+    return chat_text(tokenizer, messages, answer=True, tools=list(tools) or None, **variables), ()
 
 
 def _line(message: Message) -> str:

@@ -1,15 +1,14 @@
 """The generation loop: the prompt in chunks, then one token at a time."""
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.generation.processors import processors
+from moqa.generation.choice import Chooser, Token, reported
+from moqa.generation.grammar import Grammar
 from moqa.generation.prompt_cache import PromptCache
 from moqa.generation.sampling import Sampling
 
@@ -17,24 +16,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK = 512  # prompt tokens read at a time; limits how long other texts wait, and the memory of a read
+_MOST_LOGITS = 2**24  # at a time, if there are some for each token: 64 MiB
+
+# tokens of the prompt, if it is echoed; else None
+Chunk = tuple[Token, ...] | None
 
 
 class ContextError(MoqaError):
     """There are more tokens than the context of the model can hold."""
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One written token; log-probabilities are the model's own, before temperature and other sampling options."""
-
-    id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens, if asked for
-
-
 def tokens(
-    model: "PreTrainedModel", ids: Sequence[int], sampling: Sampling, memory: PromptCache | None = None
-) -> Iterator[Token | None]:
+    model: "PreTrainedModel",
+    ids: Sequence[int],
+    sampling: Sampling,
+    memory: PromptCache | None = None,
+    grammar: Grammar | None = None,
+) -> Iterator[Token | Chunk]:
     """Continue a text token by token.
 
     >>> [token.id for token in tokens(model, [599, 3523], Sampling(max_tokens=3, temperature=0)) if token]
@@ -45,16 +43,22 @@ def tokens(
         ids: tokens of the text.
         sampling: how to continue it.
         memory: cache of an earlier text; only tokens after a common beginning are read. It is updated.
+        grammar: what may be written.
 
     Returns:
-        None after each chunk of the prompt except the last, then tokens. One of `end_tokens` ends the text.
+        None after each chunk of the prompt except the last, then tokens. One of `end_tokens`, or the end of the
+        grammar, ends the text. With `echo`, the tokens of each chunk instead of None, and of the last chunk as well;
+        their log-probabilities if asked for, which the first token has not.
 
     Raises:
         MoqaError: if there is no token, one is unknown, or the context is too short.
     """
     limit = check_room(model, ids, sampling)
     memory = memory or PromptCache()
-    return _tokens(model, ids, sampling, memory, memory.keep(ids), limit)
+    if sampling.echo:
+        memory.clear()
+    writing = _Writing(model, ids, sampling, memory, grammar)
+    return writing.steps(memory.keep(ids), limit)
 
 
 def check_room(model: "PreTrainedModel", ids: Sequence[int], sampling: Sampling) -> int:
@@ -69,9 +73,10 @@ def check_room(model: "PreTrainedModel", ids: Sequence[int], sampling: Sampling)
     config = model.config.get_text_config()
     if not len(ids):
         raise MoqaError("the prompt has no tokens", "give at least one")
-    for token in (min(ids), max(ids)):
-        if not 0 <= token < config.vocab_size:
-            raise MoqaError(f"the prompt has token {token}", f"the model knows 0 to {config.vocab_size - 1}")
+    for what, named in (("the prompt", ids), ("logit_bias", sampling.logit_bias)):
+        for token in (min(named), max(named)) if named else ():
+            if not 0 <= token < config.vocab_size:
+                raise MoqaError(f"{what} has token {token}", f"the model knows 0 to {config.vocab_size - 1}")
     context = getattr(config, "max_position_embeddings", None)
     if context is None:
         if sampling.max_tokens is None:
@@ -83,7 +88,7 @@ def check_room(model: "PreTrainedModel", ids: Sequence[int], sampling: Sampling)
             f"{len(ids)} tokens of prompt and {wanted} to write are {len(ids) + wanted}",
             f"the context of the model holds {context}",
         )
-    return sampling.max_tokens or context - len(ids)
+    return context - len(ids) if sampling.max_tokens is None else sampling.max_tokens
 
 
 def end_tokens(model: "PreTrainedModel") -> frozenset[int]:
@@ -99,65 +104,49 @@ def end_tokens(model: "PreTrainedModel") -> frozenset[int]:
     return frozenset(ends)
 
 
-def _tokens(
-    model: "PreTrainedModel", ids: Sequence[int], sampling: Sampling, memory: PromptCache, start: int, limit: int
-) -> Iterator[Token | None]:
-    choose = _Chooser(sampling, memory)
-    ends = end_tokens(model)
-    prompt = torch.tensor([ids], dtype=torch.int64, device=model.device)
-    chunks = prompt[:, start:].split(CHUNK, dim=1)
-    for chunk in chunks[:-1]:
-        memory.read(model, chunk)
-        yield None
-    read = chunks[-1]
-    for _ in range(limit):
-        token = choose(memory.read(model, read))
-        yield token
-        if token.id in ends:
-            return
-        read = torch.tensor([[token.id]], device=prompt.device)
+class _Writing:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        ids: Sequence[int],
+        sampling: Sampling,
+        memory: PromptCache,
+        grammar: Grammar | None,
+    ) -> None:
+        self._model, self._memory, self._sampling, self._grammar = model, memory, sampling, grammar
+        self._prompt = torch.tensor([ids], dtype=torch.int64, device=model.device)
 
+    def steps(self, start: int, limit: int) -> Iterator[Token | Chunk]:
+        """Read the prompt from a token on, then write up to a limit."""
+        logits = yield from self._echo() if self._sampling.echo else self._read(start)
+        choose = Chooser(self._sampling, self._memory, self._prompt.shape[1], self._grammar)
+        ends = end_tokens(self._model)
+        for left in range(limit, 0, -1):
+            token = choose(logits)
+            yield token
+            if left == 1 or token.id in ends or (self._grammar is not None and self._grammar.complete):
+                return
+            logits = self._memory.read(self._model, torch.tensor([[token.id]], device=self._prompt.device))
 
-class _Chooser:
-    """Chooses a token from logits, with the processors of transformers and one random generator per text."""
+    def _read(self, start: int) -> Generator[Chunk, None, Tensor]:
+        *chunks, last = self._prompt[:, start:].split(CHUNK, dim=1)
+        for chunk in chunks:
+            self._memory.read(self._model, chunk)
+            yield None
+        return self._memory.read(self._model, last)
 
-    def __init__(self, sampling: Sampling, memory: PromptCache) -> None:
-        self._sampling, self._memory = sampling, memory
-        self._processors = processors(sampling)
-        self._generator = torch.Generator()
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
-
-    @torch.inference_mode()
-    def __call__(self, logits: Tensor) -> Token:
-        """Choose the next token from [vocabulary] logits."""
-        scores = logits[None]
-        if self._processors:
-            penalised = self._sampling.repetition_penalty != 1
-            scores = self._processors(torch.tensor([self._memory.ids if penalised else []]), scores)
-        token = self._likeliest(scores[0]) if self._sampling.greedy else self._drawn(scores[0])
-        if self._sampling.logprobs is None:
-            return Token(token)
-        logprobs = logits.log_softmax(-1)
-        top = logprobs.topk(min(self._sampling.logprobs, len(logprobs)))
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return Token(token, float(logprobs[token]), tuple(pairs))
-
-    def _likeliest(self, scores: Tensor) -> int:
-        token = int(scores.argmax())
-        _check(float(scores[token]))
-        return token
-
-    def _drawn(self, scores: Tensor) -> int:
-        # one uniform random number and a binary search: an order of magnitude faster than torch.multinomial
-        sums = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-        _check(float(sums[-1]))
-        number = torch.rand(1, generator=self._generator, dtype=torch.float64) * sums[-1]
-        return min(int(torch.searchsorted(sums, number, right=True)), len(sums) - 1)
-
-
-def _check(value: float) -> None:
-    if math.isnan(value):
-        raise MoqaError("the model's logits are NaN", "its weights are damaged")
+    def _echo(self) -> Generator[Chunk, None, Tensor]:
+        top = self._sampling.logprobs
+        most = CHUNK if top is None else max(1, _MOST_LOGITS // self._model.config.get_text_config().vocab_size)
+        logits: list[Tensor] = []  # of the next token, once there are any
+        for chunk in self._prompt.split(min(CHUNK, most), dim=1):
+            read = chunk[0].tolist()
+            if top is None:
+                logits = [self._memory.read(self._model, chunk)[None]]
+                yield tuple(map(Token, read))
+                continue
+            after = self._memory.read(self._model, chunk, each=True)
+            found = () if logits else (Token(read.pop(0)),)
+            yield found + reported(read, torch.cat([*logits, after[:-1]]), top)
+            logits = [after[-1:]]
+        return logits[0][0]

@@ -51,15 +51,16 @@ class PromptCache:
         self.reused = len(self.ids)
         return self.reused
 
-    def read(self, model: "PreTrainedModel", ids: Tensor) -> Tensor:
+    def read(self, model: "PreTrainedModel", ids: Tensor, each: bool = False) -> Tensor:
         """Read more tokens.
 
         Args:
             model: the model; the same in every call.
             ids: [1, tokens] int64, one or more.
+            each: return logits after each of them.
 
         Returns:
-            [vocabulary] logits of the next token, float32 on the CPU.
+            [vocabulary] logits of the next token, or [tokens, vocabulary]; float32 on the CPU.
 
         Raises:
             MoqaError: if the model has no key-value cache.
@@ -68,13 +69,13 @@ class PromptCache:
         if fused is not None and self._cache is None:
             self._cache = fused.cache()
         try:
-            if fused is not None and ids.shape[1] == 1 and self.ids:
+            if fused is not None and ids.shape[1] == 1 and self.ids and not each:
                 logits = fused.step(int(ids), self._cache)
                 self.ids.append(int(ids))
                 return logits
             with torch.inference_mode():
-                out = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-                logits = out.logits[0, -1].float().cpu()
+                out = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=0 if each else 1)
+                logits = (out.logits[0] if each else out.logits[0, -1]).float().cpu()
         except BaseException:
             # some layers may have read the tokens and others not
             self.clear()

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, Field, computed_field
 
 from moqa.errors import MoqaError
-from moqa.generation.loop import ContextError, Token, check_room, end_tokens, tokens
+from moqa.generation.choice import Token
+from moqa.generation.grammar import Grammar
+from moqa.generation.loop import Chunk, ContextError, check_room, end_tokens, tokens
 from moqa.generation.prompt_cache import PromptCache
 from moqa.generation.sampling import Sampling
 from moqa.generation.text import Detokenizer, StopStrings
@@ -25,7 +27,9 @@ _CUT = 64
 class Finish(BaseModel, frozen=True):
     """How a text ended, with token counts and times."""
 
-    finish_reason: Reason = Field(description="stop: an end token or stop string; length: max_tokens")
+    finish_reason: Reason = Field(
+        description="stop: an end token, stop string or the end of the grammar; length: max_tokens"
+    )
     prompt_tokens: int
     cached_tokens: int = Field(description="tokens of the prompt that were in the cache")
     completion_tokens: int = Field(description="tokens that were written, including an end token")
@@ -71,18 +75,34 @@ def generate(
         model: a causal language model of transformers, e.g. from `moqa.load`.
         tokenizer: of the model.
         prompt: text, or its tokens.
-        sampling: how to continue it; `Sampling()` if None.
+        sampling: how to continue it; what it does not say, the model's generation_config.json does.
         memory: cache of an earlier text; a common beginning is not read again. It is updated.
 
     Returns:
         One piece per step (a chunk of the prompt, or a token); the last piece has `finish`.
 
     Raises:
-        MoqaError: if the prompt is empty, has unknown tokens, or leaves too little of the context for the new tokens.
+        MoqaError: if the prompt is empty, has unknown tokens, or leaves too little of the context for the new tokens;
+            if the grammar cannot be used; or if generation_config.json has a value out of range.
     """
-    sampling = sampling or Sampling()
+    sampling = (sampling or Sampling()).completed(model)
     ids = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
     return _Pieces(model, tokenizer, ids, sampling, memory or PromptCache())
+
+
+def begin_grammar(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sampling: Sampling) -> Grammar | None:
+    """The beginning of a text's grammar, if it has one; it is compiled once.
+
+    >>> begin_grammar(model, tokenizer, Sampling(grammar='start: "yes" | "no"')).complete
+    False
+
+    Raises:
+        MoqaError: if the grammar cannot be used.
+    """
+    if sampling.grammar is None:
+        return None
+    vocabulary = model.config.get_text_config().vocab_size
+    return Grammar.of(sampling.grammar, tokenizer, vocabulary, sorted(end_tokens(model)))
 
 
 def encode(
@@ -127,13 +147,14 @@ class _Pieces(Iterator[Piece]):
         memory: PromptCache,
     ) -> None:
         self._limit = check_room(model, ids, sampling)
-        self._tokens = tokens(model, ids, sampling, memory)
-        self._ends = end_tokens(model)
-        self._words = Detokenizer(tokenizer, ids)
+        self._grammar = begin_grammar(model, tokenizer, sampling)
+        self._tokens = tokens(model, ids, sampling, memory, self._grammar)
+        self._ends, self._echo = end_tokens(model), sampling.echo
+        self._words = Detokenizer(tokenizer, () if sampling.echo else ids, sampling.skip_special_tokens)
         self._stops = StopStrings(sampling.stop)
         self._waiting: deque[tuple[Token, int]] = deque()  # tokens whose text is held back, and where they begin
         self._length = self._given = 0  # characters of the text so far, and of the text returned so far
-        self._prompt, self._cached, self._count = len(ids), memory.reused, 0
+        self._prompt, self._cached, self._echoed, self._count = len(ids), memory.reused, 0, 0
         self._prefill = self._decode = 0.0
         self._finish: Finish | None = None
 
@@ -141,17 +162,17 @@ class _Pieces(Iterator[Piece]):
         if self._finish:
             raise StopIteration
         start = perf_counter()
-        token = next(self._tokens)
-        if token is None:
-            self._prefill += perf_counter() - start
-            return Piece()
-        self._count += 1
-        text, written, reason = self._write(token)
-        spent = perf_counter() - start
-        if self._count == 1:
-            self._prefill += spent
+        step = next(self._tokens)
+        if isinstance(step, Token):
+            self._count += 1
+            text, written, reason = self._write(step)
         else:
+            text, written, reason = self._read(step)
+        spent = perf_counter() - start
+        if self._count > 1:
             self._decode += spent
+        else:
+            self._prefill += spent
         if reason:
             self._finish = Finish(
                 finish_reason=reason, prompt_tokens=self._prompt, cached_tokens=self._cached,
@@ -159,14 +180,33 @@ class _Pieces(Iterator[Piece]):
             )  # fmt: skip
         return Piece(text, written, self._count, self._finish)
 
+    def _read(self, chunk: Chunk) -> tuple[str, tuple[tuple[Token, int], ...], Reason | None]:
+        """The same as `_write` for a chunk of the prompt, which no stop string ends."""
+        before = self._length
+        texts, written = [], []
+        for token in chunk or ():
+            written.append((token, self._length))
+            texts.append(self._words.push(token.id))
+            self._length += len(texts[-1])
+        self._echoed += len(written)
+        ends = self._limit == 0 and self._echoed == self._prompt
+        if ends:
+            texts.append(self._words.flush())
+        self._given += self._length - before
+        return "".join(texts), tuple(written), "length" if ends else None
+
     def _write(self, token: Token) -> tuple[str, tuple[tuple[Token, int], ...], Reason | None]:
         """Text that can be returned after a token, the tokens it consists of, and the reason if this is the end."""
         ends = token.id in self._ends
-        reason: Reason | None = "stop" if ends else "length" if self._count == self._limit else None
+        reason: Reason | None = "length" if self._count == self._limit else None
+        if ends or (self._grammar is not None and self._grammar.complete):
+            reason = "stop"
         new = ""
+        # clients of echoed prompts expect one token more than the prompt has, even if it ends the text
+        if not ends or self._echo:
+            self._waiting.append((token, self._length))
         if not ends:
             new = self._words.push(token.id)
-            self._waiting.append((token, self._length))
         if reason:
             new += self._words.flush()
         self._length += len(new)

@@ -18,8 +18,10 @@ class Detokenizer:
     ['', '', '日', '!']
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._ids = list(prompt[-_BEFORE:])
         self._fresh: list[int] = []  # those of them whose text was not returned yet
         self._given = self._decode(self._ids)
@@ -45,7 +47,7 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         # cleaning up spaces would change text that was already returned
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
@@ -56,11 +58,14 @@ class StopStrings:
     >>> stops = StopStrings(["\\nuser:"])
     >>> stops.push("Yes.\\nus"), stops.push("er: and")
     (('Yes.', False), ('', True))
+
+    Attributes:
+        rest: text from the stop string on, once there was one.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
-        self._held = ""
+        self._held = self.rest = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Text that can be returned, and whether a stop string follows it."""
@@ -71,7 +76,7 @@ class StopStrings:
         if hits:
             # the stop string that is complete first, the longest of several: independent of where pieces are split
             _, at = min(hits)
-            given, self._held = self._held[:at], ""
+            given, self.rest, self._held = self._held[:at], self._held[at:], ""
             return given, True
         keep = max(self._beginning(stop) for stop in self._stops)
         cut = len(self._held) - keep

@@ -170,7 +170,7 @@ class FusedDecoder:
 
 
 def _is_supported(model: "PreTrainedModel") -> bool:
-    if model.dtype != torch.float32 or model.device.type != "cpu" or not decodes_natively(model.config):
+    if not decodes_natively(model.config) or model.dtype != torch.float32 or model.device.type != "cpu":
         return False
     base: Any = model.base_model
     linears = [module for layer in base.layers for module in _linears(layer)]

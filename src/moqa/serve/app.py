@@ -2,23 +2,33 @@
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from moqa.errors import MoqaError
 from moqa.generation import Finish, Piece
-from moqa.serve.answers import Answer, ChatAnswer, event
+from moqa.serve import wanted
+from moqa.serve.answers import Answer, event
 from moqa.serve.bodies import unless_gone
 from moqa.serve.guard import Guard
-from moqa.serve.refusal import RefusalError, refusal_of
+from moqa.serve.refusal import refusal_of
 from moqa.serve.schema import ChatRequest, CompletionRequest
-from moqa.serve.service import Running, Service, Text
+from moqa.serve.service import Running, Service
 from moqa.serve.sessions import Sessions
+from moqa.serve.tokenizing import add_tokenizer_routes
+
+_PAGE = Path(__file__).with_name("page.html")
+# nothing but the page itself, and what this server answers
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def build_app(service: Service, keys: Sequence[str] = (), cors: Sequence[str] = ()) -> FastAPI:
@@ -43,7 +53,7 @@ def build_app(service: Service, keys: Sequence[str] = (), cors: Sequence[str] = 
         )  # fmt: skip
     for kind in (HTTPException, MoqaError):
         app.add_exception_handler(kind, _refused)
-    model = {"id": service.name, "object": "model", "created": 0, "owned_by": "moqa"}
+    listed = {name: {"id": name, "object": "model", "created": 0, "owned_by": "moqa"} for name in service.names}
 
     @app.get("/health")
     async def health() -> Response:
@@ -56,59 +66,47 @@ def build_app(service: Service, keys: Sequence[str] = (), cors: Sequence[str] = 
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": list(listed.values())})
 
     @app.get("/v1/models/{name}")
     async def one_model(name: str) -> Response:
-        _check_model(service, name)
-        return JSONResponse(model)
+        wanted.check_model(service, name)
+        return JSONResponse(listed[name])
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        def prepare(body: CompletionRequest) -> list[Text]:
-            _check_model(service, body.model)
-            return service.texts(body.prompts(), body.sampling(body.max_tokens, body.logprobs))
-
-        body, texts = await service.bodies.read(request, CompletionRequest, prepare)
-        answer = Answer(service.name, service.tokenizer, body.logprobs is not None)
-        return await _answer(request, service, texts, answer, body)
+        read = await service.bodies.read(request, CompletionRequest, partial(wanted.completion, service))
+        return await _answer(request, service, *read)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        def prepare(body: ChatRequest) -> list[Text]:
-            _check_model(service, body.model)
-            limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-            logprobs = body.asked_logprobs()
-            messages = [message.plain() for message in body.messages]
-            return service.conversation(messages, lambda stops: body.sampling(limit, logprobs, stops))
+        read = await service.bodies.read(request, ChatRequest, partial(wanted.chat, service))
+        return await _answer(request, service, *read)
 
-        body, texts = await service.bodies.read(request, ChatRequest, prepare)
-        answer = ChatAnswer(service.name, service.tokenizer, body.logprobs)
-        return await _answer(request, service, texts, answer, body)
+    add_tokenizer_routes(app, service)
+
+    @app.get("/")
+    async def page() -> Response:
+        return FileResponse(_PAGE, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     return app
 
 
-def _check_model(service: Service, name: str | None) -> None:
-    if name not in (None, service.name):
-        raise RefusalError(404, f"no such model: the only one is {service.name}", param="model", code="model_not_found")
-
-
 async def _answer(
-    request: Request, service: Service, texts: Sequence[Text], answer: Answer, body: CompletionRequest | ChatRequest
+    request: Request, service: Service, body: CompletionRequest | ChatRequest, asked: wanted.Wanted
 ) -> Response:
     client = getattr(request.state, "client", None)
-    running = service.start(texts, service.adjusting.choose(body.adjustment, body.chooses, client))
-    note = partial(service.note, running.chosen)
+    running = service.start(asked.texts, service.adjusting.choose(body.adjustment, body.chooses, client))
+    note, answer = partial(service.note, running.chosen), asked.answer
     try:
         if not body.stream:
             found = await unless_gone(request, _collect(running))
-            return JSONResponse(answer.whole(found, note()))
+            return JSONResponse(answer.whole(found, note()), headers=asked.headers)
         pieces = running.pieces()
         # an error before the first piece still gets its own HTTP status
         first = await unless_gone(request, anext(pieces))
         count = body.stream_options.include_usage
-        return _Events(running, _chunks(answer, running.count, first, pieces, count, note))
+        return _Events(running, _chunks(answer, running.count, first, pieces, count, note), asked.headers)
     except BaseException:
         running.cancel()
         raise
@@ -156,8 +154,8 @@ async def _chunks(
 class _Events(StreamingResponse):
     """Server-sent events; the texts are cancelled when the client disconnects, even before the first event."""
 
-    def __init__(self, running: Running, chunks: AsyncIterator[str]) -> None:
-        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def __init__(self, running: Running, chunks: AsyncIterator[str], headers: dict[str, str]) -> None:
+        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache", **headers})
         self._running = running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

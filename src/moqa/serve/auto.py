@@ -128,8 +128,8 @@ class AutoAdjusting(Adjusting):
         watch = None if asked else self._watch(self._key(job.chosen.client))
         text, read, steps = list[int](), False, 0
         for piece in super().written(job, self._counting(watch, pieces)):
-            for token, _ in piece.tokens:
-                text.append(token.id)
+            if piece.completion_tokens:  # else they are the prompt's, which are added below
+                text += [token.id for token, _ in piece.tokens]
             steps += 1
             # a step may be a chunk of a prompt
             if steps >= INTERVAL or piece.completion_tokens <= 1 or piece.finish:

@@ -6,11 +6,15 @@ from collections.abc import Collection, Sequence
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moqa.serve.keys import given_key
 from moqa.serve.metrics import Metrics
 from moqa.serve.origins import check_site
 from moqa.serve.refusal import RefusalError, refusal_of
 
-ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+ROUTES = (
+    "/", "/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/tokenize", "/detokenize",
+    "/tokenizer_info",
+)  # fmt: skip
 _OPEN = ("/health",)  # without a key; says nothing but that the server runs
 
 
@@ -20,13 +24,13 @@ class Guard:
     Args:
         app: the wrapped application.
         metrics: metrics of the server.
-        keys: bearer tokens, one of which is required; without any, only pages of other sites are refused.
+        keys: API keys, one of which is required; without any, only pages of other sites are refused.
         cors: origins of pages that may ask.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, keys: Sequence[str], cors: Collection[str]) -> None:
         self._app, self._metrics, self._cors = app, metrics, cors
-        self._expected = [f"Bearer {key}".encode() for key in keys]
+        self._expected = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -59,10 +63,12 @@ class Guard:
         if not self._expected:
             check_site(scope, headers, self._cors)
         elif scope["path"] not in _OPEN:
-            given = headers.get(b"authorization", b"")
+            given = given_key(headers)
             # each is compared, so that the time says nothing about which one is like it
             found = [number for number, key in enumerate(self._expected) if hmac.compare_digest(given, key)]
             if not found:
                 message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
-                raise RefusalError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+                # a browser asks its user for the key, and sends it with all that the page asks for
+                scheme = 'Basic realm="moqa: the password is the API key"' if scope["path"] == "/" else "Bearer"
+                raise RefusalError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": scheme})
             scope.setdefault("state", {})["client"] = f"key {found[0]}"

@@ -82,6 +82,7 @@ def serve(
     cors: Sequence[str] = (),
     adjust: Sequence[str | Path] = (),
     adjust_shared: bool = False,
+    alias: Sequence[str] = (),
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Answer OpenAI-style requests until SIGTERM or Ctrl-C.
@@ -99,6 +100,7 @@ def serve(
         adjust: adjustment folders, the first being the default for requests that name none; or only `auto`, to make
             adjustments for novel text, for each client (an API key, or a session) of its own text.
         adjust_shared: with `auto`, make adjustments of all clients' text, for all.
+        alias: further names of the model; the first is that of the responses.
         ready: called with the server's address before the first request is accepted.
 
     Raises:
@@ -113,7 +115,7 @@ def serve(
             )
         else:
             adjusting = partial(Adjusting, loaded, folders=adjust)
-        service = Service(loaded, tokenizer, Path(model).resolve().name, slots, queue, adjusting)
+        service = Service(loaded, tokenizer, [*alias, Path(model).resolve().name], slots, queue, adjusting)
         server = Server(service, Connections.of(slots + queue + _SPARE), api_keys, cors)
 
         def stop(*_: object) -> None:

@@ -1,12 +1,12 @@
 """A loaded model and its scheduler, as used by the routes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from moqa.generation import Piece, Sampling, chat_prompt, check_room, encode, generate
+from moqa.generation import Piece, Sampling, begin_grammar, chat_prompt, check_room, encode, generate
 from moqa.serve.adjusting import Adjusting
 from moqa.serve.bodies import Bodies, body_limit
 from moqa.serve.metrics import Metrics
@@ -29,7 +29,7 @@ class Service:
     Args:
         model: a causal language model of transformers; only the scheduler's thread uses it.
         tokenizer: tokenizer of the model.
-        name: name of the model in requests.
+        names: names of the model in requests; the first is that of the responses.
         slots: texts written at the same time.
         queue: texts that may wait.
         adjusting: makes the object that chooses adjustments; None for no adjustments.
@@ -39,12 +39,15 @@ class Service:
         self,
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
-        name: str,
+        names: str | Sequence[str],
         slots: int,
         queue: int,
         adjusting: Callable[[Metrics], Adjusting] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.model, self.tokenizer = model, tokenizer
+        self.names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+        self.name = self.names[0]
+        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.metrics = Metrics()
         self.adjusting = (adjusting or partial(Adjusting, model))(self.metrics)
 
@@ -52,43 +55,52 @@ class Service:
             return self.adjusting.written(job, generate(model, tokenizer, job.ids, job.sampling))
 
         self.scheduler = Scheduler(begin, slots, queue, self.metrics)
-        self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.bodies = Bodies(body_limit(self._context))
+        self.bodies = Bodies(body_limit(self.context))
         # the first use of a tokenizer resets its truncation, which must not happen in two threads at the same time
         encode(tokenizer, "")
 
-    def texts(self, prompts: Sequence[str | list[int]], sampling: Sampling) -> list[Text]:
-        """Tokenize prompts and check that each fits the context.
+    def texts(self, prompts: Sequence[str | list[int]], samplings: Sequence[Sampling]) -> list[Text]:
+        """Tokenize prompts, and check that each fits the context.
+
+        Args:
+            prompts: texts or tokens.
+            samplings: of the copies that are written for each prompt.
 
         Raises:
-            MoqaError: if a prompt is empty, has unknown tokens or is too long.
-            RefusalError: if there are more prompts than fit into slots and queue.
+            MoqaError: if a prompt is empty, has unknown tokens or is too long, or a grammar cannot be used.
+            RefusalError: if there are more texts than fit into slots and queue.
         """
-        if len(prompts) > self.scheduler.room:
-            raise RefusalError(
-                400, f"{len(prompts)} prompts are too many: at most {self.scheduler.room} fit", param="prompt"
-            )
-        return [
-            self._checked(
-                encode(self.tokenizer, prompt, context=self._context) if isinstance(prompt, str) else prompt, sampling
-            )
+        wanted = len(prompts) * len(samplings)
+        if wanted > self.scheduler.room:
+            param = "prompt" if len(prompts) > 1 else "n"
+            raise RefusalError(400, f"{wanted} texts are too many: at most {self.scheduler.room} fit", param=param)
+        encoded = (
+            encode(self.tokenizer, prompt, context=self.context) if isinstance(prompt, str) else prompt
             for prompt in prompts
-        ]
+        )
+        return [text for ids in encoded for text in self._checked(ids, samplings)]
 
     def conversation(
-        self, messages: Sequence[dict[str, str]], sampling: Callable[[tuple[str, ...]], Sampling]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        samplings: Callable[[tuple[str, ...]], Sequence[Sampling]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> list[Text]:
         """Tokenize a conversation and check that it fits the context.
 
         Args:
             messages: each with a role and a content.
-            sampling: makes the sampling options from the stop strings that the chat format needs.
+            samplings: makes the sampling options of each copy from the stop strings that the chat format needs.
+            tools: functions that the model may call.
+            variables: further variables of the chat template.
 
         Raises:
-            MoqaError: if the chat template refuses the conversation, or it is too long.
+            MoqaError: if the chat template refuses the conversation, it is too long, or a grammar cannot be used.
+            RefusalError: if there are more texts than fit into slots and queue.
         """
-        ids, stops = chat_prompt(self.tokenizer, messages, self._context)
-        return [self._checked(ids, sampling(stops))]
+        ids, stops = chat_prompt(self.tokenizer, messages, tools, variables, self.context)
+        return self.texts([ids], samplings(stops))
 
     def start(self, texts: Sequence[Text], chosen: Chosen) -> "Running":
         """Queue the texts of one request, to be written with one adjustment.
@@ -110,9 +122,11 @@ class Service:
         self.adjusting.close()
         self.bodies.close()
 
-    def _checked(self, ids: Sequence[int], sampling: Sampling) -> Text:
-        check_room(self.model, ids, sampling)
-        return ids, sampling
+    def _checked(self, ids: Sequence[int], samplings: Sequence[Sampling]) -> list[Text]:
+        for sampling in samplings[:1]:  # they differ only in their seeds
+            check_room(self.model, ids, sampling)
+            begin_grammar(self.model, self.tokenizer, sampling)
+        return [(ids, sampling) for sampling in samplings]
 
 
 class Running:
@@ -127,13 +141,13 @@ class Running:
     def __init__(self, scheduler: Scheduler, texts: Sequence[Text], chosen: Chosen) -> None:
         self.count, self.chosen = len(texts), chosen
         self._scheduler = scheduler
-        self._events: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+        self._events = events = asyncio.Queue[tuple[int, Piece | Exception]]()
         loop = asyncio.get_running_loop()
 
         def deliverer(index: int) -> Callable[[Piece | Exception], None]:
             def deliver(event: Piece | Exception) -> None:
                 with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
-                    loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+                    loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
             return deliver
 

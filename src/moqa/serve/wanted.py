@@ -1,0 +1,75 @@
+"""From the body of a request to what is written and how it is answered; may take a while for long texts."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from moqa.generation import Sampling, template_of
+from moqa.serve.answers import Answer, ChatAnswer
+from moqa.serve.refusal import RefusalError
+from moqa.serve.said import AnswerReader
+from moqa.serve.schema import ChatRequest, CompletionRequest
+from moqa.serve.service import Service, Text
+from moqa.serve.tools import forced_grammar, reader_of
+
+
+class Wanted(NamedTuple):
+    """What a request asks for."""
+
+    texts: Sequence[Text]
+    answer: Answer
+    headers: dict[str, str]
+
+
+def completion(service: Service, body: CompletionRequest) -> Wanted:
+    """What a completion asks for.
+
+    Raises:
+        MoqaError: if the model cannot write it.
+        RefusalError: if it does not fit this server.
+    """
+    check_model(service, body.model)
+    texts = service.texts(body.prompts(), body.samplings())
+    answer = Answer(service.name, service.tokenizer, body.logprobs is not None, body.copies, body.n)
+    return Wanted(texts, answer, body.headers())
+
+
+def chat(service: Service, body: ChatRequest) -> Wanted:
+    """What an answer in a conversation asks for; for errors see `completion`."""
+    check_model(service, body.model)
+    tools, forced = ([tool.plain() for tool in some] for some in (body.offered, body.forced))
+    template = template_of(service.tokenizer, tools=bool(tools))
+    reader = reader_of(template, tools, forced=bool(forced))
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    options: dict[str, Any] = {"max_tokens": limit, "logprobs": body.asked_logprobs()}
+    if forced:
+        options["grammar"] = forced_grammar(forced)
+    elif tools and body.own_grammar():
+        raise RefusalError(
+            400, "a grammar or response_format cannot be combined with tools that may be called: give tool_choice",
+            param="tools",
+        )  # fmt: skip
+    # marks of calls and of channels may be special tokens
+    elif reader is not AnswerReader:
+        options["skip_special_tokens"] = False
+
+    def samplings(stops: tuple[str, ...]) -> list[Sampling]:
+        return [one.model_copy(update={"stop": one.stop + stops}) for one in body.sampling(**options)]
+
+    messages = [message.plain() for message in body.messages]
+    texts = service.conversation(messages, samplings, tools, body.variables())
+    answer = ChatAnswer(
+        service.name, service.tokenizer, body.logprobs, body.copies, body.n,
+        reader=reader, most_calls=None if body.parallel_tool_calls else 1,
+    )  # fmt: skip
+    return Wanted(texts, answer, body.headers(body.without_effect(template)))
+
+
+def check_model(service: Service, name: str | None) -> None:
+    """Check the model that a request names.
+
+    Raises:
+        RefusalError: 404 if it is not this one.
+    """
+    if name is not None and name not in service.names:
+        known = " or ".join(service.names)
+        raise RefusalError(404, f"no such model: the only one is {known}", param="model", code="model_not_found")
