@@ -33,7 +33,7 @@ def empty_model(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedMo
     True
     """
     with BUILDING, quiet(), _parameters_on_meta(), _LargeOnMeta():
-        return task_of(config).auto_class().from_config(config, dtype=dtype).eval().requires_grad_(False)
+        return task_of(config).auto_class(config).from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
 @contextmanager
