@@ -147,8 +147,8 @@ def profile(
         kept = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in view.kept_on_disk().items()}
         record = ProfileRecord(
             moqa=__version__, task=task.name, model=str(model), model_type=view.model.config.model_type,
-            fingerprint=fingerprint,
-            kept=kept, layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=errors.widths,
+            fingerprint=fingerprint, kept=kept, left_out=view.left_out(),
+            layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=errors.widths,
             units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
             distributions={name: records[name] for name in statistics},
         )  # fmt: skip
