@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow test-next lint hooks sanitize wheel bench peers scale-study adjust-study robustness results clean
+.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers scale-study adjust-study robustness results clean
 
 setup: $(VENV)/.ready
 
@@ -49,6 +49,10 @@ test-next: $(NEXT)/.ready
 	$(NEXT)/bin/pip install --disable-pip-version-check -q --upgrade '$(TRANSFORMERS)'
 	$(NEXT)/bin/pip list --disable-pip-version-check | grep -i '^\(transformers\|tokenizers\|torch\) '
 	$(NEXT)/bin/pytest -n 2 --dist loadfile -m 'not slow' tests/contracts/test_families.py
+
+# docs/families.md: which families of the installed transformers are understood, which are refused and why
+families: setup
+	$(BIN)/python benchmarks/family_page.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 TEXTS = Path(__file__).parents[1] / "reference" / "text"
 VOCABULARY = 512
@@ -147,11 +153,63 @@ FAMILIES: dict[str, Family] = {
         },
         roles=_SHARED, router_spread=1.0, norm=0.0,
     ),
+    "gemma4_text": Family(
+        {
+            "num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 32, "intermediate_size": 96,
+            "enable_moe_block": True, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16,
+            "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 0,
+        },
+        roles=_SHARED,
+    ),
     "jetmoe": Family({**_LOCAL, "intermediate_size": 48, "kv_channels": 16, "tie_word_embeddings": True}),
     "minimax_m2": Family({**_LOCAL, "intermediate_size": 32, "head_dim": 16}, router_spread=1.0),
     "llama": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
     "qwen2": Family({"intermediate_size": 96}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
     "qwen3": Family({"intermediate_size": 96, "head_dim": 16}, moe_layers=0, roles=frozenset({"attention", "mlp"})),
+}  # fmt: skip
+
+
+_VISION = {
+    "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64, "patch_size": 4,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
+}  # fmt: skip
+_SIGHT = {"image_token_id": 10, "video_token_id": 11, "vision_start_token_id": 12, "vision_end_token_id": 13}
+# models of text with towers: the family of the text, its changes for a wrapper, and what else the wrapper has
+WRAPPERS: dict[str, tuple[str, dict, dict]] = {
+    "qwen3_5_moe": ("qwen3_5_moe_text", {}, {"vision_config": _VISION, **_SIGHT}),
+    "qwen3_vl_moe": (
+        "qwen3_moe",
+        {
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True
+            }
+        },
+        {"vision_config": {**_VISION, "deepstack_visual_indexes": [0]}, **_SIGHT},
+    ),
+    "llama4": (
+        "llama4_text",
+        {},
+        {
+            "vision_config": {
+                "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128,
+                "vision_output_dim": 64, "image_size": 28, "patch_size": 14, "projector_input_dim": 32,
+                "projector_output_dim": 32,
+            },
+            "image_token_id": 10, "boi_token_index": 11, "eoi_token_index": 12,
+        },
+    ),
+    "gemma4": (
+        "gemma4_text",
+        {},
+        {
+            "vision_config": {
+                "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+                "head_dim": 16, "intermediate_size": 32, "patch_size": 4,
+            },
+            "audio_config": None, "image_token_id": 10, "video_token_id": 11, "audio_token_id": 13,
+            "boi_token_id": 12, "eoi_token_id": 14,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -176,6 +234,20 @@ def random_model(name: str, **changes: object) -> PreTrainedModel:
     options = {**_COMMON, "num_hidden_layers": family.layers, **family.config, **changes}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options), dtype=torch.float32)
+    return _filled(model, family)
+
+
+def random_wrapper(name: str) -> PreTrainedModel:
+    """A random model of text with its towers, as `random_model`."""
+    text, changes, others = WRAPPERS[name]
+    family = FAMILIES[text]
+    options = {**_COMMON, "num_hidden_layers": family.layers, **family.config, **changes}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, text_config=options, **others)
+    return _filled(AutoModelForImageTextToText.from_config(config, dtype=torch.float32), family)
+
+
+def _filled(model: PreTrainedModel, family: Family) -> PreTrainedModel:
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if not tensor.is_floating_point():

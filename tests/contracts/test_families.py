@@ -30,7 +30,7 @@ CLOSE = 0.01
 KEPT = (
     "norm", "embed", "lm_head", "router", "gate.weight", "gate.wg", "shared_expert_gate", "bias", "sinks", "conv.conv",
     "conv1d", "A_log", "dt_bias", "mamba.D", "mamba.dt_proj", "in_proj_a", "in_proj_b",
-    "_hc.", "hc_head", "tid2eid", "indexer",
+    "_hc.", "hc_head", "tid2eid", "indexer", "layer_scalar",
 )  # fmt: skip
 
 
@@ -243,6 +243,26 @@ class TestRefusals:
         model = random_model("glm_moe_dsa", **FAMILIES["deepseek_v32"].config)
         with pytest.raises(MoqaError, match=r"GlmMoeDsaForCausalLM .* one block at a time: .* more than hidden states"):
             LayerwiseModel(model)
+
+    @pytest.mark.parametrize(
+        "changes", [{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY},
+                    {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 2}],
+        ids=["inputs of their own", "caches of others"],
+    )  # fmt: skip
+    def test_layers_that_read_more_than_hidden_states(self, changes):
+        model = random_model("gemma4_text", **changes)
+        with pytest.raises(
+            MoqaError, match=r"Gemma4ForCausalLM .* one block at a time: its blocks read more of a text"
+        ):
+            LayerwiseModel(model)
+
+    def test_a_number_of_experts_under_an_unknown_name(self):
+        model = random_model("qwen3_moe")
+        model.config.num_experts_per_tok = 0  # as if its name were not known
+        with pytest.raises(
+            MoqaError, match=r"qwen3_moe does not say how many experts a token .* num_experts_per_tok, "
+        ):
+            ModelView(model)
 
     def test_experts_in_embeddings(self):
         changes = {"is_moe": True, "num_experts": 64, "intermediate_size": 96}

@@ -3,9 +3,10 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +48,14 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: s
 def mib(size: int) -> str:
     """Bytes in MiB."""
     return f"{size / 2**20:.2f} MiB"
+
+
+def warn_left_out(parts: Mapping[str, int]) -> None:
+    """Warn of parts of the original that the result lacks."""
+    if parts:
+        shown = ", ".join(f"{prefix} ({values:,} values)" for prefix, values in list(parts.items())[:8])
+        more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
+        typer.echo(f"moqa: warning: transformers' model has no {shown}{more}: left out", err=True)
 
 
 def widths_of(text: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import mib, print_table, write_result
+from moqa.cli.common import mib, print_table, warn_left_out, write_result
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def _checkpoint(path: Path, json: Path | None) -> None:
         f"{mib(checkpoint.bytes)}, {checkpoint.bits_per_weight:.3f} bits/weight; fitted on {', '.join(manifest.fitted)}"
     )
     print_table(["layer", *(f"{w} bits" for w in widths), "units"], rows, title)
+    warn_left_out(manifest.left_out)
     write_result(manifest, json)
 
 
@@ -126,6 +127,7 @@ def _model(path: Path, json: Path | None) -> None:
     kept = sum(tensor.numel() for tensor in view.kept().values())
     rows.append(["kept", str(len(view.kept())), f"{kept:,}", "embeddings, norms, routers, biases"])
     print_table(["role", "units", "weights", "shapes"], rows, f"{path}: {view.model.config.model_type}")
+    warn_left_out(view.left_out())
     write_result(
         {name: {"role": u.role, "layer": u.layer, "shape": list(u.shape)} for name, u in view.units.items()}, json
     )

@@ -7,7 +7,7 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import print_table, write_result
+from moqa.cli.common import print_table, warn_left_out, write_result
 from moqa.cli.progress import LogOption, logged, progress
 from moqa.cli.progress.limits import time_limited
 from moqa.compression.options import DEFAULTS
@@ -77,6 +77,7 @@ def print_profile(result: "Profile") -> None:
         rows,
         f"{record.model} ({record.model_type}): {len(record.units)} units ({kinds}) in {record.layers} layers",
     )
+    warn_left_out(record.left_out)
     warn_starved(result)
 
 

@@ -7,7 +7,7 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import DEFAULT_WIDTHS, mib, print_table, start_and_end, widths_of, write_result
+from moqa.cli.common import DEFAULT_WIDTHS, mib, print_table, start_and_end, warn_left_out, widths_of, write_result
 from moqa.cli.plan import check_budgets, print_estimate, print_fit
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import LogOption, logged, progress
@@ -153,6 +153,7 @@ def print_quantized(result: "CompressResult") -> None:
     """Print what is known once the checkpoint is written: experts without data, and how the memory is divided."""
     from moqa.planning import MemoryBudget
 
+    warn_left_out(result.profile.record.left_out)
     warn_starved(result.profile)
     if isinstance(result.budget, MemoryBudget):
         print_fit(result.budget, result.plan.account)
@@ -202,8 +203,10 @@ def print_checkpoint(out: Path, json: Path | None) -> None:
         ", ".join(f"{count} {name}" for name, count in sorted(methods.items())),
     ]]  # fmt: skip
     print_table(["checkpoint", "size", "bits/weight", "model bits/weight", "units"], rows)
+    warn_left_out(checkpoint.manifest.left_out)
     result = {
         "checkpoint": str(out), "bytes": checkpoint.bytes, "bits_per_weight": checkpoint.bits_per_weight,
         "model_bits_per_weight": checkpoint.model_bits_per_weight, "methods": methods,
+        "left_out": checkpoint.manifest.left_out,
     }  # fmt: skip
     write_result(result, json)

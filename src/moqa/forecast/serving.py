@@ -62,17 +62,17 @@ class ServedModel:
 
     def __init__(self, model: str | Path) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         folder = locate(model)
         # not the meta device, where attention uses other kernels, with other buffers, than on the CPU
         self._mode = FakeTensorMode()
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            check_language_model(config, model)
+            auto = check_language_model(config, model).auto_class(config)
             self._stored, self._text = config.dtype, config.get_text_config()
             with BUILDING, self._mode:
-                self._model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+                self._model: Any = auto.from_config(config, dtype=torch.float32).eval()
         except MoqaError:
             raise
         except Exception as error:  # transformers raises many kinds of errors here

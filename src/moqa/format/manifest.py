@@ -82,6 +82,12 @@ class Manifest(BaseModel, frozen=True):
     units: dict[str, StoredUnit]
     kept: dict[str, StoredTensor]
     files: dict[str, StoredFile]
+    left_out: dict[str, int] = Field(
+        {},
+        description="parts of the original that its model in transformers does not have, such as MTP layers: prefix of "
+        "their tensors, and how many values they hold",
+        exclude_if=lambda parts: not parts,
+    )
     config: str = Field("", description="sha256 of config.json, which says how the model computes with the weights")
     companions: dict[str, StoredFile] | None = Field(
         None, description="every other file that loading uses, such as the tokenizer's; null: written before these"

@@ -38,7 +38,7 @@ def empty_model(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedMo
     from transformers.core_model_loading import build_glob_alternation
 
     with BUILDING, quiet(), _parameters_on_meta(), _LargeOnMeta():
-        model = task_of(config).auto_class().from_config(config, dtype=dtype).eval().requires_grad_(False)
+        model = task_of(config).auto_class(config).from_config(config, dtype=dtype).eval().requires_grad_(False)
     wide = model._get_dtype_plan(dtype)
     if wide:
         pattern = build_glob_alternation(list(wide))[0]

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from moqa.errors import MoqaError
+from moqa.errors import MoqaError, one_line
 from moqa.models.building import BUILDING, quiet
 from moqa.tasks import Task, task_of
+from moqa.tasks.names import shared_caches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,14 +45,14 @@ class LayerwiseModel:
         self._calls: dict[torch.Size, list[tuple[tuple, dict]]] = {}
         self._outputs = 0  # length of the tuple that a block returns; 0 if it returns a tensor
         self._streams, self._reads_tokens = torch.Size(), False
-        probe = self.task.probe(model)
+        probe = self.task.probe(model).as_subclass(_FromInputs)
         try:
             with torch.no_grad(), self._replaced(partial(self._probe, probe)):
                 self._call(probe)
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
             problem = f"{type(model).__name__} cannot be run one block at a time"
             reason = "its blocks return more than hidden states: " if self._outputs > 1 else ""
-            raise MoqaError(problem, f"{reason}{error}") from None
+            raise MoqaError(problem, f"{reason}{one_line(error)}") from None
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Input of the first block: [batch, context] tokens -> [batch, context, features], images -> [batch, ...]."""
@@ -99,6 +101,10 @@ class LayerwiseModel:
     def _probe(self, tokens: Tensor, index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # only the first block really runs: it shows whether the blocks of this family return a tuple
         self._reads_tokens |= any(value is tokens for value in kwargs.values())
+        others = [value for value in tree_leaves((args, kwargs)) if value is not tokens]
+        if any(isinstance(value, _FromInputs) for value in others) or shared_caches(self.model.config):
+            raise ValueError("its blocks read more of a text than hidden states and token ids")
+        hidden = hidden.as_subclass(Tensor)
         self._streams = hidden.shape[2:]
         if index == 0:
             layer = self.blocks[0]
@@ -150,6 +156,10 @@ class LayerwiseModel:
             del head.forward
 
 
+class _FromInputs(Tensor):
+    """A batch's inputs, and, by torch's rules for subclasses, all that is computed from them."""
+
+
 class _AllSeenError(Exception):
     """Every block was called: what follows them is not needed."""
 
@@ -163,7 +173,7 @@ def largest_stream(model: "PreTrainedModel", task: Task) -> int:
     2048
     """
     with BUILDING, quiet(), torch.device("meta"):
-        copy = task.auto_class().from_config(model.config).eval()
+        copy = task.auto_class(model.config).from_config(model.config).eval()
     sizes = [0]
 
     def see(_: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:

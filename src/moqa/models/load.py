@@ -9,6 +9,7 @@ from moqa.errors import MoqaError, one_line
 from moqa.models.building import BUILDING, quiet
 from moqa.originals import OriginalReader, find_format
 from moqa.tasks import check_language_model, task_of
+from moqa.tasks.names import is_mtp
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -22,25 +23,27 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
             tensors are not those of its architecture.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     config, stored = read_config(folder), OriginalReader(folder)
-    check_language_model(config, folder)
+    auto = check_language_model(config, folder).auto_class(config)
     wrong = (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, StrictDataclassError)
     try:
         with BUILDING, quiet():
             options = {"config": config, "dtype": dtype, "output_loading_info": True}
             if stored.is_plain:
-                model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+                model, report = auto.from_pretrained(folder, **options)
             else:
                 with stored.opened() as on_disk:
                     state = {name: on_disk(name) for name in stored.headers}
-                    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+                    family = auto._model_mapping[type(config)]
+                    if not isinstance(config, family.config_class):  # what the auto class does for a part of a model
+                        options["config"] = config.get_text_config()
                     model, report = family.from_pretrained(None, state_dict=state, **options)
                 read_generation_config(model, folder)
     except wrong as error:
         problem = difference(folder, config) or one_line(error)
         raise MoqaError(f"{folder} cannot be loaded as {config.model_type}", problem) from None
+    report["unexpected_keys"] = {key for key in report["unexpected_keys"] if not is_mtp(config, key)}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             name = sorted(str(key) for key in report[kind])[0]
@@ -104,7 +107,7 @@ def difference(folder: Path, config: "PretrainedConfig") -> str | None:
 
     try:
         with BUILDING, quiet(), torch.device("meta"):
-            model = task_of(config).auto_class().from_config(config)
+            model = task_of(config).auto_class(config).from_config(config)
     except Exception:  # whatever is wrong with the configuration, the caller already has an error to report
         return None
     ties = model.all_tied_weights_keys
@@ -112,7 +115,8 @@ def difference(folder: Path, config: "PretrainedConfig") -> str | None:
     wanted = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
     found = {name: list(entry["shape"]) for name, entry in OriginalReader(folder).headers.items()}
     tied = {source for target, source in ties.items() if target in found}
-    missing, extra = sorted(wanted.keys() - found.keys() - tied), sorted(found.keys() - wanted.keys() - ties.keys())
+    missing = sorted(wanted.keys() - found.keys() - tied)
+    extra = sorted(name for name in found.keys() - wanted.keys() - ties.keys() if not is_mtp(config, name))
     other = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
     if missing:
         return f"it lacks {missing[0]} {wanted[missing[0]]}{_more(missing)}"

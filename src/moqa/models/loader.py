@@ -1,5 +1,6 @@
 """A model's weights piece by piece: each block, and both ends, read from disk when they are used."""
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from moqa.models.load import difference
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.originals.reader import LazyTensor
+from moqa.tasks.names import is_mtp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +54,7 @@ class BlockLoader:
     Attributes:
         keep: whether pieces stay.
         ahead: whether the next block is read into memory while one is used, see `read_ahead`.
+        left_out: parts of the folder that become nothing in the model: prefix of their names -> number of values.
 
     Raises:
         MoqaError: if the tensors of the folder are not those of the model, or a value is NaN or infinite.
@@ -76,8 +79,9 @@ class BlockLoader:
         self._dtypes: dict[str, torch.dtype] = {}
         mixed: set[str] = set()
         names: dict[str, str] = {}
-        wanted = model.state_dict()
-        for name, (target, pattern, converter) in _targets(model, self._mapping, list(headers)).items():
+        wanted, targets = model.state_dict(), _targets(model, self._mapping, list(headers))
+        self.left_out = _parts(headers, targets.keys())
+        for name, (target, pattern, converter) in targets.items():
             dtype = _dtype(headers[name])
             if pattern is None and names.setdefault(target, name) != name:
                 raise MoqaError(f"{stored.folder} holds {target} twice", f"as {names[target]} and as {name}")
@@ -349,11 +353,26 @@ def _check(model: "PreTrainedModel", folder: Path, mapping: Sequence[Any], heade
     model._adjust_missing_and_unexpected_keys(found)
     missing = found.missing_keys | random
     wrong = [*sorted(found.conversion_errors), *sorted(str(key) for key in found.mismatched_keys), *sorted(missing)]
-    wrong += sorted(found.unexpected_keys)
+    wrong += sorted(key for key in found.unexpected_keys if not is_mtp(model.config, key))
     if wrong:
         problem = difference(folder, model.config) or f"{len(wrong)} tensors do not fit, e.g. {wrong[0]}"
         raise MoqaError(f"{folder} is not what its config.json says", problem)
     return absent
+
+
+def _parts(headers: Mapping[str, dict], used: Collection[str]) -> dict[str, int]:
+    """Number of values in tensors that are not used, by the shortest beginning of a name that no used tensor has."""
+    common = {name[:end] for name in used for end in _ends(name)}
+    parts: dict[str, int] = {}
+    for name in sorted(headers.keys() - set(used)):
+        part = next(name[:end] for end in _ends(name) if name[:end] not in common)
+        parts[part] = parts.get(part, 0) + math.prod(headers[name]["shape"])
+    return parts
+
+
+def _ends(name: str) -> list[int]:
+    """Where the beginnings of a name end: before each dot, and after the last word."""
+    return [*(place for place, letter in enumerate(name) if letter == "."), len(name)]
 
 
 def _convert(model: "PreTrainedModel", state: Mapping[str, Any], mapping: Sequence[Any], device: str) -> Any:

@@ -40,6 +40,7 @@ from moqa.models.units import Role, Unit
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.tasks import task_of
+from moqa.tasks.names import experts_per_token, residual_streams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +56,13 @@ class ModelView:
     (6, 312, 16)
 
     Every parameter is either covered by units, completely, or kept: `units` and `kept` never overlap.
+
+    Attributes:
+        model: the model of transformers.
+        folder: of the original.
+        blocks: its decoder layers, or stages.
+        units: by name.
+        top_k: experts per token, where layers differ the most; 0 for a dense model.
     """
 
     def __init__(self, model: "PreTrainedModel", folder: Path | None = None) -> None:
@@ -72,28 +80,19 @@ class ModelView:
             raise MoqaError(f"no units found in {type(model).__name__}", f"looked at {', '.join(looked_at)}")
         if self.has_experts:
             model.set_experts_implementation(IMPLEMENTATION)
+        self.top_k = experts_per_token(model.config) if self.has_experts else 0
 
     @property
     def has_experts(self) -> bool:
         """Whether any block routes tokens to experts."""
         return any(unit.role == "expert" for unit in self.units.values())
 
-    @property
-    def top_k(self) -> int:
-        """Experts per token (0 for a dense model)."""
-        if not self.has_experts:
-            return 0
-        config = self.model.config
-        # some families give one number per block
-        chosen: Any = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", 0)
-        return max(chosen) if isinstance(chosen, list) else int(chosen)
-
     @cached_property
     def stream(self) -> int:
         """Values between two blocks for each prediction: the features of all residual streams."""
         if self.task.predicts_each:
             width = self.model.get_input_embeddings().weight.shape[1]
-            return int(width) * getattr(self.model.config.get_text_config(), "hc_mult", 1)
+            return int(width) * residual_streams(self.model.config)
         return largest_stream(self.model, self.task)
 
     @property
@@ -261,6 +260,10 @@ class ModelView:
             if names.setdefault(id(parameter), name) != name:
                 raise MoqaError(f"{name} and {names[id(parameter)]} are one parameter", "shared weights are not units")
 
+    def left_out(self) -> dict[str, int]:
+        """Parts of the original that its model does not have, such as MTP layers: prefix of their tensors -> values."""
+        return self._pieces.left_out if self._pieces is not None else {}
+
     def _uncovered(self) -> dict[str, Tensor]:
         """Kept tensors; those of the ends may be on the meta device."""
         covered, tied = self.unit_parameters(), set(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -283,10 +286,10 @@ def _layer_units(root: str, index: int, layer: nn.Module, kept: list[str]) -> It
         full = f"{root}.{path}"
         if is_experts(module):
             check_supported(full, module)
+            places = [(name, paths[id(getattr(module, parameter_of(name)))]) for name in PROJECTIONS]
+            stacked = [(*place, _sides(expert_matrix(module, 0, place[0]))) for place in places]
             for expert in range(module.num_experts):
-                for projection in PROJECTIONS:
-                    shape = _sides(expert_matrix(module, expert, projection))
-                    parameter = paths[id(getattr(module, parameter_of(projection)))]
+                for projection, parameter, shape in stacked:
                     yield Unit(
                         f"{full}.{expert}.{projection}", index, "expert", projection, expert, shape, full, parameter
                     )

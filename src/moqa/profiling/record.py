@@ -63,6 +63,9 @@ class ProfileRecord(BaseModel, frozen=True):
     model_type: str
     fingerprint: str = Field(description="identifies the model")
     kept: dict[str, tuple[str, tuple[int, ...]]] = Field(description="stored dtype and shape of tensors outside units")
+    left_out: dict[str, int] = Field(
+        {}, description="parts of the model that are not measured: prefix, values", exclude_if=lambda parts: not parts
+    )
     layers: int
     top_k: int = Field(description="experts per token; 0 for a dense model")
     settings: Settings

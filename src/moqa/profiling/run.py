@@ -151,7 +151,8 @@ def profile(
             moqa=__version__, task=task.name, model=str(model), model_type=view.model.config.model_type,
             # what an older moqa has measured is known to be of this model only as far as it recorded
             fingerprint=identity if old is None else old.record.fingerprint,
-            kept=kept, layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=errors.widths,
+            kept=kept, left_out=view.left_out(),
+            layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=errors.widths,
             units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
             distributions={name: records[name] for name in statistics},
         )  # fmt: skip

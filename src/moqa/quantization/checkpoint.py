@@ -101,7 +101,7 @@ class CheckpointWriter:
                 for name, record in records
                 if name in plan.known and record.fitted is not None
             },
-            units=units, files=files,
+            units=units, files=files, left_out=self._view.left_out(),
             kept={
                 name: StoredTensor(dtype=str(dtype).removeprefix("torch."), shape=shape)
                 for name, (dtype, shape) in self._kept.items()

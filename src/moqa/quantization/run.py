@@ -35,7 +35,7 @@ from moqa.storage.folders import check_free
 from moqa.storage.resumable import as_json, check_space, resumable, tidy
 
 # small files of the original that a transformers model needs in addition to its weights
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
 
 
 def quantize(
@@ -148,7 +148,9 @@ def _copy_companions(folder: Path, target: Path) -> None:
     for pattern in _COMPANIONS:
         for path in sorted(folder.glob(pattern)):
             if path.name != original.INDEX:
-                shutil.copyfile(path, target / path.name)
+                copy = target / path.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
     introduce(target)
 
 

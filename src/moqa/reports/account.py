@@ -92,6 +92,9 @@ def _facts(found: Artifacts, rows: Sequence[Row]) -> Table:
     if len(found.profiles) > 1 and found.profile:
         others = [str(p.folder) for p in found.profiles if p is not found.profile]
         facts.append(("Profiles", f"shown: {found.profile.folder}; also found: {', '.join(others)}"))
+    left = {part for p in found.profiles for part in p.record.left_out}
+    left |= {part for c in found.checkpoints for part in c.manifest.left_out}
+    facts.append(("Left out", _joined(sorted(left))))
     facts.append(("Methods", _joined(c.manifest.method for c in found.checkpoints)))
     contexts = _joined(str(row.evaluation.context) for row in rows)
     if rows:

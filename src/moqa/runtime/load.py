@@ -110,14 +110,15 @@ def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Pro
         MoqaError: if the model has other units than the checkpoint, or the kernels do not multiply their encodings.
     """
     view = ModelView(model)
-    _check_units(view, checkpoint)
+    stored_as = _check_units(view, checkpoint)
     variants, with_experts = Variants(), []
     for layer in range(len(view.blocks)):
         tensors = checkpoint.layer(layer)
         matrices: dict[str, PackedMatrix] = {}
         for unit in view.block_units(layer):
-            scheme = checkpoint.manifest.units[unit.name].scheme
-            stored = {suffix: tensors[f"{unit.name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
+            name = stored_as[unit.name]
+            scheme = checkpoint.manifest.units[name].scheme
+            stored = {suffix: tensors[f"{name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
             matrices[unit.name] = PackedMatrix(scheme, unit.shape, stored)
             check_encoding(kernels, matrices[unit.name])
         for owner, name, packed in packed_parts(view, layer, matrices, kernels, variants):
@@ -167,15 +168,27 @@ def choose_kernels(name: str, device: str | torch.device = "cpu") -> ProductKern
     return chosen
 
 
-def _check_units(view: ModelView, checkpoint: Checkpoint) -> None:
+def _check_units(view: ModelView, checkpoint: Checkpoint) -> dict[str, str]:
+    """Name of each unit of the model in the checkpoint: a model of text that was stored with towers has longer ones."""
     wanted = {name: (unit.shape, unit.layer) for name, unit in view.units.items()}
-    found = {name: (unit.shape, unit.layer) for name, unit in checkpoint.manifest.units.items()}
+    stored = {name: (unit.shape, unit.layer) for name, unit in checkpoint.manifest.units.items()}
+    shorter = wanted.keys() != stored.keys()
+    ours = {_in_block(name, layer): name for name, (_, layer) in wanted.items()} if shorter else {}
+    stored_as = {ours.get(_in_block(name, layer), name): name for name, (_, layer) in stored.items()}
+    found = {name: stored[as_] for name, as_ in stored_as.items()}
     different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if different:
         name = different[0]
         raise MoqaError(
             f"{checkpoint.folder}: {name} is {_described(found, name)}", f"config.json needs {_described(wanted, name)}"
         )
+    return stored_as
+
+
+def _in_block(name: str, layer: int) -> str:
+    """End of a unit's name, from the list of layers on."""
+    _, there, end = name.partition(f"layers.{layer}.")
+    return there + end or name
 
 
 def _described(units: Mapping[str, tuple[tuple[int, int], int]], name: str) -> str:

@@ -17,6 +17,7 @@ from moqa.data import (
     split_held_out,
 )
 from moqa.errors import MoqaError, one_line
+from moqa.tasks.names import depth
 from moqa.tasks.task import Samples, Task, paths_in
 
 if TYPE_CHECKING:
@@ -51,12 +52,16 @@ class CausalLM(Task):
         """See `Task`."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or _is_wrapper(config)
 
-    def auto_class(self) -> Any:
-        """See `Task`."""
-        from transformers import AutoModelForCausalLM
+    def auto_class(self, config: "PretrainedConfig") -> Any:
+        """That of a model of text; if `architectures` names one that also sees or hears, its class, with all parts."""
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 
+        if _is_wrapper(config):
+            whole = AutoModelForMultimodalLM._model_mapping[type(config)].__name__
+            if whole in (config.architectures or ()) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+                return AutoModelForMultimodalLM
         return AutoModelForCausalLM
 
     def blocks(self, model: nn.Module) -> list[str]:
@@ -77,7 +82,7 @@ class CausalLM(Task):
 
     def depth(self, config: "PretrainedConfig") -> int:
         """See `Task`."""
-        return int(config.get_text_config().num_hidden_layers)
+        return depth(config)
 
     def probe(self, model: nn.Module) -> Tensor:  # noqa: ARG002
         """Two tokens."""
@@ -134,3 +139,11 @@ class CausalLM(Task):
     def count(self, inputs: Tensor) -> int:
         """Number of tokens."""
         return inputs.numel()
+
+
+def _is_wrapper(config: "PretrainedConfig") -> bool:
+    """Whether a configuration is of a model of text with parts that see or hear, which reads text alone as well."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    whole = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and "text_config" in config.sub_configs
+    return whole and not config.is_encoder_decoder

@@ -67,7 +67,7 @@ class ImageClassification(Task):
 
         return type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-    def auto_class(self) -> Any:
+    def auto_class(self, config: "PretrainedConfig") -> Any:  # noqa: ARG002
         """See `Task`."""
         from transformers import AutoModelForImageClassification
 

@@ -47,8 +47,8 @@ def task_of(config: "PretrainedConfig", folder: Path | None = None) -> Task:
     return found[0]
 
 
-def check_language_model(config: "PretrainedConfig", what: str | Path) -> None:
-    """Refuse a model that does not write text.
+def check_language_model(config: "PretrainedConfig", what: str | Path) -> Task:
+    """The task of a model that writes text; others are refused.
 
     Args:
         config: of the model.
@@ -60,8 +60,9 @@ def check_language_model(config: "PretrainedConfig", what: str | Path) -> None:
     task = task_of(config)
     if not task.writes_samples:
         raise MoqaError(f"{what} is an {task.kind}", "give a causal language model")
+    return task
 
 
 def _class_names(task: Task, config: "PretrainedConfig") -> set[str]:
-    found = task.auto_class()._model_mapping[type(config)]
+    found = task.auto_class(config)._model_mapping[type(config)]
     return {kind.__name__ for kind in (found if isinstance(found, tuple) else (found,))}

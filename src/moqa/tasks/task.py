@@ -61,8 +61,8 @@ class Task(Protocol):
     def accepts(self, config: "PretrainedConfig") -> bool:
         """Whether transformers has a model of this task for a configuration."""
 
-    def auto_class(self) -> Any:
-        """The auto class of transformers that builds such models."""
+    def auto_class(self, config: "PretrainedConfig") -> Any:
+        """The auto class of transformers that builds the model of a configuration."""
 
     def blocks(self, model: nn.Module) -> list[str]:
         """Paths of the blocks that hidden states go through, one after the other.
