@@ -6,12 +6,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moqa.compression.options import DEFAULTS
-from moqa.errors import MoqaError
+from moqa.errors import MoqaError, printable
 from moqa.storage.artifact import write_json
 
 _BEGAN = time.perf_counter()
@@ -19,6 +21,16 @@ _BEGAN = time.perf_counter()
 DEFAULT_WIDTHS = ",".join(map(str, DEFAULTS.widths))
 
 console = Console(stderr=True)
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a line, whatever the names in it: on a terminal, escapes of a hostile artifact could rewrite the screen."""
+    typer.echo(printable(text), err=err)
+
+
+def shown(text: str) -> str:
+    """A model's text as it is printed: on a terminal, characters that control it are escaped."""
+    return "".join(c if c in "\n\t" else printable(c) for c in text) if sys.stdout.isatty() else text
 
 
 def write_result(result: BaseModel | dict, path: Path | None) -> None:
@@ -34,11 +46,12 @@ def write_result(result: BaseModel | dict, path: Path | None) -> None:
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print a table on stdout; the first column is text, all others are numbers."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    titled = Text(printable(title)) if title else None
+    table = Table(title=titled, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        table.add_column(Text(printable(heading)), justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     # lines are not wrapped when stdout is not a terminal
     width = None if sys.stdout.isatty() else 200
     Console(width=width).print(table)

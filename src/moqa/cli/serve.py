@@ -6,6 +6,7 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
+from moqa.cli.common import say
 from moqa.cli.generate import use_threads
 from moqa.errors import MoqaError
 
@@ -35,9 +36,7 @@ def serve(
     if api_key == "":
         raise MoqaError("--api-key (or MOQA_API_KEY) is empty", "give a key, or omit the option")
     if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
-        typer.echo(
-            f"moqa: warning: --host {host} without --api-key: anyone who can connect can use the model", err=True
-        )
+        say(f"moqa: warning: --host {host} without --api-key: anyone who can connect can use the model", err=True)
     given = adjust or ["off"]
     if len(given) > 1 and {"auto", "off"} & set(given):
         raise MoqaError(
@@ -46,6 +45,6 @@ def serve(
     use_threads(threads)
     run(
         out, host=host, port=port, slots=slots, queue=queue, api_key=api_key, adjust=[] if given == ["off"] else given,
-        ready=lambda url: typer.echo(f"moqa: {out} at {url}/v1, {slots} slots, queue of {queue}", err=True),
+        ready=lambda url: say(f"moqa: {out} at {url}/v1, {slots} slots, queue of {queue}", err=True),
     )  # fmt: skip
-    typer.echo("moqa: stopped", err=True)
+    say("moqa: stopped", err=True)

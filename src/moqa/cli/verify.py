@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from moqa.cli.app import app
+from moqa.cli.common import say
 from moqa.errors import MoqaError
 
 
@@ -19,10 +20,10 @@ def verify(out: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint f
         checkpoint = open_checkpoint(out, verify=True)
         load_packed(checkpoint, kernels="reference")
     except MoqaError as error:
-        typer.echo(f"moqa: {error}", err=True)
+        say(f"moqa: {error}", err=True)
         raise typer.Exit(1) from None
     manifest = checkpoint.manifest
-    typer.echo(
+    say(
         f"{out}: sound, {len(manifest.files)} files, {checkpoint.bytes} bytes, {len(manifest.units)} units "
         f"and {len(manifest.kept)} kept tensors, each stored once"
     )
