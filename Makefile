@@ -111,6 +111,8 @@ adjust-study: setup
 # kills at every call that changes the disk, and damaged unfinished work: hours
 robustness: setup
 	$(BIN)/python benchmarks/robustness.py
+	$(BIN)/python benchmarks/mutations.py --page
+	$(BIN)/python benchmarks/clients.py
 
 results: demo
 	cp runs/demo/main-job.md docs/results/main-job.md

@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+from robustness import write_section
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "results" / "robustness.md"
 SHARES = {"good": 0.5, "leaving": 0.1, "half-open": 0.1, "slow": 0.1, "huge": 0.1, "strange": 0.1}
 HALF_OPEN = 25  # connections of one half-open client
 STALL = 1.0  # seconds
@@ -297,7 +297,6 @@ def section(found: Found, model: Path) -> str:
     }
     return "\n".join(
         [
-            "## Clients",
             f"Made by `python benchmarks/clients.py --minutes {found.minutes:g} --clients {found.clients}`: `moqa "
             f"serve` of `{model.name}` with one thread, on {os.cpu_count()} cores that it shares with its clients and "
             f"others (load {os.getloadavg()[1]:.0f}). Half of the clients ask and compare answers; a tenth each leave "
@@ -322,13 +321,6 @@ def _shares(seconds: list[float]) -> str:
     )
 
 
-def write(text: str, page: Path = PAGE) -> None:
-    """Replace the section of the page, or add it."""
-    before = page.read_text() if page.exists() else "# Robustness\n"
-    parts = [part for part in re.split(r"(?m)^(?=## )", before) if not part.startswith("## Clients\n")]
-    page.write_text("".join(part.rstrip("\n") + "\n\n" for part in [*parts, text]).rstrip("\n") + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20)
@@ -339,7 +331,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, min(most, 2**14)), most))
     found = measure(options.model, options.minutes, options.clients)
     text = section(found, options.model)
-    write(text)
+    write_section("## Clients", text)
     print(text)
     for lost in found.lost[:20]:
         print("lost:", lost)

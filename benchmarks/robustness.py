@@ -94,12 +94,12 @@ def main() -> None:
             write_section(f"## {title}", text)
 
 
-def write_section(heading: str, text: str) -> None:
+def write_section(heading: str, text: str, path: Path = PAGE) -> None:
     """Replace a section of the page, or add it at the end."""
-    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Robustness\n"
+    page = path.read_text(encoding="utf-8") if path.exists() else "# Robustness\n"
     before, found, rest = page.partition(f"\n{heading}\n")
     after = "\n## " + rest.partition("\n## ")[2] if found and "\n## " in rest else ""
-    PAGE.write_text(f"{before.rstrip()}\n\n{heading}\n{text.rstrip()}\n{after}", encoding="utf-8")
+    path.write_text(f"{before.rstrip()}\n\n{heading}\n{text.rstrip()}\n{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -184,8 +184,7 @@ def checkpoint(sound_checkpoint, tmp_path) -> Path:
     return Path(shutil.copytree(sound_checkpoint, tmp_path / "checkpoint"))
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
+def make_tiny_model(folder: Path) -> Path:
     """Folder of a random two-layer MoE with odd shapes and the reference model's tokenizer."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -196,7 +195,6 @@ def tiny_model(tmp_path_factory) -> Path:
         norm_topk_prob=True, tie_word_embeddings=True, initializer_range=0.1, bos_token_id=None, eos_token_id=0,
         pad_token_id=0,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(REFERENCE / "model" / name, folder / name)
@@ -204,7 +202,16 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
 def texts():
+    return read_texts()
+
+
+def read_texts():
     """Calibration texts of the reference model by name, cut short."""
     from moqa.data import Distribution
 

@@ -287,10 +287,10 @@ class TestReuse:
             tiny("wiki")
 
     def test_a_failure_leaves_no_folder(self, tiny, tmp_path, monkeypatch):
-        def fail(*_):
+        def fail(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("moqa.profiling.store.write_json", fail)
+        monkeypatch.setattr("moqa.profiling.store.write_sealed", fail)
         with pytest.raises(KeyboardInterrupt):
             tiny("wiki")
         assert not (tmp_path / "tiny").exists()

@@ -188,7 +188,7 @@ class TestMistakes:
             units.pop(next(iter(units)))
         else:
             units["model.layers.9.extra"] = Scheme(width=4)
-        with pytest.raises(MoqaError, match="lacks unit"):
+        with pytest.raises(MoqaError, match="differ in unit"):
             quantize(
                 tiny_model, planned.model_copy(update={"units": units}), tmp_path / "out", profile=profiled, view=view
             )

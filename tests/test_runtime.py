@@ -1,9 +1,11 @@
 """Loading and decoding: mapped weights, transformers' own loader, growing cache, fused decoder, `moqa bench`."""
 
+import copy
 import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from moqa.profiling import profile
 from moqa.quantization import quantize
 from moqa.runtime.decoder import FusedDecoder
 from moqa.runtime.growing import SMALLEST, GrowingCache, GrowingLayer
+
+FORMAT1 = Path(__file__).parent / "format1" / "checkpoint"
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +217,58 @@ class TestBench:
     def test_mistakes_are_one_line(self, packed, model, options, message):
         with pytest.raises(MoqaError, match=message):
             moqa.bench(model or packed, **options)
+
+
+class TestCasts:
+    @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+    def test_are_refused_before_anything_changes(self, loaded, cast):
+        model, wanted = loaded
+        for part in (model, model.model):
+            with pytest.raises(MoqaError, match="cannot be cast: load it again with dtype="):
+                getattr(part, cast)()
+        with pytest.raises(MoqaError, match="cannot be cast"):
+            model.to(torch.float16)
+        assert torch.equal(logits(model), wanted)
+
+    @pytest.mark.parametrize("name", ["save_pretrained", "push_to_hub", "dequantize", "resize_token_embeddings"])
+    def test_nothing_is_written_as_another_format(self, loaded, tmp_path, name):
+        with pytest.raises(MoqaError, match=f"a packed model has no {name}"):
+            getattr(loaded[0], name)(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_what_changes_nothing_works(self, loaded):
+        model, wanted = loaded
+        for same in (model.float(), model.to("cpu"), model.to(torch.float32), copy.deepcopy(model)):
+            assert torch.equal(logits(same), wanted)
+
+    def test_a_copy_refuses_for_itself(self, loaded):
+        twin = copy.deepcopy(loaded[0])
+        with pytest.raises(MoqaError, match="cannot be cast"):
+            twin.half()
+        twin.to("meta")
+        assert torch.equal(logits(loaded[0]), loaded[1])
+
+    def test_wider_tensors_stay_wide(self):
+        model, _ = moqa.load(FORMAT1, dtype=torch.bfloat16)
+        model.register_buffer("wide", torch.ones(2, dtype=torch.float32))
+        assert model.to(torch.bfloat16).wide.dtype == torch.float32
+
+    def test_those_of_transformers_own_loader(self):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(FORMAT1, dtype=torch.float32)
+        with pytest.raises(MoqaError, match="cannot be cast"):
+            model.to(torch.bfloat16)
+        with pytest.raises(MoqaError, match="has no save_pretrained"):
+            model.save_pretrained("out")
+
+
+@pytest.fixture
+def loaded():
+    model, _ = moqa.load(FORMAT1)
+    return model, logits(model)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(12)[None]).logits

@@ -31,7 +31,6 @@ def test_loses_nothing(clients, tiny_model):
 
 def test_replaces_its_section_only(clients, tmp_path):
     page = tmp_path / "page.md"
-    clients.write("## Clients\nold\n", page)
-    page.write_text(page.read_text() + "\n## Kills\nother\n")
-    clients.write("## Clients\nnew\n", page)
-    assert page.read_text() == "# Robustness\n\n## Kills\nother\n\n## Clients\nnew\n"
+    for heading, text in (("Clients", "old"), ("Kills", "other"), ("Clients", "new")):
+        clients.write_section(f"## {heading}", text, page)
+    assert page.read_text() == "# Robustness\n\n## Clients\nnew\n\n## Kills\nother\n"

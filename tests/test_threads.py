@@ -1,15 +1,21 @@
 """Several threads that load models at once, while others build their own."""
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from logging import StreamHandler
 
 import pytest
 import torch
+from families import FAMILIES, random_model
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
 from transformers.utils import logging
 
 import moqa
 from moqa.generation import load_any
+from moqa.models.building import empty_model
 from moqa.models.view import open_model
 from moqa.planning import plan
 from moqa.profiling import profile
@@ -90,3 +96,53 @@ def test_others_build_their_own_modules_meanwhile(loaders):
         weights = building.result()
     assert weights
     assert all(weight.device.type == "cpu" and weight.requires_grad for weight in weights)
+
+
+def test_others_see_nothing_of_a_model_being_built(loaders, monkeypatch):
+    inside, seen, real = threading.Event(), threading.Event(), Qwen3MoeModel.__init__
+    builder = []
+
+    def wait(self, config):
+        builder.append(threading.current_thread())
+        inside.set()
+        assert seen.wait(120)
+        real(self, config)
+
+    register, level, heard = nn.Module.register_parameter, logging.get_verbosity(), []
+    handler = StreamHandler()
+    handler.emit = heard.append
+    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patch:
+        patch.setattr(Qwen3MoeModel, "__init__", wait)
+        loading = pool.submit(loaders["4 bits"])  # in bfloat16
+        assert inside.wait(120)
+        own = nn.Linear(3, 3)
+        assert (own.weight.dtype, own.weight.device.type, torch.tensor(0.5).dtype) == (
+            torch.float32,
+            "cpu",
+            torch.float32,
+        )
+        assert torch.get_default_dtype() == torch.float32
+        assert nn.Module.register_parameter is register
+        assert logging.get_verbosity() == level
+        logging.add_handler(handler)
+        logging.get_logger("transformers.test").warning("heard")
+        logging.remove_handler(handler)
+        seen.set()
+        assert loading.result().dtype == torch.bfloat16
+    assert [record.getMessage() for record in heard] == ["heard"]
+    assert builder[0] is not threading.current_thread()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_empty_model_is_what_transformers_builds(family):
+    config = random_model(family).config
+    theirs = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+    ours = empty_model(config, torch.bfloat16)
+    assert {n: (p.dtype, p.shape) for n, p in ours.named_parameters()} == {
+        n: (p.dtype, p.shape) for n, p in theirs.named_parameters()
+    }
+    for (name, found), (other, wanted) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+        assert name == other
+        assert torch.equal(found, wanted), name
+        assert found.dtype == wanted.dtype, name
+    assert (ours.config.dtype, ours.dtype) == (torch.bfloat16, torch.bfloat16)

@@ -2,6 +2,8 @@
 
 import math
 
+_LONGEST = 1500  # characters of a message
+
 
 class MoqaError(Exception):
     """An error in the user's input: one line that says what was typed, what was found and what would work.
@@ -14,9 +16,9 @@ class MoqaError(Exception):
     """
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        text = f"{what}: {remedy}" if remedy else what
-        # names read from damaged files may contain line breaks, but the message must stay on one line
-        super().__init__(text.replace("\r", "\\r").replace("\n", "\\n"))
+        # names read from hostile files may be long, contain line breaks, or tell a terminal what to do
+        text = printable(f"{what}: {remedy}" if remedy else what)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}")
 
 
 class UnreadableError(MoqaError):
@@ -37,6 +39,15 @@ class LittleMemoryError(MoqaError):
 
 class Stopped(Exception):  # noqa: N818  (nothing went wrong)
     """Work was stopped on purpose before its end; finished parts are kept, and the same command continues."""
+
+
+def printable(text: str) -> str:
+    """Text in one line that a terminal only shows: control characters and the like are escaped.
+
+    >>> printable("\x1b[2Ja name\\nin two lines")
+    '\\\\x1b[2Ja name\\\\nin two lines'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.originals.rate import storage_rate
-from moqa.planning import Plan
+from moqa.planning import Plan, check_profile
 from moqa.profiling import SELF, Profile
 from moqa.profiling.selfsample import OWN_BATCH
 from moqa.profiling.sensitivity import PROBES, ErrorSettings
@@ -74,6 +74,7 @@ def estimate(
     Raises:
         MoqaError: if the model cannot be used, the cache option is unknown or the memory limit is too small.
     """
+    check_profile(plan, profile)
     how, folder, began = find_method(method), original.locate(model), time.perf_counter()
     view = view or open_model(folder, keep=False)
     before += time.perf_counter() - began

@@ -17,6 +17,7 @@ from hostile.victim import (
     SEALED,
     TOKENIZER,
     TRANSFORMERS,
+    UNVERIFIED,
     WEIGHTS,
     Allowed,
     Victim,
@@ -116,7 +117,7 @@ def config_edits(victim: Victim) -> Allowed:
         return HARMLESS
     digest = hashlib.sha256(victim.read(CONFIG)).hexdigest()
     victim.write_manifest(victim.json(MANIFEST) | {"config": digest})
-    return dataclasses.replace(SEALED, fail=True)
+    return dataclasses.replace(SEALED, fail=(UNVERIFIED,))
 
 
 MUTATIONS = [index_and_quantization_config, tokenizer_files, json_at_its_worst]

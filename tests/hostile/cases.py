@@ -70,7 +70,7 @@ def problem(name: str, load: Callable, folder: Path, allowed: Allowed, sound) ->
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of Rust is no Exception
-        if name == TRANSFORMERS or (allowed.fail and model is not None):
+        if name == TRANSFORMERS or (name in allowed.fail and model is not None):
             return "refused", None
         frames = traceback.extract_tb(error.__traceback__)
         at = next((frame for frame in reversed(frames) if "/moqa/" in frame.filename), frames[-1])

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,13 +22,13 @@ class Allowed:
         load: whether moqa may load it at all.
         differ: the loaders with which its logits may be others.
         infinite: whether its logits may be NaN or infinite.
-        fail: whether its forward may raise, once it is loaded.
+        fail: the loaders with which its forward may raise, once it is loaded.
     """
 
     load: bool = True
     differ: tuple[str, ...] = ()
     infinite: bool = False
-    fail: bool = False
+    fail: tuple[str, ...] = ()
 
 
 VERIFIED, UNVERIFIED, TRANSFORMERS = LOADERS = ("verified", "unverified", "transformers")
@@ -44,9 +45,7 @@ class Victim:
     def __init__(self, sound: Path, folder: Path, seed: int | str) -> None:
         self.folder, self.sound = folder, sound
         self.random = random.Random(seed)
-        folder.mkdir()
-        for path in sound.iterdir():
-            os.link(path, folder / path.name)
+        shutil.copytree(sound, folder, copy_function=os.link)
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()

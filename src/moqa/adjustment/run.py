@@ -13,7 +13,7 @@ from moqa.adjustment.measure import measure
 from moqa.adjustment.modes import MODES, Change, Situation
 from moqa.data import Data, as_distributions, cut_windows
 from moqa.errors import MoqaError
-from moqa.format.adjustment import Adjustment, AdjustmentRecord, ExpertSizes, layout, write_adjustment
+from moqa.format.adjustment import Adjustment, AdjustmentRecord, ExpertSizes, layout, sizes_of, write_adjustment
 from moqa.format.cache import open_cache
 from moqa.format.manifest import Fitted, StoredFile
 from moqa.format.reader import Checkpoint, open_checkpoint
@@ -178,30 +178,6 @@ class Search:
 
     def _open_layer(self, layer: int) -> LayerOriginals:
         return LayerOriginals(self._model, self._packed.manifest, self._cache, layer)
-
-
-def sizes_of(packed: Checkpoint) -> ExpertSizes:
-    """The sizes that all layers of experts of a checkpoint share.
-
-    >>> sizes_of(checkpoint).experts
-    16
-
-    Raises:
-        MoqaError: if it has no routed experts, or layers of different sizes.
-    """
-    sizes = set()
-    for layer in range(packed.manifest.layers):
-        units = [(n, u) for n, u in packed.manifest.units.items() if u.layer == layer and u.role == "expert"]
-        shapes = {unit.shape for name, unit in units if name.endswith("down_proj")}
-        sizes |= {(len(units) // 3, *shape) for shape in shapes}
-    if not sizes:
-        raise MoqaError(
-            f"{packed.folder} has no routed experts", "adjustments need some: they give bits to their channels"
-        )
-    if len(sizes) > 1:
-        raise MoqaError(f"{packed.folder} has layers of experts of different sizes", "adjustments need one size")
-    experts, hidden, width = sizes.pop()
-    return ExpertSizes(experts=experts, hidden=hidden, width=width)
 
 
 def _extra_bytes(packed: Checkpoint, sizes: ExpertSizes, change: Change) -> int:

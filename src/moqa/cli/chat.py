@@ -5,10 +5,9 @@ import sys
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-import typer
-
 from moqa.cli import options
 from moqa.cli.app import app
+from moqa.cli.common import say, shown
 from moqa.cli.generate import sampling_of, use_threads
 from moqa.errors import MoqaError
 
@@ -37,7 +36,7 @@ def chat(
     if sys.stdin.isatty():
         import readline  # noqa: F401  (lets input() edit lines and recall earlier ones)
 
-        typer.echo("/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer", err=True)
+        say("/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer", err=True)
     while (line := _next_line()) != "/exit":
         if line == "/reset":
             talk.reset()
@@ -68,11 +67,11 @@ def _answer(talk: "Chat", line: str) -> None:
     try:
         with closing(talk.say(line)) as pieces:
             for piece in pieces:
-                print(piece.text, end="", flush=True)
+                print(shown(piece.text), end="", flush=True)
                 if stopped:
                     break
         print()
     except MoqaError as error:
-        typer.echo(f"moqa: {error}; /reset starts a new conversation", err=True)
+        say(f"moqa: {error}; /reset starts a new conversation", err=True)
     finally:
         signal.signal(signal.SIGINT, before)

@@ -10,9 +10,10 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moqa.compression.options import DEFAULTS
-from moqa.errors import MoqaError
+from moqa.errors import MoqaError, printable
 from moqa.storage.artifact import write_json
 
 _BEGAN = time.perf_counter()
@@ -20,6 +21,16 @@ _BEGAN = time.perf_counter()
 DEFAULT_WIDTHS = ",".join(map(str, DEFAULTS.widths))
 
 console = Console(stderr=True)
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a line, whatever the names in it: on a terminal, escapes of a hostile artifact could rewrite the screen."""
+    typer.echo(printable(text), err=err)
+
+
+def shown(text: str) -> str:
+    """A model's text as it is printed: on a terminal, characters that control it are escaped."""
+    return "".join(c if c in "\n\t" else printable(c) for c in text) if sys.stdout.isatty() else text
 
 
 def write_result(result: BaseModel | dict, path: Path | None) -> None:
@@ -35,11 +46,12 @@ def write_result(result: BaseModel | dict, path: Path | None) -> None:
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print a table on stdout; the first column is text, all others are numbers."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    titled = Text(printable(title)) if title else None
+    table = Table(title=titled, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        table.add_column(Text(printable(heading)), justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     # lines are not wrapped when stdout is not a terminal
     width = None if sys.stdout.isatty() else 200
     Console(width=width).print(table)
@@ -55,7 +67,7 @@ def warn_left_out(parts: Mapping[str, int]) -> None:
     if parts:
         shown = ", ".join(f"{prefix} ({values:,} values)" for prefix, values in list(parts.items())[:8])
         more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
-        typer.echo(f"moqa: warning: transformers' model has no {shown}{more}: left out", err=True)
+        say(f"moqa: warning: transformers' model has no {shown}{more}: left out", err=True)
 
 
 def widths_of(text: str) -> tuple[int, ...]:

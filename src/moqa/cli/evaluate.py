@@ -7,7 +7,7 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import mib, print_table, write_result
+from moqa.cli.common import mib, print_table, say, write_result
 from moqa.cli.progress import LogOption, logged, progress
 
 if TYPE_CHECKING:
@@ -74,4 +74,4 @@ def print_evaluation(result: "Evaluation") -> None:
     headings = ["accuracy", "KL", "agreement", "images"] if images else ["bits/byte", "KL", "top-1", "tokens"]
     print_table(["distribution", "perplexity", *headings], rows, title)
     if result.against is None:
-        typer.echo("moqa: warning: KL divergence needs the original: give --against MODEL", err=True)
+        say("moqa: warning: KL divergence needs the original: give --against MODEL", err=True)

@@ -8,6 +8,7 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
+from moqa.cli.common import shown
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def generate(
     for piece in run(model, tokenizer, text, sampling):
         written.append(piece.text)
         if not json:
-            print(piece.text, end="", flush=True)
+            print(shown(piece.text), end="", flush=True)
     assert piece.finish is not None
     print(codec.dumps({"text": "".join(written), **piece.finish.model_dump()}) if json else "")
 

@@ -8,7 +8,7 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import DEFAULT_WIDTHS, mib, print_table, start_and_end, widths_of, write_result
+from moqa.cli.common import DEFAULT_WIDTHS, mib, print_table, say, start_and_end, widths_of, write_result
 from moqa.compression.options import DEFAULTS
 from moqa.errors import MoqaError
 
@@ -48,7 +48,7 @@ def plan(
     from moqa.planning import memory_budget as fitted
     from moqa.planning import plan as run
     from moqa.profiling import read_profile
-    from moqa.storage.artifact import write_json
+    from moqa.storage.artifact import write_sealed
 
     check_budgets(bpw, size, fit, context, batch)
     measured = read_profile(profile)
@@ -65,7 +65,7 @@ def plan(
             estimate(measured.record.model, result, measured, before=start_and_end()), result, measured, json
         )
         return
-    write_json(for_file(result, out), out)
+    write_sealed(for_file(result, out), out)
     print_plan(result)
     if isinstance(budget, MemoryBudget):
         print_fit(budget, result.account)
@@ -92,7 +92,7 @@ def check_budgets(bpw: float | None, size: str | None, fit: str | None, context:
 def print_plan(result: "Plan") -> None:
     """Print the bytes, the number of units per width, and the expected divergence."""
     account = result.account
-    typer.echo(
+    say(
         f"{result.label}: {account.bits_per_weight:.3f} bits per weight, {mib(account.checkpoint)} "
         f"({mib(account.units)} units, {mib(account.kept)} kept, {mib(account.headers)} headers)"
     )

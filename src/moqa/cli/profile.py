@@ -7,7 +7,7 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import print_table, warn_left_out, write_result
+from moqa.cli.common import print_table, say, warn_left_out, write_result
 from moqa.cli.progress import LogOption, logged, progress
 from moqa.cli.progress.limits import time_limited
 from moqa.compression.options import DEFAULTS
@@ -85,7 +85,7 @@ def warn_starved(result: "Profile") -> None:
     """Warn of experts that no calibration token reached, and say how they are quantized."""
     starved = result.starved()
     if starved:
-        typer.echo(
+        say(
             f"moqa: warning: no calibration token reached {', '.join(starved[:8])}"
             f"{f' and {len(starved) - 8} more' if len(starved) > 8 else ''}: "
             "they are rounded to nearest (rtn); add --data that reaches them",

@@ -7,7 +7,7 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import DEFAULT_WIDTHS, mib, print_table, start_and_end, warn_left_out, widths_of, write_result
+from moqa.cli.common import DEFAULT_WIDTHS, mib, print_table, say, start_and_end, warn_left_out, widths_of, write_result
 from moqa.cli.plan import check_budgets, print_estimate, print_fit
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import LogOption, logged, progress
@@ -163,13 +163,13 @@ def print_compressed(result: "CompressResult") -> None:
     """Print the proof and the path of the report, or without a proof what was written."""
     if result.proof is None:
         account = result.plan.account
-        typer.echo(f"{result.checkpoint}: {mib(account.checkpoint)}, {account.bits_per_weight:.3f} bits/weight")
+        say(f"{result.checkpoint}: {mib(account.checkpoint)}, {account.bits_per_weight:.3f} bits/weight")
         return
     print_proof(result.proof, result.checkpoint)
     if result.report is None:
-        typer.echo(f"moqa: no report.html: {result.no_report}", err=True)
+        say(f"moqa: no report.html: {result.no_report}", err=True)
     else:
-        typer.echo(f"report: {result.report}")
+        say(f"report: {result.report}")
 
 
 def print_proof(proof: "Proof", out: Path) -> None:
@@ -185,9 +185,9 @@ def print_proof(proof: "Proof", out: Path) -> None:
     for name in names:
         gain = proof.gain(name)
         side = "below" if gain >= 0 else "ABOVE"
-        typer.echo(f"{name}: KL divergence {abs(gain):.0%} {side} uniform {proof.ours.method} at the same bytes")
+        say(f"{name}: KL divergence {abs(gain):.0%} {side} uniform {proof.ours.method} at the same bytes")
     for loss in proof.lost():
-        typer.echo(f"moqa: warning: ours loses on {loss}", err=True)
+        say(f"moqa: warning: ours loses on {loss}", err=True)
 
 
 def print_checkpoint(out: Path, json: Path | None) -> None:

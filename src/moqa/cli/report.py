@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from moqa.cli.app import app
+from moqa.cli.common import say
 
 
 @app.command()
@@ -18,4 +19,4 @@ def report(
     """Make one self-contained HTML page from profiles, plans, checkpoints and evaluations."""
     from moqa.reports import report
 
-    typer.echo(str(report(artifacts, out)))
+    say(str(report(artifacts, out)))

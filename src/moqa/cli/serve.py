@@ -7,6 +7,7 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
+from moqa.cli.common import say
 from moqa.cli.generate import use_threads
 from moqa.errors import MoqaError
 
@@ -55,9 +56,7 @@ def serve(
     if not all(api_key or ()) or (not api_key and _KEYS in os.environ):
         raise MoqaError(f"--api-key (or {_KEYS}) is empty", "give a key, or omit the option")
     if not api_key and host not in ("127.0.0.1", "localhost", "::1"):
-        typer.echo(
-            f"moqa: warning: --host {host} without --api-key: anyone who can connect can use the model", err=True
-        )
+        say(f"moqa: warning: --host {host} without --api-key: anyone who can connect can use the model", err=True)
     given = adjust or ["off"]
     if len(given) > 1 and {"auto", "off"} & set(given):
         raise MoqaError(
@@ -69,6 +68,6 @@ def serve(
     run(
         out, host=host, port=port, slots=slots, queue=queue, api_keys=api_key or (), cors=cors or (),
         adjust=[] if given == ["off"] else given, adjust_shared=adjust_shared, alias=alias or (),
-        ready=lambda url: typer.echo(f"moqa: {out} at {url}/v1, {slots} slots, queue of {queue}", err=True),
+        ready=lambda url: say(f"moqa: {out} at {url}/v1, {slots} slots, queue of {queue}", err=True),
     )  # fmt: skip
-    typer.echo("moqa: stopped", err=True)
+    say("moqa: stopped", err=True)

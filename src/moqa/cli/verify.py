@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from moqa.cli.app import app
+from moqa.cli.common import say
 
 
 @app.command()
@@ -15,14 +16,14 @@ def verify(out: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint f
 
     found = run(out)
     for fault in found.faults:
-        typer.echo(f"moqa: {fault}", err=True)
+        say(f"moqa: {fault}", err=True)
     if found.faults:
         raise typer.Exit(2)
     checkpoint, manifest = found.checkpoint, found.checkpoint.manifest
-    typer.echo(
+    say(
         f"{out}: sound, {len(manifest.files)} files, {checkpoint.bytes} bytes, {len(manifest.units)} units "
         f"and {len(manifest.kept)} kept tensors, each stored once"
     )
-    typer.echo(f"covered: {', '.join(found.covered)}")
+    say(f"covered: {', '.join(found.covered)}")
     if found.uncovered:
-        typer.echo(f"not covered, because this checkpoint was made by an older moqa: {', '.join(found.uncovered)}")
+        say(f"not covered, because this checkpoint was made by an older moqa: {', '.join(found.uncovered)}")

@@ -10,7 +10,7 @@ from moqa.evaluation.proof import Proof
 from moqa.planning import Budget, Plan, for_file
 from moqa.profiling import Profile
 from moqa.reports import report
-from moqa.storage.artifact import write_json
+from moqa.storage.artifact import write_json, write_sealed
 
 PLAN, PROOF, REPORT = "plan.json", "proof.json", "report.html"
 
@@ -43,7 +43,7 @@ class CompressResult:
         Returns:
             The result, with the path of the report.
         """
-        write_json(for_file(self.plan, self.checkpoint / PLAN), self.checkpoint / PLAN)
+        write_sealed(for_file(self.plan, self.checkpoint / PLAN), self.checkpoint / PLAN)
         if self.proof is None:
             return self
         write_json(self.proof, self.checkpoint / PROOF)

@@ -15,6 +15,7 @@ from moqa.originals.folder import locate
 from moqa.runtime.decoder import decodes_natively
 from moqa.runtime.growing import SMALLEST, GrowingCache
 from moqa.tasks import check_language_model
+from moqa.tasks.configuration import read_configuration
 
 # Measured on the most resident memory of `moqa serve` (CPython 3.11, PyTorch 2.13 for CPUs, glibc 2.36), for 15 models
 # of 7 families, minus their weight files and the dry run's cache and buffers. They fit the worst of 37 processes,
@@ -62,13 +63,12 @@ class ServedModel:
 
     def __init__(self, model: str | Path) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
-        from transformers import AutoConfig
 
         folder = locate(model)
         # not the meta device, where attention uses other kernels, with other buffers, than on the CPU
         self._mode = FakeTensorMode()
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config = read_configuration(folder)
             auto = check_language_model(config, model).auto_class(config)
             self._stored, self._text = config.dtype, config.get_text_config()
             with BUILDING, self._mode:

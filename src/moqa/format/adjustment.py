@@ -1,17 +1,20 @@
 """An adjustment on disk: a record, and one file of channels and units with bits of their own."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from moqa.errors import MoqaError
 from moqa.format.layout import Entry, Shard, aligned, entry_bytes
 from moqa.format.manifest import Fitted, Length, Side, StoredFile
+from moqa.format.reader import Checkpoint
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import TILE
 from moqa.format.writer import write_shard
@@ -29,7 +32,7 @@ MIDDLE = 127
 class ChannelPart(BaseModel, frozen=True):
     """Rows of one projection, or columns of `down_proj`, of experts of all layers, stored in one scheme."""
 
-    projection: str
+    projection: Literal["gate_proj", "up_proj", "down_proj"]
     scheme: Scheme
     replaces: bool = Field(description="whether they replace the packed ones; otherwise they are added to them")
     counts: tuple[Length, ...] = Field(description="channels of each decoder layer")
@@ -88,6 +91,17 @@ class AdjustmentRecord(BaseModel, frozen=True):
     extra_bytes: int = Field(description="growth of the weights in use: its own bytes less those that it replaces")
     weights: StoredFile
     checksum: str = ""
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        if len({len(part.counts) for part in self.channels}) > 1:
+            raise ValueError("its parts count the channels of different numbers of layers")
+        for part in self.channels:
+            # kernels multiply columns, whose factors are their own, as one group
+            most = part.scheme.group_size if part.projection == COLUMNS and not part.scheme.is_unquantized else math.inf
+            if max(part.counts, default=0) > most:
+                raise ValueError(f"{max(part.counts)} columns in groups of {most}")
+        return self
 
     def shard(self) -> Shard:
         """Layout of the weight file."""
@@ -275,3 +289,57 @@ def read_adjustment(folder: str | Path) -> Adjustment:
     adjustment = Adjustment(folder, record)
     adjustment.check_values()
     return adjustment
+
+
+def sizes_of(packed: Checkpoint) -> ExpertSizes:
+    """The sizes that all layers of experts of a checkpoint share.
+
+    >>> sizes_of(checkpoint).experts
+    16
+
+    Raises:
+        MoqaError: if it has no routed experts, or layers of different sizes.
+    """
+    sizes = set()
+    for layer in range(packed.manifest.layers):
+        units = [(n, u) for n, u in packed.manifest.units.items() if u.layer == layer and u.role == "expert"]
+        shapes = {unit.shape for name, unit in units if name.endswith("down_proj")}
+        sizes |= {(len(units) // 3, *shape) for shape in shapes}
+    if not sizes:
+        raise MoqaError(
+            f"{packed.folder} has no routed experts", "adjustments need some: they give bits to their channels"
+        )
+    if len(sizes) > 1:
+        raise MoqaError(f"{packed.folder} has layers of experts of different sizes", "adjustments need one size")
+    experts, hidden, width = sizes.pop()
+    return ExpertSizes(experts=experts, hidden=hidden, width=width)
+
+
+def check_fits(adjustment: Adjustment, packed: Checkpoint) -> None:
+    """Refuse an adjustment that was made for another checkpoint, or says so but does not fit its tensors.
+
+    >>> check_fits(read_adjustment("runs/german"), checkpoint)
+
+    Raises:
+        MoqaError: naming the difference.
+    """
+    record, manifest, folder = adjustment.record, packed.manifest, adjustment.folder
+    if record.checkpoint != manifest.checksum:
+        raise MoqaError(
+            f"{folder} was made for another checkpoint ({record.checkpoint[:8]})",
+            f"{packed.folder} is {manifest.checksum[:8]}",
+        )
+    if record.sizes != sizes_of(packed):
+        raise MoqaError(f"{folder} is for experts of {record.sizes}", f"{packed.folder} has {sizes_of(packed)}")
+    experts = {name: unit for name, unit in manifest.units.items() if unit.role == "expert"}
+    layers = {unit.layer for unit in experts.values()}
+    for part in record.channels:
+        if len(part.counts) != manifest.layers or any(
+            part.counts[n] for n in range(manifest.layers) if n not in layers
+        ):
+            raise MoqaError(
+                f"{folder} has channels in other layers", f"{packed.folder} has experts in {sorted(layers)}"
+            )
+    for name, unit in record.units.items():
+        if name not in experts or experts[name].shape != unit.shape:
+            raise MoqaError(f"{folder} replaces {name} {unit.shape}", f"{packed.folder} has no such unit of an expert")

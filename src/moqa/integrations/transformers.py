@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -39,9 +40,18 @@ class MoqaConfig(QuantizationConfigMixin):  # type: ignore[misc]
         super().__init__(quant_method="moqa")
         self.kernels, self.verify = kernels, verify
 
+    @classmethod
+    def from_dict(cls, _: dict[str, Any], return_unused_kwargs: bool = False, **__: Any) -> Any:
+        """The entry as a folder has it: what is checked, and which kernels compute, is for the user to say."""
+        return (cls(), {}) if return_unused_kwargs else cls()
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """Options that a user may set when loading."""
         return {"kernels": self.kernels, "verify": self.verify}
+
+
+# so that the user's MoqaConfig counts, not the folder's
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (MoqaConfig,)
 
 
 @register_quantizer("moqa")
@@ -74,6 +84,7 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
         self._hidden = _hide_packed(model)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
+        from moqa.runtime.fixed import keep_packed
         from moqa.runtime.load import keep_as_stored
 
         for parent, name, packed in self._hidden:
@@ -81,6 +92,7 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
                 packed.bias = getattr(parent, name).bias
             setattr(parent, name, packed)
         keep_as_stored(model, self._checkpoint.layer(None), model.dtype, self._kernels)
+        keep_packed(model, self._checkpoint.folder)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` would write another format: copy the folder instead."""

@@ -46,8 +46,9 @@ class PackedMatrix(nn.Module):
 
     def dense(self) -> Tensor:
         """[out, in] weights, float32."""
-        if self._held is not None:
-            return self._held
+        held = self._held  # another thread may release it
+        if held is not None:
+            return held
         return self.scheme.storage.decode(self.scheme, self.shape, dict(self.named_buffers()))
 
     def hold(self, weights: Tensor | None = None) -> None:

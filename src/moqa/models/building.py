@@ -1,5 +1,6 @@
 """Build models without memory for their parameters, in any number of threads at once."""
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
 # bytes; no buffer of a model is this large
 _LARGE = 2**30
-# held while a model is built: transformers then changes the default dtype of all threads, and patches its own methods
+# held while a model is built, because transformers then patches its own methods; a fork waits until none is
 BUILDING = threading.RLock()
-# whether this thread registers parameters without memory
+os.register_at_fork(before=BUILDING.acquire, after_in_parent=BUILDING.release, after_in_child=BUILDING.release)
+# whether this thread registers parameters without memory, and whether what it does is logged
 _THREAD = threading.local()
-_VERBOSITY_LOCK = threading.Lock()
-_quiet_blocks, _verbosity = 0, 0
+_BARS = threading.Lock()
+_quiet_blocks, _had_bars = 0, False
 
 
 def empty_model(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
@@ -37,8 +39,13 @@ def empty_model(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedMo
     """
     from transformers.core_model_loading import build_glob_alternation
 
-    with BUILDING, quiet(), _parameters_on_meta(), _LargeOnMeta():
-        model = task_of(config).auto_class(config).from_config(config, dtype=dtype).eval().requires_grad_(False)
+    with BUILDING, quiet(), _parameters_on_meta(), _Factories(dtype):
+        # transformers would make the dtype torch's default one, in which other threads then create their tensors
+        model = task_of(config).auto_class(config).from_config(config, dtype=torch.get_default_dtype())
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
+    model = model.eval().requires_grad_(False)
     wide = model._get_dtype_plan(dtype)
     if wide:
         pattern = build_glob_alternation(list(wide))[0]
@@ -50,24 +57,35 @@ def empty_model(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedMo
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """A block in which transformers logs nothing: moqa reports problems as its own errors."""
+    """A block in which this thread lets transformers log nothing: moqa reports problems as its own errors."""
     from transformers.utils import logging
 
-    global _quiet_blocks, _verbosity
-    logging.disable_progress_bar()
-    # blocks of several threads overlap: the first one silences the log, the last one restores it
-    with _VERBOSITY_LOCK:
+    global _quiet_blocks, _had_bars
+    _filter_log()
+    before, _THREAD.quiet = getattr(_THREAD, "quiet", False), True
+    # progress bars are all threads': the first of several blocks hides them, the last one shows them again
+    with _BARS:
         if not _quiet_blocks:
-            _verbosity = logging.get_verbosity()
-            logging.set_verbosity(logging.CRITICAL)
+            _had_bars = logging.is_progress_bar_enabled()
+            logging.disable_progress_bar()
         _quiet_blocks += 1
     try:
         yield
     finally:
-        with _VERBOSITY_LOCK:
+        _THREAD.quiet = before
+        with _BARS:
             _quiet_blocks -= 1
-            if not _quiet_blocks:
-                logging.set_verbosity(_verbosity)
+            if not _quiet_blocks and _had_bars:
+                logging.enable_progress_bar()
+
+
+@cache
+def _filter_log() -> None:
+    """Let no handler of transformers' log take what a thread logs in a quiet block."""
+    from transformers.utils import logging
+
+    for handler in logging.get_logger("transformers").handlers:
+        handler.addFilter(lambda _: not getattr(_THREAD, "quiet", False))
 
 
 @contextmanager
@@ -93,14 +111,32 @@ def _without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter | No
     return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-class _LargeOnMeta(TorchFunctionMode):
-    """Create tensors that are too large for a buffer without memory: a stack of experts may exceed the whole memory."""
+class _Factories(TorchFunctionMode):
+    """How this thread creates tensors: floating-point ones in a dtype where none is given, and those that are too large
+    for a buffer without memory: a stack of experts may exceed the whole memory."""
 
-    _makers = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+    _makers = frozenset({
+        torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.tensor, torch.arange,
+        torch.linspace, torch.logspace, torch.eye, torch.scalar_tensor,
+    })  # fmt: skip
+    _casts = frozenset({Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type})
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given, default = dict(kwargs or {}), torch.get_default_dtype()
         if func in self._makers:
-            on_meta = func(*args, **{**(kwargs or {}), "device": "meta"})
+            on_meta = func(*args, **{**given, "device": "meta"})
+            if given.get("dtype") is None and on_meta.dtype == default:
+                given["dtype"] = self._dtype
             if on_meta.nbytes >= _LARGE:
-                return on_meta
-        return func(*args, **(kwargs or {}))
+                return on_meta.to(given.get("dtype"))
+        out = func(*args, **given)
+        # a logarithm or a quotient of integers has the default dtype
+        if func not in self._casts and isinstance(out, Tensor) and out.dtype == default != self._dtype:
+            inputs = [value for value in args if isinstance(value, Tensor)]
+            if inputs and not any(value.is_floating_point() for value in inputs) and given.get("dtype") is None:
+                return out.to(self._dtype)
+        return out

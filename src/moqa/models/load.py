@@ -9,6 +9,7 @@ from moqa.errors import MoqaError, one_line
 from moqa.models.building import BUILDING, quiet
 from moqa.originals import OriginalReader, find_format
 from moqa.tasks import check_language_model, task_of
+from moqa.tasks.configuration import read_configuration
 from moqa.tasks.names import is_mtp
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     wrong = (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, StrictDataclassError)
     try:
         with BUILDING, quiet():
-            options = {"config": config, "dtype": dtype, "output_loading_info": True}
+            options = {"config": config, "dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
             if stored.is_plain:
                 model, report = auto.from_pretrained(folder, **options)
             else:
@@ -63,14 +64,8 @@ def read_config(folder: Path, packed: bool = False) -> "PretrainedConfig":
         MoqaError: if transformers cannot read it, it belongs to no task of `moqa.tasks`, or it is quantized in a format
             that moqa does not read.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise MoqaError(f"{folder} has a config.json that transformers cannot read", one_line(error)) from None
+    with quiet():
+        config = read_configuration(folder)
     task_of(config, folder)
     named = None if packed else getattr(config, "transformers_weights", None)
     if named is not None:  # transformers would read this file instead

@@ -1,6 +1,5 @@
 """The tensors of a model folder, as if all of them were plain."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from moqa.originals.blocks import Blocks, Part
 from moqa.originals.file import File
 from moqa.originals.fp8 import find_fp8
 from moqa.originals.mxfp4 import find_mxfp4
+from moqa.storage.files import read_object
 
 Find = Callable[[Path, Mapping[str, dict], Mapping[str, Any]], dict[str, Blocks]]
 # `quant_method` of config.json -> function that finds the tensors in this format
@@ -187,10 +187,7 @@ class _Joined:
 
 
 def _find_blocks(folder: Path, headers: Mapping[str, dict]) -> dict[str, Blocks]:
-    try:
-        options = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    except (ValueError, OSError, AttributeError) as error:
-        raise MoqaError(f"{folder} has a config.json that cannot be read", str(error)) from None
+    options = read_object(folder / "config.json").get("quantization_config")
     if not options:
         return {}
     if not isinstance(options, dict):

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from moqa.planning.fit import MemoryBudget, memory_budget
     from moqa.planning.record import Account, Options, Plan
     from moqa.planning.registry import STRATEGIES, Strategy, strategy
-    from moqa.planning.run import DEFAULT_WIDTHS, for_file, plan, read_plan
+    from moqa.planning.run import DEFAULT_WIDTHS, check_profile, for_file, plan, read_plan
     from moqa.planning.ties import TIES
 else:
     __getattr__, __dir__ = lazily(__name__, __file__)
@@ -24,6 +24,7 @@ __all__ = [
     "Options",
     "Plan",
     "Strategy",
+    "check_profile",
     "for_file",
     "memory_budget",
     "plan",

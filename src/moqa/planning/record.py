@@ -1,25 +1,27 @@
 """The plan: unit -> scheme, with its byte account."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from moqa.format.manifest import Length, Side
 from moqa.format.scheme import Scheme
 
 FORMAT = 1
 Ties = Literal["unit", "expert", "layer_projection", "layer"]
 Objective = Literal["mean", "minimax"]
 Scope = Literal["global", "layer"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Account(BaseModel, frozen=True):
     """Exact bytes that a plan stores."""
 
-    units: int = Field(description="planes, scales and zero-points of all units")
-    kept: int = Field(description="tensors that are not units: embeddings, norms, routers, biases")
-    headers: int = Field(description="headers of the weight files")
-    weights: int = Field(description="number of weights in units")
-    kept_weights: int = Field(description="number of values in kept tensors")
+    units: Length = Field(description="planes, scales and zero-points of all units")
+    kept: Length = Field(description="tensors that are not units: embeddings, norms, routers, biases")
+    headers: Length = Field(description="headers of the weight files")
+    weights: Side = Field(description="number of weights in units")
+    kept_weights: Length = Field(description="number of values in kept tensors")
 
     @property
     def checkpoint(self) -> int:
@@ -61,7 +63,7 @@ class Plan(BaseModel, frozen=True):
     ties: Ties
     budget: str | None = Field(description="as the user typed it")
     known: tuple[str, ...] = Field(description="distributions that the plan was fitted on")
-    mixture: dict[str, float] = Field(description="share of each distribution in the fit, with the model's own text")
+    mixture: dict[str, Share] = Field(description="share of each distribution in the fit, with the model's own text")
     predicted: dict[str, float] = Field(description="expected KL divergence per token in nats, before any correction")
     account: Account
     units: dict[str, Scheme]

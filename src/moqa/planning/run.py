@@ -1,7 +1,7 @@
 """`moqa.plan`: choose a scheme for every unit from a profile, within a budget."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +20,7 @@ from moqa.planning.registry import DEFAULT_STRATEGY, STRATEGIES, Strategy, for_d
 from moqa.planning.ties import TIES, tie_groups
 from moqa.profiling import SELF, Profile
 from moqa.registry import check_known
-from moqa.storage.artifact import read_json
+from moqa.storage.artifact import check_seal, read_json
 from moqa.tasks import find_task
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -75,7 +75,7 @@ def plan(
     options = Options(hedge=share, objective=objective, scope=scope, seed=seed)
     widths = _checked_widths(widths, profile)
     groups = tie_groups(profile.record.units, ties)
-    fixed = _account(profile, {}).checkpoint
+    fixed = account_of(profile, {}).checkpoint
     problem = make_problem(
         profile, known, groups=groups, widths=widths, budget=budget, options=options, fixed_bytes=fixed
     )
@@ -102,7 +102,7 @@ def plan(
         strategy=strategy, options=options, ties=ties, budget=budget.typed if budget else None, known=known,
         mixture=mixture,
         predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
-        account=_account(profile, schemes), units=schemes,
+        account=account_of(profile, schemes), units=schemes,
     )  # fmt: skip
 
 
@@ -114,12 +114,13 @@ def read_plan(path: str | Path) -> Plan:
     'moqa-budget'
 
     Raises:
-        MoqaError: if the file is not a plan, or its format is newer than this moqa.
+        MoqaError: if the file is not a plan or was changed, or its format is newer than this moqa.
     """
     path = Path(path)
     stored = read_json(Plan, path)
     if stored.format > FORMAT:
         raise MoqaError(f"{path} has plan format {stored.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    check_seal(path)
     return stored.model_copy(update={"profile": os.path.normpath(path.parent / stored.profile)})
 
 
@@ -172,7 +173,7 @@ def _check_reachable(problem: Problem, budget: Budget | None) -> None:
     if budget is None or problem.limit is None:
         return
     if problem.bytes(problem.smallest()) > problem.limit:
-        smallest = _account(problem.profile, _schemes(problem, problem.smallest()))
+        smallest = account_of(problem.profile, _schemes(problem, problem.smallest()))
         raise budget.below(smallest.checkpoint, _reachable(problem))
     # a budget far above the largest plan is probably a typing error; one slightly above it asks for the best quality
     if budget.fills and problem.limit > problem.bytes(problem.widest()) * 1.05:
@@ -180,7 +181,7 @@ def _check_reachable(problem: Problem, budget: Budget | None) -> None:
 
 
 def _reachable(problem: Problem) -> str:
-    ends = [_account(problem.profile, _schemes(problem, choice)) for choice in (problem.smallest(), problem.widest())]
+    ends = [account_of(problem.profile, _schemes(problem, choice)) for choice in (problem.smallest(), problem.widest())]
     bits = " to ".join(f"{account.bits_per_weight:.2f}" for account in ends)
     sizes = " to ".join(f"{account.checkpoint / 2**20:.1f} MiB" for account in ends)
     return f"reachable with --widths {','.join(map(str, problem.widths))}: {bits} bpw, {sizes}"
@@ -199,7 +200,30 @@ def _predicted(problem: Problem, choice: Choice, name: str) -> float:
     return float(problem.errors(name)[np.arange(len(choice)), choice].sum())
 
 
-def _account(profile: Profile, schemes: dict[str, Scheme]) -> Account:
+def check_profile(plan: Plan, profile: Profile) -> None:
+    """Refuse a profile that a plan was not made from, and a plan whose units are no longer those of its account.
+
+    >>> check_profile(plan(profile, "3bpw"), profile)
+
+    Raises:
+        MoqaError: naming the difference.
+    """
+    absent = [name for name in (*plan.known, *plan.mixture) if name not in profile.statistics]
+    if profile.record.fingerprint != plan.fingerprint or absent:
+        lack = f"lacks {', '.join(dict.fromkeys(absent))}" if absent else f"is of {profile.record.model}"
+        raise MoqaError(f"profile {profile.folder} {lack}", "it is not the one that the plan was made from")
+    different = sorted({unit.name for unit in profile.record.units} ^ plan.units.keys())
+    if different:
+        raise MoqaError(f"the plan and profile {profile.folder} differ in unit {different[0]}", "plan again from it")
+    if (found := account_of(profile, plan.units)) != plan.account:
+        raise MoqaError(
+            f"the plan's units take {found.checkpoint} bytes, its account says {plan.account.checkpoint}",
+            "it was edited: plan again",
+        )
+
+
+def account_of(profile: Profile, schemes: Mapping[str, Scheme]) -> Account:
+    """Bytes of a profile's units, stored by some schemes, and of all other tensors."""
     units = {u.name: (u.layer, u.shape, schemes[u.name]) for u in profile.record.units if u.name in schemes}
     kept = kept_entries(profile)
     files = shards(kept, profile.record.layers, units)

@@ -1,8 +1,11 @@
 """The profile's table of contents: what was measured, on which model, with which settings."""
 
-from pydantic import BaseModel, Field
+from typing import Annotated, Literal, Self
 
-from moqa.format.manifest import Fitted
+from pydantic import BaseModel, Field, model_validator
+
+from moqa.format.manifest import Fitted, Length, Side
+from moqa.format.tiles import WIDTHS
 from moqa.models.units import Unit
 
 FORMAT = 1
@@ -10,16 +13,19 @@ SELF = "self"
 # the task of a profile that does not name one
 CAUSAL_LM = "causal_lm"
 
+StoredDtype = Literal["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
+Width = Annotated[int, Field(ge=WIDTHS[0], le=WIDTHS[-1])]
+
 
 class UnitRecord(BaseModel, frozen=True):
     """A unit of the profiled model."""
 
     name: str
-    layer: int
+    layer: Length
     role: str
     projection: str
-    expert: int | None
-    shape: tuple[int, int]
+    expert: Length | None
+    shape: tuple[Side, Side]
 
     @property
     def weights(self) -> int:
@@ -62,13 +68,22 @@ class ProfileRecord(BaseModel, frozen=True):
     model: str = Field(description="the model as the user gave it")
     model_type: str
     fingerprint: str = Field(description="identifies the model")
-    kept: dict[str, tuple[str, tuple[int, ...]]] = Field(description="stored dtype and shape of tensors outside units")
+    kept: dict[str, tuple[StoredDtype, tuple[Length, ...]]] = Field(
+        description="stored dtype and shape of tensors outside units"
+    )
     left_out: dict[str, int] = Field(
         {}, description="parts of the model that are not measured: prefix, values", exclude_if=lambda parts: not parts
     )
-    layers: int
-    top_k: int = Field(description="experts per token; 0 for a dense model")
+    layers: Length
+    top_k: Length = Field(description="experts per token; 0 for a dense model")
     settings: Settings
-    widths: tuple[int, ...] = Field(description="widths of the sensitivity columns")
+    widths: tuple[Width, ...] = Field(description="widths of the sensitivity columns")
     units: tuple[UnitRecord, ...] = Field(description="rows of the sensitivity tables, in this order")
     distributions: dict[str, DistributionRecord]
+
+    @model_validator(mode="after")
+    def _units_are_in_layers(self) -> Self:
+        outside = next((unit.name for unit in self.units if unit.layer >= self.layers), None)
+        if outside is not None:
+            raise ValueError(f"unit {outside} is in none of {self.layers} layers")
+        return self

@@ -1,7 +1,7 @@
 """A profile on disk: one JSON table of contents and one safetensors file per distribution."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from moqa.errors import MoqaError
 from moqa.profiling.record import FORMAT, SELF, ProfileRecord
 from moqa.profiling.significance import expert_significance
-from moqa.storage.artifact import read_json, write_json
+from moqa.storage.artifact import check_seal, file_hash, read_json, write_sealed
+from moqa.storage.files import check_file
 
 RECORD = "profile.json"
 WEIGHTS = "weights"
@@ -99,11 +100,13 @@ def stored_samples(inputs: Tensor) -> Tensor:
 def write_profile(profile: Profile) -> None:
     """Write a profile to its folder; the table of contents comes last, so that an unfinished folder has none."""
     profile.folder.mkdir(parents=True, exist_ok=True)
+    files = {}
     for name, tensors in {**profile.statistics, WEIGHTS: profile.weights}.items():
         path = _file(profile.folder, name)
         save_file({key: value.contiguous() for key, value in tensors.items()}, path)
         path.chmod(0o644)  # safetensors creates files that only the owner can read
-    write_json(profile.record, profile.folder / RECORD)
+        files[path.name] = file_hash(path)
+    write_sealed(profile.record, profile.folder / RECORD, files=files)
 
 
 def read_profile(folder: str | Path) -> Profile:
@@ -113,24 +116,48 @@ def read_profile(folder: str | Path) -> Profile:
     'qwen3_moe'
 
     Raises:
-        MoqaError: if it is not a profile, has a newer format, or one of its files is missing or corrupted.
+        MoqaError: if it is not a profile, has a newer format, or one of its files is missing or was changed.
     """
     folder = Path(folder)
     record = read_json(ProfileRecord, folder / RECORD)
     if record.format > FORMAT:
         raise MoqaError(f"{folder} has profile format {record.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    data = check_seal(folder / RECORD)
     loaded: dict[str, dict[str, Tensor]] = {}
     for name in (*record.distributions, WEIGHTS):
+        path = _file(folder, name)
         try:
-            loaded[name] = load_file(_file(folder, name))
-        except (SafetensorError, OSError) as error:
-            raise MoqaError(f"profile {folder} lacks a readable {_file(folder, name).name}", str(error)) from None
+            check_file(path)
+            loaded[name] = load_file(path)
+            # a profile of an earlier moqa has no hashes
+            changed = "files" in data and data["files"].get(path.name) != file_hash(path)
+        except (SafetensorError, OSError, AttributeError) as error:
+            raise MoqaError(f"profile {folder} lacks a readable {path.name}", str(error)) from None
+        if changed:
+            raise MoqaError(f"{path} was changed after it was written", f"its sha256 differs from that in {RECORD}")
     weights = loaded.pop(WEIGHTS)
+    for name in record.distributions:
+        _check_statistics(folder, record, name, loaded[name])
     measured = loaded if record.settings.sensitivity else {}
     for name, table in [*((n, loaded[n].get("sensitivity")) for n in measured), (WEIGHTS, weights.get("rounding"))]:
         if table is None or table.shape != (len(record.units), len(record.widths)):
             raise MoqaError(f"profile {folder}: the table in {name} does not match its {len(record.units)} units")
     return Profile(record, folder, loaded, weights)
+
+
+def _check_statistics(folder: Path, record: ProfileRecord, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse statistics that do not fit the units."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for unit in record.units:
+        if unit.role == "expert" and unit.projection == "down_proj":
+            layer, count = f"layer.{unit.layer}", (unit.expert or 0) + 1
+            wanted |= {f"{layer}.tokens": (count,), f"{layer}.gate_mass": (count,),
+                       f"{layer}.channel": (count, unit.shape[1]), f"{layer}.coactivation": (count, count)}  # fmt: skip
+    wrong = [key for key, shape in wanted.items() if key not in tensors or tuple(tensors[key].shape) != shape]
+    wrong += [] if "samples" in tensors and tensors["samples"].dim() > 1 else ["samples"]
+    wrong += [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if wrong:
+        raise MoqaError(f"profile {folder}: {wrong[0]} of {name} does not fit its {len(record.units)} units")
 
 
 def _file(folder: Path, name: str) -> Path:

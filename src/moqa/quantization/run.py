@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from moqa.methods.registry import find_method
 from moqa.models.view import ModelView, open_model
 from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part, fingerprint
-from moqa.planning import Plan
+from moqa.planning import Plan, check_profile
+from moqa.planning.run import kept_entries
 from moqa.profiling import Profile, read_profile
 from moqa.progress import Report, quiet
 from moqa.quantization.cache import cache_layers, describe_routing, parse_cache
@@ -31,6 +32,7 @@ from moqa.quantization.checkpoint import CheckpointWriter
 from moqa.quantization.layer import QuantizedUnit
 from moqa.quantization.pieces import BlockWork, quantized_layers
 from moqa.quantization.samples import CalibrationSamples, tokens_of
+from moqa.storage.files import check_inside
 from moqa.storage.folders import check_free
 from moqa.storage.resumable import as_json, check_space, resumable, tidy
 
@@ -83,6 +85,7 @@ def quantize(
     share = None if cache is None else parse_cache(cache)
     check_free(out, overwrite)
     folder = original.locate(model)
+    companions = _companions(folder)
     other = differing_part(folder, plan.fingerprint)
     if other:
         raise MoqaError(
@@ -91,9 +94,9 @@ def quantize(
         )
     # even if the method needs no data, the plan was fitted on texts, whose hashes go into the manifest
     profile = profile or _profile_of(plan)
-    _check_profile(profile, plan)
+    check_profile(plan, profile)
     view = view or open_model(folder, keep=False)
-    _check_units(view, plan)
+    _check_units(view, profile)
     job = as_json(_job(folder, plan, profile, how, cache))
     if tidy(out) == job:
         return out
@@ -111,7 +114,7 @@ def quantize(
         if missing and room.ahead and executor.name == "local":
             view.read_ahead(missing[0])
         if work.done("start") is None:
-            _copy_companions(folder, work.result)
+            _copy_companions(folder, companions, work.result)
             hashed = dict[str, str]()
             if cache is not None:
                 report("cache", 0, 1)
@@ -143,14 +146,23 @@ def quantize(
     return out
 
 
-def _copy_companions(folder: Path, target: Path) -> None:
-    """Copy the small files of the original, and mark the configuration as that of a moqa checkpoint."""
-    for pattern in _COMPANIONS:
-        for path in sorted(folder.glob(pattern)):
-            if path.name != original.INDEX:
-                copy = target / path.relative_to(folder)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
+def _companions(folder: Path) -> list[Path]:
+    """The small files of the original."""
+    found = sorted(path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.name != original.INDEX)
+    for path in found:
+        try:
+            check_inside(path, folder)
+        except OSError as error:
+            raise MoqaError(f"{path} cannot be copied", error.strerror or str(error)) from None
+    return found
+
+
+def _copy_companions(folder: Path, companions: Iterable[Path], target: Path) -> None:
+    """Copy them, and mark the configuration as that of a moqa checkpoint."""
+    for path in companions:
+        copy = target / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
     introduce(target)
 
 
@@ -179,17 +191,12 @@ def _profile_of(plan: Plan) -> Profile:
         raise MoqaError("the plan's samples are missing", f"{error}; give the folder with --profile") from None
 
 
-def _check_profile(profile: Profile, plan: Plan) -> None:
-    absent = [name for name in (*plan.known, *plan.mixture) if name not in profile.statistics]
-    if profile.record.fingerprint != plan.fingerprint or absent:
-        lack = f"lacks {', '.join(dict.fromkeys(absent))}" if absent else f"is of {profile.record.model}"
-        raise MoqaError(f"profile {profile.folder} {lack}", "it is not the one that the plan was made from")
-    if plan.samples and plan.samples != profile.digest(plan.mixture):
-        raise MoqaError(f"profile {profile.folder} has other samples than the plan", "plan again from this profile")
-
-
-def _check_units(view: ModelView, plan: Plan) -> None:
-    different = sorted(view.units.keys() ^ plan.units.keys())
-    if different:
-        where = "the plan" if different[0] in view.units else "the model"
-        raise MoqaError(f"{where} lacks unit {different[0]}", f"{len(different)} units differ between model and plan")
+def _check_units(view: ModelView, profile: Profile) -> None:
+    """Refuse a profile of other units or kept tensors than the model has."""
+    found = {(name, -1, shape) for name, (_, shape) in kept_entries(profile).items()}
+    found |= {(unit.name, unit.layer, unit.shape) for unit in profile.record.units}
+    wanted = {(name, -1, shape) for name, (_, shape) in view.kept_entries().items()}
+    wanted |= {(unit.name, unit.layer, unit.shape) for unit in view.units.values()}
+    if found != wanted:
+        name, *_ = min(found ^ wanted)
+        raise MoqaError(f"profile {profile.folder} and the model differ in {name}", "profile the model again")

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moqa.errors import MoqaError
-from moqa.format.adjustment import COLUMNS, Adjustment, LayerChannels, read_adjustment
+from moqa.format.adjustment import COLUMNS, Adjustment, LayerChannels, check_fits, read_adjustment
 from moqa.format.reader import Checkpoint
 from moqa.kernels import Channels, PackedMatrix, Patch
-from moqa.runtime.variants import ExpertsVariant, Variants
+from moqa.runtime.variants import CHANGING, ExpertsVariant, Variants
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,23 +53,15 @@ class Adjustments:
             MoqaError: if it is damaged, or was made for another checkpoint, or the name is taken by another.
         """
         read = adjustment if isinstance(adjustment, Adjustment) else read_adjustment(adjustment)
-        record, manifest = read.record, self._checkpoint.manifest
-        if record.checkpoint != manifest.checksum:
-            raise MoqaError(
-                f"{read.folder} was made for another checkpoint ({record.checkpoint[:8]})",
-                f"{self._checkpoint.folder} is {manifest.checksum[:8]}",
-            )
-        name = name or record.name
-        if name in self._held:
-            if self._held[name].record != record:
+        check_fits(read, self._checkpoint)
+        name = name or read.record.name
+        layers = {layer: self._variant(read, layer) for layer in self._layers}
+        with CHANGING:
+            held = self._held.setdefault(name, read)
+            if held.record != read.record:
                 raise MoqaError(f"another adjustment named {name} is held", "give one of them another name")
-            return name
-        if any(len(part.counts) != manifest.layers for part in record.channels) or not record.units.keys() <= set(
-            manifest.units
-        ):
-            raise MoqaError(f"{read.folder} does not fit {self._checkpoint.folder}", "it has other layers or units")
-        self._variants.hold(name, {layer: self._variant(read, layer) for layer in self._layers})
-        self._held[name] = read
+            if held is read:
+                self._variants.hold(name, layers)
         return name
 
     def drop(self, name: str) -> None:
@@ -78,11 +70,12 @@ class Adjustments:
         Raises:
             MoqaError: if it is in use, or no adjustment of that name is held.
         """
-        self._check(name)
-        if name == self.current:
-            raise MoqaError(f"adjustment {name} is in use", "revert it first")
-        self._variants.drop(name)
-        del self._held[name]
+        with CHANGING:
+            self._check(name)
+            if name == self.current:
+                raise MoqaError(f"adjustment {name} is in use", "revert it first")
+            self._variants.drop(name)
+            del self._held[name]
 
     def switch(self, name: str | None) -> None:
         """Compute with another adjustment that is held, or with none.
@@ -90,9 +83,10 @@ class Adjustments:
         Raises:
             MoqaError: if no adjustment of that name is held.
         """
-        if name is not None:
-            self._check(name)
-        self._variants.switch(name)
+        with CHANGING:
+            if name is not None:
+                self._check(name)
+            self._variants.switch(name)
 
     def apply(self, adjustment: str | Path | Adjustment) -> None:
         """Compute with an adjustment until `revert`.
@@ -100,9 +94,11 @@ class Adjustments:
         Raises:
             MoqaError: as in `hold`, or if one is already applied; the model then stays as it was.
         """
-        if self.current is not None:
-            raise MoqaError(f"adjustment {self.current} is already applied", "revert it first, or switch")
-        self.switch(self.hold(adjustment))
+        self._check_none_applied()
+        name = self.hold(adjustment)
+        with CHANGING:
+            self._check_none_applied()
+            self.switch(name)
 
     def revert(self) -> None:
         """Compute with the checkpoint as it is.
@@ -110,9 +106,14 @@ class Adjustments:
         Raises:
             MoqaError: if no adjustment is applied.
         """
-        if self.current is None:
-            raise MoqaError("no adjustment is applied", "there is nothing to revert")
-        self.switch(None)
+        with CHANGING:
+            if self.current is None:
+                raise MoqaError("no adjustment is applied", "there is nothing to revert")
+            self.switch(None)
+
+    def _check_none_applied(self) -> None:
+        if self.current is not None:
+            raise MoqaError(f"adjustment {self.current} is already applied", "revert it first, or switch")
 
     def _check(self, name: str) -> None:
         if name not in self._held:
@@ -148,6 +149,8 @@ def make_adjustable(
         variants: of the model.
         layers: indices of those with packed experts.
     """
+    model.register_forward_pre_hook(variants.pin)
+    model.register_forward_hook(variants.unpin, always_call=True)
     model.adjustments = Adjustments(checkpoint, variants, layers)
     model.apply = _Apply(model)
     model.revert = model.adjustments.revert

@@ -4,6 +4,8 @@ With a single token, the framework's overhead between the products takes longer 
 the usual structure is found from its parts and then by a trial: a decoder is used only if it agrees with transformers.
 """
 
+import os
+import threading
 from typing import TYPE_CHECKING, Any, Optional
 from weakref import WeakKeyDictionary
 
@@ -27,6 +29,14 @@ TRIAL_TOKENS, TOLERANCE = 6, 0.03
 
 # the decoder of each model, or that it has none, until one of its matrices moves: a decoder holds their addresses
 _DECODERS: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
+_MAKING = threading.RLock()
+os.register_at_fork(before=_MAKING.acquire, after_in_parent=_MAKING.release, after_in_child=lambda: _begin_anew())
+
+
+def _begin_anew() -> None:
+    """In a forked process, forget decoders that a thread of the parent was just using."""
+    _DECODERS.clear()
+    _MAKING.release()
 
 
 class FusedDecoder:
@@ -48,6 +58,7 @@ class FusedDecoder:
         self._in_use: dict[int, tuple[Any, Tensor | None]] = {}
         self._experts = [(i, layer.mlp.experts) for i, layer in enumerate(base.layers) if hasattr(layer.mlp, "experts")]
         self._variants: Variants = self._experts[0][1].moqa_weights.variants if self._experts else Variants()
+        self._lock = threading.Lock()
         self._generation = -1  # of the variants whose experts native code has; it gets them at the first step
         layers = [native.layer(self._describe(layer)) for layer in base.layers]
         head: Any = model.get_output_embeddings()
@@ -61,6 +72,11 @@ class FusedDecoder:
     @classmethod
     def of(cls, model: "PreTrainedModel") -> Optional["FusedDecoder"]:
         """The decoder of a model; None if its structure is not supported, or the two do not agree in a trial."""
+        with _MAKING:
+            return cls._of(model)
+
+    @classmethod
+    def _of(cls, model: "PreTrainedModel") -> Optional["FusedDecoder"]:
         known = _DECODERS.get(model)
         if known is None or known.ended:
             decoder = cls(model) if _is_supported(model) else None
@@ -87,8 +103,17 @@ class FusedDecoder:
         Returns:
             [vocabulary] logits of the next token, float32.
         """
-        if self._generation != self._variants.generation:
-            self._follow_variants()
+        # one thread at a time: native code would compute with the experts that another has just replaced
+        # the number is read first: if others switch meanwhile, the next step looks again
+        with self._lock:
+            generation = self._variants.generation
+            with self._variants.pinned():
+                if self._generation != generation:
+                    self._follow_variants()
+                    self._generation = generation
+                return self._step(token, cache)
+
+    def _step(self, token: int, cache: GrowingCache) -> Tensor:
         position = cache.get_seq_length()
         cache.reserve(position + 1)
         room = cache.layers[0].capacity
@@ -108,7 +133,6 @@ class FusedDecoder:
             packed: PackedExperts = experts.moqa_weights
             prepared = native.use_experts(self._decoder, layer, packed.stack(experts), packed.counts)
             self._in_use[layer] = prepared, packed.counts
-        self._generation = self._variants.generation
 
     def _addresses(self, cache: GrowingCache, room: int) -> Any:
         places = tuple(address for layer in cache.layers for address in layer.addresses())

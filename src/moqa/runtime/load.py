@@ -15,9 +15,11 @@ from moqa.models.building import BUILDING, empty_model
 from moqa.models.load import read_generation_config
 from moqa.models.view import ModelView
 from moqa.runtime.adjusted import make_adjustable
+from moqa.runtime.fixed import keep_packed
 from moqa.runtime.packed import KeptEmbedding, PackedLinear, packed_parts
 from moqa.runtime.variants import Variants
 from moqa.tasks import task_of
+from moqa.tasks.configuration import read_configuration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +43,7 @@ def load(
 
     Args:
         folder: of the checkpoint.
-        verify: check the files' hashes first, which reads every byte.
+        verify: check the files' hashes first, which reads every byte, and that the model runs.
         dtype: of activations: float32 or bfloat16.
         kernels: `native`, `triton`, `reference`, or `auto`: the fastest that run on the device.
         device: where to compute; weights are copied there unless it is the CPU.
@@ -54,6 +56,8 @@ def load(
     """
     checkpoint = open_checkpoint(folder, verify)
     model = load_packed(checkpoint, dtype=dtype, kernels=kernels, device=device)
+    if verify:
+        _check_runs(model, checkpoint.folder)
     return model, task_of(model.config).processor(checkpoint.folder)
 
 
@@ -72,10 +76,8 @@ def load_packed(
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, kernels: str, device: str | torch.device) -> "PreTrainedModel":
-    from transformers import AutoConfig
-
+    config = read_configuration(checkpoint.folder)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         task = task_of(config, checkpoint.folder)
         depth = task.depth(config)
         if depth != checkpoint.manifest.layers:  # checked before a model of that depth is built
@@ -100,7 +102,17 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, kernels: str, device: str
     keep_as_stored(model, stored, dtype, chosen)
     if task.writes_samples:
         read_generation_config(model, checkpoint.folder)
+    keep_packed(model, checkpoint.folder)
     return model.requires_grad_(False).to(device)
+
+
+def _check_runs(model: "PreTrainedModel", folder: Path) -> None:
+    """Refuse a configuration that fits all tensors and fails all the same when the model computes."""
+    try:
+        with torch.no_grad():
+            model(task_of(model.config).probe(model).to(model.device))
+    except Exception as error:  # whatever a forward pass raises
+        raise MoqaError(f"{folder} does not run as its config.json says", one_line(error)) from None
 
 
 def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: ProductKernels) -> None:

@@ -186,10 +186,11 @@ class PackedExperts(nn.Module):
             self._forget_stacks()
             self._biases = biases
         variant = self.variant
-        if variant.stack is None:
+        stack = variant.stack  # another thread may forget it
+        if stack is None:
             assert self.activation is not None
-            variant.stack = self._as_stack(module, self.activation)
-        return variant.stack
+            stack = variant.stack = self._as_stack(module, self.activation)
+        return stack
 
     def gate_up(self, expert: int, x: Tensor) -> Tensor:
         """See `ExpertWeights`."""

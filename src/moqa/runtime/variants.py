@@ -1,9 +1,17 @@
 """What a loaded model can switch between while it runs: the checkpoint as it is, and variants of it."""
 
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from moqa.kernels import ExpertStack, PackedMatrix, Patch
+
+# held by whoever changes what a model holds or computes with; a fork waits until nobody does
+CHANGING = threading.RLock()
+os.register_at_fork(before=CHANGING.acquire, after_in_parent=CHANGING.release, after_in_child=CHANGING.release)
 
 
 @dataclass(eq=False)
@@ -35,6 +43,8 @@ class Variants:
     >>> variants.current, variants.generation
     ('german', 1)
 
+    Threads may run the model while others switch: a forward pass keeps the variant that it began with (`pinned`).
+
     Attributes:
         current: the variant in use; None is the checkpoint as it is.
         generation: number of changes so far to what the model computes with; after one, decoders look again.
@@ -44,6 +54,39 @@ class Variants:
         self.current: str | None = None
         self.generation = 0
         self._held: dict[str, Mapping[int, ExpertsVariant]] = {}
+        self._in_use: Mapping[int, ExpertsVariant] = {}
+        self._thread = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._thread = threading.local()
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """A `with` block in which this thread computes with the variant that is in use at its beginning."""
+        self.pin()
+        try:
+            yield
+        finally:
+            self.unpin()
+
+    def pin(self, *_: object) -> None:
+        """Begin such a block; blocks may be nested. A hook of the model, like `unpin`."""
+        depth, in_use = self._pinned
+        self._thread.pinned = depth + 1, self._in_use if in_use is None else in_use
+
+    def unpin(self, *_: object) -> None:
+        """End it."""
+        depth, in_use = self._pinned
+        self._thread.pinned = (depth - 1, in_use) if depth > 1 else (0, None)
+
+    @property
+    def _pinned(self) -> tuple[int, Mapping[int, ExpertsVariant] | None]:
+        """How many blocks this thread is in, and what it computes with in them."""
+        return getattr(self._thread, "pinned", (0, None))
 
     def hold(self, name: str, layers: Mapping[int, ExpertsVariant]) -> None:
         """Hold a variant for `switch`.
@@ -63,6 +106,7 @@ class Variants:
         """Compute with another variant that is held; None is the checkpoint as it is."""
         if name != self.current:
             assert name is None or name in self._held
+            self._in_use = {} if name is None else self._held[name]
             self.current = name
             self.changed()
 
@@ -72,8 +116,9 @@ class Variants:
 
     def of_layer(self, layer: int) -> ExpertsVariant | None:
         """What the variant in use changes in a layer; None if nothing."""
-        return None if self.current is None else self._held[self.current].get(layer)
+        in_use = self._pinned[1]
+        return (self._in_use if in_use is None else in_use).get(layer)
 
     def all_of_layer(self, layer: int) -> Iterator[ExpertsVariant]:
         """What each held variant changes in a layer, in use or not."""
-        return (layers[layer] for layers in self._held.values() if layer in layers)
+        return (layers[layer] for layers in list(self._held.values()) if layer in layers)

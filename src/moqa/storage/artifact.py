@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from moqa.errors import MoqaError
+from moqa.storage.files import read_object, read_text
 from moqa.storage.folders import sync
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -61,7 +62,7 @@ def read_json(kind: type[Record], path: Path) -> Record:
     """
     name = kind.__name__.removesuffix("Record").lower()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise MoqaError(f"no {name} at {path}", reason) from None
@@ -85,11 +86,35 @@ def check_signed(path: Path, recorded: str) -> None:
         MoqaError: if it was changed.
     """
     try:
-        found = checksum(json.loads(path.read_text(encoding="utf-8")))
+        found = checksum(json.loads(read_text(path)))
     except (ValueError, RecursionError):
         found = ""
     if not found or found != recorded:
         raise MoqaError(f"{path} was changed after it was written", "its checksum differs")
+
+
+def write_sealed(record: BaseModel, path: Path, **more: Any) -> None:
+    """Write a record, and more that describes its files, with a checksum by which `check_seal` detects changes.
+
+    >>> write_sealed(plan, Path("plan.json"))
+    """
+    data = record.model_dump(mode="json") | more
+    write_json(data | {"checksum": checksum(data)}, path)
+
+
+def check_seal(path: Path) -> dict[str, Any]:
+    """The JSON of a record that `write_sealed` wrote; what an earlier moqa wrote has no checksum.
+
+    >>> check_seal(Path("plan.json"))["strategy"]
+    'moqa-budget'
+
+    Raises:
+        MoqaError: if the file was changed after it was written.
+    """
+    data = read_object(path)
+    if "checksum" in data and data["checksum"] != checksum(data):
+        raise MoqaError(f"{path} was changed after it was written", "its checksum differs: make it again")
+    return data
 
 
 def file_hash(path: Path) -> str:

@@ -17,6 +17,7 @@ from moqa.data import (
     split_held_out,
 )
 from moqa.errors import MoqaError, one_line
+from moqa.tasks.configuration import CONFIG, read_configuration
 from moqa.tasks.names import depth
 from moqa.tasks.task import Samples, Task, paths_in
 
@@ -36,7 +37,11 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # transformers would read config.json itself, with whatever it says
+        config = read_configuration(Path(folder)) if (Path(folder) / CONFIG).is_file() else None
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        tokenizer.decode(tokenizer(" Probe 1").input_ids)  # some settings only fail when they are used
+        return tokenizer
     except Exception as error:  # the tokenizers library raises bare Exceptions, transformers many kinds
         raise MoqaError(f"{folder} has no tokenizer that transformers can read", one_line(error)) from None
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moqa.data import Data, Images, ImageSamples, Source, cut_images, read_images, split_images
 from moqa.errors import MoqaError, one_line
+from moqa.tasks.configuration import read_configuration
 from moqa.tasks.task import Samples, Task, paths_in
 
 if TYPE_CHECKING:
@@ -32,9 +33,7 @@ class ClassReader:
     """
 
     def __init__(self, folder: str | Path, processor: Any) -> None:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_configuration(Path(folder))
         self._folder, self._processor = folder, processor
         classes = sorted((int(number), str(name)) for name, number in config.label2id.items())
         self._classes = {name: number for number, name in classes}

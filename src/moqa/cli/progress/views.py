@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moqa.cli.progress.steps import Clock, Step
+from moqa.errors import printable
 from moqa.memory.process import used
 
 INTERVAL = 10.0  # seconds between two lines of a step
@@ -64,7 +65,7 @@ class Terminal:
                 Text(step.name),
                 ProgressBar(step.total, step.total if step.over else step.done, width=BAR_WIDTH),
                 f"{step.done}/{step.total}",
-                Text(" ".join(facts(step)), no_wrap=True, overflow="ellipsis"),
+                Text(printable(" ".join(facts(step))), no_wrap=True, overflow="ellipsis"),
                 "" if step.over else f"{gib(now)} ({gib(peak)})",
                 span(step.seconds),
                 "" if left is None else span(left),
@@ -142,4 +143,4 @@ def _told(step: Step) -> str:
 
 
 def _write(text: str) -> None:
-    print(f"moqa: {text}", file=sys.stderr, flush=True)
+    print(f"moqa: {printable(text)}", file=sys.stderr, flush=True)
