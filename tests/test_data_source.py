@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from moqa.data import read_distribution, read_distributions
+from moqa.data.chat import chat_text
 from moqa.errors import MoqaError
 
 CHAT = [{"role": "user", "content": "Hallo"}, {"role": "assistant", "content": "Guten Tag"}]
@@ -163,6 +164,8 @@ class TestChats:
         path = write_jsonl(tmp_path / "a.jsonl", {"messages": [CHAT[0], message]})
         with pytest.raises(MoqaError, match=f"line 1, .* leaves out {lost}"):
             read_distribution(f"a={path}", chat_tokenizer)
+        # as a server must answer: clients send back what they have got
+        assert chat_text(chat_tokenizer, [CHAT[0], message], answer=True) == "Hallo"
 
     @pytest.mark.parametrize("content", ["<think>first</think>Gut", "first</think> Gut ", 'with "quotes"\n\n  lines'])
     def test_templates_may_leave_out_thinking_and_change_spaces(self, tmp_path, chat_tokenizer, content):

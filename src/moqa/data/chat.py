@@ -33,7 +33,8 @@ def chat_text(
         tokenizer: with a chat template.
         messages: in the form of OpenAI's API. Text parts of a content are joined, the role `developer` is called
             `system`, and the arguments of tool calls are given to the template as objects.
-        answer: end with the beginning of the model's answer.
+        answer: end with the beginning of the model's answer. What the template leaves out is then its author's choice;
+            in a text to fit or to measure it is an error.
         options: further variables of the template, such as `tools`.
 
     Raises:
@@ -48,8 +49,9 @@ def chat_text(
         reason = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
         raise MoqaError("the chat template refuses these messages", reason) from None
     assert isinstance(text, str)
-    for number, message in enumerate(plain, 1):
-        _check_said(number, message, text)
+    if not answer:
+        for number, message in enumerate(plain, 1):
+            _check_said(number, message, text)
     return text
 
 
