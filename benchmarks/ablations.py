@@ -138,15 +138,15 @@ def main() -> None:
     measured["uniform"] = table.add("uniform", uniform)[0]
     table.add("uniform, calibrated with 40 % own text", with_own_text(uniform, 0.4))
     for hedge in HEDGES:
-        name = f"moqa-budget, hedge {hedge:g}"
+        name = f"budget, hedge {hedge:g}"
         plans[name] = moqa.plan(profile, budget, hedge=hedge)
         measured[name] = table.add(name, plans[name])[0]
     table.add(
-        "moqa-budget, hedge 0.2, plan alone (calibrated on known text)",
+        "budget, hedge 0.2, plan alone (calibrated on known text)",
         with_own_text(moqa.plan(profile, budget, hedge=0.2), 0.0),
     )
     table.add(
-        "moqa-budget, hedge 0, calibrated with 40 % own text", with_own_text(moqa.plan(profile, budget, hedge=0.0), 0.4)
+        "budget, hedge 0, calibrated with 40 % own text", with_own_text(moqa.plan(profile, budget, hedge=0.0), 0.4)
     )
     for name in ("hedged by weights", "hedged by usage"):
         for share in (0.1, 0.3, 1.0):

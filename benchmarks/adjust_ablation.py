@@ -23,11 +23,11 @@ WINDOWS = 32
 # base plan, and what is put on it: mode, rule and bytes
 ROWS = {
     "GPTQ, uniform": ("uniform", None),
-    "+ MoQa's base (fuzzy c-means)": ("moqa", None),
-    "+ MoQa's adjustment (v2, 16 bits)": ("moqa", ("fp16", "dynamics", "1%")),
-    "+ our base (budgeted)": ("moqa-budget", None),
-    "+ our adjustment, 1 %": ("moqa-budget", ("residual", "gain", "1%")),
-    "+ our adjustment, 3 %": ("moqa-budget", ("residual", "gain", "3%")),
+    "+ MoQa's base (fuzzy c-means)": ("paper", None),
+    "+ MoQa's adjustment (v2, 16 bits)": ("paper", ("fp16", "dynamics", "1%")),
+    "+ our base (budgeted)": ("budget", None),
+    "+ our adjustment, 1 %": ("budget", ("residual", "gain", "1%")),
+    "+ our adjustment, 3 %": ("budget", ("residual", "gain", "3%")),
 }
 BAR, GAP, LEFT, SCALE = 16, 8, 250, 420
 
@@ -58,7 +58,7 @@ def main() -> None:
     cut = {w.name: w for w in windows}
     size = moqa.plan(profile, None, strategy="uniform", known=KNOWN, widths=[3]).account.checkpoint
     folders: dict[str, Path] = {}
-    for strategy in ("uniform", "moqa", "moqa-budget"):
+    for strategy in ("uniform", "paper", "budget"):
         widths = {"widths": [3]} if strategy == "uniform" else {}
         budget = None if strategy == "uniform" else f"{size}B"
         plan = moqa.plan(profile, budget, strategy=strategy, known=KNOWN, **widths)
@@ -74,7 +74,7 @@ def main() -> None:
 
     searches = {
         (strategy, name): Search(folders[strategy], texts("calib", (name,)))
-        for strategy in ("moqa", "moqa-budget")
+        for strategy in ("paper", "budget")
         for name in NOVEL
     }
     table: dict[str, dict[str, float]] = {}

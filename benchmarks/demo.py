@@ -42,11 +42,11 @@ def plans(profile: Profile) -> list[tuple[str, Plan, str]]:
     for nominal in (2.5, 3, 4):
         budget = f"{sizes[nominal]}B"
         rows += [
-            (f"moqa-budget {nominal:g}", moqa.plan(profile, budget), "gptq"),
-            (f"moqa-budget hedge 0 {nominal:g}", moqa.plan(profile, budget, hedge=0.0), "gptq"),
+            (f"budget {nominal:g}", moqa.plan(profile, budget), "gptq"),
+            (f"budget hedge 0 {nominal:g}", moqa.plan(profile, budget, hedge=0.0), "gptq"),
             *(
                 (f"{s} {nominal:g}", moqa.plan(profile, budget, strategy=s), "gptq")
-                for s in ("moqa", "frequency", "random")
+                for s in ("paper", "frequency", "random")
             ),
         ]
     return rows
@@ -101,7 +101,7 @@ def claims(rows: list[dict]) -> list[str]:
 
     two, three = kl("uniform 2 gptq"), kl("uniform 3 gptq")
     linear, log = (two + three) / 2, math.sqrt(two * three)
-    free = {n: kl(f"moqa-budget hedge 0 {n:g}") for n in (2.5, 3, 4)}
+    free = {n: kl(f"budget hedge 0 {n:g}") for n in (2.5, 3, 4)}
     gain = {2.5: 1 - free[2.5] / linear, 3: 1 - free[3] / three}
     found = [
         line(f"unhedged, 2.5: known KL {gain[2.5]:.1%} below uniform (linear interpolation; {1 - free[2.5] / log:.1%} "
@@ -111,22 +111,22 @@ def claims(rows: list[dict]) -> list[str]:
              free[4] <= kl("uniform 4 gptq")),
     ]  # fmt: skip
     for n in (2.5, 3, 4):
-        others = {s: kl(f"{s} {n:g}") for s in ("moqa", "frequency", "random")}
+        others = {s: kl(f"{s} {n:g}") for s in ("paper", "frequency", "random")}
         text = ", ".join(f"{s} {value:.4f}" for s, value in others.items())
         found.append(line(f"unhedged, {n:g}: known KL {free[n]:.4f} beats {text}", free[n] < min(others.values())))
     novel = kl("uniform 3 gptq", "novel")
-    alone = kl("moqa-budget hedge 0 3", "novel")
+    alone = kl("budget hedge 0 3", "novel")
     found.append(
         line(f"unhedged, 3: novel KL is {alone / novel:.1f} x uniform's (the price of no hedge)", alone > novel)
     )
     gains = {
-        "known": (1 - kl("moqa-budget 3") / three, 0.4, "wanted 40 %, goal 50 %"),
-        "novel": (1 - kl("moqa-budget 3", "novel") / novel, 0.0, "wanted 0 %, goal 20 %"),
+        "known": (1 - kl("budget 3") / three, 0.4, "wanted 40 %, goal 50 %"),
+        "novel": (1 - kl("budget 3", "novel") / novel, 0.0, "wanted 0 %, goal 20 %"),
     }
     for role, (saved, least, wanted) in gains.items():
         found.append(line(f"default hedge, 3: {role} KL {saved:.1%} below uniform; {wanted}", saved >= least))
     rtn = kl("uniform 3 rtn", "novel")
-    saved = 1 - kl("moqa-budget 3", "novel") / rtn
+    saved = 1 - kl("budget 3", "novel") / rtn
     text = f"default hedge, 3: novel KL {saved:.1%} below uniform rtn, which sees no text at all"
     found.append(line(text, saved >= 0))
     return found
@@ -171,7 +171,7 @@ def main() -> None:
     for name, plan, method in plans(profile):
         path = out / "plans" / f"{name.replace(' ', '-')}.json"
         write_json(for_file(plan, path), path)
-        kept = out / "checkpoint" if name == "moqa-budget 3" else None
+        kept = out / "checkpoint" if name == "budget 3" else None
         found = bench.run(plan, method, quiet, kept)
         write_json(found.model_copy(update={"model": name}), out / "evaluations" / f"{path.stem}.json")
         rows.append(row(name, found))

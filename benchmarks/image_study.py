@@ -36,7 +36,7 @@ def rows(runs: Path) -> list[tuple[str, Evaluation]]:
         uniform = moqa.plan(profile, strategy="uniform", widths=[width])
         plans = [(f"uniform {width}, {method}", uniform, method) for method in METHODS]
         widths = range(1, 9)
-        plans.append((f"moqa-budget at its bytes, {METHODS[-1]}", moqa.plan(
+        plans.append((f"budget at its bytes, {METHODS[-1]}", moqa.plan(
             profile, f"{uniform.account.checkpoint}B", widths=widths), METHODS[-1],
         ))  # fmt: skip
         for number, (name, plan, method) in enumerate(plans):

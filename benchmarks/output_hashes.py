@@ -43,7 +43,7 @@ def commands(model: str, windows: int, context: int, routed: bool) -> list[str]:
     ]
     if routed:
         steps += [
-            *(f"plan profile --bpw 3 --strategy {s} -o {s}.json" for s in ("moqa", "moqa-v1", "frequency", "random")),
+            *(f"plan profile --bpw 3 --strategy {s} -o {s}.json" for s in ("paper", "paper-v1", "frequency", "random")),
             f"quantize {model} --plan frequency.json --cache 1% -o frequency",
         ]
         steps += [

@@ -225,7 +225,7 @@ class TestSpace:
     def test_every_strategy_plans_from_a_profile_that_is_not_there_yet(self, strategy, sharded):
         view = open_model(sharded, keep=False)
         blank = blank_profile(view, str(sharded), ["t"], Settings(samples=2, context=16), 1)
-        budget = None if strategy in ("moqa", "moqa-v1", "uniform") else Budget.parse(bpw=6)
+        budget = None if strategy in ("paper", "paper-v1", "uniform") else Budget.parse(bpw=6)
         chosen = plan(
             blank, budget, strategy=strategy, known=["t"], widths=(4,) if strategy == "uniform" else (2, 4, 8)
         )

@@ -218,7 +218,7 @@ class TestMistakes:
 
     def test_options_that_do_not_exist(self, moqa, work, tmp_path):
         out = ("-o", tmp_path / "x")
-        fails(moqa("plan", work / "profile", "--bpw", "3", "--strategy", "magic", *out), "--strategy magic", "moqa-v1")
+        fails(moqa("plan", work / "profile", "--bpw", "3", "--strategy", "magic", *out), "--strategy magic", "paper-v1")
         fails(moqa("plan", work / "profile", "--bpw", "3", "--ties", "all", *out), "--ties all", "layer_projection")
         fails(moqa("plan", work / "profile", "--bpw", "3", "--size", "12MiB", *out), "--bpw 3", "--size 12MiB")
         fails(moqa("quantize", MODEL, "--plan", work / "plan.json", "--method", "awq", *out), "--method awq", "gptq")

@@ -76,8 +76,8 @@ class TestCompress:
         [
             ("6", {}, "--size 6|below"),
             ("0.5bpw", {}, "--bpw 0.5 is below the smallest plan"),
-            (None, {}, "--strategy moqa-budget needs a budget: give --bpw, --size or --fit"),
-            ("6bpw", {"strategy": "magic"}, "--strategy magic is unknown: there are frequency, moqa, "),
+            (None, {}, "--strategy budget needs a budget: give --bpw, --size or --fit"),
+            ("6bpw", {"strategy": "magic"}, "--strategy magic is unknown: there are budget, frequency, paper, "),
             ("6bpw", {"method": "awq"}, "--method awq is unknown: there are gptq, rtn"),
             ("6bpw", {"cache": "3x"}, "--cache 3x"),
             ("6bpw", {"ties": "all"}, "--ties all is unknown"),
@@ -133,15 +133,15 @@ class TestAStrategyThatIsNew:
         text = " ".join(shown.split())
         assert "uniform or made-up" in text
         assert "made-up The narrowest widths, then in turn." in text
-        assert "moqa-budget or made-up: share of the model's own text" in text
-        assert "moqa-budget or made-up: mean or minimax" in text
+        assert "budget or made-up: share of the model's own text" in text
+        assert "budget or made-up: mean or minimax" in text
 
     def test_is_in_errors(self, made_up, tiny_profile, dense_profile):
         with pytest.raises(MoqaError, match=r"--strategy best is unknown: there are .*made-up"):
             moqa.plan(tiny_profile, "6bpw", strategy="best")
         with pytest.raises(MoqaError, match=r"--strategy made-up needs a budget: give --bpw or --size"):
             moqa.plan(tiny_profile, strategy=made_up)
-        with pytest.raises(MoqaError, match=r"--strategy made-up ranks experts.*has none: use uniform or moqa-budget"):
+        with pytest.raises(MoqaError, match=r"--strategy made-up ranks experts.*has none: use uniform or budget"):
             moqa.plan(dense_profile, "6bpw", strategy=made_up)
         with pytest.raises(MoqaError, match=r"--hedge 0\.1 does not apply to --strategy random: it .* to .*made-up"):
             moqa.plan(tiny_profile, "6bpw", strategy="random", hedge=0.1)
@@ -153,7 +153,7 @@ class TestAStrategyThatIsNew:
             return problem.smallest()
 
         try:
-            with pytest.raises(MoqaError, match="use plain or uniform or moqa-budget"):
+            with pytest.raises(MoqaError, match="use plain or uniform or budget"):
                 moqa.plan(dense_profile, "6bpw", strategy="frequency")
         finally:
             del STRATEGIES["plain"]

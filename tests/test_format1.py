@@ -46,5 +46,6 @@ def test_it_computes_what_it_computed(kernels, logits):
 def test_a_plan_of_the_profile_is_the_plan(tmp_path):
     shutil.copytree(OLD / "profile", tmp_path / "profile")
     profile, old = moqa.read_profile(tmp_path / "profile"), moqa.read_plan(OLD / "plan.json")
+    assert old.strategy == "budget"
     plan = moqa.plan(profile, "4bpw")
     assert (plan.units, plan.account, plan.mixture) == (old.units, old.account, old.mixture)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from moqa.planning.clustering import fuzzy_c_means
-from moqa.planning.strategies.moqa import border_pull, low_precision_first
+from moqa.planning.strategies.paper import border_pull, low_precision_first
 
 values = arrays(np.float64, st.integers(1, 40), elements=st.floats(0, 1, allow_subnormal=False, width=32))
 

@@ -183,26 +183,26 @@ class TestRows:
 
 class TestVerdict:
     def test_win(self):
-        found = judge(evaluation("moqa-budget", 13_033_920, 0.57, 0.35), evaluation("uniform", 13_035_584, 1.0, 1.0))
+        found = judge(evaluation("budget", 13_033_920, 0.57, 0.35), evaluation("uniform", 13_035_584, 1.0, 1.0))
         assert found.outcome == "win"
         assert found.sentence == (
-            "moqa-budget gptq at 12.43 MiB: KL divergence on known texts 43 % below uniform gptq "
+            "budget gptq at 12.43 MiB: KL divergence on known texts 43 % below uniform gptq "
             "(3.43 bits per weight) of the same size, on novel texts 65 % below."
         )
 
     def test_lose(self):
-        found = judge(evaluation("moqa-budget", 10_000_000, 1.2, 1.1), evaluation("uniform", 10_000_000, 1.0, 1.0))
+        found = judge(evaluation("budget", 10_000_000, 1.2, 1.1), evaluation("uniform", 10_000_000, 1.0, 1.0))
         assert found.outcome == "lose"
-        assert "moqa-budget gptq at 9.54 MiB loses: KL divergence on known texts 20 % above uniform" in found.sentence
+        assert "budget gptq at 9.54 MiB loses: KL divergence on known texts 20 % above uniform" in found.sentence
         assert found.sentence.endswith("on novel texts 10 % above.")
 
     def test_mixed_says_where_ours_loses(self):
-        found = judge(evaluation("moqa-budget", 10_000_000, 0.5, 3.0), evaluation("uniform", 10_000_000, 1.0, 1.0))
+        found = judge(evaluation("budget", 10_000_000, 0.5, 3.0), evaluation("uniform", 10_000_000, 1.0, 1.0))
         assert found.outcome == "mixed"
         assert found.sentence.endswith("but on novel texts 200 % above: on novel texts ours loses.")
 
     def test_equal(self):
-        found = judge(evaluation("moqa-budget", 10_000_000, 1.0, 1.001), evaluation("uniform", 10_000_000, 1.0, 1.0))
+        found = judge(evaluation("budget", 10_000_000, 1.0, 1.001), evaluation("uniform", 10_000_000, 1.0, 1.0))
         assert found.outcome == "equal"
         assert "known texts the same as uniform" in found.sentence
 
@@ -211,7 +211,7 @@ class TestVerdict:
         evaluation("frequency", 10_000_000, 1.0, 1.0),
     ])  # fmt: skip
     def test_without_a_uniform_plan_of_the_same_size_and_method_there_is_no_comparison(self, baseline: Evaluation):
-        found = judge(evaluation("moqa-budget", 10_000_000, 0.5, 0.5), baseline)
+        found = judge(evaluation("budget", 10_000_000, 0.5, 0.5), baseline)
         assert found.comparison is None
         assert "no uniform gptq checkpoint of the same size was evaluated" in found.sentence
 
@@ -221,25 +221,25 @@ class TestVerdict:
 
     def test_the_pair_is_chosen_by_what_it_is_and_not_by_its_result(self):
         found = judge(
-            evaluation("moqa-budget", 10_000_000, 0.9, 0.9, hedge=STRATEGIES["moqa-budget"].hedge),
+            evaluation("budget", 10_000_000, 0.9, 0.9, hedge=STRATEGIES["budget"].hedge),
             evaluation("uniform", 10_000_000, 1.0, 1.0),
-            evaluation("moqa-budget", 10_000_000, 0.1, 0.1, hedge=0), evaluation("moqa", 10_000_000, 0.1, 0.1),
-            evaluation("moqa-budget", 20_000_000, 0.1, 0.1, hedge=STRATEGIES["moqa-budget"].hedge, method="rtn"),
+            evaluation("budget", 10_000_000, 0.1, 0.1, hedge=0), evaluation("paper", 10_000_000, 0.1, 0.1),
+            evaluation("budget", 20_000_000, 0.1, 0.1, hedge=STRATEGIES["budget"].hedge, method="rtn"),
             evaluation("uniform", 20_000_000, 1.0, 1.0, method="rtn"),
         )  # fmt: skip
         assert "10 % below" in found.sentence
-        assert f"All 2 comparisons of moqa-budget (hedge {STRATEGIES['moqa-budget'].hedge})" in found.tally
+        assert f"All 2 comparisons of budget (hedge {STRATEGIES['budget'].hedge})" in found.tally
 
     def test_another_baseline_that_is_better_is_named(self):
         found = judge(
-            evaluation("moqa-budget", 10_000_000, 0.5, 0.5), evaluation("uniform", 10_000_000, 1.0, 1.0),
+            evaluation("budget", 10_000_000, 0.5, 0.5), evaluation("uniform", 10_000_000, 1.0, 1.0),
             evaluation("frequency", 10_000_000, 0.4, 0.9),
         )  # fmt: skip
         assert found.tally == "At this size frequency is better on known texts."
 
     def test_ours_is_compared_with_the_uniform_nearest_in_size(self):
         rows = make_rows(Artifacts(evaluations=[
-            evaluation("moqa-budget", 10_000, 1, 1), evaluation("uniform", 10_040, 2, 2),
+            evaluation("budget", 10_000, 1, 1), evaluation("uniform", 10_040, 2, 2),
             evaluation("uniform", 9_990, 4, 4),
         ]))  # fmt: skip
         assert comparisons(rows)[0].changes["known"] == pytest.approx(-0.75)
@@ -269,13 +269,13 @@ def run(tmp_path: Path, two: Profile) -> Path:
     """A folder with every kind of artifact."""
     folder = tmp_path / "run"
     write_profile(two)
-    for strategy, width in (("uniform", 3), ("moqa-budget", 3), ("uniform", 4)):
+    for strategy, width in (("uniform", 3), ("budget", 3), ("uniform", 4)):
         made = plan(two, Budget.parse(bpw=width + 0.4), strategy=strategy, hedge=0 if strategy != "uniform" else None)
         file = folder / "plans" / f"{strategy}-{width}.json"
         write_json(for_file(made, file), file)
     write_checkpoint(folder / "checkpoint", plan(two, Budget.parse(bpw=5.4), strategy="uniform"), two)
     for index, record in enumerate([
-        evaluation(None, 40_000_000, 0.0, 0.0), evaluation("moqa-budget", 10_000_000, 0.5, 0.4, hedge=0.0),
+        evaluation(None, 40_000_000, 0.0, 0.0), evaluation("budget", 10_000_000, 0.5, 0.4, hedge=0.0),
         evaluation("uniform", 10_000_000, 1.0, 1.0), evaluation("uniform", 13_000_000, 0.1, 0.1),
     ]):  # fmt: skip
         write_json(record, folder / "evaluations" / f"{index}.json")
@@ -306,7 +306,7 @@ class TestPage:
         visible = html.unescape(body(text)).replace("\xa0", " ")
         assert "known texts 50 % below uniform gptq" in visible
         assert "layer 1 expert 1" not in visible
-        for label in ("moqa-budget hedge 0,", "uniform, ", "wiki.txt", FINGERPRINT[:12]):
+        for label in ("budget hedge 0,", "uniform, ", "wiki.txt", FINGERPRINT[:12]):
             assert label in visible
 
     def test_it_stands_alone(self, tmp_path: Path, run: Path, two: Profile):

@@ -24,10 +24,13 @@ class Registry(MutableMapping[str, Member]):
     Args:
         option: command-line option that takes a name, for error messages.
         modules: name of each member -> module that registers it when it is imported. Others are simply assigned.
+        aliases: former name -> name of a member; accepted, but not listed.
     """
 
-    def __init__(self, option: str, modules: Mapping[str, str] | None = None) -> None:
-        self.option, self._modules = option, modules or {}
+    def __init__(
+        self, option: str, modules: Mapping[str, str] | None = None, aliases: Mapping[str, str] | None = None
+    ) -> None:
+        self.option, self._modules, self._aliases = option, modules or {}, aliases or {}
         self._members: dict[str, Member | None] = dict.fromkeys(self._modules)
 
     def find(self, name: str) -> Member:
@@ -36,8 +39,16 @@ class Registry(MutableMapping[str, Member]):
         Raises:
             MoqaError: if there is no such member.
         """
-        check_known(self.option, name, self)
-        return self[name]
+        check_known(self.option, self.current(name), self)
+        return self[self.current(name)]
+
+    def current(self, name: str) -> str:
+        """Name by which a member is called now; any other name is returned as it is.
+
+        >>> Registry("--method", {"rtn": "moqa.methods.rtn"}, aliases={"round": "rtn"}).current("round")
+        'rtn'
+        """
+        return name if name in self._members else self._aliases.get(name, name)
 
     def decorator(
         self, kind: Callable[Concatenate[str, Function, Declared], Member]
@@ -108,7 +119,7 @@ def modules_in(package: str, folder: Path) -> dict[str, str]:
     """Members that have a module each in a package: name -> module; none is imported.
 
     >>> list(modules_in("moqa.planning.strategies", Path(moqa.__file__).parent / "planning/strategies"))
-    ['frequency', 'moqa', 'moqa-budget', 'moqa-v1', 'random', 'uniform']
+    ['budget', 'frequency', 'paper', 'paper-v1', 'random', 'uniform']
     """
     names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
     return {name.replace("_", "-"): f"{package}.{name}" for name in names}

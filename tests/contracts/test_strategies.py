@@ -148,7 +148,7 @@ class TestEveryStrategy:
     def test_a_dense_model(self, dense_profile, strategy):
         budget = Budget.parse(bpw=5.0)
         if STRATEGIES[strategy].needs_experts:
-            with pytest.raises(MoqaError, match=r"tiny_dense.*has none: use uniform or moqa-budget"):
+            with pytest.raises(MoqaError, match=r"tiny_dense.*has none: use uniform or budget"):
                 plan(dense_profile, budget, strategy=strategy)
         else:
             found = plan(dense_profile, budget, strategy=strategy)
@@ -193,20 +193,20 @@ def test_uniform_at_its_own_size_gives_itself_back(tiny_profile, made, ties, wid
 class TestBudgeted:
     @each_ties
     def test_a_larger_budget_is_never_worse(self, made, ties):
-        plans = [made("moqa-budget", bpw, ties=ties, known=("wiki",), hedge=0.0) for bpw in (3.8, 3.9, 4, 4.7, 5.5, 8)]
+        plans = [made("budget", bpw, ties=ties, known=("wiki",), hedge=0.0) for bpw in (3.8, 3.9, 4, 4.7, 5.5, 8)]
         errors = [found.predicted["wiki"] for found in plans]
         assert errors == sorted(errors, reverse=True)
 
     @each_ties
     @pytest.mark.parametrize("bpw", BITS)
-    @pytest.mark.parametrize("other", sorted(STRATEGIES.keys() - {"moqa-budget"}))
+    @pytest.mark.parametrize("other", sorted(STRATEGIES.keys() - {"budget"}))
     def test_predicts_no_more_error_than_any_other(self, made, ties, bpw, other):
         options = {"ties": ties, "known": ("wiki",)}
-        ours = made("moqa-budget", bpw, hedge=0.0, **options).predicted["wiki"]
+        ours = made("budget", bpw, hedge=0.0, **options).predicted["wiki"]
         assert ours <= made(other, bpw, **options).predicted["wiki"] * (1 + 1e-5)
 
     def test_a_hedge_costs_on_the_known_and_gains_on_the_models_own_text(self, made):
-        plans = [made("moqa-budget", 4.0, known=("wiki",), hedge=hedge) for hedge in (0.0, 0.5, 1.0)]
+        plans = [made("budget", 4.0, known=("wiki",), hedge=hedge) for hedge in (0.0, 0.5, 1.0)]
         known, own = ([found.predicted[name] for found in plans] for name in ("wiki", SELF))
         assert known == sorted(known)
         assert own == sorted(own, reverse=True)
@@ -216,7 +216,7 @@ class TestBudgeted:
     @pytest.mark.parametrize("bpw", BITS)
     def test_minimax_protects_the_worst_distribution(self, made, tiny_profile, bpw):
         def worst(objective):
-            found = made("moqa-budget", bpw, hedge=0.0, objective=objective).predicted
+            found = made("budget", bpw, hedge=0.0, objective=objective).predicted
             return max(found[name] / uniform[name] for name in tiny_profile.names)
 
         uniform = uniform_errors(tiny_profile, bpw)
@@ -256,13 +256,13 @@ class TestFrequency:
 
 class TestClasses:
     def test_without_a_budget_the_paper_decides(self, tiny_profile):
-        found = plan(tiny_profile, strategy="moqa", ties="expert")
+        found = plan(tiny_profile, strategy="paper", ties="expert")
         assert found.budget is None
         experts = {unit.name for unit in tiny_profile.record.units if unit.role == "expert"}
         assert {scheme.width for name, scheme in found.units.items() if name in experts} == {2, 4, 6, 8}
         assert {scheme.width for name, scheme in found.units.items() if name not in experts} == {FLOOR}
 
-    @pytest.mark.parametrize("strategy", ["moqa", "moqa-v1"])
+    @pytest.mark.parametrize("strategy", ["paper", "paper-v1"])
     def test_a_more_significant_expert_never_gets_fewer_bits(self, tiny_profile, strategy):
         # no two experts alike, so that nothing but significance counts
         weights = {name: table if name == "rounding" else torch.eye(8) for name, table in tiny_profile.weights.items()}
@@ -273,7 +273,7 @@ class TestClasses:
             bits = [found.units[f"model.layers.{layer}.mlp.experts.{e}.up_proj"].width for e in order]
             assert bits == sorted(bits)
 
-    @pytest.mark.parametrize("strategy", ["frequency", "moqa-budget", "random"])
+    @pytest.mark.parametrize("strategy", ["frequency", "budget", "random"])
     def test_the_others_need_a_budget(self, tiny_profile, strategy):
         with pytest.raises(MoqaError, match=f"--strategy {strategy} needs a budget: give --bpw or --size"):
             plan(tiny_profile, strategy=strategy)
@@ -287,11 +287,19 @@ class TestClasses:
         assert widths_of(made("random", 4.0, seed=1)) != widths_of(made("random", 4.0, seed=2))
 
 
+@pytest.mark.parametrize(("former", "name"), [("moqa", "paper"), ("moqa-v1", "paper-v1"), ("moqa-budget", "budget")])
+def test_former_names_are_accepted_and_not_written(made, former, name):
+    found = made(former, 4.0)
+    assert (found.strategy, found) == (name, made(name, 4.0))
+    assert Plan.model_validate(found.model_dump() | {"strategy": former}) == found
+    assert former not in STRATEGIES
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({"strategy": "best"}, "--strategy best is unknown: there are .*moqa-budget"),
+            ({"strategy": "best"}, "--strategy best is unknown: there are .*budget"),
             ({"ties": "all"}, "--ties all is unknown: there are unit, expert"),
             ({"objective": "best"}, "--objective best is unknown: there are mean, minimax"),
             ({"scope": "unit"}, "--scope unit is unknown: there are global, layer"),

@@ -13,7 +13,7 @@ reveal_type(moqa.read_profile("out.profile"))  # moqa.profiling.store.Profile
 budget = moqa.memory_budget(profile, "8GiB", batch=2)
 reveal_type(budget)  # moqa.planning.fit.MemoryBudget
 reveal_type(moqa.Budget.parse(bpw=3))  # moqa.planning.budget.Budget | None
-plan = moqa.plan(profile, "3bpw", strategy="moqa-budget", ties="expert")
+plan = moqa.plan(profile, "3bpw", strategy="budget", ties="expert")
 reveal_type(plan)  # moqa.planning.record.Plan
 reveal_type(plan.account.bits_per_weight)  # float
 reveal_type(moqa.read_plan("plan.json"))  # moqa.planning.record.Plan

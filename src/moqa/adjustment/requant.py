@@ -13,7 +13,7 @@ from moqa.methods import GridResult
 from moqa.methods.grid import fit_grid
 from moqa.models.experts import PROJECTIONS
 from moqa.planning.clustering import fuzzy_c_means
-from moqa.planning.strategies.moqa import CLASSES, low_precision_first
+from moqa.planning.strategies.paper import CLASSES, low_precision_first
 from moqa.progress import Report
 
 

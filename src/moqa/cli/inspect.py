@@ -10,6 +10,7 @@ from moqa.cli import options
 from moqa.cli.app import app
 from moqa.cli.common import mib, print_table, warn_left_out, write_result
 from moqa.errors import MoqaError
+from moqa.planning.registry import STRATEGIES
 
 if TYPE_CHECKING:
     from moqa.profiling import Profile
@@ -79,7 +80,8 @@ def _checkpoint(path: Path, json: Path | None) -> None:
         size = sum(unit.scheme.stored_bytes(unit.shape) for unit in units)
         rows.append([str(layer), *(str(counts[w] or "") for w in widths), mib(size)])
     title = (
-        f"{path}: {manifest.model} ({manifest.model_type}) by {manifest.strategy}, {manifest.method}; "
+        f"{path}: {manifest.model} ({manifest.model_type}) by {STRATEGIES.current(manifest.strategy)}, "
+        f"{manifest.method}; "
         f"{mib(checkpoint.bytes)}, {checkpoint.bits_per_weight:.3f} bits/weight; fitted on {', '.join(manifest.fitted)}"
     )
     print_table(["layer", *(f"{w} bits" for w in widths), "units"], rows, title)

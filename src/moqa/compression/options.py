@@ -26,7 +26,7 @@ class CompressOptions:
     """Options of `moqa.compress`; the metadata of every field contains its help text.
 
     >>> CompressOptions(method="rtn", samples=128).strategy
-    'moqa-budget'
+    'budget'
     >>> help_of("widths")
     'candidate widths, comma-separated'
 
@@ -79,7 +79,7 @@ def help_of(name: str) -> str | None:
 def one_of(names: Sequence[str]) -> str:
     """Join names with commas and a final "or".
 
-    >>> one_of(["uniform", "random", "moqa"])
-    'uniform, random or moqa'
+    >>> one_of(["uniform", "random", "paper"])
+    'uniform, random or paper'
     """
     return " or ".join([*([", ".join(names[:-1])] if names[:-1] else []), *names[-1:]])

@@ -18,6 +18,7 @@ from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part
+from moqa.planning.record import StrategyName
 from moqa.progress import Report, quiet
 from moqa.runtime.load import load_packed
 from moqa.tasks import Samples, task_of
@@ -30,7 +31,7 @@ class Evaluation(BaseModel, frozen=True):
 
     model: str = Field(description="as the user gave it")
     against: str | None = Field(description="the original that the divergence is measured from")
-    strategy: str | None = Field(None, description="of the checkpoint; None for an original model")
+    strategy: StrategyName | None = Field(None, description="of the checkpoint; None for an original model")
     method: str | None = None
     hedge: float | None = None
     fitted_on: tuple[str, ...] = Field((), description="distributions that the checkpoint was fitted on")

@@ -13,7 +13,7 @@ from moqa.registry import Registry, modules_in
 if TYPE_CHECKING:
     from moqa.planning.problem import Choice, Problem
 
-DEFAULT_STRATEGY = "moqa-budget"
+DEFAULT_STRATEGY = "budget"
 # baselines of every comparison: the uniform plan, and bits by routing frequency, the usual heuristic
 PLAIN, HAND_RULE = "uniform", "frequency"
 
@@ -56,7 +56,9 @@ class Strategy:
 
 # every module in the folder is a strategy
 STRATEGIES: Registry[Strategy] = Registry(
-    "--strategy", modules_in("moqa.planning.strategies", Path(__file__).with_name("strategies"))
+    "--strategy",
+    modules_in("moqa.planning.strategies", Path(__file__).with_name("strategies")),
+    aliases={"moqa": "paper", "moqa-v1": "paper-v1", "moqa-budget": DEFAULT_STRATEGY},  # the names of 0.1
 )
 strategy = STRATEGIES.decorator(Strategy)
 

@@ -41,7 +41,7 @@ def plan(
 ) -> Plan:
     """Choose a width for every unit.
 
-    >>> plan = moqa.plan(profile, "3bpw", strategy="moqa-budget")
+    >>> plan = moqa.plan(profile, "3bpw", strategy="budget")
     >>> plan.account.bits_per_weight <= 3
     True
 
@@ -99,7 +99,7 @@ def plan(
     return Plan(
         moqa=__version__, model=profile.record.model, model_type=profile.record.model_type,
         fingerprint=profile.record.fingerprint, samples=profile.digest(mixture), profile=str(profile.folder),
-        strategy=strategy, options=options, ties=ties, budget=budget.typed if budget else None, known=known,
+        strategy=member.name, options=options, ties=ties, budget=budget.typed if budget else None, known=known,
         mixture=mixture,
         predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
         account=account_of(profile, schemes), units=schemes,
@@ -111,7 +111,7 @@ def read_plan(path: str | Path) -> Plan:
 
     >>> _ = Path("plan.json").write_text(plan(profile, "3bpw").model_dump_json())
     >>> read_plan("plan.json").strategy
-    'moqa-budget'
+    'budget'
 
     Raises:
         MoqaError: if the file is not a plan or was changed, or its format is newer than this moqa.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from moqa.format.layout import entry_bytes
 from moqa.format.manifest import StoredUnit
 from moqa.format.scheme import Scheme
-from moqa.planning import Account
+from moqa.planning import STRATEGIES, Account
 from moqa.profiling.record import UnitRecord
 from moqa.reports.gather import Artifacts
 
@@ -69,7 +69,8 @@ def allocations(found: Artifacts) -> list[Allocation]:
                 weights=checkpoint.unit_weights, kept_weights=sum(math.prod(shape) for _, shape in entries),
             )  # fmt: skip
             hedge = None if m.options.get("hedge") is None else float(m.options["hedge"] or 0)
-            label = m.strategy if hedge is None else f"{m.strategy} hedge {hedge:g}"
+            strategy = STRATEGIES.current(m.strategy)
+            label = strategy if hedge is None else f"{strategy} hedge {hedge:g}"
             made[_key(schemes)] = Allocation(label, account, hedge, m.ties, m.mixture, _places(schemes, units))
     # sizes within half a percent count as equal
     return _distinct_labels(sorted(made.values(), key=lambda a: (round(math.log(a.account.checkpoint) * 200), a.label)))

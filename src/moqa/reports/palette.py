@@ -8,9 +8,9 @@ TEXT: Pair = ("#20252b", "#e4e7eb")
 MUTED: Pair = ("#67707c", "#98a2ae")
 
 STRATEGIES: dict[str, Pair] = {
-    "moqa-budget": ("#00796b", "#4bd0b6"),
-    "moqa": ("#8b3a8f", "#d996dc"),
-    "moqa-v1": ("#ab8500", "#e2bf4d"),
+    "budget": ("#00796b", "#4bd0b6"),
+    "paper": ("#8b3a8f", "#d996dc"),
+    "paper-v1": ("#ab8500", "#e2bf4d"),
     "uniform": ("#5b6673", "#a8b3bf"),
     "frequency": ("#9a6540", "#d4a583"),
     "random": ("#9aa3ad", "#737d88"),

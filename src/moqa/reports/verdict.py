@@ -76,7 +76,7 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
 def verdict(rows: Sequence[Row]) -> Verdict:
     """Compare our checkpoint with its baseline in one sentence, which also says if ours loses or has no baseline.
 
-    The pair is chosen independently of its result: `moqa-budget` with its default hedge, preferably a method that
+    The pair is chosen independently of its result: `budget` with its default hedge, preferably a method that
     corrects errors instead of plain rounding, and the middle one of the sizes.
     """
     ours = [row for row in rows if _is_ours(row)]

@@ -1,4 +1,4 @@
-"""`moqa-budget`: least expected divergence within a budget, solved exactly and hedged against novel texts."""
+"""`budget`: least expected divergence within a budget, solved exactly and hedged against novel texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_HEDGE = 0.3
 
 
-@strategy("moqa-budget", needs_budget=True, hedge=DEFAULT_HEDGE, options=("objective",))
+@strategy("budget", needs_budget=True, hedge=DEFAULT_HEDGE, options=("objective",))
 def budgeted(problem: Problem) -> Choice:
     """Knapsack over the measured sensitivity of every unit and width.
 

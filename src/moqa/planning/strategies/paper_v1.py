@@ -1,4 +1,4 @@
-"""`moqa-v1`: first version of the paper, two groups of experts split by a threshold on re-weighted significance."""
+"""`paper-v1`: first version of the paper, two groups of experts split by a threshold on re-weighted significance."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moqa.planning.registry import strategy
-from moqa.planning.strategies.moqa import joint_significance
+from moqa.planning.strategies.paper import joint_significance
 
 if TYPE_CHECKING:
     from moqa.planning.problem import Choice, Problem
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 REWEIGHT = 0.3
 
 
-@strategy("moqa-v1", needs_sensitivity=False, needs_experts=True)
-def moqa_v1(problem: Problem) -> Choice:
+@strategy("paper-v1", needs_sensitivity=False, needs_experts=True)
+def paper_v1(problem: Problem) -> Choice:
     """Experts above a threshold get the higher of two widths, experts below it the lower.
 
     The significance of an expert is lowered if its weights resemble those of another: S (1 - a * largest similarity),

@@ -1,4 +1,4 @@
-"""`moqa`: the base quantization of the paper, fuzzy c-means on the joint significance of experts."""
+"""`paper`: the base quantization of the paper, fuzzy c-means on the joint significance of experts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CLASSES = (2, 4, 6, 8)
 OVERLAP = 0.25
 
 
-@strategy("moqa", needs_experts=True, options=("scope",))
-def moqa(problem: Problem) -> Choice:
+@strategy("paper", needs_experts=True, options=("scope",))
+def paper(problem: Problem) -> Choice:
     """Experts in four classes of 2, 4, 6 and 8 bits by significance; an expert between two classes gets fewer bits.
 
     Fuzzy c-means does not control the size. With a budget, the experts nearest to the border of their class move to the
