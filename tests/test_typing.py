@@ -18,7 +18,7 @@ strict = True
 plugins = pydantic.mypy
 [mypy-moqa.*]
 ignore_errors = True
-[mypy-transformers.*,scipy.*,datasets.*,pyarrow.*,plotly.*,safetensors.*,huggingface_hub.*,triton.*,ray.*]
+[mypy-transformers.*,scipy.*,datasets.*,pyarrow.*,safetensors.*,huggingface_hub.*,triton.*,ray.*]
 ignore_missing_imports = True
 follow_imports = skip
 """

@@ -291,7 +291,6 @@ class TestClasses:
 def test_former_names_are_accepted_and_not_written(made, former, name):
     found = made(former, 4.0)
     assert (found.strategy, found) == (name, made(name, 4.0))
-    assert Plan.model_validate(found.model_dump() | {"strategy": former}) == found
     assert former not in STRATEGIES
 
 

@@ -166,18 +166,15 @@ def print_compressed(result: "CompressResult") -> None:
         say(f"{result.checkpoint}: {mib(account.checkpoint)}, {account.bits_per_weight:.3f} bits/weight")
         return
     print_proof(result.proof, result.checkpoint)
-    if result.report is None:
-        say(f"moqa: no report.html: {result.no_report}", err=True)
-    else:
-        say(f"report: {result.report}")
+    say(f"report: {result.report}")
 
 
 def print_proof(proof: "Proof", out: Path) -> None:
     """Print our checkpoint and the baselines in one table, and one sentence per distribution that compares them."""
     names = list(proof.ours.distributions)
     rows = []
-    for row in (proof.ours, *proof.baselines):
-        label = str(out) if row is proof.ours else f"{row.strategy} {row.bits_per_weight:.2f}"
+    for row in filter(None, (proof.original, proof.ours, *proof.baselines)):
+        label = str(out) if row is proof.ours else f"{row.strategy or 'original'} {row.bits_per_weight:.2f}"
         cells = [f"{row.distributions[n].kl_divergence:.4f} / {row.distributions[n].perplexity:.3f}" for n in names]
         rows.append([label, mib(row.bytes), f"{row.bits_per_weight:.3f}", *cells])
     headings = ["held-out KL / perplexity", "size", "bits/weight", *names]

@@ -5,14 +5,13 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from moqa.errors import MoqaError
-from moqa.evaluation.proof import Proof
+from moqa.evaluation.proof import PROOF, Proof
 from moqa.planning import Budget, Plan, for_file
 from moqa.profiling import Profile
 from moqa.reports import report
 from moqa.storage.artifact import write_json, write_sealed
 
-PLAN, PROOF, REPORT = "plan.json", "proof.json", "report.html"
+PLAN, REPORT = "plan.json", "report.html"
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class CompressResult:
         budget: limit that the plan keeps.
         proof: comparison with baselines of the same size; None if not requested or not made yet.
         report: path of the HTML report, if there is one.
-        no_report: reason why there is a proof but no report.
     """
 
     checkpoint: Path
@@ -35,7 +33,6 @@ class CompressResult:
     budget: Budget | None
     proof: Proof | None = None
     report: Path | None = None
-    no_report: str | None = None
 
     def store(self) -> "CompressResult":
         """Write the plan, and the proof if there is one, into the checkpoint folder.
@@ -47,11 +44,7 @@ class CompressResult:
         if self.proof is None:
             return self
         write_json(self.proof, self.checkpoint / PROOF)
-        try:
-            page = report([self.profile.folder, self.checkpoint], self.checkpoint / REPORT)
-        except MoqaError as error:
-            return replace(self, no_report=str(error))
-        return replace(self, report=page)
+        return replace(self, report=report([self.profile.folder, self.checkpoint], self.checkpoint / REPORT))
 
     def summary(self) -> BaseModel | dict[str, str | int]:
         """The result for `--json`: the proof, or what was written."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from moqa.data import Source
-from moqa.evaluation.measure import Reference
-from moqa.evaluation.run import Evaluation, evaluate
+from moqa.evaluation.measure import Quality, Reference
+from moqa.evaluation.run import Evaluation, evaluate, evaluate_original
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import give_back
 from moqa.models.view import ModelView
@@ -21,10 +21,13 @@ from moqa.progress import Report
 from moqa.quantization import quantize
 from moqa.storage.temporary import temporary_folder
 
+PROOF = "proof.json"
+
 
 class Proof(BaseModel, frozen=True):
     """How a checkpoint compares with simple ones of the same size (`proof.json`)."""
 
+    original: Evaluation | None = Field(None, description="the original; None in proofs of moqa 0.1")
     ours: Evaluation
     baselines: tuple[Evaluation, ...] = Field(
         description="uniform plans just below and above our size, and the hand rule at our size"
@@ -76,8 +79,13 @@ class ProofSetup:
         assert view.folder is not None
         self._model, self._view, self._held_out, self._memory, self.profile = model, view, held_out, memory, profile
         reader = view.task.reader(view.folder)
-        cut = [view.task.cut(d, reader, profile.record.settings.context, windows) for d in held_out]
+        self._context = profile.record.settings.context
+        cut = [view.task.cut(d, reader, self._context, windows) for d in held_out]
         self.reference = Reference.of(view.model, cut, report)
+
+    def original(self, report: Report) -> Evaluation:
+        """Measure the original on the held-out text, from its outputs, which are known."""
+        return evaluate_original(self._model, self._view, self.reference, self._context, report)
 
     def run(self, chosen: Plan, method: str, report: Report, out: Path | None = None) -> Evaluation:
         """Quantize by a plan and measure the checkpoint on disk; in a temporary folder if `out` is None."""
@@ -89,7 +97,10 @@ class ProofSetup:
                     memory=self._memory,
                 )  # fmt: skip
             give_back()
-            evaluation = evaluate(target, self._held_out, against=self._model, report=report, reference=self.reference)
+            evaluation = evaluate(
+                target, self._held_out, against=self._model, context=self._context, report=report,
+                reference=self.reference,
+            )  # fmt: skip
             # models have reference cycles: until they are collected, the mapped checkpoint takes memory
             gc.collect()
             return evaluation
@@ -111,8 +122,9 @@ def prove(bench: ProofSetup, chosen: Plan, out: Path, method: str, report: Repor
     ours = bench.run(chosen, method, report, out)
     rows = [bench.run(other, method, report) for other in baselines(bench.profile, chosen)]
     around = [row for row in rows if row.strategy == PLAIN]
-    uniform = {name: _at_bytes(around, name, ours.bytes) for name in ours.distributions}
-    return Proof(ours=ours, baselines=tuple(rows), uniform=uniform)
+    at_bytes = interpolated(around, ours.bytes).distributions
+    uniform = {name: quality.kl_divergence or 0.0 for name, quality in at_bytes.items()}
+    return Proof(original=bench.original(report), ours=ours, baselines=tuple(rows), uniform=uniform)
 
 
 def baselines(profile: Profile, chosen: Plan) -> list[Plan]:
@@ -126,10 +138,29 @@ def baselines(profile: Profile, chosen: Plan) -> list[Plan]:
     return [*fitting[-1:], *larger[:1], *rule]
 
 
-def _at_bytes(rows: Sequence[Evaluation], name: str, size: int) -> float:
-    """KL divergence at a size, interpolated between two rows."""
-    values = [max(row.distributions[name].kl_divergence or 0.0, 1e-12) for row in rows]
-    if len(rows) == 1:
-        return values[0]
-    share = (size - rows[0].bytes) / (rows[1].bytes - rows[0].bytes)
-    return math.exp((1 - share) * math.log(values[0]) + share * math.log(values[1]))
+def interpolated(rows: Sequence[Evaluation], size: int) -> Evaluation:
+    """Quality at a size from one evaluation, or between two: linear in bytes, log KL and log perplexity.
+
+    Args:
+        rows: one or two evaluations of the same texts.
+        size: bytes of all weight files.
+    """
+    low, high = rows[0], rows[-1]
+    share = (size - low.bytes) / (high.bytes - low.bytes) if low is not high else 0.0
+
+    def mixed(a: float, b: float) -> float:
+        return math.exp((1 - share) * math.log(max(a, 1e-12)) + share * math.log(max(b, 1e-12)))
+
+    return low.model_copy(update={
+        "bytes": size,
+        **{name: (1 - share) * getattr(low, name) + share * getattr(high, name)
+           for name in ("bits_per_weight", "model_bits_per_weight")},
+        "distributions": {
+            name: Quality(
+                perplexity=mixed(q.perplexity, high.distributions[name].perplexity), tokens=q.tokens,
+                kl_divergence=mixed(q.kl_divergence or 0.0, high.distributions[name].kl_divergence or 0.0),
+                top1_agreement=None,
+            )
+            for name, q in low.distributions.items()
+        },
+    })  # fmt: skip

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 from torch import nn
 
 from moqa.data import Data, Source, refuse_overlap
@@ -18,7 +19,7 @@ from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part
-from moqa.planning.record import StrategyName
+from moqa.planning.registry import STRATEGIES
 from moqa.progress import Report, quiet
 from moqa.runtime.load import load_packed
 from moqa.tasks import Samples, task_of
@@ -31,7 +32,9 @@ class Evaluation(BaseModel, frozen=True):
 
     model: str = Field(description="as the user gave it")
     against: str | None = Field(description="the original that the divergence is measured from")
-    strategy: StrategyName | None = Field(None, description="of the checkpoint; None for an original model")
+    strategy: Annotated[str, AfterValidator(STRATEGIES.current)] | None = Field(
+        None, description="of the checkpoint; None for an original model"
+    )
     method: str | None = None
     hedge: float | None = None
     fitted_on: tuple[str, ...] = Field((), description="distributions that the checkpoint was fitted on")
@@ -109,6 +112,24 @@ def evaluate(
         adjustment=None if adjustment is None else str(adjustment),
         adjustment_bytes=adjusted.record.extra_bytes if adjusted else 0,
         distributions={name: _rounded(quality) for name, quality in result.items()},
+    )  # fmt: skip
+
+
+def evaluate_original(model: str, view: ModelView, reference: Reference, context: int, report: Report) -> Evaluation:
+    """Measure an original from its own outputs, which are known already.
+
+    Args:
+        model: as the user gave it.
+        view: the original, opened from a folder.
+        reference: its outputs on held-out windows.
+        context: tokens in a window.
+        report: called per layer.
+    """
+    assert view.folder is not None
+    found = scores(reference.model, reference.windows, reference, report)
+    return Evaluation(
+        model=model, against=model, **_size_of_original(view.folder, view), context=view.task.context(context),
+        distributions={name: _rounded(quality) for name, quality in found.items()},
     )  # fmt: skip
 
 

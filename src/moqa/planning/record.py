@@ -2,19 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import BaseModel, Field
 
 from moqa.format.manifest import Length, Side
 from moqa.format.scheme import Scheme
-from moqa.planning.registry import STRATEGIES
 
 FORMAT = 1
 Ties = Literal["unit", "expert", "layer_projection", "layer"]
 Objective = Literal["mean", "minimax"]
 Scope = Literal["global", "layer"]
 Share = Annotated[float, Field(ge=0, le=1)]
-# plans and checkpoints of older versions have former names of strategies
-StrategyName = Annotated[str, AfterValidator(STRATEGIES.current)]
 
 
 class Account(BaseModel, frozen=True):
@@ -61,7 +58,7 @@ class Plan(BaseModel, frozen=True):
     fingerprint: str = Field(description="fingerprint of the model that the plan is for")
     samples: str = Field("", description="hash of the samples of the mixture; empty in plans of moqa 0.1")
     profile: str = Field(description="folder of the profile, relative to the plan's file; contains the samples")
-    strategy: StrategyName
+    strategy: str
     options: Options
     ties: Ties
     budget: str | None = Field(description="as the user typed it")

@@ -107,7 +107,7 @@ def plan(
 
 
 def read_plan(path: str | Path) -> Plan:
-    """Read a plan; the path of its profile is resolved against the plan's folder.
+    """Read a plan; the path of its profile is resolved against the plan's folder, its strategy has its present name.
 
     >>> _ = Path("plan.json").write_text(plan(profile, "3bpw").model_dump_json())
     >>> read_plan("plan.json").strategy
@@ -121,7 +121,8 @@ def read_plan(path: str | Path) -> Plan:
     if stored.format > FORMAT:
         raise MoqaError(f"{path} has plan format {stored.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
     check_seal(path)
-    return stored.model_copy(update={"profile": os.path.normpath(path.parent / stored.profile)})
+    folder = os.path.normpath(path.parent / stored.profile)
+    return stored.model_copy(update={"profile": folder, "strategy": STRATEGIES.current(stored.strategy)})
 
 
 def for_file(plan: Plan, path: str | Path) -> Plan:

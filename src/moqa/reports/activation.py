@@ -12,6 +12,7 @@ from moqa.reports.drift import distributions
 from moqa.reports.significance import titled
 
 _MAX_NAMES = 60
+_MAX_PAIRS = 140_000  # of experts in all maps: 370 kB
 
 
 def activation_section(profile: Profile) -> Section | None:
@@ -21,10 +22,9 @@ def activation_section(profile: Profile) -> Section | None:
     tokens = {name: _tokens(profile, name) for name in distributions(profile)}
     shares = {name: table / np.maximum(np.nansum(table, 1, keepdims=True), 1) * 100 for name, table in tokens.items()}
     top = upper(np.stack(list(shares.values())))
-    hover = "layer %{y}, expert %{x}<br>%{customdata[0]:,} tokens<br>%{z:.2f} % of the layer's"
+    hover = "layer {y}, expert {x}\n{0} tokens\n{z:.2f} % of the layer's"
     maps = tuple(
-        heat_map(titled(name), table, profile.expert_layers, hover, (0.0, top),
-                 customdata=np.nan_to_num(tokens[name])[..., None].astype(np.int32))
+        heat_map(titled(name), table, profile.expert_layers, hover, (0.0, top), more=[tokens[name]])
         for name, table in shares.items()
     )  # fmt: skip
     even = 100 / max(table.shape[1] for table in tokens.values())
@@ -35,13 +35,14 @@ def activation_section(profile: Profile) -> Section | None:
         "How often the router picks each expert. An expert that few tokens reach has little data to be fitted on. "
         "Counts are not significance: a rarely picked expert can still carry much of what its layer does."
     )
-    layers = _correlation(profile)
+    layers, total = _correlation(profile), len(profile.expert_layers)
     if layers:
         blocks += [
             Note(
                 "Co-activation: of the tokens that visit the expert of a row, the share that also visits the expert of "
                 "a column, over all given distributions together. Similarity: cosine between the weights of two "
-                "experts; near 0 means that they have nothing in common.",
+                "experts; near 0 means that they have nothing in common."
+                + (f" Shown: {len(layers)} of {total} layers." if len(layers) < total else ""),
                 "Experts that work together, experts that are alike",
             ),
             Picker("Layer", layers),
@@ -62,8 +63,9 @@ def _starved(profile: Profile) -> str:
 
 
 def _correlation(profile: Profile) -> tuple[tuple[str, tuple[PageElement, ...]], ...]:
-    together = {layer: _coactivation(profile, layer) for layer in profile.expert_layers}
-    alike = {n: s for n in profile.expert_layers if (s := _similarity(profile, n)) is not None}
+    layers = _shown(profile)
+    together = {layer: _coactivation(profile, layer) for layer in layers}
+    alike = {n: s for n in layers if (s := _similarity(profile, n)) is not None}
     has_pairs = profile.record.top_k > 1
     if not has_pairs and not alike:
         return ()
@@ -74,17 +76,25 @@ def _correlation(profile: Profile) -> tuple[tuple[str, tuple[PageElement, ...]],
     for layer, table in together.items():
         charts = []
         if has_pairs:
-            hover = "of expert %{y}'s tokens<br>%{z:.1f} % also visit expert %{x}"
+            hover = "of expert {y}'s tokens\n{z:.1f} % also visit expert {x}"
             ends = Scale("sequential", "0 %", f"{top:.0f} % or more")
             charts.append(square("Co-activation", table, range(len(table)), hover, (0.0, top), legend=ends))
         if layer in alike:
-            hover = "experts %{y} and %{x}<br>cosine %{z:.3f}"
+            hover = "experts {y} and {x}\ncosine {z:.3f}"
             ends = Scale("diverging", f"\u2212{limit:.3f} or less", f"{limit:.3f} or more")
             bounds = (-limit, limit)
             charts.append(square("Similarity of weights", alike[layer], range(len(table)), hover, bounds,
                                  scale="diverging", legend=ends))  # fmt: skip
         options.append((f"layer {layer}", (CellGrid(tuple(charts)),)))
     return tuple(options)
+
+
+def _shown(profile: Profile) -> list[int]:
+    """Layers whose pairs of experts are shown: all, or as many, evenly spaced, as keep the page small."""
+    layers = profile.expert_layers
+    pairs = 2 * max(len(profile.layer(profile.names[0], layer, "tokens")) for layer in layers) ** 2
+    count = min(max(_MAX_PAIRS // pairs, 2), len(layers))
+    return [layers[round(place)] for place in np.linspace(0, len(layers) - 1, count)]
 
 
 def _coactivation(profile: Profile, layer: int) -> NDArray[np.float64]:

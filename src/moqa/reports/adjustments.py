@@ -28,7 +28,7 @@ def adjustments_section(found: Artifacts) -> Section | None:
     if found.adjustments:
         tables = [_counts(adjustment) for adjustment in found.adjustments]
         top = upper(np.concatenate([table.ravel() for table in tables]))
-        hover = "layer %{y}, expert %{x}<br>%{z} rows and columns"
+        hover = "layer {y}, expert {x}\n{z} rows and columns"
         maps = tuple(
             heat_map(f"{a.record.name}, {a.record.mode}", table, range(len(table)), hover, (0.0, top),
                      height=90 + 22 * len(table))

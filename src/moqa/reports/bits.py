@@ -69,10 +69,10 @@ def _expert_map(places: Sequence[tuple[UnitRecord, int]]) -> Chart:
     present = ~np.isnan(table)
     counts = present.sum(-1)
     mean = np.where(counts > 0, np.where(present, table, 0).sum(-1) / np.maximum(counts, 1), np.nan)
-    each = "".join(f"<br>{name}: %{{customdata[{i}]}} bit" for i, name in enumerate(projections))
-    hover = "layer %{y}, expert %{x}<br>mean width %{z:.2f}" + each
-    numbers = np.where(present, table, 0).astype(np.uint8)
-    return heat_map("Routed experts: mean width", mean, layers, hover, _LIMITS, customdata=numbers)
+    each = "".join(f"\n{name}: {{{i}}} bit" for i, name in enumerate(projections))
+    hover = "layer {y}, expert {x}\nmean width {z:.2f}" + each
+    tables = [table[..., i] for i in range(len(projections))]
+    return heat_map("Routed experts: mean width", mean, layers, hover, _LIMITS, more=tables)
 
 
 def _other_map(places: Sequence[tuple[UnitRecord, int]]) -> Chart:
@@ -86,7 +86,7 @@ def _other_map(places: Sequence[tuple[UnitRecord, int]]) -> Chart:
     mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     roles = sorted({unit.role for unit, _ in places})
     title = f"{' and '.join(roles).capitalize()} units: width"
-    return heat_map(title, mean, layers, "layer %{y}<br>%{x}: %{z} bit", _LIMITS, axes=("", "layer"), x=columns)
+    return heat_map(title, mean, layers, "layer {y}\n{x}: {z} bit", _LIMITS, axes=("", "layer"), x=columns)
 
 
 def _column(unit: UnitRecord) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moqa.reports.palette import Pair
 
@@ -28,10 +29,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class Chart(PageElement):
-    """One chart: plotly's JSON, drawn when it comes into view."""
+    """One chart: its data, see `charts`, which the page's script draws."""
 
     title: str
-    figure: str
+    figure: dict[str, Any]
     height: int
     scale: Scale | None = None
 
@@ -99,14 +100,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """A model in the quality table."""
+    """A model in the quality table; `made` says by which method and hedge."""
 
     name: str
-    method: str
-    hedge: str
-    sizes: tuple[str, ...]
+    made: str
     known: tuple[Cell, ...]
     novel: tuple[Cell, ...]
+    sizes: tuple[Cell, ...]
     colour: Pair
     tip: str
 
@@ -159,6 +159,6 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "\u2014" if value is None or math.isnan(value) else f"{number(value * 100, digits)} %"
 
 
-def signed(change: float | None) -> str:
-    """Format a relative change in whole percent with its sign; a dash for None."""
-    return number(None) if change is None else f"{'+' if change > 0 else ''}{number(change * 100, 0)} %"
+def signed(change: float | None, digits: int = 0) -> str:
+    """Format a relative change in percent with its sign; a dash for None."""
+    return number(None) if change is None else f"{'+' if change > 0 else ''}{number(change * 100, digits)} %"

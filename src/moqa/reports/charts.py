@@ -1,27 +1,36 @@
-"""Plotly charts as JSON; the page's script replaces the colours in dark mode."""
+"""Charts as data: the page's script draws them, in the colours of light or dark mode."""
 
-import html
+import base64
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from moqa.reports.blocks import Chart, Scale
 from moqa.reports.palette import Pair
 
-MAX_TICKS = 32
 _DASHES = ("solid", "dash", "dot", "dashdot")
+_MISSING = 65535
 
 
-def chart(title: str, traces: Sequence[Any], layout: dict[str, Any], height: int, scale: Scale | None = None) -> Chart:
-    """A chart in the style of the page: no decoration, small margins, no legend by default."""
-    base: dict[str, Any] = {
-        "template": "none", "height": height, "showlegend": False, "margin": {"l": 54, "r": 12, "t": 10, "b": 42},
-        "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hoverlabel": {"align": "left"},
-    }  # fmt: skip
-    return Chart(title, str(go.Figure(list(traces), base | layout).to_json()), height, scale)
+@dataclass(frozen=True)
+class Axis:
+    """An axis of a line chart.
+
+    Attributes:
+        title: what it shows, with its unit.
+        limits: values at its two ends.
+        ticks: values with a label and a grid line.
+        log: whether it is logarithmic.
+    """
+
+    title: str
+    limits: tuple[float, float]
+    ticks: tuple[float, ...]
+    log: bool = False
 
 
 def heat_map(
@@ -33,7 +42,7 @@ def heat_map(
     *,
     scale: str = "sequential",
     axes: tuple[str, str] = ("expert", "layer"),
-    customdata: NDArray | None = None,
+    more: Sequence[NDArray] = (),
     x: Sequence[str] | None = None,
     height: int | None = None,
     legend: Scale | None = None,
@@ -44,30 +53,21 @@ def heat_map(
         title: of the chart.
         z: [rows, columns] values; NaN cells stay empty.
         y: labels of the rows.
-        hover: hover template of plotly for a cell.
+        hover: text for a cell, with `{x}`, `{y}` and `{z}`, and `{0}`, `{1}`, ... for `more`; `{z:+.2f}` sets digits
+            and sign.
         limits: values at the two ends of the scale.
         scale: `sequential` or `diverging`, see `palette.SCALES`.
         axes: titles of the columns' and the rows' axis.
-        customdata: [rows, columns, values] for `hover`.
+        more: further tables for `hover`.
         x: labels of the columns; None numbers them.
         height: in pixels; None for one that fits the rows.
         legend: of the scale, if the chart has its own.
     """
-    gap = 1 if max(z.shape) <= MAX_TICKS else 0
-    trace = go.Heatmap(
-        z=np.asarray(z, dtype=np.float32), y=list(y), x=None if x is None else [escape(name) for name in x],
-        customdata=customdata, hovertemplate=hover + "<extra></extra>", zmin=limits[0], zmax=limits[1],
-        xgap=gap, ygap=gap, showscale=False, meta=scale, hoverongaps=False, xaxis="x", yaxis="y",
-    )  # fmt: skip
-    shared = {"showgrid": False, "zeroline": False, "ticks": "", "automargin": True}
-    layout: dict[str, Any] = {
-        "xaxis": {"title": {"text": axes[0], "standoff": 6}, **shared},
-        "yaxis": {"title": {"text": axes[1], "standoff": 8}, "autorange": "reversed", **shared},
-    }
-    for axis, length in zip(("yaxis", "xaxis"), z.shape, strict=True):
-        if length <= MAX_TICKS // 2:
-            layout[axis]["dtick"] = 1
-    return chart(title, [trace], layout, height or map_height(len(z)), legend)
+    figure = {
+        "kind": "heat", "rows": list(y), "columns": list(range(z.shape[1]) if x is None else x), "z": _packed(z),
+        "more": [_packed(table) for table in more], "limits": limits, "scale": scale, "titles": axes, "hover": hover,
+    }  # fmt: skip
+    return Chart(title, figure, height or map_height(len(z)), legend)
 
 
 def map_height(rows: int) -> int:
@@ -75,12 +75,69 @@ def map_height(rows: int) -> int:
     return 70 + min(560, max(130, rows * 24 if rows <= 12 else 288 + (rows - 12) * 9))
 
 
-def line(x: Sequence[float], y: Sequence[float], name: str, colour: Pair, hover: str, **more: Any) -> Any:
-    """A line with a hover text; `more` is passed to plotly."""
-    style = {"color": colour[0], "width": 2} | more.pop("line", {})
-    return go.Scatter(
-        x=list(x), y=list(y), name=escape(name), line=style, hovertemplate=hover + "<extra></extra>", **more
-    )
+def _packed(table: NDArray) -> dict[str, Any]:
+    """A table as shares of its range in 16 bits: pages of large models stay small, and no hover text shows more."""
+    finite = np.isfinite(table)
+    low, high = (float(end(table[finite])) if finite.any() else 0.0 for end in (np.min, np.max))
+    codes = np.where(finite, (table - low) / ((high - low) or 1.0) * (_MISSING - 1), _MISSING)
+    data = np.round(codes).astype("<u2").tobytes()
+    return {"low": low, "high": high, "data": base64.b64encode(data).decode()}
+
+
+def line(
+    x: Sequence[float], y: Sequence[float], colour: Pair, hover: Sequence[str], *, dash: str = "solid",
+    marker: str | None = None, hollow: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """A line with one hover text per point; it is broken where y is not finite."""
+    heights = [value if math.isfinite(value) else None for value in y]
+    return {
+        "x": list(x), "y": heights, "colour": colour, "hover": list(hover), "dash": dash, "marker": marker,
+        "hollow": hollow,
+    }  # fmt: skip
+
+
+def line_chart(title: str, lines: Sequence[dict[str, Any]], x: Axis, y: Axis, height: int) -> Chart:
+    """Lines on two axes."""
+    axes = [
+        {"title": axis.title, "limits": axis.limits, "ticks": axis.ticks, "log": axis.log,
+         "labels": [f"{tick:g}" for tick in axis.ticks]}
+        for axis in (x, y)
+    ]  # fmt: skip
+    return Chart(title, {"kind": "lines", "lines": list(lines), "axes": axes}, height)
+
+
+def linear(title: str, values: Sequence[float], *, least: float | None = None, whole: bool = False) -> Axis:
+    """A linear axis around values, with about five ticks at round numbers.
+
+    >>> linear("MiB", [10.2, 14.9]).ticks
+    (10.0, 11.0, 12.0, 13.0, 14.0, 15.0)
+
+    Args:
+        title: of the axis.
+        values: that it must show; those that are not finite are ignored.
+        least: where it begins; None leaves a small space below the values.
+        whole: ticks at integers only.
+    """
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    space = (high - low or abs(high) or 1.0) * 0.06
+    low, high = low - space if least is None else least, high + space
+    step = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
+    step = max(round(step), 1) if whole else step
+    ticks = np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
+    return Axis(title, (low, high), tuple(round(float(tick), 10) for tick in ticks))
+
+
+def logarithmic(title: str, low: float, high: float) -> Axis:
+    """A logarithmic axis with ticks at 1, 2 and 5 of every power of ten.
+
+    >>> logarithmic("nats", 0.004, 0.03).ticks
+    (0.005, 0.01, 0.02)
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = [float(f"{step}e{power}") for power in powers for step in (1, 2, 5)]
+    return Axis(title, (low, high), tuple(step for step in steps if low <= step <= high), log=True)
 
 
 def dash(index: int, colours: int) -> str:
@@ -104,13 +161,3 @@ def stacked(rows: Sequence[NDArray]) -> NDArray[np.float64]:
     for index, row in enumerate(rows):
         table[index, : len(row)] = row
     return table
-
-
-def escape(text: str) -> str:
-    """Escape a user's string for plotly, which interprets some HTML in texts."""
-    return html.escape(text, quote=False)
-
-
-def braces(text: str) -> str:
-    """Escape a user's string for a hover template, in which `%{` would start a variable."""
-    return escape(text).replace("%{", "%&#123;")

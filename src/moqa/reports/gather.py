@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from moqa.errors import MoqaError
+from moqa.evaluation.proof import PROOF, Proof
 from moqa.evaluation.run import Evaluation
 from moqa.format import adjustment
 from moqa.format.adjustment import Adjustment, read_adjustment
@@ -21,7 +22,7 @@ from moqa.storage.artifact import Record, read_json
 
 SUMMARY = "summary.json"
 KINDS = (
-    f"a profile folder ({RECORD}), a plan, a checkpoint folder ({MANIFEST}), an evaluation, "
+    f"a profile folder ({RECORD}), a plan, a checkpoint folder ({MANIFEST}), an evaluation, a {PROOF}, "
     f"an adjustment folder ({adjustment.RECORD}), a {SUMMARY}, "
     "or a folder that contains these"
 )
@@ -39,7 +40,8 @@ class Artifacts:
 
     Attributes:
         plans: file name without extension, or the whole path if names repeat -> plan.
-        evaluations: all distinct evaluations.
+        evaluations: all distinct evaluations, with those of the proofs.
+        proofs: comparisons of checkpoints with baselines of the same size.
         roles: distribution -> `known` or `novel`, from summaries.
     """
 
@@ -47,8 +49,15 @@ class Artifacts:
     plans: dict[str, Plan] = field(default_factory=dict)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    proofs: list[Proof] = field(default_factory=list)
     adjustments: list[Adjustment] = field(default_factory=list)
     roles: dict[str, Literal["known", "novel"]] = field(default_factory=dict)
+
+    def add(self, *evaluations: Evaluation | None) -> None:
+        """Add evaluations that are not there yet."""
+        for evaluation in evaluations:
+            if evaluation is not None and evaluation not in self.evaluations:
+                self.evaluations.append(evaluation)
 
     @property
     def profile(self) -> Profile | None:
@@ -80,7 +89,7 @@ def gather(paths: Sequence[str | Path]) -> Artifacts:
     for path in map(Path, paths):
         if path.is_dir():
             for file in sorted(path.rglob("*.json")):
-                beside_manifest = file.name != MANIFEST and (file.parent / MANIFEST).is_file()
+                beside_manifest = file.name not in (MANIFEST, PROOF) and (file.parent / MANIFEST).is_file()
                 if not beside_manifest and file.resolve() not in seen:
                     seen.add(file.resolve())
                     _take(file, found)
@@ -117,8 +126,10 @@ def _take_record(file: Path, found: Artifacts) -> bool:
         name = file.stem if file.stem not in found.plans else str(file.with_suffix(""))
         found.plans[name] = read_plan(file)
     elif evaluation := _as(Evaluation, data):
-        if evaluation not in found.evaluations:
-            found.evaluations.append(evaluation)
+        found.add(evaluation)
+    elif proof := _as(Proof, data):
+        found.proofs.append(proof)
+        found.add(proof.original, proof.ours, *proof.baselines)
     elif file.name == SUMMARY and (summary := _as(Summary, data)):
         found.roles.update(summary.roles)
     else:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from moqa import __version__
 from moqa.profiling.store import Profile
@@ -19,9 +18,9 @@ from moqa.reports.bits import bits_section
 from moqa.reports.blocks import number, signed
 from moqa.reports.gather import Artifacts
 from moqa.reports.quality import size_section, table_section
-from moqa.reports.rows import Row, make_rows
+from moqa.reports.rows import OURS, Row, make_rows
 from moqa.reports.significance import significance_section
-from moqa.reports.verdict import OURS, Verdict, verdict
+from moqa.reports.verdict import Verdict, verdict
 
 
 def render(found: Artifacts) -> str:
@@ -29,7 +28,7 @@ def render(found: Artifacts) -> str:
     rows, made, profile = make_rows(found), allocations(found), found.profile
     judged = verdict(rows) if rows else Verdict(_unjudged(found, profile))
     sections = [
-        table_section(rows),
+        table_section(rows, judged.comparison.ours if judged.comparison else None),
         size_section(rows),
         significance_section(profile) if profile else None,
         bits_section(made, _first(made, judged)),
@@ -46,8 +45,7 @@ def render(found: Artifacts) -> str:
     environment.filters["embedded"] = embedded
     return environment.get_template("report.html.j2").render(
         model=model, verdict=judged, figures=_figures(judged, rows), sections=[s for s in sections if s],
-        plotly=Markup(get_plotlyjs()), version=__version__, scales=palette.SCALES, palette=palette,
-        colours={"scales": palette.SCALES, "dark": palette.every_pair()},
+        version=__version__, scales=palette.SCALES, palette=palette,
     )  # fmt: skip
 
 
@@ -110,10 +108,11 @@ def _figures(judged: Verdict, rows: Sequence[Row]) -> list[tuple[str, str, str]]
     ours = pair.ours
     original = next((row for row in rows if row.original), None)
     share = f", {ours.evaluation.bytes / original.evaluation.bytes * 100:.0f} % of the original" if original else ""
-    figures = [
+    changes = [
+        (signed(change), f"KL divergence against uniform, {role} texts", role) for role, change in pair.changes.items()
+    ]
+    return [
+        *changes,
         (f"{ours.mebibytes:.2f} MiB", f"size{share}", ""),
         (number(ours.evaluation.bits_per_weight), "bits per weight, all stored bytes counted", ""),
-    ]
-    return figures + [
-        (signed(change), f"KL divergence against uniform, {role} texts", role) for role, change in pair.changes.items()
     ]

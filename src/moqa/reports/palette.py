@@ -54,9 +54,3 @@ def strategy_colour(name: str) -> Pair:
         return STRATEGIES[name]
     free = [pair for pair in LINES if pair not in STRATEGIES.values()]
     return free[sum(name.encode()) % len(free)]
-
-
-def every_pair() -> dict[str, str]:
-    """Light colour -> dark colour, for all colours in charts."""
-    found = [KNOWN, NOVEL, TEXT, MUTED, *STRATEGIES.values(), *LINES, *WIDTHS.values()]
-    return dict(found)

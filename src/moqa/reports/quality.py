@@ -1,7 +1,7 @@
 """Sections on quality: the table of all evaluated models, and divergence against size."""
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from moqa.planning import STRATEGIES
 from moqa.reports.blocks import (
@@ -19,27 +19,28 @@ from moqa.reports.blocks import (
     number,
     signed,
 )  # fmt: skip
-from moqa.reports.charts import braces, chart, line
+from moqa.reports.charts import line, line_chart, linear, logarithmic
 from moqa.reports.palette import strategy_colour
-from moqa.reports.rows import ROLES, Role, Row, best, series, size_groups
-from moqa.reports.verdict import OURS, Comparison, comparisons
+from moqa.reports.rows import OURS, ROLES, Role, Row, best, series, size_groups
+from moqa.reports.verdict import Comparison, comparisons
 
 _SHAPES = ("circle", "diamond", "square", "triangle-up")
 
 
-def table_section(rows: Sequence[Row]) -> Section | None:
-    """Section with sizes and qualities of all evaluated models."""
+def table_section(rows: Sequence[Row], ours: Row | None = None) -> Section | None:
+    """Section with sizes and qualities of all evaluated models, compared with the original and with one of ours."""
     if not rows:
         return None
     groups = []
     originals = [row for row in rows if row.original]
+    beside = _Beside(originals[0] if originals else None, ours)
     if originals:
-        groups.append(("Original", tuple(_line(row, False, False) for row in originals)))
+        groups.append(("Original", tuple(_line(row, beside) for row in originals)))
     for group in size_groups(rows):
         known, novel = (best([row.divergence(role) for row in group]) for role in ROLES)
         sizes = [row.mebibytes for row in group]
         ends = dict.fromkeys(f"{size:.2f}" for size in (min(sizes), max(sizes)))
-        lines = tuple(_line(row, i in known, i in novel) for i, row in enumerate(group))
+        lines = tuple(_line(row, beside, i in known, i in novel) for i, row in enumerate(group))
         groups.append((f"{' to '.join(ends)} MiB", lines))
     blocks: list[PageElement] = [QualityTable(rows[0].names["known"], rows[0].names["novel"], tuple(groups))]
     blocks += [Note(text) for text in _footnotes(rows)]
@@ -48,8 +49,9 @@ def table_section(rows: Sequence[Row]) -> Section | None:
         blocks.append(_against_uniform(pairs))
     reading = (
         "KL divergence (nats per token) measures how far a checkpoint's predictions are from the original's: 0 is the "
-        "same model, less is better. The small number below it is the perplexity. Rows under one heading have the same "
-        "size within 0.5 % and can be compared; the best mean of each group is green."
+        "same model, less is better. The small number below it is the perplexity, with its change from the original's; "
+        "below a mean, the mean as a multiple of ours. Rows under one heading have the same size within 0.5 % and can "
+        "be compared; the best mean of each group is green."
     )
     if all(rows[0].names.values()):
         reading += (
@@ -67,7 +69,7 @@ def size_section(rows: Sequence[Row]) -> Section | None:
     values = [v for row in rows for role in found if (v := row.divergence(role)) and not row.original]
     if not values:
         return None
-    limits = (math.log10(min(values)) - 0.12, math.log10(max(values)) + 0.12)
+    limits = (min(values) / 1.3, max(values) * 1.3)
     charts = tuple(_chart(lines, role, limits) for role in found)
     reading = (
         "Down and to the left is better: less divergence from the original in fewer bytes. Both charts share the "
@@ -76,21 +78,53 @@ def size_section(rows: Sequence[Row]) -> Section | None:
     return Section("Size", "Quality against size", reading, [Key(_key(lines)), CellGrid(charts)])
 
 
-def _line(row: Row, known: bool, novel: bool) -> QualityRow:
+@dataclass(frozen=True)
+class _Beside:
+    """What rows are compared with: the original, and one of our checkpoints."""
+
+    original: Row | None
+    ours: Row | None
+
+    def share(self, row: Row) -> str:
+        """Size as a share of the original's."""
+        if self.original is None or row.original:
+            return ""
+        return f"{row.evaluation.bytes / self.original.evaluation.bytes * 100:.0f} % of original"
+
+    def perplexity(self, row: Row, name: str) -> str:
+        """Perplexity, and by how much it differs from the original's."""
+        own, first = row.quality(name), self.original.quality(name) if self.original else None
+        assert own is not None
+        if first is None or row.original:
+            return number(own.perplexity)
+        return f"{number(own.perplexity)} {signed(own.perplexity / first.perplexity - 1, 1)}"
+
+    def multiple(self, row: Row, role: Role) -> str:
+        """Mean divergence as a multiple of ours."""
+        value, ours = row.divergence(role), self.ours.divergence(role) if self.ours else None
+        if row is self.ours:
+            return "ours"
+        return f"{value / ours:.2f} \u00d7 ours" if value and ours else ""
+
+
+def _line(row: Row, beside: _Beside, known: bool = False, novel: bool = False) -> QualityRow:
     e = row.evaluation
+    bits = (Cell(number(e.bits_per_weight)), Cell(number(e.model_bits_per_weight)))
     return QualityRow(
-        name=e.strategy or "original", method=e.method or "", hedge="" if e.hedge is None else f"{e.hedge:g}",
-        sizes=(f"{row.mebibytes:.2f}", number(e.bits_per_weight), number(e.model_bits_per_weight)),
-        known=_cells(row, "known", known), novel=_cells(row, "novel", novel),
-        colour=strategy_colour(e.strategy or "original"), tip=f"{e.model}: {e.bytes} bytes",
+        name=e.strategy or "original", made=row.made, known=_cells(row, "known", beside, known),
+        novel=_cells(row, "novel", beside, novel), sizes=(Cell(f"{row.mebibytes:.2f}", beside.share(row)), *bits),
+        colour=strategy_colour(e.strategy or "original"), tip=f"{row.name}: {e.bytes:,} bytes",
     )  # fmt: skip
 
 
-def _cells(row: Row, role: Role, is_best: bool) -> tuple[Cell, ...]:
+def _cells(row: Row, role: Role, beside: _Beside, is_best: bool) -> tuple[Cell, ...]:
     """The mean first, then every distribution."""
-    scores = [row.quality(name) for name in row.names[role]]
-    each = [Cell(number(q.kl_divergence, 4), number(q.perplexity)) if q else Cell(number(None)) for q in scores]
-    return (Cell(number(row.divergence(role), 4), best=is_best), *each) if each else ()
+    scores = {name: row.quality(name) for name in row.names[role]}
+    each = [
+        Cell(number(q.kl_divergence, 4), beside.perplexity(row, name)) if q else Cell(number(None))
+        for name, q in scores.items()
+    ]
+    return (Cell(number(row.divergence(role), 4), beside.multiple(row, role), best=is_best), *each) if each else ()
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:
@@ -129,37 +163,25 @@ def _key(lines: Sequence[tuple[str, list[Row]]]) -> tuple[KeyEntry, ...]:
 
 
 def _chart(lines: Sequence[tuple[str, list[Row]]], role: Role, limits: tuple[float, float]) -> Chart:
-    traces = []
-    for (name, group), style in zip(lines, _key(lines), strict=True):
-        drawn = [(row, value) for row in group if (value := row.divergence(role))]
-        symbol, colour = style.shape + ("-open" if style.hollow else ""), style.colour
-        mark = {"size": 9, "symbol": symbol, "color": colour[0], "line": {"width": 2, "color": colour[0]}}
-        traces.append(
-            line(
-                [row.mebibytes for row, _ in drawn], [value for _, value in drawn], name, colour, "%{customdata}",
-                line={"dash": "dot" if style.hollow else "solid", "width": 1.5}, mode="lines+markers", marker=mark,
-                customdata=[_hover(row) for row, _ in drawn],
-            )
+    drawn = []
+    for (_, group), style in zip(lines, _key(lines), strict=True):
+        points = [(row, value) for row in group if (value := row.divergence(role))]
+        drawn.append(
+            line([row.mebibytes for row, _ in points], [value for _, value in points], style.colour,
+                 [_hover(row) for row, _ in points], dash="dot" if style.hollow else "solid", marker=style.shape,
+                 hollow=style.hollow)
         )  # fmt: skip
-    steps = [float(f"{step}e{power}") for power in range(-7, 3) for step in (1, 2, 5)]
-    ticks = [step for step in steps if limits[0] <= math.log10(step) <= limits[1]]
-    layout = {
-        "xaxis": {"title": {"text": "MiB of all weight files"}, "zeroline": False},
-        "yaxis": {"title": {"text": "mean KL divergence, nats per token"}, "type": "log", "range": limits,
-                  "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks], "automargin": True},
-    }  # fmt: skip
-    return chart(f"{role.capitalize()} texts", traces, layout, 380)
+    x = linear("MiB of all weight files", [row.mebibytes for _, group in lines for row in group])
+    y = logarithmic("mean KL divergence, nats per token", *limits)
+    return line_chart(f"{role.capitalize()} texts", drawn, x, y, 380)
 
 
 def _hover(row: Row) -> str:
     e = row.evaluation
-    head = f"<b>{braces(row.name)}</b><br>{row.mebibytes:.2f} MiB, {e.bits_per_weight:.2f} bits per weight"
-    lines = [head]
+    lines = [row.name, f"{row.mebibytes:.2f} MiB, {e.bits_per_weight:.2f} bits per weight"]
     for role, names in row.names.items():
         if (mean := row.divergence(role)) is not None:
-            lines.append(f"<b>{role}: {mean:.4f}</b>")
+            lines.append(f"{role}: {mean:.4f}")
         scores = [(name, row.quality(name)) for name in names]
-        lines += [
-            f"{braces(name)}: {number(q.kl_divergence, 4)} (perplexity {q.perplexity:.2f})" for name, q in scores if q
-        ]
-    return "<br>".join(lines)
+        lines += [f"{name}: {number(q.kl_divergence, 4)} (perplexity {q.perplexity:.2f})" for name, q in scores if q]
+    return "\n".join(lines)

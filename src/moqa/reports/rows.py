@@ -7,10 +7,13 @@ from itertools import groupby
 from typing import Literal
 
 from moqa.evaluation import Evaluation, Quality
+from moqa.evaluation.proof import interpolated
+from moqa.planning.registry import DEFAULT_STRATEGY, PLAIN
 from moqa.reports.gather import Artifacts
 
 Role = Literal["known", "novel"]
 ROLES: tuple[Role, ...] = ("known", "novel")
+OURS, BASELINE = DEFAULT_STRATEGY, PLAIN
 MEBIBYTE = 2**20
 SAME_SIZE = 0.005
 
@@ -22,10 +25,14 @@ class Row:
     Attributes:
         evaluation: its record.
         names: known distributions, which an evaluated checkpoint was fitted on, and novel ones, all others.
+        ours: whether the page judges it: the checkpoint of a proof, or of our strategy.
+        interpolated: whether it was not measured, but computed from a smaller and a larger one.
     """
 
     evaluation: Evaluation
     names: dict[Role, tuple[str, ...]]
+    ours: bool = False
+    interpolated: bool = False
 
     @property
     def original(self) -> bool:
@@ -38,6 +45,13 @@ class Row:
         e = self.evaluation
         hedge = "" if e.hedge is None else f" hedge {e.hedge:g}"
         return "original" if self.original else f"{e.strategy}{hedge} {e.method}"
+
+    @property
+    def made(self) -> str:
+        """By which method, with which hedge."""
+        e = self.evaluation
+        hedge = None if e.hedge is None else f"hedge {e.hedge:g}"
+        return ", ".join(filter(None, (e.method, hedge, "interpolated" if self.interpolated else None)))
 
     @property
     def mebibytes(self) -> float:
@@ -58,6 +72,7 @@ class Row:
 def make_rows(found: Artifacts) -> list[Row]:
     """All evaluations as rows: the original first, then ordered by size and divergence.
 
+    Where none of ours has a uniform checkpoint of its size beside it, one is interpolated from its two neighbours.
     A distribution is known if an evaluated checkpoint was fitted on it or a summary says so, otherwise novel.
     """
     # evaluations with an adjustment have their own section, in which they are compared with those without it
@@ -66,8 +81,31 @@ def make_rows(found: Artifacts) -> list[Row]:
     fitted = {name for e in evaluations for name in e.fitted_on}
     known = tuple(n for n in names if n in fitted or found.roles.get(n) == "known")
     roles: dict[Role, tuple[str, ...]] = {"known": known, "novel": tuple(n for n in names if n not in known)}
-    rows = [Row(e, roles) for e in evaluations]
+    proven = [proof.ours for proof in found.proofs]
+    rows = [Row(e, roles, ours=e in proven or e.strategy == OURS) for e in evaluations]
+    for row in [row for row in rows if row.ours]:
+        rows += _uniform_of_its_size(row, rows)
     return sorted(rows, key=lambda row: (not row.original, row.evaluation.bytes, _rank(row), row.name))
+
+
+def _uniform_of_its_size(row: Row, rows: Sequence[Row]) -> list[Row]:
+    """A uniform checkpoint between the nearest smaller and larger one, if they exist and none has the size."""
+    peers = [r for r in rows if r.evaluation.strategy == BASELINE and not r.ours and comparable(row, r)]
+    around = [r.evaluation for r in sorted(peers, key=lambda r: r.evaluation.bytes) if not r.interpolated]
+    size = row.evaluation.bytes
+    smaller, larger = [e for e in around if e.bytes < size], [e for e in around if e.bytes > size]
+    if any(same_size(row, peer) for peer in peers) or not smaller or not larger:
+        return []
+    low, high = smaller[-1], larger[0]
+    if low.distributions.keys() != high.distributions.keys():
+        return []
+    return [Row(interpolated([low, high], size), row.names, interpolated=True)]
+
+
+def comparable(one: Row, other: Row) -> bool:
+    """Whether two checkpoints were made by the same method and measured on windows of the same length."""
+    a, b = one.evaluation, other.evaluation
+    return a.method == b.method and a.context == b.context
 
 
 def size_groups(rows: Iterable[Row]) -> list[list[Row]]:
@@ -101,7 +139,9 @@ def best(values: Sequence[float | None]) -> set[int]:
 
 def series(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """Group checkpoints by name (strategy, hedge and method), ordered by size."""
-    ordered = sorted((r for r in rows if not r.original), key=lambda r: (r.name, r.evaluation.bytes))
+    ordered = sorted(
+        (r for r in rows if not (r.original or r.interpolated)), key=lambda r: (r.name, r.evaluation.bytes)
+    )
     return [(name, list(group)) for name, group in groupby(ordered, key=lambda row: row.name)]
 
 

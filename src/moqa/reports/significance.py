@@ -22,10 +22,11 @@ from moqa.reports.blocks import (
     number,
     percent,
 )  # fmt: skip
-from moqa.reports.charts import braces, chart, dash, heat_map, line, map_height, stacked, upper
+from moqa.reports.charts import Axis, dash, heat_map, line, line_chart, linear, map_height, stacked, upper
 from moqa.reports.palette import LINES, MUTED, TEXT
 
 _CURVE = tuple(np.geomspace(0.001, 1, 61).tolist())
+_CURVES = (("drift", LINES[0]), ("significance (control)", TEXT), ("even spread", MUTED))
 
 
 def significance_section(profile: Profile) -> Section | None:
@@ -35,7 +36,7 @@ def significance_section(profile: Profile) -> Section | None:
     names = drift.distributions(profile)
     tables = {name: _shares(profile, name) for name in names}
     top = upper(np.stack(list(tables.values())))
-    hover = "layer %{y}, expert %{x}<br>%{z:.2f} % of the layer"
+    hover = "layer {y}, expert {x}\n{z:.2f} % of the layer"
     maps = tuple(heat_map(titled(n), t, profile.expert_layers, hover, (0.0, top)) for n, t in tables.items())
     ends = ("0 %", f"{top:.1f} % or more")
     blocks: list[PageElement] = [CellGrid(maps, Scale("sequential", *ends, "share of the layer's output"))]
@@ -77,39 +78,29 @@ def _shares(profile: Profile, name: str) -> NDArray[np.float64]:
 
 def _pair(profile: Profile, tables: dict[str, NDArray], a: str, b: str, limit: float) -> tuple[PageElement, ...]:
     change = tables[b] - tables[a]
-    both = np.stack([tables[a], tables[b]], axis=-1).astype(np.float32)
-    hover = (
-        f"layer %{{y}}, expert %{{x}}<br>{braces(a)} %{{customdata[0]:.2f}} %, {braces(b)} %{{customdata[1]:.2f}} %<br>"
-        "%{z:+.2f} points"
-    )
     ends = (f"{limit:.1f} points less on {b}", f"{limit:.1f} points more on {b}")
     height = max(300, map_height(len(change)))
     left = heat_map(
-        f"Significance: {b} minus {a}", change, profile.expert_layers, hover, (-limit, limit), scale="diverging",
-        customdata=both, height=height, legend=Scale("diverging", *ends),
+        f"Significance: {b} minus {a}", change, profile.expert_layers, "layer {y}, expert {x}\n{z:+.2f} points",
+        (-limit, limit), scale="diverging", height=height, legend=Scale("diverging", *ends),
     )  # fmt: skip
-    return (CellGrid((left, _curves(profile, a, b, height))),)
+    return (CellGrid((left, _curves(profile, a, b, height))), Key(tuple(KeyEntry(*one) for one in _CURVES)))
 
 
 def _curves(profile: Profile, a: str, b: str, height: int) -> Chart:
-    percents = [share * 100 for share in _CURVE]
+    held = (
+        drift.drift_concentration(profile, a, b, _CURVE), drift.significance_concentration(profile, a, b, _CURVE),
+        {share: share for share in _CURVE},
+    )  # fmt: skip
     lines = [
-        ("drift", drift.drift_concentration(profile, a, b, _CURVE), LINES[0], "solid"),
-        ("significance (control)", drift.significance_concentration(profile, a, b, _CURVE), TEXT, "dash"),
-        ("even spread", {share: share for share in _CURVE}, MUTED, "dot"),
-    ]
-    traces = [
-        line(percents, [v * 100 for v in held.values()], name, colour, f"{name}<br>%{{x:.2g}} % of the channels hold "
-             "%{y:.1f} %", line={"dash": style}, mode="lines")
-        for name, held, colour, style in lines
+        line([share * 100 for share in shares], [value * 100 for value in shares.values()], colour,
+             [f"{name}\n{share:.2%} of the channels hold {value:.1%}" for share, value in shares.items()],
+             dash=style)
+        for (name, colour), shares, style in zip(_CURVES, held, ("solid", "dash", "dot"), strict=True)
     ]  # fmt: skip
-    layout = {
-        "showlegend": True, "legend": {"x": 0.02, "y": 0.98, "bgcolor": "rgba(0,0,0,0)"},
-        "xaxis": {"title": {"text": "% of all channels, largest first"}, "type": "log", "zeroline": False,
-                  "tickvals": [0.1, 1, 5, 10, 50, 100], "range": [-1, 2]},
-        "yaxis": {"title": {"text": "% held"}, "range": [0, 102], "zeroline": False, "automargin": True},
-    }  # fmt: skip
-    return chart("How concentrated the drift is", traces, layout, height)
+    x = Axis("% of all channels, largest first", (0.1, 100), (0.1, 1, 5, 10, 50, 100), log=True)
+    y = Axis("% held", (0, 102), (0, 20, 40, 60, 80, 100))
+    return line_chart("How concentrated the drift is", lines, x, y, height)
 
 
 def _table(profile: Profile, pairs: list[tuple[str, str]]) -> Table:
@@ -144,17 +135,18 @@ def _by_layer(profile: Profile, pairs: list[tuple[str, str]]) -> list[PageElemen
         (a, b, f"{a} \u2192 {b}", LINES[index % len(LINES)], dash(index, len(LINES)))
         for index, (a, b) in enumerate(pairs)
     ]
-    few = {"dtick": 1} if len(profile.expert_layers) <= 16 else {}
-    x = {"title": {"text": "layer"}, "zeroline": False, **few}
+    layers = profile.expert_layers
     charts = []
-    for title, measure, y in (
-        ("Rank correlation of experts, by layer", drift.layer_rank_correlations, {"range": [None, 1.02]}),
-        ("Routing divergence, by layer (bits)", drift.routing_divergence, {"rangemode": "tozero"}),
+    for title, measure, least in (
+        ("Rank correlation of experts, by layer", drift.layer_rank_correlations, None),
+        ("Routing divergence, by layer (bits)", drift.routing_divergence, 0.0),
     ):
-        traces = [
-            line(profile.expert_layers, measure(profile, a, b), name, colour,
-                 f"{braces(name)}<br>layer %{{x}}: %{{y:.3f}}", line={"dash": style}, mode="lines+markers")
-            for a, b, name, colour, style in lines
+        values = [measure(profile, a, b) for a, b, *_ in lines]
+        drawn = [
+            line(layers, y, colour, [f"{name}\nlayer {n}: {value:.3f}" for n, value in zip(layers, y, strict=True)],
+                 dash=style, marker="circle")
+            for (_, _, name, colour, style), y in zip(lines, values, strict=True)
         ]  # fmt: skip
-        charts.append(chart(title, traces, {"xaxis": x, "yaxis": {"zeroline": True, "automargin": True, **y}}, 280))
+        y = linear("", [value for each in values for value in each], least=least)
+        charts.append(line_chart(title, drawn, linear("layer", layers, whole=True), y, 280))
     return [Key(tuple(KeyEntry(name, colour) for _, _, name, colour, _ in lines)), CellGrid(tuple(charts))]

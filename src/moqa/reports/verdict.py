@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moqa.planning import STRATEGIES
-from moqa.planning.registry import DEFAULT_STRATEGY, PLAIN
-from moqa.reports.rows import ROLES, Role, Row, same_size
+from moqa.reports.rows import BASELINE, OURS, ROLES, Role, Row, comparable, same_size
 
-OURS, BASELINE = DEFAULT_STRATEGY, PLAIN
 EQUAL = 0.005  # relative changes below this count as equal
 
 Outcome = Literal["win", "lose", "mixed", "equal", "open"]
@@ -61,10 +59,10 @@ class Verdict:
 
 
 def comparisons(rows: Sequence[Row]) -> list[Comparison]:
-    """Compare every checkpoint of a moqa strategy with the uniform one of the same method that is nearest in size."""
+    """Compare every checkpoint of ours with the uniform one of the same method that is nearest in size."""
     found = []
-    for row in filter(_is_ours, rows):
-        peers = [r for r in rows if r.evaluation.strategy == BASELINE and _comparable(row, r)]
+    for row in filter(lambda row: row.ours, rows):
+        peers = [r for r in rows if r.evaluation.strategy == BASELINE and not r.ours and _like(row, r)]
         if peers:
             peer = min(peers, key=lambda r: abs(r.evaluation.bytes - row.evaluation.bytes))
             pairs = {role: (row.divergence(role), peer.divergence(role)) for role in ROLES}
@@ -79,7 +77,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     The pair is chosen independently of its result: `budget` with its default hedge, preferably a method that
     corrects errors instead of plain rounding, and the middle one of the sizes.
     """
-    ours = [row for row in rows if _is_ours(row)]
+    ours = [row for row in rows if row.ours]
     pairs = [c for c in comparisons(rows) if c.outcome != "open"]
     if pairs:
         chosen = _headline([c.ours for c in pairs])
@@ -97,17 +95,18 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             "was evaluated, so nothing here says whether that is good."
         )
     if any(not row.original for row in rows):
-        return Verdict("Only baselines were evaluated: there is no checkpoint of a moqa strategy to judge.")
+        return Verdict(f"Only baselines were evaluated: there is no checkpoint of the strategy {OURS} to judge.")
     return Verdict("No checkpoint was evaluated yet: nothing here says how good a plan is.")
 
 
 def _sentence(pair: Comparison) -> str:
     peer = pair.baseline.evaluation
     against = f"uniform {peer.method} ({peer.bits_per_weight:.2f} bits per weight)"
+    size = "interpolated to the same size" if pair.baseline.interpolated else "of the same size"
     (role, change), *rest = pair.changes.items()
     but = ", but" if pair.outcome == "mixed" else ","
     loses = " loses" if pair.outcome == "lose" else ""
-    text = f"{_label(pair.ours)}{loses}: KL divergence on {role} texts {_times(change)} {against} of the same size"
+    text = f"{_label(pair.ours)}{loses}: KL divergence on {role} texts {_times(change)} {against} {size}"
     text += "".join(f"{but} on {role} texts {_times(change, alone=True)}" for role, change in rest)
     if pair.outcome == "mixed":
         worse = next(role for role, change in pair.changes.items() if change > 0)
@@ -132,7 +131,7 @@ def _tally(pairs: Sequence[Comparison]) -> str:
 
 def _still_better(ours: Row, rows: Sequence[Row]) -> str:
     """Name a baseline other than uniform that beats ours at the same size and with the same method."""
-    peers = [r for r in rows if not r.original and not _is_ours(r) and _comparable(ours, r)]
+    peers = [r for r in rows if not r.original and not r.ours and _like(ours, r)]
     found: dict[str, list[str]] = {}
     for role in ROLES:
         mine = ours.divergence(role)
@@ -161,13 +160,8 @@ def _same_kind(one: Row, other: Row) -> bool:
     return (a.strategy, a.hedge) == (b.strategy, b.hedge)
 
 
-def _is_ours(row: Row) -> bool:
-    return (row.evaluation.strategy or "").startswith("moqa")
-
-
-def _comparable(one: Row, other: Row) -> bool:
-    a, b = one.evaluation, other.evaluation
-    return a.method == b.method and a.context == b.context and same_size(one, other)
+def _like(one: Row, other: Row) -> bool:
+    return comparable(one, other) and same_size(one, other)
 
 
 def _label(row: Row) -> str:

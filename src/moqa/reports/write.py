@@ -8,7 +8,7 @@ from moqa.storage.artifact import write_whole
 
 
 def report(artifacts: Sequence[str | Path], out: str | Path) -> Path:
-    """Make one HTML page from profiles, plans, checkpoints, adjustments and evaluations.
+    """Make one HTML page from profiles, plans, checkpoints, adjustments, evaluations and proofs.
 
     >>> moqa.report(["runs/profile", "runs/out"], "report.html")
     PosixPath('report.html')
@@ -20,15 +20,10 @@ def report(artifacts: Sequence[str | Path], out: str | Path) -> Path:
         out: file to write; an existing file is replaced once the new page is complete.
 
     Raises:
-        MoqaError: if a path is missing or not an artifact, nothing is found, or jinja2 or plotly is not installed.
+        MoqaError: if a path is missing or not an artifact, or nothing is found.
     """
-    try:
-        from moqa.reports.page import render
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("jinja2", "plotly"):
-            raise MoqaError("the report needs `pip install 'moqa[report]'`", f"{error.name} is missing") from None
-        raise
     from moqa.reports.gather import gather
+    from moqa.reports.page import render
 
     out = Path(out)
     if out.is_dir():
