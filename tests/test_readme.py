@@ -11,32 +11,42 @@ from pathlib import Path
 
 import httpx
 import pytest
+import typer
 
 import moqa
+from moqa.cli.main import application
 from moqa.planning import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Language and text of every block: console and Python are run, shell is on models that no test has."""
+    return re.findall(r"```(console|shell|python)\n(.*?)```", page, re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    text = "\n".join(blocks("console")).replace("\\\n", " ")
-    typed = [line.removeprefix("$ ").split("#")[0] for line in text.splitlines() if line.startswith("$ ")]
-    return [shlex.split(line) for line in typed]
+def typed(text: str) -> list[list[str]]:
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if line.startswith("$ ")]
+
+
+def commands(page: str, *languages: str) -> list[list[str]]:
+    return [command for language, text in blocks(page) if language in languages for command in typed(text)]
 
 
 @pytest.mark.slow
 def test_the_readme_runs_as_it_stands(tmp_path):
     (tmp_path / "reference").symlink_to(ROOT / "reference")
-    ours = [command for command in commands() if command[0] == "moqa"]
-    assert len(ours) >= 6
-    scripts = [[sys.executable, "-c", code] for code in blocks("python")]
+    steps = []
+    for language, text in blocks(README):
+        if language == "python":
+            steps.append([sys.executable, "-c", text])
+        if language == "console":
+            steps += [[sys.executable, "-m", *command] for command in typed(text) if command[0] == "moqa"]
+    assert len(steps) >= 7
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    for command in [[sys.executable, "-m", *command] for command in ours] + scripts:
+    for command in steps:
         if command[3:4] == ["serve"]:
             serves(command, tmp_path, environment)
             continue
@@ -61,10 +71,37 @@ def serves(command: list[str], folder: Path, environment: dict[str, str]) -> Non
 
 
 def test_the_readme_names_targets_that_exist():
-    targets = {command[1] for command in commands() if command[0] == "make"}
-    assert {"demo", "test"} <= targets
+    targets = {command[1] for command in commands(README, "console") if command[0] == "make"}
+    assert "demo" in targets
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/first-model.md", "docs/which-size.md"])
+def test_the_commands_of_a_page_are_understood(page):
+    found = [command for command in commands((ROOT / page).read_text(), "console", "shell") if command[0] == "moqa"]
+    assert len(found) >= 3
+    for _, name, *arguments in found:
+        typer.main.get_command(application()).commands[name].make_context(name, arguments)
+
+
+def test_the_table_of_the_readme_is_that_of_its_command():
+    demo = (ROOT / "docs" / "results" / "main-job.md").read_text()
+    rows = {
+        "original": "the original", "uniform 3 gptq": "uniform 3 bits", "frequency 3": "bits by how often",
+        "budget 3": r"\*\*moqa \(",
+    }  # fmt: skip
+    for name, row in rows.items():
+        cells = re.search(rf"^\| {name} \|.*", demo, re.MULTILINE)[0].replace("0.0000", "0").split(" | ")
+        shown = re.search(rf"^\| {row}.*", README, re.MULTILINE)[0].replace("*", "").strip("| ").split(" | ")
+        assert shown[1:] == [cells[5], cells[7]]
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    source = "".join(path.read_text() for path in (ROOT / "src" / "moqa").rglob("*.py"))
+    quoted = re.findall(r"^\| `([^`]+)`", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 20
+    assert [message for message in quoted for part in message.split("...") if part.strip() not in source] == []
 
 
 def test_every_link_in_the_documents_leads_somewhere():
