@@ -20,7 +20,7 @@ from typing import Any
 
 MODEL = Path(__file__).parents[1] / "runs" / "random-model"
 # llama.cpp's names of the file types that llama_model_quantize takes
-FILE_TYPES = {"Q8_0": "Q8_0", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M", "Q2_K": "Q2_K"}
+FILE_TYPES = {"F16": "F16", "Q8_0": "Q8_0", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M", "Q2_K": "Q2_K"}
 KINDS = ("BF16", *FILE_TYPES)
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -233,7 +233,7 @@ def main() -> None:
     print("| kind | repacked | threads | prompt | decode | prefill | load, s | file, MB | peak, MB |")
     print("|---|---|" + "---:|" * 7)
     for kind, threads, prompt in product(options.kinds, options.threads, options.prompts):
-        for repack in (False,) if kind == "BF16" else (True, False):
+        for repack in (False,) if kind in ("BF16", "F16") else (True, False):
             found = measure(prepare(options.folder, kind), threads, prompt, options.new, repack=repack)
             print(
                 f"| {kind} | {'yes' if repack else 'no'} | {threads} | {prompt} "

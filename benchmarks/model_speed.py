@@ -1,4 +1,4 @@
-"""Speed of a whole model: moqa at 4 bits and at mixed 2.5 bits, transformers in bfloat16, llama.cpp in Q4_K and Q2_K.
+"""Speed of a whole model: moqa at 4 and mixed 2.5 bits, transformers in bfloat16, llama.cpp in F16, Q4_K and Q2_K.
 
 Writes runs/bench/model.json. The model is the random one of random_model.py; engines take turns, each in a process of
 its own, and of a few turns the median counts.
@@ -67,6 +67,7 @@ def show(rows: list[dict]) -> None:
 def main() -> None:
     contenders = [("moqa", weights, folder) for weights, folder in checkpoints().items()]
     contenders.append(("transformers", "bf16", MODEL))
+    contenders.append(("llama.cpp", "F16", gguf_engine.prepare(MODEL, "F16")))
     for kind in ("Q4_K", "Q2_K"):
         path = gguf_engine.prepare(MODEL, kind)
         # which of the two is faster differs between decoding and prefill
