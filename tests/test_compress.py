@@ -32,7 +32,12 @@ class TestCompress:
         assert result.checkpoint == out
         assert result.plan.account.bits_per_weight <= 6
         assert set(result.proof.ours.distributions) == {"wiki", "novels"}
+        original = result.proof.original
+        assert (original.strategy, original.context) == (None, 32)
+        assert original.bytes == sum(path.stat().st_size for path in tiny_model.glob("*.safetensors"))
+        assert {q.kl_divergence for q in original.distributions.values()} == {0.0}
         assert result.report == out / "report.html"
+        assert '<h1 class="open">' not in result.report.read_text()  # it judges the checkpoint
         assert json.loads((out / "proof.json").read_text()) == result.proof.model_dump(mode="json")
         assert read_plan(out / "plan.json").units == result.plan.units
         assert [(found.plan, found.proof) for found in quantized] == [(result.plan, None)]

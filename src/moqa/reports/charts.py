@@ -130,14 +130,18 @@ def linear(title: str, values: Sequence[float], *, least: float | None = None, w
 
 
 def logarithmic(title: str, low: float, high: float) -> Axis:
-    """A logarithmic axis with ticks at 1, 2 and 5 of every power of ten.
+    """A logarithmic axis with ticks at 1, 2 and 5 of every power of ten, or at all digits if that gives too few.
 
     >>> logarithmic("nats", 0.004, 0.03).ticks
     (0.005, 0.01, 0.02)
     """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = [float(f"{step}e{power}") for power in powers for step in (1, 2, 5)]
-    return Axis(title, (low, high), tuple(step for step in steps if low <= step <= high), log=True)
+    ticks: tuple[float, ...] = ()
+    for digits in ((1, 2, 5), range(1, 10)):
+        steps = [float(f"{digit}e{power}") for power in powers for digit in digits]
+        if len(ticks) < 2:
+            ticks = tuple(step for step in steps if low <= step <= high)
+    return Axis(title, (low, high), ticks, log=True)
 
 
 def dash(index: int, colours: int) -> str:
