@@ -123,7 +123,7 @@ def linear(title: str, values: Sequence[float], *, least: float | None = None, w
     space = (high - low or abs(high) or 1.0) * 0.06
     low, high = low - space if least is None else least, high + space
     step = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
+    step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 8)
     step = max(round(step), 1) if whole else step
     ticks = np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
     return Axis(title, (low, high), tuple(round(float(tick), 10) for tick in ticks))
