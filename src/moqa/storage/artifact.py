@@ -106,7 +106,7 @@ def check_seal(path: Path) -> dict[str, Any]:
     """The JSON of a record that `write_sealed` wrote; what an earlier moqa wrote has no checksum.
 
     >>> check_seal(Path("plan.json"))["strategy"]
-    'moqa-budget'
+    'budget'
 
     Raises:
         MoqaError: if the file was changed after it was written.
