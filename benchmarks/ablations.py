@@ -15,9 +15,9 @@ from moqa.evaluation.proof import ProofSetup
 from moqa.methods import METHODS
 from moqa.models.view import open_model
 from moqa.planning import Plan
-from moqa.planning.problem import Choice, Problem
+from moqa.planning.problem import Problem
 from moqa.planning.registry import strategy
-from moqa.planning.solver import solve
+from moqa.planning.solver import Solution, solve
 from moqa.profiling import SELF
 from moqa.profiling.sensitivity import Sensitivity
 from moqa.progress import quiet
@@ -37,7 +37,7 @@ class Diagonal(Sensitivity):
         self.sums[name] += 0.5 * torch.einsum("oi,woi->w", gradient.square().T @ x.square(), error.square())
 
 
-def hedged_by(problem: Problem, stand_in: np.ndarray, share: float) -> Choice:
+def hedged_by(problem: Problem, stand_in: np.ndarray, share: float) -> Solution:
     """Knapsack whose hedge is another [units, widths] table, scaled to the known one as the real hedge is."""
     known = np.mean([problem.errors(name) for name in problem.known], axis=0)
     other = problem.table(stand_in)
@@ -47,7 +47,7 @@ def hedged_by(problem: Problem, stand_in: np.ndarray, share: float) -> Choice:
 
 
 @strategy("hedged by weights", needs_budget=True, hedge=0.3)
-def by_weights(problem: Problem) -> Choice:
+def by_weights(problem: Problem) -> Solution:
     """Data-free: relative rounding error x number of weights."""
     weights = np.array([[unit.weights] for unit in problem.profile.record.units])
     error = problem.profile.weights["rounding"].double().numpy() * weights
@@ -55,7 +55,7 @@ def by_weights(problem: Problem) -> Choice:
 
 
 @strategy("hedged by usage", needs_budget=True, hedge=0.3)
-def by_usage(problem: Problem) -> Choice:
+def by_usage(problem: Problem) -> Solution:
     """As if every expert of a layer were as sensitive as their mean."""
     known = np.mean([problem.profile.sensitivity(name).double().numpy() for name in problem.known], axis=0)
     kinds: dict[tuple, list[int]] = {}

@@ -65,6 +65,9 @@ class Plan(BaseModel, frozen=True):
     known: tuple[str, ...] = Field(description="distributions that the plan was fitted on")
     mixture: dict[str, Share] = Field(description="share of each distribution in the fit, with the model's own text")
     predicted: dict[str, float] = Field(description="expected KL divergence per token in nats, before any correction")
+    gap: float | None = Field(
+        None, description="no plan has an objective that is smaller by more than this share; null for plans of a rule"
+    )
     account: Account
     units: dict[str, Scheme]
 

@@ -12,6 +12,7 @@ from moqa.registry import Registry, modules_in
 
 if TYPE_CHECKING:
     from moqa.planning.problem import Choice, Problem
+    from moqa.planning.solver import Solution
 
 DEFAULT_STRATEGY = "budget"
 # baselines of every comparison: the uniform plan, and bits by routing frequency, the usual heuristic
@@ -24,7 +25,7 @@ class Strategy:
 
     Attributes:
         name: as users type it; its module has the same name, with "_" for "-".
-        choose: the function that makes the choice.
+        choose: the function that makes the choice; one that minimises an error also says how well it is proven.
         needs_sensitivity: whether it uses the measured sensitivities.
         needs_budget: whether it cannot make a plan without a budget.
         needs_experts: whether it cannot make a plan for dense models.
@@ -34,7 +35,7 @@ class Strategy:
     """
 
     name: str
-    choose: Callable[[Problem], Choice]
+    choose: Callable[[Problem], Choice | Solution]
     _: KW_ONLY
     needs_sensitivity: bool = True
     needs_budget: bool = False

@@ -17,6 +17,7 @@ from moqa.planning.budget import Budget
 from moqa.planning.problem import Choice, Problem, make_problem
 from moqa.planning.record import FORMAT, Account, Objective, Options, Plan, Scope, Ties
 from moqa.planning.registry import DEFAULT_STRATEGY, STRATEGIES, Strategy, for_dense_models
+from moqa.planning.solver import Solution
 from moqa.planning.ties import TIES, tie_groups
 from moqa.profiling import SELF, Profile
 from moqa.registry import check_known
@@ -86,7 +87,8 @@ def plan(
             f"--strategy {strategy} ranks experts, but {profile.record.model} ({profile.record.model_type}) has none",
             f"use {' or '.join(for_dense_models())}",
         )
-    choice = member.choose(problem)
+    chosen = member.choose(problem)
+    choice, gap = (chosen.choice, chosen.gap) if isinstance(chosen, Solution) else (chosen, None)
     if not problem.fits(choice):
         raise MoqaError(
             f"--strategy {strategy} has no plan within {budget.typed if budget else 'the budget'}", _reachable(problem)
@@ -102,7 +104,7 @@ def plan(
         strategy=member.name, options=options, ties=ties, budget=budget.typed if budget else None, known=known,
         mixture=mixture,
         predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
-        account=account_of(profile, schemes), units=schemes,
+        gap=gap, account=account_of(profile, schemes), units=schemes,
     )  # fmt: skip
 
 

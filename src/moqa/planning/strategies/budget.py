@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moqa.planning.registry import strategy
-from moqa.planning.solver import solve
+from moqa.planning.solver import Solution, solve
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,7 +18,7 @@ DEFAULT_HEDGE = 0.3
 
 
 @strategy("budget", needs_budget=True, hedge=DEFAULT_HEDGE, options=("objective",))
-def budgeted(problem: Problem) -> Choice:
+def budgeted(problem: Problem) -> Solution:
     """Knapsack over the measured sensitivity of every unit and width.
 
     The sensitivity of a unit on a distribution includes how much of the data reaches it (its significance) and how much

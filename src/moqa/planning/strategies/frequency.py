@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moqa.planning.registry import strategy
-from moqa.planning.solver import solve
+from moqa.planning.solver import Solution, solve
 
 if TYPE_CHECKING:
-    from moqa.planning.problem import Choice, Problem
+    from moqa.planning.problem import Problem
 
 
 @strategy("frequency", needs_budget=True, needs_experts=True)
-def frequency(problem: Problem) -> Choice:
+def frequency(problem: Problem) -> Solution:
     """Least rounding error, weighted by how often the router picks each expert on the known distributions.
 
     The rule of QuantMoE-Bench (arXiv 2406.08155) in the knapsack form of MC-MoE (arXiv 2410.06270). Units that every
