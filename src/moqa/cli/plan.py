@@ -61,9 +61,7 @@ def plan(
     if dry_run:
         from moqa.estimate import estimate
 
-        print_estimate(
-            estimate(measured.record.model, result, measured, before=start_and_end()), result, measured, json
-        )
+        print_estimate(estimate(measured.original, result, measured, before=start_and_end()), result, measured, json)
         return
     write_sealed(for_file(result, out), out)
     print_plan(result)

@@ -9,6 +9,7 @@ from moqa.errors import MoqaError
 from moqa.evaluation.proof import Proof
 from moqa.planning import Budget, Plan, for_file
 from moqa.profiling import Profile
+from moqa.quantization.card import add_results
 from moqa.reports import report
 from moqa.storage.artifact import write_json, write_sealed
 
@@ -46,6 +47,7 @@ class CompressResult:
         write_sealed(for_file(self.plan, self.checkpoint / PLAN), self.checkpoint / PLAN)
         if self.proof is None:
             return self
+        add_results(self.checkpoint, _table(self.proof))
         write_json(self.proof, self.checkpoint / PROOF)
         try:
             page = report([self.profile.folder, self.checkpoint], self.checkpoint / REPORT)
@@ -56,6 +58,17 @@ class CompressResult:
     def summary(self) -> BaseModel | dict[str, str | int]:
         """The result for `--json`: the proof, or what was written."""
         return self.proof or {"checkpoint": str(self.checkpoint), "bytes": self.plan.account.checkpoint}
+
+
+def _table(proof: Proof) -> str:
+    """The proof as a table of Markdown."""
+    names = list(proof.ours.distributions)
+    rows = [["KL divergence / perplexity", "size", "bits per weight", *names], ["---"] * (3 + len(names))]
+    for row in (proof.ours, *proof.baselines):
+        scores = [f"{q.kl_divergence:.4f} / {q.perplexity:.3f}" for q in row.distributions.values()]
+        name = "this checkpoint" if row is proof.ours else str(row.strategy)
+        rows.append([name, f"{row.bytes / 2**20:.2f} MiB", f"{row.bits_per_weight:.3f}", *scores])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def lacks_proof(out: Path) -> bool:

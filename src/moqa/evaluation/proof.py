@@ -19,6 +19,7 @@ from moqa.planning.registry import HAND_RULE, PLAIN
 from moqa.profiling import Profile
 from moqa.progress import Report
 from moqa.quantization import quantize
+from moqa.storage.paths import label, recorded
 from moqa.storage.temporary import temporary_folder
 
 
@@ -108,8 +109,8 @@ def prove(bench: ProofSetup, chosen: Plan, out: Path, method: str, report: Repor
     Raises:
         MoqaError: if a text is unusable.
     """
-    ours = bench.run(chosen, method, report, out)
-    rows = [bench.run(other, method, report) for other in baselines(bench.profile, chosen)]
+    ours = _portable(bench.run(chosen, method, report, out), out)
+    rows = [_portable(bench.run(other, method, report), out) for other in baselines(bench.profile, chosen)]
     around = [row for row in rows if row.strategy == PLAIN]
     uniform = {name: _at_bytes(around, name, ours.bytes) for name in ours.distributions}
     return Proof(ours=ours, baselines=tuple(rows), uniform=uniform)
@@ -124,6 +125,11 @@ def baselines(profile: Profile, chosen: Plan) -> list[Plan]:
     larger = [p for p in plans if p.account.checkpoint > chosen.account.checkpoint]
     rule = [of(f"{chosen.account.checkpoint}B", strategy=HAND_RULE)] if profile.expert_layers else []
     return [*fitting[-1:], *larger[:1], *rule]
+
+
+def _portable(row: Evaluation, out: Path) -> Evaluation:
+    """An evaluation as it is kept in a checkpoint, wherever that goes."""
+    return row.model_copy(update={"model": label(row.model), "against": recorded(str(row.against), out)})
 
 
 def _at_bytes(rows: Sequence[Evaluation], name: str, size: int) -> float:

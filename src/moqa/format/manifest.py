@@ -10,6 +10,8 @@ from moqa.format.scheme import Scheme
 
 FORMAT = 1
 MANIFEST, CONFIG = "moqa.json", "config.json"
+# for people: it may be edited, so no hash of it is recorded
+CARD = "README.md"
 
 Length = Annotated[int, Field(ge=0)]
 Side = Annotated[int, Field(ge=1)]
@@ -65,7 +67,9 @@ class Manifest(BaseModel, frozen=True):
 
     format: int = FORMAT
     moqa: str = Field(description="version that wrote it")
-    model: str = Field(description="the original model, as the user gave it")
+    model: str = Field(
+        description="the original model, as the user gave it; an absolute path relative to the checkpoint"
+    )
     model_type: str
     fingerprint: str = Field(description="of the original model")
     layers: int = Field(ge=0, description="decoder layers")

@@ -7,6 +7,7 @@ from moqa.format.reader import is_checkpoint
 from moqa.models.load import read_config, read_generation_config
 from moqa.models.view import open_model
 from moqa.originals import folder as original
+from moqa.originals.hub import on_disk
 from moqa.runtime.load import load
 from moqa.tasks import check_language_model
 from moqa.tasks.causal_lm import load_tokenizer
@@ -26,10 +27,11 @@ def load_any(model: str | Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBa
     Raises:
         MoqaError: if the model is missing or damaged, or is not a language model.
     """
-    if is_checkpoint(model):
-        check_language_model(read_config(Path(model), packed=True), model)
-        return load(model)
-    folder = original.locate(model)
+    folder = on_disk(model)
+    if is_checkpoint(folder):
+        check_language_model(read_config(folder, packed=True), model)
+        return load(folder)
+    folder = original.locate(folder)
     check_language_model(read_config(folder), folder)
     loaded = open_model(folder).model
     read_generation_config(loaded, folder)

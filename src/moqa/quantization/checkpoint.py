@@ -15,6 +15,7 @@ from moqa.models.view import ModelView
 from moqa.planning import Plan
 from moqa.planning.run import kept_entries
 from moqa.profiling import Profile
+from moqa.quantization.card import write_card
 from moqa.quantization.layer import QuantizedUnit
 from moqa.storage.resumable import ResumableRun
 
@@ -108,6 +109,8 @@ class CheckpointWriter:
             },
         )  # fmt: skip
         write_index(manifest, work.result)
+        assert self._view.folder is not None
+        write_card(work.result, manifest, self._view.folder)
         write_manifest(manifest, work.result / MANIFEST)
 
 

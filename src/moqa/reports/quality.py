@@ -23,6 +23,7 @@ from moqa.reports.charts import braces, chart, line
 from moqa.reports.palette import strategy_colour
 from moqa.reports.rows import ROLES, Role, Row, best, series, size_groups
 from moqa.reports.verdict import OURS, Comparison, comparisons
+from moqa.storage.paths import label
 
 _SHAPES = ("circle", "diamond", "square", "triangle-up")
 
@@ -82,7 +83,7 @@ def _line(row: Row, known: bool, novel: bool) -> QualityRow:
         name=e.strategy or "original", method=e.method or "", hedge="" if e.hedge is None else f"{e.hedge:g}",
         sizes=(f"{row.mebibytes:.2f}", number(e.bits_per_weight), number(e.model_bits_per_weight)),
         known=_cells(row, "known", known), novel=_cells(row, "novel", novel),
-        colour=strategy_colour(e.strategy or "original"), tip=f"{e.model}: {e.bytes} bytes",
+        colour=strategy_colour(e.strategy or "original"), tip=f"{label(e.model)}: {e.bytes} bytes",
     )  # fmt: skip
 
 
