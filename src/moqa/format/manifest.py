@@ -77,6 +77,12 @@ class Manifest(BaseModel, frozen=True):
     options: dict[str, str | float | int | None] = Field(description="of the strategy")
     ties: str
     budget: str | None
+    widths: tuple[int, ...] | None = Field(
+        None, description="candidate widths, if they are not the default ones", exclude_if=lambda widths: widths is None
+    )
+    fixed: dict[str, int] = Field(
+        {}, description="pattern of unit names -> width that the user chose", exclude_if=lambda fixed: not fixed
+    )
     method: str = Field(description="quantization method")
     seed: int
     mixture: dict[str, float] = Field(

@@ -29,6 +29,11 @@ class Checkpoint:
     folder: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        """One line; `manifest` has all units."""
+        size = f"{self.bits_per_weight:.3f} bits per weight, {self.bytes} bytes"
+        return f"<Checkpoint of {self.manifest.model} at {self.folder}: {size}, {len(self.manifest.units)} units>"
+
     @cached_property
     def shards(self) -> list[Shard]:
         """Layout of all weight files that the manifest describes."""

@@ -12,6 +12,7 @@ from moqa.execution import Executor, LocalExecutor, Workspace
 from moqa.forecast.disk import profile_disk_bytes
 from moqa.forecast.working_set import WorkingSet
 from moqa.format.manifest import Fitted
+from moqa.format.tiles import check_group_size
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
 from moqa.methods.registry import find_method
@@ -86,6 +87,7 @@ def profile(
     """
     out = Path(out)
     how = find_method(method)
+    check_group_size(group_size)
     folder = original.locate(model)
     task = task_of(read_config(folder))
     reader = task.reader(folder)

@@ -43,6 +43,11 @@ class Profile:
     statistics: dict[str, dict[str, Tensor]]
     weights: dict[str, Tensor]
 
+    def __repr__(self) -> str:
+        """One line; `record` says what was measured."""
+        texts, units = ", ".join(self.names), len(self.record.units)
+        return f"<Profile of {self.record.model} at {self.folder}: {units} units on {texts}>"
+
     @property
     def names(self) -> tuple[str, ...]:
         """Distributions given by the user, without the model's own text."""

@@ -96,7 +96,8 @@ class CheckpointWriter:
         manifest = Manifest(
             moqa=__version__, model=model, model_type=plan.model_type, fingerprint=plan.fingerprint,
             layers=self.depth, strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
-            budget=plan.budget, method=self._method.name, seed=profile.record.settings.seed, mixture=plan.mixture,
+            budget=plan.budget, widths=plan.widths, fixed=plan.fixed, method=self._method.name,
+            seed=profile.record.settings.seed, mixture=plan.mixture,
             fitted={
                 name: record.fitted
                 for name, record in records
