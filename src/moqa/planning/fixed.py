@@ -12,6 +12,7 @@ from moqa.profiling import Profile
 def fixed_widths(profile: Profile, groups: Sequence[Group], patterns: Mapping[str, int]) -> dict[int, int]:
     """Index of each group whose width was chosen -> its width.
 
+    >>> from moqa.planning.ties import tie_groups
     >>> fixed_widths(profile, tie_groups(profile.record.units, "layer"), {"*.layers.0.*": 16})
     {0: 16, 1: 16}
 
