@@ -7,6 +7,7 @@ import yaml
 
 from moqa.format.manifest import CARD, Manifest
 from moqa.format.reader import Checkpoint
+from moqa.storage.artifact import write_whole
 
 # the licence is that of the original, as its own card says
 _LICENCE = ("license", "license_name", "license_link")
@@ -87,7 +88,7 @@ def write_card(folder: Path, manifest: Manifest, original: Path) -> None:
         licence=f"That of the original{f': {named}' if named else ''}."
         + "".join(f" [{file}]({file})" for file in copied),
     )  # fmt: skip
-    (folder / CARD).write_text(f"---\n{yaml.safe_dump(front)}---\n{page}", encoding="utf-8")
+    write_whole(folder / CARD, f"---\n{yaml.safe_dump(front)}---\n{page}")
 
 
 def add_results(folder: Path, table: str) -> None:
@@ -95,7 +96,7 @@ def add_results(folder: Path, table: str) -> None:
     card = folder / CARD
     if card.is_file():
         above, loading, below = card.read_text(encoding="utf-8").partition(_LOADING)
-        card.write_text(f"{above.partition(_RESULTS)[0]}{_RESULTS}{table}{loading}{below}", encoding="utf-8")
+        write_whole(card, f"{above.partition(_RESULTS)[0]}{_RESULTS}{table}{loading}{below}")
 
 
 def _hub_id(folder: Path) -> str | None:
