@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from moqa.cli.common import only_json
+from moqa.cli.common import only_json, say
 from moqa.cli.examples import EXAMPLES
 from moqa.cli.recipe import prefer_typed
 from moqa.compression.options import help_of, one_of
@@ -42,7 +42,7 @@ class Command(TyperCommand):
             with only_json(ctx.params.get("json")):
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo(f"moqa: interrupted: {_kept(ctx.params)}", err=True)
+            say(f"moqa: interrupted: {_kept(ctx.params)}", err=True)
             raise typer.Exit(130) from None
 
 

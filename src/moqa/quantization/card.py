@@ -8,9 +8,11 @@ import yaml
 from moqa.format.manifest import CARD, Manifest
 from moqa.format.reader import Checkpoint
 from moqa.storage.artifact import write_whole
+from moqa.storage.files import read_text
 
 # the licence is that of the original, as its own card says
 _LICENCE = ("license", "license_name", "license_link")
+_FRONT_CHARACTERS = 2**14  # the parser of YAML is slow
 _FRONT = re.compile(r"---\r?\n(.*?)\r?\n---", re.DOTALL)
 _RESULTS, _LOADING = "\n## On held-out text\n", "\n## Loading\n"
 _PAGE = """
@@ -108,7 +110,7 @@ def _hub_id(folder: Path) -> str | None:
 def _licence(card: Path) -> dict[str, str]:
     """What a card says of its licence."""
     try:
-        found = _FRONT.match(card.read_text(encoding="utf-8"))
+        found = _FRONT.match(read_text(card)[:_FRONT_CHARACTERS])
         stated = yaml.safe_load(found[1]) if found else None
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
