@@ -178,9 +178,9 @@ def fitting(measured, left: int, context: int = 512, batch: int = 1) -> MemoryBu
 class TestCommands:
     def test_plan_shows_how_memory_divides(self, moqa_command, measured, tmp_path):
         options = ("--fit", "600MiB", "--context", "1024", "--batch", "2", "-o", tmp_path / "plan.json")
-        code, out, err = moqa_command("plan", measured.folder, *options, "--json", "-")
+        code, _, err = moqa_command("plan", measured.folder, *options, "--json", "-")
         assert code == 0, err
-        row = next(line for line in out.splitlines() if line.startswith("2 x 1024 tokens"))
+        row = next(line for line in err.splitlines() if line.startswith("2 x 1024 tokens"))
         weights, cache, overhead, total, limit = (float(size) for size in re.findall(r"([\d.]+) MiB", row))
         assert (cache, limit) == (12.0, 600.0)
         assert math.isclose(weights + cache + overhead, total, abs_tol=0.03)

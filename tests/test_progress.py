@@ -376,3 +376,16 @@ def test_a_dumb_terminal_gets_lines(monkeypatch, capsys):
     with progress.progress() as report:
         report("quantize", 0, 4)
     assert capsys.readouterr().err.startswith("moqa: quantize\n")
+
+
+def test_a_terminal_shows_at_once_that_something_is_done(monkeypatch, capsys):
+    from moqa.cli import progress
+
+    terminal = Console(force_terminal=True, stderr=True, width=100, _environ={"TERM": "xterm"})
+    monkeypatch.setattr(progress, "console", terminal)
+    with progress.progress() as report:
+        pass
+    assert "start" in capsys.readouterr().err
+    with progress.progress() as report:
+        report("quantize", 0, 4)
+    assert "0/4" in capsys.readouterr().err

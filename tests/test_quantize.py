@@ -93,7 +93,8 @@ class TestCheckpoint:
     def test_what_a_tokenizer_and_a_config_need_is_there(self, made, tiny_model):
         assert (made / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
         config = json.loads((made / "config.json").read_text())
-        assert config.pop("quantization_config") == {"quant_method": "moqa"}
+        assert config.pop("quantization_config")["quant_method"] == "moqa"
+        del config["transformers_weights"]
         assert config == json.loads((tiny_model / "config.json").read_text())
 
     def test_weights_are_close_to_the_original(self, made, view):

@@ -14,10 +14,11 @@ from moqa.adjustment.modes import MODES, Change, Situation
 from moqa.data import Data, as_distributions, cut_windows
 from moqa.errors import MoqaError
 from moqa.format.adjustment import Adjustment, AdjustmentRecord, ExpertSizes, layout, sizes_of, write_adjustment
-from moqa.format.cache import open_cache
+from moqa.format.cache import CACHE_FILES, open_cache
 from moqa.format.manifest import Fitted, StoredFile
 from moqa.format.reader import Checkpoint, open_checkpoint
 from moqa.models.load import read_config
+from moqa.originals.hub import on_disk
 from moqa.planning.budget import parse_share
 from moqa.progress import Report, quiet
 from moqa.runtime.load import load_packed
@@ -70,7 +71,7 @@ def adjust(
     ('residual', True)
 
     Args:
-        checkpoint: folder of a checkpoint with a channel cache (`moqa.quantize(..., cache="full")`).
+        checkpoint: folder or Hub id of a checkpoint with a channel cache (`moqa.quantize(..., cache="full")`).
         data: one distribution, as distributions or name -> source; no held-out text of an evaluation.
         out: folder to create.
         samples: number of windows of 256 tokens to use.
@@ -120,7 +121,7 @@ class Search:
         seed: int = 0,
         report: Report = quiet,
     ) -> None:
-        self._packed, self._seed, self._report = open_checkpoint(checkpoint), seed, report
+        self._packed, self._seed, self._report = open_checkpoint(on_disk(checkpoint, CACHE_FILES)), seed, report
         check_language_model(read_config(self._packed.folder, packed=True), checkpoint)
         self._cache = open_cache(self._packed.folder, self._packed.manifest.fingerprint)
         self._sizes = sizes_of(self._packed)

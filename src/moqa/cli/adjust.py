@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @app.command()
 @logged
 def adjust(
-    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint, made with --cache")],
+    checkpoint: Annotated[str, typer.Argument(metavar="OUT", help="checkpoint, made with --cache: folder or Hub id")],
     data: options.Data,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="ADJ", help="adjustment folder to make")],
     samples: Annotated[int, typer.Option("--samples", min=1, help="windows of 256 tokens to read")] = 64,

@@ -1,11 +1,14 @@
 """The application that all commands register with; what an option lacks of its help comes from the library."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
+from moqa.cli.common import only_json, say
+from moqa.cli.examples import EXAMPLES
+from moqa.cli.recipe import prefer_typed
 from moqa.compression.options import help_of, one_of
 from moqa.execution.registry import EXECUTORS
 from moqa.planning.registry import STRATEGIES
@@ -26,6 +29,30 @@ class Command(TyperCommand):
             with formatter.section("Strategies"):
                 formatter.write_dl([(name, member.help) for name, member in STRATEGIES.items()])
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        """Write the examples, whose lines can be copied as they are."""
+        with formatter.section("Examples"):
+            for line in EXAMPLES[str(self.name)]:
+                formatter.write(f"  {line}\n")
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; after Ctrl-C, say what is kept."""
+        prefer_typed(ctx)
+        try:
+            with only_json(ctx.params.get("json")):
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say(f"moqa: interrupted: {_kept(ctx.params)}", err=True)
+            raise typer.Exit(130) from None
+
+
+class Commands(TyperGroup):
+    """All commands, in the order of the work."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """See `typer.core.TyperGroup.list_commands`."""
+        return sorted(super().list_commands(ctx), key=list(EXAMPLES).index)
+
 
 class App(typer.Typer):
     """A Typer application whose options take their help from the library."""
@@ -35,14 +62,24 @@ class App(typer.Typer):
         return super().command(*args, **{"cls": Command, **options})
 
 
-app = App(
-    name="moqa",
-    help="Gives precision to the parts of a Mixture-of-Experts model that the data needs.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = App(name="moqa", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from moqa import __version__
+
+        typer.echo(f"moqa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def moqa(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Give precision to the parts of a Mixture-of-Experts model that the data needs."""
 
 
 def _help_of(option: str) -> str | None:
@@ -53,3 +90,10 @@ def _help_of(option: str) -> str | None:
         unmeasured = [name for name, member in STRATEGIES.items() if not member.needs_sensitivity]
         return f"do not measure sensitivities; {' and '.join(unmeasured)} do not need them"
     return help_of(option)
+
+
+def _kept(params: dict[str, Any]) -> str:
+    """What an interrupted command leaves: those that can start again with `--restart` go on by themselves."""
+    if "restart" not in params or params.get("dry_run"):
+        return "no file was written"
+    return f"what is finished is kept beside {params['out']}, and the same command goes on from there"

@@ -24,6 +24,7 @@ def chat(
     top_k: options.TopK = None,
     stop: options.Stop = None,
     seed: options.SamplingSeed = 0,
+    adjustment: options.Adjustment = None,
     threads: options.Threads = None,
 ) -> None:
     """Talk with a checkpoint on a terminal, or line by line from stdin."""
@@ -31,7 +32,7 @@ def chat(
 
     sampling = sampling_of(max_tokens, temperature, top_p, top_k, stop, seed)
     use_threads(threads)
-    talk = Chat(*load_any(out), sampling)
+    talk = Chat(*load_any(out, adjustment), sampling)
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if sys.stdin.isatty():
         import readline  # noqa: F401  (lets input() edit lines and recall earlier ones)

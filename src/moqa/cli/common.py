@@ -3,8 +3,10 @@
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 import typer
 from pydantic import BaseModel
@@ -14,6 +16,7 @@ from rich.text import Text
 
 from moqa.compression.options import DEFAULTS
 from moqa.errors import MoqaError, printable
+from moqa.format.tiles import KEEP_WIDTH, check_group_size
 from moqa.storage.artifact import write_json
 
 _BEGAN = time.perf_counter()
@@ -21,6 +24,22 @@ _BEGAN = time.perf_counter()
 DEFAULT_WIDTHS = ",".join(map(str, DEFAULTS.widths))
 
 console = Console(stderr=True)
+_json_to: TextIO | None = None
+
+
+@contextmanager
+def only_json(path: object) -> Iterator[None]:
+    """While `--json -` is in force, everything but the JSON goes to stderr: stdout is for another program."""
+    global _json_to
+    if str(path) != "-":
+        yield
+        return
+    _json_to = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json_to = None
 
 
 def say(text: str, err: bool = False) -> None:
@@ -39,7 +58,7 @@ def write_result(result: BaseModel | dict, path: Path | None) -> None:
         return
     if str(path) == "-":
         data = result.model_dump(mode="json") if isinstance(result, BaseModel) else result
-        print(json.dumps(data, indent=1, sort_keys=True))
+        print(json.dumps(data, indent=1, sort_keys=True), file=_json_to)
     else:
         write_json(result, path)
 
@@ -80,6 +99,27 @@ def widths_of(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise MoqaError(f"--widths {text} is not a list of widths", "give e.g. --widths 2,3,4") from None
+
+
+def fixed_of(ignore: Sequence[str] | None, widths: Sequence[str] | None) -> dict[str, int]:
+    """Pattern -> width from `--set` and `--ignore`, the latter last, as the last one that matches counts.
+
+    Raises:
+        MoqaError: if one is not PATTERN=WIDTH.
+    """
+    fixed: dict[str, int] = {}
+    for text in widths or ():
+        pattern, _, width = text.rpartition("=")
+        if not pattern or not width.isdecimal() or len(width) > 2:
+            raise MoqaError(f"--set {text} is not PATTERN=WIDTH", "give e.g. --set '*.down_proj=4'")
+        fixed[pattern] = int(width)
+    return fixed | dict.fromkeys(ignore or (), KEEP_WIDTH)
+
+
+def group_size_of(size: int) -> int:
+    """Check `--group-size`."""
+    check_group_size(size)
+    return size
 
 
 def start_and_end() -> float:

@@ -1,6 +1,5 @@
 """`moqa evaluate`: measure the quality of a model or checkpoint on held-out text."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,9 +26,7 @@ def evaluate(
     kernels: Annotated[
         str, typer.Option("--kernels", help="kernels for a checkpoint: reference, native or auto")
     ] = "reference",
-    adjustment: Annotated[
-        Path | None, typer.Option("--adjustment", metavar="ADJ", help="adjustment to apply to the checkpoint")
-    ] = None,
+    adjustment: options.Adjustment = None,
     json: options.Json = None,
     log_json: LogOption = None,
 ) -> None:

@@ -25,6 +25,7 @@ def generate(
     top_k: options.TopK = None,
     stop: options.Stop = None,
     seed: options.SamplingSeed = 0,
+    adjustment: options.Adjustment = None,
     threads: options.Threads = None,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object with text, counts and times")] = False,
 ) -> None:
@@ -35,7 +36,7 @@ def generate(
     sampling = sampling_of(max_tokens, temperature, top_p, top_k, stop, seed)
     text = _stdin() if prompt == "-" else prompt
     use_threads(threads)
-    model, tokenizer = load_any(out)
+    model, tokenizer = load_any(out, adjustment)
     written = []
     for piece in run(model, tokenizer, text, sampling):
         written.append(piece.text)

@@ -19,11 +19,18 @@ if TYPE_CHECKING:
 @app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", help="profile, plan, checkpoint, adjustment or model folder")
+        Path,
+        typer.Argument(
+            metavar="ARTIFACT", help="profile, plan, checkpoint, adjustment or model: file, folder or Hub id"
+        ),
     ],
     json: options.Json = None,
 ) -> None:
     """Show the content of a profile, plan, checkpoint, adjustment or original model."""
+    from moqa.originals.hub import is_id, on_disk
+
+    if is_id(path):
+        path = on_disk(path)
     if path.is_file():
         from moqa.cli.plan import print_plan
         from moqa.planning import read_plan

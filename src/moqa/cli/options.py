@@ -1,9 +1,30 @@
 """Options that several commands have; those without a help text here get it from the library, see `moqa.cli.app`."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
+
+from moqa.cli.common import group_size_of
+from moqa.execution.registry import EXECUTORS
+from moqa.methods.registry import METHODS
+from moqa.planning.registry import STRATEGIES
+
+
+def _among(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Completion of the names that there are."""
+    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
+
+
+def _literals(name: str) -> Callable[[], Iterable[str]]:
+    def values() -> Iterable[str]:
+        from moqa.planning import record
+
+        return get_args(getattr(record, name))
+
+    return values
+
 
 Data = Annotated[
     list[str],
@@ -12,8 +33,25 @@ Data = Annotated[
 Samples = Annotated[int, typer.Option("--samples", min=1)]
 Context = Annotated[int, typer.Option("--context", min=2)]
 SelfSamples = Annotated[int | None, typer.Option("--self-samples", min=0)]
-GroupSize = Annotated[int, typer.Option("--group-size", min=8)]
+GroupSize = Annotated[int, typer.Option("--group-size", callback=group_size_of)]
 Symmetric = Annotated[bool, typer.Option("--symmetric")]
+
+Strategy = Annotated[str, typer.Option("--strategy", autocompletion=_among(lambda: STRATEGIES))]
+Method = Annotated[str, typer.Option("--method", autocompletion=_among(lambda: METHODS))]
+Ties = Annotated[str, typer.Option("--ties", autocompletion=_among(_literals("Ties")))]
+Objective = Annotated[str, typer.Option("--objective", autocompletion=_among(_literals("Objective")))]
+Scope = Annotated[str, typer.Option("--scope", autocompletion=_among(_literals("Scope")))]
+Engine = Annotated[str, typer.Option("--engine", autocompletion=_among(lambda: EXECUTORS))]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", metavar="PATTERN", help="units to leave in 16 bits, e.g. '*.layers.0.*'; may be repeated"),
+]
+SetWidth = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PATTERN=WIDTH", help="width of units, e.g. '*.down_proj=4'; may be repeated, the last counts"
+    ),
+]
 
 Bpw = Annotated[float | None, typer.Option("--bpw", help="budget: stored bits per weight of the units")]
 Size = Annotated[str | None, typer.Option("--size", help="budget: all weight files, e.g. 12MiB")]
@@ -69,4 +107,7 @@ Stop = Annotated[
     typer.Option("--stop", metavar="TEXT", help="text that ends the output and is left out; may be repeated"),
 ]
 SamplingSeed = Annotated[int, typer.Option("--seed", help="the same seed gives the same text")]
+Adjustment = Annotated[
+    Path | None, typer.Option("--adjustment", metavar="ADJ", help="adjustment to apply to the checkpoint")
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="threads of each operation [default: all cores]")]

@@ -8,7 +8,7 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import DEFAULT_WIDTHS, mib, print_table, say, start_and_end, widths_of, write_result
+from moqa.cli.common import DEFAULT_WIDTHS, fixed_of, mib, print_table, say, start_and_end, widths_of, write_result
 from moqa.compression.options import DEFAULTS
 from moqa.errors import MoqaError
 
@@ -30,13 +30,15 @@ def plan(
         typer.Option("--context", min=1, help="with --fit: tokens of a conversation [default: 8192, or the model's]"),
     ] = None,
     batch: options.Batch = None,
-    strategy: str = DEFAULTS.strategy,
-    ties: str = DEFAULTS.ties,
+    strategy: options.Strategy = DEFAULTS.strategy,
+    ties: options.Ties = DEFAULTS.ties,
     known: Annotated[str | None, typer.Option("--known", help="distributions to fit on [default: all]")] = None,
     widths: str = DEFAULT_WIDTHS,
     hedge: float | None = DEFAULTS.hedge,
-    objective: str = DEFAULTS.objective,
-    scope: str = DEFAULTS.scope,
+    objective: options.Objective = DEFAULTS.objective,
+    scope: options.Scope = DEFAULTS.scope,
+    ignore: options.Ignore = None,
+    set_width: options.SetWidth = None,
     seed: int = DEFAULTS.seed,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="estimate the cost of quantizing by the plan, and write nothing")
@@ -56,14 +58,12 @@ def plan(
     result = run(
         measured, budget, strategy=strategy, ties=ties,  # type: ignore[arg-type]
         known=known.split(",") if known else None, widths=widths_of(widths), hedge=hedge,
-        objective=objective, scope=scope, seed=seed,  # type: ignore[arg-type]
+        objective=objective, scope=scope, fixed=fixed_of(ignore, set_width), seed=seed,  # type: ignore[arg-type]
     )  # fmt: skip
     if dry_run:
         from moqa.estimate import estimate
 
-        print_estimate(
-            estimate(measured.record.model, result, measured, before=start_and_end()), result, measured, json
-        )
+        print_estimate(estimate(measured.original, result, measured, before=start_and_end()), result, measured, json)
         return
     write_sealed(for_file(result, out), out)
     print_plan(result)

@@ -7,11 +7,22 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import DEFAULT_WIDTHS, mib, print_table, say, start_and_end, warn_left_out, widths_of, write_result
+from moqa.cli.common import (
+    DEFAULT_WIDTHS,
+    fixed_of,
+    mib,
+    print_table,
+    say,
+    start_and_end,
+    warn_left_out,
+    widths_of,
+    write_result,
+)
 from moqa.cli.plan import check_budgets, print_estimate, print_fit
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import LogOption, logged, progress
 from moqa.cli.progress.limits import time_limited
+from moqa.cli.recipe import Config
 from moqa.compression.options import DEFAULTS, CompressOptions
 from moqa.errors import MoqaError
 from moqa.execution.registry import DEFAULT_EXECUTOR
@@ -40,13 +51,15 @@ def quantize(
     size: options.Size = None,
     fit: options.Fit = None,
     batch: options.Batch = None,
-    strategy: str = DEFAULTS.strategy,
-    ties: str = DEFAULTS.ties,
-    method: str = DEFAULTS.method,
+    strategy: options.Strategy = DEFAULTS.strategy,
+    ties: options.Ties = DEFAULTS.ties,
+    method: options.Method = DEFAULTS.method,
     widths: str = DEFAULT_WIDTHS,
     hedge: float | None = DEFAULTS.hedge,
-    objective: str = DEFAULTS.objective,
-    scope: str = DEFAULTS.scope,
+    objective: options.Objective = DEFAULTS.objective,
+    scope: options.Scope = DEFAULTS.scope,
+    ignore: options.Ignore = None,
+    set_width: options.SetWidth = None,
     profile: Annotated[Path | None, typer.Option("--profile")] = DEFAULTS.profile,
     samples: options.Samples = DEFAULTS.samples,
     context: Annotated[
@@ -68,11 +81,12 @@ def quantize(
     max_memory: options.MaxMemory = None,
     time_limit: options.TimeLimit = None,
     restart: options.Restart = DEFAULTS.restart,
-    engine: str = DEFAULT_EXECUTOR,
+    engine: options.Engine = DEFAULT_EXECUTOR,
     ray_address: options.RayAddress = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="estimate bytes, memory, disk and time, and do nothing")
     ] = False,
+    config: Config = None,  # noqa: ARG001
     json: options.Json = None,
     log_json: LogOption = None,
 ) -> None:
@@ -89,10 +103,10 @@ def quantize(
         from moqa.quantization import quantize as run
         from moqa.storage.folders import check_free
 
-        if data or held_out or any(option is not None for option in (bpw, size, fit, batch)):
+        if data or held_out or ignore or set_width or any(option is not None for option in (bpw, size, fit, batch)):
             raise MoqaError(
                 f"--plan {plan} already contains the texts and the budget",
-                "leave out --data, --held-out, --bpw, --size, --fit, --batch",
+                "leave out --data, --held-out, --bpw, --size, --fit, --batch, --ignore, --set",
             )
         check_free(out, overwrite)
         chosen = read_plan(plan)
@@ -130,7 +144,7 @@ def quantize(
         strategy=strategy, ties=ties, widths=widths_of(widths), hedge=hedge,  # type: ignore[arg-type]
         objective=objective, scope=scope, method=method, profile=profile, samples=samples,  # type: ignore[arg-type]
         context=window, self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
-        overwrite=overwrite, restart=restart, seed=seed,
+        overwrite=overwrite, restart=restart, seed=seed, fixed=fixed_of(ignore, set_width),
     )  # fmt: skip
     budget = memory_budget(model, fit, context=context, batch=batch or 1) if fit else Budget.parse(bpw, size)
     if dry_run:

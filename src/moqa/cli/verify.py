@@ -1,6 +1,5 @@
 """`moqa verify`: check that a checkpoint is complete and as it was written."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ from moqa.cli.common import say
 
 
 @app.command()
-def verify(out: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint folder")]) -> None:
+def verify(out: Annotated[str, typer.Argument(metavar="OUT", help="folder or Hub id of a checkpoint")]) -> None:
     """Check every byte of a checkpoint that loading uses; exit 0 if it is sound, 2 with a line for each fault."""
     from moqa.runtime.verify import verify as run
 

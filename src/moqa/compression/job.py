@@ -8,6 +8,7 @@ from moqa.data import Data, Source
 from moqa.execution import Executor, LocalExecutor
 from moqa.format.cache import has_cache
 from moqa.format.reader import open_checkpoint
+from moqa.format.tiles import check_group_size
 from moqa.memory.limit import MemoryLimit
 from moqa.methods.registry import find_method
 from moqa.models.load import read_config
@@ -55,6 +56,7 @@ class CompressJob:
         self.profile_folder = options.profile or self.out.with_name(self.out.name + ".profile")
         self.executor = executor or LocalExecutor()
         self.method = find_method(options.method)
+        check_group_size(options.group_size)
         if options.cache is not None:
             parse_cache(options.cache)
         if not (options.proof and lacks_proof(self.out)):
@@ -91,7 +93,7 @@ class CompressJob:
             profile, self.budget, strategy=self.options.strategy, ties=self.options.ties,
             known=[distribution.name for distribution in self.fitted], widths=self.options.widths,
             hedge=self.options.hedge, objective=self.options.objective, scope=self.options.scope,
-            seed=self.options.seed,
+            fixed=self.options.fixed, seed=self.options.seed,
         )  # fmt: skip
 
     def expected(self, view: ModelView) -> tuple[Profile, Plan]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -30,6 +30,7 @@ class CompressOptions:
     >>> help_of("widths")
     'candidate widths, comma-separated'
 
+    `fixed` is pattern -> width, see `moqa.plan`; commands have `--ignore` and `--set` for it.
     Values are checked by the step that uses them: `moqa.profile`, `moqa.plan` or `moqa.quantize`.
     """
 
@@ -39,6 +40,7 @@ class CompressOptions:
     hedge: float | None = _option(None, "{hedged}: share of the model's own text in the objective, 0 to 1")
     objective: Objective = _option("mean", "{users}: mean or minimax over the known distributions")
     scope: Scope = _option("global", "{users}: rank experts over all layers (global) or per layer")
+    fixed: Mapping[str, int] = field(default_factory=dict)
     method: str = _option(DEFAULT_METHOD, "{methods}")
     profile: Path | None = _option(None, "profile folder to reuse or make [default: OUT.profile]")
     samples: int = _option(64, "windows per distribution to measure")
@@ -54,7 +56,7 @@ class CompressOptions:
 
 
 DEFAULTS = CompressOptions()
-_HELP: dict[str, str] = {option.name: option.metadata["help"] for option in fields(CompressOptions)}
+_HELP: dict[str, str] = {option.name: option.metadata.get("help", "") for option in fields(CompressOptions)}
 
 
 def help_of(name: str) -> str | None:

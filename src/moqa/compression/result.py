@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from moqa.evaluation.proof import PROOF, Proof
 from moqa.planning import Budget, Plan, for_file
 from moqa.profiling import Profile
+from moqa.quantization.card import add_results
 from moqa.reports import report
 from moqa.storage.artifact import write_json, write_sealed
 
@@ -43,12 +44,24 @@ class CompressResult:
         write_sealed(for_file(self.plan, self.checkpoint / PLAN), self.checkpoint / PLAN)
         if self.proof is None:
             return self
+        add_results(self.checkpoint, _table(self.proof))
         write_json(self.proof, self.checkpoint / PROOF)
         return replace(self, report=report([self.profile.folder, self.checkpoint], self.checkpoint / REPORT))
 
     def summary(self) -> BaseModel | dict[str, str | int]:
         """The result for `--json`: the proof, or what was written."""
         return self.proof or {"checkpoint": str(self.checkpoint), "bytes": self.plan.account.checkpoint}
+
+
+def _table(proof: Proof) -> str:
+    """The proof as a table of Markdown."""
+    names = list(proof.ours.distributions)
+    rows = [["KL divergence / perplexity", "size", "bits per weight", *names], ["---"] * (3 + len(names))]
+    for row in (proof.ours, *proof.baselines):
+        scores = [f"{q.kl_divergence:.4f} / {q.perplexity:.3f}" for q in row.distributions.values()]
+        name = "this checkpoint" if row is proof.ours else str(row.strategy)
+        rows.append([name, f"{row.bytes / 2**20:.2f} MiB", f"{row.bits_per_weight:.3f}", *scores])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def lacks_proof(out: Path) -> bool:

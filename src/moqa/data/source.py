@@ -33,6 +33,11 @@ class Distribution:
     texts: tuple[str, ...]  # documents, in order
     origin: str  # what the user typed after NAME=
 
+    def __repr__(self) -> str:
+        """One line without the texts."""
+        size = sum(map(len, self.texts))
+        return f"<Distribution {self.name} from {self.origin}: {len(self.texts)} documents, {size} characters>"
+
     @property
     def digest(self) -> str:
         """Hash of the whole text, which identifies it."""

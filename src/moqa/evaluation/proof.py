@@ -19,6 +19,7 @@ from moqa.planning.registry import HAND_RULE, PLAIN
 from moqa.profiling import Profile
 from moqa.progress import Report
 from moqa.quantization import quantize
+from moqa.storage.paths import label, recorded
 from moqa.storage.temporary import temporary_folder
 
 PROOF = "proof.json"
@@ -119,8 +120,8 @@ def prove(bench: ProofSetup, chosen: Plan, out: Path, method: str, report: Repor
     Raises:
         MoqaError: if a text is unusable.
     """
-    ours = bench.run(chosen, method, report, out)
-    rows = [bench.run(other, method, report) for other in baselines(bench.profile, chosen)]
+    ours = _portable(bench.run(chosen, method, report, out), out)
+    rows = [_portable(bench.run(other, method, report), out) for other in baselines(bench.profile, chosen)]
     around = [row for row in rows if row.strategy == PLAIN]
     at_bytes = interpolated(around, ours.bytes).distributions
     uniform = {name: quality.kl_divergence or 0.0 for name, quality in at_bytes.items()}
@@ -164,3 +165,8 @@ def interpolated(rows: Sequence[Evaluation], size: int) -> Evaluation:
             for name, q in low.distributions.items()
         },
     })  # fmt: skip
+
+
+def _portable(row: Evaluation, out: Path) -> Evaluation:
+    """An evaluation as it is kept in a checkpoint, wherever that goes."""
+    return row.model_copy(update={"model": label(row.model), "against": recorded(str(row.against), out)})

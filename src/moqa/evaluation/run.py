@@ -19,9 +19,11 @@ from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part
+from moqa.originals.hub import on_disk
 from moqa.planning.registry import STRATEGIES
 from moqa.progress import Report, quiet
 from moqa.runtime.load import load_packed
+from moqa.storage.paths import found
 from moqa.tasks import Samples, task_of
 
 DEFAULT_WINDOWS = 64
@@ -81,11 +83,12 @@ def evaluate(
     Raises:
         MoqaError: if something is missing or damaged, or a text overlaps those that the checkpoint was fitted on.
     """
-    packed = open_checkpoint(model) if is_checkpoint(model) else None
+    folder = on_disk(model)
+    packed = open_checkpoint(folder) if is_checkpoint(folder) else None
     adjusted = None if adjustment is None else read_adjustment(adjustment)
     if adjusted and not packed:
         raise MoqaError(f"{model} is not a checkpoint", f"an adjustment such as {adjustment} needs one")
-    folder = packed.folder if packed else original.locate(model)
+    folder = folder if packed else original.locate(folder)
     task = task_of(read_config(folder, packed=packed is not None))
     reader = task.reader(folder)
     distributions = task.sources(data, reader)
@@ -156,7 +159,7 @@ def _reference(
 ) -> Reference | None:
     if against is None and packed is None:
         return Reference.of(module, cut, report)
-    wanted = against if against is not None else packed.manifest.model if packed else model
+    wanted = against if against is not None else found(packed.manifest.model, packed.folder) if packed else model
     if against is None and not Path(wanted).is_dir():
         return None
     folder = original.locate(wanted)

@@ -15,6 +15,8 @@ from moqa.format.writer import write_shard
 from moqa.storage.artifact import check_signed, file_hash, read_json, signed, write_json
 
 FOLDER, RECORD = "cache", "cache.json"
+# on the Hub, where only what needs them downloads them
+CACHE_FILES = f"{FOLDER}/*"
 
 
 class CacheRecord(BaseModel, frozen=True):

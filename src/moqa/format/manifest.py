@@ -10,6 +10,8 @@ from moqa.format.scheme import Scheme
 
 FORMAT = 1
 MANIFEST, CONFIG = "moqa.json", "config.json"
+# for people: it may be edited, so no hash of it is recorded
+CARD = "README.md"
 
 Length = Annotated[int, Field(ge=0)]
 Side = Annotated[int, Field(ge=1)]
@@ -65,7 +67,9 @@ class Manifest(BaseModel, frozen=True):
 
     format: int = FORMAT
     moqa: str = Field(description="version that wrote it")
-    model: str = Field(description="the original model, as the user gave it")
+    model: str = Field(
+        description="the original model, as the user gave it; an absolute path relative to the checkpoint"
+    )
     model_type: str
     fingerprint: str = Field(description="of the original model")
     layers: int = Field(ge=0, description="decoder layers")
@@ -73,6 +77,12 @@ class Manifest(BaseModel, frozen=True):
     options: dict[str, str | float | int | None] = Field(description="of the strategy")
     ties: str
     budget: str | None
+    widths: tuple[int, ...] | None = Field(
+        None, description="candidate widths, if they are not the default ones", exclude_if=lambda widths: widths is None
+    )
+    fixed: dict[str, int] = Field(
+        {}, description="pattern of unit names -> width that the user chose", exclude_if=lambda fixed: not fixed
+    )
     method: str = Field(description="quantization method")
     seed: int
     mixture: dict[str, float] = Field(

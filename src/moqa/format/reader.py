@@ -13,6 +13,7 @@ from moqa.format.layout import DTYPES, NAMED, Shard, shards
 from moqa.format.manifest import CONFIG, FORMAT, MANIFEST, Manifest
 from moqa.format.writer import stored_file
 from moqa.originals.folder import read_header
+from moqa.originals.hub import on_disk
 from moqa.storage.artifact import check_signed, file_hash, read_json
 
 
@@ -27,6 +28,11 @@ class Checkpoint:
 
     folder: Path
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        """One line; `manifest` has all units."""
+        size = f"{self.bits_per_weight:.3f} bits per weight, {self.bytes} bytes"
+        return f"<Checkpoint of {self.manifest.model} at {self.folder}: {size}, {len(self.manifest.units)} units>"
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -152,7 +158,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     Raises:
         MoqaError: as `open_checkpoint`, for the manifest.
     """
-    folder = Path(folder)
+    folder = on_disk(folder)
     if not is_checkpoint(folder):
         raise MoqaError(f"{folder} is not a moqa checkpoint", f"it has no {MANIFEST}")
     manifest = read_json(Manifest, folder / MANIFEST)
@@ -169,7 +175,7 @@ def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
     6
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint, or its Hub id.
         verify: also compare the hashes, which reads every byte.
 
     Raises:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moqa.format.layout import Shard
-from moqa.format.manifest import CONFIG, Manifest, StoredFile
-from moqa.originals.folder import INDEX
+from moqa.format.manifest import CARD, CONFIG, Manifest, StoredFile
+from moqa.originals.hub import INDEX
 from moqa.storage.artifact import file_hash, signed, write_json
 
 NOT_A_FILE = "made-by-moqa--pip-install-moqa-to-load-it.safetensors"
@@ -54,14 +54,14 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
         file.relative_to(path.parent).as_posix(): stored_file(file)
         for file in sorted(path.parent.rglob("*"))
         # the cache has a record of its files of its own
-        if file.is_file() and file != path and file.suffix != ".safetensors"
+        if file.is_file() and file.suffix != ".safetensors" and file not in (path, path.with_name(CARD))
     }
     config = companions[CONFIG].sha256 if CONFIG in companions else ""
     write_json(signed(manifest.model_copy(update={"config": config, "companions": companions})), path)
 
 
-def introduce(folder: Path) -> None:
-    """Mark `config.json` as moqa's, for transformers; call it before the manifest is written.
+def introduce(folder: Path, recipe: Mapping[str, object]) -> None:
+    """Mark `config.json` as moqa's, for transformers, and say how it was made; call it before the manifest is written.
 
     A transformers that does not know moqa only warns about the unknown method, and loads random units. So the weights
     are said to be in a file that does not exist and whose name says what to do; `integrations/transformers.py` ignores
@@ -69,7 +69,9 @@ def introduce(folder: Path) -> None:
     """
     path = folder / CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    write_json(config | {"quantization_config": {"quant_method": "moqa"}, "transformers_weights": NOT_A_FILE}, path)
+    write_json(
+        config | {"quantization_config": {"quant_method": "moqa", **recipe}, "transformers_weights": NOT_A_FILE}, path
+    )
 
 
 def write_index(manifest: Manifest, folder: Path) -> None:

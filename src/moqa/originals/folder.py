@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moqa.errors import MoqaError, UnreadableError
 from moqa.originals.header import described_bytes, parse_unique
+from moqa.originals.hub import INDEX, on_disk
 
-INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
 # values that are checked for NaN at a time
@@ -38,38 +38,13 @@ def locate(model: str | Path) -> Path:
         MoqaError: if there is no such folder, and the Hub does not have it or cannot be reached; or if transformers
             would apply an adapter to its weights, or read others.
     """
-    folder = Path(model)
-    if not str(model).strip():
-        raise MoqaError("the model's name is empty", "give a folder with config.json and safetensors, or a Hub id")
-    if folder.is_dir():
-        return _checked(folder, model)
-    if folder.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise MoqaError(
-            f"no model at {model}", "give a folder with config.json and safetensors, or a Hub id (org/name)"
-        )
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    try:
-        folder = Path(snapshot_download(str(model), allow_patterns=patterns))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MoqaError(f"no folder {model}, and it cannot be downloaded from the Hub", reason) from None
-    return _checked(folder, model)
-
-
-def _checked(folder: Path, model: str | Path) -> Path:
-    """The folder, if its weights are those that transformers would compute with.
-
-    Raises:
-        MoqaError: naming what transformers would read besides or instead.
-    """
+    folder = on_disk(model)
     if (folder / _ADAPTER).is_file():
         raise MoqaError(
             f"{model} holds an adapter ({_ADAPTER}), which transformers applies to the weights",
             "merge it into them with PEFT's merge_and_unload, or remove the file to use the weights without it",
         )
-    if not (folder / "config.json").is_file():
+    if folder == Path(model) and not (folder / "config.json").is_file():
         raise MoqaError(f"{model} is a folder without config.json", "give the folder of a transformers checkpoint")
     parts = sorted(path.name for path in folder.glob("shard-*-model-*-of-*.safetensors"))
     if parts:

@@ -159,7 +159,7 @@ def memory_budget(
 def _profiled(profile: Profile, memory: str) -> ServedModel:
     record = profile.record
     try:
-        served = ServedModel(record.model)
+        served = ServedModel(profile.original)
     except MoqaError as error:
         what = f"--fit {memory} needs the configuration of {record.model}, the model of the profile {profile.folder}"
         raise MoqaError(what, str(error)) from None

@@ -1,6 +1,6 @@
 """The input of every strategy: groups of units, the widths allowed for each, their bytes and errors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,8 +107,8 @@ class Problem:
         while raised and self.limit is not None:
             raised = False
             for index in order:
-                wider = choice[index] + 1
-                if wider < len(self.widths) and self.allowed[index, wider]:
+                wider = next((w for w in range(choice[index] + 1, len(self.widths)) if self.allowed[index, w]), None)
+                if wider is not None:
                     more = int(self.sizes[index, wider] - self.sizes[index, choice[index]])
                     if size + more <= self.limit:
                         choice[index], size, raised = wider, size + more, True
@@ -121,6 +121,7 @@ def make_problem(
     *,
     groups: Sequence[Group],
     widths: tuple[int, ...],
+    fixed: Mapping[int, int],
     budget: Budget | None,
     options: Options,
     fixed_bytes: int,
@@ -132,6 +133,7 @@ def make_problem(
         known: distributions that may be used.
         groups: units that share a width.
         widths: candidate widths, ascending.
+        fixed: index of a group -> the only width that it may have.
         budget: the user's limit.
         options: options of the strategy.
         fixed_bytes: bytes of the weight files that no choice changes; counted if the budget is for all weight files.
@@ -139,7 +141,8 @@ def make_problem(
     settings = profile.record.settings
     moe = any(unit.role == "expert" for unit in profile.record.units)
     # units with a smallest allowed width need a candidate there, even if all candidates for experts are narrower
-    candidates = tuple(sorted({*widths, *([FLOOR] if moe and max(widths) < FLOOR else [])}))
+    free = {*widths, *([FLOOR] if moe and max(widths) < FLOOR else [])}
+    candidates = tuple(sorted({*free, *fixed.values()}))
     schemes = [Scheme(width=w, group_size=settings.group_size, symmetric=settings.symmetric) for w in candidates]
     whole = budget is not None and budget.counts == "checkpoint"
     sizes = np.array(
@@ -153,7 +156,9 @@ def make_problem(
     )
     floored = np.array([[moe and any(unit.role != "expert" for unit in group.units)] for group in groups])
     column = np.array(candidates)[None]
-    allowed = np.where(floored, column >= FLOOR, np.isin(column, widths))
+    allowed = np.where(floored, np.isin(column, list(free)) & (column >= FLOOR), np.isin(column, widths))
+    for group, width in fixed.items():
+        allowed[group] = column[0] == width
     limit = None
     if budget is not None:
         limit = budget.limit(sum(unit.weights for unit in profile.record.units)) - (fixed_bytes if whole else 0)

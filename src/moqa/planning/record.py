@@ -62,6 +62,12 @@ class Plan(BaseModel, frozen=True):
     options: Options
     ties: Ties
     budget: str | None = Field(description="as the user typed it")
+    widths: tuple[int, ...] | None = Field(
+        None, description="candidate widths, if they are not the default ones", exclude_if=lambda widths: widths is None
+    )
+    fixed: dict[str, int] = Field(
+        {}, description="pattern of unit names -> width that the user chose", exclude_if=lambda fixed: not fixed
+    )
     known: tuple[str, ...] = Field(description="distributions that the plan was fitted on")
     mixture: dict[str, Share] = Field(description="share of each distribution in the fit, with the model's own text")
     predicted: dict[str, float] = Field(description="expected KL divergence per token in nats, before any correction")
@@ -70,6 +76,13 @@ class Plan(BaseModel, frozen=True):
     )
     account: Account
     units: dict[str, Scheme]
+
+    def __repr__(self) -> str:
+        """One line; `units` has all schemes."""
+        size = f"{self.account.bits_per_weight:.3f} bits per weight, {self.account.checkpoint} bytes"
+        return f"<Plan of {self.model} by {self.label}: {size}, {len(self.units)} units>"
+
+    __str__ = __repr__
 
     @property
     def label(self) -> str:

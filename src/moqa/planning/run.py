@@ -14,6 +14,7 @@ from moqa.format.layout import Entry, entry_bytes, shards
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH
 from moqa.planning.budget import Budget
+from moqa.planning.fixed import fixed_widths
 from moqa.planning.problem import Choice, Problem, make_problem
 from moqa.planning.record import FORMAT, Account, Objective, Options, Plan, Scope, Ties
 from moqa.planning.registry import DEFAULT_STRATEGY, STRATEGIES, Strategy, for_dense_models
@@ -38,6 +39,7 @@ def plan(
     hedge: float | None = None,
     objective: Objective = "mean",
     scope: Scope = "global",
+    fixed: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> Plan:
     """Choose a width for every unit.
@@ -57,11 +59,13 @@ def plan(
         hedge: share of the model's own text in the objective, 0 to 1; None means the strategy's default.
         objective: `mean` or `minimax` over the known distributions.
         scope: rank experts of all layers together (`global`) or layer by layer (`layer`).
+        fixed: pattern of unit names, such as `*.layers.0.*` -> width of these units, 16 for no quantization; the last
+            pattern that matches counts. The budget holds for all units together.
         seed: seed of a random plan.
 
     Raises:
-        MoqaError: if the strategy, ties or a distribution is unknown, the strategy does not support the model, or no
-            plan can keep the budget.
+        MoqaError: if the strategy, ties or a distribution is unknown, a pattern matches no unit, the strategy does not
+            support the model, or no plan can keep the budget.
     """
     budget = Budget.of(budget) if isinstance(budget, str) else budget
     member = STRATEGIES.find(strategy)
@@ -76,10 +80,10 @@ def plan(
     options = Options(hedge=share, objective=objective, scope=scope, seed=seed)
     widths = _checked_widths(widths, profile)
     groups = tie_groups(profile.record.units, ties)
-    fixed = account_of(profile, {}).checkpoint
     problem = make_problem(
-        profile, known, groups=groups, widths=widths, budget=budget, options=options, fixed_bytes=fixed
-    )
+        profile, known, groups=groups, widths=widths, fixed=fixed_widths(profile, groups, fixed or {}), budget=budget, options=options,
+        fixed_bytes=account_of(profile, {}).checkpoint,
+    )  # fmt: skip
     _check_reachable(problem, budget)
     check_budget(member, budget, "give --bpw or --size")
     if member.needs_experts and not problem.routed_experts():
@@ -102,7 +106,7 @@ def plan(
         moqa=__version__, model=profile.record.model, model_type=profile.record.model_type,
         fingerprint=profile.record.fingerprint, samples=profile.digest(mixture), profile=str(profile.folder),
         strategy=member.name, options=options, ties=ties, budget=budget.typed if budget else None, known=known,
-        mixture=mixture,
+        widths=None if widths == DEFAULT_WIDTHS else widths, fixed=dict(fixed or {}), mixture=mixture,
         predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
         gap=gap, account=account_of(profile, schemes), units=schemes,
     )  # fmt: skip

@@ -65,7 +65,7 @@ class ProfileRecord(BaseModel, frozen=True):
     format: int = FORMAT
     moqa: str
     task: str = Field(CAUSAL_LM, description="what the model is for", exclude_if=lambda task: task == CAUSAL_LM)
-    model: str = Field(description="the model as the user gave it")
+    model: str = Field(description="the model as the user gave it; an absolute path relative to the profile")
     model_type: str
     fingerprint: str = Field(description="identifies the model")
     kept: dict[str, tuple[StoredDtype, tuple[Length, ...]]] = Field(

@@ -12,6 +12,7 @@ from moqa.execution import Executor, LocalExecutor, Workspace
 from moqa.forecast.disk import profile_disk_bytes
 from moqa.forecast.working_set import WorkingSet
 from moqa.format.manifest import Fitted
+from moqa.format.tiles import check_group_size
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
 from moqa.methods.registry import find_method
@@ -27,6 +28,7 @@ from moqa.profiling.sensitivity import PROBES, ErrorSettings
 from moqa.profiling.store import RECORD, Profile, read_profile, stored_samples, write_profile
 from moqa.progress import Report, quiet
 from moqa.storage.folders import is_taken
+from moqa.storage.paths import recorded
 from moqa.storage.resumable import ResumableRun, check_space, resumable, tidy
 from moqa.tasks import task_of
 
@@ -85,6 +87,7 @@ def profile(
     """
     out = Path(out)
     how = find_method(method)
+    check_group_size(group_size)
     folder = original.locate(model)
     task = task_of(read_config(folder))
     reader = task.reader(folder)
@@ -105,7 +108,7 @@ def profile(
     cut = {d.name: task.cut(d, reader, context, samples, seed) for d in distributions}
     records = {
         d.name: DistributionRecord(
-            origin=d.origin, samples=len(cut[d.name].inputs), tokens=task.count(cut[d.name].inputs),
+            origin=recorded(d.origin, out), samples=len(cut[d.name].inputs), tokens=task.count(cut[d.name].inputs),
             fitted=Fitted.of(d.digest, cut[d.name].hashes),
         )
         for d in distributions
@@ -148,7 +151,7 @@ def profile(
             records = {**old.record.distributions, **records}
         kept = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in view.kept_on_disk().items()}
         record = ProfileRecord(
-            moqa=__version__, task=task.name, model=str(model), model_type=view.model.config.model_type,
+            moqa=__version__, task=task.name, model=recorded(model, out), model_type=view.model.config.model_type,
             # what an older moqa has measured is known to be of this model only as far as it recorded
             fingerprint=identity if old is None else old.record.fingerprint,
             kept=kept, left_out=view.left_out(),

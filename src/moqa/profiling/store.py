@@ -15,6 +15,7 @@ from moqa.profiling.record import FORMAT, SELF, ProfileRecord
 from moqa.profiling.significance import expert_significance
 from moqa.storage.artifact import check_seal, file_hash, read_json, write_sealed
 from moqa.storage.files import check_file
+from moqa.storage.paths import found
 
 RECORD = "profile.json"
 WEIGHTS = "weights"
@@ -42,10 +43,20 @@ class Profile:
     statistics: dict[str, dict[str, Tensor]]
     weights: dict[str, Tensor]
 
+    def __repr__(self) -> str:
+        """One line; `record` says what was measured."""
+        texts, units = ", ".join(self.names), len(self.record.units)
+        return f"<Profile of {self.record.model} at {self.folder}: {units} units on {texts}>"
+
     @property
     def names(self) -> tuple[str, ...]:
         """Distributions given by the user, without the model's own text."""
         return tuple(name for name in self.statistics if name != SELF)
+
+    @property
+    def original(self) -> str:
+        """Where the model was found, or its Hub id."""
+        return found(self.record.model, self.folder)
 
     @property
     def expert_layers(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from moqa.models.view import ModelView
 from moqa.planning import Plan
 from moqa.planning.run import kept_entries
 from moqa.profiling import Profile
+from moqa.quantization.card import write_card
 from moqa.quantization.layer import QuantizedUnit
 from moqa.storage.resumable import ResumableRun
 
@@ -95,7 +96,8 @@ class CheckpointWriter:
         manifest = Manifest(
             moqa=__version__, model=model, model_type=plan.model_type, fingerprint=plan.fingerprint,
             layers=self.depth, strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
-            budget=plan.budget, method=self._method.name, seed=profile.record.settings.seed, mixture=plan.mixture,
+            budget=plan.budget, widths=plan.widths, fixed=plan.fixed, method=self._method.name,
+            seed=profile.record.settings.seed, mixture=plan.mixture,
             fitted={
                 name: record.fitted
                 for name, record in records
@@ -108,6 +110,8 @@ class CheckpointWriter:
             },
         )  # fmt: skip
         write_index(manifest, work.result)
+        assert self._view.folder is not None
+        write_card(work.result, manifest, self._view.folder)
         write_manifest(manifest, work.result / MANIFEST)
 
 

@@ -23,6 +23,7 @@ from moqa.methods.registry import find_method
 from moqa.models.view import ModelView, open_model
 from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part, fingerprint
+from moqa.originals.hub import INDEX
 from moqa.planning import Plan, check_profile
 from moqa.planning.run import kept_entries
 from moqa.profiling import Profile, read_profile
@@ -34,10 +35,13 @@ from moqa.quantization.pieces import BlockWork, quantized_layers
 from moqa.quantization.samples import CalibrationSamples, tokens_of
 from moqa.storage.files import check_inside
 from moqa.storage.folders import check_free
+from moqa.storage.paths import recorded
 from moqa.storage.resumable import as_json, check_space, resumable, tidy
 
-# small files of the original that a transformers model needs in addition to its weights
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
+# small files of the original: what a transformers model needs in addition to its weights, and the licence
+_COMPANIONS = (
+    "*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "LICENCE*", "NOTICE*",
+)  # fmt: skip
 
 
 def quantize(
@@ -115,6 +119,7 @@ def quantize(
             view.read_ahead(missing[0])
         if work.done("start") is None:
             _copy_companions(folder, companions, work.result)
+            introduce(work.result, _recipe(plan, how))
             hashed = dict[str, str]()
             if cache is not None:
                 report("cache", 0, 1)
@@ -141,29 +146,39 @@ def quantize(
             for layer in missing:
                 report("quantize", layer, writer.depth)
                 do(finish, layer, next(results))
-        writer.finish(str(model))
+        writer.finish(recorded(model, out))
         report("quantize", writer.depth, writer.depth)
     return out
 
 
 def _companions(folder: Path) -> list[Path]:
     """The small files of the original."""
-    found = sorted(path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.name != original.INDEX)
-    for path in found:
+    found = {path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.name != INDEX}
+    for path in sorted(found):
         try:
             check_inside(path, folder)
         except OSError as error:
             raise MoqaError(f"{path} cannot be copied", error.strerror or str(error)) from None
-    return found
+    return sorted(found)
 
 
 def _copy_companions(folder: Path, companions: Iterable[Path], target: Path) -> None:
-    """Copy them, and mark the configuration as that of a moqa checkpoint."""
+    """Copy them."""
     for path in companions:
         copy = target / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
-    introduce(target)
+
+
+def _recipe(plan: Plan, method: Method) -> dict[str, object]:
+    """What `config.json` says about how the units are stored."""
+    schemes = [scheme for scheme in plan.units.values() if not scheme.is_unquantized]
+    return {
+        "strategy": plan.strategy, "budget": plan.budget, "method": method.name,
+        "bits_per_weight": round(plan.account.bits_per_weight, 4),
+        "widths": sorted({scheme.width for scheme in plan.units.values()}),
+        "group_sizes": sorted({scheme.group_size for scheme in schemes}),
+    }  # fmt: skip
 
 
 def disk_needed(view: ModelView, plan: Plan, profile: Profile, method: Method, cache: str | None) -> int:

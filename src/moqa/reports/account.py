@@ -9,6 +9,7 @@ from moqa.reports.blocks import BarPart, Bars, Key, KeyEntry, Note, PageElement,
 from moqa.reports.gather import Artifacts
 from moqa.reports.palette import LINES, NOVEL, STRATEGIES
 from moqa.reports.rows import Row
+from moqa.storage.paths import label
 
 _SELF_SENTENCE = (
     f"The distribution {SELF} is text that the model wrote itself: it needs no data from outside, and a share of it "
@@ -73,7 +74,7 @@ def _bytes(count: int) -> str:
 def _facts(found: Artifacts, rows: Sequence[Row]) -> Table:
     models = [record.model for record in found.records]
     facts = [
-        ("Model", _joined(models or (row.evaluation.model for row in rows if row.original))),
+        ("Model", _joined(models or (label(row.evaluation.model) for row in rows if row.original))),
         ("Architecture", _joined(record.model_type for record in found.records)),
         ("Fingerprint", _joined(f[:12] for f in found.fingerprints)),
         ("moqa", _joined(record.moqa for record in found.records)),
@@ -90,8 +91,8 @@ def _facts(found: Artifacts, rows: Sequence[Row]) -> Table:
              f"groups of {s.group_size}, {grid}"),
         ]  # fmt: skip
     if len(found.profiles) > 1 and found.profile:
-        others = [str(p.folder) for p in found.profiles if p is not found.profile]
-        facts.append(("Profiles", f"shown: {found.profile.folder}; also found: {', '.join(others)}"))
+        others = [label(p.folder) for p in found.profiles if p is not found.profile]
+        facts.append(("Profiles", f"shown: {label(found.profile.folder)}; also found: {', '.join(others)}"))
     left = {part for p in found.profiles for part in p.record.left_out}
     left |= {part for c in found.checkpoints for part in c.manifest.left_out}
     facts.append(("Left out", _joined(sorted(left))))
@@ -99,7 +100,7 @@ def _facts(found: Artifacts, rows: Sequence[Row]) -> Table:
     contexts = _joined(str(row.evaluation.context) for row in rows)
     if rows:
         tokens = _joined(f"{q.tokens}" for row in rows for q in row.evaluation.distributions.values())
-        against = _joined(row.evaluation.against or "" for row in rows)
+        against = _joined(label(row.evaluation.against or "") for row in rows)
         facts.append(("Evaluation", f"windows of {contexts} tokens, {tokens} predicted tokens per distribution"
                       + (f", against {against}" if against else "")))  # fmt: skip
     return Table("", ("", ""), tuple((name, value) for name, value in facts if value), words=(0, 1))

@@ -7,6 +7,7 @@ from moqa.format.adjustment import Adjustment
 from moqa.reports.blocks import CellGrid, PageElement, Scale, Section, Table, number, percent
 from moqa.reports.charts import heat_map, upper
 from moqa.reports.gather import Artifacts
+from moqa.storage.paths import label
 
 READING = (
     "An adjustment stores some rows and columns of experts again, with bits of their own, for texts that the "
@@ -42,7 +43,7 @@ def _made(adjustments: list[Adjustment]) -> Table:
     names = ("adjustment", "for", "mode", "rule", "samples", "rows and columns", "units with fewer bits", "extra bytes")
     rows = [
         (
-            str(a.folder), a.record.name, a.record.mode, a.record.rule, str(a.record.samples),
+            label(a.folder), a.record.name, a.record.mode, a.record.rule, str(a.record.samples),
             f"{sum(sum(part.counts) for part in a.record.channels):,}", str(len(a.record.units)),
             f"{a.record.extra_bytes:,}",
         )
@@ -63,8 +64,8 @@ def _changes(evaluations: list[Evaluation]) -> list[tuple[str, ...]]:
             old, new = (None if q is None else q.kl_divergence for q in (before, quality))
             change = new / old - 1 if new is not None and old else None
             rows.append((
-                after.model, after.adjustment or "", name, number(old, 4), number(new, 4), percent(change),
-                number(before.perplexity if before else None), number(quality.perplexity),
+                label(after.model), label(after.adjustment or ""), name, number(old, 4), number(new, 4),
+                percent(change), number(before.perplexity if before else None), number(quality.perplexity),
             ))  # fmt: skip
     return rows
 

@@ -15,6 +15,7 @@ from moqa.format import adjustment
 from moqa.format.adjustment import Adjustment, read_adjustment
 from moqa.format.manifest import FORMAT, MANIFEST, Manifest
 from moqa.format.reader import Checkpoint
+from moqa.originals.hub import is_id, on_disk
 from moqa.planning import Plan, read_plan
 from moqa.profiling.record import ProfileRecord
 from moqa.profiling.store import RECORD, Profile, read_profile
@@ -86,7 +87,7 @@ def gather(paths: Sequence[str | Path]) -> Artifacts:
         MoqaError: if a path does not exist, a given file is not an artifact, or no artifact is found.
     """
     found, seen = Artifacts(), set[Path]()
-    for path in map(Path, paths):
+    for path in (on_disk(path) if is_id(path) else Path(path) for path in paths):
         if path.is_dir():
             for file in sorted(path.rglob("*.json")):
                 beside_manifest = file.name not in (MANIFEST, PROOF) and (file.parent / MANIFEST).is_file()

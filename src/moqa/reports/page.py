@@ -21,6 +21,7 @@ from moqa.reports.quality import size_section, table_section
 from moqa.reports.rows import OURS, Row, make_rows
 from moqa.reports.significance import significance_section
 from moqa.reports.verdict import Verdict, verdict
+from moqa.storage.paths import label
 
 
 def render(found: Artifacts) -> str:
@@ -94,7 +95,7 @@ def _unjudged(found: Artifacts, profile: Profile | None) -> str:
 
 
 def _model(found: Artifacts, rows: Sequence[Row]) -> str:
-    models = [record.model for record in found.records] + [row.evaluation.against for row in rows]
+    models = [record.model for record in found.records] + [label(row.evaluation.against or "") for row in rows]
     named = next(filter(None, models), "")
     parts = [part for part in named.replace("\\", "/").split("/") if part]
     return "/".join(parts[-2:])

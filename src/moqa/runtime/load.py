@@ -42,7 +42,7 @@ def load(
     Weights are mapped from the files, not copied: units stay packed, and embeddings stay in their stored dtype.
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint, or its Hub id.
         verify: check the files' hashes first, which reads every byte, and that the model runs.
         dtype: of activations: float32 or bfloat16.
         kernels: `native`, `triton`, `reference`, or `auto`: the fastest that run on the device.

@@ -12,6 +12,7 @@ from moqa.format import cache
 from moqa.format.manifest import CONFIG, MANIFEST
 from moqa.format.reader import Checkpoint, read_checkpoint
 from moqa.format.routing import ROUTING, read_routing
+from moqa.originals.hub import on_disk
 from moqa.runtime.load import load_packed
 from moqa.tasks import task_of
 
@@ -60,7 +61,7 @@ def verify(folder: str | Path) -> Verification:
     Raises:
         MoqaError: if it has no readable manifest.
     """
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_checkpoint(on_disk(folder, cache.CACHE_FILES))
     found, folder, manifest = Verification(checkpoint), checkpoint.folder, checkpoint.manifest
     found.attempt(checkpoint.check_layout, MANIFEST)
     for shard in checkpoint.shards if not found.faults else ():

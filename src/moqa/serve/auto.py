@@ -15,11 +15,12 @@ from moqa.adjustment.run import CONTEXT, DEFAULT_SAMPLES, adjust
 from moqa.data import Distribution
 from moqa.errors import MoqaError
 from moqa.format.adjustment import Adjustment, read_adjustment
-from moqa.format.cache import open_cache
+from moqa.format.cache import CACHE_FILES, open_cache
 from moqa.format.manifest import MANIFEST, Manifest
 from moqa.format.reader import is_checkpoint
 from moqa.format.routing import read_routing
 from moqa.generation import Piece
+from moqa.originals.hub import on_disk
 from moqa.runtime.routing import RoutingCounts
 from moqa.serve.adjusting import NONE, Adjusting
 from moqa.serve.collected import Collected
@@ -78,7 +79,7 @@ class AutoAdjusting(Adjusting):
         shared: bool = False,
     ) -> None:
         super().__init__(model, metrics)
-        folder = Path(folder)
+        folder = on_disk(folder, CACHE_FILES)
         if not is_checkpoint(folder):
             raise MoqaError("--adjust auto needs a checkpoint", f"{folder} is an original model")
         fingerprint = read_json(Manifest, folder / MANIFEST).fingerprint

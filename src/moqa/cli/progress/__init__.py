@@ -25,5 +25,7 @@ def progress(log: Log | None = None) -> Iterator[Report]:
     shown: AbstractContextManager[View] = Terminal(console) if console.is_interactive else nullcontext(Lines())
     with shown as view:
         steps = Steps([view] if log is None else [view, log])
+        if console.is_interactive:  # elsewhere a mistake that is found at the start stays one line
+            steps.begin(view)
         yield steps
         steps.end()

@@ -110,6 +110,11 @@ class Steps:
         if done >= total:
             self.end()
 
+    def begin(self, view: View) -> None:
+        """Show that work goes on before its first report: opening a model and reading texts may take long."""
+        self._step = Step("start", self._clock)
+        view.show(self._step)
+
     def end(self) -> None:
         """End the current step, if any."""
         if self._step is None or self._step.over:

@@ -61,14 +61,16 @@ class Terminal:
         # runs in the thread that updates the view, while work may add steps
         for step in list(self._steps.values()):
             left = None if step.over else step.seconds_left
+            # what has no pieces moves without a share
+            whole = step.total or (1 if step.over else None)
             table.add_row(
                 Text(step.name),
-                ProgressBar(step.total, step.total if step.over else step.done, width=BAR_WIDTH),
-                f"{step.done}/{step.total}",
+                ProgressBar(whole, whole or 0 if step.over else step.done, width=BAR_WIDTH),
+                f"{step.done}/{step.total}" if step.total else "",
                 Text(printable(" ".join(facts(step))), no_wrap=True, overflow="ellipsis"),
                 "" if step.over else f"{gib(now)} ({gib(peak)})",
                 span(step.seconds),
-                "" if left is None else span(left),
+                "" if left is None or not step.total else span(left),
             )
         return table
 

@@ -1,0 +1,22 @@
+"""The commands in the order of the work, each with an example for its help."""
+
+EXAMPLES = {
+    "quantize": (
+        "moqa quantize allenai/OLMoE-1B-7B-0924 --bpw 3 --data wiki=wiki.txt -o OLMoE-3bpw",
+        "moqa quantize MODEL --plan plan.json -o OUT",
+    ),
+    "profile": ("moqa profile MODEL --data wiki=wiki.txt --data code=code.jsonl:text -o PROFILE",),
+    "plan": (
+        "moqa plan PROFILE --bpw 3 -o plan.json",
+        "moqa plan PROFILE --fit 8GiB --ignore '*.layers.0.*' --set '*.self_attn.*=8' -o plan.json",
+    ),
+    "evaluate": ("moqa evaluate OUT --data novels=novels.txt",),
+    "report": ("moqa report PROFILE OUT -o report.html",),
+    "inspect": ("moqa inspect OUT",),
+    "verify": ("moqa verify OUT",),
+    "adjust": ("moqa adjust OUT --data german=german.txt -o ADJ",),
+    "generate": ("moqa generate OUT 'Once upon a time' --max-tokens 64",),
+    "chat": ("moqa chat OUT --adjustment ADJ",),
+    "serve": ("moqa serve OUT --port 8000",),
+    "bench": ("moqa bench OUT --threads 8",),
+}
