@@ -81,8 +81,8 @@ def plan(
     widths = _checked_widths(widths, profile)
     groups = tie_groups(profile.record.units, ties)
     problem = make_problem(
-        profile, known, groups=groups, widths=widths, fixed=fixed_widths(profile, groups, fixed or {}), budget=budget, options=options,
-        fixed_bytes=account_of(profile, {}).checkpoint,
+        profile, known, groups=groups, widths=widths, fixed=fixed_widths(profile, groups, fixed or {}), budget=budget,
+        options=options, fixed_bytes=account_of(profile, {}).checkpoint,
     )  # fmt: skip
     _check_reachable(problem, budget)
     check_budget(member, budget, "give --bpw or --size")

@@ -23,7 +23,6 @@ from moqa.reports.charts import line, line_chart, linear, logarithmic
 from moqa.reports.palette import strategy_colour
 from moqa.reports.rows import OURS, ROLES, Role, Row, best, series, size_groups
 from moqa.reports.verdict import Comparison, comparisons
-from moqa.storage.paths import label
 
 _SHAPES = ("circle", "diamond", "square", "triangle-up")
 
@@ -114,7 +113,7 @@ def _line(row: Row, beside: _Beside, known: bool = False, novel: bool = False) -
     return QualityRow(
         name=e.strategy or "original", made=row.made, known=_cells(row, "known", beside, known),
         novel=_cells(row, "novel", beside, novel), sizes=(Cell(f"{row.mebibytes:.2f}", beside.share(row)), *bits),
-        colour=strategy_colour(e.strategy or "original"), tip=f"{label(e.model)}: {e.bytes:,} bytes",
+        colour=strategy_colour(e.strategy or "original"), tip=f"{row.name}: {e.bytes:,} bytes",
     )  # fmt: skip
 
 
