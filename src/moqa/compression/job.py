@@ -9,7 +9,7 @@ from moqa.execution import Executor, LocalExecutor
 from moqa.format.cache import has_cache
 from moqa.format.reader import open_checkpoint
 from moqa.memory.limit import MemoryLimit
-from moqa.methods.registry import find_method
+from moqa.methods.registry import METHODS
 from moqa.models.load import read_config
 from moqa.models.view import ModelView
 from moqa.originals.folder import locate
@@ -54,7 +54,7 @@ class CompressJob:
         self.model, self.out, self.options = str(model), Path(out), options
         self.profile_folder = options.profile or self.out.with_name(self.out.name + ".profile")
         self.executor = executor or LocalExecutor()
-        self.method = find_method(options.method)
+        self.method = METHODS.find(options.method)
         if options.cache is not None:
             parse_cache(options.cache)
         if not (options.proof and lacks_proof(self.out)):

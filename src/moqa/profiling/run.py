@@ -14,7 +14,7 @@ from moqa.forecast.working_set import WorkingSet
 from moqa.format.manifest import Fitted
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
-from moqa.methods.registry import find_method
+from moqa.methods.registry import METHODS
 from moqa.models.load import read_config
 from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
@@ -84,7 +84,7 @@ def profile(
         MoqaError: if the model or a text cannot be used, or `out` holds a profile of another model or other settings.
     """
     out = Path(out)
-    how = find_method(method)
+    how = METHODS.find(method)
     folder = original.locate(model)
     task = task_of(read_config(folder))
     reader = task.reader(folder)
