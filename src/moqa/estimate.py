@@ -21,7 +21,7 @@ from moqa.forecast.working_set import WorkingSet
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
 from moqa.methods import Method
-from moqa.methods.registry import find_method
+from moqa.methods.registry import METHODS
 from moqa.models.loader import ENDS
 from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
@@ -75,7 +75,7 @@ def estimate(
         MoqaError: if the model cannot be used, the cache option is unknown or the memory limit is too small.
     """
     check_profile(plan, profile)
-    how, folder, began = find_method(method), original.locate(model), time.perf_counter()
+    how, folder, began = METHODS.find(method), original.locate(model), time.perf_counter()
     view = view or open_model(folder, keep=False)
     before += time.perf_counter() - began
     limits = memory or MemoryLimit.free()
@@ -122,7 +122,7 @@ def working_sets(
     """Working sets of all steps of a run: quantizing, profiling, comparing; for the arguments see `estimate`.
 
     >>> limit = MemoryLimit.parse("4GiB")
-    >>> steps = working_sets(view, plan, profile, find_method("gptq"), limit, profiled=True, held_out=0)
+    >>> steps = working_sets(view, plan, profile, METHODS["gptq"], limit, profiled=True, held_out=0)
     >>> max(step.peak for step in steps) < 4 * 2**30
     True
 

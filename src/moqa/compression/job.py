@@ -10,7 +10,7 @@ from moqa.format.cache import has_cache
 from moqa.format.reader import open_checkpoint
 from moqa.format.tiles import check_group_size
 from moqa.memory.limit import MemoryLimit
-from moqa.methods.registry import find_method
+from moqa.methods.registry import METHODS
 from moqa.models.load import read_config
 from moqa.models.view import ModelView
 from moqa.originals.folder import locate
@@ -55,7 +55,7 @@ class CompressJob:
         self.model, self.out, self.options = str(model), Path(out), options
         self.profile_folder = options.profile or self.out.with_name(self.out.name + ".profile")
         self.executor = executor or LocalExecutor()
-        self.method = find_method(options.method)
+        self.method = METHODS.find(options.method)
         check_group_size(options.group_size)
         if options.cache is not None:
             parse_cache(options.cache)

@@ -114,12 +114,11 @@ def _fit(weights: Tensor, scheme: Scheme, widths: Tensor, importance: Tensor | N
     if scheme.symmetric:
         high = torch.maximum(-low, high)
         low = -high * (top + 1) / (top - 1).clamp_min(1)
-    best, error = None, None
-    for shrink in _SHRINKS:
-        grid = _stored((high - low) * (shrink / top), low * shrink, scheme, top)
+    grids = (_stored((high - low) * (shrink / top), low * shrink, scheme, top) for shrink in _SHRINKS)
+    best = next(grids)
+    error = _error(groups, weight, best)
+    for grid in grids:
         best, error = _better(groups, weight, grid, best, error)
-    assert best is not None
-    assert error is not None
     for _ in range(_REFITS):
         best, error = _better(groups, weight, _refit(groups, weight, best, scheme), best, error)
     return best, error
@@ -135,12 +134,14 @@ def _stored(scale: Tensor, low: Tensor, scheme: Scheme, top: Tensor) -> Grid:
     return Grid(stored, zero, scheme.group_size, top)
 
 
-def _better(groups: Tensor, weight: Tensor, grid: Grid, best: Grid | None, error: Tensor | None) -> tuple[Grid, Tensor]:
+def _error(groups: Tensor, weight: Tensor, grid: Grid) -> Tensor:
     scale, offset = grid.scale.float()[..., None], grid.offset()[..., None]
     rounded = scale * (nearest(groups, scale, offset, grid.top[..., None]) - offset)
-    new = ((rounded - groups).square_() * weight).sum(-1)
-    if best is None or error is None:
-        return grid, new
+    return ((rounded - groups).square_() * weight).sum(-1)
+
+
+def _better(groups: Tensor, weight: Tensor, grid: Grid, best: Grid, error: Tensor) -> tuple[Grid, Tensor]:
+    new = _error(groups, weight, grid)
     win = new < error
     zero = None if grid.zero is None or best.zero is None else torch.where(win, grid.zero, best.zero)
     return Grid(torch.where(win, grid.scale, best.scale), zero, grid.group_size, grid.top), torch.where(win, new, error)

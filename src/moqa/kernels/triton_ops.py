@@ -287,36 +287,15 @@ def _few(
     entry, tile, rows, live, q, steps, features, q_stride, stride,
     KINDS: tl.constexpr, ROWS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    # with only one kind, there is no need to wait for the table to say which
-    if len(KINDS) == 4:
-        return _few_of_kind(
-            entry, tile, rows, live, q, steps, features, q_stride, stride, KINDS[0], KINDS[1], KINDS[2], KINDS[3],
-            ROWS, DP4A,
-        )  # fmt: skip
-    else:
-        total = tl.zeros([ROWS, TILE], tl.float32)
-        kind = tl.load(entry + 5)
-        for i in tl.static_range(0, len(KINDS), 4):
-            if kind == i:
-                total = _few_of_kind(
-                    entry, tile, rows, live, q, steps, features, q_stride, stride, KINDS[i], KINDS[i + 1],
-                    KINDS[i + 2], KINDS[i + 3], ROWS, DP4A,
-                )  # fmt: skip
-        return total
-
-
-@triton.jit
-def _tile(
-    entry, first, rows, live, values, q, steps, features, q_stride, stride, out,
-    WIDTH: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr, HALF: tl.constexpr, OUT: tl.constexpr,
-    ROWS: tl.constexpr, EMULATED: tl.constexpr,
-):  # fmt: skip
-    if WIDTH == 16:
-        return _tile_of_kept(entry, first, rows, live, values, features, out, OUT, ROWS, EMULATED)
-    else:
-        return _tile_of_kind(
-            entry, first, rows, live, q, steps, features, q_stride, stride, out, WIDTH, G, SYMMETRIC, HALF, OUT, ROWS
-        )
+    total = tl.zeros([ROWS, TILE], tl.float32)
+    for i in tl.static_range(0, len(KINDS), 4):
+        # with only one kind, there is no need to wait for the table to say which
+        if len(KINDS) == 4 or tl.load(entry + 5) == i:
+            total = _few_of_kind(
+                entry, tile, rows, live, q, steps, features, q_stride, stride, KINDS[i], KINDS[i + 1], KINDS[i + 2],
+                KINDS[i + 3], ROWS, DP4A,
+            )  # fmt: skip
+    return total
 
 
 @triton.jit
@@ -324,21 +303,17 @@ def _many(
     entry, first, rows, live, values, q, steps, features, q_stride, stride, out,
     KINDS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
-    if len(KINDS) == 4:
-        return _tile(
-            entry, first, rows, live, values, q, steps, features, q_stride, stride, out, KINDS[0], KINDS[1], KINDS[2],
-            KINDS[3], OUT, ROWS, EMULATED,
-        )  # fmt: skip
-    else:
-        total = tl.zeros([OUT, ROWS], tl.float32)
-        kind = tl.load(entry + 5)
-        for i in tl.static_range(0, len(KINDS), 4):
-            if kind == i:
-                total = _tile(
-                    entry, first, rows, live, values, q, steps, features, q_stride, stride, out, KINDS[i],
-                    KINDS[i + 1], KINDS[i + 2], KINDS[i + 3], OUT, ROWS, EMULATED,
+    total = tl.zeros([OUT, ROWS], tl.float32)
+    for i in tl.static_range(0, len(KINDS), 4):
+        if len(KINDS) == 4 or tl.load(entry + 5) == i:
+            if KINDS[i] == 16:
+                total = _tile_of_kept(entry, first, rows, live, values, features, out, OUT, ROWS, EMULATED)
+            else:
+                total = _tile_of_kind(
+                    entry, first, rows, live, q, steps, features, q_stride, stride, out, KINDS[i], KINDS[i + 1],
+                    KINDS[i + 2], KINDS[i + 3], OUT, ROWS,
                 )  # fmt: skip
-        return total
+    return total
 
 
 @triton.jit

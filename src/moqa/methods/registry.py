@@ -59,15 +59,3 @@ class Method:
 # to add a method, add a module of its name, and its name here
 METHODS: Registry[Method] = Registry("--method", {"gptq": "moqa.methods.gptq", "rtn": "moqa.methods.rtn"})
 method = METHODS.decorator(Method)
-
-
-def find_method(name: str) -> Method:
-    """A method by the name that the user typed.
-
-    >>> find_method("rtn").needs_data
-    False
-
-    Raises:
-        MoqaError: if no method has that name.
-    """
-    return METHODS.find(name)

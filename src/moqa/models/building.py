@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from moqa.models.attributes import having
 from moqa.tasks import task_of
 
 if TYPE_CHECKING:
@@ -88,14 +89,9 @@ def _filter_log() -> None:
         handler.addFilter(lambda _: not getattr(_THREAD, "quiet", False))
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _parameters_on_meta() -> AbstractContextManager[None]:
     _install_hook()
-    _THREAD.on_meta = True
-    try:
-        yield
-    finally:
-        _THREAD.on_meta = False
+    return having(_THREAD, "on_meta", True)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Routed experts of transformers 5: one way to read, write and run their stacked 3-D parameters."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moqa.errors import MoqaError
+from moqa.models.attributes import having
 from moqa.models.products import product
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -60,12 +61,8 @@ def expert_matrix(module: Experts, expert: int, projection: str) -> Tensor:
     Returns:
         A view of the parameter: writing to it changes the model.
     """
-    return slice_expert(module, getattr(module, parameter_of(projection)).detach(), expert, projection)
-
-
-def slice_expert(module: Experts, stacked: Tensor, expert: int, projection: str) -> Tensor:
-    """`expert_matrix` of any tensor that is laid out like the module's stacked parameter."""
-    matrix = stacked[expert].T if module.is_transposed else stacked[expert]
+    stored = getattr(module, parameter_of(projection)).detach()[expert]
+    matrix = stored.T if module.is_transposed else stored
     return matrix if projection == "down_proj" else matrix[projection_rows(module)[projection]]
 
 
@@ -109,27 +106,14 @@ class ExpertsObserver(Protocol):
         """Called for each expert that got tokens."""
 
 
-@contextmanager
-def observed(module: nn.Module, observer: ExpertsObserver) -> Iterator[None]:
+def observed(module: nn.Module, observer: ExpertsObserver) -> AbstractContextManager[None]:
     """A `with` block in which an observer watches a stack of experts."""
-    module.moqa_observer = observer  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del module.moqa_observer
+    return having(module, "moqa_observer", observer)
 
 
-@contextmanager
-def weights_from(module: Experts, source: "ExpertWeights | None") -> Iterator[None]:
+def weights_from(module: Experts, source: "ExpertWeights | None") -> AbstractContextManager[None]:
     """A `with` block in which a stack of experts multiplies with other weights; None changes nothing."""
-    if source is None:
-        yield
-        return
-    module.moqa_weights = source
-    try:
-        yield
-    finally:
-        del module.moqa_weights
+    return nullcontext() if source is None else having(module, "moqa_weights", source)
 
 
 def with_bias(module: Experts, parameter: str, expert: int, product: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Run a model one block at a time, through its own forward, whatever family it is."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from moqa.errors import MoqaError, one_line
+from moqa.models.attributes import having
 from moqa.models.building import BUILDING, quiet
 from moqa.tasks import Task, task_of
 from moqa.tasks.names import shared_caches
@@ -129,31 +130,19 @@ class LayerwiseModel:
 
     @contextmanager
     def _replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
-        for index, layer in enumerate(self.blocks):
+        def stub(index: int, *args: Any, **kwargs: Any) -> Any:
+            out = forward(index, *args, **kwargs)
+            return (out,) if self._outputs else out
 
-            def stub(*args: Any, index: int = index, **kwargs: Any) -> Any:
-                out = forward(index, *args, **kwargs)
-                return (out,) if self._outputs else out
-
-            layer.forward = stub
-        try:
+        with ExitStack() as stack:
+            for index, layer in enumerate(self.blocks):
+                stack.enter_context(having(layer, "forward", partial(stub, index)))
             yield
-        finally:
-            for layer in self.blocks:
-                del layer.forward
 
-    @contextmanager
-    def _short_head(self) -> Iterator[None]:
+    def _short_head(self) -> AbstractContextManager[None]:
         # embedding needs no logits, and a head over a large vocabulary costs as much as several layers
         head = self.model.get_output_embeddings() if self.task.predicts_each else None
-        if head is None:
-            yield
-            return
-        head.forward = lambda x: x[..., :1]
-        try:
-            yield
-        finally:
-            del head.forward
+        return nullcontext() if head is None else having(head, "forward", lambda x: x[..., :1])
 
 
 class _FromInputs(Tensor):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moqa.models.attributes import having
 from moqa.models.layout import layout_of
 from moqa.models.products import fast_dtype, product
 from moqa.models.view import ModelView
@@ -30,11 +31,9 @@ def in_stored_precision(view: "ModelView", layer: int) -> Iterator[None]:
             # convolutions are fast in float32 too
             if dtype is None or "moqa_dtype" in vars(module) or layout_of(module) is not None:
                 continue
-            module.moqa_dtype = dtype  # type: ignore[assignment]
-            stack.callback(delattr, module, "moqa_dtype")
+            stack.enter_context(having(module, "moqa_dtype", dtype))
             if unit.expert is None:
-                module.forward = partial(_linear, module)
-                stack.callback(delattr, module, "forward")
+                stack.enter_context(having(module, "forward", partial(_linear, module)))
         yield
 
 

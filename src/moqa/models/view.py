@@ -1,7 +1,7 @@
 """One family-independent view of a transformers model: blocks, experts, units and kept tensors."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,14 +169,9 @@ class ModelView:
         if self._pieces is not None:
             self._pieces.read_ahead(layer)
 
-    @contextmanager
-    def without(self, layer: int) -> Iterator[None]:
+    def without(self, layer: int) -> AbstractContextManager[None]:
         """A `with` block that does not use a block's own weights; weights that can be read again are freed."""
-        if self._pieces is None:
-            yield
-            return
-        with self._pieces.without(layer):
-            yield
+        return nullcontext() if self._pieces is None else self._pieces.without(layer)
 
     @contextmanager
     def held(self, layers: Sequence[int]) -> Iterator[None]:

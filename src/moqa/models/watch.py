@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import Tensor
 
@@ -40,13 +41,10 @@ def watching(
         if linear is not None:
             for unit in view.block_units(layer):
                 if unit.role != "expert":
-                    hook = view.module(unit.module).register_forward_hook(_hook(linear, unit))
+                    hook = view.module(unit.module).register_forward_hook(partial(_see, linear, unit))
                     stack.callback(hook.remove)
         yield
 
 
-def _hook(observer: LinearObserver, unit: Unit) -> Callable[[object, tuple[Tensor, ...], Tensor], None]:
-    def see(_: object, args: tuple[Tensor, ...], out: Tensor) -> None:
-        observer(unit, args[0], out)
-
-    return see
+def _see(observer: LinearObserver, unit: Unit, _: object, args: tuple[Tensor, ...], out: Tensor) -> None:
+    observer(unit, args[0], out)

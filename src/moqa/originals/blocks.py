@@ -20,16 +20,13 @@ class Blocks(Protocol):
     @property
     def parts(self) -> tuple[str, ...]:
         """Names on disk of the tensors that it is stored as."""
-        ...
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the plain tensor."""
-        ...
 
     def read(self, part: Part) -> Tensor:
         """The plain tensor, bfloat16."""
-        ...
 
 
 def bands(rows: int, columns: int) -> Iterator[slice]:

@@ -73,18 +73,17 @@ class File:
 
     def ahead(self, begin: int, end: int) -> None:
         """Ask the system to read a range into the page cache; offsets as in `fill`."""
-        if hasattr(os, "posix_fadvise"):  # only a hint
-            os.posix_fadvise(self._file.fileno(), self._data + begin, end - begin, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(self._file.fileno(), self._data + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 class _Direct:
     """Reads a file without the page cache (O_DIRECT)."""
 
-    def __init__(self, path: Path, option: int) -> None:
+    def __init__(self, path: Path) -> None:
         self._of_thread = local()
         self._mapped = np.memmap(path, np.uint8, "r")  # never read: only for asking which pages are cached
         self._residency = _residency()
-        self._descriptor = os.open(path, os.O_RDONLY | option)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
 
     @property
     def _buffer(self) -> np.ndarray:
@@ -125,12 +124,11 @@ class _Direct:
 
 
 def _open_direct(path: Path) -> _Direct | None:
-    """None where the system or the file system does not support direct reads."""
-    option = getattr(os, "O_DIRECT", None)
-    if option is None or path.stat().st_size == 0:
+    """None where the file system does not support direct reads."""
+    if path.stat().st_size == 0:
         return None
     try:
-        return _Direct(path, option)
+        return _Direct(path)
     except OSError:
         return None
 

@@ -15,7 +15,7 @@ from moqa.format.manifest import Fitted
 from moqa.format.tiles import check_group_size
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
-from moqa.methods.registry import find_method
+from moqa.methods.registry import METHODS
 from moqa.models.load import read_config
 from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
@@ -86,7 +86,7 @@ def profile(
         MoqaError: if the model or a text cannot be used, or `out` holds a profile of another model or other settings.
     """
     out = Path(out)
-    how = find_method(method)
+    how = METHODS.find(method)
     check_group_size(group_size)
     folder = original.locate(model)
     task = task_of(read_config(folder))

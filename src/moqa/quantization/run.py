@@ -19,7 +19,7 @@ from moqa.format.writer import introduce
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import settle
 from moqa.methods import Method
-from moqa.methods.registry import find_method
+from moqa.methods.registry import METHODS
 from moqa.models.view import ModelView, open_model
 from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part, fingerprint
@@ -85,7 +85,7 @@ def quantize(
             small, or `out` exists or holds an unfinished run with other options.
     """
     out = Path(out)
-    how = find_method(method)
+    how = METHODS.find(method)
     share = None if cache is None else parse_cache(cache)
     check_free(out, overwrite)
     folder = original.locate(model)
@@ -184,7 +184,7 @@ def _recipe(plan: Plan, method: Method) -> dict[str, object]:
 def disk_needed(view: ModelView, plan: Plan, profile: Profile, method: Method, cache: str | None) -> int:
     """Peak disk space in bytes of a run of `quantize` with these arguments.
 
-    >>> disk_needed(view, plan, profile, find_method("gptq"), None) > plan.account.checkpoint
+    >>> disk_needed(view, plan, profile, METHODS["gptq"], None) > plan.account.checkpoint
     True
     """
     share = 0.0 if cache is None else parse_cache(cache)

@@ -87,13 +87,13 @@ def read_object(path: Path) -> dict[str, Any]:
     return data
 
 
-def values_in(data: Any, key: str = "", level: int = 0) -> Iterator[tuple[str, Any, int]]:
+def values_in(data: Any) -> Iterator[tuple[str, Any, int]]:
     """Every value in nested JSON with the key that it is under, and its level.
 
     >>> list(values_in({"sizes": [3]}))
     [('', {'sizes': [3]}, 0), ('sizes', [3], 1), ('sizes', 3, 2)]
     """
-    todo = [(key, data, level)]
+    todo = [("", data, 0)]
     while todo:
         key, value, level = todo.pop()
         yield key, value, level

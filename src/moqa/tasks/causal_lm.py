@@ -97,14 +97,6 @@ class CausalLM(Task):
         """[batch, context] token ids -> [batch, context, vocabulary]."""
         return model(batch, use_cache=False).logits
 
-    def stand_in(self, model: nn.Module, hidden: Tensor) -> Tensor:  # noqa: ARG002
-        """See `Task`."""
-        return torch.zeros(hidden.shape[:2], dtype=torch.long)
-
-    def predictions(self, logits: Tensor) -> Tensor:
-        """[batch, context, vocabulary] -> [tokens, vocabulary]."""
-        return logits.flatten(0, 1)
-
     def scored(self, logits: Tensor) -> Tensor:
         """Logits of all tokens of a window but the last, whose next token is not in the window."""
         return logits[:, :-1].flatten(0, 1)
@@ -115,10 +107,6 @@ class CausalLM(Task):
 
     def processor(self, folder: str | Path) -> Any:
         """See `Task`."""
-        return load_tokenizer(folder)
-
-    def reader(self, folder: str | Path) -> Any:
-        """The tokenizer."""
         return load_tokenizer(folder)
 
     def sources(self, data: Data, reader: Any) -> list[Source]:
@@ -136,14 +124,6 @@ class CausalLM(Task):
     def cut(self, source: Source, reader: Any, context: int, count: int | None = None, seed: int = 0) -> Windows:
         """See `moqa.data.cut_windows`."""
         return cut_windows(as_text(source), reader, context, count, seed)
-
-    def batches(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """See `Task`."""
-        return inputs.split(max(1, self.batch_size // inputs.shape[1]))
-
-    def count(self, inputs: Tensor) -> int:
-        """Number of tokens."""
-        return inputs.numel()
 
 
 def _is_wrapper(config: "PretrainedConfig") -> bool:

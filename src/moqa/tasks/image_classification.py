@@ -101,14 +101,6 @@ class ImageClassification(Task):
         """[batch, channels, height, width] pixels -> [batch, classes]."""
         return model(batch).logits
 
-    def stand_in(self, model: nn.Module, hidden: Tensor) -> Tensor:
-        """See `Task`."""
-        return torch.zeros(len(hidden), *_shape(model))
-
-    def predictions(self, logits: Tensor) -> Tensor:
-        """[images, classes] logits."""
-        return logits
-
     def scored(self, logits: Tensor) -> Tensor:
         """Logits of all images."""
         return logits
@@ -159,14 +151,6 @@ class ImageClassification(Task):
     ) -> ImageSamples:  # fmt: skip
         """See `moqa.data.cut_images`."""
         return cut_images(_images(source), reader, count, seed)
-
-    def batches(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """See `Task`."""
-        return inputs.split(self.batch_size)
-
-    def count(self, inputs: Tensor) -> int:
-        """Number of images."""
-        return len(inputs)
 
 
 def _images(source: Source) -> Images:

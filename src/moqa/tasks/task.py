@@ -4,35 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 from torch import Tensor, nn
 
-from moqa.data import Data, Source
+from moqa.data import Data, ImageSamples, Source, Windows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-class Samples(Protocol):
-    """Samples of one distribution as a model reads them.
-
-    Attributes:
-        name: of the distribution.
-        inputs: [samples, ...] what the model is called with.
-        hashes: [hashes] uint64, sorted and unique: content hashes of the samples, to find overlaps.
-    """
-
-    @property
-    def name(self) -> str:
-        """See the attributes."""
-
-    @property
-    def inputs(self) -> Tensor:
-        """See the attributes."""
-
-    @property
-    def hashes(self) -> np.ndarray:
-        """See the attributes."""
+# samples of one distribution as a model reads them
+Samples = Windows | ImageSamples
 
 
 class Task(Protocol):
@@ -85,9 +66,12 @@ class Task(Protocol):
 
     def stand_in(self, model: nn.Module, hidden: Tensor) -> Tensor:
         """A batch with the shape of the one that led to some hidden states; its values do not matter."""
+        probe = self.probe(model)
+        return probe.new_zeros(hidden.shape[: self.batch_dims] + probe.shape[self.batch_dims :])
 
     def predictions(self, logits: Tensor) -> Tensor:
         """[predictions, classes] all logits of a batch."""
+        return logits.flatten(0, self.batch_dims - 1)
 
     def scored(self, logits: Tensor) -> Tensor:
         """[predictions, classes] those logits of a batch that have a label."""
@@ -108,6 +92,7 @@ class Task(Protocol):
         Raises:
             MoqaError: if the folder lacks what is needed.
         """
+        return self.processor(folder)
 
     def sources(self, data: Data, reader: Any) -> list[Source]:
         """Distributions from NAME=SOURCE specs or name -> source; ready ones are returned as they are.
@@ -135,9 +120,11 @@ class Task(Protocol):
 
     def batches(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Inputs in batches of about `batch_size` predictions."""
+        return inputs.split(max(1, self.batch_size // inputs.shape[1 : self.batch_dims].numel()))
 
     def count(self, inputs: Tensor) -> int:
         """Number of predictions for some inputs."""
+        return inputs.shape[: self.batch_dims].numel()
 
 
 def paths_in(model: nn.Module, blocks: nn.ModuleList) -> list[str]:
