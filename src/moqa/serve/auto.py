@@ -102,7 +102,7 @@ class AutoAdjusting(Adjusting):
     @property
     def count(self) -> int:
         """See `Adjusting`."""
-        return sum(len(watch.kept.names) for watch in self._all)
+        return sum(len(watch.kept) for watch in self._all)
 
     @property
     def by_client(self) -> bool:
@@ -119,8 +119,8 @@ class AutoAdjusting(Adjusting):
         watch = self._watches.get(self._key(client))
         if not explicit:
             return replace(watch.default if watch else Chosen(), client=client)
-        chosen = self._checked(asked, watch.kept.names if watch else [])
-        return replace(chosen, made=watch.kept.find(asked) if watch else None, client=client)
+        chosen = self._checked(asked, list(watch.kept) if watch else [])
+        return replace(chosen, made=watch.kept.get(asked) if watch and asked else None, client=client)
 
     def written(self, job: "ServedText", pieces: Iterator[Piece]) -> Iterator[Piece]:
         """See `Adjusting`; texts without a requested adjustment are used to detect drift."""
@@ -239,8 +239,7 @@ class AutoAdjusting(Adjusting):
         self._not_before = time.monotonic() + PAUSE_FACTOR * seconds
         if watch in self._all:
             self._loaded.add(adjustment, made)
-            watch.kept.add(made)
-            watch.decide()
+            watch.keep(made)
 
     def _label(self, chosen: Chosen) -> str:
         # one label for all: the number of names is unlimited

@@ -1,13 +1,16 @@
 """Decides from the recent text of one client which adjustment its requests get."""
 
 import time
+from collections import OrderedDict
 
 import numpy as np
 
 from moqa.adjustment.drift import DriftDetector
 from moqa.serve.collected import Collected
-from moqa.serve.kept import KeptAdjustments, MadeAdjustment
+from moqa.serve.kept import MadeAdjustment
 from moqa.serve.text import Chosen
+
+MAX_KEPT = 4
 
 
 class Watch:
@@ -24,7 +27,7 @@ class Watch:
         collected: recent novel text; cleared once an adjustment fits it.
 
     Attributes:
-        kept: adjustments that were made for this client.
+        kept: adjustments that were made for this client, by name; the most recently used one is last.
         default: adjustment for requests that name none.
         lacks_one: whether recent text is novel and no adjustment fits it.
         used: when the client's last token was counted.
@@ -32,7 +35,8 @@ class Watch:
     """
 
     def __init__(self, detector: DriftDetector, collected: Collected) -> None:
-        self.detector, self.collected, self.kept = detector, collected, KeptAdjustments()
+        self.detector, self.collected = detector, collected
+        self.kept: OrderedDict[str, MadeAdjustment] = OrderedDict()
         self.default, self.lacks_one = Chosen(), False
         self.used, self.begun = time.monotonic(), 0.0
         self._number = 0
@@ -57,14 +61,22 @@ class Watch:
             self.collected.clear()
             self.default = Chosen()
         elif self.detector.state == "novel":
-            fitting = self.kept.nearest(self.detector.distance)
-            if fitting is None or self.detector.distance(fitting.shares) >= self.detector.threshold:
+            distance = self.detector.distance
+            fitting = min(self.kept.values(), key=lambda made: distance(made.shares), default=None)
+            if fitting is None or distance(fitting.shares) >= self.detector.threshold:
                 self.default, self.lacks_one = Chosen(), True
                 return
             self.collected.clear()
             if self.default.made is not fitting:
                 self.default = Chosen(fitting.name, made=fitting)
-                self.kept.use(fitting)
+                self.kept.move_to_end(fitting.name)
+
+    def keep(self, made: MadeAdjustment) -> None:
+        """Keep an adjustment that was made, in place of the least recently used one if there are `MAX_KEPT`."""
+        self.kept[made.name] = made
+        if len(self.kept) > MAX_KEPT:
+            self.kept.popitem(last=False)
+        self.decide()
 
     def begin(self, held: str) -> tuple[MadeAdjustment, list[str]]:
         """An adjustment to be made, and the texts to make it of, which are forgotten.
