@@ -31,6 +31,9 @@ class Adjusting:
         metrics: metrics of the server.
         folders: folders of adjustments; the first is the default for requests that name none.
 
+    Attributes:
+        by_client: whether clients have to be told apart.
+
     Raises:
         MoqaError: if an adjustment is damaged or does not fit the model.
     """
@@ -42,18 +45,13 @@ class Adjusting:
             raise MoqaError(f"--adjust {folders[0]} needs a checkpoint", "this is an original model")
         names = [self._held.hold(folder) for folder in folders] if self._held else []
         self._default = Chosen(names[0] if names else None)
-        self._metrics = metrics
+        self._metrics, self.by_client = metrics, False
         metrics.adjustments.set_function(lambda: self.count)
 
     @property
     def count(self) -> int:
         """Number of adjustments that requests may choose."""
         return len(self._held.names) if self._held else 0
-
-    @property
-    def by_client(self) -> bool:
-        """Whether clients have to be told apart."""
-        return False
 
     def drift(self, chosen: Chosen) -> State | None:  # noqa: ARG002
         """Whether recent text of a request's client is known, drifting or novel; None if drift is not detected."""

@@ -84,7 +84,7 @@ class AutoAdjusting(Adjusting):
         fingerprint = read_json(Manifest, folder / MANIFEST).fingerprint
         self._routing = read_routing(folder, fingerprint)
         open_cache(folder, fingerprint)
-        self._folder, self._tokenizer, self._shared = folder, tokenizer, shared
+        self._folder, self._tokenizer, self.by_client = folder, tokenizer, not shared
         self._loaded = LoadedAdjustments(model.adjustments)
         self._watches: dict[str, Watch] = {}
         self._counted: Watch | None = None  # whose tokens are being counted
@@ -103,11 +103,6 @@ class AutoAdjusting(Adjusting):
     def count(self) -> int:
         """See `Adjusting`."""
         return sum(len(watch.kept) for watch in self._all)
-
-    @property
-    def by_client(self) -> bool:
-        """See `Adjusting`."""
-        return not self._shared
 
     def drift(self, chosen: Chosen) -> State | None:
         """See `Adjusting`; None for a client whose text is not watched."""
@@ -156,7 +151,7 @@ class AutoAdjusting(Adjusting):
 
     def _key(self, client: str | None) -> str:
         """Whose text it is, as a key of what is watched; empty for a client that is not known."""
-        return "everyone" if self._shared else client or ""
+        return client or "" if self.by_client else "everyone"
 
     def _watch(self, key: str) -> Watch | None:
         """What watches a client; None if nothing does: it is not known, or `MAX_CLIENTS` others were here recently."""

@@ -17,18 +17,16 @@ class Collected:
     Args:
         tokenizer: turns the tokens back into text.
         limit: largest number of tokens to keep.
+
+    Attributes:
+        tokens: number of tokens kept.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", limit: int) -> None:
         self._tokenizer, self._limit = tokenizer, limit
         self._texts: deque[list[int]] = deque()
-        self._tokens = 0
+        self.tokens = 0
         self._counts: np.ndarray = np.zeros((1, 1))
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens kept."""
-        return self._tokens
 
     @property
     def shares(self) -> np.ndarray:
@@ -56,9 +54,9 @@ class Collected:
         text.clear()
         if part:
             self._texts.append(part)
-            self._tokens += len(part)
-        while self._tokens > self._limit:
-            self._tokens -= len(self._texts.popleft())
+            self.tokens += len(part)
+        while self.tokens > self._limit:
+            self.tokens -= len(self._texts.popleft())
 
     def texts(self) -> list[str]:
         """The collected texts, decoded."""
@@ -67,5 +65,5 @@ class Collected:
     def clear(self) -> None:
         """Discard everything."""
         self._texts.clear()
-        self._tokens = 0
+        self.tokens = 0
         self._counts = np.zeros((1, 1))
