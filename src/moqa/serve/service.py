@@ -122,15 +122,12 @@ class Running:
         self._events = events = asyncio.Queue[tuple[int, Piece | Exception]]()
         loop = asyncio.get_running_loop()
 
-        def deliverer(index: int) -> Callable[[Piece | Exception], None]:
-            def deliver(event: Piece | Exception) -> None:
-                with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
-                    loop.call_soon_threadsafe(events.put_nowait, (index, event))
-
-            return deliver
+        def deliver(index: int, event: Piece | Exception) -> None:
+            with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         self._jobs = [
-            ServedText(ids, sampling, deliverer(index), chosen) for index, (ids, sampling) in enumerate(texts)
+            ServedText(ids, sampling, partial(deliver, index), chosen) for index, (ids, sampling) in enumerate(texts)
         ]
         scheduler.submit(self._jobs)
 
