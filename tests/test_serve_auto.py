@@ -25,10 +25,9 @@ from moqa.format.routing import ROUTING, read_routing
 from moqa.runtime.routing import RoutingCounts
 from moqa.serve import auto
 from moqa.serve.auto import MAX_TOKENS, AutoAdjusting
-from moqa.serve.collected import PART, Collected
 from moqa.serve.kept import LoadedAdjustments, MadeAdjustment
 from moqa.serve.sessions import COOKIE
-from moqa.serve.watch import Watch
+from moqa.serve.watch import PART, Collected, Watch
 
 SHARE = "30%"  # of a tiny random model; less changes too little
 

@@ -22,11 +22,10 @@ from moqa.format.routing import read_routing
 from moqa.generation import Piece
 from moqa.runtime.routing import RoutingCounts
 from moqa.serve.adjusting import NONE, Adjusting
-from moqa.serve.collected import Collected
 from moqa.serve.kept import LoadedAdjustments, MadeAdjustment
 from moqa.serve.metrics import Metrics
 from moqa.serve.text import Chosen
-from moqa.serve.watch import Watch
+from moqa.serve.watch import Collected, Watch
 from moqa.storage.artifact import read_json
 from moqa.storage.temporary import temporary_folder
 
