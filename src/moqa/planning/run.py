@@ -20,7 +20,7 @@ from moqa.planning.registry import DEFAULT_STRATEGY, STRATEGIES, Strategy, for_d
 from moqa.planning.ties import TIES, tie_groups
 from moqa.profiling import SELF, Profile
 from moqa.registry import check_known
-from moqa.storage.artifact import check_seal, read_json
+from moqa.storage.artifact import check_format, check_seal, read_json
 from moqa.tasks import find_task
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -118,8 +118,7 @@ def read_plan(path: str | Path) -> Plan:
     """
     path = Path(path)
     stored = read_json(Plan, path)
-    if stored.format > FORMAT:
-        raise MoqaError(f"{path} has plan format {stored.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    check_format(f"{path} has plan", stored.format, FORMAT)
     check_seal(path)
     return stored.model_copy(update={"profile": os.path.normpath(path.parent / stored.profile)})
 
