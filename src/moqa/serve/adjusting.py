@@ -1,6 +1,6 @@
 """Chooses the adjustment of each text, and switches the model between texts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,13 +76,8 @@ class Adjusting:
 
     def written(self, job: ServedText, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Pieces of a text; before each, the model is switched to the adjustment of this text."""
-        while True:
-            if self._held is not None:
-                self._held.switch(job.chosen.held)
-            piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+        held = self._held
+        return pieces if held is None else before_each(pieces, lambda: held.switch(job.chosen.held))
 
     def close(self) -> None:
         """Stop threads."""
@@ -98,3 +93,13 @@ class Adjusting:
 
     def _label(self, chosen: Chosen) -> str:
         return chosen.name or NONE
+
+
+def before_each(pieces: Iterator[Piece], do: Callable[[], None]) -> Iterator[Piece]:
+    """Pieces of a text, with something to do before each is made; between them others' texts may be written."""
+    while True:
+        do()
+        piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece

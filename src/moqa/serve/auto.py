@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from moqa.format.reader import is_checkpoint
 from moqa.format.routing import read_routing
 from moqa.generation import Piece
 from moqa.runtime.routing import RoutingCounts
-from moqa.serve.adjusting import NONE, Adjusting
+from moqa.serve.adjusting import NONE, Adjusting, before_each
 from moqa.serve.kept import LoadedAdjustments, MadeAdjustment
 from moqa.serve.metrics import Metrics
 from moqa.serve.text import Chosen
@@ -121,7 +122,7 @@ class AutoAdjusting(Adjusting):
         asked = job.chosen.explicit and job.chosen.name is not None
         watch = None if asked else self._watch(self._key(job.chosen.client))
         text, read, steps = list[int](), False, 0
-        for piece in super().written(job, self._counting(watch, pieces)):
+        for piece in super().written(job, before_each(pieces, partial(self._count_for, watch))):
             if piece.completion_tokens:  # else they are the prompt's, which are added below
                 text += [token.id for token, _ in piece.tokens]
             steps += 1
@@ -165,16 +166,11 @@ class AutoAdjusting(Adjusting):
             self._watches[key] = watch
         return watch
 
-    def _counting(self, watch: Watch | None, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Pieces of a text whose tokens are counted for one client; between them others' texts may be written."""
-        while True:
-            if watch is not self._counted:
-                self._count()
-                self._counted = watch
-            piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+    def _count_for(self, watch: Watch | None) -> None:
+        """Count for one client from now on."""
+        if watch is not self._counted:
+            self._count()
+            self._counted = watch
 
     def _count(self) -> None:
         counts = self._counts.take()
