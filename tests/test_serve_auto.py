@@ -25,10 +25,9 @@ from moqa.format.routing import ROUTING, read_routing
 from moqa.runtime.routing import RoutingCounts
 from moqa.serve import auto
 from moqa.serve.auto import MAX_TOKENS, AutoAdjusting
-from moqa.serve.collected import PART, Collected
-from moqa.serve.kept import KeptAdjustments, LoadedAdjustments, MadeAdjustment
+from moqa.serve.kept import LoadedAdjustments, MadeAdjustment
 from moqa.serve.sessions import COOKIE
-from moqa.serve.watch import Watch
+from moqa.serve.watch import PART, Collected, Watch
 
 SHARE = "30%"  # of a tiny random model; less changes too little
 
@@ -268,24 +267,30 @@ class TestClients:
             assert all(np.array_equal(found[watch], alone[watch]) for watch in alone)
 
 
+def watch_of(folder, tokenizer):
+    routing = read_routing(folder, open_checkpoint(folder).manifest.fingerprint)
+    return Watch(DriftDetector(routing), Collected(tokenizer, MAX_TOKENS))
+
+
 class TestKept:
     def test_are_few_and_dropped_when_nothing_is_written_with_them(self, made):
-        model, _ = moqa.load(made[0])
-        loaded, kept, python = LoadedAdjustments(model.adjustments), KeptAdjustments(), read_adjustment(made[1][0])
+        model, tokenizer = moqa.load(made[0])
+        loaded, python = LoadedAdjustments(model.adjustments), read_adjustment(made[1][0])
+        watch = watch_of(made[0], tokenizer)
 
         def add(number):
             one = MadeAdjustment(f"auto-{number}", f"made-{number}", shares_of(0, model))
             loaded.add(python, one)
-            kept.add(one)
+            watch.keep(one)
             del one
             loaded.drop_unused()
 
         add(0)
-        writing = kept.find("auto-0")
+        writing = watch.kept["auto-0"]
         model.adjustments.switch(writing.held)
         for number in range(1, 7):
             add(number)
-        assert kept.names == ["auto-3", "auto-4", "auto-5", "auto-6"]
+        assert list(watch.kept) == ["auto-3", "auto-4", "auto-5", "auto-6"]
         assert set(model.adjustments.names) == {f"made-{number}" for number in (0, 3, 4, 5, 6)}, "one is in use"
         del writing
         loaded.drop_unused()
@@ -294,12 +299,10 @@ class TestKept:
 
     def test_one_is_used_again_when_its_text_comes_back(self, made):
         model, tokenizer = moqa.load(made[0])
-        collected = Collected(tokenizer, MAX_TOKENS)
-        detector = DriftDetector(read_routing(made[0], open_checkpoint(made[0]).manifest.fingerprint))
-        watch = Watch(detector, collected)
-        kept = watch.kept
+        watch = watch_of(made[0], tokenizer)
+        collected = watch.collected
         for number in range(2):
-            kept.add(MadeAdjustment(f"auto-{number}", f"made-{number}", shares_of(number, model)))
+            watch.keep(MadeAdjustment(f"auto-{number}", f"made-{number}", shares_of(number, model)))
 
         def meet(expert):
             for _ in range(40):
@@ -309,7 +312,7 @@ class TestKept:
             return watch.default.name
 
         assert [meet(0), meet(1), meet(0)] == ["auto-0", "auto-1", "auto-0"]
-        assert kept.names == ["auto-1", "auto-0"]
+        assert list(watch.kept) == ["auto-1", "auto-0"]
         assert not watch.lacks_one
         assert meet(2) is None
         assert watch.lacks_one, "text that is like neither"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -166,20 +167,13 @@ class _Observer:
 
     def expert(self, run: ExpertRun) -> None:
         """Wait for the gradients of one expert's two products."""
-        inner, x = run.inner.detach(), run.x.detach()
-        self.significance[run.expert] += (inner.abs() * run.gate.detach()).sum(0) * self._norms[run.expert]
-        if run.expert not in self._errors:
-            return
+        self.significance[run.expert] += (run.inner.detach().abs() * run.gate.detach()).sum(0) * self._norms[run.expert]
+        if run.expert in self._errors:
+            run.on_gradients(self._rows, partial(self._add, run.expert))
 
-        def back_gate_up(gradient: Tensor) -> None:
-            for projection, rows in self._rows.items():
-                self._add(run.expert, projection, gradient[:, rows], x)
-
-        run.gate_up.register_hook(back_gate_up)
-        run.out.register_hook(lambda gradient: self._add(run.expert, "down_proj", inner, gradient))
-
-    def _add(self, expert: int, projection: str, of_channels: Tensor, others: Tensor) -> None:
-        """Add the effects of rows or columns, from [tokens, width] and [tokens, hidden] at their two ends."""
+    def _add(self, expert: int, projection: str, x: Tensor, gradient: Tensor) -> None:
+        """Add the effects of rows or columns, from [tokens, in] inputs and [tokens, out] gradients."""
+        of_channels, others = (x, gradient) if projection == "down_proj" else (gradient, x)
         errors = self._errors[expert]
         channels = slice(None) if len(errors.channels) == of_channels.shape[1] else errors.channels
         effect = of_channels[:, channels] * (others @ errors.missing[projection].T.to(others.dtype))

@@ -9,14 +9,13 @@ from torch import Tensor
 from moqa.adjustment.cached import ExpertErrors
 from moqa.adjustment.choose import scheme_of
 from moqa.calibration.inputs import InputStatistics
-from moqa.format.adjustment import COLUMNS, MIDDLE
+from moqa.format.adjustment import COLUMNS, MIDDLE, ROWS
 from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH
 from moqa.methods import METHODS, SolveBatch
 from moqa.models.experts import ExpertRun
 
-ROWS = ("gate_proj", "up_proj")
 # share of the mean energy added to the energy of columns that compensate for the errors of others
 DAMPING = 0.1
 

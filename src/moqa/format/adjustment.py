@@ -18,7 +18,7 @@ from moqa.format.reader import Checkpoint
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import TILE
 from moqa.format.writer import write_shard
-from moqa.storage.artifact import check_signed, checksum, file_hash, read_json, signed, write_json
+from moqa.storage.artifact import check_format, check_signed, checksum, file_hash, read_json, signed, write_json
 from moqa.storage.resumable import resumable, tidy
 
 FORMAT = 1
@@ -274,10 +274,7 @@ def read_adjustment(folder: str | Path) -> Adjustment:
     """
     folder = Path(folder)
     record = read_json(AdjustmentRecord, folder / RECORD)
-    if record.format > FORMAT:
-        raise MoqaError(
-            f"{folder} has adjustment format {record.format}", f"this moqa reads up to {FORMAT}: upgrade moqa"
-        )
+    check_format(f"{folder} has adjustment", record.format, FORMAT)
     check_signed(folder / RECORD, record.checksum)
     path, shard = folder / WEIGHTS, record.shard()
     if not path.is_file():

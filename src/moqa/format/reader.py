@@ -14,7 +14,7 @@ from moqa.format.manifest import CONFIG, FORMAT, MANIFEST, Manifest
 from moqa.format.writer import stored_file
 from moqa.originals.folder import read_header
 from moqa.originals.hub import on_disk
-from moqa.storage.artifact import check_signed, file_hash, read_json
+from moqa.storage.artifact import check_format, check_signed, file_hash, read_json
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     if not is_checkpoint(folder):
         raise MoqaError(f"{folder} is not a moqa checkpoint", f"it has no {MANIFEST}")
     manifest = read_json(Manifest, folder / MANIFEST)
-    if manifest.format > FORMAT:
-        raise MoqaError(f"{folder} has format {manifest.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    check_format(f"{folder} has", manifest.format, FORMAT)
     check_signed(folder / MANIFEST, manifest.checksum)
     return Checkpoint(folder, manifest)
 

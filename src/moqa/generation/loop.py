@@ -1,6 +1,7 @@
 """The generation loop: the prompt in chunks, then one token at a time."""
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,8 +58,8 @@ def tokens(
     memory = memory or PromptCache()
     if sampling.echo:
         memory.clear()
-    writing = _Writing(model, ids, sampling, memory, grammar)
-    return writing.steps(memory.keep(ids), limit)
+    prompt = torch.tensor([ids], dtype=torch.int64, device=model.device)
+    return _Writing(model, prompt, sampling, memory, grammar).steps(memory.keep(ids), limit)
 
 
 def check_room(model: "PreTrainedModel", ids: Sequence[int], sampling: Sampling) -> int:
@@ -104,48 +105,44 @@ def end_tokens(model: "PreTrainedModel") -> frozenset[int]:
     return frozenset(ends)
 
 
+@dataclass(frozen=True)
 class _Writing:
-    def __init__(
-        self,
-        model: "PreTrainedModel",
-        ids: Sequence[int],
-        sampling: Sampling,
-        memory: PromptCache,
-        grammar: Grammar | None,
-    ) -> None:
-        self._model, self._memory, self._sampling, self._grammar = model, memory, sampling, grammar
-        self._prompt = torch.tensor([ids], dtype=torch.int64, device=model.device)
+    model: "PreTrainedModel"
+    prompt: Tensor  # [1, tokens]
+    sampling: Sampling
+    memory: PromptCache
+    grammar: Grammar | None
 
     def steps(self, start: int, limit: int) -> Iterator[Token | Chunk]:
         """Read the prompt from a token on, then write up to a limit."""
-        logits = yield from self._echo() if self._sampling.echo else self._read(start)
-        choose = Chooser(self._sampling, self._memory, self._prompt.shape[1], self._grammar)
-        ends = end_tokens(self._model)
+        logits = yield from self._echo() if self.sampling.echo else self._read(start)
+        choose = Chooser(self.sampling, self.memory, self.prompt.shape[1], self.grammar)
+        ends = end_tokens(self.model)
         for left in range(limit, 0, -1):
             token = choose(logits)
             yield token
-            if left == 1 or token.id in ends or (self._grammar is not None and self._grammar.complete):
+            if left == 1 or token.id in ends or (self.grammar is not None and self.grammar.complete):
                 return
-            logits = self._memory.read(self._model, torch.tensor([[token.id]], device=self._prompt.device))
+            logits = self.memory.read(self.model, torch.tensor([[token.id]], device=self.prompt.device))
 
     def _read(self, start: int) -> Generator[Chunk, None, Tensor]:
-        *chunks, last = self._prompt[:, start:].split(CHUNK, dim=1)
+        *chunks, last = self.prompt[:, start:].split(CHUNK, dim=1)
         for chunk in chunks:
-            self._memory.read(self._model, chunk)
+            self.memory.read(self.model, chunk)
             yield None
-        return self._memory.read(self._model, last)
+        return self.memory.read(self.model, last)
 
     def _echo(self) -> Generator[Chunk, None, Tensor]:
-        top = self._sampling.logprobs
-        most = CHUNK if top is None else max(1, _MOST_LOGITS // self._model.config.get_text_config().vocab_size)
+        top = self.sampling.logprobs
+        most = CHUNK if top is None else max(1, _MOST_LOGITS // self.model.config.get_text_config().vocab_size)
         logits: list[Tensor] = []  # of the next token, once there are any
-        for chunk in self._prompt.split(min(CHUNK, most), dim=1):
+        for chunk in self.prompt.split(min(CHUNK, most), dim=1):
             read = chunk[0].tolist()
             if top is None:
-                logits = [self._memory.read(self._model, chunk)[None]]
+                logits = [self.memory.read(self.model, chunk)[None]]
                 yield tuple(map(Token, read))
                 continue
-            after = self._memory.read(self._model, chunk, each=True)
+            after = self.memory.read(self.model, chunk, each=True)
             found = () if logits else (Token(read.pop(0)),)
             yield found + reported(read, torch.cat([*logits, after[:-1]]), top)
             logits = [after[-1:]]

@@ -1,6 +1,6 @@
 """Routed experts of transformers 5: one way to read, write and run their stacked 3-D parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -94,6 +94,22 @@ class ExpertRun:
     inner: Tensor
     out: Tensor
     gate: Tensor
+
+    def on_gradients(self, rows: Mapping[str, slice], add: Callable[[str, Tensor, Tensor], None]) -> None:
+        """Call `add` with projection, its input, and the gradient of its output, once there are gradients.
+
+        Args:
+            rows: see `projection_rows`.
+            add: called for each projection.
+        """
+        x, inner = self.x.detach(), self.inner.detach()
+
+        def back_gate_up(gradient: Tensor) -> None:
+            for projection, at in rows.items():
+                add(projection, x, gradient[:, at])
+
+        self.gate_up.register_hook(back_gate_up)
+        self.out.register_hook(lambda gradient: add("down_proj", inner, gradient))
 
 
 class ExpertsObserver(Protocol):

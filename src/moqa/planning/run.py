@@ -22,7 +22,7 @@ from moqa.planning.solver import Solution
 from moqa.planning.ties import TIES, tie_groups
 from moqa.profiling import SELF, Profile
 from moqa.registry import check_known
-from moqa.storage.artifact import check_seal, read_json
+from moqa.storage.artifact import check_format, check_seal, read_json
 from moqa.tasks import find_task
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -124,8 +124,7 @@ def read_plan(path: str | Path) -> Plan:
     """
     path = Path(path)
     stored = read_json(Plan, path)
-    if stored.format > FORMAT:
-        raise MoqaError(f"{path} has plan format {stored.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    check_format(f"{path} has plan", stored.format, FORMAT)
     check_seal(path)
     folder = os.path.normpath(path.parent / stored.profile)
     return stored.model_copy(update={"profile": folder, "strategy": STRATEGIES.current(stored.strategy)})

@@ -159,13 +159,6 @@ class Sensitivity:
 
     def expert(self, run: ExpertRun) -> None:
         """Register hooks for the gradients of one expert's two products."""
-        name, x, inner = f"{self._path}.{run.expert}", run.x.detach(), run.inner.detach()
-        if f"{name}.down_proj" not in self.sums:
-            return
-
-        def back_gate_up(gradient: Tensor) -> None:
-            for projection, rows in self._rows.items():
-                self.add(f"{name}.{projection}", x, gradient[:, rows])
-
-        run.gate_up.register_hook(back_gate_up)
-        run.out.register_hook(lambda gradient: self.add(f"{name}.down_proj", inner, gradient))
+        name = f"{self._path}.{run.expert}"
+        if f"{name}.down_proj" in self.sums:
+            run.on_gradients(self._rows, lambda projection, *pair: self.add(f"{name}.{projection}", *pair))

@@ -13,7 +13,7 @@ from torch import Tensor
 from moqa.errors import MoqaError
 from moqa.profiling.record import FORMAT, SELF, ProfileRecord
 from moqa.profiling.significance import expert_significance
-from moqa.storage.artifact import check_seal, file_hash, read_json, write_sealed
+from moqa.storage.artifact import check_format, check_seal, file_hash, read_json, write_sealed
 from moqa.storage.files import check_file
 from moqa.storage.paths import found
 
@@ -131,8 +131,7 @@ def read_profile(folder: str | Path) -> Profile:
     """
     folder = Path(folder)
     record = read_json(ProfileRecord, folder / RECORD)
-    if record.format > FORMAT:
-        raise MoqaError(f"{folder} has profile format {record.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    check_format(f"{folder} has profile", record.format, FORMAT)
     data = check_seal(folder / RECORD)
     loaded: dict[str, dict[str, Tensor]] = {}
     for name in (*record.distributions, WEIGHTS):

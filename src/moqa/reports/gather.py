@@ -19,7 +19,7 @@ from moqa.originals.hub import is_id, on_disk
 from moqa.planning import Plan, read_plan
 from moqa.profiling.record import ProfileRecord
 from moqa.profiling.store import RECORD, Profile, read_profile
-from moqa.storage.artifact import Record, read_json
+from moqa.storage.artifact import Record, check_format, read_json
 
 SUMMARY = "summary.json"
 KINDS = (
@@ -148,6 +148,5 @@ def _as(kind: type[Record], data: object) -> Record | None:
 def _checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint by its manifest; its weights are not read."""
     manifest = read_json(Manifest, folder / MANIFEST)
-    if manifest.format > FORMAT:
-        raise MoqaError(f"{folder} has format {manifest.format}", f"this moqa reads up to {FORMAT}: upgrade moqa")
+    check_format(f"{folder} has", manifest.format, FORMAT)
     return Checkpoint(folder, manifest)

@@ -1,6 +1,7 @@
 """Adjustments of a loaded model: applied and reverted in milliseconds; several can be held, one is in use."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -152,19 +153,16 @@ def make_adjustable(
     model.register_forward_pre_hook(variants.pin)
     model.register_forward_hook(variants.unpin, always_call=True)
     model.adjustments = Adjustments(checkpoint, variants, layers)
-    model.apply = _Apply(model)
+    model.apply = partial(_apply, model)
     model.revert = model.adjustments.revert
 
 
-class _Apply:
-    """`model.apply` of one model: its class's `apply` for functions, `Adjustments.apply` for adjustments."""
-
-    def __init__(self, model: "PreTrainedModel") -> None:
-        self._model = model
-
-    def __call__(self, what: "str | Path | Adjustment | Callable[[nn.Module], object]") -> "PreTrainedModel":
-        if callable(what):
-            applied: PreTrainedModel = type(self._model).apply(self._model, what)
-            return applied
-        self._model.adjustments.apply(what)
-        return self._model
+def _apply(
+    model: "PreTrainedModel", what: "str | Path | Adjustment | Callable[[nn.Module], object]"
+) -> "PreTrainedModel":
+    """`model.apply`: that of the model's class for functions, `Adjustments.apply` for adjustments."""
+    if callable(what):
+        applied: PreTrainedModel = type(model).apply(model, what)
+        return applied
+    model.adjustments.apply(what)
+    return model

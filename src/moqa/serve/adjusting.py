@@ -1,6 +1,6 @@
 """Chooses the adjustment of each text, and switches the model between texts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,9 @@ class Adjusting:
         metrics: metrics of the server.
         folders: folders of adjustments; the first is the default for requests that name none.
 
+    Attributes:
+        by_client: whether clients have to be told apart.
+
     Raises:
         MoqaError: if an adjustment is damaged or does not fit the model.
     """
@@ -42,18 +45,13 @@ class Adjusting:
             raise MoqaError(f"--adjust {folders[0]} needs a checkpoint", "this is an original model")
         names = [self._held.hold(folder) for folder in folders] if self._held else []
         self._default = Chosen(names[0] if names else None)
-        self._metrics = metrics
+        self._metrics, self.by_client = metrics, False
         metrics.adjustments.set_function(lambda: self.count)
 
     @property
     def count(self) -> int:
         """Number of adjustments that requests may choose."""
         return len(self._held.names) if self._held else 0
-
-    @property
-    def by_client(self) -> bool:
-        """Whether clients have to be told apart."""
-        return False
 
     def drift(self, chosen: Chosen) -> State | None:  # noqa: ARG002
         """Whether recent text of a request's client is known, drifting or novel; None if drift is not detected."""
@@ -78,13 +76,8 @@ class Adjusting:
 
     def written(self, job: ServedText, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Pieces of a text; before each, the model is switched to the adjustment of this text."""
-        while True:
-            if self._held is not None:
-                self._held.switch(job.chosen.held)
-            piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+        held = self._held
+        return pieces if held is None else before_each(pieces, lambda: held.switch(job.chosen.held))
 
     def close(self) -> None:
         """Stop threads."""
@@ -100,3 +93,13 @@ class Adjusting:
 
     def _label(self, chosen: Chosen) -> str:
         return chosen.name or NONE
+
+
+def before_each(pieces: Iterator[Piece], do: Callable[[], None]) -> Iterator[Piece]:
+    """Pieces of a text, with something to do before each is made; between them others' texts may be written."""
+    while True:
+        do()
+        piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece

@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -22,12 +23,11 @@ from moqa.format.routing import read_routing
 from moqa.generation import Piece
 from moqa.originals.hub import on_disk
 from moqa.runtime.routing import RoutingCounts
-from moqa.serve.adjusting import NONE, Adjusting
-from moqa.serve.collected import Collected
+from moqa.serve.adjusting import NONE, Adjusting, before_each
 from moqa.serve.kept import LoadedAdjustments, MadeAdjustment
 from moqa.serve.metrics import Metrics
 from moqa.serve.text import Chosen
-from moqa.serve.watch import Watch
+from moqa.serve.watch import Collected, Watch
 from moqa.storage.artifact import read_json
 from moqa.storage.temporary import temporary_folder
 
@@ -85,7 +85,7 @@ class AutoAdjusting(Adjusting):
         fingerprint = read_json(Manifest, folder / MANIFEST).fingerprint
         self._routing = read_routing(folder, fingerprint)
         open_cache(folder, fingerprint)
-        self._folder, self._tokenizer, self._shared = folder, tokenizer, shared
+        self._folder, self._tokenizer, self.by_client = folder, tokenizer, not shared
         self._loaded = LoadedAdjustments(model.adjustments)
         self._watches: dict[str, Watch] = {}
         self._counted: Watch | None = None  # whose tokens are being counted
@@ -103,12 +103,7 @@ class AutoAdjusting(Adjusting):
     @property
     def count(self) -> int:
         """See `Adjusting`."""
-        return sum(len(watch.kept.names) for watch in self._all)
-
-    @property
-    def by_client(self) -> bool:
-        """See `Adjusting`."""
-        return not self._shared
+        return sum(len(watch.kept) for watch in self._all)
 
     def drift(self, chosen: Chosen) -> State | None:
         """See `Adjusting`; None for a client whose text is not watched."""
@@ -120,15 +115,15 @@ class AutoAdjusting(Adjusting):
         watch = self._watches.get(self._key(client))
         if not explicit:
             return replace(watch.default if watch else Chosen(), client=client)
-        chosen = self._checked(asked, watch.kept.names if watch else [])
-        return replace(chosen, made=watch.kept.find(asked) if watch else None, client=client)
+        chosen = self._checked(asked, list(watch.kept) if watch else [])
+        return replace(chosen, made=watch.kept.get(asked) if watch and asked else None, client=client)
 
     def written(self, job: "ServedText", pieces: Iterator[Piece]) -> Iterator[Piece]:
         """See `Adjusting`; texts without a requested adjustment are used to detect drift."""
         asked = job.chosen.explicit and job.chosen.name is not None
         watch = None if asked else self._watch(self._key(job.chosen.client))
         text, read, steps = list[int](), False, 0
-        for piece in super().written(job, self._counting(watch, pieces)):
+        for piece in super().written(job, before_each(pieces, partial(self._count_for, watch))):
             if piece.completion_tokens:  # else they are the prompt's, which are added below
                 text += [token.id for token, _ in piece.tokens]
             steps += 1
@@ -157,7 +152,7 @@ class AutoAdjusting(Adjusting):
 
     def _key(self, client: str | None) -> str:
         """Whose text it is, as a key of what is watched; empty for a client that is not known."""
-        return "everyone" if self._shared else client or ""
+        return client or "" if self.by_client else "everyone"
 
     def _watch(self, key: str) -> Watch | None:
         """What watches a client; None if nothing does: it is not known, or `MAX_CLIENTS` others were here recently."""
@@ -172,16 +167,11 @@ class AutoAdjusting(Adjusting):
             self._watches[key] = watch
         return watch
 
-    def _counting(self, watch: Watch | None, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Pieces of a text whose tokens are counted for one client; between them others' texts may be written."""
-        while True:
-            if watch is not self._counted:
-                self._count()
-                self._counted = watch
-            piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+    def _count_for(self, watch: Watch | None) -> None:
+        """Count for one client from now on."""
+        if watch is not self._counted:
+            self._count()
+            self._counted = watch
 
     def _count(self) -> None:
         counts = self._counts.take()
@@ -240,8 +230,7 @@ class AutoAdjusting(Adjusting):
         self._not_before = time.monotonic() + PAUSE_FACTOR * seconds
         if watch in self._all:
             self._loaded.add(adjustment, made)
-            watch.kept.add(made)
-            watch.decide()
+            watch.keep(made)
 
     def _label(self, chosen: Chosen) -> str:
         # one label for all: the number of names is unlimited

@@ -70,12 +70,18 @@ class Asked(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_null(cls, data: Any) -> Any:
+    def _read(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         if len(data) > _MOST_FIELDS:
             raise ValueError(f"should have at most {_MOST_FIELDS} fields")
-        return {name: value for name, value in data.items() if value is not None or name in cls.saying}
+        read = cls._checked(data)
+        return {name: value for name, value in read.items() if value is not None or name in cls.saying}
+
+    @classmethod
+    def _checked(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields that are read."""
+        return fields
 
     def ignored(self, place: str = "") -> Iterator[str]:
         """Names of the fields that were ignored, here and in all parts."""
@@ -90,14 +96,9 @@ class Asked(BaseModel):
 class AskedBody(Asked):
     """A whole request; fields that would change the answer and are not supported are refused."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _check_fields(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        if len(data) > _MOST_FIELDS:  # refused by `Asked`
-            return data
-        left = {name: value for name, value in data.items() if name not in _WITHOUT_EFFECT}
+    def _checked(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        left = {name: value for name, value in fields.items() if name not in _WITHOUT_EFFECT}
         for name in left.keys() - cls.model_fields.keys():
             value = left[name]
             if name in _UNSUPPORTED:

@@ -1,12 +1,12 @@
 """Middleware for every request: who may ask, metrics, and errors that nothing else handled."""
 
+import base64
 import hmac
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moqa.serve.keys import given_key
 from moqa.serve.metrics import Metrics
 from moqa.serve.origins import check_site
 from moqa.serve.refusal import RefusalError, refusal_of
@@ -72,3 +72,22 @@ class Guard:
                 scheme = 'Basic realm="moqa: the password is the API key"' if scope["path"] == "/" else "Bearer"
                 raise RefusalError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": scheme})
             scope.setdefault("state", {})["client"] = f"key {found[0]}"
+
+
+def given_key(headers: Mapping[bytes, bytes]) -> bytes:
+    """The key in the headers, as programs (Bearer) or browsers (Basic, with any user name) send it.
+
+    A browser sends it with what other sites' pages ask for as well: that counts as no key.
+
+    >>> given_key({b"authorization": b"Bearer secret"}), given_key({b"authorization": b"Basic bWU6c2VjcmV0"})
+    (b'secret', b'secret')
+    """
+    scheme, _, value = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer":
+        return value
+    if scheme.lower() == b"basic" and headers.get(b"origin", b"").partition(b"://")[2] in (b"", headers.get(b"host")):
+        try:
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+        except ValueError:
+            return b""
+    return b""

@@ -1,7 +1,6 @@
-"""Adjustments that a server has made: the last few of each client, loaded for as long as they are used."""
+"""Adjustments that a server has made: loaded for as long as they are used."""
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -12,8 +11,6 @@ from moqa.format.adjustment import Adjustment
 
 if TYPE_CHECKING:
     from moqa.runtime.adjusted import Adjustments
-
-MAX_KEPT = 4
 
 
 @dataclass(eq=False)
@@ -54,33 +51,3 @@ class LoadedAdjustments:
             if self._held.current == name:
                 self._held.switch(None)
             self._held.drop(name)
-
-
-class KeptAdjustments:
-    """The adjustments of one client, at most `MAX_KEPT`: a new one replaces the least recently used one."""
-
-    def __init__(self) -> None:
-        self._made: list[MadeAdjustment] = []  # the most recently used one is last
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the adjustments that a request may choose."""
-        return [made.name for made in self._made.copy()]
-
-    def find(self, name: str | None) -> MadeAdjustment | None:
-        """The adjustment with a name, if it is kept."""
-        return next((made for made in self._made.copy() if made.name == name), None)
-
-    def nearest(self, distance: Callable[[np.ndarray], float]) -> MadeAdjustment | None:
-        """The adjustment with the smallest distance of its shares."""
-        return min(self._made, key=lambda made: distance(made.shares), default=None)
-
-    def use(self, made: MadeAdjustment) -> None:
-        """Mark an adjustment as the most recently used one."""
-        self._made.remove(made)
-        self._made.append(made)
-
-    def add(self, made: MadeAdjustment) -> None:
-        """Keep one more."""
-        self._made.append(made)
-        del self._made[:-MAX_KEPT]

@@ -81,9 +81,7 @@ class ChatMessage(Asked):
             "role": "system" if self.role == "developer" else self.role,
             "content": content if isinstance(content, str) else "".join(part.text for part in content),
         }
-        for name in ("name", "tool_call_id"):
-            if (value := getattr(self, name)) is not None:
-                message[name] = value
+        message |= self.model_dump(include={"name", "tool_call_id"}, exclude_none=True)
         if reasoning := self.reasoning_content or self.reasoning:
             message["reasoning_content"] = reasoning
         if self.tool_calls:

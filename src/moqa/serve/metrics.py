@@ -1,6 +1,7 @@
 """Metrics of the server, for Prometheus."""
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -19,33 +20,30 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter("moqa_requests", "answered requests", ("route", "status"), registry=registry)
-        self.prompt_tokens = Counter("moqa_prompt_tokens", "tokens of prompts that were read", registry=registry)
-        self.completion_tokens = Counter("moqa_completion_tokens", "tokens that were written", registry=registry)
-        self.waiting = Gauge("moqa_queue_length", "texts that wait for a slot", registry=registry)
-        self.active = Gauge("moqa_active_slots", "texts that are being written", registry=registry)
-        self.slots = Gauge("moqa_slots", "texts that can be written at once", registry=registry)
-        self.first_token = Histogram(
-            "moqa_time_to_first_token_seconds", "from request to first token, waiting included", buckets=_FIRST_BUCKETS,
-            registry=registry,
-        )  # fmt: skip
-        self.next_token = Histogram(
-            "moqa_time_per_token_seconds",
-            "from one token of a text to its next",
-            buckets=_NEXT_BUCKETS,
-            registry=registry,
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        self.requests = counter("moqa_requests", "answered requests", ("route", "status"))
+        self.prompt_tokens = counter("moqa_prompt_tokens", "tokens of prompts that were read")
+        self.completion_tokens = counter("moqa_completion_tokens", "tokens that were written")
+        self.waiting = gauge("moqa_queue_length", "texts that wait for a slot")
+        self.active = gauge("moqa_active_slots", "texts that are being written")
+        self.slots = gauge("moqa_slots", "texts that can be written at once")
+        self.first_token = histogram(
+            "moqa_time_to_first_token_seconds", "from request to first token, waiting included", buckets=_FIRST_BUCKETS
         )
-        self.seconds = Counter("moqa_busy_seconds", "time that the model worked", ("phase",), registry=registry)
+        self.next_token = histogram(
+            "moqa_time_per_token_seconds", "from one token of a text to its next", buckets=_NEXT_BUCKETS
+        )
+        self.seconds = counter("moqa_busy_seconds", "time that the model worked", ("phase",))
         for phase in ("prefill", "decode"):
             self.seconds.labels(phase)
 
-        self.adjustments = Gauge("moqa_adjustments", "adjustments that are held", registry=registry)
-        self.adjusted = Counter(
-            "moqa_adjusted_requests", "requests by the adjustment they are written with", ("adjustment",),
-            registry=registry,
-        )  # fmt: skip
-        self.adjustment_seconds = Gauge("moqa_adjustment_seconds", "time that the last one took", registry=registry)
-        self.failures = Counter("moqa_adjustment_failures", "adjustments that could not be made", registry=registry)
+        self.adjustments = gauge("moqa_adjustments", "adjustments that are held")
+        self.adjusted = counter(
+            "moqa_adjusted_requests", "requests by the adjustment they are written with", ("adjustment",)
+        )
+        self.adjustment_seconds = gauge("moqa_adjustment_seconds", "time that the last one took")
+        self.failures = counter("moqa_adjustment_failures", "adjustments that could not be made")
 
     def watch(self, state: Callable[[], State], divergence: Callable[[], float]) -> None:
         """Add metrics of a drift detector."""

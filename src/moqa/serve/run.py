@@ -6,7 +6,8 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,8 @@ def serve(
         sys.setswitchinterval(_SWITCH)
         service.scheduler.start()
         try:
-            _listen(listener, host, port)
+            with _usable(host, port):
+                listener.listen(_BACKLOG)
             if ready:
                 ready(f"http://{_address(listener)}")
             server.run([listener])
@@ -163,29 +165,23 @@ def log_once_a_minute() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]],
 
 def _bound(host: str, port: int) -> socket.socket:
     """Bind a socket that does not listen yet: clients that connect while the model loads are refused at once."""
-    try:
+    with _usable(host, port), ExitStack() as unless_bound:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
-        raise _no_port(host, port, error) from None
-    try:
+        listener = unless_bound.enter_context(socket.socket(family, kind, protocol))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise _no_port(host, port, error) from None
-    return listener
+        unless_bound.pop_all()
+        return listener
 
 
-def _listen(listener: socket.socket, host: str, port: int) -> None:
+@contextmanager
+def _usable(host: str, port: int) -> Iterator[None]:
+    """Say so if an address cannot be used, e.g. because another server bound the same port and was faster."""
     try:
-        listener.listen(_BACKLOG)
-    except OSError as error:  # another server bound the same port and was faster
-        raise _no_port(host, port, error) from None
-
-
-def _no_port(host: str, port: int, error: Exception) -> MoqaError:
-    return MoqaError(f"cannot listen on --host {host} --port {port}", getattr(error, "strerror", None) or str(error))
+        yield
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MoqaError(f"cannot listen on --host {host} --port {port}", reason) from None
 
 
 def _address(listener: socket.socket) -> str:

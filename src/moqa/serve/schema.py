@@ -11,11 +11,6 @@ from moqa.serve.fields import MOST, Asked, AskedBody, Many, Prompts, described
 from moqa.serve.messages import ChatMessage, ChosenTool, Tool
 from moqa.serve.refusal import RefusalError
 
-# fields with the same name and meaning in `Sampling`
-_OF_SAMPLING = (
-    "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "logit_bias", "grammar",
-)  # fmt: skip
 _MOST_CHOICES, _MOST_STOPS, _MOST_TOOLS = 128, 16, 128
 
 
@@ -107,12 +102,13 @@ class _Request(AskedBody):
         """The sampling options of each copy.
 
         Args:
-            options: of `Sampling`, beside those that have the same name there.
+            options: of `Sampling`, beside or instead of the fields that have the same name there.
 
         Raises:
             RefusalError: if a value is out of range.
         """
-        given = {name: value for name in _OF_SAMPLING if (value := getattr(self, name)) is not None}
+        shared = Sampling.model_fields.keys() & type(self).model_fields.keys()
+        given = {name: value for name in shared if (value := getattr(self, name)) is not None}
         own = [self.stop] if isinstance(self.stop, str) else self.stop
         try:
             sampling = Sampling(**{**given, "stop": tuple(own), "grammar": self.own_grammar(), **options})
@@ -164,7 +160,7 @@ class CompletionRequest(_Request):
         """See `_Request.sampling`."""
         # the likeliest of several cannot be told without log-probabilities
         logprobs = 0 if self.logprobs is None and self.copies > self.n else self.logprobs
-        return self.sampling(max_tokens=self.max_tokens, logprobs=logprobs, echo=self.echo)
+        return self.sampling(logprobs=logprobs)
 
 
 class ChatRequest(_Request):

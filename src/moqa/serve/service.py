@@ -1,12 +1,12 @@
 """A loaded model and its scheduler, as used by the routes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from moqa.generation import Piece, Sampling, begin_grammar, chat_prompt, check_room, encode, generate
+from moqa.generation import Piece, Sampling, begin_grammar, check_room, encode, generate
 from moqa.serve.adjusting import Adjusting
 from moqa.serve.bodies import Bodies, body_limit
 from moqa.serve.metrics import Metrics
@@ -80,28 +80,6 @@ class Service:
         )
         return [text for ids in encoded for text in self._checked(ids, samplings)]
 
-    def conversation(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        samplings: Callable[[tuple[str, ...]], Sequence[Sampling]],
-        tools: Sequence[Mapping[str, Any]] = (),
-        variables: Mapping[str, Any] | None = None,
-    ) -> list[Text]:
-        """Tokenize a conversation and check that it fits the context.
-
-        Args:
-            messages: each with a role and a content.
-            samplings: makes the sampling options of each copy from the stop strings that the chat format needs.
-            tools: functions that the model may call.
-            variables: further variables of the chat template.
-
-        Raises:
-            MoqaError: if the chat template refuses the conversation, it is too long, or a grammar cannot be used.
-            RefusalError: if there are more texts than fit into slots and queue.
-        """
-        ids, stops = chat_prompt(self.tokenizer, messages, tools, variables, self.context)
-        return self.texts([ids], samplings(stops))
-
     def start(self, texts: Sequence[Text], chosen: Chosen) -> "Running":
         """Queue the texts of one request, to be written with one adjustment.
 
@@ -144,15 +122,12 @@ class Running:
         self._events = events = asyncio.Queue[tuple[int, Piece | Exception]]()
         loop = asyncio.get_running_loop()
 
-        def deliverer(index: int) -> Callable[[Piece | Exception], None]:
-            def deliver(event: Piece | Exception) -> None:
-                with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
-                    loop.call_soon_threadsafe(events.put_nowait, (index, event))
-
-            return deliver
+        def deliver(index: int, event: Piece | Exception) -> None:
+            with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         self._jobs = [
-            ServedText(ids, sampling, deliverer(index), chosen) for index, (ids, sampling) in enumerate(texts)
+            ServedText(ids, sampling, partial(deliver, index), chosen) for index, (ids, sampling) in enumerate(texts)
         ]
         scheduler.submit(self._jobs)
 

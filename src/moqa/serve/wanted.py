@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from moqa.generation import Sampling, template_of
+from moqa.generation import chat_prompt, template_of
 from moqa.serve.answers import Answer, ChatAnswer
 from moqa.serve.refusal import RefusalError
 from moqa.serve.said import AnswerReader
@@ -52,11 +52,10 @@ def chat(service: Service, body: ChatRequest) -> Wanted:
     elif reader is not AnswerReader:
         options["skip_special_tokens"] = False
 
-    def samplings(stops: tuple[str, ...]) -> list[Sampling]:
-        return [one.model_copy(update={"stop": one.stop + stops}) for one in body.sampling(**options)]
-
     messages = [message.plain() for message in body.messages]
-    texts = service.conversation(messages, samplings, tools, body.variables())
+    ids, stops = chat_prompt(service.tokenizer, messages, tools, body.variables(), service.context)
+    samplings = [one.model_copy(update={"stop": one.stop + stops}) for one in body.sampling(**options)]
+    texts = service.texts([ids], samplings)
     answer = ChatAnswer(
         service.name, service.tokenizer, body.logprobs, body.copies, body.n,
         reader=reader, most_calls=None if body.parallel_tool_calls else 1,

@@ -74,6 +74,18 @@ def read_json(kind: type[Record], path: Path) -> Record:
         raise MoqaError(f"{path} is not a {name}", f"{where + ': ' if where else ''}{first['msg']}") from None
 
 
+def check_format(what: str, found: int, known: int) -> None:
+    """Refuse an artifact that a newer moqa wrote.
+
+    >>> check_format("plan.json has plan", found=1, known=1)
+
+    Raises:
+        MoqaError: if its format number is above the one that is known.
+    """
+    if found > known:
+        raise MoqaError(f"{what} format {found}", f"this moqa reads up to {known}: upgrade moqa")
+
+
 def signed(record: Record) -> Record:
     """A record with its `checksum` filled in."""
     return record.model_copy(update={"checksum": checksum(record.model_dump(mode="json"))})
