@@ -358,6 +358,7 @@ def test_the_reference_model_is_adjusted_to_german_and_goes_back(tmp_path):
         running((model, tokenizer), adjusting=partial(AutoAdjusting, model, tokenizer, out)) as url,
         httpx.Client(base_url=url, timeout=PATIENCE) as http,
     ):
+        complete(http, prompt="Hello", max_tokens=1)  # gets the cookie of a session, whose text is watched
         for prompt in prompts("novels")[:3]:
             found = complete(http, prompt=prompt, max_tokens=4, temperature=0).json()
             assert (found["adjustment"], found["drift"]) == (None, "known")
