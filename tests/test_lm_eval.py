@@ -27,26 +27,44 @@ def packed(tiny_model, texts, tmp_path_factory):
     return moqa.quantize(tiny_model, chosen, folder / "out", method="rtn", profile=measured)
 
 
-def test_local_completions_agrees_with_moqa_evaluate(packed, tmp_path):
-    model, tokenizer = load_any(packed)
+@pytest.fixture(scope="module")
+def measured(packed, tmp_path_factory):
+    """A folder with one window of text, and the bits per byte that moqa measures on it."""
+    folder, tokenizer = tmp_path_factory.mktemp("text"), load_any(packed)[1]
     text = (ROOT / "reference" / "text" / "wiki.test.txt").read_text()[: 8 * CONTEXT]
     ends = [end for _, end in tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]]
     # one window: at the borders of several, the harness also scores tokens that only begin a window for moqa
-    (tmp_path / "text.txt").write_text(text[: ends[CONTEXT - 1]])
-    measured = moqa.evaluate(packed, {"text": tmp_path / "text.txt"}, context=CONTEXT, windows=None)
-    with running((model, tokenizer)) as url:
+    (folder / "text.txt").write_text(text[: ends[CONTEXT - 1]])
+    found = moqa.evaluate(packed, {"text": folder / "text.txt"}, context=CONTEXT, windows=None)
+    return folder, found.distributions["text"].bits_per_byte
+
+
+def harness(folder, model, options):
+    """Bits per byte by the harness's own command, and what it printed."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "lm_eval", "run", "--model", model, "--model_args", options, "--include_path",
+            ROOT / "recipes" / "lm_eval", "--tasks", "text_file", "--output_path", f"{model}.json",
+        ],
+        cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")},
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(next(folder.glob(f"{model}*.json")).read_text())["results"]
+    return results["text_file"]["bits_per_byte,none"], done.stderr
+
+
+def test_local_completions_agrees_with_moqa_evaluate(packed, measured):
+    folder, ours = measured
+    with running(load_any(packed)) as url:
         # the harness keeps a place for a token to write, and one to begin the window with
         options = f"model=tiny,base_url={url}/v1/completions,max_length={CONTEXT + 2}"
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", options,
-                "--include_path", ROOT / "recipes" / "lm_eval", "--tasks", "text_file",
-                "--output_path", "results.json",
-            ],
-            cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
-            capture_output=True, text=True, timeout=PATIENCE,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "remote tokenizer" in done.stderr
-    found = json.loads(next(tmp_path.glob("results*.json")).read_text())["results"]["text_file"]["bits_per_byte,none"]
-    assert found == pytest.approx(measured.distributions["text"].bits_per_byte, abs=1e-3)
+        found, printed = harness(folder, "local-completions", options)
+    assert "remote tokenizer" in printed
+    assert found == pytest.approx(ours, abs=1e-3)
+
+
+def test_a_checkpoint_that_the_harness_loads_itself_agrees_too(packed, measured):
+    folder, ours = measured
+    found, _ = harness(folder, "hf", f"pretrained={packed},dtype=float32,max_length={CONTEXT}")
+    assert found == pytest.approx(ours, abs=1e-3)
