@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moqa.errors import MoqaError
 from moqa.format.reader import is_checkpoint
+from moqa.integrations.lora import add_lora
 from moqa.models.load import read_config, read_generation_config
 from moqa.models.view import open_model
 from moqa.originals import folder as original
@@ -15,22 +17,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_any(model: str | Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def load_any(model: str | Path, lora: str | Path | None = None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a checkpoint with packed weights, or an original model in float32.
 
     >>> model, tokenizer = load_any("runs/out")
 
     Args:
         model: folder of a checkpoint or of an original model, or a Hub id.
+        lora: folder of a LoRA that a checkpoint computes with, see `moqa.integrations.lora`.
 
     Raises:
-        MoqaError: if the model is missing or damaged, or is not a language model.
+        MoqaError: if the model or the LoRA is missing or damaged, or the model is not a language model.
     """
     if is_checkpoint(model):
         check_language_model(read_config(Path(model), packed=True), model)
-        return load(model)
+        loaded, tokenizer = load(model)
+        if lora is not None:
+            add_lora(loaded, lora)
+        return loaded, tokenizer
+    if lora is not None:
+        raise MoqaError(f"{model} is not a checkpoint", f"a LoRA such as {lora} needs one")
     folder = original.locate(model)
     check_language_model(read_config(folder), folder)
-    loaded = open_model(folder).model
-    read_generation_config(loaded, folder)
-    return loaded, load_tokenizer(folder)
+    original_model = open_model(folder).model
+    read_generation_config(original_model, folder)
+    return original_model, load_tokenizer(folder)
