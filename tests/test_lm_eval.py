@@ -12,7 +12,7 @@ from serving import PATIENCE, running
 import moqa
 from moqa.generation import load_any
 
-pytest.importorskip("lm_eval", reason="needs pip install 'lm_eval[api]'")
+pytest.importorskip("lm_eval", reason="needs pip install 'lm_eval[api,hf]'")
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = 4095

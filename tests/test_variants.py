@@ -38,7 +38,7 @@ def pair(packed):
     models = [moqa.load(packed)[0] for _ in range(2)]
     for model in models:
         experts = experts_of(model)
-        first = {(1 - expert, name): experts.matrices[f"{expert}:{name}"] for expert in (0, 1) for name in PARTS}
+        first = {(1 - expert, name): experts.matrix(expert, name) for expert in (0, 1) for name in PARTS}
         experts.variants.hold("swapped", {0: ExpertsVariant(matrices=first)})
     return models
 

@@ -66,3 +66,4 @@ if unsupported():
 else:
     # from here on transformers' from_pretrained reads moqa's checkpoints
     on_import("transformers.quantizers.auto", "moqa.integrations.transformers")
+    on_import("peft.utils.transformers_weight_conversion", "moqa.integrations.peft")

@@ -105,6 +105,6 @@ def matrix_of(model: nn.Module, unit: str) -> PackedMatrix:
         module, expert, projection = unit.rsplit(".", 2)
         packed = model.get_submodule(module).moqa_weights
         assert isinstance(packed, PackedExperts)
-        matrix = packed.matrices[f"{expert}:{projection}"]
+        matrix = packed.matrix(int(expert), projection)
     assert isinstance(matrix, PackedMatrix)
     return matrix

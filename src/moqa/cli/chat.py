@@ -26,13 +26,14 @@ def chat(
     seed: options.SamplingSeed = 0,
     adjustment: options.Adjustment = None,
     threads: options.Threads = None,
+    lora: options.Lora = None,
 ) -> None:
     """Talk with a checkpoint on a terminal, or line by line from stdin."""
     from moqa.generation import Chat, load_any
 
     sampling = sampling_of(max_tokens, temperature, top_p, top_k, stop, seed)
     use_threads(threads)
-    talk = Chat(*load_any(out, adjustment), sampling)
+    talk = Chat(*load_any(out, adjustment, lora), sampling)
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if sys.stdin.isatty():
         import readline  # noqa: F401  (lets input() edit lines and recall earlier ones)

@@ -27,6 +27,7 @@ def evaluate(
         str, typer.Option("--kernels", help="kernels for a checkpoint: reference, native or auto")
     ] = "reference",
     adjustment: options.Adjustment = None,
+    lora: options.Lora = None,
     json: options.Json = None,
     log_json: LogOption = None,
 ) -> None:
@@ -43,6 +44,7 @@ def evaluate(
             report=report,
             kernels=kernels,
             adjustment=adjustment,
+            lora=lora,
         )
     print_evaluation(result)
     write_result(result, json)
@@ -66,6 +68,8 @@ def print_evaluation(result: "Evaluation") -> None:
     title = f"{result.model}: {mib(result.bytes)}, {result.bits_per_weight:.3f} bits/weight of units"
     if result.adjustment is not None:
         title += f"; adjusted by {result.adjustment}: {100 * result.adjustment_bytes / result.bytes:+.2f} % bytes"
+    if result.lora is not None:
+        title += f"; with {result.lora}"
     if result.cache_bytes:
         title += f"; cache beside it: {mib(result.cache_bytes)}"
     headings = ["accuracy", "KL", "agreement", "images"] if images else ["bits/byte", "KL", "top-1", "tokens"]

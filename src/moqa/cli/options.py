@@ -82,6 +82,9 @@ Restart = Annotated[bool, typer.Option("--restart")]
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file, - for stdout")]
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="checkpoint, or folder or Hub id of an original model")]
+Lora = Annotated[
+    Path | None, typer.Option("--lora", metavar="DIR", help="LoRA to compute with: a folder that PEFT saved")
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="largest number of tokens to write")]
 _OF_THE_MODEL = "[default: the model's, else {}]"
 Temperature = Annotated[

@@ -48,6 +48,7 @@ def serve(
         typer.Option("--alias", metavar="NAME", help="name that clients call the model by; may be repeated"),
     ] = None,
     threads: options.Threads = None,
+    lora: options.Lora = None,
 ) -> None:
     """Answer OpenAI-style requests until Ctrl-C or SIGTERM."""
     from moqa.serve import serve as run
@@ -64,10 +65,12 @@ def serve(
         )
     if adjust_shared and given != ["auto"]:
         raise MoqaError("--adjust-shared needs --adjust auto", "adjustments that are given are everyone's anyway")
+    if lora is not None and given == ["auto"]:
+        raise MoqaError(f"--lora {lora} --adjust auto cannot be combined", "adjustments do not know of the LoRA")
     use_threads(threads)
     run(
         out, host=host, port=port, slots=slots, queue=queue, api_keys=api_key or (), cors=cors or (),
-        adjust=[] if given == ["off"] else given, adjust_shared=adjust_shared, alias=alias or (),
+        adjust=[] if given == ["off"] else given, adjust_shared=adjust_shared, alias=alias or (), lora=lora,
         ready=lambda url: say(f"moqa: {out} at {url}/v1, {slots} slots, queue of {queue}", err=True),
     )  # fmt: skip
     say("moqa: stopped", err=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field
 from torch import nn
@@ -14,6 +14,7 @@ from moqa.format.adjustment import read_adjustment
 from moqa.format.cache import has_cache, open_cache
 from moqa.format.manifest import Fitted
 from moqa.format.reader import Checkpoint, is_checkpoint, open_checkpoint
+from moqa.integrations.lora import add_lora
 from moqa.models.load import read_config
 from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
@@ -45,6 +46,7 @@ class Evaluation(BaseModel, frozen=True):
     model_bits_per_weight: float = Field(description="stored bits per weight of the whole model")
     cache_bytes: int = Field(0, description="of the original's channels that the checkpoint keeps")
     adjustment: str | None = Field(None, description="as the user gave it")
+    lora: str | None = Field(None, description="folder of a LoRA, as the user gave it")
     adjustment_bytes: int = Field(0, description="by which the weights in use grow with the adjustment")
     context: int
     distributions: dict[str, Quality]
@@ -61,6 +63,7 @@ def evaluate(
     reference: Reference | None = None,
     kernels: str = "reference",
     adjustment: str | Path | None = None,
+    lora: str | Path | None = None,
 ) -> Evaluation:
     """Measure a model or checkpoint on held-out text, from what is on disk.
 
@@ -79,6 +82,7 @@ def evaluate(
         reference: the original's outputs on windows of these distributions, if they are already known.
         kernels: that a checkpoint computes with (`moqa.load`); the reference adds no rounding of activations.
         adjustment: folder of an adjustment to apply to the checkpoint.
+        lora: folder of a LoRA that the checkpoint computes with; what it was trained on is not known here.
 
     Raises:
         MoqaError: if something is missing or damaged, or a text overlaps those that the checkpoint was fitted on.
@@ -88,6 +92,8 @@ def evaluate(
     adjusted = None if adjustment is None else read_adjustment(adjustment)
     if adjusted and not packed:
         raise MoqaError(f"{model} is not a checkpoint", f"an adjustment such as {adjustment} needs one")
+    if lora is not None and not packed:
+        raise MoqaError(f"{model} is not a checkpoint", f"a LoRA such as {lora} needs one")
     folder = folder if packed else original.locate(folder)
     task = task_of(read_config(folder, packed=packed is not None))
     reader = task.reader(folder)
@@ -102,9 +108,11 @@ def evaluate(
     if adjusted:
         _refuse_fitted(str(adjusted.folder), adjusted.record.fitted, distributions, cut)
     view = None if packed else open_model(folder)
-    module: nn.Module = load_packed(packed, kernels=kernels) if packed else view.model  # type: ignore[union-attr]
+    module: Any = load_packed(packed, kernels=kernels) if packed else view.model  # type: ignore[union-attr]
+    if lora is not None:
+        add_lora(module, lora)
     if adjusted:
-        module.apply(adjusted)  # type: ignore[arg-type]
+        module.apply(adjusted)
     if reference is None:
         reference = _reference(model, against, packed, module, cut, report)
     result = scores(module, cut, reference, report)
@@ -112,7 +120,7 @@ def evaluate(
     name = str(against) if against is not None else (packed.manifest.model if packed else str(model))
     return Evaluation(
         model=str(model), against=name if reference else None, **size, context=task.context(context),
-        adjustment=None if adjustment is None else str(adjustment),
+        adjustment=None if adjustment is None else str(adjustment), lora=None if lora is None else str(lora),
         adjustment_bytes=adjusted.record.extra_bytes if adjusted else 0,
         distributions={name: _rounded(quality) for name, quality in result.items()},
     )  # fmt: skip

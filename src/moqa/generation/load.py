@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from moqa.errors import MoqaError
 from moqa.format.reader import is_checkpoint
+from moqa.integrations.lora import add_lora
 from moqa.models.load import read_config, read_generation_config
 from moqa.models.view import open_model
 from moqa.originals import folder as original
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_any(
-    model: str | Path, adjustment: str | Path | None = None
+    model: str | Path, adjustment: str | Path | None = None, lora: str | Path | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a checkpoint with packed weights, or an original model in float32.
 
@@ -27,21 +28,25 @@ def load_any(
     Args:
         model: folder of a checkpoint or of an original model, or a Hub id.
         adjustment: folder of an adjustment to apply to the checkpoint.
+        lora: folder of a LoRA that a checkpoint computes with, see `moqa.integrations.lora`.
 
     Raises:
-        MoqaError: if the model is missing or damaged, or is not a language model.
+        MoqaError: if the model or the LoRA is missing or damaged, or the model is not a language model.
     """
     folder = on_disk(model)
     if is_checkpoint(folder):
         check_language_model(read_config(folder, packed=True), model)
         loaded, tokenizer = load(folder)
+        if lora is not None:
+            add_lora(loaded, lora)
         if adjustment is not None:
             loaded.apply(adjustment)
         return loaded, tokenizer
-    if adjustment is not None:
-        raise MoqaError(f"{model} is not a checkpoint", f"an adjustment such as {adjustment} needs one")
+    for what, given in (("an adjustment", adjustment), ("a LoRA", lora)):
+        if given is not None:
+            raise MoqaError(f"{model} is not a checkpoint", f"{what} such as {given} needs one")
     folder = original.locate(folder)
     check_language_model(read_config(folder), folder)
-    loaded = open_model(folder).model
-    read_generation_config(loaded, folder)
-    return loaded, load_tokenizer(folder)
+    original_model = open_model(folder).model
+    read_generation_config(original_model, folder)
+    return original_model, load_tokenizer(folder)

@@ -93,6 +93,7 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
             setattr(parent, name, packed)
         keep_as_stored(model, self._checkpoint.layer(None), model.dtype, self._kernels)
         keep_packed(model, self._checkpoint.folder)
+        model.requires_grad_(False)  # as in `moqa.load`: with a gradient, experts are computed one by one
 
     def is_serializable(self) -> bool:
         """`save_pretrained` would write another format: copy the folder instead."""
@@ -100,8 +101,8 @@ class MoqaQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradients."""
-        return False
+        """A LoRA is, beside packed weights that have no gradients."""
+        return True
 
 
 def _hide_packed(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:

@@ -51,8 +51,10 @@ class Adjustments:
             name: to hold it under; None means the name of its distribution.
 
         Raises:
-            MoqaError: if it is damaged, or was made for another checkpoint, or the name is taken by another.
+            MoqaError: if it is damaged, or was made for another checkpoint, the name is taken by another, or a LoRA
+                adapts experts.
         """
+        self._variants.check_not_adapted()
         read = adjustment if isinstance(adjustment, Adjustment) else read_adjustment(adjustment)
         check_fits(read, self._checkpoint)
         name = name or read.record.name

@@ -72,6 +72,8 @@ class FusedDecoder:
     @classmethod
     def of(cls, model: "PreTrainedModel") -> Optional["FusedDecoder"]:
         """The decoder of a model; None if its structure is not supported, or the two do not agree in a trial."""
+        if hasattr(model, "peft_config"):  # it may adapt any part
+            return None
         with _MAKING:
             return cls._of(model)
 

@@ -156,7 +156,7 @@ def keep_as_stored(
     head = model.get_output_embeddings() if tables else None
     for name, module in tables.items():
         if isinstance(module, nn.Embedding):
-            if isinstance(head, nn.Linear) and head.weight is module.weight:
+            if type(head) is nn.Linear and head.weight is module.weight:
                 model.set_output_embeddings(PackedLinear.of_kept(stored[name], head.bias, kernels))
             model.set_input_embeddings(KeptEmbedding(stored[name], module.padding_idx, dtype))
 

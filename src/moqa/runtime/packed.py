@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from moqa.errors import MoqaError
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH
 from moqa.kernels import ACTIVATIONS, ExpertStack, PackedMatrix, ProductKernels
@@ -20,8 +21,46 @@ from moqa.models.view import ModelView
 from moqa.runtime.variants import ExpertsVariant, Variants
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose weight is packed.
+class _PackedProduct(torch.autograd.Function):
+    """A product with a packed matrix, which stays as it is: the input and the bias have gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, matrix: PackedMatrix, kernels: ProductKernels, bias: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        # its tensors, not itself: a graph may outlive the interpreter's modules, with native objects of the matrix
+        ctx.scheme, ctx.shape = matrix.scheme, matrix.shape
+        ctx.save_for_backward(*matrix.buffers())
+        return kernels.linear(matrix, x.detach(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
+        of_bias = gradients[0].flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        tensors = dict(zip(ctx.scheme.tensors(ctx.shape), ctx.saved_tensors, strict=True))
+        weight = PackedMatrix(ctx.scheme, ctx.shape, tensors).dense()
+        return gradients[0] @ weight.to(gradients[0].dtype), None, None, of_bias
+
+
+def packed_product(kernels: ProductKernels, matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., in] -> [..., out], with a gradient where one is asked for."""
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return cast(Tensor, _PackedProduct.apply(x, matrix, kernels, bias))
+    return kernels.linear(matrix, x, bias)
+
+
+class _Copy(Tensor):
+    """Weights that are only read: to merge a LoRA, PEFT writes to their `data`, which nothing would ever see."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        """Refused."""
+        raise MoqaError("a LoRA cannot be merged into packed weights", "save it, and give its folder to --lora")
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is packed. PEFT adapts it as any other, but can't merge anything into it.
 
     >>> from moqa.kernels import find_kernels
     >>> PackedLinear(matrix, None, find_kernels())(torch.randn(3, 256)).shape
@@ -34,9 +73,10 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, matrix: PackedMatrix, bias: Tensor | None, kernels: ProductKernels) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.matrix, self.kernels = matrix, kernels
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.out_features, self.in_features = matrix.shape
+        self.bias: Any = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
     def of_kept(cls, weight: Tensor, bias: Tensor | None, kernels: ProductKernels) -> "PackedLinear":
@@ -46,7 +86,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return self.kernels.linear(self.matrix, x, self.bias)
+        return packed_product(self.kernels, self.matrix, x, self.bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """[out, in] a copy of the weights, whose device, dtype and shape PEFT reads."""
+        return self.matrix.dense().as_subclass(_Copy)
 
 
 class PackedConvolution(PackedLinear):
@@ -127,6 +172,21 @@ class KeptEmbedding(nn.Module):
         return embedding(ids, self.get_buffer("weight"), self.padding_idx).to(self.dtype)
 
 
+class _Expert(nn.ModuleDict):
+    """The layers of one expert by projection; it notices when PEFT puts an adapted layer in the place of one."""
+
+    def __init__(self, layers: Mapping[str, PackedLinear], variants: Variants, place: tuple[int, int]) -> None:
+        super().__init__(layers)
+        self._variants, self._place = variants, place
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            is_plain = all(type(layer) is PackedLinear for layer in self.values())
+            change = self._variants.adapted.discard if is_plain else self._variants.adapted.add
+            change(self._place)
+
+
 class PackedExperts(nn.Module):
     """All routed experts of a layer, packed; they replace the stacked parameters (`ExpertWeights`).
 
@@ -158,7 +218,10 @@ class PackedExperts(nn.Module):
         self._biases: tuple[Tensor, ...] = ()  # of the module that the stacks were made for
         self.counts: Tensor | None = None
         self.kernels = kernels
-        self.matrices = nn.ModuleDict({f"{e}:{projection}": matrix for (e, projection), matrix in matrices.items()})
+        layers: dict[int, dict[str, PackedLinear]] = {}
+        for (expert, projection), matrix in matrices.items():
+            layers.setdefault(expert, {})[projection] = PackedLinear(matrix, None, kernels)
+        self.experts = nn.ModuleList(_Expert(layers[e], self.variants, (layer, e)) for e in range(self.count))
 
     def count_in(self, counts: Tensor | None) -> None:
         """From now on, count the tokens of each expert in [experts] int64 on the CPU; None counts nothing."""
@@ -171,11 +234,19 @@ class PackedExperts(nn.Module):
         return self.variants.of_layer(self._layer) or self._plain
 
     def run(self, module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
-        """All experts in one call, or None if the kernels cannot compute this family's activation or the patches."""
+        """All experts in one call, or None where they are computed product by product.
+
+        So are experts whose activation or patches the kernels cannot compute, adapted ones, and those with a gradient.
+        """
         if self.counts is not None:
             # an index past the last expert stands for none
             self.counts += torch.bincount(index.flatten().cpu(), minlength=self.count)[: self.count]
-        if self.activation is None or (self.variant.patches and not self.kernels.takes_patches):
+        if self.variants.adapted and self.variant is not self._plain:
+            self.variants.check_not_adapted()
+        differentiable = torch.is_grad_enabled() and hidden.requires_grad
+        if differentiable or self.variants.adapted or self.activation is None:
+            return None
+        if self.variant.patches and not self.kernels.takes_patches:
             return None
         return self.kernels.experts(self.stack(module), hidden, index, weights)
 
@@ -194,10 +265,10 @@ class PackedExperts(nn.Module):
 
     def gate_up(self, expert: int, x: Tensor) -> Tensor:
         """See `ExpertWeights`."""
-        parts = {name: self.kernels.linear(self._matrix(expert, name), x) for name in self._rows}
+        parts = {name: self._product(expert, name, x) for name in self._rows}
         for patch in self.variant.patches:
             for name, channels in (("gate_proj", patch.gate), ("up_proj", patch.up)):
-                parts[name] = patch.join(channels, expert, x, parts[name], self.kernels.linear)
+                parts[name] = patch.join(channels, expert, x, parts[name], partial(packed_product, self.kernels))
         first = next(iter(parts.values()))
         stacked = first.new_empty(*first.shape[:-1], 2 * first.shape[-1])
         for name, rows in self._rows.items():
@@ -206,17 +277,28 @@ class PackedExperts(nn.Module):
 
     def down(self, expert: int, x: Tensor) -> Tensor:
         """See `ExpertWeights`."""
-        base = partial(self.kernels.linear, self._matrix(expert, "down_proj"))
-        return patched_down(self.variant.patches, expert, x, base, self.kernels.linear)
+        base = partial(self._product, expert, "down_proj")
+        return patched_down(self.variant.patches, expert, x, base, partial(packed_product, self.kernels))
 
-    def _matrix(self, expert: int, projection: str) -> PackedMatrix:
-        matrix = self.variant.matrices.get((expert, projection)) or self.matrices[f"{expert}:{projection}"]
-        assert isinstance(matrix, PackedMatrix)
+    def matrix(self, expert: int, projection: str) -> PackedMatrix:
+        """The matrix of the checkpoint."""
+        layer = self._module(expert, projection)
+        matrix: PackedMatrix = getattr(layer, "base_layer", layer).matrix
         return matrix
+
+    def _product(self, expert: int, projection: str, x: Tensor) -> Tensor:
+        replacement = self.variant.matrices.get((expert, projection))
+        if replacement is not None:
+            return packed_product(self.kernels, replacement, x)
+        return cast(Tensor, self._module(expert, projection)(x))
+
+    def _module(self, expert: int, projection: str) -> Any:
+        return cast(_Expert, self.experts[expert])[projection]
 
     def _as_stack(self, module: Experts, activation: str) -> ExpertStack:
         def all_of(projection: str) -> list[PackedMatrix]:
-            return [self._matrix(expert, projection) for expert in range(self.count)]
+            replaced = self.variant.matrices
+            return [replaced.get((e, projection)) or self.matrix(e, projection) for e in range(self.count)]
 
         parts = (all_of("gate_proj"), all_of("up_proj"), all_of("down_proj"))
         stack = ExpertStack(*parts, activation, patches=self.variant.patches)

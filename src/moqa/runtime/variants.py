@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from moqa.errors import MoqaError
 from moqa.kernels import ExpertStack, PackedMatrix, Patch
 
 # held by whoever changes what a model holds or computes with; a fork waits until nobody does
@@ -48,11 +49,13 @@ class Variants:
     Attributes:
         current: the variant in use; None is the checkpoint as it is.
         generation: number of changes so far to what the model computes with; after one, decoders look again.
+        adapted: (layer, expert) that PEFT adapts; adjustments do not know of it.
     """
 
     def __init__(self) -> None:
         self.current: str | None = None
         self.generation = 0
+        self.adapted: set[tuple[int, int]] = set()
         self._held: dict[str, Mapping[int, ExpertsVariant]] = {}
         self._in_use: Mapping[int, ExpertsVariant] = {}
         self._thread = threading.local()
@@ -96,6 +99,15 @@ class Variants:
             layers: index -> what it changes in that layer; it changes nothing in others.
         """
         self._held[name] = layers
+
+    def check_not_adapted(self) -> None:
+        """Refuse adjustments of experts that PEFT adapts.
+
+        Raises:
+            MoqaError: if there are any.
+        """
+        if self.adapted:
+            raise MoqaError("an adjustment cannot be used together with a LoRA on experts", "use one of the two")
 
     def drop(self, name: str) -> None:
         """Forget a variant that is not in use."""

@@ -84,6 +84,7 @@ def serve(
     adjust: Sequence[str | Path] = (),
     adjust_shared: bool = False,
     alias: Sequence[str] = (),
+    lora: str | Path | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Answer OpenAI-style requests until SIGTERM or Ctrl-C.
@@ -102,14 +103,16 @@ def serve(
             adjustments for novel text, for each client (an API key, or a session) of its own text.
         adjust_shared: with `auto`, make adjustments of all clients' text, for all.
         alias: further names of the model; the first is that of the responses.
+        lora: folder of a LoRA that the checkpoint computes with, for all requests.
         ready: called with the server's address before the first request is accepted.
 
     Raises:
-        MoqaError: if the model or an adjustment is missing or damaged, an origin is none, or the port is in use.
+        MoqaError: if the model, an adjustment or the LoRA is missing or damaged, an origin is none, or the port is in
+            use.
     """
     check_origins(cors)
     with _bound(host, port) as listener:
-        loaded, tokenizer = load_any(model)
+        loaded, tokenizer = load_any(model, lora=lora)
         if list(adjust) == [AUTO]:
             adjusting: Callable[[Metrics], Adjusting] = partial(
                 AutoAdjusting, loaded, tokenizer, model, shared=adjust_shared
