@@ -365,7 +365,7 @@ def _parts(headers: Mapping[str, dict], used: Collection[str]) -> dict[str, int]
     common = {name[:end] for name in used for end in _ends(name)}
     parts: dict[str, int] = {}
     for name in sorted(headers.keys() - set(used)):
-        part = next(name[:end] for end in _ends(name) if name[:end] not in common)
+        part = next((name[:end] for end in _ends(name) if name[:end] not in common), name)
         parts[part] = parts.get(part, 0) + math.prod(headers[name]["shape"])
     return parts
 
