@@ -64,8 +64,8 @@ def refusal(model: str | Path) -> str:
 class TestFolders:
     @pytest.mark.parametrize("typed", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c"])
     def test_missing(self, typed):
-        message = "no model at MODEL: give a folder with config.json and safetensors, or a Hub id (org/name)"
-        assert refusal(typed) == message
+        remedy = "give a folder with config.json and safetensors, or a Hub id (org/name or org/name@revision)"
+        assert refusal(typed) == f"no model at MODEL: {remedy}"
 
     def test_not_on_the_hub(self):
         assert refusal("nobody/nothing").startswith("no folder MODEL, and it cannot be downloaded from the Hub: ")

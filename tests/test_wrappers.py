@@ -61,7 +61,8 @@ class TestEveryWrapper:
         ours, _ = load_any(made(name).folder)
         theirs = AutoModelForImageTextToText.from_pretrained(made(name).folder, dtype=torch.float32)
         assert type(ours) is type(theirs)
-        assert torch.equal(_logits(ours, ids), _logits(theirs, ids))
+        # sums of several threads are not the same to the last bit
+        torch.testing.assert_close(_logits(ours, ids), _logits(theirs, ids), rtol=1e-4, atol=1e-4)
 
     def test_runs_block_by_block(self, name, made, ids):
         view = open_model(made(name).folder, keep=False)

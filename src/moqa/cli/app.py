@@ -69,7 +69,7 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         from moqa import __version__
 
-        typer.echo(f"moqa {__version__}")
+        say(f"moqa {__version__}")
         raise typer.Exit
 
 
