@@ -125,7 +125,7 @@ def prove(bench: ProofSetup, chosen: Plan, out: Path, method: str, report: Repor
     around = [row for row in rows if row.strategy == PLAIN]
     at_bytes = interpolated(around, ours.bytes).distributions
     uniform = {name: quality.kl_divergence or 0.0 for name, quality in at_bytes.items()}
-    return Proof(original=bench.original(report), ours=ours, baselines=tuple(rows), uniform=uniform)
+    return Proof(original=_portable(bench.original(report), out), ours=ours, baselines=tuple(rows), uniform=uniform)
 
 
 def baselines(profile: Profile, chosen: Plan) -> list[Plan]:
@@ -169,4 +169,4 @@ def interpolated(rows: Sequence[Evaluation], size: int) -> Evaluation:
 
 def _portable(row: Evaluation, out: Path) -> Evaluation:
     """An evaluation as it is kept in a checkpoint, wherever that goes."""
-    return row.model_copy(update={"model": label(row.model), "against": recorded(str(row.against), out)})
+    return row.model_copy(update={"model": label(row.model), "against": row.against and recorded(row.against, out)})
