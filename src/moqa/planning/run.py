@@ -218,6 +218,8 @@ def check_profile(plan: Plan, profile: Profile) -> None:
     if profile.record.fingerprint != plan.fingerprint or absent:
         lack = f"lacks {', '.join(dict.fromkeys(absent))}" if absent else f"is of {profile.record.model}"
         raise MoqaError(f"profile {profile.folder} {lack}", "it is not the one that the plan was made from")
+    if plan.samples and plan.samples != profile.digest(plan.mixture):
+        raise MoqaError(f"profile {profile.folder} has other samples than the plan", "plan again from this profile")
     different = sorted({unit.name for unit in profile.record.units} ^ plan.units.keys())
     if different:
         raise MoqaError(f"the plan and profile {profile.folder} differ in unit {different[0]}", "plan again from it")
