@@ -5,6 +5,8 @@ neither on the number of threads nor on the other rows of the batch.
 """
 
 import importlib
+import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,9 @@ except ImportError as error:
 
 
 _DTYPES = (torch.float32, torch.bfloat16)
+
+# the threads of OpenMP do not survive a fork, and a forked process would wait for them for ever
+os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 class NativeKernels:
