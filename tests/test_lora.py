@@ -18,7 +18,7 @@ from moqa.errors import MoqaError
 from moqa.generation.load import load_any
 from moqa.integrations.lora import CONFIG, WEIGHTS, add_lora
 from moqa.kernels import find_kernels
-from moqa.models.experts import expert_matrix, slice_expert
+from moqa.models.experts import expert_matrix, projection_rows
 from moqa.runtime.decoder import FusedDecoder
 from moqa.runtime.packed import PackedExperts, PackedLinear
 
@@ -105,7 +105,9 @@ class TestTraining:
                 gradient = module.weight.grad
             else:
                 stacked = module.down_proj.grad if place[3] == "down_proj" else module.gate_up_proj.grad
-                gradient = slice_expert(module, stacked, int(place[2]), place[3])
+                gradient = stacked[int(place[2])].T if module.is_transposed else stacked[int(place[2])]
+                if place[3] != "down_proj":
+                    gradient = gradient[projection_rows(module)[place[3]]]
             for mine, wanted in ((b.grad, scaling * gradient @ a.T), (a.grad, scaling * b.T @ gradient)):
                 mine = torch.zeros_like(wanted) if mine is None else mine  # an expert without tokens
                 assert torch.allclose(mine, wanted, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
