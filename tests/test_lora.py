@@ -215,12 +215,12 @@ class TestSaved:
         assert torch.equal(logits(model), saved[1])
 
     def test_commands_and_the_server_compute_with_it(self, packed, saved, texts, moqa_command, tmp_path):
-        written, _ = alone(load_any(packed, saved[0]), "The", **GREEDY)
+        written, _ = alone(load_any(packed, lora=saved[0]), "The", **GREEDY)
         assert written != alone(load_any(packed), "The", **GREEDY)[0]
         typed = ("The", "--max-tokens", "12", "--temperature", "0", "--lora", saved[0])
         code, shown, _ = moqa_command("generate", packed, *typed, "--json")
         assert (code, json.loads(shown)["text"]) == (0, written)
-        with running(load_any(packed, saved[0])) as url, httpx.Client(base_url=url) as http:
+        with running(load_any(packed, lora=saved[0])) as url, httpx.Client(base_url=url) as http:
             assert complete(http, prompt="The", **GREEDY).json()["choices"][0]["text"] == written
         text = tmp_path / "novels.txt"
         text.write_text(texts["novels"].texts[0])
@@ -231,7 +231,7 @@ class TestSaved:
         assert len({one.distributions["novels"].perplexity for one in found}) == 2
 
     def test_a_lora_on_experts_and_an_adjustment_exclude_each_other(self, packed, made, saved):
-        model = load_any(packed, saved[0])[0]
+        model = load_any(packed, lora=saved[0])[0]
         with pytest.raises(MoqaError, match="an adjustment cannot be used together with a LoRA on experts"):
             model.apply(made[1][0])
         model = moqa.load(packed)[0]
