@@ -89,9 +89,15 @@ class PackedLinear(nn.Linear):
         return packed_product(self.kernels, self.matrix, x, self.bias)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """[out, in] a copy of the weights, whose device, dtype and shape PEFT reads."""
         return self.matrix.dense().as_subclass(_Copy)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """Transformers ties a head to the embedding again and again; they are tied as stored."""
+        if value.data_ptr() != dict(self.matrix.named_buffers()).get("weight", torch.empty(0)).data_ptr():
+            raise AttributeError("the weights of a packed layer cannot be replaced")
 
 
 class PackedConvolution(PackedLinear):
