@@ -297,3 +297,37 @@ def moqa_command(monkeypatch, capfd):
         return code, *capfd.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model):
+    """The tiny model and its tokenizer."""
+    from moqa.generation import load_any
+
+    return load_any(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def url(tiny):
+    """The address of a server of the tiny model."""
+    from serving import running
+
+    with running(tiny) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def http(url):
+    import httpx
+    from serving import PATIENCE
+
+    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    import openai
+
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as found:
+        yield found

@@ -11,31 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import GREEDY, LONG, PATIENCE, alone, asked, complete, fails, gauges, running, until
 
-from moqa.generation import Sampling, generate, load_any
+from moqa.generation import Sampling, generate
 from moqa.serve.bodies import body_limit
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model):
-    return load_any(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def url(tiny):
-    with running(tiny) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as found:
-        yield found
 
 
 class TestAnswers:

@@ -4,7 +4,6 @@ import base64
 import json
 
 import httpx
-import openai
 import pytest
 from serving import GREEDY, PATIENCE, alone, complete, fails, running
 
@@ -34,18 +33,6 @@ def templated(tiny_model):
 def url(templated):
     with running(templated) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as found:
-        yield found
 
 
 def prompt_of(http, **body):

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from serving import GREEDY, LONG, PATIENCE, asked, complete, fails, running
 from starlette.responses import JSONResponse
 
-from moqa.generation import load_any
 from moqa.serve import bodies, service
 from moqa.serve.bodies import body_limit
 from moqa.serve.connection import Connection, Connections
@@ -23,23 +22,6 @@ from moqa.serve.run import log_once_a_minute
 from moqa.serve.schema import ChatRequest, CompletionRequest
 
 JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model):
-    return load_any(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def url(tiny):
-    with running(tiny) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-        yield client
 
 
 def connect(url):

@@ -5,25 +5,7 @@ import pytest
 from serving import PATIENCE, fails, running
 
 from moqa.errors import MoqaError
-from moqa.generation import load_any
 from moqa.serve.origins import check_origins
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model):
-    return load_any(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def url(tiny):
-    with running(tiny) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-        yield client
 
 
 class TestSites:

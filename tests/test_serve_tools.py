@@ -170,12 +170,6 @@ def url(tiny_model):
         yield address
 
 
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-        yield client
-
-
 class TestCalls:
     @pytest.mark.parametrize(
         ("choice", "name"), [("required", None), ({"type": "function", "function": {"name": "weather"}}, "weather")]
