@@ -100,7 +100,7 @@ def test_another_original_is_refused_by_all_that_was_made_from_the_first(changed
             again()
         said.append(str(caught.value))
     assert said[0].startswith(f"{root / 'p'} is the profile of ../model, another model")
-    assert said[1].startswith(f"the plan is for ../model (qwen3_moe): {folder} is another model")
+    assert said[1].startswith(f"the plan is for model (qwen3_moe): {folder} is another model")
     assert said[2].startswith(f"--against {folder} is not the model that {out} was made from")
     assert not any("\n" in message for message in said)
     assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,7 @@ from moqa.planning.ties import TIES, tie_groups
 from moqa.profiling import SELF, Profile
 from moqa.registry import check_known
 from moqa.storage.artifact import check_format, check_seal, read_json
+from moqa.storage.paths import label
 from moqa.tasks import find_task
 
 DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -103,7 +104,7 @@ def plan(
     own = max(share, 1 / (len(known) + 1)) if share else 0.0
     mixture = {n: (1 - own) / len(known) for n in known if own < 1} | ({SELF: own} if own else {})
     return Plan(
-        moqa=__version__, model=profile.record.model, model_type=profile.record.model_type,
+        moqa=__version__, model=label(profile.original), model_type=profile.record.model_type,
         fingerprint=profile.record.fingerprint, samples=profile.digest(mixture), profile=str(profile.folder),
         strategy=member.name, options=options, ties=ties, budget=budget.typed if budget else None, known=known,
         widths=None if widths == DEFAULT_WIDTHS else widths, fixed=dict(fixed or {}), mixture=mixture,

@@ -28,7 +28,7 @@ from moqa.profiling.sensitivity import PROBES, ErrorSettings
 from moqa.profiling.store import RECORD, Profile, read_profile, stored_samples, write_profile
 from moqa.progress import Report, quiet
 from moqa.storage.folders import is_taken
-from moqa.storage.paths import recorded
+from moqa.storage.paths import recorded, relative
 from moqa.storage.resumable import ResumableRun, check_space, resumable, tidy
 from moqa.tasks import task_of
 
@@ -151,7 +151,7 @@ def profile(
             records = {**old.record.distributions, **records}
         kept = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in view.kept_on_disk().items()}
         record = ProfileRecord(
-            moqa=__version__, task=task.name, model=recorded(model, out), model_type=view.model.config.model_type,
+            moqa=__version__, task=task.name, model=relative(model, out), model_type=view.model.config.model_type,
             # what an older moqa has measured is known to be of this model only as far as it recorded
             fingerprint=identity if old is None else old.record.fingerprint,
             kept=kept, left_out=view.left_out(),
