@@ -20,7 +20,8 @@ from torch.nn.functional import linear
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from moqa.format.planes import by_suffix, pack
+from moqa.format.grid import Grid
+from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
 from moqa.kernels import ExpertStack, PackedMatrix, find_kernels
 from moqa.kernels.native import read
@@ -51,7 +52,8 @@ def random_matrix(out: int, features: int, width: int) -> PackedMatrix:
     groups = features // scheme.group_size
     scale = (torch.rand(out, groups) * 0.02 + 0.01).bfloat16()
     zero = torch.randint(100, 150, (out, groups), dtype=torch.uint8)
-    return PackedMatrix(scheme, (out, features), by_suffix(pack(integers, width), scale, zero))
+    grid = Grid(scale, zero, scheme.group_size, torch.tensor(2**width - 1))
+    return PackedMatrix(scheme, (out, features), grid.stored(pack(integers, width)))
 
 
 def copies_of(matrix: PackedMatrix) -> list[PackedMatrix]:

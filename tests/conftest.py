@@ -15,7 +15,7 @@ from moqa.adjustment import adjust
 from moqa.cli.main import main
 from moqa.format.layout import shards
 from moqa.format.manifest import MANIFEST, Fitted, Manifest, StoredTensor, StoredUnit
-from moqa.format.planes import by_suffix, pack
+from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import WIDTHS
 from moqa.format.writer import write_manifest, write_shard
@@ -135,7 +135,7 @@ def stored_tensors(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str,
     if scheme.is_unquantized:
         return {f"{name}.weight": weight.bfloat16()}
     grid = fit_grid(weight, scheme).grid
-    found = by_suffix(pack(grid.encode(weight), scheme.width), grid.scale, grid.zero)
+    found = grid.stored(pack(grid.encode(weight), scheme.width))
     return {f"{name}.{suffix}": tensor for suffix, tensor in found.items()}
 
 

@@ -16,7 +16,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from moqa.format.grid import to_groups
-from moqa.format.planes import by_suffix, pack
+from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import WIDTHS
 from moqa.kernels import ACTIVATIONS, ExpertStack, PackedMatrix
@@ -65,7 +65,7 @@ def make(shape, scheme, scale=1.0):
         return PackedMatrix(scheme, shape, {"weight": weight.bfloat16()})
     grid = fit_grid(weight, scheme).grid
     planes = pack(grid.encode(weight), scheme.width)
-    return PackedMatrix(scheme, shape, by_suffix(planes, grid.scale, grid.zero))
+    return PackedMatrix(scheme, shape, grid.stored(planes))
 
 
 def expected(matrix, x, bias=None):

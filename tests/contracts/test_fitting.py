@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moqa.format.grid import to_groups
-from moqa.format.planes import by_suffix, pack
+from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import WIDTHS
 from moqa.kernels import GRID_KERNELS, Columns, native
@@ -126,7 +126,7 @@ class TestFitPacked:
         found = kernels.fit_packed(weights, scheme)
         apart = kernels.fit_grid(weights[None], torch.full((1, len(weights)), width), scheme, None)
         grid = apart.grid[0]
-        wanted = by_suffix(pack(apart.integers[0], width), grid.scale, grid.zero)
+        wanted = grid.stored(pack(apart.integers[0], width))
         assert {name: (t.dtype, tuple(t.shape)) for name, t in found.items()} == scheme.tensors(shape[1:])
         assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 

@@ -132,6 +132,7 @@ class Halves:
     """An encoding that no kernels have heard of: float16."""
 
     name = "halves"
+    widths = (8,)
 
     def tensors(self, scheme, shape):
         return {"codes": (torch.float16, shape)}

@@ -45,12 +45,12 @@ def make_job(shape, widths=WIDTHS, tokens=4000, **options):
     weights = torch.randn(len(widths), *shape) * 0.1
     rows = torch.tensor(widths)[:, None].expand(len(widths), shape[0])
     seen = [inputs_of(tokens, shape[1], seed, **options) for seed in range(0, 2 * len(widths), 2)]
-    return SolveBatch(weights, rows, seen, Scheme(width=8))
+    return SolveBatch(weights, rows, seen, Scheme(width=8), shape[:1])
 
 
 def run(method, job):
     found = METHODS[method]
-    return found.run(job if found.needs_data else SolveBatch(job.weights, job.widths, [], job.scheme))
+    return found.run(job if found.needs_data else SolveBatch(job.weights, job.widths, [], job.scheme, job.parts))
 
 
 def relative_error(result, weights):
@@ -93,13 +93,13 @@ class TestEveryMethod:
         whole = run(method, job)
         for entry in (1, 4):
             at = slice(entry, entry + 1)
-            alone = run(method, SolveBatch(job.weights[at], job.widths[at], job.inputs[at], job.scheme))
+            alone = run(method, SolveBatch(job.weights[at], job.widths[at], job.inputs[at], job.scheme, job.parts))
             assert torch.allclose(alone.decode()[0], whole.decode()[entry], atol=1e-6)
 
     @pytest.mark.parametrize("scheme", [Scheme(width=8, symmetric=True), Scheme(width=8, group_size=32)], ids=str)
     def test_any_scheme(self, method, scheme):
         job = make_job((24, 100), widths=(2, 3, 4, 8))
-        result = run(method, SolveBatch(job.weights, job.widths, job.inputs, scheme))
+        result = run(method, SolveBatch(job.weights, job.widths, job.inputs, scheme, job.parts))
         assert (result.grid.zero is None) == scheme.symmetric
         assert result.grid.scale.shape == (4, 24, -(-100 // scheme.group_size))
         assert (relative_error(result, job.weights) < torch.tensor([1.5, 0.3, 0.1, 1e-3])).all()
@@ -139,7 +139,7 @@ def test_what_is_stored_is_what_the_method_finds(method, dtype):
     weights = (torch.randn(40, 100, generator=torch.Generator().manual_seed(3)) * 0.1).to(dtype)
     for width in WIDTHS:
         scheme = Scheme(width=width, symmetric=width % 2 == 0)
-        found = METHODS[method].run(SolveBatch(weights.float()[None], torch.full((1, 40), width), [], scheme))
+        found = METHODS[method].run(SolveBatch(weights.float()[None], torch.full((1, 40), width), [], scheme, (40,)))
         matrix = PackedMatrix(scheme, (40, 100), METHODS[method].store(weights, scheme))
         assert torch.equal(matrix.dense(), found.decode()[0])
 

@@ -82,7 +82,9 @@ def fit_unit(weight: Tensor, name: str, scheme: Scheme, grams: Grams) -> dict[st
     _, expert, projection = name.rsplit(".", 2)
     seen = (grams.inner if projection == COLUMNS else grams.inputs).get(int(expert))
     widths = torch.full((1, len(weight)), scheme.width)
-    result = METHODS["gptq"].run(SolveBatch(weight[None], widths, [seen or InputStatistics(weight.shape[1])], scheme))
+    result = METHODS["gptq"].run(
+        SolveBatch(weight[None], widths, [seen or InputStatistics(weight.shape[1])], scheme, weight.shape[:1])
+    )
     return result[0].stored(scheme.width)
 
 
@@ -109,7 +111,7 @@ def _fit_rows(
     widths = torch.full(weights.shape[:2], int(width.max()))
     weights[entry, slot], widths[entry, slot] = everything, width
     inputs = [grams.inputs.get(e) or InputStatistics(everything.shape[1]) for e in experts.tolist()]
-    result = METHODS["gptq"].run(SolveBatch(weights, widths, inputs, scheme_of(ROWS[0], 8)))
+    result = METHODS["gptq"].run(SolveBatch(weights, widths, inputs, scheme_of(ROWS[0], 8), weights.shape[1:2]))
     solved, begin = result[entry, slot], 0
     for p, w, places in narrow:
         rows = slice(begin, begin + len(places))

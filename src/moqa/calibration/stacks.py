@@ -31,6 +31,11 @@ class UnitStack:
     inputs: list[InputStatistics]
     scheme: Scheme
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Rows of each unit of an input space."""
+        return tuple(unit.shape[0] for unit in self.entries[0])
+
     def places(self) -> Iterator[tuple[Unit, int, slice]]:
         """Every unit with its entry and its rows."""
         for entry, units in enumerate(self.entries):

@@ -1,10 +1,13 @@
 """The integer grid: which values the weights of a group can take."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from moqa.format.planes import tile_rows
 
 # Zero-points are stored in a byte for every width: 1/255 of the grid's span per step.
 ZERO_STEPS = 255
@@ -43,6 +46,15 @@ class Grid:
         values = to_groups(integers.float(), self.group_size)
         values.sub_(self.offset()[..., None]).mul_(self.scale.float()[..., None])
         return from_groups(values, integers.shape[-1])
+
+    def scales(self) -> Tensor:
+        """[..., out, groups] value of one step, float32."""
+        return self.scale.float()
+
+    def stored(self, planes: Sequence[Tensor]) -> dict[str, Tensor]:
+        """One matrix by suffix, see `Scheme.tensors`, from the planes of its integers."""
+        tensors = {f"p{index}": plane for index, plane in enumerate(planes)} | {"scale": tile_rows(self.scale)}
+        return tensors if self.zero is None else tensors | {"zero": tile_rows(self.zero)}
 
     def __getitem__(self, index: object) -> "Grid":
         zero = None if self.zero is None else self.zero[index]  # type: ignore[index]

@@ -8,7 +8,8 @@ from pydantic import BaseModel, Field
 
 from moqa.format.scheme import Scheme
 
-FORMAT = 1
+# 2 is written where a unit has codes of levels, else 1, which earlier versions read too
+FORMAT = 2
 MANIFEST, CONFIG = "moqa.json", "config.json"
 # for people: it may be edited, so no hash of it is recorded
 CARD = "README.md"
@@ -65,7 +66,7 @@ class Fitted(BaseModel, frozen=True):
 class Manifest(BaseModel, frozen=True):
     """Table of contents of a checkpoint."""
 
-    format: int = FORMAT
+    format: int = Field(1, description="2 if a unit is stored as codes of levels")
     moqa: str = Field(description="version that wrote it")
     model: str = Field(
         description="the original model, as the user gave it; an absolute path relative to the checkpoint"

@@ -86,20 +86,5 @@ def untile_rows(tiled: Tensor, out: int) -> Tensor:
     return tiled.mT.flatten(-3, -2)[..., :out, :]
 
 
-def by_suffix(planes: list[Tensor], scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:
-    """The tensors that store a matrix, see `Scheme.tensors`.
-
-    >>> by_suffix(pack(torch.zeros(24, 128, dtype=torch.uint8), 3), torch.ones(24, 2), None).keys()
-    dict_keys(['p0', 'p1', 'scale'])
-
-    Args:
-        planes: of its integers.
-        scale: [..., out, groups].
-        zero: [..., out, groups]; None if symmetric.
-    """
-    tensors = {f"p{index}": plane for index, plane in enumerate(planes)} | {"scale": tile_rows(scale)}
-    return tensors if zero is None else tensors | {"zero": tile_rows(zero)}
-
-
 def _shifts(bits: int, device: torch.device) -> Tensor:
     return (torch.arange(8 // bits, dtype=torch.uint8, device=device) * bits)[:, None]

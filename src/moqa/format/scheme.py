@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from moqa.format.encodings import ENCODINGS, Encoding, TensorSpec
 from moqa.format.encodings.encoding import Parameters
+from moqa.format.levels import UPPER_LEVELS
 from moqa.format.tiles import KEEP_WIDTH, WIDTHS
 
 DEFAULT_ENCODING = "integer_planes"
@@ -33,6 +34,13 @@ class Scheme(Parameters, frozen=True):
             raise ValueError("width 1 cannot be symmetric: one of its two levels would be zero")
         if self.encoding not in ENCODINGS:
             raise ValueError(f"encoding {self.encoding} is unknown; known are {', '.join(ENCODINGS)}")
+        widths = ENCODINGS[self.encoding].widths
+        if self.encoding != DEFAULT_ENCODING and not self.is_unquantized:
+            if self.width not in widths:
+                there_are = f"it has widths {', '.join(map(str, widths))}"
+                raise ValueError(f"encoding {self.encoding} has no width {self.width}; {there_are}")
+            if self.symmetric:
+                raise ValueError(f"encoding {self.encoding} is always symmetric: leave `symmetric` out")
         return self
 
     @property
@@ -44,6 +52,11 @@ class Scheme(Parameters, frozen=True):
     def is_unquantized(self) -> bool:
         """Whether the unit stays in floating point."""
         return self.width == KEEP_WIDTH
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the unit is stored as codes of levels, and not as integers on a grid."""
+        return self.encoding in UPPER_LEVELS and not self.is_unquantized
 
     def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor that stores a unit of [out, in] weights, by suffix.

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from moqa.format.grid import ZERO_STEPS, Grid, nearest, to_groups
-from moqa.format.planes import by_suffix, pack
+from moqa.format.levels import LevelGrid
+from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
+from moqa.kernels.codes import nearest_codes
 
 # factors by which a group's range is shrunk; twice as many improve nothing below 4 bits and the error by 1 % at 4
 _SHRINKS = (1.0, 0.95, 0.9, 0.82, 0.72, 0.6)
@@ -39,22 +41,38 @@ class Columns:
         order: [matrices, in] columns of the matrices, the one that is rounded first at the end, int64.
         work: [matrices, in, out] weights in that order, float32; rounding a column subtracts its stored weights.
         factor: [matrices, in, in] lower triangular: L[j, k] / L[k, k] of the error of column j in the order is passed
-            on to an earlier column k, float32.
+            on to an earlier column k, float32; None passes on nothing, which only codes allow.
         scale: [matrices, groups, out] float32.
-        offset: [matrices, groups, out] position of weight zero on the grid, float32.
-        top: [matrices, out] largest integer, float32.
+        offset: [matrices, groups, out] position of weight zero on the grid, float32; None for codes.
+        top: [matrices, out] largest integer, float32; None for codes.
         integers: [matrices, in, out] uint8, columns in the order of the matrices: the result.
         group_size: columns of the matrices that share a scale.
+        coded: what the integers are codes of; None if they are positions on a grid.
     """
 
     order: Tensor
     work: Tensor
-    factor: Tensor
+    factor: Tensor | None
     scale: Tensor
-    offset: Tensor
-    top: Tensor
+    offset: Tensor | None
+    top: Tensor | None
     integers: Tensor
     group_size: int
+    coded: LevelGrid | None = None
+
+    @classmethod
+    def of(cls, weights: Tensor, grid: Grid | LevelGrid, order: Tensor, factor: Tensor | None) -> "Columns":
+        """Of [matrices, out, in] weights; columns are processed one by one, so each is contiguous in `work`."""
+        n, rows, features = weights.shape
+        work = torch.empty(n, features, rows)
+        for matrix, sequence, out in zip(weights, order, work, strict=True):
+            torch.index_select(matrix.T.contiguous(), 0, sequence, out=out)
+        integers = torch.empty(n, features, rows, dtype=torch.uint8)
+        scale = grid.scales().mT.contiguous()
+        if isinstance(grid, LevelGrid):
+            return cls(order, work, factor, scale, None, None, integers, grid.group_size, grid)
+        offset, top = grid.offset().mT.contiguous(), grid.top[..., 0].expand(n, rows).contiguous()
+        return cls(order, work, factor, scale, offset, top, integers, grid.group_size)
 
 
 class TorchGrids:
@@ -79,21 +97,29 @@ class TorchGrids:
         """See `GridKernels`."""
         widths = torch.full((1, len(weights)), scheme.width, device=weights.device)
         rounded = self.fit_grid(weights[None], widths, scheme, None)
-        grid = rounded.grid[0]
-        return by_suffix(self.pack(rounded.integers[0], scheme.width), grid.scale, grid.zero)
+        return rounded.grid[0].stored(self.pack(rounded.integers[0], scheme.width))
 
     def round_columns(self, columns: Columns, values: Tensor, first: int) -> None:
         """See `GridKernels`."""
         c, stacked = columns, torch.arange(len(values), device=values.device)
         last = first + values.shape[1]
         for at in reversed(range(first, last)):
-            errors = c.factor[:, at + 1 : last, at, None] * c.work[:, at + 1 : last]
-            value = values[:, at - first] + errors.sum(1) / c.factor[:, at, at, None]
+            value = values[:, at - first]
+            if c.factor is not None:
+                errors = c.factor[:, at + 1 : last, at, None] * c.work[:, at + 1 : last]
+                value = value + errors.sum(1) / c.factor[:, at, at, None]
             group = c.order[:, at] // c.group_size
-            scale, offset = c.scale[stacked, group], c.offset[stacked, group]
-            integer = nearest(value[..., None], scale[..., None], offset[..., None], c.top[..., None])[..., 0]
+            scale = c.scale[stacked, group]
+            if c.coded is not None:
+                integer, stored = nearest_codes(value, scale, c.coded)
+            else:
+                assert c.offset is not None
+                assert c.top is not None
+                offset = c.offset[stacked, group]
+                integer = nearest(value[..., None], scale[..., None], offset[..., None], c.top[..., None])[..., 0]
+                stored = scale * (integer - offset)
             c.integers[stacked, c.order[:, at]] = integer.to(torch.uint8)
-            c.work[:, at] -= scale * (integer - offset)
+            c.work[:, at] -= stored
 
     def pack(self, integers: Tensor, width: int) -> list[Tensor]:
         """See `GridKernels`."""

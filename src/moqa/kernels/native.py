@@ -7,11 +7,13 @@ neither on the number of threads nor on the other rows of the batch.
 import importlib
 import os
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moqa.format.encodings import ENCODINGS
 from moqa.format.grid import Grid
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import BLOCK, PLANES, TILE
@@ -26,6 +28,8 @@ except ImportError as error:
     _native, _missing = None, str(error)
 
 
+# numbers of `Code` in native/matrix.h
+_CODES = {"table": 1, "trellis": 2}
 _DTYPES = (torch.float32, torch.bfloat16)
 
 # the threads of OpenMP do not survive a fork, and a forked process would wait for them for ever
@@ -37,7 +41,7 @@ class NativeKernels:
 
     name = "native"
     takes_patches = True
-    encodings = frozenset({"integer_planes", "unquantized"})
+    encodings = frozenset(ENCODINGS)
 
     def unusable(self, device: torch.device) -> str | None:
         """See `ProductKernels`."""
@@ -123,20 +127,28 @@ class NativeKernels:
         c, values = columns, _floats(values)
         count, features, out = c.work.shape
         groups, block = -(-features // c.group_size), values.shape[1]
-        wanted = {
-            "order": (count, features), "work": (count, features, out), "factor": (count, features, features),
-            "scale": (count, groups, out), "offset": (count, groups, out), "top": (count, out),
-            "integers": (count, features, out),
-        }  # fmt: skip
         kinds = {"order": torch.int64, "integers": torch.uint8}
+        wanted = {"order": (count, features), "work": (count, features, out), "scale": (count, groups, out),
+                  "integers": (count, features, out)}  # fmt: skip
+        if c.factor is not None:
+            wanted["factor"] = (count, features, features)
+        if c.coded is None:
+            wanted |= {"offset": (count, groups, out), "top": (count, out)}
         for name, shape in wanted.items():
             _require(name, getattr(c, name), kinds.get(name, torch.float32), shape)
         if values.shape != (count, block, out) or not 0 <= first <= features - block:
             raise ValueError(f"values {tuple(values.shape)} from column {first} of {tuple(c.work.shape)}")
+        begin, width = [0], torch.empty(0, dtype=torch.uint8)
+        if c.coded is not None:
+            begin = [0, *accumulate(c.coded.parts)]
+            if begin[-1] != out:
+                raise ValueError(f"parts of {c.coded.parts} rows in {out} rows")
+            width = c.coded.width.to(torch.uint8)[:, begin[:-1]].contiguous()
         _native.round(
             count, out, features, c.group_size, groups, first, block, values.data_ptr(), c.work.data_ptr(),
-            c.factor.data_ptr(), c.order.data_ptr(), c.scale.data_ptr(), c.offset.data_ptr(), c.top.data_ptr(),
-            c.integers.data_ptr(), torch.get_num_threads(),
+            _address(c.factor), c.order.data_ptr(), c.scale.data_ptr(), _address(c.offset), _address(c.top),
+            c.integers.data_ptr(), c.coded is not None and c.coded.encoding == "trellis", begin, width.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
 
     def pack(self, integers: Tensor, width: int) -> list[Tensor]:
@@ -275,8 +287,8 @@ def _prepare(matrix: PackedMatrix) -> Any:
     # unquantized units have no groups; any size that a scheme can have will do
     matrix.prepared = _native.Matrix(
         out, features, scheme.width, scheme.group_size, [plane.data_ptr() for plane in matrix.planes],
-        _address(tensors.get("scale")), _address(tensors.get("zero")), scheme.scale_dtype == "float16",
-        _address(tensors.get("weight")),
+        _address(tensors.get("scale")), _address(tensors.get("factor", tensors.get("zero"))),
+        scheme.scale_dtype == "float16", _address(tensors.get("weight")), _CODES.get(scheme.storage.name, 0),
     )  # fmt: skip
     return matrix.prepared
 

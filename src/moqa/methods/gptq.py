@@ -5,8 +5,10 @@ from torch import Tensor
 
 from moqa.calibration.inputs import InputStatistics
 from moqa.format.grid import Grid
+from moqa.format.levels import LevelGrid
 from moqa.kernels import Columns, GridKernels, find_grid_kernels
 from moqa.methods.grid import fit_grid
+from moqa.methods.levels import fit_levels
 from moqa.methods.registry import SolveBatch, method
 from moqa.methods.result import GridResult, SolveResult
 from moqa.models.products import fast_sums
@@ -28,13 +30,20 @@ def gptq(job: SolveBatch) -> SolveResult:
     GPTQ (arXiv 2210.17323), algorithm 1; the batch over experts and the damping by token count are ours.
     """
     energy = torch.stack([inputs.energy for inputs in job.inputs])
-    grid = fit_grid(job.weights, job.scheme, job.widths, energy).grid
+    grid = _fitted(job, energy)
     # the last one is rounded first, so that the factor is that of a Cholesky factorization
     order = energy.argsort(dim=1, stable=True)
     factor = torch.empty(*order.shape, order.shape[1])
     for inputs, columns, out in zip(job.inputs, order, factor, strict=True):
         _factor(inputs, columns, out)
     return GridResult(_round(job.weights, grid, order, factor), grid)
+
+
+def _fitted(job: SolveBatch, energy: Tensor) -> Grid | LevelGrid:
+    """Scales of a job's encoding, with each input feature's error weighted by its energy."""
+    if job.scheme.is_coded:
+        return fit_levels(job.weights, job.scheme, job.widths, job.parts, energy)
+    return fit_grid(job.weights, job.scheme, job.widths, energy).grid
 
 
 def damping(features: int, tokens: int) -> float:
@@ -84,21 +93,10 @@ def _cholesky(matrix: Tensor) -> bool:
     return True
 
 
-def _round(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> Tensor:
+def _round(weights: Tensor, grid: Grid | LevelGrid, order: Tensor, factor: Tensor) -> Tensor:
     """[n, rows, in] integers; every column is rounded from its weight and the errors of later columns in `order`."""
-    n, rows, features = weights.shape
-    kernels = find_grid_kernels(weights.device)
-    # columns are processed one by one, so each is contiguous: [n, in, rows]
-    work = torch.empty(n, features, rows)
-    for matrix, sequence, out in zip(weights, order, work, strict=True):
-        torch.index_select(matrix.T.contiguous(), 0, sequence, out=out)
-    columns = Columns(
-        order=order, work=work, factor=factor,
-        scale=grid.scale.float().mT.contiguous(), offset=grid.offset().mT.contiguous(),
-        top=grid.top[..., 0].expand(n, rows).contiguous(),
-        integers=torch.empty(n, features, rows, dtype=torch.uint8), group_size=grid.group_size,
-    )  # fmt: skip
-    _from_last(columns, kernels, 0, features, None)
+    columns = Columns.of(weights, grid, order, factor)
+    _from_last(columns, find_grid_kernels(weights.device), 0, weights.shape[2], None)
     return columns.integers.mT.contiguous()
 
 
@@ -115,16 +113,17 @@ def _from_last(columns: Columns, kernels: GridKernels, first: int, last: int, er
         last: column after the last one.
         errors: [n, last - first, rows] errors of the columns from `last` on, as passed on to these columns.
     """
-    blocks = -(-(last - first) // _BLOCK)
+    blocks, factor = -(-(last - first) // _BLOCK), columns.factor
+    assert factor is not None
     if blocks == 1:
         values = columns.work[:, first:last]
         if errors is not None:
-            values = (errors / columns.factor.diagonal(dim1=1, dim2=2)[:, first:last, None]).add_(values)
+            values = (errors / factor.diagonal(dim1=1, dim2=2)[:, first:last, None]).add_(values)
         kernels.round_columns(columns, values.contiguous(), first)
         return
     middle = first + blocks // 2 * _BLOCK
     _from_last(columns, kernels, middle, last, None if errors is None else errors[:, middle - first :])
-    share, later = columns.factor[:, middle:last, first:middle], columns.work[:, middle:last]
+    share, later = factor[:, middle:last, first:middle], columns.work[:, middle:last]
     beta = 0 if errors is None else 1
     earlier = torch.empty_like(columns.work[:, first:middle]) if errors is None else errors[:, : middle - first]
     with fast_sums():

@@ -26,13 +26,15 @@ class SolveBatch:
         weights: [n, rows, in] float32; rows of all units that share an input space.
         widths: [n, rows] bits, int.
         inputs: one per stack entry; methods that need no data ignore them.
-        scheme: group size, symmetry, scale dtype.
+        scheme: encoding, group size, symmetry, scale dtype.
+        parts: rows of each unit; their sum is `rows`, and a unit has one width.
     """
 
     weights: Tensor
     widths: Tensor
     inputs: list[InputStatistics]
     scheme: Scheme
+    parts: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moqa.format.grid import Grid
-from moqa.format.planes import by_suffix
+from moqa.format.levels import LevelGrid
 from moqa.kernels import find_grid_kernels
 
 
@@ -32,7 +32,7 @@ class GridResult:
     """Integers [n, rows, in] with their grid."""
 
     integers: Tensor
-    grid: Grid
+    grid: Grid | LevelGrid
 
     def decode(self) -> Tensor:
         """See `SolveResult`."""
@@ -43,6 +43,4 @@ class GridResult:
 
     def stored(self, width: int) -> dict[str, Tensor]:
         """See `SolveResult`."""
-        return by_suffix(
-            find_grid_kernels(self.integers.device).pack(self.integers, width), self.grid.scale, self.grid.zero
-        )
+        return self.grid.stored(find_grid_kernels(self.integers.device).pack(self.integers, width))

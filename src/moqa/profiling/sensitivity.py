@@ -128,7 +128,8 @@ class Sensitivity:
             weights = stack.weights.repeat(1, len(how.probes), 1)
             widths = torch.tensor(how.probes).repeat_interleave(rows).expand(len(weights), -1)
             seen = stack.inputs if how.method.needs_data else []
-            stored = how.method.run(SolveBatch(weights, widths, seen, how.scheme)).decode()
+            parts = stack.parts * len(how.probes)
+            stored = how.method.run(SolveBatch(weights, widths, seen, how.scheme, parts)).decode()
             error = (stored - weights).to(_DTYPE).unflatten(1, (len(how.probes), rows))
             for unit, entry, place in stack.places():
                 self.errors[unit.name] = error[entry, :, place]

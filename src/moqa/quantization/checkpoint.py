@@ -8,7 +8,7 @@ from torch import Tensor
 from moqa import __version__
 from moqa.errors import MoqaError
 from moqa.format.layout import Shard, shards
-from moqa.format.manifest import MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
+from moqa.format.manifest import FORMAT, MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
 from moqa.format.writer import write_index, write_manifest, write_shard
 from moqa.methods import Method
 from moqa.models.view import ModelView
@@ -94,6 +94,7 @@ class CheckpointWriter:
                 raise MoqaError(f"{work.result / name} was changed after it was written", "start again with --restart")
         records = profile.record.distributions.items()
         manifest = Manifest(
+            format=FORMAT if any(scheme.is_coded for scheme in plan.units.values()) else 1,
             moqa=__version__, model=model, model_type=plan.model_type, fingerprint=plan.fingerprint,
             layers=self.depth, strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
             budget=plan.budget, widths=plan.widths, fixed=plan.fixed, method=self._method.name,

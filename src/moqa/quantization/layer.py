@@ -37,7 +37,7 @@ def solve(stack: UnitStack, schemes: Mapping[str, Scheme], method: Method) -> di
     widths = torch.empty(stack.weights.shape[:2], dtype=torch.int64)
     for unit, entry, rows in stack.places():
         widths[entry, rows] = schemes[unit.name].width
-    job = SolveBatch(stack.weights, widths, stack.inputs, stack.scheme)
+    job = SolveBatch(stack.weights, widths, stack.inputs, stack.scheme, stack.parts)
     results = {method.name: method.run(job)}
     results["rtn"] = METHODS["rtn"].run(job)
     dense = {name: result.decode() for name, result in results.items()}

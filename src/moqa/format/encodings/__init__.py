@@ -1,9 +1,11 @@
 """Encodings: how integers or codes and their scales are stored. One file each, and one word here."""
 
+from moqa.format.encodings.coded import Coded
 from moqa.format.encodings.encoding import Encoding, TensorSpec
 from moqa.format.encodings.integer_planes import IntegerPlanes
 from moqa.format.encodings.unquantized import Unquantized
 
-ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in (IntegerPlanes(), Unquantized())}
+_ALL: tuple[Encoding, ...] = (IntegerPlanes(), Coded("table"), Coded("trellis"), Unquantized())
+ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in _ALL}
 
 __all__ = ["ENCODINGS", "Encoding", "TensorSpec"]

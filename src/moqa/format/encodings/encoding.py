@@ -29,9 +29,11 @@ class Encoding(Protocol):
 
     Attributes:
         name: by which schemes refer to it.
+        widths: that it has.
     """
 
     name: str
+    widths: tuple[int, ...]
 
     def tensors(self, scheme: Parameters, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor that stores [out, in] weights, by suffix: a plan's bytes are their sum."""

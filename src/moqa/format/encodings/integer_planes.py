@@ -8,22 +8,20 @@ from torch import Tensor
 from moqa.format.encodings.encoding import Encoding, Parameters, TensorSpec
 from moqa.format.grid import Grid
 from moqa.format.planes import unpack, untile_rows
-from moqa.format.tiles import BLOCK, PLANES, TILE
+from moqa.format.tiles import BLOCK, PLANES, TILE, WIDTHS
 
 
 class IntegerPlanes(Encoding):
     """See `Encoding`; suffixes are `p0`, `p1`, ... for the planes, `scale`, and `zero` unless symmetric."""
 
     name = "integer_planes"
+    widths = WIDTHS
 
     def tensors(self, scheme: Parameters, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """See `Encoding`."""
         out, features = shape
         tiles, blocks, groups = -(-out // TILE), -(-features // BLOCK), -(-features // scheme.group_size)
-        stored: dict[str, TensorSpec] = {
-            f"p{index}": (torch.uint8, (tiles, blocks, TILE * BLOCK * bits // 8))
-            for index, bits in enumerate(PLANES[scheme.width])
-        }
+        stored = plane_tensors(scheme.width, tiles, blocks)
         stored["scale"] = (getattr(torch, scheme.scale_dtype), (tiles, groups, TILE))
         if not scheme.symmetric:
             stored["zero"] = (torch.uint8, (tiles, groups, TILE))
@@ -36,3 +34,15 @@ class IntegerPlanes(Encoding):
         top = torch.tensor(2**scheme.width - 1, dtype=torch.float32, device=scale.device).expand(scale.shape)
         planes = [tensors[f"p{index}"] for index in range(len(PLANES[scheme.width]))]
         return Grid(scale, zero, scheme.group_size, top).decode(unpack(planes, scheme.width, shape))
+
+
+def plane_tensors(width: int, tiles: int, blocks: int) -> dict[str, TensorSpec]:
+    """Dtype and shape of the planes of a matrix, by suffix.
+
+    >>> plane_tensors(3, 16, 4)["p1"]
+    (torch.uint8, (16, 4, 64))
+    """
+    return {
+        f"p{index}": (torch.uint8, (tiles, blocks, TILE * BLOCK * bits // 8))
+        for index, bits in enumerate(PLANES[width])
+    }

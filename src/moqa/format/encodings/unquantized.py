@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from moqa.format.encodings.encoding import Encoding, Parameters, TensorSpec
+from moqa.format.tiles import KEEP_WIDTH
 
 
 class Unquantized(Encoding):
     """See `Encoding`; the only suffix is `weight`."""
 
     name = "unquantized"
+    widths = (KEEP_WIDTH,)
 
     def tensors(self, scheme: Parameters, shape: tuple[int, int]) -> dict[str, TensorSpec]:  # noqa: ARG002
         """See `Encoding`."""

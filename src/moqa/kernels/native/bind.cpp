@@ -65,12 +65,12 @@ NB_MODULE(_native, m) {
     nb::class_<Matrix>(m, "Matrix")
         .def("__init__",
              [](Matrix* self, int out, int in, int width, int group, std::vector<uintptr_t> planes, uintptr_t scale,
-                uintptr_t zero, bool half, uintptr_t dense) {
+                uintptr_t zero, bool half, uintptr_t dense, int code) {
                  planes.resize(3);
                  new (self) Matrix{out, in, width, group,
                                    {at<uint8_t>(planes[0]), at<uint8_t>(planes[1]), at<uint8_t>(planes[2])},
                                    at<uint16_t>(scale), at<uint8_t>(zero), half, at<uint16_t>(dense),
-                                   width == 16 ? in : (in + BLOCK - 1) / BLOCK};
+                                   width == 16 ? in : (in + BLOCK - 1) / BLOCK, Code(code)};
              });
 
     nb::class_<Channels>(m, "Channels")
@@ -159,11 +159,13 @@ NB_MODULE(_native, m) {
     });
     m.def("round", [](int matrices, int rows, int in, int group, int groups, int first, int columns, uintptr_t values,
                       uintptr_t work, uintptr_t factor, uintptr_t order, uintptr_t scale, uintptr_t offset,
-                      uintptr_t top, uintptr_t integers, int threads) {
+                      uintptr_t top, uintptr_t integers, bool trellis, const std::vector<int>& begin, uintptr_t width,
+                      int threads) {
         nb::gil_scoped_release free;
         round(*current, {matrices, rows, in, group, groups, first, columns, at<float>(values), at<float>(work),
                          at<float>(factor), at<int64_t>(order), at<float>(scale), at<float>(offset), at<float>(top),
-                         at<uint8_t>(integers)}, threads);
+                         at<uint8_t>(integers), trellis, int(begin.size()) - 1, begin.data(), at<uint8_t>(width)},
+              threads);
     });
     m.def("pack", [](int rows, int in, int width, uintptr_t integers, std::vector<uintptr_t> planes, int threads) {
         nb::gil_scoped_release free;

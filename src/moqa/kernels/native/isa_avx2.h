@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace moqa {
 
@@ -15,6 +16,7 @@ struct Avx2 {
     struct Floats {
         __m256 a, b;
     };
+    static constexpr bool PLANE_BY_PLANE = false;
     static constexpr int FEW = 2;
     static constexpr int TILES = 1;
     static constexpr int TOKENS = 4;
@@ -38,6 +40,14 @@ struct Avx2 {
     static Words merge(Words total, Words x, uint8_t m) {
         const Words part = mask(x, m);
         return {_mm256_or_si256(total.a, part.a), _mm256_or_si256(total.b, part.b)};
+    }
+    static Words difference(Words a, Words b) { return {_mm256_xor_si256(a.a, b.a), _mm256_xor_si256(a.b, b.b)}; }
+    static Words repeated(const uint8_t* p) {
+        const __m256i both = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+        return {both, both};
+    }
+    static Words lookup(Words table, Words numbers) {
+        return {_mm256_shuffle_epi8(table.a, numbers.a), _mm256_shuffle_epi8(table.b, numbers.b)};
     }
     static Sums no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
     static Sums add(Sums a, Sums b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
@@ -91,6 +101,19 @@ struct Avx2 {
         return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
     }
     static Floats bytes(const uint8_t* p) { return {eight_bytes(p), eight_bytes(p + 8)}; }
+    static Floats factors(const uint8_t* p) {
+        const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+        int32_t top;
+        std::memcpy(&top, p + 8, 4);
+        const __m256i high = _mm256_cvtepu8_epi32(_mm_set1_epi32(top));
+        const __m256i first = _mm256_srlv_epi32(high, _mm256_set_epi32(2, 2, 2, 2, 0, 0, 0, 0));
+        const __m256i second = _mm256_srlv_epi32(high, _mm256_set_epi32(6, 6, 6, 6, 4, 4, 4, 4));
+        const auto joined = [](__m256i four, __m256i two) {
+            const __m256i sixteens = _mm256_slli_epi32(_mm256_and_si256(two, _mm256_set1_epi32(3)), 4);
+            return _mm256_cvtepi32_ps(_mm256_or_si256(four, sixteens));
+        };
+        return {joined(_mm256_and_si256(low, _mm256_set1_epi32(15)), first), joined(_mm256_srli_epi32(low, 4), second)};
+    }
 };
 
 }  // namespace moqa

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace moqa {
 
@@ -11,6 +12,7 @@ struct Avx512 {
     using Words = __m512i;
     using Sums = __m512i;
     using Floats = __m512;
+    static constexpr bool PLANE_BY_PLANE = true;  // whether a single row is multiplied so
     static constexpr int FEW = 4;     // rows that the few-rows kernel takes at once
     static constexpr int TILES = 4;   // tiles and rows of the register block of the many-rows kernel
     static constexpr int TOKENS = 6;
@@ -29,6 +31,12 @@ struct Avx512 {
     static Words merge(Words total, Words x, uint8_t m) {
         return _mm512_ternarylogic_epi64(total, x, _mm512_set1_epi8(char(m)), 0xF8);
     }
+    static Words difference(Words a, Words b) { return _mm512_xor_si512(a, b); }
+    // Sixteen bytes, repeated, and the bytes of them that numbers below 16 name.
+    static Words repeated(const uint8_t* p) {
+        return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static Words lookup(Words table, Words numbers) { return _mm512_shuffle_epi8(table, numbers); }
     static Sums no_sums() { return _mm512_setzero_si512(); }
     static Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
     template <int Width>
@@ -60,6 +68,16 @@ struct Avx512 {
     }
     static Floats bytes(const uint8_t* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }    // Six bits for each row: eight bytes with two low fours, then four bytes with four high twos.
+    static Floats factors(const uint8_t* p) {
+        const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+        int32_t top;
+        std::memcpy(&top, p + 8, 4);
+        const __m128i fours = _mm_and_si128(_mm_unpacklo_epi64(low, _mm_srli_epi16(low, 4)), _mm_set1_epi8(15));
+        const __m512i shifts = _mm512_set_epi32(6, 6, 6, 6, 4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0);
+        const __m512i twos = _mm512_srlv_epi32(_mm512_cvtepu8_epi32(_mm_set1_epi32(top)), shifts);
+        const __m512i high = _mm512_slli_epi32(_mm512_and_si512(twos, _mm512_set1_epi32(3)), 4);
+        return _mm512_cvtepi32_ps(_mm512_or_si512(_mm512_cvtepu8_epi32(fours), high));
     }
 };
 

@@ -16,6 +16,7 @@ struct Portable {
     struct Floats {
         float v[16];
     };
+    static constexpr bool PLANE_BY_PLANE = false;
     static constexpr int FEW = 1;
     static constexpr int TILES = 1;
     static constexpr int TOKENS = 2;
@@ -38,6 +39,19 @@ struct Portable {
     static Words merge(Words total, Words x, uint8_t m) {
         for (int i = 0; i < 64; ++i) total.v[i] |= x.v[i] & m;
         return total;
+    }
+    static Words difference(Words a, Words b) {
+        for (int i = 0; i < 64; ++i) a.v[i] ^= b.v[i];
+        return a;
+    }
+    static Words repeated(const uint8_t* p) {
+        Words x;
+        for (int i = 0; i < 64; ++i) x.v[i] = p[i % 16];
+        return x;
+    }
+    static Words lookup(Words table, Words numbers) {
+        for (uint8_t& number : numbers.v) number = table.v[number];
+        return numbers;
     }
     static Sums no_sums() { return Sums{}; }
     static Sums add(Sums a, Sums b) {
@@ -98,6 +112,12 @@ struct Portable {
     static Floats bytes(const uint8_t* p) {
         Floats y;
         for (int i = 0; i < 16; ++i) y.v[i] = float(p[i]);
+        return y;
+    }
+    static Floats factors(const uint8_t* p) {
+        Floats y;
+        for (int i = 0; i < 16; ++i)
+            y.v[i] = float((p[i % 8] >> i / 8 * 4 & 15) | (p[8 + i % 4] >> i / 4 * 2 & 3) << 4);
         return y;
     }
 

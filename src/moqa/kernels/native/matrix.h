@@ -14,14 +14,22 @@ constexpr int VECTOR = 64;  // bytes of a vector: four inputs of each row of a t
 constexpr int PLANES[9][3] = {{0, 0, 0}, {1, 0, 0}, {2, 0, 0}, {2, 1, 0}, {4, 0, 0},
                               {4, 1, 0}, {4, 2, 0}, {4, 2, 1}, {4, 4, 0}};
 
+// What the planes hold: integers on a grid, the numbers of levels, or codes of a trellis (moqa/format/levels.py).
+enum class Code : uint8_t { integers, table, trellis };
+
+// Added to levels, which are then bytes without a sign.
+constexpr int LEVEL_ZERO = 64;
+constexpr int FACTOR_BYTES = 12;  // of the 16 rows of a tile, six bits each
+
 struct Matrix {
     int out, in, width, group;  // width 16: `dense` holds [out, in] bfloat16
     const uint8_t* planes[3];
-    const uint16_t* scale;  // [tiles, groups, 16]
-    const uint8_t* zero;    // [tiles, groups, 16]; null if symmetric
+    const uint16_t* scale;  // [tiles, groups, 16]; of codes [tiles, 16]
+    const uint8_t* zero;    // [tiles, groups, 16]; null if symmetric; of codes the factors, [tiles, groups, 12]
     bool half;              // scales are float16, not bfloat16
     const uint16_t* dense;
     int stride;  // from a tile to the next in blocks, or from a row of `dense` to the next in inputs
+    Code code;
 
     int tiles() const { return (out + TILE - 1) / TILE; }
     int blocks() const { return (in + BLOCK - 1) / BLOCK; }

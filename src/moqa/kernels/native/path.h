@@ -29,6 +29,9 @@ struct Path {
     // See solve.h: a tile of rows of one matrix, and `ROUND_ROWS` of them.
     void (*fit)(const Fitting& fitting, int matrix, int tile);
     void (*round)(const Rounding& rounding, int matrix, int item);
+    // Rows lane .. lane + lanes of every tile of a part.
+    void (*round_codes)(const Rounding& rounding, int matrix, int part, int lane);
+    int lanes;
     void (*pack)(const Packing& packing, int tile);
 };
 

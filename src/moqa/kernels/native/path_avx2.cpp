@@ -1,3 +1,4 @@
+#include "codes.h"
 #include "columns.h"
 #include "grid.h"
 #include "isa_avx2.h"
@@ -19,6 +20,8 @@ const Path avx2_path = {
     read,
     fit,
     round,
+    round_codes,
+    WIDE,
     pack,
 };
 

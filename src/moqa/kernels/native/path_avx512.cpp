@@ -1,3 +1,4 @@
+#include "codes.h"
 #include "columns.h"
 #include "grid.h"
 #include "isa_avx512.h"
@@ -20,6 +21,8 @@ const Path avx512_path = {
     read,
     fit,
     round,
+    round_codes,
+    WIDE,
     pack,
 };
 

@@ -13,6 +13,13 @@
 namespace moqa {
 namespace {
 
+template <int Width>
+MOQA_INLINE void prefetch(const Place& place) {
+    times<plane_count(Width)>([&](auto n) {
+        times<PLANES[Width][n]>([&](auto v) { __builtin_prefetch(place.planes[n] + VECTOR * v + AHEAD); });
+    });
+}
+
 // Sums of one row over one tile and group, plane by plane: fields are multiplied where they lie in their bytes, so that
 // only the sums are shifted. It needs more multiplications, for which a single row leaves time.
 template <class Isa, int Width>
@@ -22,9 +29,9 @@ MOQA_INLINE typename Isa::Sums row_sums(const Matrix& m, int tile, int begin, in
     times<plane_count(Width)>([&](auto n) { times<4>([&](auto k) { sums[n][k] = Isa::no_sums(); }); });
     for (int block = begin; block < end; ++block, q += BLOCK) {
         const Place place = place_of<Width>(m, tile, block);
+        prefetch<Width>(place);
         times<plane_count(Width)>([&](auto n) {
             constexpr int bits = PLANES[Width][n], fields = 8 / bits;
-            times<bits>([&](auto v) { __builtin_prefetch(place.planes[n] + VECTOR * v + AHEAD); });
             times<8>([&](auto i) {
                 constexpr int field = i % fields, kept = field % 4, moved = field - kept;
                 const auto words = Isa::template shift<moved>(Isa::load(place.planes[n] + VECTOR * (i / fields)));
@@ -59,12 +66,13 @@ void one_row(const Matrix& m, const Rows& x, int first, int last, float* y) {
     }
 }
 
-template <class Isa, int Width, int Count>
+template <class Isa, Code code, int Width, int Count>
 void few_rows(const Matrix& m, const Rows& x, int first, int last, float* y, size_t stride) {
     const int per_group = m.group / BLOCK;
     // two chains of sums, because with few rows the multiplier would wait for its own result
     constexpr int chains = Count < 4 ? 2 : 1;
     for (int tile = first; tile < last; ++tile) {
+        const Unpacked<Isa, code, Width> unpacked(m, tile);
         typename Isa::Floats total[Count];
         times<Count>([&](auto t) { total[t] = Isa::all(0); });
         for (int group = 0; group < m.groups(); ++group) {
@@ -75,11 +83,12 @@ void few_rows(const Matrix& m, const Rows& x, int first, int last, float* y, siz
             const int end = std::min(m.blocks(), (group + 1) * per_group);
             for (int block = group * per_group; block < end; ++block, q += BLOCK) {
                 const Place place = place_of<Width>(m, tile, block);
+                if constexpr (Count == 1) prefetch<Width>(place);
                 times<8>([&](auto i) {
-                    const auto words = vector_of<Isa, Width, i>(place);
+                    const auto words = unpacked.template vector<i>(place);
                     times<Count>([&](auto t) {
                         auto& sum = sums[t][i % chains];
-                        sum = Isa::template dot<Width>(sum, words, quad_at(q + t * x.group + 4 * i));
+                        sum = Isa::template dot<unpacked_bits(code, Width)>(sum, words, quad_at(q + t * x.group + 4 * i));
                     });
                 });
             }
@@ -98,7 +107,7 @@ void few_rows(const Matrix& m, const Rows& x, int first, int last, float* y, siz
 constexpr int CHUNK = 128;  // rows whose sums stay in the nearest cache
 
 // Sums of Count rows and Tiles tiles over one group of unpacked weights.
-template <class Isa, int Width, int Tiles, int Count>
+template <class Isa, int Bits, int Tiles, int Count>
 MOQA_INLINE void register_block(const uint8_t* weights, int quads, const int8_t* q, int group, const Grid<Isa>* grid,
                                 const float* scale, const float* sum, float (*totals)[Tiles * TILE]) {
     // loops over these are unrolled by hand: if the compiler kept a loop, it would keep the sums in memory
@@ -109,7 +118,7 @@ MOQA_INLINE void register_block(const uint8_t* weights, int quads, const int8_t*
         times<Tiles>([&](auto n) { words[n] = Isa::load(weights + n * VECTOR); });
         times<Count>([&](auto t) {
             const int32_t quad = quad_at(q + t * group);
-            times<Tiles>([&](auto n) { sums[t][n] = Isa::template dot<Width>(sums[t][n], words[n], quad); });
+            times<Tiles>([&](auto n) { sums[t][n] = Isa::template dot<Bits>(sums[t][n], words[n], quad); });
         });
     }
     times<Count>([&](auto t) {
@@ -120,7 +129,7 @@ MOQA_INLINE void register_block(const uint8_t* weights, int quads, const int8_t*
     });
 }
 
-template <class Isa, int Width, int Tiles>
+template <class Isa, Code code, int Width, int Tiles>
 void many_rows(const Matrix& m, const Rows& x, int row, int count, int tile, float* y, size_t stride) {
     constexpr int block_bytes = 8 * Tiles * VECTOR;
     alignas(64) float totals[CHUNK][Tiles * TILE];
@@ -133,17 +142,21 @@ void many_rows(const Matrix& m, const Rows& x, int row, int count, int tile, flo
         Grid<Isa> grids[Tiles];
         for (int n = 0; n < Tiles; ++n) {
             grids[n] = Grid<Isa>(m, tile + n, group);
+            const Unpacked<Isa, code, Width> unpacked(m, tile + n);
             for (int block = begin; block < end; ++block) {
                 const Place place = place_of<Width>(m, tile + n, block);
                 uint8_t* to = weights + size_t(block - begin) * block_bytes + n * VECTOR;
-                times<8>([&](auto i) { Isa::store(to + i * Tiles * VECTOR, vector_of<Isa, Width, i>(place)); });
+                // all are unpacked before the first is stored: for all the compiler knows, a store changes the planes
+                typename Isa::Words words[8];
+                times<8>([&](auto i) { words[i] = unpacked.template vector<i>(place); });
+                times<8>([&](auto i) { Isa::store(to + i * Tiles * VECTOR, words[i]); });
             }
         }
         const int quads = (end - begin) * 8;
         int t = 0;
         const auto block_of_rows = [&](auto rows) {
             const size_t at = size_t(group) * x.count + row + t;
-            register_block<Isa, Width, Tiles, rows>(weights, quads, x.q + at * x.group, x.group, grids, x.scale + at,
+            register_block<Isa, unpacked_bits(code, Width), Tiles, rows>(weights, quads, x.q + at * x.group, x.group, grids, x.scale + at,
                                                     x.sum + at, totals + t);
             t += rows;
         };
@@ -159,13 +172,14 @@ void many_rows(const Matrix& m, const Rows& x, int row, int count, int tile, flo
             store_rows<Isa>(m, tile + n, y + (row + t) * stride + n * TILE, Isa::load(&totals[t][n * TILE]));
 }
 
-template <class Isa, int Width>
+template <class Isa, Code code, int Width>
 void packed_product(const Matrix& m, const Rows& x, int first, int last, float* y, size_t stride) {
-    if (x.count == 1) return one_row<Isa, Width>(m, x, first, last, y);
+    if constexpr (code == Code::integers && Isa::PLANE_BY_PLANE)
+        if (x.count == 1) return one_row<Isa, Width>(m, x, first, last, y);
     if (x.count <= Isa::FEW) {
         times<Isa::FEW + 1>([&](auto count) {
-            if constexpr (count > 1)
-                if (count == x.count) few_rows<Isa, Width, count>(m, x, first, last, y, stride);
+            if constexpr (count > 0)
+                if (count == x.count) few_rows<Isa, code, Width, count>(m, x, first, last, y, stride);
         });
         return;
     }
@@ -173,9 +187,9 @@ void packed_product(const Matrix& m, const Rows& x, int first, int last, float* 
         const int count = std::min(CHUNK, x.count - row);
         int tile = first;
         for (; tile + Isa::TILES <= last; tile += Isa::TILES)
-            many_rows<Isa, Width, Isa::TILES>(m, x, row, count, tile, y + size_t(tile - first) * TILE, stride);
+            many_rows<Isa, code, Width, Isa::TILES>(m, x, row, count, tile, y + size_t(tile - first) * TILE, stride);
         for (; tile < last; ++tile)
-            many_rows<Isa, Width, 1>(m, x, row, count, tile, y + size_t(tile - first) * TILE, stride);
+            many_rows<Isa, code, Width, 1>(m, x, row, count, tile, y + size_t(tile - first) * TILE, stride);
     }
 }
 
@@ -208,8 +222,13 @@ template <class Isa>
 void product(const Matrix& m, const Rows& x, int first, int last, float* y, size_t stride) {
     if (m.width == 16) return dense_product(m, x, first, last, y, stride);
     times<9>([&](auto width) {
+        if (width != m.width) return;
         if constexpr (width > 0)
-            if (width == m.width) packed_product<Isa, width>(m, x, first, last, y, stride);
+            if (m.code == Code::integers) packed_product<Isa, Code::integers, width>(m, x, first, last, y, stride);
+        if constexpr (width > 0 && width <= 4)
+            if (m.code == Code::table) packed_product<Isa, Code::table, width>(m, x, first, last, y, stride);
+        if constexpr (width > 0 && width <= 3)
+            if (m.code == Code::trellis) packed_product<Isa, Code::trellis, width>(m, x, first, last, y, stride);
     });
 }
 

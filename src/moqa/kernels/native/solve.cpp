@@ -11,6 +11,13 @@ void fit(const Path& path, const Fitting& f, int threads) {
 }
 
 void round(const Path& path, const Rounding& r, int threads) {
+    if (r.parts > 0) {
+        const int lanes = TILE / path.lanes, pieces = r.parts * lanes;
+        parallel(threads, r.matrices * pieces, [&](int item) {
+            path.round_codes(r, item / pieces, item % pieces / lanes, item % lanes * path.lanes);
+        });
+        return;
+    }
     const int items = (r.rows + ROUND_ROWS - 1) / ROUND_ROWS;
     parallel(threads, r.matrices * items, [&](int item) { path.round(r, item / items, item % items); });
 }

@@ -28,16 +28,22 @@ struct Fitting {
 };
 
 // One block of GPTQ's columns, from the last in its order to the first. Weight = scale * (integer - offset).
+// On a grid, or as codes of one or more matrices that are stacked along the rows.
 struct Rounding {
     int matrices, rows, in, group, groups, first, columns;
     const float* values;   // [matrices, columns, rows] current weights of the block
     float* work;           // [matrices, in, rows] weights, which become weight minus stored weight
-    const float* factor;   // [matrices, in, in] L: column k gets L[j][k] / L[k][k] of the error of a later column j
+    const float* factor;   // [matrices, in, in] L: column k gets L[j][k] / L[k][k] of the error of a later column j;
+                           // null for codes whose errors are not passed on
     const int64_t* order;  // [matrices, in] columns of the matrix
     const float* scale;    // [matrices, groups, rows]
-    const float* offset;   // [matrices, groups, rows]
-    const float* top;      // [matrices, rows] the largest integer
+    const float* offset;   // [matrices, groups, rows]; null for codes
+    const float* top;      // [matrices, rows] the largest integer; null for codes
     uint8_t* integers;     // [matrices, in, rows], columns as in the matrix
+    bool trellis;          // codes are a trellis, not a table
+    int parts;             // 0 on a grid
+    const int* begin;      // [parts + 1] first row of each part
+    const uint8_t* width;  // [matrices, parts]
 };
 
 // Planes of [rows, in] integers of `width` bits, see moqa/format/planes.py.

@@ -1,0 +1,88 @@
+"""Codes of a column in torch, on any device: the nearest levels of a table, and the best path through the trellis."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moqa.format.levels import LevelGrid, levels
+from moqa.format.tiles import TILE
+
+_NEVER = 1e30
+
+
+def nearest_codes(values: Tensor, scale: Tensor, grid: LevelGrid) -> tuple[Tensor, Tensor]:
+    """Codes with the least sum of squared errors for one column of some matrices.
+
+    >>> grid = LevelGrid("table", torch.ones(3), torch.ones(3, 1), 64, torch.full((1, 3), 2), (3,))
+    >>> nearest_codes(torch.tensor([[-60.0, 5.0, 70.0]]), torch.ones(1, 3), grid)[0]
+    tensor([[0, 2, 3]])
+
+    Args:
+        values: [matrices, out] float32.
+        scale: [matrices, out] value of one step of the levels, float32.
+        grid: of the matrices.
+
+    Returns:
+        [matrices, out] codes, int64, and the weights that they stand for, float32.
+    """
+    codes, stored = torch.zeros_like(values, dtype=torch.int64), torch.zeros_like(values)
+    begin = 0
+    for rows in grid.parts:
+        part = slice(begin, begin := begin + rows)
+        for width in grid.width[:, part.start].unique().tolist():
+            mine = grid.width[:, part.start] == width
+            found = torch.tensor(levels(grid.encoding, width), dtype=torch.float32, device=values.device)
+            choose = _in_trellis if grid.encoding == "trellis" else _in_table
+            codes[mine, part], stored[mine, part] = choose(values[mine, part], scale[mine, part], found)
+    return codes, stored
+
+
+def _in_table(values: Tensor, scale: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    codes = torch.bucketize(values / scale.clamp_min(1e-30), (found[1:] + found[:-1]) / 2)
+    return codes, found[codes] * scale
+
+
+def _in_trellis(values: Tensor, scale: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """The best path through a trellis whose ends meet, see `LevelGrid`."""
+    value, step = (_sequences(x) for x in (values, scale))
+    there = _sequences(torch.ones_like(values)) > 0
+    # for each parity the nearest of its levels
+    offered = found.unflatten(0, (-1, 4)) * step[..., None, None]
+    error, free = (value[..., None, None] - offered).square().min(-2)
+    error = torch.where(there[..., None], error, 0.0)
+    states = torch.arange(4, device=values.device)
+    coded, newest = states & 1, states >> 1
+
+    # [..., state before all steps, state]: each of the four is tried
+    cost = torch.full((4, 4), _NEVER, device=values.device).fill_diagonal_(0.0).expand(*value.shape[:-1], 4, 4)
+    later = []
+    for t in range(value.shape[-1]):
+        offer = error[..., t, None, :]
+        first = cost[..., newest] + offer[..., 2 * coded + newest]
+        second = cost[..., 2 + newest] + offer[..., 2 * (1 - coded) + newest]
+        later.append(second < first)
+        cost = torch.where(second < first, second, first)
+    # rows beyond the last have code 0
+    cost = cost + _NEVER * (coded & ~there[..., -1, None, None])
+    state = cost.diagonal(dim1=-2, dim2=-1).argmin(-1, keepdim=True)
+    begin = state
+    codes, chosen = torch.empty_like(value, dtype=torch.int64), torch.empty_like(value)
+    for t in reversed(range(value.shape[-1])):
+        older = later[t].flatten(-2).gather(-1, 4 * begin + state).long()
+        parity = 2 * ((state & 1) ^ older) + (state >> 1)
+        number = free[..., t, :].gather(-1, parity)
+        codes[..., t] = (2 * number + (state & 1))[..., 0]
+        chosen[..., t] = found[4 * number + parity][..., 0]
+        state = (state >> 1) + 2 * older
+    rows = values.shape[-1]
+    return _rows(codes, rows), _rows(chosen, rows) * scale
+
+
+def _sequences(rows: Tensor) -> Tensor:
+    """[matrices, out] -> [matrices, 16, tiles]: rows that are 16 apart follow each other."""
+    return pad(rows, (0, -rows.shape[-1] % TILE)).unflatten(-1, (-1, TILE)).mT
+
+
+def _rows(sequences: Tensor, rows: int) -> Tensor:
+    """The inverse of it."""
+    return sequences.mT.flatten(-2)[..., :rows]
