@@ -10,7 +10,7 @@ from torch import Tensor
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.units import Unit
 from moqa.models.view import ModelView, open_model
-from moqa.planning.problem import FLOOR
+from moqa.planning.candidates import DEFAULT_FLOORS
 
 
 class Original:
@@ -48,7 +48,7 @@ class Original:
 
 def _on_grid(unit: Unit, row: Tensor, bits: int, group: int) -> bool:
     """Whether a row has no more values than the bits of its unit allow."""
-    width = bits if unit.role == "expert" else max(bits, FLOOR)
+    width = bits if unit.role == "expert" else max(bits, DEFAULT_FLOORS["attention"])
     return len(row.unique()) <= 2**width * (len(row) // group)
 
 

@@ -11,11 +11,13 @@ from moqa.errors import MoqaError
 from moqa.format.layout import shards
 from moqa.format.scheme import Scheme
 from moqa.planning import DEFAULT_WIDTHS, STRATEGIES, TIES, Budget, Plan, for_file, plan, read_plan
-from moqa.planning.problem import FLOOR
+from moqa.planning.candidates import DEFAULT_FLOORS
 from moqa.planning.run import kept_entries
 from moqa.planning.ties import tie_groups
 from moqa.profiling import SELF
 from moqa.storage.artifact import read_json, write_json
+
+FLOOR = DEFAULT_FLOORS["attention"]
 
 BITS = (4.0, 4.6, 6.0, 9.0)  # the tiny profile's rows are short, so filling makes 3.8 to 11.3 reachable
 each_strategy = pytest.mark.parametrize("strategy", sorted(STRATEGIES))

@@ -22,6 +22,7 @@ from moqa.storage.artifact import write_json
 _BEGAN = time.perf_counter()
 
 DEFAULT_WIDTHS = ",".join(map(str, DEFAULTS.widths))
+DEFAULT_ENCODINGS = ",".join(DEFAULTS.encodings)
 
 console = Console(stderr=True)
 _json_to: TextIO | None = None
@@ -95,10 +96,40 @@ def widths_of(text: str) -> tuple[int, ...]:
     Raises:
         MoqaError: if it is not a list of numbers.
     """
+    return _numbers("--widths", text, "widths", "2,3,4")
+
+
+def groups_of(text: str | None) -> tuple[int, ...] | None:
+    """Group sizes from `--groups`.
+
+    Raises:
+        MoqaError: if it is not a list of numbers.
+    """
+    return None if text is None else _numbers("--groups", text, "group sizes", "64,128")
+
+
+def _numbers(option: str, text: str, what: str, example: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise MoqaError(f"--widths {text} is not a list of widths", "give e.g. --widths 2,3,4") from None
+        raise MoqaError(f"{option} {text} is not a list of {what}", f"give e.g. {option} {example}") from None
+
+
+def floors_of(typed: Sequence[str] | None) -> dict[str, int] | None:
+    """Role -> smallest width from `--floor`; roles that are not named have none.
+
+    Raises:
+        MoqaError: if one is not ROLE=WIDTH.
+    """
+    if not typed:
+        return None
+    floors: dict[str, int] = {}
+    for text in typed:
+        role, _, width = text.rpartition("=")
+        if not role or not width.isdecimal() or len(width) > 2:
+            raise MoqaError(f"--floor {text} is not ROLE=WIDTH", "give e.g. --floor attention=4")
+        floors[role] = int(width)
+    return floors
 
 
 def fixed_of(ignore: Sequence[str] | None, widths: Sequence[str] | None) -> dict[str, int]:

@@ -52,6 +52,15 @@ SetWidth = Annotated[
         "--set", metavar="PATTERN=WIDTH", help="width of units, e.g. '*.down_proj=4'; may be repeated, the last counts"
     ),
 ]
+Encodings = Annotated[str, typer.Option("--encodings")]
+Groups = Annotated[str | None, typer.Option("--groups")]
+Floor = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--floor", metavar="ROLE=WIDTH",
+        help="smallest width of a role, e.g. attention=4; may be repeated [default: 4 for all but experts]",
+    ),
+]  # fmt: skip
 
 Bpw = Annotated[float | None, typer.Option("--bpw", help="budget: stored bits per weight of the units")]
 Size = Annotated[str | None, typer.Option("--size", help="budget: all weight files, e.g. 12MiB")]

@@ -8,7 +8,19 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import DEFAULT_WIDTHS, fixed_of, mib, print_table, say, start_and_end, widths_of, write_result
+from moqa.cli.common import (
+    DEFAULT_ENCODINGS,
+    DEFAULT_WIDTHS,
+    fixed_of,
+    floors_of,
+    groups_of,
+    mib,
+    print_table,
+    say,
+    start_and_end,
+    widths_of,
+    write_result,
+)
 from moqa.compression.options import DEFAULTS
 from moqa.errors import MoqaError
 
@@ -34,6 +46,9 @@ def plan(
     ties: options.Ties = DEFAULTS.ties,
     known: Annotated[str | None, typer.Option("--known", help="distributions to fit on [default: all]")] = None,
     widths: str = DEFAULT_WIDTHS,
+    encodings: options.Encodings = DEFAULT_ENCODINGS,
+    groups: options.Groups = None,
+    floor: options.Floor = None,
     hedge: float | None = DEFAULTS.hedge,
     objective: options.Objective = DEFAULTS.objective,
     scope: options.Scope = DEFAULTS.scope,
@@ -45,7 +60,7 @@ def plan(
     ] = False,
     json: options.Json = None,
 ) -> None:
-    """Choose a width for every unit from a profile."""
+    """Choose a scheme for every unit from a profile."""
     from moqa.planning import Budget, MemoryBudget, for_file
     from moqa.planning import memory_budget as fitted
     from moqa.planning import plan as run
@@ -59,6 +74,7 @@ def plan(
         measured, budget, strategy=strategy, ties=ties,  # type: ignore[arg-type]
         known=known.split(",") if known else None, widths=widths_of(widths), hedge=hedge,
         objective=objective, scope=scope, fixed=fixed_of(ignore, set_width), seed=seed,  # type: ignore[arg-type]
+        encodings=tuple(encodings.split(",")), groups=groups_of(groups), floors=floors_of(floor),
     )  # fmt: skip
     if dry_run:
         from moqa.estimate import estimate

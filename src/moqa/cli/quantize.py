@@ -8,8 +8,11 @@ import typer
 from moqa.cli import options
 from moqa.cli.app import app
 from moqa.cli.common import (
+    DEFAULT_ENCODINGS,
     DEFAULT_WIDTHS,
     fixed_of,
+    floors_of,
+    groups_of,
     mib,
     print_table,
     say,
@@ -55,6 +58,9 @@ def quantize(
     ties: options.Ties = DEFAULTS.ties,
     method: options.Method = DEFAULTS.method,
     widths: str = DEFAULT_WIDTHS,
+    encodings: options.Encodings = DEFAULT_ENCODINGS,
+    groups: options.Groups = None,
+    floor: options.Floor = None,
     hedge: float | None = DEFAULTS.hedge,
     objective: options.Objective = DEFAULTS.objective,
     scope: options.Scope = DEFAULTS.scope,
@@ -145,6 +151,7 @@ def quantize(
         objective=objective, scope=scope, method=method, profile=profile, samples=samples,  # type: ignore[arg-type]
         context=window, self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
         overwrite=overwrite, restart=restart, seed=seed, fixed=fixed_of(ignore, set_width),
+        encodings=tuple(encodings.split(",")), groups=groups_of(groups), floors=floors_of(floor),
     )  # fmt: skip
     budget = memory_budget(model, fit, context=context, batch=batch or 1) if fit else Budget.parse(bpw, size)
     if dry_run:

@@ -51,7 +51,8 @@ def _of_checkpoint(path: Path) -> dict[str, Any]:
         "model": found(manifest.model, path.parent), "strategy": manifest.strategy, "ties": manifest.ties,
         "method": manifest.method, "seed": manifest.seed,
         "group_size": scheme and scheme.group_size, "symmetric": scheme and scheme.symmetric,
-        "widths": manifest.widths, "set": manifest.fixed,
+        "widths": manifest.widths, "set": manifest.fixed, "encodings": manifest.encodings, "groups": manifest.groups,
+        "floor": manifest.floors,
         **{name: options[name] for name in ("hedge", "objective", "scope")},
         # as it was typed, e.g. --fit 8GiB --context 8192 --batch 4
         **dict(re.findall(r"--(\w+) ([^\s(]+)", manifest.budget or "")),

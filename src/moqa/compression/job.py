@@ -63,7 +63,10 @@ class CompressJob:
             check_free(self.out, options.overwrite)
         self.budget = Budget.of(budget) if isinstance(budget, str) else budget
         if isinstance(self.budget, MemoryBudget):
-            self.budget.check(options.widths, options.group_size, options.symmetric)
+            self.budget.check(
+                options.widths, options.encodings, options.groups or (options.group_size,), options.floors,
+                options.symmetric,
+            )  # fmt: skip
         self.strategy = STRATEGIES.find(options.strategy)
         check_budget(self.strategy, self.budget, "give --bpw, --size or --fit")
         self.memory = self.executor.memory(memory)
@@ -93,7 +96,8 @@ class CompressJob:
             profile, self.budget, strategy=self.options.strategy, ties=self.options.ties,
             known=[distribution.name for distribution in self.fitted], widths=self.options.widths,
             hedge=self.options.hedge, objective=self.options.objective, scope=self.options.scope,
-            fixed=self.options.fixed, seed=self.options.seed,
+            fixed=self.options.fixed, encodings=self.options.encodings, groups=self.options.groups,
+            floors=self.options.floors, seed=self.options.seed,
         )  # fmt: skip
 
     def expected(self, view: ModelView) -> tuple[Profile, Plan]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from moqa.methods.registry import DEFAULT_METHOD, METHODS
-from moqa.planning.registry import DEFAULT_STRATEGY, STRATEGIES
+from moqa.planning.registry import DEFAULT_ENCODINGS, DEFAULT_STRATEGY, STRATEGIES
 
 if TYPE_CHECKING:
     from moqa.planning.record import Objective, Scope, Ties
@@ -30,13 +30,21 @@ class CompressOptions:
     >>> help_of("widths")
     'candidate widths, comma-separated'
 
-    `fixed` is pattern -> width, see `moqa.plan`; commands have `--ignore` and `--set` for it.
+    `fixed` is pattern -> width and `floors` role -> width, see `moqa.plan`; commands have `--ignore`, `--set` and
+    `--floor` for them.
     Values are checked by the step that uses them: `moqa.profile`, `moqa.plan` or `moqa.quantize`.
     """
 
     strategy: str = _option(DEFAULT_STRATEGY, "{strategies}")
     ties: Ties = _option("unit", "what must share a width: unit, expert, layer_projection or layer")
     widths: tuple[int, ...] = _option((2, 3, 4, 5, 6, 8), "candidate widths, comma-separated")
+    encodings: tuple[str, ...] = _option(
+        DEFAULT_ENCODINGS, "candidate encodings: int, table, trellis; {mixing} mixes them"
+    )
+    groups: tuple[int, ...] | None = _option(
+        None, "{mixing}: candidate numbers of weights that share a scale: 32, 64, 128, 256 [default: --group-size]"
+    )
+    floors: Mapping[str, int] | None = field(default=None)
     hedge: float | None = _option(None, "{hedged}: share of the model's own text in the objective, 0 to 1")
     objective: Objective = _option("mean", "{users}: mean or minimax over the known distributions")
     scope: Scope = _option("global", "{users}: rank experts over all layers (global) or per layer")
@@ -70,6 +78,7 @@ def help_of(name: str) -> str | None:
         "{strategies}": lambda: one_of([DEFAULT_STRATEGY, *(n for n in STRATEGIES if n != DEFAULT_STRATEGY)]),
         "{hedged}": lambda: one_of([n for n, member in STRATEGIES.items() if member.hedge is not None]),
         "{users}": lambda: one_of([n for n, member in STRATEGIES.items() if name in member.options]),
+        "{mixing}": lambda: one_of([n for n, member in STRATEGIES.items() if member.mixes]),
         "{methods}": lambda: one_of(list(METHODS)),
     }
     for word, names in words.items():

@@ -84,6 +84,15 @@ class Manifest(BaseModel, frozen=True):
     fixed: dict[str, int] = Field(
         {}, description="pattern of unit names -> width that the user chose", exclude_if=lambda fixed: not fixed
     )
+    encodings: tuple[str, ...] | None = Field(
+        None, description="candidate encodings, if not the default ones", exclude_if=lambda names: names is None
+    )
+    groups: tuple[int, ...] | None = Field(
+        None, description="candidate group sizes, if not that of the profile", exclude_if=lambda sizes: sizes is None
+    )
+    floors: dict[str, int] | None = Field(
+        None, description="role -> smallest width, if not the default ones", exclude_if=lambda floors: floors is None
+    )
     method: str = Field(description="quantization method")
     seed: int
     mixture: dict[str, float] = Field(

@@ -9,7 +9,7 @@ from moqa.format.encodings.encoding import Parameters
 from moqa.format.levels import UPPER_LEVELS
 from moqa.format.tiles import KEEP_WIDTH, WIDTHS
 
-DEFAULT_ENCODING = "integer_planes"
+DEFAULT_ENCODING = "int"
 
 
 class Scheme(Parameters, frozen=True):

@@ -89,7 +89,7 @@ class TritonKernels:
 
     name = "triton"
     takes_patches = False
-    encodings = frozenset({"integer_planes", "unquantized"})
+    encodings = frozenset({"int", "unquantized"})
 
     def unusable(self, device: torch.device) -> str | None:
         """See `ProductKernels`."""

@@ -1,7 +1,7 @@
 """`--fit 8GiB`: the budget for the weight files, computed from the memory that the served model may use."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +10,13 @@ import torch
 from moqa.errors import MoqaError
 from moqa.forecast.serving import Needs, ServedModel
 from moqa.format.layout import Entry, shards
-from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH, WIDTHS
 from moqa.memory.limit import free_memory, parse_size
 from moqa.models.units import ROLES
 from moqa.models.view import ModelView
 from moqa.planning.budget import Budget
-from moqa.planning.problem import FLOOR
+from moqa.planning.candidates import DEFAULT_FLOORS, candidates
+from moqa.planning.registry import DEFAULT_ENCODINGS
 from moqa.profiling import Profile
 
 AUTO = "auto"
@@ -64,13 +64,11 @@ class MemoryBudget(Budget):
         fitting = [f"in {_mib(sum(parts.values()))}", *self._smaller(smallest)]
         return MoqaError(f"{self.typed} is too little, {sizes}", f"it fits {' or '.join(fitting)}")
 
-    def check(self, widths: Sequence[int], group_size: int, symmetric: bool) -> None:
-        """Refuse a budget that no plan can reach, before the model is profiled.
-
-        Args:
-            widths: candidate widths.
-            group_size: weights that share a scale.
-            symmetric: whether grids have no zero-point.
+    def check(
+        self, widths: Sequence[int], encodings: Sequence[str], groups: Sequence[int], floors: Mapping[str, int] | None,
+        symmetric: bool,
+    ) -> None:  # fmt: skip
+        """Refuse a budget that no plan can reach, before the model is profiled; arguments as of `smallest_plan`.
 
         Raises:
             MoqaError: if the smallest plan does not fit, or a width cannot be stored.
@@ -79,7 +77,9 @@ class MemoryBudget(Budget):
         if not set(widths) <= stored:
             typed = ",".join(map(str, widths))
             raise MoqaError(f"--widths {typed} cannot be planned", f"there are {', '.join(map(str, sorted(stored)))}")
-        smallest = smallest_plan(self.model.view, widths, group_size, symmetric)
+        smallest = smallest_plan(
+            self.model.view, widths, encodings=encodings, groups=groups, floors=floors, symmetric=symmetric
+        )
         if smallest > self.limit(0):
             raise self.below(smallest, "")
 
@@ -97,7 +97,15 @@ class MemoryBudget(Budget):
                 return
 
 
-def smallest_plan(view: ModelView, widths: Sequence[int], group_size: int = 64, symmetric: bool = False) -> int:
+def smallest_plan(
+    view: ModelView,
+    widths: Sequence[int],
+    *,
+    encodings: Sequence[str] = DEFAULT_ENCODINGS,
+    groups: Sequence[int] = (64,),
+    floors: Mapping[str, int] | None = None,
+    symmetric: bool = False,
+) -> int:
     """Bytes of the weight files of the smallest plan, computed from a model's shapes.
 
     >>> smallest_plan(view, (2, 3, 4))
@@ -106,15 +114,21 @@ def smallest_plan(view: ModelView, widths: Sequence[int], group_size: int = 64, 
     Args:
         view: the model; none of its weights are read.
         widths: candidate widths.
-        group_size: weights that share a scale.
+        encodings: candidate encodings.
+        groups: candidate group sizes.
+        floors: role -> smallest width; None means the default ones.
         symmetric: whether grids have no zero-point.
     """
-    allowed = {role: min(widths) for role in ROLES}
-    if view.has_experts:
-        floored = min((width for width in widths if width >= FLOOR), default=FLOOR)
-        allowed = dict.fromkeys(allowed, floored) | {"expert": min(widths)}
-    schemes = {w: Scheme(width=w, group_size=group_size, symmetric=symmetric) for w in allowed.values()}
-    units = {name: (unit.layer, unit.shape, schemes[allowed[unit.role]]) for name, unit in view.units.items()}
+    floors = DEFAULT_FLOORS if floors is None else floors
+    smallest = dict.fromkeys(ROLES, 0) | (dict(floors) if view.has_experts else {})
+    allowed = {role: tuple(width for width in widths if width >= floor) or (floor,) for role, floor in smallest.items()}
+    schemes = {
+        role: candidates(some, encodings, groups, symmetric=symmetric, mixed=True) for role, some in allowed.items()
+    }
+    units = {
+        name: (unit.layer, unit.shape, min(schemes[unit.role], key=lambda scheme: scheme.stored_bytes(unit.shape)))
+        for name, unit in view.units.items()
+    }
     kept: dict[str, Entry] = {
         name: (torch.bfloat16 if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
         for name, tensor in view.kept().items()

@@ -15,7 +15,6 @@ from moqa.planning.ties import Group
 from moqa.profiling import SELF, Profile
 
 Choice = NDArray[np.int64]
-FLOOR = 4
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,10 @@ class Problem:
     Attributes:
         profile: the statistics.
         known: distributions that may be used.
-        groups: units that share a width.
-        widths: candidate widths, ascending.
-        sizes: [groups, widths] bytes.
-        allowed: [groups, widths] whether a group may have a width; some groups have a smallest allowed width.
+        groups: units that share a scheme.
+        schemes: candidates, by rising bytes; what is said of widths below holds for them.
+        sizes: [groups, schemes] bytes.
+        allowed: [groups, schemes] whether a group may have a scheme; some groups have a smallest allowed width.
         limit: bytes for all groups; None without a budget.
         options: options of the strategy.
     """
@@ -36,34 +35,40 @@ class Problem:
     profile: Profile
     known: tuple[str, ...]
     groups: tuple[Group, ...]
-    widths: tuple[int, ...]
+    schemes: tuple[Scheme, ...]
     sizes: NDArray[np.int64]
     allowed: NDArray[np.bool_]
     limit: int | None
     options: Options
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each candidate."""
+        return tuple(scheme.width for scheme in self.schemes)
+
     def table(self, rows: NDArray) -> NDArray[np.float64]:
-        """[groups, widths] sums of a [units, measured widths] table over each group, for the candidate widths."""
+        """[groups, schemes] sums over each group of a [units, measured widths] table of errors."""
         columns = list(self.profile.record.widths)
         wide = np.concatenate([rows, np.zeros((len(rows), 1))], axis=1)
         picked = wide[:, [columns.index(w) if w != KEEP_WIDTH else len(columns) for w in self.widths]]
+        picked = picked * np.stack([self.profile.compared(scheme).double().numpy() for scheme in self.schemes], axis=1)
         return np.stack([picked[list(group.members)].sum(0) for group in self.groups])
 
     def errors(self, name: str) -> NDArray[np.float64]:
-        """[groups, widths] expected increase of the KL divergence per token on one distribution, in nats."""
+        """[groups, schemes] expected increase of the KL divergence per token on one distribution, in nats."""
         return self.table(self.profile.sensitivity(name).double().numpy())
 
     def own_errors(self) -> NDArray[np.float64]:
-        """[groups, widths] the same on the model's own text."""
+        """[groups, schemes] the same on the model's own text."""
         return self.errors(SELF)
 
     def masked(self, costs: NDArray) -> NDArray[np.float64]:
-        """[..., groups, widths] costs, infinite for widths that are not allowed."""
+        """[..., groups, schemes] costs, infinite for those that are not allowed."""
         return np.where(self.allowed, costs, np.inf)
 
     def smallest(self) -> Choice:
-        """The narrowest allowed width of each group."""
-        return self.allowed.argmax(1)
+        """The smallest allowed scheme of each group."""
+        return np.where(self.allowed, self.sizes, np.iinfo(np.int64).max).argmin(1)
 
     def at_width(self, width: int) -> Choice:
         """`width` for every group; where it is not allowed, the next wider allowed width, or else the widest."""
@@ -71,8 +76,8 @@ class Problem:
         return np.where(fits.any(1), fits.argmax(1), self.widest())
 
     def widest(self) -> Choice:
-        """The widest allowed width of each group."""
-        return len(self.widths) - 1 - self.allowed[:, ::-1].argmax(1)
+        """The largest allowed scheme of each group."""
+        return np.where(self.allowed, self.sizes, -1).argmax(1)
 
     def bytes(self, choice: Choice) -> int:
         """Total bytes of a choice."""
@@ -120,7 +125,9 @@ def make_problem(
     known: tuple[str, ...],
     *,
     groups: Sequence[Group],
-    widths: tuple[int, ...],
+    schemes: Sequence[Scheme],
+    widths: Sequence[int],
+    floors: Mapping[str, int],
     fixed: Mapping[int, int],
     budget: Budget | None,
     options: Options,
@@ -131,19 +138,15 @@ def make_problem(
     Args:
         profile: the statistics.
         known: distributions that may be used.
-        groups: units that share a width.
-        widths: candidate widths, ascending.
+        groups: units that share a scheme.
+        schemes: candidates, by rising bytes; some have widths that only fixed groups or floors need.
+        widths: that all other groups may have.
+        floors: role -> smallest width of its units.
         fixed: index of a group -> the only width that it may have.
         budget: the user's limit.
         options: options of the strategy.
         fixed_bytes: bytes of the weight files that no choice changes; counted if the budget is for all weight files.
     """
-    settings = profile.record.settings
-    moe = any(unit.role == "expert" for unit in profile.record.units)
-    # units with a smallest allowed width need a candidate there, even if all candidates for experts are narrower
-    free = {*widths, *([FLOOR] if moe and max(widths) < FLOOR else [])}
-    candidates = tuple(sorted({*free, *fixed.values()}))
-    schemes = [Scheme(width=w, group_size=settings.group_size, symmetric=settings.symmetric) for w in candidates]
     whole = budget is not None and budget.counts == "checkpoint"
     sizes = np.array(
         [
@@ -154,12 +157,15 @@ def make_problem(
             for group in groups
         ]
     )
-    floored = np.array([[moe and any(unit.role != "expert" for unit in group.units)] for group in groups])
-    column = np.array(candidates)[None]
-    allowed = np.where(floored, np.isin(column, list(free)) & (column >= FLOOR), np.isin(column, widths))
+    column = np.array([scheme.width for scheme in schemes])
+    smallest = np.array([[max(floors.get(unit.role, 0) for unit in group.units)] for group in groups])
+    # a floor above all widths leaves the narrowest of the others
+    usual = np.isin(column, list(widths))[None] & (column[None] >= smallest)
+    above = np.where(column[None] >= smallest, column[None], KEEP_WIDTH).min(1, keepdims=True)
+    allowed = np.where(usual.any(1, keepdims=True), usual, column[None] == above)
     for group, width in fixed.items():
-        allowed[group] = column[0] == width
+        allowed[group] = column == width
     limit = None
     if budget is not None:
         limit = budget.limit(sum(unit.weights for unit in profile.record.units)) - (fixed_bytes if whole else 0)
-    return Problem(profile, known, tuple(groups), candidates, sizes, allowed, limit, options)
+    return Problem(profile, known, tuple(groups), tuple(schemes), sizes, allowed, limit, options)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moqa.planning.solver import Solution
 
 DEFAULT_STRATEGY = "budget"
+DEFAULT_ENCODINGS = ("int",)
 # baselines of every comparison: the uniform plan, and bits by routing frequency, the usual heuristic
 PLAIN, HAND_RULE = "uniform", "frequency"
 
@@ -31,6 +32,7 @@ class Strategy:
         needs_experts: whether it cannot make a plan for dense models.
         hedge: default share of the model's own text in its objective; None if it has no hedge.
         options: other options that change its plans.
+        mixes: whether it chooses among encodings and group sizes, too; else a plan has one of each per width.
         is_control: whether it is only a control for comparisons.
     """
 
@@ -42,6 +44,7 @@ class Strategy:
     needs_experts: bool = False
     hedge: float | None = None
     options: tuple[str, ...] = ()
+    mixes: bool = False
     is_control: bool = False
 
     @property

@@ -14,10 +14,17 @@ from moqa.format.layout import Entry, entry_bytes, shards
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH
 from moqa.planning.budget import Budget
+from moqa.planning.candidates import (
+    DEFAULT_FLOORS,
+    candidates,
+    check_encodings,
+    check_floors,
+    check_groups,
+)
 from moqa.planning.fixed import fixed_widths
 from moqa.planning.problem import Choice, Problem, make_problem
 from moqa.planning.record import FORMAT, Account, Objective, Options, Plan, Scope, Ties
-from moqa.planning.registry import DEFAULT_STRATEGY, STRATEGIES, Strategy, for_dense_models
+from moqa.planning.registry import DEFAULT_ENCODINGS, DEFAULT_STRATEGY, STRATEGIES, Strategy, for_dense_models
 from moqa.planning.solver import Solution
 from moqa.planning.ties import TIES, tie_groups
 from moqa.profiling import SELF, Profile
@@ -41,9 +48,12 @@ def plan(
     objective: Objective = "mean",
     scope: Scope = "global",
     fixed: Mapping[str, int] | None = None,
+    encodings: Sequence[str] = DEFAULT_ENCODINGS,
+    groups: Sequence[int] | None = None,
+    floors: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Choose a width for every unit.
+    """Choose a scheme for every unit: its width, and where a strategy mixes them, its encoding and group size.
 
     >>> plan = moqa.plan(profile, "3bpw", strategy="budget")
     >>> plan.account.bits_per_weight <= 3
@@ -62,6 +72,10 @@ def plan(
         scope: rank experts of all layers together (`global`) or layer by layer (`layer`).
         fixed: pattern of unit names, such as `*.layers.0.*` -> width of these units, 16 for no quantization; the last
             pattern that matches counts. The budget holds for all units together.
+        encodings: candidate encodings; strategies that do not mix them take the first that has a width.
+        groups: candidate numbers of weights that share a scale, of those that the profile has; strategies that do not
+            mix them take the first. None means that of the profile.
+        floors: role of units -> their smallest width.
         seed: seed of a random plan.
 
     Raises:
@@ -80,9 +94,20 @@ def plan(
     share = _checked_hedge(hedge, member, profile)
     options = Options(hedge=share, objective=objective, scope=scope, seed=seed)
     widths = _checked_widths(widths, profile)
-    groups = tie_groups(profile.record.units, ties)
+    floors = DEFAULT_FLOORS if floors is None else floors
+    check_floors(floors)
+    if not any(unit.role == "expert" for unit in profile.record.units):
+        floors = {}
+    tied = tie_groups(profile.record.units, ties)
+    chosen_widths = fixed_widths(profile, tied, fixed or {})
+    beyond = {width for width in floors.values() if width > max(widths)}
+    schemes = candidates(
+        sorted({*widths, *chosen_widths.values(), *beyond}), check_encodings(encodings),
+        check_groups(profile.groups[:1] if groups is None else groups, profile.groups),
+        symmetric=profile.record.settings.symmetric, mixed=member.mixes,
+    )  # fmt: skip
     problem = make_problem(
-        profile, known, groups=groups, widths=widths, fixed=fixed_widths(profile, groups, fixed or {}), budget=budget,
+        profile, known, groups=tied, schemes=schemes, widths=widths, floors=floors, fixed=chosen_widths, budget=budget,
         options=options, fixed_bytes=account_of(profile, {}).checkpoint,
     )  # fmt: skip
     _check_reachable(problem, budget)
@@ -98,7 +123,7 @@ def plan(
         raise MoqaError(
             f"--strategy {strategy} has no plan within {budget.typed if budget else 'the budget'}", _reachable(problem)
         )
-    schemes = _schemes(problem, choice)
+    units = _schemes(problem, choice)
     names = [*known, *([SELF] if SELF in profile.statistics else [])]
     # with a hedge, the quantization also fits the model's own text, with at least the weight of one more distribution
     own = max(share, 1 / (len(known) + 1)) if share else 0.0
@@ -108,8 +133,10 @@ def plan(
         fingerprint=profile.record.fingerprint, samples=profile.digest(mixture), profile=str(profile.folder),
         strategy=member.name, options=options, ties=ties, budget=budget.typed if budget else None, known=known,
         widths=None if widths == DEFAULT_WIDTHS else widths, fixed=dict(fixed or {}), mixture=mixture,
+        encodings=None if tuple(encodings) == DEFAULT_ENCODINGS else tuple(encodings),
+        groups=None if groups is None else tuple(groups), floors=None if floors in ({}, DEFAULT_FLOORS) else floors,
         predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
-        gap=gap, account=account_of(profile, schemes), units=schemes,
+        gap=gap, account=account_of(profile, units), units=units,
     )  # fmt: skip
 
 
@@ -191,15 +218,14 @@ def _reachable(problem: Problem) -> str:
     ends = [account_of(problem.profile, _schemes(problem, choice)) for choice in (problem.smallest(), problem.widest())]
     bits = " to ".join(f"{account.bits_per_weight:.2f}" for account in ends)
     sizes = " to ".join(f"{account.checkpoint / 2**20:.1f} MiB" for account in ends)
-    return f"reachable with --widths {','.join(map(str, problem.widths))}: {bits} bpw, {sizes}"
+    widths = ",".join(map(str, sorted(set(problem.widths))))
+    return f"reachable with --widths {widths}: {bits} bpw, {sizes}"
 
 
 def _schemes(problem: Problem, choice: Choice) -> dict[str, Scheme]:
-    settings = problem.profile.record.settings
     chosen: dict[str, Scheme] = {}
     for group, index in zip(problem.groups, choice, strict=True):
-        scheme = Scheme(width=problem.widths[index], group_size=settings.group_size, symmetric=settings.symmetric)
-        chosen.update({unit.name: scheme for unit in group.units})
+        chosen.update({unit.name: problem.schemes[index] for unit in group.units})
     return {unit.name: chosen[unit.name] for unit in problem.profile.record.units}
 
 

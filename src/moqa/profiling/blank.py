@@ -9,6 +9,7 @@ from moqa import __version__
 from moqa.format.tiles import WIDTHS
 from moqa.models.view import ModelView
 from moqa.profiling.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
+from moqa.profiling.sensitivity import other_schemes
 from moqa.profiling.significance import LayerStatistics
 from moqa.profiling.store import Profile
 
@@ -31,7 +32,12 @@ def blank_profile(view: ModelView, model: str, names: Sequence[str], settings: S
     rounding = torch.tensor([4.0**-width for width in widths]).expand(len(units), -1).contiguous()
     sensitivity = rounding * torch.tensor([float(unit.weights) for unit in units])[:, None]
     windows = dict.fromkeys(names, settings.samples) | ({SELF: own} if own else {})
+    others = other_schemes(settings) if settings.sensitivity else ()
     statistics, records, weights = {}, {}, {"rounding": rounding}
+    if others:
+        # a code of levels leaves less error than a grid, a large group more than a small one
+        ratio = [(0.6 if s.encoding == "trellis" else 1.0) * s.group_size**0.1 for s in others]
+        weights["compared"] = torch.tensor(ratio).expand(len(units), -1).contiguous()
     for name, count in windows.items():
         tables = {"sensitivity": sensitivity, "samples": torch.zeros(count, settings.context, dtype=torch.int32)}
         for layer in range(len(view.blocks)):
@@ -48,7 +54,7 @@ def blank_profile(view: ModelView, model: str, names: Sequence[str], settings: S
         moqa=__version__, task=view.task.name, model=model, model_type=view.model.config.model_type,
         fingerprint="",
         kept={name: (str(dtype).removeprefix("torch."), shape) for name, (dtype, shape) in view.kept_entries().items()},
-        layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=widths,
+        layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=widths, others=others,
         units=tuple(UnitRecord.of(unit) for unit in units), distributions=records,
     )  # fmt: skip
     return Profile(record, Path(), statistics, weights)

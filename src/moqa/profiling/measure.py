@@ -48,7 +48,8 @@ class Measurement:
 
         Returns:
             Distribution -> name (`layer.3.channel`, ..., `sensitivity` [units, widths]) -> tensor; and statistics of
-            the weights: `rounding` [units, widths], the relative squared rounding error, and `layer.3.similarity`.
+            the weights: `rounding` [units, widths], the relative squared rounding error, `layer.3.similarity`,
+            and `compared` [units, others] (`moqa.profiling.sensitivity.compared_errors`).
         """
         stages, work = self._workspace.stages, self._workspace.work
         depth = stages.depth
@@ -102,4 +103,5 @@ class Measurement:
                 probed = torch.cat([load(f"sensitivity-{layer}-{name}")["sensitivity"] for layer in range(depth)])
                 statistics[name]["sensitivity"] = all_widths(probed, relative, self._how.probes, self._how.widths)
         similar = {f"layer.{n}.similarity": w["similarity"] for n, w in weights.items() if "similarity" in w}
-        return statistics, {"rounding": relative, **similar}
+        compared = [weights[layer]["compared"] for layer in range(depth) if "compared" in weights[layer]]
+        return statistics, {"rounding": relative, **({"compared": torch.cat(compared)} if compared else {}), **similar}

@@ -17,7 +17,7 @@ from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.models.watch import watching
 from moqa.profiling.selfsample import draw
-from moqa.profiling.sensitivity import ErrorSettings, Sensitivity, relative_errors
+from moqa.profiling.sensitivity import ErrorSettings, Sensitivity, compared_errors, relative_errors
 from moqa.profiling.significance import LayerStatistics, layer_similarity
 from moqa.storage.resumable import ResumableRun
 
@@ -98,6 +98,8 @@ def go_forward(workspace: Workspace, given: BlockPass) -> None:
     view, layer, down = workspace.view, given.layer, _down(workspace.view, given.layer)
     if not given.name:
         weights = {"rounding": relative_errors(view, layer, given.how)}
+        if given.how.others:
+            weights["compared"] = compared_errors(view, layer, given.how, given.how.others)
         if down:
             weights["similarity"] = layer_similarity(view, layer)
         workspace.work.save(f"weights-{layer}", weights)

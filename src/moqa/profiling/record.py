@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from moqa.format.manifest import Fitted, Length, Side
+from moqa.format.scheme import Scheme
 from moqa.format.tiles import WIDTHS
 from moqa.models.units import Unit
 
@@ -78,6 +79,9 @@ class ProfileRecord(BaseModel, frozen=True):
     top_k: Length = Field(description="experts per token; 0 for a dense model")
     settings: Settings
     widths: tuple[Width, ...] = Field(description="widths of the sensitivity columns")
+    others: tuple[Scheme, ...] = Field(
+        (), description="columns of `compared`: schemes whose rounding errors are compared with those of the settings'"
+    )
     units: tuple[UnitRecord, ...] = Field(description="rows of the sensitivity tables, in this order")
     distributions: dict[str, DistributionRecord]
 

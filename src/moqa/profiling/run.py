@@ -156,6 +156,7 @@ def profile(
             fingerprint=identity if old is None else old.record.fingerprint,
             kept=kept, left_out=view.left_out(),
             layers=len(view.blocks), top_k=view.top_k, settings=settings, widths=errors.widths,
+            others=errors.others if "compared" in weights else (),
             units=tuple(UnitRecord.of(unit) for unit in view.units.values()),
             distributions={name: records[name] for name in statistics},
         )  # fmt: skip

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from moqa.calibration.inputs import InputStatistics
 from moqa.calibration.stacks import stacks
+from moqa.format.encodings import ENCODINGS
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import WIDTHS
 from moqa.methods import Method, SolveBatch
 from moqa.methods.grid import fit_grid
+from moqa.methods.levels import fit_levels, nearest_codes
 from moqa.models.experts import ExpertRun, projection_rows
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
@@ -21,6 +23,9 @@ from moqa.profiling.record import Settings
 _DTYPE = torch.bfloat16
 # weights of a unit from which its relative rounding errors are computed: enough for an accuracy of a percent
 _SAMPLED_WEIGHTS = 2**17
+# rows and columns of a unit that are rounded in every scheme, and group sizes of these
+_COMPARED = 256
+GROUPS = (32, 64, 128, 256)
 
 # Widths whose errors are really made and measured. The sensitivity at other widths is extrapolated from the nearest of
 # them by the ratio of the weights' rounding errors.
@@ -37,6 +42,7 @@ class ErrorSettings:
         probes: widths whose errors are really made; none if no sensitivity is measured.
         method: the quantization method.
         experts: number of experts whose errors are held together.
+        others: schemes whose errors are compared with those of `scheme`.
     """
 
     scheme: Scheme
@@ -44,6 +50,7 @@ class ErrorSettings:
     probes: tuple[int, ...]
     method: Method
     experts: int
+    others: tuple[Scheme, ...] = ()
 
     @classmethod
     def of(cls, settings: Settings, method: Method, experts: int) -> "ErrorSettings":
@@ -51,7 +58,8 @@ class ErrorSettings:
         scheme = Scheme(width=8, group_size=settings.group_size, symmetric=settings.symmetric)
         widths = tuple(w for w in WIDTHS if not (settings.symmetric and w == 1))
         probes = tuple(width for width in PROBES if width in widths and settings.sensitivity)
-        return cls(scheme, widths, probes, method, experts)
+        others = other_schemes(settings) if settings.sensitivity else ()
+        return cls(scheme, widths, probes, method, experts, others)
 
 
 def relative_errors(view: ModelView, layer: int, how: ErrorSettings) -> Tensor:
@@ -64,6 +72,50 @@ def relative_errors(view: ModelView, layer: int, how: ErrorSettings) -> Tensor:
         error = fit_grid(stacked, how.scheme, torch.tensor(how.widths)).error
         rows.append(error.sum((1, 2)) / weight.square().sum().clamp_min(1e-30))
     return torch.stack(rows)
+
+
+def other_schemes(settings: Settings) -> tuple[Scheme, ...]:
+    """Schemes whose errors are compared with those of the settings' own scheme.
+
+    >>> Scheme(width=2, group_size=128, encoding="trellis") in other_schemes(profile.record.settings)
+    True
+    """
+    return tuple(
+        Scheme(width=width, group_size=group, symmetric=symmetric, encoding=name)
+        for group in GROUPS
+        for name, symmetric in (("int", settings.symmetric), ("table", False), ("trellis", False))
+        for width in ENCODINGS[name].widths
+        if not (name == "int" and (group == settings.group_size or (symmetric and width == 1)))
+    )
+
+
+def compared_errors(view: ModelView, layer: int, how: ErrorSettings, others: Sequence[Scheme]) -> Tensor:
+    """[units, others] squared error of rounding over that at the same width in the settings' own scheme, float32.
+
+    Units of a layer that differ only in their expert have about the same: one of them is rounded.
+    """
+    units, found = view.block_units(layer), dict[tuple, Tensor]()
+    rows = []
+    for unit in units:
+        kind = unit.role, unit.projection, unit.shape
+        if kind not in found:
+            alike = [other for other in units if (other.role, other.projection, other.shape) == kind]
+            weight = view.weight(alike[len(alike) // 2])[:_COMPARED, :_COMPARED].float()
+            own = {width: _error(weight, how.scheme.model_copy(update={"width": width})) for width in how.widths}
+            found[kind] = torch.stack(
+                [_error(weight, scheme) / own[scheme.width].clamp_min(1e-30) for scheme in others]
+            )
+        rows.append(found[kind])
+    return torch.stack(rows)
+
+
+def _error(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Squared error of rounding a matrix."""
+    if not scheme.is_coded:
+        return fit_grid(weight, scheme).error.sum()
+    widths = torch.full((1, len(weight)), scheme.width)
+    grid = fit_levels(weight[None], scheme, widths, weight.shape[:1])
+    return (grid.decode(nearest_codes(weight[None], grid)) - weight).square().sum()
 
 
 def all_widths(probed: Tensor, relative: Tensor, probes: Sequence[int], widths: Sequence[int]) -> Tensor:

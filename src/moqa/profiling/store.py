@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moqa.errors import MoqaError
+from moqa.format.scheme import Scheme
 from moqa.profiling.record import FORMAT, SELF, ProfileRecord
 from moqa.profiling.significance import expert_significance
 from moqa.storage.artifact import check_format, check_seal, file_hash, read_json, write_sealed
@@ -35,7 +36,8 @@ class Profile:
         record: the table of contents.
         folder: of the profile.
         statistics: distribution -> name -> tensor.
-        weights: statistics of the weights alone: `rounding` [units, widths] and `layer.N.similarity`.
+        weights: statistics of the weights alone: `rounding` [units, widths], `compared` [units, others] and
+            `layer.N.similarity`.
     """
 
     record: ProfileRecord
@@ -72,6 +74,20 @@ class Profile:
         if not self.record.settings.sensitivity:
             raise MoqaError(f"profile {self.folder} has no sensitivity", "make one without --no-sensitivity")
         return self.statistics[name]["sensitivity"]
+
+    def compared(self, scheme: Scheme) -> Tensor:
+        """[units] rounding error of a scheme over that of the settings' own scheme at the same width, float32."""
+        settings = self.record.settings
+        own = Scheme(width=scheme.width, group_size=settings.group_size, symmetric=settings.symmetric)
+        if scheme == own or scheme.is_unquantized:
+            return torch.ones(len(self.record.units))
+        return self.weights["compared"][:, self.record.others.index(scheme)]
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Group sizes whose errors were measured, that of the settings first."""
+        measured = sorted({scheme.group_size for scheme in self.record.others})
+        return tuple(dict.fromkeys((self.record.settings.group_size, *measured)))
 
     def significance(self, name: str, layer: int) -> Tensor:
         """[experts] share of the block's output that each expert contributes, float32."""
@@ -152,6 +168,10 @@ def read_profile(folder: str | Path) -> Profile:
     for name, table in [*((n, loaded[n].get("sensitivity")) for n in measured), (WEIGHTS, weights.get("rounding"))]:
         if table is None or table.shape != (len(record.units), len(record.widths)):
             raise MoqaError(f"profile {folder}: the table in {name} does not match its {len(record.units)} units")
+    compared = weights.get("compared", torch.empty(0))
+    fits = tuple(compared.shape) == (len(record.units), len(record.others)) and bool(torch.isfinite(compared).all())
+    if record.others and not fits:
+        raise MoqaError(f"profile {folder}: the table `compared` does not match its {len(record.units)} units")
     return Profile(record, folder, loaded, weights)
 
 

@@ -97,7 +97,8 @@ class CheckpointWriter:
             format=FORMAT if any(scheme.is_coded for scheme in plan.units.values()) else 1,
             moqa=__version__, model=model, model_type=plan.model_type, fingerprint=plan.fingerprint,
             layers=self.depth, strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
-            budget=plan.budget, widths=plan.widths, fixed=plan.fixed, method=self._method.name,
+            budget=plan.budget, widths=plan.widths, fixed=plan.fixed,
+            encodings=plan.encodings, groups=plan.groups, floors=plan.floors, method=self._method.name,
             seed=profile.record.settings.seed, mixture=plan.mixture,
             fitted={
                 name: record.fitted

@@ -2,10 +2,10 @@
 
 from moqa.format.encodings.coded import Coded
 from moqa.format.encodings.encoding import Encoding, TensorSpec
-from moqa.format.encodings.integer_planes import IntegerPlanes
+from moqa.format.encodings.integers import Integers
 from moqa.format.encodings.unquantized import Unquantized
 
-_ALL: tuple[Encoding, ...] = (IntegerPlanes(), Coded("table"), Coded("trellis"), Unquantized())
+_ALL: tuple[Encoding, ...] = (Integers(), Coded("table"), Coded("trellis"), Unquantized())
 ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in _ALL}
 
 __all__ = ["ENCODINGS", "Encoding", "TensorSpec"]

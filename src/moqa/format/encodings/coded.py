@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moqa.format.encodings.encoding import Encoding, Parameters, TensorSpec
-from moqa.format.encodings.integer_planes import plane_tensors
+from moqa.format.encodings.integers import plane_tensors
 from moqa.format.levels import UPPER_LEVELS, LevelGrid, unpack_factors
 from moqa.format.planes import unpack, untile_rows
 from moqa.format.tiles import BLOCK, PLANES, TILE

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_HEDGE = 0.3
 
 
-@strategy("budget", needs_budget=True, hedge=DEFAULT_HEDGE, options=("objective",))
+@strategy("budget", needs_budget=True, hedge=DEFAULT_HEDGE, options=("objective",), mixes=True)
 def budgeted(problem: Problem) -> Solution:
     """Knapsack over the measured sensitivity of every unit and width.
 

@@ -1,4 +1,4 @@
-"""`integer_planes`: integers on a grid, in planes of 4, 2 and 1 bits, with a scale and a zero-point per group."""
+"""`int`: integers on a grid, in planes of 4, 2 and 1 bits, with a scale and a zero-point per group."""
 
 from collections.abc import Mapping
 
@@ -11,10 +11,10 @@ from moqa.format.planes import unpack, untile_rows
 from moqa.format.tiles import BLOCK, PLANES, TILE, WIDTHS
 
 
-class IntegerPlanes(Encoding):
+class Integers(Encoding):
     """See `Encoding`; suffixes are `p0`, `p1`, ... for the planes, `scale`, and `zero` unless symmetric."""
 
-    name = "integer_planes"
+    name = "int"
     widths = WIDTHS
 
     def tensors(self, scheme: Parameters, shape: tuple[int, int]) -> dict[str, TensorSpec]:
