@@ -192,7 +192,8 @@ def enumerate_kills(job: Job, root: Path, damage: str, every: int) -> Counter:
         if damage == "power":
             lose_power(place, log.with_suffix(".safe"))
         for name, content in visible(place):
-            if content not in (old.get(name), new.get(name), _without(job.later, new.get(name))):
+            whole_one = _without(f".{job.later}.new", content)
+            if whole_one not in (old.get(name), new.get(name), _without(job.later, new.get(name))):
                 _tell(seen, job, number, f"HALF-WRITTEN: {name}")
         if damage not in DAMAGES:
             _tell(seen, job, number, outcome(job, place, log, whole))
@@ -213,6 +214,7 @@ def enumerate_kills(job: Job, root: Path, damage: str, every: int) -> Counter:
 
 
 def _without(later: str, content):
+    """A folder without a file that is written into it later, under a hidden name until it is complete."""
     return {name: data for name, data in content.items() if name != later} if isinstance(content, dict) else content
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moqa.compression.options import CompressOptions
-from moqa.compression.result import lacks_proof
+from moqa.compression.result import is_unfinished
 from moqa.data import Data, Source
 from moqa.execution import Executor, LocalExecutor
 from moqa.format.cache import has_cache
@@ -59,7 +59,7 @@ class CompressJob:
         check_group_size(options.group_size)
         if options.cache is not None:
             parse_cache(options.cache)
-        if not (options.proof and lacks_proof(self.out)):
+        if not is_unfinished(self.out, options.proof):
             check_free(self.out, options.overwrite)
         self.budget = Budget.of(budget) if isinstance(budget, str) else budget
         if isinstance(self.budget, MemoryBudget):
@@ -119,7 +119,7 @@ class CompressJob:
 
     def is_quantized(self, chosen: Plan, measured: Profile) -> bool:
         """Whether the checkpoint of a plan and its profile is finished except for its proof."""
-        if not lacks_proof(self.out):
+        if not is_unfinished(self.out, self.options.proof):
             return False
         manifest = open_checkpoint(self.out).manifest
         schemes = {name: unit.scheme for name, unit in manifest.units.items()}

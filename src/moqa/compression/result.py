@@ -64,6 +64,11 @@ def _table(proof: Proof) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def lacks_proof(out: Path) -> bool:
-    """Whether a folder holds a complete checkpoint without a proof, as a run leaves that is killed during its proof."""
-    return (out / "moqa.json").is_file() and not (out / PROOF).is_file()
+def is_unfinished(out: Path, proof: bool) -> bool:
+    """Whether a folder holds a complete checkpoint without its plan or proof, as a run leaves that is killed then.
+
+    Args:
+        out: the folder.
+        proof: whether there should be a proof.
+    """
+    return (out / "moqa.json").is_file() and not all((out / name).is_file() for name in (PLAN, *[PROOF] * proof))
