@@ -99,9 +99,9 @@ class TestCompress:
 
 
 class TestOptions:
-    # commands have --ignore and --set in place of `fixed`
+    # commands have --ignore and --set in place of `fixed`, and --floor in place of `floors`
     @pytest.mark.parametrize(
-        "option", [option.name for option in fields(moqa.CompressOptions) if option.name != "fixed"]
+        "option", [option.name for option in fields(moqa.CompressOptions) if option.name not in ("fixed", "floors")]
     )
     def test_every_option_has_help_and_the_default_of_its_step(self, option):
         assert help_of(option)
