@@ -10,7 +10,6 @@ from torch import Tensor
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.units import Unit
 from moqa.models.view import ModelView, open_model
-from moqa.planning.candidates import DEFAULT_FLOORS
 
 
 class Original:
@@ -48,7 +47,7 @@ class Original:
 
 def _on_grid(unit: Unit, row: Tensor, bits: int, group: int) -> bool:
     """Whether a row has no more values than the bits of its unit allow."""
-    width = bits if unit.role == "expert" else max(bits, DEFAULT_FLOORS["attention"])
+    width = bits if unit.role == "expert" else max(bits, 4)
     return len(row.unique()) <= 2**width * (len(row) // group)
 
 

@@ -30,7 +30,6 @@ from torch import Tensor
 
 import moqa
 from moqa.data import cut_windows, read_distribution
-from moqa.planning.candidates import DEFAULT_FLOORS
 from moqa.tasks import TASKS
 from moqa.tasks.causal_lm import load_tokenizer
 
@@ -146,7 +145,7 @@ def main() -> None:
         for bits in options.bits:
             job = {
                 "model": str(model), "out": "out", "bits": bits,
-                "attention_bits": max(bits, DEFAULT_FLOORS["attention"]),
+                "attention_bits": max(bits, 4),
                 "group_size": GROUP, "windows": tokens.tolist(), "batch": TASKS["causal_lm"].batch_size // CONTEXT,
                 "text": str(TEXT / "wiki.calib.txt"), "profile": str(profile),
             }  # fmt: skip

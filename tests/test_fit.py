@@ -143,17 +143,16 @@ class TestFit:
             known = plan(
                 measured, fitting(measured, 10**9), strategy="uniform", widths=[min(widths)]
             ).account.checkpoint
-            smallest = smallest_plan(ServedModel(MODEL).view, widths)
-            assert smallest == known or max(widths) == 6  # where others take 6 bits because 4 is not allowed
+            assert smallest_plan(ServedModel(MODEL).view, widths, groups=(64,), mixed=False) == known
+            mixed = plan(measured, fitting(measured, 10**9), widths=[min(widths)], encodings=("int",), groups=(256,))
+            assert smallest_plan(ServedModel(MODEL).view, widths, encodings=("int",)) == mixed.account.checkpoint
 
     def test_too_little_says_how_memory_divides_and_what_fits(self, measured):
         budget = fitting(measured, left=5 * 2**20, context=2048, batch=4)
         with pytest.raises(MoqaError) as caught:
             plan(measured, budget)
         line = str(caught.value)
-        assert line.startswith(
-            f"{budget.typed} is too little, weights take at least 11 MiB, the cache 48 MiB, the over"
-        )
+        assert line.startswith(f"{budget.typed} is too little, weights take at least 7 MiB, the cache 48 MiB, the over")
         size, batch, context = re.search(
             r"it fits in (\d+) MiB or with --batch (\d+) or with --context (\d+)$", line
         ).groups()

@@ -20,7 +20,7 @@ def test_every_strategy_keeps_them_and_the_budget(tiny_profile, strategy):
         if chosen:
             assert scheme.width == chosen[-1]
         else:
-            assert scheme.width in ((2, 3, 8) if ".experts." in name else (8,))
+            assert scheme.width in (2, 3, 8)
     assert made.fixed == FIXED
 
 

@@ -10,14 +10,15 @@ import torch
 from moqa.errors import MoqaError
 from moqa.format.layout import shards
 from moqa.format.scheme import Scheme
+from moqa.models.units import ROLES
 from moqa.planning import DEFAULT_WIDTHS, STRATEGIES, TIES, Budget, Plan, for_file, plan, read_plan
-from moqa.planning.candidates import DEFAULT_FLOORS
 from moqa.planning.run import kept_entries
 from moqa.planning.ties import tie_groups
 from moqa.profiling import SELF
 from moqa.storage.artifact import read_json, write_json
 
-FLOOR = DEFAULT_FLOORS["attention"]
+FLOOR = 4
+FLOORS = {role: FLOOR for role in ROLES if role != "expert"}
 
 BITS = (4.0, 4.6, 6.0, 9.0)  # the tiny profile's rows are short, so filling makes 3.8 to 11.3 reachable
 each_strategy = pytest.mark.parametrize("strategy", sorted(STRATEGIES))
@@ -94,11 +95,11 @@ class TestEveryStrategy:
 
     @pytest.mark.parametrize("bpw", BITS)
     def test_what_every_token_visits_keeps_the_floor(self, made, tiny_profile, strategy, bpw):
-        widths = widths_of(made(strategy, bpw))
+        widths = widths_of(plan(tiny_profile, Budget.parse(bpw=bpw), strategy=strategy, floors=FLOORS))
         assert all(widths[unit.name] >= FLOOR for unit in tiny_profile.record.units if unit.role != "expert")
 
     def test_a_floor_above_all_widths_still_holds(self, made, tiny_profile, strategy):
-        widths = widths_of(made(strategy, 4.0, widths=(2, 3)))
+        widths = widths_of(plan(tiny_profile, Budget.parse(bpw=4.0), strategy=strategy, widths=(2, 3), floors=FLOORS))
         assert {widths[unit.name] for unit in tiny_profile.record.units if unit.role != "expert"} == {FLOOR}
         assert {widths[unit.name] for unit in tiny_profile.record.units if unit.role == "expert"} <= {2, 3}
 
@@ -118,17 +119,20 @@ class TestEveryStrategy:
 
     @pytest.mark.parametrize("budget", [{"bpw": 0.5}, {"size": 9000}, {"bpw": 15}, {"size": "1GB"}])
     def test_a_budget_out_of_reach_names_what_can_be_reached(self, made, strategy, budget):
-        with pytest.raises(MoqaError, match=r"--(bpw|size) .*(below|above).*reachable with --widths 2,3,4,5,6,8: "):
+        with pytest.raises(
+            MoqaError,
+            match=r"--(bpw|size) .*(below|above).*reachable with --widths 1,2,3,4,5,6,8( --floor \w+=4)*: ",
+        ):
             made(strategy, **budget)
 
     @pytest.mark.parametrize("end", ["smallest", "largest"])
     @pytest.mark.parametrize("kind", ["bpw", "size"])
-    def test_the_ends_of_what_can_be_reached_can_be_reached(self, made, strategy, kind, end):
-        # all experts at 2 bits and the rest at its floor; everything at 8 bits
+    def test_the_ends_of_what_can_be_reached_can_be_reached(self, made, tiny_profile, strategy, kind, end):
         expected = made("uniform", widths=(2,) if end == "smallest" else (8,))
         account = expected.account
         exact = {"bpw": account.bits_per_weight} if kind == "bpw" else {"size": account.checkpoint}
-        assert widths_of(made(strategy, **exact)) == widths_of(expected)
+        found = plan(tiny_profile, Budget.parse(**exact), strategy=strategy, widths=(2, 3, 4, 6, 8), floors={})
+        assert widths_of(found) == widths_of(expected)
 
     def test_fits_in_its_schema_and_comes_back_from_a_file(self, made, strategy, tmp_path):
         found = made(strategy, 4.0)
@@ -168,9 +172,9 @@ class TestEveryStrategy:
         widest = made("uniform", widths=widths).account
         for budget in ({"bpw": widest.bits_per_weight}, {"size": widest.checkpoint}):
             for objective in ("mean", "minimax"):
-                found = made(strategy, widths=widths, objective=objective, **budget)
-                experts = {found.units[u.name].width for u in tiny_profile.record.units if u.role == "expert"}
-                assert experts == {max(widths)}
+                options = {"strategy": strategy, "widths": widths, "objective": objective, "floors": {}}
+                found = plan(tiny_profile, Budget.parse(**budget), **options)
+                assert set(widths_of(found).values()) == {max(widths)}
 
     def test_a_hedge_is_for_those_who_take_one(self, made, strategy):
         if STRATEGIES[strategy].hedge is not None:
@@ -239,7 +243,7 @@ class TestBudgeted:
         changed["wiki"]["sensitivity"] = table
         starved = type(tiny_profile)(tiny_profile.record, tiny_profile.folder, changed, tiny_profile.weights)
         found = plan(starved, Budget.parse(bpw=4.6), known=["wiki"], hedge=0.0)
-        assert {found.units[tiny_profile.record.units[row].name].width for row in silent} == {2}
+        assert {found.units[tiny_profile.record.units[row].name].width for row in silent} == {1}
 
 
 class TestFrequency:

@@ -116,7 +116,7 @@ def _numbers(option: str, text: str, what: str, example: str) -> tuple[int, ...]
 
 
 def floors_of(typed: Sequence[str] | None) -> dict[str, int] | None:
-    """Role -> smallest width from `--floor`; roles that are not named have none.
+    """Role -> smallest width from `--floor`; None if there is none, nothing for `--floor none`.
 
     Raises:
         MoqaError: if one is not ROLE=WIDTH.
@@ -124,10 +124,10 @@ def floors_of(typed: Sequence[str] | None) -> dict[str, int] | None:
     if not typed:
         return None
     floors: dict[str, int] = {}
-    for text in typed:
+    for text in typed if list(typed) != ["none"] else ():
         role, _, width = text.rpartition("=")
         if not role or not width.isdecimal() or len(width) > 2:
-            raise MoqaError(f"--floor {text} is not ROLE=WIDTH", "give e.g. --floor attention=4")
+            raise MoqaError(f"--floor {text} is not ROLE=WIDTH", "give e.g. --floor attention=4, or none")
         floors[role] = int(width)
     return floors
 

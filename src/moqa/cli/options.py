@@ -58,7 +58,7 @@ Floor = Annotated[
     list[str] | None,
     typer.Option(
         "--floor", metavar="ROLE=WIDTH",
-        help="smallest width of a role, e.g. attention=4; may be repeated [default: 4 for all but experts]",
+        help="smallest width of a role, e.g. attention=4, or none; may be repeated [default: the strategy's]",
     ),
 ]  # fmt: skip
 

@@ -106,14 +106,16 @@ def check_budgets(bpw: float | None, size: str | None, fit: str | None, context:
 
 
 def print_plan(result: "Plan") -> None:
-    """Print the bytes, the number of units per width, and the expected divergence."""
+    """Print the bytes, the number of units per encoding and width, and the expected divergence."""
     account = result.account
     say(
         f"{result.label}: {account.bits_per_weight:.3f} bits per weight, {mib(account.checkpoint)} "
         f"({mib(account.units)} units, {mib(account.kept)} kept, {mib(account.headers)} headers)"
     )
-    counts = Counter(scheme.width for scheme in result.units.values())
-    print_table(["width", *map(str, sorted(counts))], [["units", *(str(counts[w]) for w in sorted(counts))]])
+    counts = Counter((scheme.storage.name, scheme.width) for scheme in result.units.values())
+    widths = sorted({width for _, width in counts})
+    rows = [[name, *(str(counts[name, w] or "") for w in widths)] for name in sorted({name for name, _ in counts})]
+    print_table(["units by width", *map(str, widths)], rows)
     if result.predicted:
         print_table(
             ["expected KL", *result.predicted], [["", *(f"{value:.4f}" for value in result.predicted.values())]]

@@ -15,10 +15,12 @@ from moqa.models.load import read_config
 from moqa.models.view import ModelView
 from moqa.originals.folder import locate
 from moqa.planning import STRATEGIES, Budget, MemoryBudget, Plan, plan
+from moqa.planning.candidates import floors_of
 from moqa.planning.run import check_budget
 from moqa.profiling import Profile, read_profile
 from moqa.profiling.blank import blank_profile
 from moqa.profiling.record import Settings
+from moqa.profiling.sensitivity import GROUPS
 from moqa.profiling.store import RECORD
 from moqa.quantization.cache import parse_cache
 from moqa.storage.folders import check_free
@@ -62,12 +64,14 @@ class CompressJob:
         if not is_unfinished(self.out, options.proof):
             check_free(self.out, options.overwrite)
         self.budget = Budget.of(budget) if isinstance(budget, str) else budget
+        self.strategy = STRATEGIES.find(options.strategy)
         if isinstance(self.budget, MemoryBudget):
             self.budget.check(
-                options.widths, options.encodings, options.groups or (options.group_size,), options.floors,
-                options.symmetric,
+                options.widths, options.symmetric, encodings=options.encodings,
+                floors=floors_of(self.strategy.floor, self.budget.model.view.has_experts)
+                if options.floors is None else options.floors,
+                groups=options.groups or (options.group_size, *GROUPS), mixed=self.strategy.mixes,
             )  # fmt: skip
-        self.strategy = STRATEGIES.find(options.strategy)
         check_budget(self.strategy, self.budget, "give --bpw, --size or --fit")
         self.memory = self.executor.memory(memory)
         self.folder = locate(self.model)

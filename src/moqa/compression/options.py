@@ -37,12 +37,12 @@ class CompressOptions:
 
     strategy: str = _option(DEFAULT_STRATEGY, "{strategies}")
     ties: Ties = _option("unit", "what must share a width: unit, expert, layer_projection or layer")
-    widths: tuple[int, ...] = _option((2, 3, 4, 5, 6, 8), "candidate widths, comma-separated")
+    widths: tuple[int, ...] = _option((1, 2, 3, 4, 5, 6, 8), "candidate widths, comma-separated")
     encodings: tuple[str, ...] = _option(
         DEFAULT_ENCODINGS, "candidate encodings: int, table, trellis; {mixing} mixes them"
     )
     groups: tuple[int, ...] | None = _option(
-        None, "{mixing}: candidate numbers of weights that share a scale: 32, 64, 128, 256 [default: --group-size]"
+        None, "{mixing}: candidate numbers of weights that share a scale: 32, 64, 128, 256 [default: all]"
     )
     floors: Mapping[str, int] | None = field(default=None)
     hedge: float | None = _option(None, "{hedged}: share of the model's own text in the objective, 0 to 1")

@@ -88,10 +88,10 @@ class Manifest(BaseModel, frozen=True):
         None, description="candidate encodings, if not the default ones", exclude_if=lambda names: names is None
     )
     groups: tuple[int, ...] | None = Field(
-        None, description="candidate group sizes, if not that of the profile", exclude_if=lambda sizes: sizes is None
+        None, description="candidate group sizes, if not all of the profile", exclude_if=lambda sizes: sizes is None
     )
     floors: dict[str, int] | None = Field(
-        None, description="role -> smallest width, if not the default ones", exclude_if=lambda floors: floors is None
+        None, description="role -> smallest width of its units, if given", exclude_if=lambda floors: floors is None
     )
     method: str = Field(description="quantization method")
     seed: int

@@ -12,8 +12,8 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 LARGEST_GROUP = 2**16
 
 
-def check_group_size(size: int) -> None:
-    """Refuse a number of weights that no group has.
+def check_group_size(size: int, option: str = "--group-size") -> None:
+    """Refuse a number of weights that no group has; `option` is where the user typed it.
 
     >>> check_group_size(48)
     Traceback (most recent call last):
@@ -24,7 +24,7 @@ def check_group_size(size: int) -> None:
     """
     if size < BLOCK or size > LARGEST_GROUP or size % BLOCK:
         sizes = ", ".join(str(count * BLOCK) for count in range(1, 5))
-        raise MoqaError(f"--group-size {size} does not exist", f"there are {sizes} and so on up to {LARGEST_GROUP}")
+        raise MoqaError(f"{option} {size} does not exist", f"there are {sizes} and so on up to {LARGEST_GROUP}")
 
 
 # Most significant plane first, so that dropping planes from the end leaves a coarser version of the same weights.

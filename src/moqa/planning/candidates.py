@@ -8,8 +8,6 @@ from moqa.format.scheme import DEFAULT_ENCODING, Scheme
 from moqa.format.tiles import KEEP_WIDTH, WIDTHS, check_group_size
 from moqa.models.units import ROLES
 
-# role -> smallest width, in models with routed experts: in others all units are alike
-DEFAULT_FLOORS: Mapping[str, int] = {role: 4 for role in ROLES if role != "expert"}
 _LARGE = (2**12, 2**12)
 
 
@@ -24,7 +22,7 @@ def candidates(
     Args:
         widths: 1 to 8, and 16 for no quantization.
         encodings: names, the preferred one first.
-        groups: weights that share a scale, the preferred number first.
+        groups: numbers of weights that share a scale, the preferred one first.
         symmetric: whether integers are on a grid without a zero-point.
         mixed: whether a width may occur in every encoding and group; else only in the first of each that there are.
 
@@ -44,7 +42,7 @@ def candidates(
             pairs = [(name, group) for name in having for group in groups]
             found += [
                 Scheme(width=width, group_size=group, symmetric=symmetric and name == DEFAULT_ENCODING, encoding=name)
-                for name, group in (pairs if mixed else pairs[:1])
+                for name, group in (dict.fromkeys(pairs) if mixed else pairs[:1])
             ]
     return tuple(sorted(found, key=lambda scheme: scheme.stored_bytes(_LARGE)))
 
@@ -53,19 +51,18 @@ def _has(encoding: str, width: int, symmetric: bool) -> bool:
     return width in WIDTHS and not (symmetric and encoding == DEFAULT_ENCODING and width == 1)
 
 
-def check_encodings(names: Sequence[str]) -> tuple[str, ...]:
+def check_encodings(names: Sequence[str], measured: Sequence[str]) -> tuple[str, ...]:
     """Encodings of a plan.
 
-    >>> check_encodings(["int", "trellis"])
+    >>> check_encodings(["int", "trellis"], measured=["int", "table", "trellis"])
     ('int', 'trellis')
 
     Raises:
-        MoqaError: if one is unknown.
+        MoqaError: if one is unknown, or its errors were not measured.
     """
-    known = [name for name, encoding in ENCODINGS.items() if encoding.widths != (KEEP_WIDTH,)]
-    bad = [name for name in names if name not in known]
+    bad = [name for name in names if name not in measured]
     if bad or not names:
-        raise MoqaError(f"--encodings {','.join(names)} cannot be planned", f"there are {', '.join(known)}")
+        raise MoqaError(f"--encodings {','.join(names)} cannot be planned", f"this profile has {', '.join(measured)}")
     return tuple(dict.fromkeys(names))
 
 
@@ -76,7 +73,7 @@ def check_groups(sizes: Sequence[int], measured: Sequence[int]) -> tuple[int, ..
         MoqaError: if one does not exist, or its errors were not measured.
     """
     for size in sizes:
-        check_group_size(size)
+        check_group_size(size, "--groups")
     bad = [size for size in sizes if size not in measured]
     if bad or not sizes:
         raise MoqaError(
@@ -84,6 +81,15 @@ def check_groups(sizes: Sequence[int], measured: Sequence[int]) -> tuple[int, ..
             f"this profile has {', '.join(map(str, sorted(measured)))}",
         )
     return tuple(dict.fromkeys(sizes))
+
+
+def floors_of(floor: int, has_experts: bool) -> dict[str, int]:
+    """Role -> smallest width, for a floor of all units that are no experts.
+
+    >>> floors_of(4, has_experts=False)
+    {}
+    """
+    return {role: floor for role in ROLES if role != "expert"} if has_experts and floor else {}
 
 
 def check_floors(floors: Mapping[str, int]) -> None:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -15,9 +17,10 @@ from moqa.memory.limit import free_memory, parse_size
 from moqa.models.units import ROLES
 from moqa.models.view import ModelView
 from moqa.planning.budget import Budget
-from moqa.planning.candidates import DEFAULT_FLOORS, candidates
+from moqa.planning.candidates import candidates
 from moqa.planning.registry import DEFAULT_ENCODINGS
 from moqa.profiling import Profile
+from moqa.profiling.sensitivity import GROUPS
 
 AUTO = "auto"
 DEFAULT_CONTEXT = 8192
@@ -64,11 +67,13 @@ class MemoryBudget(Budget):
         fitting = [f"in {_mib(sum(parts.values()))}", *self._smaller(smallest)]
         return MoqaError(f"{self.typed} is too little, {sizes}", f"it fits {' or '.join(fitting)}")
 
-    def check(
-        self, widths: Sequence[int], encodings: Sequence[str], groups: Sequence[int], floors: Mapping[str, int] | None,
-        symmetric: bool,
-    ) -> None:  # fmt: skip
-        """Refuse a budget that no plan can reach, before the model is profiled; arguments as of `smallest_plan`.
+    def check(self, widths: Sequence[int], symmetric: bool, **candidates: Any) -> None:
+        """Refuse a budget that no plan can reach, before the model is profiled.
+
+        Args:
+            widths: candidate widths.
+            symmetric: whether grids have no zero-point.
+            candidates: further arguments of `smallest_plan`.
 
         Raises:
             MoqaError: if the smallest plan does not fit, or a width cannot be stored.
@@ -77,9 +82,7 @@ class MemoryBudget(Budget):
         if not set(widths) <= stored:
             typed = ",".join(map(str, widths))
             raise MoqaError(f"--widths {typed} cannot be planned", f"there are {', '.join(map(str, sorted(stored)))}")
-        smallest = smallest_plan(
-            self.model.view, widths, encodings=encodings, groups=groups, floors=floors, symmetric=symmetric
-        )
+        smallest = smallest_plan(self.model.view, widths, symmetric=symmetric, **candidates)
         if smallest > self.limit(0):
             raise self.below(smallest, "")
 
@@ -102,8 +105,9 @@ def smallest_plan(
     widths: Sequence[int],
     *,
     encodings: Sequence[str] = DEFAULT_ENCODINGS,
-    groups: Sequence[int] = (64,),
-    floors: Mapping[str, int] | None = None,
+    groups: Sequence[int] = GROUPS,
+    mixed: bool = True,
+    floors: Mapping[str, int] = MappingProxyType({}),
     symmetric: bool = False,
 ) -> int:
     """Bytes of the weight files of the smallest plan, computed from a model's shapes.
@@ -116,14 +120,14 @@ def smallest_plan(
         widths: candidate widths.
         encodings: candidate encodings.
         groups: candidate group sizes.
-        floors: role -> smallest width; None means the default ones.
+        mixed: whether the strategy chooses among these; else it takes the first of both.
+        floors: role -> smallest width.
         symmetric: whether grids have no zero-point.
     """
-    floors = DEFAULT_FLOORS if floors is None else floors
-    smallest = dict.fromkeys(ROLES, 0) | (dict(floors) if view.has_experts else {})
+    smallest = dict.fromkeys(ROLES, 0) | dict(floors)
     allowed = {role: tuple(width for width in widths if width >= floor) or (floor,) for role, floor in smallest.items()}
     schemes = {
-        role: candidates(some, encodings, groups, symmetric=symmetric, mixed=True) for role, some in allowed.items()
+        role: candidates(some, encodings, groups, symmetric=symmetric, mixed=mixed) for role, some in allowed.items()
     }
     units = {
         name: (unit.layer, unit.shape, min(schemes[unit.role], key=lambda scheme: scheme.stored_bytes(unit.shape)))

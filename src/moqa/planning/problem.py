@@ -28,6 +28,7 @@ class Problem:
         schemes: candidates, by rising bytes; what is said of widths below holds for them.
         sizes: [groups, schemes] bytes.
         allowed: [groups, schemes] whether a group may have a scheme; some groups have a smallest allowed width.
+        floors: role -> smallest width of its units.
         limit: bytes for all groups; None without a budget.
         options: options of the strategy.
     """
@@ -38,6 +39,7 @@ class Problem:
     schemes: tuple[Scheme, ...]
     sizes: NDArray[np.int64]
     allowed: NDArray[np.bool_]
+    floors: Mapping[str, int]
     limit: int | None
     options: Options
 
@@ -168,4 +170,4 @@ def make_problem(
     limit = None
     if budget is not None:
         limit = budget.limit(sum(unit.weights for unit in profile.record.units)) - (fixed_bytes if whole else 0)
-    return Problem(profile, known, tuple(groups), tuple(schemes), sizes, allowed, limit, options)
+    return Problem(profile, known, tuple(groups), tuple(schemes), sizes, allowed, floors, limit, options)

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from moqa.planning.solver import Solution
 
 DEFAULT_STRATEGY = "budget"
-DEFAULT_ENCODINGS = ("int",)
+# smallest width that rules without a price for it give to units that every token uses
+ALWAYS_USED = 4
+# strategies that do not mix encodings take the first that has a width
+DEFAULT_ENCODINGS = ("int", "trellis")
 # baselines of every comparison: the uniform plan, and bits by routing frequency, the usual heuristic
 PLAIN, HAND_RULE = "uniform", "frequency"
 
@@ -30,8 +33,10 @@ class Strategy:
         needs_sensitivity: whether it uses the measured sensitivities.
         needs_budget: whether it cannot make a plan without a budget.
         needs_experts: whether it cannot make a plan for dense models.
-        hedge: default share of the model's own text in its objective; None if it has no hedge.
+        hedge: stored bits per weight of a budget -> default share of the model's own text in its objective; None if it
+            has no hedge.
         options: other options that change its plans.
+        floor: smallest width of units that are no experts, in models with experts, if the user gives none.
         mixes: whether it chooses among encodings and group sizes, too; else a plan has one of each per width.
         is_control: whether it is only a control for comparisons.
     """
@@ -42,8 +47,9 @@ class Strategy:
     needs_sensitivity: bool = True
     needs_budget: bool = False
     needs_experts: bool = False
-    hedge: float | None = None
+    hedge: Callable[[float | None], float] | None = None
     options: tuple[str, ...] = ()
+    floor: int = 0
     mixes: bool = False
     is_control: bool = False
 

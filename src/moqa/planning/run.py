@@ -10,16 +10,17 @@ import torch
 
 from moqa import __version__
 from moqa.errors import MoqaError
+from moqa.format.encodings import ENCODINGS
 from moqa.format.layout import Entry, entry_bytes, shards
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH
 from moqa.planning.budget import Budget
 from moqa.planning.candidates import (
-    DEFAULT_FLOORS,
     candidates,
     check_encodings,
     check_floors,
     check_groups,
+    floors_of,
 )
 from moqa.planning.fixed import fixed_widths
 from moqa.planning.problem import Choice, Problem, make_problem
@@ -33,7 +34,7 @@ from moqa.storage.artifact import check_format, check_seal, read_json
 from moqa.storage.paths import label
 from moqa.tasks import find_task
 
-DEFAULT_WIDTHS = (2, 3, 4, 5, 6, 8)
+DEFAULT_WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 
 
 def plan(
@@ -74,15 +75,15 @@ def plan(
             pattern that matches counts. The budget holds for all units together.
         encodings: candidate encodings; strategies that do not mix them take the first that has a width.
         groups: candidate numbers of weights that share a scale, of those that the profile has; strategies that do not
-            mix them take the first. None means that of the profile.
-        floors: role of units -> their smallest width.
+            mix them take the first. None means all, that of the profile first.
+        floors: role of units -> their smallest width; other roles have none. None means the strategy's.
         seed: seed of a random plan.
 
     Raises:
         MoqaError: if the strategy, ties or a distribution is unknown, a pattern matches no unit, the strategy does not
             support the model, or no plan can keep the budget.
     """
-    budget = Budget.of(budget) if isinstance(budget, str) else budget
+    budget, given = Budget.of(budget) if isinstance(budget, str) else budget, tuple(widths)
     member = STRATEGIES.find(strategy)
     check_known("--ties", ties, TIES)
     check_known("--objective", objective, get_args(Objective))
@@ -91,23 +92,24 @@ def plan(
     absent = [name for name in known if name not in profile.names]
     if absent or not known:
         raise MoqaError(f"--known {','.join(known)} is not in the profile", f"it has {', '.join(profile.names)}")
-    share = _checked_hedge(hedge, member, profile)
+    share = _checked_hedge(hedge, member, profile, budget)
     options = Options(hedge=share, objective=objective, scope=scope, seed=seed)
-    widths = _checked_widths(widths, profile)
-    floors = DEFAULT_FLOORS if floors is None else floors
-    check_floors(floors)
-    if not any(unit.role == "expert" for unit in profile.record.units):
-        floors = {}
+    usual = tuple(encodings) == DEFAULT_ENCODINGS
+    if usual:  # those that the profile has: one of an earlier moqa has no others
+        encodings = [name for name in encodings if name in profile.encodings]
+    encodings = check_encodings(encodings, profile.encodings)
+    widths = _checked_widths(widths, profile, encodings)
+    lowest = _floors(floors, member, profile)
     tied = tie_groups(profile.record.units, ties)
     chosen_widths = fixed_widths(profile, tied, fixed or {})
-    beyond = {width for width in floors.values() if width > max(widths)}
+    beyond = {width for width in lowest.values() if width > max(widths)}
     schemes = candidates(
-        sorted({*widths, *chosen_widths.values(), *beyond}), check_encodings(encodings),
-        check_groups(profile.groups[:1] if groups is None else groups, profile.groups),
+        sorted({*widths, *chosen_widths.values(), *beyond}), encodings,
+        check_groups(profile.groups if groups is None else groups, profile.groups),
         symmetric=profile.record.settings.symmetric, mixed=member.mixes,
     )  # fmt: skip
     problem = make_problem(
-        profile, known, groups=tied, schemes=schemes, widths=widths, floors=floors, fixed=chosen_widths, budget=budget,
+        profile, known, groups=tied, schemes=schemes, widths=widths, floors=lowest, fixed=chosen_widths, budget=budget,
         options=options, fixed_bytes=account_of(profile, {}).checkpoint,
     )  # fmt: skip
     _check_reachable(problem, budget)
@@ -132,9 +134,9 @@ def plan(
         moqa=__version__, model=label(profile.original), model_type=profile.record.model_type,
         fingerprint=profile.record.fingerprint, samples=profile.digest(mixture), profile=str(profile.folder),
         strategy=member.name, options=options, ties=ties, budget=budget.typed if budget else None, known=known,
-        widths=None if widths == DEFAULT_WIDTHS else widths, fixed=dict(fixed or {}), mixture=mixture,
-        encodings=None if tuple(encodings) == DEFAULT_ENCODINGS else tuple(encodings),
-        groups=None if groups is None else tuple(groups), floors=None if floors in ({}, DEFAULT_FLOORS) else floors,
+        widths=None if given == DEFAULT_WIDTHS else widths, fixed=dict(fixed or {}), mixture=mixture,
+        encodings=None if usual else encodings,
+        groups=None if groups is None else tuple(groups), floors=None if floors is None else dict(floors),
         predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
         gap=gap, account=account_of(profile, units), units=units,
     )  # fmt: skip
@@ -174,7 +176,15 @@ def check_budget(strategy: Strategy, budget: Budget | None, remedy: str) -> None
         raise MoqaError(f"--strategy {strategy.name} needs a budget", remedy)
 
 
-def _checked_hedge(hedge: float | None, strategy: Strategy, profile: Profile) -> float | None:
+def _floors(floors: Mapping[str, int] | None, strategy: Strategy, profile: Profile) -> dict[str, int]:
+    """Role -> smallest width: the floors that were given, or else the strategy's."""
+    if floors is not None:
+        check_floors(floors)
+        return dict(floors)
+    return floors_of(strategy.floor, any(unit.role == "expert" for unit in profile.record.units))
+
+
+def _checked_hedge(hedge: float | None, strategy: Strategy, profile: Profile, budget: Budget | None) -> float | None:
     """The hedge that was given, or else the strategy's default."""
     if hedge is not None and strategy.hedge is None:
         hedged = ", ".join(name for name, member in STRATEGIES.items() if member.hedge is not None)
@@ -182,8 +192,9 @@ def _checked_hedge(hedge: float | None, strategy: Strategy, profile: Profile) ->
     if hedge is not None and not 0 <= hedge <= 1:
         raise MoqaError(f"--hedge {hedge:g} is not a share", "give a number from 0 to 1")
     # a model that cannot write samples has no text of its own to hedge with
-    default = strategy.hedge if find_task(profile.record.task).writes_samples else strategy.hedge and 0.0
-    share = default if hedge is None else hedge
+    share = hedge
+    if hedge is None and strategy.hedge is not None:
+        share = strategy.hedge(_bits(budget, profile)) if find_task(profile.record.task).writes_samples else 0.0
     if share and SELF not in profile.statistics:
         raise MoqaError(
             f"--hedge {share:g} needs the model's own text, but the profile was made with --self-samples 0",
@@ -192,8 +203,20 @@ def _checked_hedge(hedge: float | None, strategy: Strategy, profile: Profile) ->
     return share
 
 
-def _checked_widths(widths: Sequence[int], profile: Profile) -> tuple[int, ...]:
+def _bits(budget: Budget | None, profile: Profile) -> float | None:
+    """Stored bits per weight that a budget leaves for the units."""
+    if budget is None:
+        return None
+    weights = sum(unit.weights for unit in profile.record.units)
+    kept = account_of(profile, {}).checkpoint if budget.counts == "checkpoint" else 0
+    return (budget.limit(weights) - kept) * 8 / weights
+
+
+def _checked_widths(widths: Sequence[int], profile: Profile, encodings: Sequence[str]) -> tuple[int, ...]:
     measured = (*profile.record.widths, KEEP_WIDTH)
+    if tuple(widths) == DEFAULT_WIDTHS:  # those of them that there are
+        having = {width for name in encodings for width in ENCODINGS[name].widths}
+        return tuple(width for width in widths if width in measured and width in having)
     bad = [width for width in widths if width not in measured]
     if bad or not widths:
         raise MoqaError(
@@ -219,7 +242,9 @@ def _reachable(problem: Problem) -> str:
     bits = " to ".join(f"{account.bits_per_weight:.2f}" for account in ends)
     sizes = " to ".join(f"{account.checkpoint / 2**20:.1f} MiB" for account in ends)
     widths = ",".join(map(str, sorted(set(problem.widths))))
-    return f"reachable with --widths {widths}: {bits} bpw, {sizes}"
+    roles = {unit.role for unit in problem.profile.record.units}
+    floors = "".join(f" --floor {role}={width}" for role, width in problem.floors.items() if role in roles)
+    return f"reachable with --widths {widths}{floors}: {bits} bpw, {sizes}"
 
 
 def _schemes(problem: Problem, choice: Choice) -> dict[str, Scheme]:

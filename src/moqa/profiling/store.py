@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moqa.errors import MoqaError
-from moqa.format.scheme import Scheme
+from moqa.format.scheme import DEFAULT_ENCODING, Scheme
 from moqa.profiling.record import FORMAT, SELF, ProfileRecord
 from moqa.profiling.significance import expert_significance
 from moqa.storage.artifact import check_format, check_seal, file_hash, read_json, write_sealed
@@ -82,6 +82,11 @@ class Profile:
         if scheme == own or scheme.is_unquantized:
             return torch.ones(len(self.record.units))
         return self.weights["compared"][:, self.record.others.index(scheme)]
+
+    @property
+    def encodings(self) -> tuple[str, ...]:
+        """Encodings whose errors were measured, that of the settings first."""
+        return tuple(dict.fromkeys((DEFAULT_ENCODING, *(scheme.encoding for scheme in self.record.others))))
 
     @property
     def groups(self) -> tuple[int, ...]:

@@ -15,9 +15,20 @@ if TYPE_CHECKING:
     from moqa.planning.problem import Choice, Problem
 
 DEFAULT_HEDGE = 0.3
+# below 3 stored bits of a weight, what is fitted to known texts costs other texts more
+LOW_BITS, LOW_HEDGE = 3.0, 0.5
 
 
-@strategy("budget", needs_budget=True, hedge=DEFAULT_HEDGE, options=("objective",), mixes=True)
+def default_hedge(bits: float | None) -> float:
+    """Share of the model's own text for a budget in stored bits per weight.
+
+    >>> default_hedge(2.5), default_hedge(4.0)
+    (0.5, 0.3)
+    """
+    return LOW_HEDGE if bits is not None and bits < LOW_BITS else DEFAULT_HEDGE
+
+
+@strategy("budget", needs_budget=True, hedge=default_hedge, options=("objective",), mixes=True)
 def budgeted(problem: Problem) -> Solution:
     """Knapsack over the measured sensitivity of every unit and width.
 

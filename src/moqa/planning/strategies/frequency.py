@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moqa.planning.registry import strategy
+from moqa.planning.registry import ALWAYS_USED, strategy
 from moqa.planning.solver import Solution, solve
 
 if TYPE_CHECKING:
     from moqa.planning.problem import Problem
 
 
-@strategy("frequency", needs_budget=True, needs_experts=True)
+@strategy("frequency", needs_budget=True, needs_experts=True, floor=ALWAYS_USED)
 def frequency(problem: Problem) -> Solution:
     """Least rounding error, weighted by how often the router picks each expert on the known distributions.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moqa.planning.clustering import fuzzy_c_means
-from moqa.planning.registry import strategy
+from moqa.planning.registry import ALWAYS_USED, strategy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,7 +18,7 @@ CLASSES = (2, 4, 6, 8)
 OVERLAP = 0.25
 
 
-@strategy("paper", needs_experts=True, options=("scope",))
+@strategy("paper", needs_experts=True, options=("scope",), floor=ALWAYS_USED)
 def paper(problem: Problem) -> Choice:
     """Experts in four classes of 2, 4, 6 and 8 bits by significance; an expert between two classes gets fewer bits.
 

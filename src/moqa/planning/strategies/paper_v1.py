@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moqa.planning.registry import strategy
+from moqa.planning.registry import ALWAYS_USED, strategy
 from moqa.planning.strategies.paper import joint_significance
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 REWEIGHT = 0.3
 
 
-@strategy("paper-v1", needs_sensitivity=False, needs_experts=True)
+@strategy("paper-v1", needs_sensitivity=False, needs_experts=True, floor=ALWAYS_USED)
 def paper_v1(problem: Problem) -> Choice:
     """Experts above a threshold get the higher of two widths, experts below it the lower.
 

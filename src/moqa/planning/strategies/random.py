@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moqa.planning.registry import strategy
+from moqa.planning.registry import ALWAYS_USED, strategy
 
 if TYPE_CHECKING:
     from moqa.planning.problem import Choice, Problem
 
 
-@strategy("random", needs_budget=True, options=("seed",), is_control=True)
+@strategy("random", needs_budget=True, options=("seed",), is_control=True, floor=ALWAYS_USED)
 def random(problem: Problem) -> Choice:
     """Groups widened in random order, each to a random width that still fits, until the budget is used."""
     generator = np.random.default_rng(problem.options.seed)
