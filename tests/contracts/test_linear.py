@@ -4,12 +4,14 @@ import pytest
 import torch
 from exact import (
     BFLOAT,
+    CODED,
     DTYPES,
     FLOAT,
     NATIVE,
     ROWS,
     SCHEMES,
     SEEDS,
+    Known,
     check,
     check_linear,
     each_quantizing,
@@ -124,6 +126,22 @@ class TestLinear:
                     check(y, wanted, bound)
                 finite = y.isfinite()
                 check(y[finite], wanted[finite], bound[finite])
+
+    @pytest.mark.parametrize("shape", [(16, 32), (37, 150), (5, 5)], ids=str)
+    def test_every_byte_of_codes_and_factors_means_the_same_to_all_kernels(self, runner, shape):
+        generator = torch.Generator().manual_seed(shape[1])
+        for scheme in CODED:
+            tensors = make_matrix(scheme, shape, 0).matrix.state_dict()
+            for tensor in tensors.values():
+                if tensor.dtype == torch.uint8:
+                    tensor.random_(0, 256, generator=generator)
+            matrix = PackedMatrix(scheme, shape, tensors)
+            weights = matrix.dense().double()
+            # the lowest level is 3, so that a level and 128 are at most 44 times as much
+            known = Known(matrix, weights, 44 * weights.abs())
+            assert weights.isfinite().all()
+            for rows in (1, 2, 9):
+                check_linear(runner, known, make_rows(rows, shape[1], FLOAT, rows), None)
 
 
 @each_quantizing
