@@ -272,7 +272,7 @@ class TestRoundCodes:
     @settings(max_examples=40, deadline=None)
     @given(
         st.sampled_from([(1, 16), (1, 32), (1, 40), (1, 48), (1, 64), (2, 16), (2, 32), (2, 37), (2, 48), (3, 32)]),
-        st.integers(0, 10**6), st.sampled_from([1e-8, 1.0, 1e8]),
+        st.integers(0, 10**6), st.sampled_from([1e-8, 1.0, 1e8, 1e16]),
     )  # fmt: skip
     def test_no_other_codes_of_a_trellis_are_better(self, kernels, case, seed, size):
         (width, rows), generator = case, torch.Generator().manual_seed(seed)

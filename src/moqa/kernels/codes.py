@@ -7,7 +7,6 @@ from torch.nn.functional import pad
 from moqa.format.levels import LevelGrid, levels
 from moqa.format.tiles import TILE
 
-_NEVER = 1e30
 # divides values whose scale is 0, which stands for weights of 0: any other would do
 _SMALLEST = 1.2e-38
 
@@ -57,7 +56,7 @@ def _in_trellis(values: Tensor, step: Tensor, found: Tensor) -> tuple[Tensor, Te
     coded, newest = states & 1, states >> 1
 
     # [..., state before all steps, state]: each of the four is tried
-    cost = torch.full((4, 4), _NEVER, device=values.device).fill_diagonal_(0.0).expand(*value.shape[:-1], 4, 4)
+    cost = torch.full((4, 4), torch.inf, device=values.device).fill_diagonal_(0.0).expand(*value.shape[:-1], 4, 4)
     later = []
     for t in range(value.shape[-1]):
         offer = error[..., t, None, :]
@@ -66,7 +65,7 @@ def _in_trellis(values: Tensor, step: Tensor, found: Tensor) -> tuple[Tensor, Te
         later.append(second < first)
         cost = torch.where(second < first, second, first)
     # rows beyond the last have code 0
-    cost = cost + _NEVER * (coded & ~there[..., -1, None, None])
+    cost = torch.where((coded == 1) & ~there[..., -1, None, None], torch.inf, cost)
     state = cost.diagonal(dim1=-2, dim2=-1).argmin(-1, keepdim=True)
     begin = state
     codes, chosen = torch.empty_like(value, dtype=torch.int64), torch.empty_like(value)
