@@ -197,7 +197,7 @@ class TestCodes:
         assert (errors < torch.tensor([2.0, 0.9, 0.3, 0.1])[: len(schemes)]).all()
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-    @pytest.mark.parametrize("value", [0.0, 1e-42, 1e-20, 1.0, 1e4])
+    @pytest.mark.parametrize("value", [0.0, 1e-42, 1e-20, 1.0, 1e4, 1e18, 1e30, 3e38])
     def test_strange_weights_are_numbers(self, method, schemes, value, dtype):
         job = coded_job(schemes, (40, 100), tokens=300)
         job.weights.fill_(value)
