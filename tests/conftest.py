@@ -20,6 +20,7 @@ from moqa.format.scheme import Scheme
 from moqa.format.tiles import WIDTHS
 from moqa.format.writer import write_manifest, write_shard
 from moqa.kernels import KERNELS, native
+from moqa.methods import METHODS
 from moqa.methods.grid import fit_grid
 from moqa.planning import plan
 from moqa.profiling import SELF, Profile, ProfileRecord, UnitRecord, profile
@@ -130,16 +131,28 @@ CHECKPOINT_UNITS = {
 }
 
 
+# rows that end within a tile, groups of both sizes, and integers beside codes
+CODED_UNITS = {
+    "model.layers.0.q_proj": (0, (40, 40), Scheme(width=2, encoding="trellis")),
+    "model.layers.0.down_proj": (0, (24, 100), Scheme(width=4, encoding="table", scale_dtype="float16")),
+    "model.layers.1.q_proj": (1, (16, 64), Scheme(width=3, encoding="trellis", group_size=32)),
+    "model.layers.1.down_proj": (1, (16, 48), Scheme(width=3)),
+}
+
+
 def stored_tensors(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
     """What a unit rounded to nearest is stored as."""
     if scheme.is_unquantized:
         return {f"{name}.weight": weight.bfloat16()}
-    grid = fit_grid(weight, scheme).grid
-    found = grid.stored(pack(grid.encode(weight), scheme.width))
+    if scheme.is_coded:
+        found = METHODS["rtn"].store(weight, scheme)
+    else:
+        grid = fit_grid(weight, scheme).grid
+        found = grid.stored(pack(grid.encode(weight), scheme.width))
     return {f"{name}.{suffix}": tensor for suffix, tensor in found.items()}
 
 
-def make_checkpoint(folder: Path) -> Path:
+def make_checkpoint(folder: Path, units: dict[str, tuple] = CHECKPOINT_UNITS) -> Path:
     """A small sound checkpoint, without any model around it."""
     folder.mkdir(parents=True)
     torch.manual_seed(3)
@@ -150,18 +163,19 @@ def make_checkpoint(folder: Path) -> Path:
         "model.router.scale": torch.tensor([-1.0, 2.0]),
     }
     kept = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    for name, (_, shape, scheme) in CHECKPOINT_UNITS.items():
+    for name, (_, shape, scheme) in units.items():
         tensors |= stored_tensors(name, torch.randn(shape), scheme)
     files = {
         shard.file: write_shard(folder, shard, {name: tensors[name] for name in shard.entries})
-        for shard in shards(kept, 2, CHECKPOINT_UNITS)
+        for shard in shards(kept, 2, units)
     }
     manifest = Manifest(
+        format=1 + any(scheme.is_coded for _, _, scheme in units.values()),
         moqa="0", model="tiny", model_type="tiny", fingerprint="f" * 64, layers=2, strategy="uniform",
         options={"seed": 0}, ties="unit", budget="--bpw 3", method="rtn", seed=0, mixture={"wiki": 1.0}, fitted={},
         units={
             name: StoredUnit(layer=layer, role="attention", shape=shape, scheme=scheme, method="rtn", error=None)
-            for name, (layer, shape, scheme) in CHECKPOINT_UNITS.items()
+            for name, (layer, shape, scheme) in units.items()
         },
         kept={
             name: StoredTensor(dtype=str(dtype).removeprefix("torch."), shape=shape)
@@ -177,6 +191,12 @@ def make_checkpoint(folder: Path) -> Path:
 def sound_checkpoint(tmp_path_factory) -> Path:
     """Do not change it; `checkpoint` is a copy that may be."""
     return make_checkpoint(tmp_path_factory.mktemp("sound") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def coded_checkpoint(tmp_path_factory) -> Path:
+    """One of format 2; do not change it."""
+    return make_checkpoint(tmp_path_factory.mktemp("coded") / "checkpoint", CODED_UNITS)
 
 
 @pytest.fixture

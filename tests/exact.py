@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from moqa.format.grid import from_groups, to_groups
+from moqa.format.levels import pack_factors
 from moqa.format.planes import pack, tile_rows
+from moqa.format.scheme import DEFAULT_ENCODING as INTEGERS
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH, WIDTHS
 from moqa.kernels import KERNELS, ExpertStack, PackedMatrix, ProductKernels, native
@@ -80,6 +82,7 @@ class Known:
     """A packed matrix with its weights in double precision.
 
     `weights` is s (q - o), and `terms` s (q + o): what is added up where a kernel takes the zero-point out of the sum.
+    Of codes, s is scale times factor, q the level above -64, and o is 64.
     """
 
     matrix: PackedMatrix
@@ -98,6 +101,8 @@ def make_matrix(scheme: Scheme, shape: tuple[int, int], seed: int, size: float =
     if scheme.is_unquantized:
         weight = (torch.randn(shape, generator=generator) * size).bfloat16()
         return Known(PackedMatrix(scheme, shape, {"weight": weight}), weight.double(), weight.double().abs())
+    if scheme.is_coded:
+        return make_coded(scheme, shape, generator, size)
     top, groups = 2**scheme.width - 1, -(-features // scheme.group_size)
     integers = torch.randint(0, 2**scheme.width, shape, generator=generator, dtype=torch.uint8)
     # rows at the end of the range are where sums are largest
@@ -116,6 +121,49 @@ def make_matrix(scheme: Scheme, shape: tuple[int, int], seed: int, size: float =
     per_group, scales = to_groups(integers.double(), scheme.group_size), scale.double()[..., None]
     weights = from_groups(scales * (per_group - offset[..., None]), features)
     terms = from_groups(scales * (per_group + offset[..., None]), features)
+    return Known(PackedMatrix(scheme, shape, tensors), weights, terms)
+
+
+# the upper halves of the levels of codes, by width
+LEVELS = {
+    "table": {1: [63], 2: [19, 63], 3: [7, 22, 39, 63], 4: [3, 9, 15, 22, 29, 37, 48, 63]},
+    "trellis": {1: [19, 63], 2: [6, 21, 36, 63], 3: [3, 8, 14, 20, 27, 35, 46, 63]},
+}
+
+
+def level_of(scheme: Scheme, codes: Tensor) -> Tensor:
+    """Level of each of [out, in] codes, int64; of a trellis row by row, as docs/format.md tells it."""
+    upper = LEVELS[scheme.encoding][scheme.width]
+    known, index = torch.tensor([-level for level in reversed(upper)] + upper), codes.long()
+    if scheme.encoding == "trellis":
+        out, features = codes.shape
+        # rows that fill up the last tile have code 0, and those above the first are the last ones
+        tall = -(-out // 16) * 16
+        coded = torch.cat([codes.long() % 2, torch.zeros(tall - out, features, dtype=torch.int64)])
+        for row in range(out):
+            c, c1, c2 = coded[row], coded[(row - 16) % tall], coded[(row - 32) % tall]
+            index[row] = 4 * (index[row] // 2) + 2 * (c != c2) + c1
+    return known[index]
+
+
+def make_coded(scheme: Scheme, shape: tuple[int, int], generator: torch.Generator, size: float) -> Known:
+    """Any codes, scales and factors: each is allowed."""
+    out, features = shape
+    groups = -(-features // scheme.group_size)
+    codes = torch.randint(0, 2**scheme.width, shape, generator=generator, dtype=torch.uint8)
+    factor = torch.randint(0, 64, (out, groups), generator=generator, dtype=torch.uint8)
+    # rows of one code and of the largest factor are where sums are largest
+    edge = torch.randint(0, 6, (out, 1), generator=generator)
+    codes = torch.where(edge == 0, 2**scheme.width - 1, torch.where(edge == 1, 0, codes)).to(torch.uint8)
+    factor = torch.where(edge <= 1, 63, factor).to(torch.uint8)
+    scale = 2.0 ** (torch.rand(out, generator=generator) * 4 - 3) * size / 63**2
+    scale[torch.rand(out, generator=generator) < 0.02] = 0.0
+    scale = scale.to(getattr(torch, scheme.scale_dtype))
+    tensors = {f"p{index}": plane for index, plane in enumerate(pack(codes, scheme.width))}
+    tensors |= {"scale": tile_rows(scale[:, None])[:, 0].contiguous(), "factor": pack_factors(factor)}
+    steps = (scale.double()[:, None] * factor)[..., None]
+    level = to_groups(level_of(scheme, codes).double(), scheme.group_size)
+    weights, terms = from_groups(steps * level, features), from_groups(steps * (level + 128), features)
     return Known(PackedMatrix(scheme, shape, tensors), weights, terms)
 
 
@@ -194,21 +242,35 @@ def make_bias(out: int, seed: int, dtype: torch.dtype = FLOAT) -> Tensor:
     return torch.randn(out, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+SCALES = ("bfloat16", "float16")
+CODED = [Scheme(width=width, encoding=encoding) for encoding, known in LEVELS.items() for width in known]
 SCHEMES = [
-    Scheme(width=width, group_size=group, symmetric=symmetric, scale_dtype=("bfloat16", "float16")[place % 2])
+    Scheme(width=width, group_size=group, symmetric=symmetric, scale_dtype=SCALES[place % 2])
     for place, (width, group, symmetric) in enumerate(
         (w, g, s) for w in (*WIDTHS, KEEP_WIDTH) for g in GROUPS for s in (False, True) if not (s and w == 1)
     )
-]
+] + [s.model_copy(update={"group_size": g, "scale_dtype": d}) for s in CODED for g in (*GROUPS, 256) for d in SCALES]
+
+
+def each_scheme(*widths: int) -> pytest.MarkDecorator:
+    """Of integers with these widths, and of codes."""
+    found = [Scheme(width=width) for width in widths] + CODED
+    return pytest.mark.parametrize("scheme", found, ids=lambda s: f"{s.storage.name}-{s.width}")
 
 
 def schemes(widths: tuple[int, ...] = (*WIDTHS, KEEP_WIDTH)) -> st.SearchStrategy[Scheme]:
-    return st.builds(
+    group, scale = st.sampled_from((*GROUPS, 256)), st.sampled_from(SCALES)
+    integers = st.builds(
         lambda width, group, symmetric, scale: Scheme(
             width=width, group_size=group, symmetric=symmetric and width > 1, scale_dtype=scale
         ),
-        st.sampled_from(widths), st.sampled_from(GROUPS), st.booleans(), st.sampled_from(["bfloat16", "float16"]),
+        st.sampled_from(widths), group, st.booleans(), scale,
     )  # fmt: skip
+    codes = st.builds(
+        lambda kind, group, scale: kind.model_copy(update={"group_size": group, "scale_dtype": scale}),
+        st.sampled_from(CODED), group, scale,
+    )  # fmt: skip
+    return st.one_of(integers, integers, codes)
 
 
 SEEDS = st.integers(0, 2**31)
@@ -337,9 +399,12 @@ def make_tokens(
 
 EXPERT_SCHEMES = st.lists(schemes((2, 3, 4, 8, KEEP_WIDTH)), min_size=1, max_size=27)
 MIXED = [
-    Scheme(width=width, group_size=group)
-    for width, group in [
-        (2, 64), (2, 64), (3, 64), (4, 32), (8, 64), (KEEP_WIDTH, 64), (KEEP_WIDTH, 64), (3, 128), (2, 32),
-        (3, 96), (3, 96), (KEEP_WIDTH, 64), (8, 128), (4, 128), (4, 64),
+    Scheme(width=width, group_size=group, encoding=encoding)
+    for width, group, encoding in [
+        (2, 64, INTEGERS), (2, 64, "trellis"), (3, 64, INTEGERS),
+        (4, 32, INTEGERS), (8, 64, INTEGERS), (KEEP_WIDTH, 64, INTEGERS),
+        (KEEP_WIDTH, 64, INTEGERS), (3, 128, "table"), (2, 32, "trellis"),
+        (3, 96, INTEGERS), (3, 96, INTEGERS), (KEEP_WIDTH, 64, INTEGERS),
+        (1, 128, "trellis"), (4, 128, INTEGERS), (4, 64, "table"),
     ]
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moqa.errors import MoqaError
 from moqa.format.manifest import MANIFEST
 from moqa.format.reader import is_checkpoint, open_checkpoint
+from moqa.kernels import PackedMatrix
 from moqa.storage.artifact import checksum
 
 FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
@@ -164,12 +165,7 @@ class TestDamagedFiles:
 
     @pytest.mark.parametrize("bits", [0x7FC0, 0x7F80, 0xBF80], ids=["nan", "infinite", "negative"])
     def test_bad_scales_with_a_sound_hash(self, checkpoint, bits):
-        def change(raw):
-            length = int.from_bytes(raw[:8], "little")
-            start = 8 + length + json.loads(raw[8 : 8 + length])[f"{UNIT}.scale"]["data_offsets"][0]
-            return raw[:start] + bits.to_bytes(2, "little") + raw[start + 2 :]
-
-        edit_file(checkpoint, "model-00002-of-00003.safetensors", change)
+        edit_file(checkpoint, "model-00002-of-00003.safetensors", lambda raw: with_scale(raw, bits))
         refused(checkpoint, "scales")
 
     def test_an_extra_tensor(self, checkpoint):
@@ -225,7 +221,7 @@ class TestHostileManifest:
             (("kept", "model.norm.weight", "shape"), [10**30, 10**30]),
             (("kept", "model.norm.weight", "shape"), [2, 20]),
             (("units", "model.layers.9.q_proj"), None),
-            (("format",), 2),
+            (("format",), 3),
             (("files",), {}),
             (("files", FIRST, "bytes"), 10**30),
             (("files", FIRST, "bytes"), -1),
@@ -250,8 +246,8 @@ class TestHostileManifest:
         refused(checkpoint)
 
     def test_a_newer_format_says_so(self, checkpoint):
-        edit_manifest(checkpoint, lambda data: data.update(format=2))
-        refused(checkpoint, "upgrade moqa")
+        edit_manifest(checkpoint, lambda data: data.update(format=3))
+        refused(checkpoint, "format 3: this moqa reads up to 2: upgrade moqa")
 
     @pytest.mark.parametrize("group_size", [96, 128])
     def test_another_group_size_of_equal_bytes_is_noticed(self, checkpoint, group_size):
@@ -284,14 +280,64 @@ class TestHostileManifest:
         refused(checkpoint, "checksum")
 
 
+class TestCodes:
+    @pytest.fixture
+    def checkpoint(self, coded_checkpoint, tmp_path):
+        return Path(shutil.copytree(coded_checkpoint, tmp_path / "coded"))
+
+    def test_opens(self, checkpoint):
+        opened = open_checkpoint(checkpoint)
+        assert opened.manifest.format == 2
+        assert {name.removeprefix(f"{UNIT}.") for name in opened.layer(0) if name.startswith(UNIT)} == {
+            "p0", "scale", "factor",
+        }  # fmt: skip
+        for name, unit in opened.manifest.units.items():
+            tensors = opened.layer(unit.layer)
+            stored = {suffix: tensors[f"{name}.{suffix}"] for suffix in unit.scheme.tensors(unit.shape)}
+            weights = PackedMatrix(unit.scheme, unit.shape, stored).dense()
+            assert 0.5 < weights.square().mean() < 1.5
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"width": 4}, "encoding trellis has no width 4; it has widths 1, 2, 3"),
+            ({"symmetric": True}, "encoding trellis is always symmetric"),
+            ({"encoding": "spiral"}, "encoding spiral is unknown; known are int, table, trellis"),
+            ({"encoding": "table"}, None),
+            ({"encoding": "int"}, "."),
+            ({"width": 3}, "."),
+            ({"scale_dtype": "float16"}, "."),
+        ],
+        ids=str,
+    )
+    def test_another_scheme(self, checkpoint, change, said):
+        # a table is stored in the same tensors: only the checksum tells
+        edit_manifest(checkpoint, lambda data: data["units"][UNIT]["scheme"].update(change), seal=said is not None)
+        refused(checkpoint, said or "checksum")
+
+    @pytest.mark.parametrize("bits", [0x7FC0, 0x7F80, 0xBF80], ids=["nan", "infinite", "negative"])
+    def test_bad_scales_with_a_sound_hash(self, checkpoint, bits):
+        edit_file(checkpoint, "model-00002-of-00003.safetensors", lambda raw: with_scale(raw, bits))
+        refused(checkpoint, "scales")
+
+
+def with_scale(raw, bits):
+    """A file with another first scale of a unit."""
+    length = int.from_bytes(raw[:8], "little")
+    start = 8 + length + json.loads(raw[8 : 8 + length])[f"{UNIT}.scale"]["data_offsets"][0]
+    return raw[:start] + bits.to_bytes(2, "little") + raw[start + 2 :]
+
+
+@pytest.mark.parametrize("kind", ["sound_checkpoint", "coded_checkpoint"])
 @settings(max_examples=200)
 @given(st.sampled_from([MANIFEST, MANIFEST, FIRST, LAST]), st.floats(0, 1, exclude_max=True), st.integers(0, 255))
 @example(MANIFEST, 0.0, 0xFF)
-def test_any_changed_byte_is_noticed_or_means_nothing(sound_checkpoint, name, position, byte):
+def test_any_changed_byte_is_noticed_or_means_nothing(request, kind, name, position, byte):
+    sound = request.getfixturevalue(kind)
     with tempfile.TemporaryDirectory() as parent:
-        folder = Path(shutil.copytree(sound_checkpoint, Path(parent) / "copy"))
+        folder = Path(shutil.copytree(sound, Path(parent) / "copy"))
         raw = bytearray((folder / name).read_bytes())
         raw[int(position * len(raw))] = byte
         (folder / name).write_bytes(raw)
         found = content_or_refusal(folder)
-        assert found == content(sound_checkpoint) if isinstance(found, tuple) else "\n" not in found
+        assert found == content(sound) if isinstance(found, tuple) else "\n" not in found

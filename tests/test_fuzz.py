@@ -24,8 +24,10 @@ BATCH_SECONDS = 1800  # what takes as long hangs, on any machine
 
 @pytest.fixture(scope="module")
 def sound(tiny_model, texts, tmp_path_factory) -> Path:
-    """The tiny model quantized with every width somewhere."""
+    """The tiny model quantized with every width and every encoding somewhere."""
+    from moqa.format.scheme import Scheme
     from moqa.planning import Budget, plan
+    from moqa.planning.run import account_of
     from moqa.profiling import profile
     from moqa.quantization import quantize
 
@@ -34,6 +36,11 @@ def sound(tiny_model, texts, tmp_path_factory) -> Path:
     widths = (1, 2, 3, 4, 5, 6, 7, 8, 16)
     planned = plan(profiled, Budget.parse(bpw=9), strategy="random", widths=widths, seed=1)
     assert {scheme.width for scheme in planned.units.values()} == set(widths)
+    units = dict(planned.units)
+    for encoding, width in (("trellis", 2), ("trellis", 3), ("table", 4)):
+        name = next(name for name, scheme in units.items() if scheme == Scheme(width=width))
+        units[name] = Scheme(width=width, encoding=encoding)
+    planned = planned.model_copy(update={"units": units, "account": account_of(profiled, units)})
     return quantize(tiny_model, planned, folder / "sound", method="rtn", profile=profiled)
 
 

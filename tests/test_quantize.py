@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from exact import CODED
 
 from moqa.errors import MoqaError
 from moqa.execution.background import background
@@ -15,6 +16,7 @@ from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix
 from moqa.models.view import open_model
 from moqa.planning import Budget, plan
+from moqa.planning.run import account_of
 from moqa.profiling import profile
 from moqa.quantization import METHODS, quantize
 from moqa.runtime.load import load
@@ -37,14 +39,28 @@ def planned(profiled):
 
 
 @pytest.fixture(scope="module")
+def coded(planned, profiled):
+    """The same with every kind of code for the narrowest units."""
+    narrow = sorted(planned.units, key=lambda name: planned.units[name].width)[: 2 * len(CODED)]
+    units = planned.units | dict(zip(narrow, CODED * 2, strict=True))
+    return planned.model_copy(update={"units": units, "account": account_of(profiled, units)})
+
+
+@pytest.fixture(scope="module")
 def view(tiny_model):
     return open_model(tiny_model)
 
 
+@pytest.fixture(scope="module", params=["planned", "coded"])
+def given(request):
+    """A plan of integers, and one with codes."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module", params=sorted(METHODS))
-def made(request, tiny_model, planned, tmp_path_factory):
+def made(request, tiny_model, given, tmp_path_factory):
     """The tiny model's checkpoint by every method."""
-    return quantize(tiny_model, planned, tmp_path_factory.mktemp("made") / "out", method=request.param)
+    return quantize(tiny_model, given, tmp_path_factory.mktemp("made") / "out", method=request.param)
 
 
 def hashes(folder):
@@ -62,25 +78,27 @@ def dense_weight(checkpoint, name):
 
 
 class TestCheckpoint:
-    def test_is_the_same_every_time(self, made, tiny_model, planned, profiled, view, tmp_path):
+    def test_is_the_same_every_time(self, made, tiny_model, given, profiled, view, tmp_path):
         method = open_checkpoint(made).manifest.method
-        again = quantize(tiny_model, planned, tmp_path / "again", method=method, profile=profiled, view=view)
+        again = quantize(tiny_model, given, tmp_path / "again", method=method, profile=profiled, view=view)
         assert hashes(again) == hashes(made)
 
-    def test_is_what_was_planned(self, made, planned):
+    def test_is_what_was_planned(self, made, given):
         opened = open_checkpoint(made)
-        assert {name: unit.scheme for name, unit in opened.manifest.units.items()} == planned.units
-        assert opened.bytes == planned.account.checkpoint
+        assert {name: unit.scheme for name, unit in opened.manifest.units.items()} == given.units
+        # versions that know no codes read all else
+        assert opened.manifest.format == 1 + any(scheme.is_coded for scheme in given.units.values())
+        assert opened.bytes == given.account.checkpoint
         assert opened.bytes == sum(path.stat().st_size for path in made.glob("*.safetensors"))
-        assert opened.bits_per_weight == planned.account.bits_per_weight
-        assert opened.model_bits_per_weight == planned.account.model_bits_per_weight
+        assert opened.bits_per_weight == given.account.bits_per_weight
+        assert opened.model_bits_per_weight == given.account.model_bits_per_weight
 
-    def test_says_what_it_was_fitted_on(self, made, profiled, planned):
+    def test_says_what_it_was_fitted_on(self, made, profiled, given):
         manifest = open_checkpoint(made).manifest
         assert manifest.fitted.keys() == {"wiki", "novels"}
         for name, text in manifest.fitted.items():
             assert text.model_dump() == profiled.record.distributions[name].fitted.model_dump()
-        assert (manifest.mixture, manifest.fingerprint) == (planned.mixture, planned.fingerprint)
+        assert (manifest.mixture, manifest.fingerprint) == (given.mixture, given.fingerprint)
 
     def test_only_methods_that_see_data_know_their_error(self, made):
         manifest = open_checkpoint(made).manifest
@@ -116,6 +134,9 @@ class TestCheckpoint:
         model, tokenizer = load(made, kernels="reference")
         tokens = torch.tensor([tokenizer("The history of the city is a long one, and")["input_ids"]])
         assert torch.allclose(model(tokens).logits, dense.model(tokens).logits, atol=1e-4)
+
+    def test_is_verified(self, made, moqa_command):
+        assert moqa_command("verify", made)[::2] == (0, "")
 
     def test_the_original_is_refused_as_a_model(self, made):
         with pytest.raises(MoqaError, match="already a moqa checkpoint"):

@@ -1,15 +1,22 @@
 """What all kernels must do in the two loops of quantization, whoever adds them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from exact import level_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
+from moqa.format.encodings import ENCODINGS
 from moqa.format.grid import to_groups
+from moqa.format.levels import LevelGrid
 from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import WIDTHS
 from moqa.kernels import GRID_KERNELS, Columns, native
+from moqa.kernels.codes import nearest_codes
 
 CPU = torch.device("cpu")
 
@@ -60,6 +67,7 @@ class TestFitGrid:
     @given(schemes, shapes, st.integers(0, 10**6), st.sampled_from([1e-3, 1.0, 30.0]), st.booleans())
     def test_finds_what_the_reference_finds(self, kernels, scheme, shape, seed, size, weighted):
         weights, widths, importance = random_problem(shape, seed, size)
+        widths = widths.clamp(min=2) if scheme.symmetric else widths  # no scheme is symmetric with one bit
         importance = importance if weighted else None
         found = kernels.fit_grid(weights, widths, scheme, importance)
         wanted = GRID_KERNELS["reference"].fit_grid(weights, widths, scheme, importance)
@@ -191,3 +199,126 @@ class TestRoundColumns:
             GRID_KERNELS["native"].round_columns(columns, ones[:, :2], 3)
         with pytest.raises(ValueError, match="importance"):
             GRID_KERNELS["native"].fit_grid(ones, torch.full((1, 4), 2), Scheme(width=2), torch.ones(1, 5))
+
+
+def coded_problem(parts, shape, encoding, seed, exact):
+    """Columns of some matrices whose parts have widths of their own; what is exact has sums without a rounding."""
+    (n, features), rows, generator = shape, sum(parts), torch.Generator().manual_seed(seed)
+    known = torch.tensor(ENCODINGS[encoding].widths, dtype=torch.uint8)
+    width = known[torch.randint(len(known), (n, len(parts)), generator=generator)]
+    width = width.repeat_interleave(torch.tensor(parts), 1)
+    if exact:
+        weights = torch.randint(-126, 127, (n, rows, features), generator=generator) / 2
+        scale = 2.0 ** torch.randint(-1, 1, (n, rows), generator=generator)
+    else:
+        weights = 30 * torch.randn(n, rows, features, generator=generator)
+        scale = 0.3 + torch.rand(n, rows, generator=generator)
+    factor = torch.randint(1, 3, (n, rows, -(-features // 32)), dtype=torch.uint8, generator=generator)
+    scale[torch.rand(n, rows, generator=generator) < 0.1] = 0.0
+    grid = LevelGrid(encoding, scale / 2, factor, 32, width, tuple(parts))
+    order = torch.stack([torch.randperm(features, generator=generator) for _ in range(n)])
+    return weights, grid, order, generator
+
+
+def squared(values, parts):
+    """[n, rows, columns] -> sums over each sequence of a trellis: rows of a part that are 16 apart."""
+    of_parts = [pad(part, (0, 0, 0, -part.shape[1] % 16)).unflatten(1, (-1, 16)) for part in values.split(parts, 1)]
+    return torch.cat([part.square().sum(1) for part in of_parts], 1)
+
+
+some_parts = st.lists(st.integers(1, 70), min_size=1, max_size=3)
+encodings = st.sampled_from(["table", "trellis"])
+
+
+class TestRoundCodes:
+    @settings(max_examples=60, deadline=None)
+    @given(some_parts, st.integers(1, 3), st.integers(1, 70), encodings, st.integers(0, 10**6))
+    def test_all_kernels_find_the_same(self, kernels, parts, n, features, encoding, seed):
+        weights, grid, order, generator = coded_problem(parts, (n, features), encoding, seed, exact=True)
+        factors = [None]
+        if features <= 3:  # halves of halves: with more columns some sums would be rounded
+            factor = torch.randint(-1, 2, (n, features, features), generator=generator) / 2
+            factors.append(factor.tril(-1) + torch.eye(features))
+        for factor in factors:
+            found, wanted = (Columns.of(weights, grid, order, factor) for _ in range(2))
+            kernels.round_columns(found, found.work.clone(), 0)
+            GRID_KERNELS["reference"].round_columns(wanted, wanted.work.clone(), 0)
+            assert torch.equal(found.integers, wanted.integers)
+            assert torch.equal(found.work, wanted.work)
+
+    @settings(max_examples=30, deadline=None)
+    @given(some_parts, st.integers(1, 2), st.integers(1, 50), st.integers(1, 70), encodings, st.integers(0, 10**6))
+    def test_every_column_has_the_best_codes(self, kernels, parts, n, features, block, encoding, seed):
+        weights, grid, order, generator = coded_problem(parts, (n, features), encoding, seed, exact=False)
+        factor = 0.05 * torch.randn(n, features, features, generator=generator)
+        diagonal = factor.diagonal(dim1=1, dim2=2).copy_(0.5 + torch.rand(n, features, generator=generator))
+        columns = Columns.of(weights, grid, order, factor)
+        start = columns.work.clone()
+        for first in reversed(range(0, features, block)):
+            last = min(first + block, features)
+            errors = factor[:, last:, first:last].mT @ columns.work[:, last:] / diagonal[:, first:last, None]
+            kernels.round_columns(columns, columns.work[:, first:last] + errors, first)
+        at = order[:, :, None].expand(start.shape)
+        stored = grid.decode(columns.integers.mT).mT.gather(1, at)
+        size = 1 + start.abs().max() + stored.abs().max()
+        assert ((columns.work - (start - stored)).abs() <= 1e-5 * size).all()
+        # from what each was rounded, in double precision, and the best codes for it
+        wanted = start.double() + factor.double().tril(-1).mT @ (start - stored).double() / diagonal[..., None]
+        scale = columns.scale.double().gather(1, (at // 32))
+        each = zip(wanted.unbind(1), scale.unbind(1), strict=True)
+        best = torch.stack([nearest_codes(*column, grid)[1] for column in each], 1)
+        cost, least = (squared((wanted - x).mT, parts) for x in (stored, best))
+        assert (cost <= least * (1 + 1e-5) + 1e-6 * (size + wanted.abs().max()) ** 2).all()
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        st.sampled_from([(1, 16), (1, 32), (1, 40), (1, 48), (1, 64), (2, 16), (2, 32), (2, 37), (2, 48), (3, 32)]),
+        st.integers(0, 10**6), st.sampled_from([1e-8, 1.0, 1e8, 1e16]),
+    )  # fmt: skip
+    def test_no_other_codes_of_a_trellis_are_better(self, kernels, case, seed, size):
+        (width, rows), generator = case, torch.Generator().manual_seed(seed)
+        value, steps = torch.randn(rows, generator=generator), torch.rand(rows, generator=generator) / 63 + 0.01
+        scheme = Scheme(width=width, encoding="trellis")
+        ones, widths = torch.ones(1, rows, 1, dtype=torch.uint8), torch.full((1, rows), width)
+        grid = LevelGrid("trellis", size * steps[None], ones, 32, widths, (rows,))
+        columns = Columns.of(size * value[None, :, None], grid, torch.zeros(1, 1, dtype=torch.int64), None)
+        kernels.round_columns(columns, columns.work.clone(), 0)
+        tiles = -(-rows // 16)
+        every = torch.cartesian_prod(*[torch.arange(2**width)] * tiles).view(-1, tiles)
+        # a column for each, the same in all sixteen sequences; rows beyond the last have code 0
+        codes = every.T.repeat_interleave(16, 0)[:rows].clone()
+        level = level_of(scheme, codes).double()
+        off = squared((value[:, None].double() - steps[:, None].double() * level)[None], [rows])[0]
+        found = (value.double() - grid.decode(columns.integers.mT)[0, :, 0].double() / size)[None, :, None]
+        assert torch.allclose(squared(found, [rows])[0, :, 0], off.amin(1), rtol=1e-5)
+
+    @settings(max_examples=40, deadline=None)
+    @given(some_parts, st.integers(1, 70), st.integers(0, 10**6))
+    def test_codes_of_a_table_are_the_nearest_levels(self, kernels, parts, features, seed):
+        weights, grid, order, _ = coded_problem(parts, (2, features), "table", seed, exact=False)
+        columns = Columns.of(weights, grid, order, None)
+        kernels.round_columns(columns, columns.work.clone(), 0)
+        every = torch.stack([grid.decode(torch.full(weights.shape, code)) for code in range(16)])
+        there = torch.arange(16)[:, None, None, None] < 2 ** grid.width[..., None].long()
+        nearest = torch.where(there, (weights - every).abs(), torch.inf).amin(0)
+        off = (weights - grid.decode(columns.integers.mT)).abs()
+        assert (off <= nearest + 1e-4).all()
+
+    def test_threads_change_nothing(self, kernels):
+        weights, grid, order, generator = coded_problem([100, 30, 16], (2, 40), "trellis", 0, exact=False)
+        factor = torch.eye(40) + 0.1 * torch.randn(2, 40, 40, generator=generator)
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            columns = Columns.of(weights, grid, order, factor)
+            kernels.round_columns(columns, columns.work.clone(), 0)
+            found.append(columns.integers)
+        assert torch.equal(*found)
+
+    def test_parts_that_are_not_the_rows_are_refused(self):
+        if GRID_KERNELS["native"].unusable(CPU):
+            pytest.skip("the native kernels were not built")
+        weights, grid, order, _ = coded_problem([20, 30], (1, 8), "table", 0, exact=False)
+        columns = Columns.of(weights, replace(grid, parts=(20, 20)), order, None)
+        with pytest.raises(ValueError, match="parts of"):
+            GRID_KERNELS["native"].round_columns(columns, columns.work.clone(), 0)

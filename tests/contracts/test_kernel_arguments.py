@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from exact import (
+    CODED,
     CPU,
     MIXED,
     RUNNERS,
@@ -161,6 +162,16 @@ class TestANewEncoding:
     def test_is_refused_before_a_product(self, matrix):
         with pytest.raises(MoqaError, match="do not multiply encoding 'halves'"):
             KERNELS["native"].linear(matrix, torch.ones(3, 100))
+
+
+@pytest.mark.parametrize("scheme", CODED, ids=str)
+def test_codes_are_refused_by_kernels_that_do_not_multiply_them(scheme):
+    matrix = make_matrix(scheme, (40, 100), 0).matrix
+    able = "choose kernels native, reference"
+    with pytest.raises(MoqaError, match=f"'triton' do not multiply encoding '{scheme.encoding}': {able}"):
+        check_encoding(KERNELS["triton"], matrix)
+    for name in ("native", "reference"):
+        check_encoding(KERNELS[name], matrix)
 
 
 class TestFinding:

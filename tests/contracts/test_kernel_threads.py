@@ -44,7 +44,7 @@ class Work:
 @pytest.fixture
 def work(runner) -> Work:
     torch.set_num_threads(2)
-    known, layer = make_matrix(Scheme(width=4), (300, 400), 0), make_layer(MIXED, 72, 300)
+    known, layer = make_matrix(Scheme(width=2, encoding="trellis"), (300, 400), 0), make_layer(MIXED, 72, 300)
     return Work(runner, known, layer, (make_rows(50, 400, FLOAT, 0), *make_tokens(layer, 40, 2)))
 
 

@@ -4,16 +4,19 @@ import pytest
 import torch
 from exact import (
     BFLOAT,
+    CODED,
     DTYPES,
     FLOAT,
     NATIVE,
     ROWS,
     SCHEMES,
     SEEDS,
+    Known,
     check,
     check_linear,
     each_quantizing,
     each_runner,
+    each_scheme,
     make_bias,
     make_matrix,
     make_rows,
@@ -76,10 +79,10 @@ class TestLinear:
         runner.linear(known.matrix, x, bias)
         assert all(torch.equal(*pair) for pair in zip(before, (x, bias, *known.matrix.buffers()), strict=True))
 
-    @pytest.mark.parametrize("width", [*WIDTHS, KEEP_WIDTH])
+    @each_scheme(*WIDTHS, KEEP_WIDTH)
     @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
-    def test_zero_rows_give_exactly_the_bias(self, runner, width, dtype):
-        known, bias = make_matrix(Scheme(width=width), (37, 150), width), make_bias(37, width)
+    def test_zero_rows_give_exactly_the_bias(self, runner, scheme, dtype):
+        known, bias = make_matrix(scheme, (37, 150), scheme.width), make_bias(37, scheme.width)
         for rows in (1, 3, 9, 40):
             x = make_rows(rows, 150, dtype, rows)
             x[rows // 2] = 0.0
@@ -89,10 +92,10 @@ class TestLinear:
             assert torch.equal(y[0], bias.to(dtype))
             assert not runner.linear(known.matrix, x)[rows // 2].any()
 
-    @pytest.mark.parametrize("width", [1, 2, 3, 4, 8, KEEP_WIDTH])
+    @each_scheme(1, 2, 3, 4, 8, KEEP_WIDTH)
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-    def test_rows_with_nan_or_infinity_say_so_and_leave_others_alone(self, runner, width, bad):
-        known = make_matrix(Scheme(width=width), (37, 150), width)
+    def test_rows_with_nan_or_infinity_say_so_and_leave_others_alone(self, runner, scheme, bad):
+        known = make_matrix(scheme, (37, 150), scheme.width)
         for dtype in (FLOAT, BFLOAT):
             for rows in (2, 3, 5, 9, 120):
                 x = make_rows(rows, 150, dtype, rows)
@@ -101,17 +104,17 @@ class TestLinear:
                     hit = x.clone()
                     hit[rows // 2, column] = bad
                     y = runner.linear(known.matrix, hit, make_bias(37, 1))
-                    if runner.quantizes and width != KEEP_WIDTH:
+                    if runner.quantizes and not scheme.is_unquantized:
                         assert y[rows // 2].isnan().all()
                     else:  # a weight that is zero makes infinity NaN, and another keeps it
                         assert not y[rows // 2].isfinite().any()
                     others = torch.arange(rows) != rows // 2
                     assert torch.equal(runner.linear(known.matrix, hit)[others], clean[others])
 
-    @pytest.mark.parametrize("width", [1, 3, 8, KEEP_WIDTH])
+    @each_scheme(1, 3, 8, KEEP_WIDTH)
     @pytest.mark.parametrize("size", [1e30, 1e37, 3e38, 1e-30, 1e-36, 1e-38, 1e-42])
-    def test_huge_and_tiny_inputs_give_right_numbers_or_none(self, runner, width, size):
-        known = make_matrix(Scheme(width=width), (37, 150), width)
+    def test_huge_and_tiny_inputs_give_right_numbers_or_none(self, runner, scheme, size):
+        known = make_matrix(scheme, (37, 150), scheme.width)
         for dtype in (FLOAT, BFLOAT):
             for rows in (1, 3, 9):
                 x = torch.randn(rows, 150, generator=torch.Generator().manual_seed(rows)).clamp(-1, 1) * size
@@ -123,6 +126,22 @@ class TestLinear:
                     check(y, wanted, bound)
                 finite = y.isfinite()
                 check(y[finite], wanted[finite], bound[finite])
+
+    @pytest.mark.parametrize("shape", [(16, 32), (37, 150), (5, 5)], ids=str)
+    def test_every_byte_of_codes_and_factors_means_the_same_to_all_kernels(self, runner, shape):
+        generator = torch.Generator().manual_seed(shape[1])
+        for scheme in CODED:
+            tensors = make_matrix(scheme, shape, 0).matrix.state_dict()
+            for tensor in tensors.values():
+                if tensor.dtype == torch.uint8:
+                    tensor.random_(0, 256, generator=generator)
+            matrix = PackedMatrix(scheme, shape, tensors)
+            weights = matrix.dense().double()
+            # the lowest level is 3, so that a level and 128 are at most 44 times as much
+            known = Known(matrix, weights, 44 * weights.abs())
+            assert weights.isfinite().all()
+            for rows in (1, 2, 9):
+                check_linear(runner, known, make_rows(rows, shape[1], FLOAT, rows), None)
 
 
 @each_quantizing
@@ -152,20 +171,20 @@ class TestQuantizedInputs:
             check(runner.linear(known.matrix, quiet), exact, cost + 1e-4)
             check_linear(runner, known, louder, None)
 
-    @pytest.mark.parametrize("width", [*WIDTHS, KEEP_WIDTH])
-    def test_a_row_does_not_depend_on_the_rows_beside_it(self, runner, width):
+    @each_scheme(*WIDTHS, KEEP_WIDTH)
+    def test_a_row_does_not_depend_on_the_rows_beside_it(self, runner, scheme):
         for dtype, group, shape in ((FLOAT, 64, (200, 330)), (BFLOAT, 96, (75, 200)), (FLOAT, 32, (16, 33))):
-            known = make_matrix(Scheme(width=width, group_size=group), shape, width)
-            x, bias = make_rows(300, shape[1], dtype, width), make_bias(shape[0], width)
+            known = make_matrix(scheme.model_copy(update={"group_size": group}), shape, scheme.width)
+            x, bias = make_rows(300, shape[1], dtype, scheme.width), make_bias(shape[0], scheme.width)
             alone = torch.cat([runner.linear(known.matrix, x[i : i + 1], bias) for i in range(300)])
             for rows in (2, 3, 4, 5, 7, 17, 97, 300):
                 assert torch.equal(runner.linear(known.matrix, x[:rows], bias), alone[:rows]), rows
                 assert torch.equal(runner.linear(known.matrix, x[300 - rows :], bias), alone[300 - rows :]), rows
 
-    @pytest.mark.parametrize("width", [2, 3, 8, KEEP_WIDTH])
-    def test_a_row_does_not_depend_on_the_number_of_threads(self, runner, width):
+    @each_scheme(2, 3, 8, KEEP_WIDTH)
+    def test_a_row_does_not_depend_on_the_number_of_threads(self, runner, scheme):
         # one row of a matrix of this size is enough work for several threads
-        known = make_matrix(Scheme(width=width), (1100, 1000 if width < 8 else 250), width)
+        known = make_matrix(scheme, (1100, 1000 if scheme.width < 8 else 250), scheme.width)
         for rows, dtype in ((1, FLOAT), (2, BFLOAT), (17, FLOAT), (150, BFLOAT)):
             x = make_rows(rows, known.matrix.shape[1], dtype, rows)
             found = []

@@ -1,9 +1,11 @@
 """What every quantization method must do, whoever adds it, with plenty of data, little, none and degenerate data."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from exact import CODED, LEVELS
 
 from moqa.calibration.inputs import InputStatistics, input_space
 from moqa.format.planes import unpack, untile_rows
@@ -46,6 +48,25 @@ def make_job(shape, widths=WIDTHS, tokens=4000, **options):
     rows = torch.tensor(widths)[:, None].expand(len(widths), shape[0])
     seen = [inputs_of(tokens, shape[1], seed, **options) for seed in range(0, 2 * len(widths), 2)]
     return SolveBatch(weights, rows, seen, Scheme(width=8), shape[:1])
+
+
+def degenerate(inputs, case):
+    """Make of some inputs what the case says."""
+    for seen in inputs:
+        if case in ("none", "zero"):
+            seen.fit = torch.zeros_like(seen.fit)
+            seen.tokens = 0 if case == "none" else 500
+        elif case == "one token":
+            x = correlated(1, len(seen.fit), 0)
+            seen.fit, seen.tokens = x.T @ x, 1
+        elif case == "dead features":
+            gram = seen.fit
+            gram[:40] = gram[:, :40] = 0
+            seen.fit = gram
+        elif case == "tiny":
+            seen.fit *= 1e-30
+        elif case == "huge":
+            seen.fit *= 1e30
 
 
 def run(method, job):
@@ -106,22 +127,8 @@ class TestEveryMethod:
 
     @pytest.mark.parametrize("case", ["none", "zero", "one token", "rank 3", "dead features", "tiny", "huge"])
     def test_degenerate_inputs(self, method, case):
-        job, features = make_job((16, 64), tokens=500, rank=3 if case == "rank 3" else None), 64
-        for seen in job.inputs:
-            if case in ("none", "zero"):
-                seen.fit = torch.zeros_like(seen.fit)
-                seen.tokens = 0 if case == "none" else 500
-            elif case == "one token":
-                x = correlated(1, features, 0)
-                seen.fit, seen.tokens = x.T @ x, 1
-            elif case == "dead features":
-                gram = seen.fit
-                gram[:40] = gram[:, :40] = 0
-                seen.fit = gram
-            elif case == "tiny":
-                seen.fit *= 1e-30
-            elif case == "huge":
-                seen.fit *= 1e30
+        job = make_job((16, 64), tokens=500, rank=3 if case == "rank 3" else None)
+        degenerate(job.inputs, case)
         errors = relative_error(run(method, job), job.weights)
         assert (errors < torch.tensor([2.0, 0.9, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3])).all()
 
@@ -133,13 +140,106 @@ class TestEveryMethod:
         assert not run(method, job).decode().any()
 
 
+def coded_job(schemes, shape=(40, 100), tokens=4000, **options):
+    """A stack for each scheme; they share an encoding."""
+    job = make_job(shape, tuple(scheme.width for scheme in schemes), tokens, **options)
+    return replace(job, scheme=schemes[0])
+
+
+each_encoding = pytest.mark.parametrize(
+    "schemes", [[s for s in CODED if s.encoding == name] for name in LEVELS], ids=list(LEVELS)
+)
+
+
+@each_method
+@each_encoding
+class TestCodes:
+    @pytest.mark.parametrize("parts", [(40,), (24, 16), (5, 30, 33)], ids=str)
+    @pytest.mark.parametrize("group", [32, 64])
+    def test_what_is_stored_is_what_is_decoded(self, method, schemes, parts, group):
+        widths = [scheme.width for scheme in schemes]
+        job = coded_job(schemes, (sum(parts), 100), tokens=300)
+        of_part = torch.tensor([[widths[(entry + p) % len(widths)] for p in range(len(parts))] for entry in widths])
+        rows = of_part.repeat_interleave(torch.tensor(parts), 1)
+        scheme = schemes[0].model_copy(update={"group_size": group})
+        result = run(method, replace(job, widths=rows, scheme=scheme, parts=parts))
+        dense = result.decode()
+        for entry, begin, count in ((e, sum(parts[:p]), n) for e in range(len(widths)) for p, n in enumerate(parts)):
+            at = slice(begin, begin + count)
+            mine = scheme.model_copy(update={"width": int(rows[entry, begin])})
+            stored = result[entry, at].stored(mine.width)
+            assert {k: (t.dtype, tuple(t.shape)) for k, t in stored.items()} == mine.tensors((count, 100))
+            assert torch.equal(PackedMatrix(mine, (count, 100), stored).dense(), dense[entry, at])
+
+    def test_weights_stay_close_and_more_bits_are_better(self, method, schemes):
+        job = coded_job(schemes, tokens=400)
+        job.weights[:], job.inputs[:] = job.weights[0].clone(), job.inputs[:1] * len(schemes)
+        errors = relative_error(run(method, job), job.weights)
+        assert (errors[1:] < errors[:-1]).all()
+        assert errors[0] < 1.5
+        assert errors[2] < 0.3
+
+    def test_a_stack_is_solved_as_its_parts_are(self, method, schemes):
+        job = coded_job(schemes, (60, 100))
+        whole = run(method, replace(job, parts=(24, 36)))
+        for entry in range(len(schemes)):
+            one = slice(entry, entry + 1)
+            for rows in (slice(0, 24), slice(24, 60)):
+                part = replace(job, weights=job.weights[one, rows], widths=job.widths[one, rows],
+                               inputs=job.inputs[one], parts=(rows.stop - rows.start,))  # fmt: skip
+                assert torch.allclose(run(method, part).decode()[0], whole.decode()[entry, rows], atol=1e-6)
+
+    @pytest.mark.parametrize("case", ["none", "one token", "rank 3", "tiny", "huge"])
+    def test_degenerate_inputs(self, method, schemes, case):
+        job = coded_job(schemes, (16, 64), tokens=500, rank=3 if case == "rank 3" else None)
+        degenerate(job.inputs, case)
+        errors = relative_error(run(method, job), job.weights)
+        assert (errors < torch.tensor([2.0, 0.9, 0.3, 0.1])[: len(schemes)]).all()
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.parametrize("value", [0.0, 1e-42, 1e-20, 1.0, 1e4, 1e18, 1e30, 3e38])
+    def test_strange_weights_are_numbers(self, method, schemes, value, dtype):
+        job = coded_job(schemes, (40, 100), tokens=300)
+        job.weights.fill_(value)
+        job.weights[:, 3] = value * torch.linspace(-1, 1, 100)
+        job.weights[:, 5] = 0.0
+        scheme = schemes[0].model_copy(update={"scale_dtype": dtype})
+        result = run(method, replace(job, scheme=scheme))
+        assert result.grid.scale.isfinite().all()
+        assert result.decode().isfinite().all()
+        assert not result.decode()[:, 5].any()
+
+
+def output_error(method, job):
+    difference = run(method, job).decode() - job.weights
+    return sum(float(seen.check.errors(d).sum()) for d, seen in zip(difference, job.inputs, strict=True))
+
+
+@needs_data
+@pytest.mark.parametrize("scheme", CODED, ids=str)
+@pytest.mark.parametrize("shape", [(40, 100), (64, 128)], ids=str)
+def test_data_lowers_the_output_error_of_codes(method, scheme, shape):
+    job = coded_job([scheme] * 3, shape)
+    assert output_error(method, job) < 0.6 * output_error("rtn", job)
+
+
+@each_method
+def test_a_trellis_of_two_bits_is_better_and_smaller_than_integers(method):
+    """Of weights with a normal distribution; a table is smaller and worse."""
+    trellis = Scheme(width=2, encoding="trellis")
+    job = make_job((256, 256), widths=(2,))
+    integers, codes = (output_error(method, replace(job, scheme=s)) for s in (Scheme(width=2), trellis))
+    assert codes < 0.9 * integers
+    assert trellis.stored_bytes((256, 256)) < 0.92 * Scheme(width=2).stored_bytes((256, 256))
+
+
 @pytest.mark.parametrize("method", sorted(name for name, found in METHODS.items() if found.store))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_what_is_stored_is_what_the_method_finds(method, dtype):
     weights = (torch.randn(40, 100, generator=torch.Generator().manual_seed(3)) * 0.1).to(dtype)
-    for width in WIDTHS:
-        scheme = Scheme(width=width, symmetric=width % 2 == 0)
-        found = METHODS[method].run(SolveBatch(weights.float()[None], torch.full((1, 40), width), [], scheme, (40,)))
+    for scheme in [Scheme(width=width, symmetric=width % 2 == 0) for width in WIDTHS] + CODED:
+        widths = torch.full((1, 40), scheme.width)
+        found = METHODS[method].run(SolveBatch(weights.float()[None], widths, [], scheme, (40,)))
         matrix = PackedMatrix(scheme, (40, 100), METHODS[method].store(weights, scheme))
         assert torch.equal(matrix.dense(), found.decode()[0])
 
@@ -149,12 +249,7 @@ def test_what_is_stored_is_what_the_method_finds(method, dtype):
 @pytest.mark.parametrize("shape", [(40, 100), (64, 128)], ids=str)
 def test_data_lowers_the_output_error_on_other_samples(method, width, shape):
     job = make_job(shape, widths=(width,) * 3)
-
-    def error(name):
-        difference = run(name, job).decode() - job.weights
-        return sum(float(seen.check.errors(d).sum()) for d, seen in zip(difference, job.inputs, strict=True))
-
-    assert error(method) < 0.8 * error("rtn")
+    assert output_error(method, job) < 0.8 * output_error("rtn", job)
 
 
 @pytest.mark.parametrize("features", [150, 330])
@@ -224,14 +319,19 @@ def layer():
     return Layer()
 
 
-def mixed_schemes(layer, widths=(1, 2, 3, 4, 5, 6, 7, 8, 16)):
-    return {unit.name: Scheme(width=widths[i % len(widths)]) for i, unit in enumerate(layer.units)}
+EACH = [Scheme(width=width) for width in (*WIDTHS, 16)]
+
+
+def mixed_schemes(layer, widths=(), schemes=EACH):
+    schemes = [Scheme(width=width) for width in widths] or schemes
+    return {unit.name: schemes[i % len(schemes)] for i, unit in enumerate(layer.units)}
 
 
 @each_method
 class TestUnits:
-    def test_every_unit_is_stored_once_by_its_scheme(self, method, layer):
-        schemes = mixed_schemes(layer)
+    @pytest.mark.parametrize("some", [EACH, CODED, EACH[1:4] + CODED[2:]], ids=["integers", "codes", "both"])
+    def test_every_unit_is_stored_once_by_its_scheme(self, method, layer, some):
+        schemes = mixed_schemes(layer, schemes=some)
         found = layer.quantized(method, schemes, layer.inputs(500))
         assert sorted(found) == sorted(unit.name for unit in layer.units)
         for unit in layer.units:

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PATCHING = [runner for runner in RUNNERS if runner.kernels.takes_patches]
 each_runner = pytest.mark.parametrize("runner", PATCHING, ids=str)
 BASE = [Scheme(width=width) for width in (3, 3, 4)]
+CODES = [Scheme(width=width, encoding=encoding) for width, encoding in ((2, "trellis"), (3, "trellis"), (4, "table"))]
 
 
 def make_channels(layer: Layer, projection: str, width: int, share: float, seed: int) -> Channels | None:
@@ -91,7 +92,7 @@ class TestPatches:
         st.integers(1, 40), st.integers(0, 2**16),
     )  # fmt: skip
     def test_any(self, runner, experts, hidden, inner, width, share, replaces, activation, bias, tokens, seed):
-        layer = make_layer(BASE * experts, hidden, inner, activation, bias, seed)
+        layer = make_layer((CODES if seed % 3 == 0 else BASE) * experts, hidden, inner, activation, bias, seed)
         patch = make_patch(layer, (width, width, width), share, replaces, seed)
         check(runner, layer, [patch], make_tokens(layer, tokens, 2, seed=seed))
 

@@ -15,6 +15,8 @@ from hostile.victim import (
     somewhere,
 )
 
+from moqa.format.manifest import FORMAT
+
 
 def manifest_fields(victim: Victim) -> Allowed:
     data = victim.json(MANIFEST)
@@ -111,7 +113,8 @@ def manifest_text(victim: Victim) -> Allowed:
 
 def newer_formats(victim: Victim) -> Allowed:
     data = victim.json(MANIFEST)
-    data["format"] = victim.random.choice([2, 3, 10**30, "2", None, [], 1.5, float("inf")])
+    newer = [FORMAT + 1, FORMAT + 2, 10**30, str(FORMAT + 1), None, [], 1.5, float("inf")]
+    data["format"] = victim.random.choice(newer)
     if victim.random.random() < 0.3:
         data["later"] = victim.random.choice(NASTY)
     victim.write_manifest(data)

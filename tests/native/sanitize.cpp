@@ -69,6 +69,17 @@ double from_half(uint16_t stored) {
     return exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
 }
 
+// Level of code `code` of a table or trellis, of which c1 and c2 are the coded bits 16 and 32 rows above.
+int level_of(Code kind, int width, int code, int c1, int c2) {
+    static const int sizes[][8] = {{63}, {19, 63}, {7, 22, 39, 63}, {3, 9, 15, 22, 29, 37, 48, 63},
+                                   {19, 63}, {6, 21, 36, 63}, {3, 8, 14, 20, 27, 35, 46, 63}};
+    const bool trellis = kind == Code::trellis;
+    const int* upper = sizes[width - 1 + 4 * trellis];
+    const int half = 1 << (width - !trellis), coded = code & 1;
+    const int index = trellis ? 4 * (code >> 1) + 2 * (coded ^ c2) + c1 : code;
+    return index < half ? -upper[half - 1 - index] : upper[index - half];
+}
+
 // A matrix as docs/format.md describes it, and its weights in double precision.
 struct Stored {
     Matrix matrix{};
@@ -77,8 +88,9 @@ struct Stored {
     Buffer<uint8_t> zero;
     std::vector<double> weights, terms;  // s (q - o), and s (q + o): what is added up to get it
 
-    Stored(int out, int in, int width, int group, bool symmetric, bool half) {
+    Stored(int out, int in, int width, int group, bool symmetric, bool half, Code code) {
         matrix.out = out, matrix.in = in, matrix.width = width, matrix.group = group, matrix.half = half;
+        matrix.code = code;
         weights.resize(size_t(out) * in);
         if (width == 16) {
             dense = Buffer<uint16_t>(weights.size());
@@ -91,6 +103,10 @@ struct Stored {
             return;
         }
         terms.resize(weights.size());
+        if (code != Code::integers) {
+            fill_coded();
+            return;
+        }
         matrix.stride = matrix.blocks();
         const int tiles = matrix.tiles(), blocks = matrix.blocks(), groups = matrix.groups(), top = (1 << width) - 1;
         scale = Buffer<uint16_t>(size_t(tiles) * groups * TILE);
@@ -117,6 +133,36 @@ struct Stored {
         matrix.scale = scale.get(), matrix.zero = zero.get();
     }
 
+    // Any codes and factors, of rows beyond the last, too: the first rows of a trellis see those.
+    void fill_coded() {
+        const int tiles = matrix.tiles(), columns = matrix.blocks() * BLOCK, groups = matrix.groups();
+        const int tall = tiles * TILE, width = matrix.width;
+        scale = Buffer<uint16_t>(tall), zero = Buffer<uint8_t>(size_t(tiles) * groups * FACTOR_BYTES);
+        std::vector<uint8_t> codes(size_t(tall) * columns);
+        for (int r = 0; r < tall; ++r) {
+            const int kind = random_int(0, 3);  // rows of one code have the largest sums
+            const int top = (1 << width) - 1;
+            for (int c = 0; c < columns; ++c)
+                codes[size_t(r) * columns + c] = uint8_t(kind == 0 ? top : random_int(0, top));
+            const double wanted = random_real(0.5, 4) / std::sqrt(matrix.in) / (63 * 63);
+            scale[r] = matrix.half ? uint16_t(random_int(0x0010, 0x1800)) : to_bfloat16(wanted);
+        }
+        for (size_t i = 0; i < zero.size; ++i) zero[i] = uint8_t(random_int(0, 255));
+        for (int r = 0; r < matrix.out; ++r)
+            for (int c = 0; c < matrix.in; ++c) {
+                const int place = r % TILE;
+                const uint8_t* bytes = &zero[(size_t(r / TILE) * groups + c / matrix.group) * FACTOR_BYTES];
+                const int low = bytes[place % 8] >> place / 8 * 4 & 15, high = bytes[8 + place % 4] >> place / 4 * 2 & 3;
+                const auto code = [&](int row) { return int(codes[size_t((row + 2 * tall) % tall) * columns + c]); };
+                const int level = level_of(matrix.code, width, code(r), code(r - TILE) & 1, code(r - 2 * TILE) & 1);
+                const double s = (matrix.half ? from_half(scale[r]) : from_bfloat16(scale[r])) * (low + 16 * high);
+                weights[size_t(r) * matrix.in + c] = s * level;
+                terms[size_t(r) * matrix.in + c] = s * (level + 2 * LEVEL_ZERO);
+            }
+        pack(codes);
+        matrix.scale = scale.get(), matrix.zero = zero.get();
+    }
+
     void pack(const std::vector<uint8_t>& integers) {
         matrix.stride = matrix.blocks();
         const int tiles = matrix.tiles(), blocks = matrix.blocks();
@@ -140,7 +186,9 @@ struct Stored {
 };
 
 Stored random_matrix(int out, int in, int width, int group) {
-    return Stored(out, in, width, group, width > 1 && coin(), coin());
+    const Code code = width < 4 ? one_of({Code::integers, Code::table, Code::trellis})
+                      : width == 4 && coin() ? Code::table : Code::integers;
+    return Stored(out, in, width, group, width > 1 && coin(), coin(), code);
 }
 
 // Numbers in double precision and how far a sound kernel may be from each.
@@ -281,7 +329,8 @@ void compare(const Outputs& y, const std::vector<Bounded>& wanted, const std::st
 
 std::string describe(const Matrix& m) {
     return "[" + std::to_string(m.out) + ", " + std::to_string(m.in) + "] " + std::to_string(m.width) + " bits in " +
-           std::to_string(m.group) + (m.zero ? "" : " symmetric") + (m.half ? " half" : "");
+           std::to_string(m.group) + (m.zero ? "" : " symmetric") + (m.half ? " half" : "") +
+           (m.code == Code::table ? " table" : m.code == Code::trellis ? " trellis" : "");
 }
 
 const std::vector<const Path*> PATHS = supported_paths();
@@ -571,13 +620,58 @@ void check_solving(int matrices, int rows, int in, int group, bool symmetric, bo
                 const Buffer<float> now = random_floats(all_rows * columns, true);
                 round(*path, {matrices, rows, in, group, groups, first, columns, now.get(), work.get(), factor.get(),
                               order.get(), tables.get(), tables.get() + scales, tables.get() + 2 * scales,
-                              integers.get()}, threads);
+                              integers.get(), false, 0, nullptr, nullptr}, threads);
             }
         }
         ++cases;
         for (size_t i = 0; i < weights; ++i)
             if (found[0][i] != found[1][i] || found[0][i] > 255 >> (8 - width[i / in]))
                 return fail(std::string(path->name) + " fit: outside of the grid, or depends on the number of threads");
+    }
+}
+
+// The same for codes.
+void check_coding(int matrices, const std::vector<int>& parts, int in, int group, bool trellis, bool passed_on) {
+    const int groups = (in + group - 1) / group, count = int(parts.size());
+    std::vector<int> begin{0};
+    for (int rows : parts) begin.push_back(begin.back() + rows);
+    const int rows = begin.back();
+    const size_t all_rows = size_t(matrices) * rows, weights = all_rows * in;
+    Buffer<uint8_t> width(size_t(matrices) * count);
+    for (size_t i = 0; i < width.size; ++i) width[i] = uint8_t(random_int(1, trellis ? 3 : 4));
+    Buffer<float> scale = random_floats(all_rows * groups, true);
+    for (size_t i = 0; i < scale.size; ++i) scale[i] = random_int(0, 9) == 0 ? 0.0f : std::fabs(scale[i]) / 40 + 1e-3f;
+    const Buffer<float> start = random_floats(weights, true);
+    const Buffer<float> factor = random_floats(size_t(matrices) * in * in, passed_on);
+    Buffer<int64_t> order(size_t(matrices) * in);
+    for (int i = 0; i < matrices * in; ++i) order[i] = in - 1 - i % in;
+    for (const Path* path : PATHS) {
+        std::vector<Buffer<uint8_t>> found;
+        for (int threads : {1, 3}) {
+            Buffer<float> work(weights);
+            std::copy(start.get(), start.get() + weights, work.get());
+            found.emplace_back(weights);
+            for (int first = 0; first < in; first += 64) {
+                const int columns = std::min(64, in - first);
+                Buffer<float> now(all_rows * columns);
+                for (int m = 0; m < matrices; ++m)
+                    std::copy_n(start.get() + (size_t(m) * in + first) * rows, size_t(columns) * rows,
+                                now.get() + size_t(m) * columns * rows);
+                round(*path, {matrices, rows, in, group, groups, first, columns, now.get(), work.get(), factor.get(),
+                              order.get(), scale.get(), nullptr, nullptr, found.back().get(), trellis, count,
+                              begin.data(), width.get()}, threads);
+            }
+        }
+        ++cases;
+        const std::string name = std::string(path->name) + (trellis ? " trellis" : " table");
+        for (int m = 0; m < matrices; ++m)
+            for (int c = 0; c < in; ++c)
+                for (int part = 0; part < count; ++part)
+                    for (int r = begin[part]; r < begin[part + 1]; ++r) {
+                        const size_t at = (size_t(m) * in + c) * rows + r;
+                        if (found[0][at] != found[1][at]) return fail(name + ": depends on the number of threads");
+                        if (found[0][at] >> width[size_t(m) * count + part]) return fail(name + ": not a code");
+                    }
     }
 }
 
@@ -591,6 +685,10 @@ int main(int argc, char** argv) {
         for (const auto& shape : shapes)
             for (int kind = 0; kind < 8; ++kind)
                 check_solving(random_int(1, 3), shape[0], shape[1], group, kind & 1, kind & 2, kind & 4);
+    for (const std::vector<int>& parts : {std::vector<int>{1}, {16}, {15, 1}, {40}, {33, 16, 130}, {3, 3, 3, 64}})
+        for (int in : {1, 33, 130})
+            for (int kind = 0; kind < 4; ++kind)
+                check_coding(random_int(1, 3), parts, in, one_of({32, 64}), kind & 1, kind & 2);
     for (int width : {1, 2, 3, 4, 5, 6, 7, 8, 16})
         for (int group : {32, 64, 128}) {
             for (const auto& shape : shapes)

@@ -7,7 +7,8 @@ from torch.nn.functional import pad
 from moqa.format.levels import LevelGrid, levels
 from moqa.format.tiles import TILE
 
-_NEVER = 1e30
+# divides values whose scale is 0, which stands for weights of 0: any other would do
+_SMALLEST = 1.2e-38
 
 
 def nearest_codes(values: Tensor, scale: Tensor, grid: LevelGrid) -> tuple[Tensor, Tensor]:
@@ -25,36 +26,37 @@ def nearest_codes(values: Tensor, scale: Tensor, grid: LevelGrid) -> tuple[Tenso
     Returns:
         [matrices, out] codes, int64, and the weights that they stand for, float32.
     """
-    codes, stored = torch.zeros_like(values, dtype=torch.int64), torch.zeros_like(values)
-    begin = 0
+    codes, level = torch.zeros_like(values, dtype=torch.int64), torch.zeros_like(values)
+    step, begin = torch.where(scale > 0, scale, _SMALLEST), 0
     for rows in grid.parts:
         part = slice(begin, begin := begin + rows)
         for width in grid.width[:, part.start].unique().tolist():
             mine = grid.width[:, part.start] == width
             found = torch.tensor(levels(grid.encoding, width), dtype=torch.float32, device=values.device)
             choose = _in_trellis if grid.encoding == "trellis" else _in_table
-            codes[mine, part], stored[mine, part] = choose(values[mine, part], scale[mine, part], found)
-    return codes, stored
+            codes[mine, part], level[mine, part] = choose(values[mine, part], step[mine, part], found)
+    return codes, level * scale
 
 
-def _in_table(values: Tensor, scale: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    codes = torch.bucketize(values / scale.clamp_min(1e-30), (found[1:] + found[:-1]) / 2)
-    return codes, found[codes] * scale
+def _in_table(values: Tensor, step: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    codes = torch.bucketize(values / step, (found[1:] + found[:-1]) / 2)
+    return codes, found[codes].to(values.dtype)
 
 
-def _in_trellis(values: Tensor, scale: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+def _in_trellis(values: Tensor, step: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """The best path through a trellis whose ends meet, see `LevelGrid`."""
-    value, step = (_sequences(x) for x in (values, scale))
-    there = _sequences(torch.ones_like(values)) > 0
+    value, there = _sequences(values), _sequences(torch.ones_like(values)) > 0
+    step = torch.where(there, _sequences(step), 1.0)
     # for each parity the nearest of its levels
-    offered = found.unflatten(0, (-1, 4)) * step[..., None, None]
-    error, free = (value[..., None, None] - offered).square().min(-2)
-    error = torch.where(there[..., None], error, 0.0)
+    offered = found.unflatten(0, (-1, 4))
+    free = ((value / step)[..., None, None] > (offered[1:] + offered[:-1]) / 2).sum(-2)
+    nearest = offered.gather(0, free.flatten(0, -2)).view(free.shape)
+    error = torch.where(there[..., None], (value[..., None] - nearest * step[..., None]).square(), 0.0)
     states = torch.arange(4, device=values.device)
     coded, newest = states & 1, states >> 1
 
     # [..., state before all steps, state]: each of the four is tried
-    cost = torch.full((4, 4), _NEVER, device=values.device).fill_diagonal_(0.0).expand(*value.shape[:-1], 4, 4)
+    cost = torch.full((4, 4), torch.inf, device=values.device).fill_diagonal_(0.0).expand(*value.shape[:-1], 4, 4)
     later = []
     for t in range(value.shape[-1]):
         offer = error[..., t, None, :]
@@ -63,7 +65,7 @@ def _in_trellis(values: Tensor, scale: Tensor, found: Tensor) -> tuple[Tensor, T
         later.append(second < first)
         cost = torch.where(second < first, second, first)
     # rows beyond the last have code 0
-    cost = cost + _NEVER * (coded & ~there[..., -1, None, None])
+    cost = torch.where((coded == 1) & ~there[..., -1, None, None], torch.inf, cost)
     state = cost.diagonal(dim1=-2, dim2=-1).argmin(-1, keepdim=True)
     begin = state
     codes, chosen = torch.empty_like(value, dtype=torch.int64), torch.empty_like(value)
@@ -72,10 +74,10 @@ def _in_trellis(values: Tensor, scale: Tensor, found: Tensor) -> tuple[Tensor, T
         parity = 2 * ((state & 1) ^ older) + (state >> 1)
         number = free[..., t, :].gather(-1, parity)
         codes[..., t] = (2 * number + (state & 1))[..., 0]
-        chosen[..., t] = found[4 * number + parity][..., 0]
+        chosen[..., t] = nearest[..., t, :].gather(-1, parity)[..., 0]
         state = (state >> 1) + 2 * older
     rows = values.shape[-1]
-    return _rows(codes, rows), _rows(chosen, rows) * scale
+    return _rows(codes, rows), _rows(chosen, rows)
 
 
 def _sequences(rows: Tensor) -> Tensor:

@@ -28,14 +28,16 @@ def fit_levels(
         parts: rows of each matrix that is stacked along `out`.
         importance: [matrices, in] weight of each input feature's squared error, float32; None means equal.
     """
-    groups = to_groups(weights.float(), scheme.group_size)
+    # by powers of two, so that nothing is rounded and squares of any weights are numbers
+    size = torch.frexp(weights.abs().amax(-1, keepdim=True)).exponent.clamp_min(-100)
+    groups = to_groups(torch.ldexp(weights, -size), scheme.group_size)
     # padding of a short last group is not stored and must not count
     weight = to_groups(torch.ones(weights.shape[-1]), scheme.group_size)
     if importance is not None:
         given = to_groups(importance, scheme.group_size)[:, None]
         weight = weight * (given + given.mean(-1, keepdim=True).clamp_min(1e-12) * 1e-2)
     total = weight.sum(-1)
-    steps = ((groups.square() * weight).sum(-1) / total).sqrt()
+    steps = (groups.square().mul_(weight).sum(-1) / total).sqrt()
     deviation = torch.zeros(max(DEVIATION[scheme.encoding]) + 1)
     for width, value in DEVIATION[scheme.encoding].items():
         deviation[width] = value
@@ -44,7 +46,9 @@ def fit_levels(
         for _ in range(_REFITS):
             steps = _refit(groups, weight, steps, widths)
     dtype = getattr(torch, scheme.scale_dtype)
-    scale = (steps.amax(-1) / FACTORS).to(dtype)
+    # the largest level of the largest step is a number, too
+    steps = torch.ldexp(steps, size).clamp_max(torch.finfo(torch.float32).max / (FACTORS + 1))
+    scale = (steps.amax(-1) / FACTORS).clamp_max(torch.finfo(dtype).max).to(dtype)
     factor = (steps / scale.float()[..., None].clamp_min(1e-30)).round().clamp(0, FACTORS).to(torch.uint8)
     return LevelGrid(scheme.encoding, scale, factor, scheme.group_size, widths.to(torch.uint8), parts)
 

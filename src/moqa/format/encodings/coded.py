@@ -8,7 +8,7 @@ from torch import Tensor
 from moqa.format.encodings.encoding import Encoding, Parameters, TensorSpec
 from moqa.format.encodings.integers import plane_tensors
 from moqa.format.levels import UPPER_LEVELS, LevelGrid, unpack_factors
-from moqa.format.planes import unpack, untile_rows
+from moqa.format.planes import unpack
 from moqa.format.tiles import BLOCK, PLANES, TILE
 
 
@@ -32,9 +32,10 @@ class Coded(Encoding):
 
     def decode(self, scheme: Parameters, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Tensor:
         """See `Encoding`."""
-        scale = untile_rows(tensors["scale"][:, None], shape[0])[..., 0]
+        # all rows of the last tile: levels of the first rows depend on their codes, whatever they are
+        out, features = tensors["scale"].numel(), shape[1]
+        scale, factor = tensors["scale"].flatten(), unpack_factors(tensors["factor"], out)
         width = torch.full_like(scale, scheme.width, dtype=torch.uint8)
-        factor = unpack_factors(tensors["factor"], shape[0])
         planes = [tensors[f"p{index}"] for index in range(len(PLANES[scheme.width]))]
-        grid = LevelGrid(self.name, scale, factor, scheme.group_size, width, shape[:1])
-        return grid.decode(unpack(planes, scheme.width, shape))
+        grid = LevelGrid(self.name, scale, factor, scheme.group_size, width, (out,))
+        return grid.decode(unpack(planes, scheme.width, (out, features)))[: shape[0]]

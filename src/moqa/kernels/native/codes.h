@@ -2,6 +2,8 @@
 // least sum of squared errors over its rows, which in the trellis are a sequence: rows 16 apart follow each other.
 #pragma once
 
+#include <limits>
+
 #include "lanes.h"
 #include "levels.h"
 
@@ -41,7 +43,7 @@ struct Step {
     Bits from;
 };
 
-constexpr float NEVER = 1e30f;
+constexpr float NEVER = std::numeric_limits<float>::infinity();
 
 // Costs of the four states; a state is its two newest coded bits, 2 * c1 + c. Predecessors of 2 * c1 + c are c1 and
 // 2 + c1, and the parities on the way are 2 * (c ^ older) + c1.
@@ -63,8 +65,8 @@ struct Costs {
 
     // Rows beyond the last have code 0.
     MOQA_INLINE void forbid_ones(Bits outside) {
-        of[1] += outside ? all(NEVER) : Lanes{};
-        of[3] += outside ? all(NEVER) : Lanes{};
+        of[1] = outside ? all(NEVER) : of[1];
+        of[3] = outside ? all(NEVER) : of[3];
     }
 };
 
