@@ -154,7 +154,9 @@ def _against_uniform(pairs: Sequence[Comparison]) -> Table:
 def _key(lines: Sequence[tuple[str, list[Row]]]) -> tuple[KeyEntry, ...]:
     """Marker of each line: the colour shows the strategy, a hollow marker plain rounding, the shape the hedge."""
     first = [(name, group[0].evaluation) for name, group in lines]
-    hedges = sorted({e.hedge for _, e in first if e.hedge is not None}, key=lambda h: (h != STRATEGIES[OURS].hedge, h))
+    usual = STRATEGIES[OURS].hedge
+    defaults = {usual(e.bits_per_weight) for _, e in first if usual is not None}
+    hedges = sorted({e.hedge for _, e in first if e.hedge is not None}, key=lambda h: (h not in defaults, h))
     return tuple(
         KeyEntry(name, strategy_colour(e.strategy or ""), e.method == "rtn",
                  _SHAPES[hedges.index(e.hedge) % len(_SHAPES)] if e.hedge is not None else _SHAPES[0])

@@ -143,11 +143,9 @@ def _still_better(ours: Row, rows: Sequence[Row]) -> str:
 
 
 def _headline(rows: Sequence[Row]) -> Row:
-    default = STRATEGIES[OURS].hedge or 0.0
-
     def kind(row: Row) -> tuple[bool, float, bool]:
-        e = row.evaluation
-        hedge = abs((e.hedge or 0.0) - default) if e.strategy == OURS else 0.0
+        e, usual = row.evaluation, STRATEGIES[OURS].hedge
+        hedge = abs((e.hedge or 0.0) - usual(e.bits_per_weight)) if e.strategy == OURS and usual else 0.0
         return e.strategy != OURS, hedge, e.method == "rtn"
 
     first = min(kind(row) for row in rows)
