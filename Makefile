@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers scale-study adjust-study robustness results clean
+.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits scale-study adjust-study robustness results clean
 
 setup: $(VENV)/.ready
 
@@ -96,6 +96,20 @@ bench: $(VENV)/.bench
 
 peers: setup .peers/llmcompressor/.ready .peers/gptqmodel/.ready
 	$(BIN)/python benchmarks/peers.py --llmcompressor .peers/llmcompressor/bin/python --gptqmodel .peers/gptqmodel/bin/python
+
+# llama.cpp's own tool, from the source that its Python package brings: 15 minutes, once
+.peers/llama.cpp/.ready: $(VENV)/.ready
+	mkdir -p $(@D)
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt gguf
+	$(BIN)/pip download --disable-pip-version-check -q --no-deps --no-binary :all: -c constraints.txt -d $(@D) llama-cpp-python
+	tar -xzf $(@D)/llama_cpp_python-*.tar.gz -C $(@D) --strip-components=1
+	cmake -S $(@D)/vendor/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DBUILD_SHARED_LIBS=OFF
+	cmake --build $(@D)/build --target llama-quantize -j2
+	touch $@
+
+# quality from 1.4 to 4.3 bits beside llama.cpp's
+low-bits: .peers/llama.cpp/.ready
+	$(BIN)/python benchmarks/low_bits.py
 
 # a checkpoint of 14 GB is made first; 20 GB of disk, 40 minutes
 scale-study: setup

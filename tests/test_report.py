@@ -14,7 +14,8 @@ from moqa.errors import MoqaError
 from moqa.evaluation import Evaluation, Quality
 from moqa.evaluation.proof import Proof, interpolated
 from moqa.format.manifest import Fitted, Manifest, StoredFile, StoredTensor, StoredUnit
-from moqa.planning import STRATEGIES, Budget, Plan, for_file, plan
+from moqa.planning import Budget, Plan, for_file, plan
+from moqa.planning.strategies.budget import default_hedge
 from moqa.profiling.record import DistributionRecord, ProfileRecord, Settings, UnitRecord
 from moqa.profiling.store import Profile, write_profile
 from moqa.reports import drift, report
@@ -75,6 +76,9 @@ def store(profile: Profile) -> None:
         for name, each in profile.statistics.items()
     }
     write_profile(Profile(profile.record, profile.folder, filled, profile.weights))
+
+
+USUAL = default_hedge(3.43)
 
 
 def evaluation(
@@ -232,14 +236,14 @@ class TestVerdict:
 
     def test_the_pair_is_chosen_by_what_it_is_and_not_by_its_result(self):
         found = judge(
-            evaluation("budget", 10_000_000, 0.9, 0.9, hedge=STRATEGIES["budget"].hedge),
+            evaluation("budget", 10_000_000, 0.9, 0.9, hedge=USUAL),
             evaluation("uniform", 10_000_000, 1.0, 1.0),
             evaluation("budget", 10_000_000, 0.1, 0.1, hedge=0), evaluation("paper", 10_000_000, 0.1, 0.1),
-            evaluation("budget", 20_000_000, 0.1, 0.1, hedge=STRATEGIES["budget"].hedge, method="rtn"),
+            evaluation("budget", 20_000_000, 0.1, 0.1, hedge=USUAL, method="rtn"),
             evaluation("uniform", 20_000_000, 1.0, 1.0, method="rtn"),
         )  # fmt: skip
         assert "10 % below" in found.sentence
-        assert f"All 2 comparisons of budget (hedge {STRATEGIES['budget'].hedge})" in found.tally
+        assert f"All 2 comparisons of budget (hedge {USUAL})" in found.tally
 
     def test_another_baseline_that_is_better_is_named(self):
         found = judge(
@@ -280,9 +284,9 @@ def run(tmp_path: Path, two: Profile) -> Path:
     """A folder with every kind of artifact."""
     folder = tmp_path / "run"
     store(two)
-    for strategy, width in (("uniform", 3), ("budget", 3), ("uniform", 4)):
-        made = plan(two, Budget.parse(bpw=width + 0.4), strategy=strategy, hedge=0 if strategy != "uniform" else None)
-        file = folder / "plans" / f"{strategy}-{width}.json"
+    for strategy, width in (("uniform", 3.4), ("budget", 3.9), ("uniform", 4.4)):
+        made = plan(two, Budget.parse(bpw=width), strategy=strategy, hedge=0 if strategy != "uniform" else None)
+        file = folder / "plans" / f"{strategy}-{width:.0f}.json"
         write_json(for_file(made, file), file)
     write_checkpoint(folder / "checkpoint", plan(two, Budget.parse(bpw=5.4), strategy="uniform"), two)
     for index, record in enumerate([

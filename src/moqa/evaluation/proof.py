@@ -2,13 +2,14 @@
 
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, Field
 
 from moqa.data import Source
+from moqa.errors import MoqaError
 from moqa.evaluation.measure import Quality, Reference
 from moqa.evaluation.run import Evaluation, evaluate, evaluate_original
 from moqa.memory.limit import MemoryLimit
@@ -135,8 +136,16 @@ def baselines(profile: Profile, chosen: Plan) -> list[Plan]:
     plans = [of(None, strategy=PLAIN, widths=[width]) for width in profile.record.widths]
     fitting = [p for p in plans if p.account.checkpoint <= chosen.account.checkpoint]
     larger = [p for p in plans if p.account.checkpoint > chosen.account.checkpoint]
-    rule = [of(f"{chosen.account.checkpoint}B", strategy=HAND_RULE)] if profile.expert_layers else []
-    return [*fitting[-1:], *larger[:1], *rule]
+    return [*fitting[-1:], *larger[:1], *([_hand_rule(of, chosen)] if profile.expert_layers else [])]
+
+
+def _hand_rule(of: Callable[..., Plan], chosen: Plan) -> Plan:
+    """The hand rule at the bytes of a plan, which may be too few for its floor."""
+    size = f"{chosen.account.checkpoint}B"
+    try:
+        return of(size, strategy=HAND_RULE)
+    except MoqaError:
+        return of(size, strategy=HAND_RULE, floors={})
 
 
 def interpolated(rows: Sequence[Evaluation], size: int) -> Evaluation:

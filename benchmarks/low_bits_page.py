@@ -1,0 +1,94 @@
+"""docs/results/low-bits.md: the table of benchmarks/low_bits.py, and its picture of quality against size."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "low-bits.md"
+TEXT = """# Low bits
+
+Made by `make low-bits` (`benchmarks/low_bits.py`) on the reference model. Bits are stored bits of all matrices of the
+layers; embedding and head keep 16 bits in both tools. Fitted on windows of wiki and novels, measured on held-out
+windows of these (known) and of python, math, german and french (novel): KL divergence from the original in nats
+
+llama.cpp's types are made by its own `llama-quantize`, with an importance matrix of the same calibration windows
+(written by the benchmark: sums of squared inputs and token counts of every matrix, per expert), decoded by `gguf` and
+measured by moqa's evaluator; `attq5` keeps attention at Q5_K. moqa's plan at the same bytes is the default one. Where
+there are several seeds of the calibration windows, moqa's numbers are their mean and standard deviation.
+
+Wanted: known KL at most .35 of llama.cpp's better row at a size, novel at most .6; from 3 bits up .25 and .45.
+
+{table}
+![KL divergence against bits](low-bits.svg)
+"""
+WANTED = {False: (0.35, 0.6), True: (0.25, 0.45)}  # by whether it is 3 bits or more
+
+
+def write(rows: Sequence[dict]) -> None:
+    """Write the page and the picture from the rows of the summary."""
+    PAGE.write_text(TEXT.format(table=_table(rows)))
+    PAGE.with_suffix(".svg").write_text(_picture(rows))
+
+
+def _settings(rows: Sequence[dict]) -> list[tuple[dict, list[dict]]]:
+    """Each row of llama.cpp with moqa's at its bytes, by size."""
+    theirs = sorted((row for row in rows if row["tool"] == "llama.cpp"), key=lambda row: row["bits_per_weight"])
+    pairs = [(row, [r for r in rows if r["tool"] == "moqa" and r["setting"] == row["setting"]]) for row in theirs]
+    return [(row, ours) for row, ours in pairs if ours]
+
+
+def _table(rows: Sequence[dict]) -> str:
+    lines = [
+        "| bits | llama.cpp | its known / novel KL | moqa known / novel KL | known ratio | novel ratio | as wanted |",
+        "|---:|---|---|---|---:|---:|---|",
+    ]
+    for row, ours in _settings(rows):
+        bits, keys = row["bits_per_weight"], ("kl_known", "kl_novel")
+        # of both settings of a type, the better one that is not larger
+        rivals = [r for r, _ in _settings(rows) if r["bits_per_weight"] <= bits * 1.001]
+        best = [min(r[key] for r in rivals) for key in keys]
+        found = [[one[key] for one in ours] for key in keys]
+        ratios = [mean(values) / least for values, least in zip(found, best, strict=True)]
+        met = ["yes" if ratio <= most else "no" for ratio, most in zip(ratios, WANTED[bits >= 3], strict=True)]
+        lines.append(
+            f"| {bits:.2f} | {row['setting']} | {row['kl_known']:.4f} / {row['kl_novel']:.4f} "
+            f"| {_number(found[0])} / {_number(found[1])} | {ratios[0]:.2f} | {ratios[1]:.2f} | {', '.join(met)} |"
+        )
+    return "\n".join(lines) + "\n\nRatios are to llama.cpp's best row of that size or less.\n"
+
+
+def _number(values: Sequence[float]) -> str:
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def _picture(rows: Sequence[dict]) -> str:
+    """A line per tool and kind of text, KL on a logarithmic scale."""
+    from math import log10
+
+    def place(bits: float, kl: float) -> tuple[float, float]:
+        return 60 + (bits - 1.5) * 200, 30 + (-0.5 - log10(kl)) * 120
+
+    parts = []
+    for tool, colour in (("llama.cpp", "#b5651d"), ("moqa", "#1f6fb4")):
+        for key, dash in (("kl_known", ""), ("kl_novel", ' stroke-dasharray="6 4"')):
+            some = sorted((r["bits_per_weight"], r[key]) for r in rows if r["tool"] == tool)
+            if not some:
+                continue
+            points = [place(*point) for point in some]
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+            x, y = points[-1]
+            name = f"{tool}, {key.removeprefix('kl_')}"
+            parts.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+    for bits in (1.5, 2, 2.5, 3, 3.5, 4):
+        x = place(bits, 1)[0]
+        parts.append(f'<text x="{x}" y="375" text-anchor="middle">{bits:g}</text>')
+        parts.append(f'<line x1="{x}" y1="30" x2="{x}" y2="355" stroke="#ddd"/>')
+    for kl in (0.3, 0.1, 0.03, 0.01, 0.003, 0.001):
+        y = place(1.5, kl)[1]
+        parts.append(f'<text x="52" y="{y + 4:.1f}" text-anchor="end">{kl:g}</text>')
+        parts.append(f'<line x1="60" y1="{y:.1f}" x2="640" y2="{y:.1f}" stroke="#ddd"/>')
+    labels = '<text x="350" y="395" text-anchor="middle">stored bits per weight</text>'
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 405" font-family="sans-serif" font-size="12">'
+    return f'{head}<rect width="780" height="405" fill="white"/>{"".join(parts)}{labels}</svg>\n'
