@@ -22,6 +22,7 @@ from torch.nn.functional import linear, silu
 
 import moqa.kernels.triton as launcher
 from moqa.format.grid import from_groups, to_groups
+from moqa.format.levels import UPPER_LEVELS
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import WIDTHS
 from moqa.kernels import ACTIVATIONS, ExpertStack, PackedMatrix
@@ -48,8 +49,9 @@ def random_matrix(shape: tuple[int, int], scheme: Scheme, device: torch.device) 
         if dtype == torch.uint8:
             tensors[name] = torch.randint(256, stored, dtype=dtype, device=device)
         else:
-            size = shape[1] ** -0.5 / (1 if scheme.is_unquantized else 2**scheme.width)
-            values = torch.randn(stored, device=device) * size
+            # levels are up to 63, factors too
+            steps = 1 if scheme.is_unquantized else 1000 if scheme.is_coded else 2**scheme.width
+            values = torch.randn(stored, device=device) * (shape[1] ** -0.5 / steps)
             tensors[name] = (values.abs() if name == "scale" else values).to(dtype)
     return PackedMatrix(scheme, shape, tensors)
 
@@ -123,6 +125,13 @@ def check_linear(checks: Checks, device: torch.device) -> None:
             )  # fmt: skip
             check_matrix(checks, f"linear, width {width}, groups of {group}", scheme, device)
         checks.print_count(f"linear, width {width}")
+    for encoding, widths in UPPER_LEVELS.items():
+        for width, (group, half) in product(widths, ((64, False), (160, True))):
+            scheme = Scheme(
+                encoding=encoding, width=width, group_size=group, scale_dtype="float16" if half else "bfloat16"
+            )
+            check_matrix(checks, f"linear, {encoding} {width}, groups of {group}", scheme, device)
+        checks.print_count(f"linear, {encoding}")
     out, features = CHECK_SHAPE
     matrix, x = random_matrix(CHECK_SHAPE, Scheme(width=4), device), torch.randn(40, features, device=device)
     x[3, 4] = float("nan")
@@ -152,8 +161,13 @@ def check_matrix(checks: Checks, name: str, scheme: Scheme, device: torch.device
 
 def check_experts(checks: Checks, device: torch.device) -> None:
     experts, tokens, (width, hidden) = 12, 200, CHECK_EXPERT
-    for activation, widths in zip(ACTIVATIONS, ((3,), MIX, (1, 5, 6, 7), (16, 4)), strict=True):
-        schemes = [Scheme(width=w, group_size=(32, 64, 128)[n % 3]) for n, w in enumerate(widths)]
+    coded = (("trellis", 3), ("int", 5), ("table", 4), ("int", 1), ("trellis", 2))
+    mixes = ([("int", 3)], [("int", width) for width in MIX], coded, [("int", 16), ("int", 4), ("table", 2)])
+    for activation, mix in zip(ACTIVATIONS, mixes, strict=True):
+        schemes = [
+            Scheme(encoding=encoding, width=width, group_size=(32, 64, 128)[n % 3])
+            for n, (encoding, width) in enumerate(mix)
+        ]
         parts = [
             [random_matrix(shape, schemes[e % len(schemes)], torch.device("cpu")) for e in range(experts)]
             for shape in ((width, hidden), (width, hidden), (hidden, width))
@@ -167,7 +181,7 @@ def check_experts(checks: Checks, device: torch.device) -> None:
         stack = ExpertStack(*there, activation, *(bias.to(device) for bias in biases))
         arguments = x.to(device), index.to(device), weights.to(device)
         whole = KERNELS.experts(stack, *arguments)
-        name = f"experts of widths {'/'.join(map(str, widths))}, {activation}"
+        name = f"experts of {'/'.join(f'{encoding} {width}' for encoding, width in mix)}, {activation}"
         # activations between the products may round the other way, here and there
         checks.close(f"{name}, {tokens} tokens", whole, wanted, 5e-3)
         for count in (1, 5, 40):
@@ -260,18 +274,27 @@ def time_linear(device: torch.device) -> list[dict[str, Any]]:
         for _ in range(copies(2 * out * features))
     ]
     lines = []
-    for width in (2, 3, 4, 8, 16):
-        scheme = Scheme(width=width)
+    kinds = (*(("int", width) for width in (2, 3, 4, 8, 16)), ("trellis", 2), ("trellis", 3), ("table", 4))
+    for encoding, width in kinds:
+        scheme = Scheme(width=width, encoding=encoding)
         size = scheme.stored_bytes(SHAPE)
         matrices = [random_matrix(SHAPE, scheme, device) for _ in range(copies(size))]
         for rows in ROWS:
             x = torch.randn(rows, features, device=device, dtype=torch.bfloat16)
             line = compared(
-                f"linear {out} x {features}, width {width}, {rows} rows",
+                f"linear {out} x {features}, {encoding} {width}, {rows} rows",
                 [partial(KERNELS.linear, matrix, x) for matrix in matrices],
                 [partial(linear, x, weight) for weight in dense],
             )
-            lines.append(line | {"width": width, "rows": rows, "weights_gb_per_s": size / line["graph_ms"] / 1e6})
+            lines.append(
+                line
+                | {
+                    "encoding": encoding,
+                    "width": width,
+                    "rows": rows,
+                    "weights_gb_per_s": size / line["graph_ms"] / 1e6,
+                }
+            )
     return lines
 
 

@@ -28,7 +28,7 @@ from moqa.storage.resumable import resumable
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "moqa"
 # compiled when they are used, on a machine with a GPU
-NOT_IMPORTED = {"moqa.kernels.triton_ops", "moqa.__main__"}
+NOT_IMPORTED = {"moqa.kernels.triton_ops", "moqa.kernels.triton_weights", "moqa.__main__"}
 # share of docstrings with examples that are executed, of all that have some
 LEAST = 0.6
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from exact import CODED, GROUPS, SCALES, make_matrix
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -35,9 +36,10 @@ runs_here = pytest.mark.skipif(
 
 
 @pytest.mark.skipif(kernels.unusable(DEVICE) is None, reason="it starts this process")
-def test_all_others_in_tritons_interpreter():
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_all_others_in_tritons_interpreter(chosen):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", chosen, __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -63,6 +65,8 @@ def make(shape, scheme, scale=1.0):
     weight = torch.randn(shape) * scale
     if scheme.is_unquantized:
         return PackedMatrix(scheme, shape, {"weight": weight.bfloat16()})
+    if scheme.is_coded:
+        return make_matrix(scheme, shape, int(torch.randint(10**6, ())), scale).matrix
     grid = fit_grid(weight, scheme).grid
     planes = pack(grid.encode(weight), scheme.width)
     return PackedMatrix(scheme, shape, grid.stored(planes))
@@ -99,8 +103,16 @@ schemes = st.builds(
     st.sampled_from((*WIDTHS, 16)),
     st.sampled_from((32, 64, 96, 128, 160)),
     st.booleans(),
-    st.sampled_from(("bfloat16", "float16")),
+    st.sampled_from(SCALES),
 )
+
+
+def check_codes(scheme, group, shape, rows):
+    torch.manual_seed(rows)
+    scheme = scheme.model_copy(update={"group_size": group, "scale_dtype": SCALES[scheme.width % 2]})
+    matrix, x = make(shape, scheme), torch.randn(rows, shape[1])
+    wanted, _ = expected(matrix, x)
+    check(kernels.linear(matrix.to(DEVICE), x.to(DEVICE)), wanted)
 
 
 @runs_here
@@ -119,10 +131,33 @@ class TestLinear:
         assert y.dtype == x.dtype
         check(y, wanted)
 
-    @pytest.mark.parametrize(("width", "group"), [(2, 32), (7, 96), (8, 64), (16, 64)])
-    def test_a_row_does_not_depend_on_the_rows_beside_it(self, width, group):
+    @pytest.mark.parametrize("scheme", CODED, ids=str)
+    def test_of_codes(self, scheme):
+        check_codes(scheme, 64, (21, 70), 2)
+        check_codes(scheme, 128, (40, 300), 20)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("rows", [1, 7, 30])
+    @pytest.mark.parametrize("shape", [(1, 1), (16, 32), (17, 520), (70, 300)], ids=str)
+    @pytest.mark.parametrize("group", [*GROUPS, 160, 256])
+    @pytest.mark.parametrize("scheme", CODED, ids=str)
+    def test_of_codes_in_all_shapes(self, scheme, group, shape, rows):
+        check_codes(scheme, group, shape, rows)
+
+    def test_factors_are_aligned_to_four_bytes_as_in_a_file(self):
+        matrix, x = make((20, 300), CODED[-1]).to(DEVICE), torch.randn(2, 300).to(DEVICE)
+        wanted, factor = kernels.linear(matrix, x), matrix.factor
+        matrix.factor = factor.new_empty(factor.numel() + 4)[4:].view(factor.shape).copy_(factor)
+        assert torch.equal(kernels.linear(matrix, x), wanted)
+
+    @pytest.mark.parametrize(
+        ("width", "group", "encoding"),
+        [(2, 32, "int"), (7, 96, "int"), (8, 64, "int"), (16, 64, "int"), (4, 64, "table"), (3, 128, "trellis")],
+    )
+    def test_a_row_does_not_depend_on_the_rows_beside_it(self, width, group, encoding):
         torch.manual_seed(width)
-        matrix, x = make((20, 500), Scheme(width=width, group_size=group)).to(DEVICE), torch.randn(70, 500).to(DEVICE)
+        scheme = Scheme(width=width, group_size=group, encoding=encoding)
+        matrix, x = make((20, 500), scheme).to(DEVICE), torch.randn(70, 500).to(DEVICE)
         whole = kernels.linear(matrix, x)
         for rows in (1, 5, 20):
             same(kernels.linear(matrix, x[:rows]), whole[:rows], exactly=width < 16)
@@ -194,6 +229,24 @@ def expected_experts(stack, x, index, weights):
     return total, slack
 
 
+def check_experts(stack, x, index, weights):
+    wanted, slack = expected_experts(stack, x, index, weights)
+    y = kernels.experts(on_device(stack), x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)).cpu().double()
+    is_half = x.dtype == torch.bfloat16
+    error, bound = (y - wanted).abs(), 2e-5 * wanted.abs().max() + (8e-3 * wanted.abs() if is_half else 0)
+    assert (error <= bound + slack).all()
+    # hardly any activation lies where its rounding is open
+    assert ((error > bound).any(-1)).sum() <= 1
+
+
+# encodings, widths and group sizes as a plan may mix them
+MIXED = (
+    Scheme(encoding="trellis", width=3), Scheme(width=5, group_size=32), Scheme(encoding="table", width=4),
+    Scheme(encoding="trellis", width=2, group_size=128), Scheme(encoding="table", width=1, group_size=32),
+    Scheme(encoding="trellis", width=1), Scheme(width=16),
+)  # fmt: skip
+
+
 @runs_here
 class TestExperts:
     @settings(max_examples=6, phases=PHASES)
@@ -209,12 +262,14 @@ class TestExperts:
         x, weights = x.bfloat16() if half else x, torch.rand(tokens, top_k)
         # one past the last expert means none
         index = torch.randint(experts + 1, (tokens, top_k))
-        wanted, slack = expected_experts(stack, x, index, weights)
-        y = kernels.experts(on_device(stack), x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)).cpu().double()
-        error, bound = (y - wanted).abs(), 2e-5 * wanted.abs().max() + (8e-3 * wanted.abs() if half else 0)
-        assert (error <= bound + slack).all()
-        # hardly any activation lies where its rounding is open
-        assert ((error > bound).any(-1)).sum() <= 1
+        check_experts(stack, x, index, weights)
+
+    @pytest.mark.parametrize(("tokens", "mixed"), [(3, MIXED[:-1]), (8, MIXED), (15, MIXED[:-1])])
+    def test_of_mixed_encodings(self, tokens, mixed):
+        torch.manual_seed(tokens)
+        stack = make_stack(mixed, len(mixed), 12, 16, "silu", False)
+        index = (torch.arange(2 * tokens) % len(mixed)).view(tokens, 2)
+        check_experts(stack, torch.randn(tokens, 12), index, torch.rand(tokens, 2))
 
     @pytest.mark.parametrize("schemes", [(2, 3), (8,), (16, 5)], ids=str)
     def test_a_token_does_not_depend_on_the_tokens_beside_it(self, schemes):
@@ -294,7 +349,13 @@ def compile_launches(capability):
         for count in rows:
             kernels.linear(matrix, torch.zeros(count, 200), torch.zeros(40))
     kernels.linear(matrix, torch.zeros(20, 200).bfloat16())
-    stack = make_stack([Scheme(width=2), Scheme(width=3, group_size=32)], 4, 64, 64, "gelu", True)
+    for scheme in CODED:
+        matrix = make((40, 200), scheme)
+        for count in (1, 8, 20):
+            kernels.linear(matrix, torch.zeros(count, 200))
+            name = "many" if count == 20 else "few"
+            assert "prmt.b32" in assembly[name][-1]
+    stack = make_stack([Scheme(width=2), Scheme(width=3, group_size=32), MIXED[0]], 4, 64, 64, "gelu", True)
     for tokens in (1, 40):
         kernels.experts(stack, torch.zeros(tokens, 64), torch.zeros(tokens, 2).long(), torch.zeros(tokens, 2))
     assert all("dp4a.u32.s32" in ptx for ptx in assembly["few"])

@@ -27,6 +27,8 @@ FEW_ROWS = 16
 FEW_SLOTS = 2
 # outputs of a work item for the tensor cores
 _OUT = 64
+# numbers of the forms in `triton_weights.py` that encodings of their own have
+_FORMS = {"table": 2, "trellis": 3}
 
 
 def _interpreted() -> bool:
@@ -43,9 +45,10 @@ class _Packed:
     """Matrices of one shape that a launch chooses from.
 
     Attributes:
-        table: [matrices, 8] int64: addresses of three planes (or the 16-bit weight), scales and zero-points; where its
-            kind begins in `kinds`; where its group size begins in a row's q and in its steps (`_quantize`).
-        kinds: compile-time constants, four numbers for each kind: width, group size, symmetric, float16 scales.
+        table: [matrices, 8] int64: addresses of three planes (or the 16-bit weight), scales, and zero-points or
+            factors; where its kind begins in `kinds`; where its group size begins in a row's q and in its steps
+            (`_quantize`).
+        kinds: compile-time constants, four numbers for each kind: width, group size, form, float16 scales.
         sizes: group sizes, each followed by the power of two that holds it; rows are quantized once for each.
         shape: (out, in).
     """
@@ -89,7 +92,7 @@ class TritonKernels:
 
     name = "triton"
     takes_patches = False
-    encodings = frozenset({"int", "unquantized"})
+    encodings = frozenset({"int", "table", "trellis", "unquantized"})
 
     def unusable(self, device: torch.device) -> str | None:
         """See `ProductKernels`."""
@@ -156,7 +159,8 @@ def _kind(matrix: PackedMatrix) -> tuple[int, int, int, int]:
     scheme = matrix.scheme
     if scheme.is_unquantized:
         return KEEP_WIDTH, BLOCK, 0, 0
-    return scheme.width, scheme.group_size, int(scheme.symmetric), int(scheme.scale_dtype == "float16")
+    form = _FORMS[scheme.encoding] if scheme.is_coded else int(scheme.symmetric)
+    return scheme.width, scheme.group_size, form, int(scheme.scale_dtype == "float16")
 
 
 def _prepare(matrices: Sequence[PackedMatrix]) -> _Packed:
@@ -173,12 +177,13 @@ def _prepare(matrices: Sequence[PackedMatrix]) -> _Packed:
     entries = []
     for matrix in matrices:
         tensors = dict(matrix.named_buffers())
-        # the kernels are compiled for this alignment, which every allocation on a GPU has
-        if any(tensor.data_ptr() % 16 for tensor in tensors.values()):
-            raise ValueError("tensors of a matrix must be aligned to 16 bytes")
+        # the kernels are compiled for this alignment: every allocation on a GPU has it, and a mapped file, too
+        if any(tensor.data_ptr() % (4 if name == "factor" else 16) for name, tensor in tensors.items()):
+            raise ValueError("tensors of a matrix must be aligned to 16 bytes, factors to 4")
         weights = [tensors["weight"]] if matrix.scheme.is_unquantized else matrix.planes
         addresses = [tensor.data_ptr() for tensor in weights] + [0] * (3 - len(weights))
-        addresses += [tensors[name].data_ptr() if name in tensors else 0 for name in ("scale", "zero")]
+        second = "factor" if matrix.scheme.is_coded else "zero"
+        addresses += [tensors[name].data_ptr() if name in tensors else 0 for name in ("scale", second)]
         before = 0 if matrix.scheme.is_unquantized else sizes.index(matrix.scheme.group_size)
         inputs = sum(count * size for count, size in zip(groups[:before], sizes[:before], strict=True))
         entries.append([*addresses, 4 * kinds.index(_kind(matrix)), inputs, sum(groups[:before])])
@@ -271,13 +276,14 @@ def _product(
     """Compute all slots: slot s multiplies row s // shared of x, with its own expert's matrix if there is a route."""
     (q, steps), (out, features) = _quantize(packed, x), packed.shape
     slots, experts = y.numel() // out, 1 if route is None else route.experts
+    nvidia = not _interpreted() and torch.version.hip is None
     numbers = (slots, shared, experts, features, q.shape[1], steps.shape[1], out)
     if slots <= FEW_ROWS and not packed.keeps if route is None else route.order is None:
         count = min(8, 1 << (slots - 1).bit_length()) if route is None else 1
         _ops().few[(-(-out // TILE), -(-slots // count))](
             packed.table, y, bias, q, steps, None if route is None else route.index, *numbers,
             KINDS=packed.kinds, ROUTED=route is not None, ACTIVATION=activation, ROWS=count,
-            DP4A=not _interpreted() and torch.version.hip is None, **_options(),
+            NVIDIA=nvidia, **_options(),
         )  # fmt: skip
         return
     sorted_slots = (None,) * 4 if route is None else (route.order, route.work, route.starts, route.ends)
@@ -285,5 +291,5 @@ def _product(
     _ops().many[(-(-out // _OUT), -(-slots // count) if route is None else route.pieces)](
         packed.table, y, bias, q, steps, x, *sorted_slots, *numbers,
         KINDS=packed.kinds, ROUTED=route is not None, ACTIVATION=activation, OUT=_OUT, ROWS=count,
-        EMULATED=_interpreted(), **_options(),
+        NVIDIA=nvidia, EMULATED=_interpreted(), **_options(),
     )  # fmt: skip

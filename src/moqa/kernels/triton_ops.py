@@ -1,23 +1,36 @@
 # mypy: ignore-errors
 # ruff: noqa: RET505 (Triton compiles the code after a return unless it is in an `else`)
-"""The four Triton kernels and what they share; `triton.py` launches them. Importing this file imports triton.
+"""The four Triton kernels; `triton.py` launches them. Importing this file imports triton.
 
 All of them do the arithmetic of the C++ kernels in the same order: integers within a group, then one fused step per
 group, the groups of a slice from left to right, then the slices from left to right. Operations are fused only where the
 code says so (`enable_fp_fusion=False`). So a row's result depends neither on the other rows nor on the kernel that
 computed it.
 
-`KINDS` lists the kinds of matrices in a table, four numbers for each: width, group size, symmetric, float16 scales. The
-planes of a width have B0, B1 and B2 bits. Only features of Triton 3.4 are used, the version that torch 2.8 comes with.
+`KINDS` lists the kinds of matrices in a table, four numbers for each: width, group size, form (`triton_weights.py`),
+float16 scales. `NVIDIA`: the GPU has NVIDIA's instructions. Only features of Triton 3.4 are used, the version that
+torch 2.8 comes with.
 """
 
 import triton
 import triton.language as tl
 
+from moqa.kernels.triton_weights import (
+    BLOCK,
+    TILE,
+    bytes_of_blocks,
+    grid_of,
+    planes_of,
+    pointer,
+    row_scale,
+    scales_of,
+    vectors_of_block,
+    words_of_block,
+    zeros_of,
+)
+
 # groups of a matrix are split into this many runs, which a single row sums in parallel
 SLICES = tl.constexpr(8)
-TILE = tl.constexpr(16)
-BLOCK = tl.constexpr(32)
 
 
 @triton.jit
@@ -53,19 +66,6 @@ def quantize(x, q, steps, features, q_stride, stride, SIZES: tl.constexpr, COUNT
 
 
 @triton.jit
-def _pointer(field, DTYPE: tl.constexpr):
-    return tl.multiple_of(tl.load(field).to(tl.pointer_type(DTYPE)), 16)
-
-
-@triton.jit
-def _offsets(zeros, at, mask, WIDTH: tl.constexpr, SYMMETRIC: tl.constexpr):
-    if SYMMETRIC:
-        return tl.full(at.shape, 2.0 ** (WIDTH - 1), tl.float32)
-    else:
-        return tl.load(zeros + at, mask=mask, other=0).to(tl.float32) * ((2.0**WIDTH - 1) / 255)
-
-
-@triton.jit
 def _rescaled(total, dot, weight_scale, zero, step, SIGNED: tl.constexpr):
     """Add one group: total + weight scale * (scale * dot - zero * scale * sum)."""
     scale = step.to(tl.int32).to(tl.float32, bitcast=True)
@@ -89,28 +89,38 @@ def _in_order(x, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _add_products(dot, word, quad, NVIDIA: tl.constexpr):
+    """Add the products of four weights, without a sign, with four inputs."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [word, quad, dot], tl.int32, True, 1
+        )
+    else:
+        for i in tl.static_range(4):
+            dot += ((word >> 8 * i) & 255) * ((quad << (24 - 8 * i)) >> 24)
+        return dot
+
+
+@triton.jit
 def _few_of_kind(
-    entry, tile, rows, live, q, steps, features, q_stride, stride,
-    WIDTH: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    DP4A: tl.constexpr,
+    entry, tile, rows, live, q, steps, features, q_stride, stride, out,
+    WIDTH: tl.constexpr, G: tl.constexpr, FORM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    B0: tl.constexpr = 1 if WIDTH == 1 else 2 if WIDTH < 4 else 4
-    B1: tl.constexpr = 2 if WIDTH == 7 else WIDTH - B0
-    B2: tl.constexpr = WIDTH - B0 - B1
     CHUNK: tl.constexpr = 128 if (G & -G) > 128 else (G & -G)
     BLOCKS: tl.constexpr = CHUNK // BLOCK
     # loads of this many groups are issued before any is used: a single row is bound by memory latency
     BATCH: tl.constexpr = 128 // G if CHUNK == G else 1
     EAGER: tl.constexpr = ROWS <= 2
-    p0 = _pointer(entry, tl.int32)
-    p1 = _pointer(entry + 1, tl.int32)
-    p2 = _pointer(entry + 2, tl.int32)
-    scales = _pointer(entry + 3, tl.float16 if HALF else tl.bfloat16)
-    zeros = _pointer(entry + 4, tl.uint8)
+    planes = planes_of(entry)
+    scales = scales_of(entry, HALF)
+    zeros = zeros_of(entry, FORM)
     inputs = q + tl.multiple_of(tl.load(entry + 6), 32) + rows.to(tl.int64) * q_stride
     pairs = inputs.to(tl.pointer_type(tl.int64))
     steps += tl.load(entry + 7) + rows * stride
     lane = tl.arange(0, TILE)[None, None, :]
+    tiles = tl.cdiv(out, TILE)
+    scale = row_scale(scales, tile, tiles, lane, FORM)
     blocks = tl.cdiv(features, BLOCK)
     groups = tl.cdiv(features, G)
     each = tl.cdiv(groups, SLICES)
@@ -121,9 +131,8 @@ def _few_of_kind(
         grids = ()
         for g in tl.static_range(BATCH):
             used = begin + turn + g < end
-            at = (tile * groups + begin + turn + g) * TILE + lane
-            grids += (tl.load(scales + at, mask=used, other=0.0).to(tl.float32),)
-            grids += (_offsets(zeros, at, used, WIDTH, SYMMETRIC),)
+            cell = tile * groups + begin + turn + g
+            grids += grid_of(scale, scales, zeros, cell, lane, used, FORM, WIDTH)
             grids += (tl.load(steps + begin + turn + g, mask=live & used, other=0),)
         dot = tl.zeros([ROWS, SLICES, TILE], tl.int32)
         for chunk in range(G // CHUNK):
@@ -133,13 +142,7 @@ def _few_of_kind(
                 for b in tl.static_range(BLOCKS):
                     block = (begin + turn + g) * (G // BLOCK) + chunk * BLOCKS + b
                     stored = (begin + turn + g < end) & (block < blocks)
-                    base = (tile * blocks + block) * TILE
-                    for i in tl.static_range(B0):
-                        words += (tl.load(p0 + (base * B0 + i * TILE + lane), mask=stored, other=0),)
-                    for i in tl.static_range(B1):
-                        words += (tl.load(p1 + (base * B1 + i * TILE + lane), mask=stored, other=0),)
-                    for i in tl.static_range(B2):
-                        words += (tl.load(p2 + (base * B2 + i * TILE + lane), mask=stored, other=0),)
+                    words += (words_of_block(planes, tile, tiles, block, blocks, lane, stored, FORM, WIDTH),)
                     if EAGER:
                         for i in tl.static_range(4):
                             given += (tl.load(pairs + (block * 4 + i), mask=live & stored, other=0),)
@@ -151,25 +154,10 @@ def _few_of_kind(
                         given = ()
                         for i in tl.static_range(4):
                             given += (tl.load(pairs + (block * 4 + i), mask=live & stored, other=0),)
+                    vectors = vectors_of_block(words[g * BLOCKS + b], FORM, WIDTH, NVIDIA)
                     for v in tl.static_range(8):
-                        # a word has four inputs of a row in each of its fields
-                        word = words[(g * BLOCKS + b) * WIDTH + v * B0 // 8]
-                        word = (word >> (v * B0 % 8)) & (0x01010101 * (2**B0 - 1))
-                        if B1 > 0:
-                            low = words[(g * BLOCKS + b) * WIDTH + B0 + v * B1 // 8]
-                            word = (word << B1) | ((low >> (v * B1 % 8)) & (0x01010101 * (2**B1 - 1)))
-                        if B2 > 0:
-                            low = words[(g * BLOCKS + b) * WIDTH + B0 + B1 + v * B2 // 8]
-                            word = (word << B2) | ((low >> (v * B2 % 8)) & (0x01010101 * (2**B2 - 1)))
                         pair = given[((g * BLOCKS + b) * 4 if EAGER else 0) + v // 2]
-                        quad = (pair >> (v % 2 * 32)).to(tl.int32)
-                        if DP4A:
-                            dot = tl.inline_asm_elementwise(
-                                "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [word, quad, dot], tl.int32, True, 1
-                            )
-                        else:
-                            for i in tl.static_range(4):
-                                dot += ((word >> 8 * i) & 255) * ((quad << (24 - 8 * i)) >> 24)
+                        dot = _add_products(dot, vectors[v], (pair >> (v % 2 * 32)).to(tl.int32), NVIDIA)
                 if CHUNK == G:
                     total = _rescaled(total, dot, grids[3 * g], grids[3 * g + 1], grids[3 * g + 2], False)
                     dot = tl.zeros([ROWS, SLICES, TILE], tl.int32)
@@ -179,46 +167,23 @@ def _few_of_kind(
 
 
 @triton.jit
-def _tile_of_plane(
-    plane, tile, lane, here, block, blocks,
-    BITS: tl.constexpr, LOW: tl.constexpr, OUT: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The bits of one plane at their place in bytes, [OUT, CHUNK]."""
-    vector = tl.arange(0, CHUNK // BLOCK * BITS)[:, None]
-    stored = here[None, :] & (block + vector // BITS < blocks)
-    word = ((tile * blocks + block) * (BITS * TILE) + lane)[None, :] + vector * TILE
-    words = tl.load(plane + word, mask=stored, other=0)
-    # bytes are joined rather than broadcast, so that the thread that holds a word holds all of its fields
-    fields = words[:, :, None] >> (tl.arange(0, 8 // BITS) * BITS)[None, None, :]
-    b0 = ((fields & (2**BITS - 1)) << LOW).to(tl.int8)
-    b1 = (((fields >> 8) & (2**BITS - 1)) << LOW).to(tl.int8)
-    b2 = (((fields >> 16) & (2**BITS - 1)) << LOW).to(tl.int8)
-    b3 = (((fields >> 24) & (2**BITS - 1)) << LOW).to(tl.int8)
-    joined = tl.join(tl.join(b0, b2), tl.join(b1, b3))
-    return tl.reshape(tl.permute(joined, (1, 0, 2, 3, 4)), (OUT, CHUNK))
-
-
-@triton.jit
 def _tile_of_kind(
     entry, first, rows, live, q, steps, features, q_stride, stride, out,
-    WIDTH: tl.constexpr, G: tl.constexpr, SYMMETRIC: tl.constexpr, HALF: tl.constexpr, OUT: tl.constexpr,
-    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, G: tl.constexpr, FORM: tl.constexpr, HALF: tl.constexpr, OUT: tl.constexpr,
+    ROWS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    B0: tl.constexpr = 1 if WIDTH == 1 else 2 if WIDTH < 4 else 4
-    B1: tl.constexpr = 2 if WIDTH == 7 else WIDTH - B0
-    B2: tl.constexpr = WIDTH - B0 - B1
     CHUNK: tl.constexpr = 128 if (G & -G) > 128 else (G & -G)
-    p0 = _pointer(entry, tl.int32)
-    p1 = _pointer(entry + 1, tl.int32)
-    p2 = _pointer(entry + 2, tl.int32)
-    scales = _pointer(entry + 3, tl.float16 if HALF else tl.bfloat16)
-    zeros = _pointer(entry + 4, tl.uint8)
+    planes = planes_of(entry)
+    scales = scales_of(entry, HALF)
+    zeros = zeros_of(entry, FORM)
     inputs = q + tl.multiple_of(tl.load(entry + 6), 32) + (rows.to(tl.int64) * q_stride)[:, None]
     steps += tl.load(entry + 7)
     row = first + tl.arange(0, OUT)
     tile = row // TILE
     lane = row % TILE
-    here = tile < tl.cdiv(out, TILE)
+    tiles = tl.cdiv(out, TILE)
+    here = tile < tiles
+    scale = row_scale(scales, tile, tiles, lane, FORM)
     blocks = tl.cdiv(features, BLOCK)
     groups = tl.cdiv(features, G)
     each = tl.cdiv(groups, SLICES)
@@ -226,23 +191,15 @@ def _tile_of_kind(
     for begin in range(0, groups, each):
         part = tl.zeros([OUT, ROWS], tl.float32)
         for group in tl.range(begin, tl.minimum(begin + each, groups), num_stages=3):
-            at = (tile * groups + group) * TILE + lane
-            weight_scale = tl.load(scales + at, mask=here, other=0.0).to(tl.float32)[:, None]
-            zero = _offsets(zeros, at, here, WIDTH, SYMMETRIC)[:, None]
+            weight_scale, zero = grid_of(scale, scales, zeros, tile * groups + group, lane, here, FORM, WIDTH)
             step = tl.load(steps + (rows * stride + group), mask=live, other=0)[None, :]
             dot = tl.zeros([OUT, ROWS], tl.int32)
             for chunk in range(G // CHUNK):
                 block = group * (G // BLOCK) + chunk * (CHUNK // BLOCK)
                 x = tl.load(inputs + (block * BLOCK + tl.arange(0, CHUNK))[None, :], mask=live[:, None], other=0)
-                w = _tile_of_plane(p0, tile, lane, here, block, blocks, B0, WIDTH - B0, OUT, CHUNK)
-                if B1 > 0:
-                    w |= _tile_of_plane(p1, tile, lane, here, block, blocks, B1, B2, OUT, CHUNK)
-                if B2 > 0:
-                    w |= _tile_of_plane(p2, tile, lane, here, block, blocks, B2, 0, OUT, CHUNK)
-                if WIDTH == 8:
-                    w ^= -128  # subtracts 128, for products of signed bytes
+                w = bytes_of_blocks(planes, tile, tiles, lane, here, block, blocks, FORM, WIDTH, OUT, CHUNK, NVIDIA)
                 dot = tl.dot(w, tl.trans(x), acc=dot, out_dtype=tl.int32)
-            part = _rescaled(part, dot, weight_scale, zero, step, WIDTH == 8)
+            part = _rescaled(part, dot, weight_scale[:, None], zero[:, None], step, WIDTH == 8)
         total += part
     return total
 
@@ -260,7 +217,7 @@ def _tile_of_kept(
     entry, first, rows, live, values, features, out, OUT: tl.constexpr, ROWS: tl.constexpr, EMULATED: tl.constexpr
 ):
     """Products with bfloat16 weights; float32 inputs are split into three bfloat16 parts, without loss."""
-    weight = _pointer(entry, tl.bfloat16)
+    weight = pointer(entry, tl.bfloat16, 16)
     row = first + tl.arange(0, OUT)
     total = tl.zeros([OUT, ROWS], tl.float32)
     for begin in range(0, features, 64):
@@ -284,16 +241,16 @@ def _tile_of_kept(
 
 @triton.jit
 def _few(
-    entry, tile, rows, live, q, steps, features, q_stride, stride,
-    KINDS: tl.constexpr, ROWS: tl.constexpr, DP4A: tl.constexpr,
+    entry, tile, rows, live, q, steps, features, q_stride, stride, out,
+    KINDS: tl.constexpr, ROWS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([ROWS, TILE], tl.float32)
     for i in tl.static_range(0, len(KINDS), 4):
         # with only one kind, there is no need to wait for the table to say which
         if len(KINDS) == 4 or tl.load(entry + 5) == i:
             total = _few_of_kind(
-                entry, tile, rows, live, q, steps, features, q_stride, stride, KINDS[i], KINDS[i + 1], KINDS[i + 2],
-                KINDS[i + 3], ROWS, DP4A,
+                entry, tile, rows, live, q, steps, features, q_stride, stride, out, KINDS[i], KINDS[i + 1],
+                KINDS[i + 2], KINDS[i + 3], ROWS, NVIDIA,
             )  # fmt: skip
     return total
 
@@ -301,7 +258,7 @@ def _few(
 @triton.jit
 def _many(
     entry, first, rows, live, values, q, steps, features, q_stride, stride, out,
-    KINDS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, EMULATED: tl.constexpr,
+    KINDS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, NVIDIA: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([OUT, ROWS], tl.float32)
     for i in tl.static_range(0, len(KINDS), 4):
@@ -311,7 +268,7 @@ def _many(
             else:
                 total = _tile_of_kind(
                     entry, first, rows, live, q, steps, features, q_stride, stride, out, KINDS[i], KINDS[i + 1],
-                    KINDS[i + 2], KINDS[i + 3], OUT, ROWS,
+                    KINDS[i + 2], KINDS[i + 3], OUT, ROWS, NVIDIA,
                 )  # fmt: skip
     return total
 
@@ -340,7 +297,7 @@ def _activated(gate, up, NAME: tl.constexpr):
 @triton.jit(do_not_specialize=["slots"])
 def few(
     table, y, bias, q, steps, index, slots, shared, experts, features, q_stride, stride, out,
-    KINDS: tl.constexpr, ROUTED: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, DP4A: tl.constexpr,
+    KINDS: tl.constexpr, ROUTED: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """A tile of 16 outputs of `ROWS` rows: unpacked in registers and multiplied there.
 
@@ -365,8 +322,9 @@ def few(
     for matrix in range(1 if ACTIVATION is None else 2):
         gate = total
         total = _few(
-            entry + matrix * experts * 8, tile, rows, here, q, steps, features, q_stride, stride, KINDS, ROWS, DP4A
-        )
+            entry + matrix * experts * 8, tile, rows, here, q, steps, features, q_stride, stride, out, KINDS, ROWS,
+            NVIDIA,
+        )  # fmt: skip
         if bias is not None:
             at = (matrix * experts + expert) * out + column
             total += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -379,7 +337,7 @@ def few(
 def many(
     table, y, bias, q, steps, values, order, work, starts, ends, slots, shared, experts, features, q_stride, stride,
     out, KINDS: tl.constexpr, ROUTED: tl.constexpr, ACTIVATION: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr,
-    EMULATED: tl.constexpr,
+    NVIDIA: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """A tile of `OUT` outputs of `ROWS` rows: unpacked to bytes and multiplied by the tensor cores.
 
@@ -411,7 +369,7 @@ def many(
         gate = total
         total = _many(
             entry + matrix * experts * 8, first, rows, live, values, q, steps, features, q_stride, stride, out, KINDS,
-            OUT, ROWS, EMULATED,
+            OUT, ROWS, NVIDIA, EMULATED,
         )  # fmt: skip
         if bias is not None:
             at = (matrix * experts + expert) * out + column

@@ -96,7 +96,7 @@ def _distinct_labels(made: list[Allocation]) -> list[Allocation]:
 
 
 def _key(schemes: dict[str, Scheme]) -> object:
-    return tuple(sorted((name, scheme.width, scheme.group_size, scheme.symmetric) for name, scheme in schemes.items()))
+    return tuple(sorted((n, s.width, s.group_size, s.symmetric, s.encoding) for n, s in schemes.items()))
 
 
 def _unit(name: str, stored: StoredUnit | None = None) -> UnitRecord:
