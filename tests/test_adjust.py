@@ -31,10 +31,10 @@ def made(tiny_model, texts, tmp_path_factory):
     profile = moqa.profile(
         tiny_model, [texts["wiki"], texts["novels"]], folder / "profile", samples=4, context=32, self_samples=1
     )
-    plan = moqa.plan(profile, None, strategy="uniform", widths=(2,))
+    plan = moqa.plan(profile, None, strategy="uniform", widths=(2,), floors={"attention": 4})
     for name, cache in (("full", "full"), ("part", "30%"), ("none", None)):
         moqa.quantize(tiny_model, plan, folder / name, method="rtn", profile=profile, cache=cache)
-    wider = moqa.plan(profile, None, strategy="uniform", widths=(3,))
+    wider = moqa.plan(profile, None, strategy="uniform", widths=(3,), floors={"attention": 4})
     moqa.quantize(tiny_model, wider, folder / "wider", method="rtn", profile=profile, cache="full")
     return folder
 

@@ -147,10 +147,10 @@ class TestMistakes:
         fails(result, "short.txt", "--context 256")
         assert not (tmp_path / "p").exists()
 
-    @pytest.mark.parametrize(("bpw", "word"), [("1.2", "below"), ("30", "above")])
+    @pytest.mark.parametrize(("bpw", "word"), [("1.05", "below"), ("30", "above")])
     def test_a_budget_out_of_reach(self, moqa, work, tmp_path, bpw, word):
         result = moqa("plan", work / "profile", "--bpw", bpw, "-o", tmp_path / "plan.json")
-        fails(result, f"--bpw {bpw}", word, "reachable", "2.49 to 8.38")
+        fails(result, f"--bpw {bpw}", word, "reachable", "1.09 to 8.75")
         assert not (tmp_path / "plan.json").exists()
 
     def test_a_plan_for_another_model(self, moqa, work, tmp_path):

@@ -120,7 +120,7 @@ class TestOptions:
 def made_up():
     """A strategy that is registered here and nowhere else."""
 
-    @strategy("made-up", needs_budget=True, needs_experts=True, hedge=0.7, options=("objective",))
+    @strategy("made-up", needs_budget=True, needs_experts=True, hedge=lambda bits: 0.7, options=("objective",))
     def choose(problem):
         """The narrowest widths, then in turn."""
         return problem.fill(problem.smallest(), range(len(problem.groups)))

@@ -47,5 +47,6 @@ def test_a_plan_of_the_profile_is_the_plan(tmp_path):
     shutil.copytree(OLD / "profile", tmp_path / "profile")
     profile, old = moqa.read_profile(tmp_path / "profile"), moqa.read_plan(OLD / "plan.json")
     assert old.strategy == "budget"
-    plan = moqa.plan(profile, "4bpw")
+    # what was the default then
+    plan = moqa.plan(profile, "4bpw", widths=(2, 3, 4, 5, 6, 8), floors={"attention": 4}, hedge=0.3)
     assert (plan.units, plan.account, plan.mixture) == (old.units, old.account, old.mixture)

@@ -26,6 +26,7 @@ from moqa.reports.verdict import Verdict, comparisons, verdict
 from moqa.storage.artifact import write_json
 
 FINGERPRINT = "f" * 64
+USUAL = default_hedge(3.43)
 SECTIONS = ("quality", "size", "significance", "bits", "activation", "bytes", "provenance")
 
 
@@ -76,9 +77,6 @@ def store(profile: Profile) -> None:
         for name, each in profile.statistics.items()
     }
     write_profile(Profile(profile.record, profile.folder, filled, profile.weights))
-
-
-USUAL = default_hedge(3.43)
 
 
 def evaluation(

@@ -85,7 +85,8 @@ def other_schemes(settings: Settings) -> tuple[Scheme, ...]:
         for group in GROUPS
         for name, symmetric in (("int", settings.symmetric), ("table", False), ("trellis", False))
         for width in ENCODINGS[name].widths
-        if not (name == "int" and (group == settings.group_size or (symmetric and width == 1)))
+        # a symmetric grid of 1 bit, with which codes of 1 bit would be compared, does not exist
+        if not (settings.symmetric and width == 1) and not (name == "int" and group == settings.group_size)
     )
 
 
