@@ -15,8 +15,10 @@ def recorded(path: str | Path, folder: Path) -> str:
         path: as the user typed it; may be no path at all, such as a Hub id.
         folder: that the artifact is written to.
     """
-    shared = os.path.commonpath((os.path.realpath(path), os.path.realpath(folder)))
-    return Path(path).name if Path(path).is_absolute() and shared == os.sep else relative(path, folder)
+    if not Path(path).is_absolute():
+        return str(path)
+    ends = os.path.realpath(path), os.path.realpath(folder)
+    return Path(ends[0]).name if os.path.commonpath(ends) == os.sep else relative(path, folder)
 
 
 def relative(path: str | Path, folder: Path) -> str:
