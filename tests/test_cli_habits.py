@@ -15,6 +15,7 @@ import moqa
 from moqa.cli.examples import EXAMPLES
 from moqa.cli.main import application
 from moqa.cli.recipe import read_recipe
+from moqa.format.reader import open_checkpoint
 from moqa.methods.registry import METHODS
 from moqa.planning.registry import STRATEGIES
 
@@ -152,6 +153,26 @@ class TestRecipe:
                 fixed=options.fixed,
             )  # fmt: skip
             assert again.units == plan.units
+
+    def test_the_recipe_of_a_mixed_plan_has_the_grid_of_its_profile(
+        self, moqa_command, asked, sharded, sharded_profile, tmp_path
+    ):
+        asked_for = {"groups": (128, 32), "encodings": ("trellis", "int"), "floors": {"shared": 3}}
+        plan = moqa.plan(sharded_profile, "2.2bpw", **asked_for)
+        made = moqa.quantize(sharded, plan, tmp_path / "made", method="rtn", profile=sharded_profile)
+        moqa_command("quantize", "--config", made, "--data", "wiki=wiki.txt", "-o", "again")
+        (_, _, _, _, options), settings = asked[0], sharded_profile.record.settings
+        assert {scheme.group_size for scheme in plan.units.values()} != {settings.group_size}
+        assert (options.group_size, options.symmetric) == (settings.group_size, settings.symmetric)
+        assert {name: getattr(options, name) for name in asked_for} == asked_for
+
+    def test_a_checkpoint_from_before_mixed_plans_is_made_again_without_mixing(self, checkpoint):
+        manifest = open_checkpoint(checkpoint).manifest
+        group = next(iter(manifest.units.values())).scheme.group_size
+        assert manifest.group_size is None
+        recipe = read_recipe(checkpoint)
+        assert (recipe["group_size"], recipe["groups"], recipe["encodings"]) == (group, (group,), ("int",))
+        assert (recipe["symmetric"], recipe["floor"]) == (False, "none")
 
     @pytest.mark.parametrize(
         ("text", "problem"),

@@ -3,13 +3,18 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moqa.errors import MoqaError, one_line
 
+if TYPE_CHECKING:
+    from moqa.format.manifest import Manifest
+
 BUDGETS = ("bpw", "size", "fit")
+# fields of a manifest -> options, where the names differ
+_OPTIONS = {"fixed": "set", "floors": "floor"}
 _FORMS = "give a file of options such as `bpw: 3`, or the folder or moqa.json of a checkpoint"
 
 
@@ -40,24 +45,39 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def _of_checkpoint(path: Path) -> dict[str, Any]:
     """The options that a checkpoint was made with, as far as its manifest records them."""
-    from moqa.format.manifest import Manifest
+    from moqa.format.manifest import Candidates, Manifest
     from moqa.storage.artifact import read_json
     from moqa.storage.paths import found
 
     manifest = read_json(Manifest, path)
-    scheme = next((u.scheme for u in manifest.units.values() if not u.scheme.is_unquantized), None)
+    candidates = manifest.model_dump(include=set(Candidates.model_fields))
+    if manifest.group_size is None:
+        candidates |= _of_one_group(manifest)
+    if candidates.get("floors") == {}:
+        candidates["floors"] = "none"
     options = {"hedge": None, "objective": None, "scope": None, **manifest.options}
     recipe = {
         "model": found(manifest.model, path.parent), "strategy": manifest.strategy, "ties": manifest.ties,
         "method": manifest.method, "seed": manifest.seed,
-        "group_size": scheme and scheme.group_size, "symmetric": scheme and scheme.symmetric,
-        "widths": manifest.widths, "set": manifest.fixed, "encodings": manifest.encodings, "groups": manifest.groups,
-        "floor": manifest.floors,
+        **{_OPTIONS.get(name, name): value for name, value in candidates.items()},
         **{name: options[name] for name in ("hedge", "objective", "scope")},
         # as it was typed, e.g. --fit 8GiB --context 8192 --batch 4
         **dict(re.findall(r"--(\w+) ([^\s(]+)", manifest.budget or "")),
     }  # fmt: skip
     return {name: value for name, value in recipe.items() if value is not None}
+
+
+def _of_one_group(manifest: "Manifest") -> dict[str, Any]:
+    """The candidates of a checkpoint from before plans mixed encodings and group sizes: it has one of each."""
+    from moqa.format.scheme import DEFAULT_ENCODING, Scheme
+    from moqa.planning.candidates import floors_of
+
+    scheme = next((unit.scheme for unit in manifest.units.values() if not unit.scheme.is_unquantized), Scheme(width=8))
+    return {
+        "group_size": scheme.group_size, "groups": (scheme.group_size,), "symmetric": scheme.symmetric,
+        "encodings": (DEFAULT_ENCODING,), "widths": manifest.widths or (2, 3, 4, 5, 6, 8),
+        "floors": floors_of(4, any(unit.role == "expert" for unit in manifest.units.values())),
+    }  # fmt: skip
 
 
 def _take(ctx: typer.Context, path: Path | None) -> Path | None:

@@ -63,21 +63,15 @@ class Fitted(BaseModel, frozen=True):
         return np.frombuffer(base64.b64decode(self.shingles), "<u8").astype(np.uint64)
 
 
-class Manifest(BaseModel, frozen=True):
-    """Table of contents of a checkpoint."""
+class Candidates(BaseModel, frozen=True):
+    """What a plan could choose from, as the user asked for it."""
 
-    format: int = Field(1, description="2 if a unit is stored as codes of levels")
-    moqa: str = Field(description="version that wrote it")
-    model: str = Field(
-        description="the original model, as the user gave it; an absolute path relative to the checkpoint"
+    group_size: int | None = Field(
+        None, description="of the profile; null: written before plans mixed group sizes", exclude_if=lambda g: g is None
     )
-    model_type: str
-    fingerprint: str = Field(description="of the original model")
-    layers: int = Field(ge=0, description="decoder layers")
-    strategy: str
-    options: dict[str, str | float | int | None] = Field(description="of the strategy")
-    ties: str
-    budget: str | None
+    symmetric: bool | None = Field(
+        None, description="of the profile; null as for group_size", exclude_if=lambda flag: flag is None
+    )
     widths: tuple[int, ...] | None = Field(
         None, description="candidate widths, if they are not the default ones", exclude_if=lambda widths: widths is None
     )
@@ -93,6 +87,23 @@ class Manifest(BaseModel, frozen=True):
     floors: dict[str, int] | None = Field(
         None, description="role -> smallest width of its units, if given", exclude_if=lambda floors: floors is None
     )
+
+
+class Manifest(Candidates, frozen=True):
+    """Table of contents of a checkpoint."""
+
+    format: int = Field(1, description="2 if a unit is stored as codes of levels")
+    moqa: str = Field(description="version that wrote it")
+    model: str = Field(
+        description="the original model, as the user gave it; an absolute path relative to the checkpoint"
+    )
+    model_type: str
+    fingerprint: str = Field(description="of the original model")
+    layers: int = Field(ge=0, description="decoder layers")
+    strategy: str
+    options: dict[str, str | float | int | None] = Field(description="of the strategy")
+    ties: str
+    budget: str | None
     method: str = Field(description="quantization method")
     seed: int
     mixture: dict[str, float] = Field(

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from moqa.format.manifest import Length, Side
+from moqa.format.manifest import Candidates, Length, Side
 from moqa.format.scheme import Scheme
 
 FORMAT = 1
@@ -48,7 +48,7 @@ class Options(BaseModel, frozen=True):
     seed: int = Field(0, description="seed of a random plan")
 
 
-class Plan(BaseModel, frozen=True):
+class Plan(Candidates, frozen=True):
     """A scheme for every unit of one model (`plan.json`)."""
 
     format: int = FORMAT
@@ -62,21 +62,6 @@ class Plan(BaseModel, frozen=True):
     options: Options
     ties: Ties
     budget: str | None = Field(description="as the user typed it")
-    widths: tuple[int, ...] | None = Field(
-        None, description="candidate widths, if they are not the default ones", exclude_if=lambda widths: widths is None
-    )
-    fixed: dict[str, int] = Field(
-        {}, description="pattern of unit names -> width that the user chose", exclude_if=lambda fixed: not fixed
-    )
-    encodings: tuple[str, ...] | None = Field(
-        None, description="candidate encodings, if not the default ones", exclude_if=lambda names: names is None
-    )
-    groups: tuple[int, ...] | None = Field(
-        None, description="candidate group sizes, if not all of the profile", exclude_if=lambda sizes: sizes is None
-    )
-    floors: dict[str, int] | None = Field(
-        None, description="role -> smallest width of its units, if given", exclude_if=lambda floors: floors is None
-    )
     known: tuple[str, ...] = Field(description="distributions that the plan was fitted on")
     mixture: dict[str, Share] = Field(description="share of each distribution in the fit, with the model's own text")
     predicted: dict[str, float] = Field(description="expected KL divergence per token in nats, before any correction")

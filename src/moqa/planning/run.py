@@ -136,6 +136,7 @@ def plan(
         strategy=member.name, options=options, ties=ties, budget=budget.typed if budget else None, known=known,
         widths=None if given == DEFAULT_WIDTHS else widths, fixed=dict(fixed or {}), mixture=mixture,
         encodings=None if usual else encodings,
+        group_size=profile.record.settings.group_size, symmetric=profile.record.settings.symmetric,
         groups=None if groups is None else tuple(groups), floors=None if floors is None else dict(floors),
         predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
         gap=gap, account=account_of(profile, units), units=units,

@@ -8,7 +8,7 @@ from torch import Tensor
 from moqa import __version__
 from moqa.errors import MoqaError
 from moqa.format.layout import Shard, shards
-from moqa.format.manifest import FORMAT, MANIFEST, Manifest, StoredFile, StoredTensor, StoredUnit
+from moqa.format.manifest import FORMAT, MANIFEST, Candidates, Manifest, StoredFile, StoredTensor, StoredUnit
 from moqa.format.writer import write_index, write_manifest, write_shard
 from moqa.methods import Method
 from moqa.models.view import ModelView
@@ -97,8 +97,8 @@ class CheckpointWriter:
             format=FORMAT if any(scheme.is_coded for scheme in plan.units.values()) else 1,
             moqa=__version__, model=model, model_type=plan.model_type, fingerprint=plan.fingerprint,
             layers=self.depth, strategy=plan.strategy, options=plan.options.model_dump(), ties=plan.ties,
-            budget=plan.budget, widths=plan.widths, fixed=plan.fixed,
-            encodings=plan.encodings, groups=plan.groups, floors=plan.floors, method=self._method.name,
+            budget=plan.budget, method=self._method.name,
+            **{name: getattr(plan, name) for name in Candidates.model_fields},
             seed=profile.record.settings.seed, mixture=plan.mixture,
             fitted={
                 name: record.fitted
