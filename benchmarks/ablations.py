@@ -10,7 +10,7 @@ from torch import Tensor
 
 import moqa
 import moqa.methods.gptq
-import moqa.profiling.measure
+import moqa.profiling.passes
 from moqa.evaluation.proof import ProofSetup
 from moqa.methods import METHODS
 from moqa.models.view import open_model
@@ -32,8 +32,8 @@ HEDGES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 class Diagonal(Sensitivity):
     """The usual form: squared gradient x squared rounding error, weight by weight."""
 
-    def add(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        error = self._errors[name].float()
+    def add(self, name: str, x: Tensor, gradient: Tensor, samples: int | None = None) -> None:  # noqa: ARG002
+        error = self.errors[name].float()
         self.sums[name] += 0.5 * torch.einsum("oi,woi->w", gradient.square().T @ x.square(), error.square())
 
 
@@ -126,10 +126,10 @@ def main() -> None:
     view = open_model(MODEL)
     data = texts("calib", KNOWN)
     profile = moqa.profile(MODEL, data, ROOT / "runs" / "ablations" / "profile", view=view)
-    measure: Any = moqa.profiling.measure
-    measure.Sensitivity = Diagonal
+    passes: Any = moqa.profiling.passes
+    passes.Sensitivity = Diagonal
     diagonal = moqa.profile(MODEL, data, ROOT / "runs" / "ablations" / "diagonal", view=view)
-    measure.Sensitivity = Sensitivity
+    passes.Sensitivity = Sensitivity
     held_out = texts("test", (*KNOWN, *NOVEL))
     bench = ProofSetup(str(MODEL), view, profile, held_out=held_out, windows=WINDOWS, report=quiet)
     uniform = moqa.plan(profile, None, strategy="uniform", widths=[3])

@@ -201,7 +201,7 @@ class TestRoundColumns:
             GRID_KERNELS["native"].fit_grid(ones, torch.full((1, 4), 2), Scheme(width=2), torch.ones(1, 5))
 
 
-def coded_problem(parts, shape, encoding, seed, exact):
+def coded_problem(parts, shape, encoding, seed, exact, apart=16):
     """Columns of some matrices whose parts have widths of their own; what is exact has sums without a rounding."""
     (n, features), rows, generator = shape, sum(parts), torch.Generator().manual_seed(seed)
     known = torch.tensor(ENCODINGS[encoding].widths, dtype=torch.uint8)
@@ -215,7 +215,7 @@ def coded_problem(parts, shape, encoding, seed, exact):
         scale = 0.3 + torch.rand(n, rows, generator=generator)
     factor = torch.randint(1, 3, (n, rows, -(-features // 32)), dtype=torch.uint8, generator=generator)
     scale[torch.rand(n, rows, generator=generator) < 0.1] = 0.0
-    grid = LevelGrid(encoding, scale / 2, factor, 32, width, tuple(parts))
+    grid = LevelGrid(encoding, scale / 2, factor, 32, width, tuple(parts), apart)
     order = torch.stack([torch.randperm(features, generator=generator) for _ in range(n)])
     return weights, grid, order, generator
 
@@ -232,9 +232,11 @@ encodings = st.sampled_from(["table", "trellis"])
 
 class TestRoundCodes:
     @settings(max_examples=60, deadline=None)
-    @given(some_parts, st.integers(1, 3), st.integers(1, 70), encodings, st.integers(0, 10**6))
-    def test_all_kernels_find_the_same(self, kernels, parts, n, features, encoding, seed):
-        weights, grid, order, generator = coded_problem(parts, (n, features), encoding, seed, exact=True)
+    @given(
+        some_parts, st.integers(1, 3), st.integers(1, 70), encodings, st.integers(0, 10**6), st.sampled_from([4, 16])
+    )
+    def test_all_kernels_find_the_same(self, kernels, parts, n, features, encoding, seed, apart):
+        weights, grid, order, generator = coded_problem(parts, (n, features), encoding, seed, True, apart)
         factors = [None]
         if features <= 3:  # halves of halves: with more columns some sums would be rounded
             factor = torch.randint(-1, 2, (n, features, features), generator=generator) / 2

@@ -631,7 +631,7 @@ void check_solving(int matrices, int rows, int in, int group, bool symmetric, bo
 }
 
 // The same for codes.
-void check_coding(int matrices, const std::vector<int>& parts, int in, int group, bool trellis, bool passed_on) {
+void check_coding(int matrices, const std::vector<int>& parts, int in, int group, bool trellis, bool passed_on, int apart) {
     const int groups = (in + group - 1) / group, count = int(parts.size());
     std::vector<int> begin{0};
     for (int rows : parts) begin.push_back(begin.back() + rows);
@@ -658,7 +658,7 @@ void check_coding(int matrices, const std::vector<int>& parts, int in, int group
                     std::copy_n(start.get() + (size_t(m) * in + first) * rows, size_t(columns) * rows,
                                 now.get() + size_t(m) * columns * rows);
                 round(*path, {matrices, rows, in, group, groups, first, columns, now.get(), work.get(), factor.get(),
-                              order.get(), scale.get(), nullptr, nullptr, found.back().get(), trellis, count,
+                              order.get(), scale.get(), nullptr, nullptr, found.back().get(), trellis, apart, count,
                               begin.data(), width.get()}, threads);
             }
         }
@@ -688,7 +688,7 @@ int main(int argc, char** argv) {
     for (const std::vector<int>& parts : {std::vector<int>{1}, {16}, {15, 1}, {40}, {33, 16, 130}, {3, 3, 3, 64}})
         for (int in : {1, 33, 130})
             for (int kind = 0; kind < 4; ++kind)
-                check_coding(random_int(1, 3), parts, in, one_of({32, 64}), kind & 1, kind & 2);
+                check_coding(random_int(1, 3), parts, in, one_of({32, 64}), kind & 1, kind & 2, one_of({4, 16}));
     for (int width : {1, 2, 3, 4, 5, 6, 7, 8, 16})
         for (int group : {32, 64, 128}) {
             for (const auto& shape : shapes)

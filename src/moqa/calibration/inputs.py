@@ -10,11 +10,12 @@ from torch import Tensor
 
 from moqa.calibration.routed import routed
 from moqa.memory.process import give_back
-from moqa.models.experts import Experts, ParameterWeights, weights_from, with_bias
+from moqa.models.experts import Experts, ParameterWeights, projection_rows, weights_from, with_bias
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.layout import Convolution, input_rows, layout_of
 from moqa.models.precision import in_stored_precision
 from moqa.models.products import fast_sums, in_blocks
+from moqa.models.slopes import COMBINED, slopes
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.models.watch import watching
@@ -42,10 +43,13 @@ class InputStatistics:
     Attributes:
         check: held-out inputs, on which results are compared.
         tokens: number of inputs that are fitted on.
+        slopes: [2, width, width] Gram matrices of the slopes of the activation for the units' outputs, where these are
+            gates and ups and slopes were asked for, float32.
     """
 
     def __init__(self, features: int) -> None:
         self._features, self.check, self.tokens = features, HeldOutInputs(features), 0
+        self.slopes: Tensor | None = None
         self._sum: Tensor | None = None  # the lower triangle, in tiles
 
     @property
@@ -69,6 +73,14 @@ class InputStatistics:
         else:
             self._sum = _add_squares(self._sum, x, share)
             self.tokens += len(x) if tokens is None else tokens
+
+    def add_slopes(self, gate: Tensor, up: Tensor) -> None:
+        """Add slopes for gates and for ups, [tokens, width] each."""
+        if self.slopes is None:
+            self.slopes = torch.zeros(2, gate.shape[1], gate.shape[1])
+        with fast_sums():
+            for total, one in zip(self.slopes, (gate, up), strict=True):
+                total.addmm_(one.T, one)
 
 
 class HeldOutInputs:
@@ -107,16 +119,22 @@ class HeldOutInputs:
         rows = self._rows[: self._count]
         return rows.T @ rows
 
-    def errors(self, difference: Tensor) -> Tensor:
-        """[out] squared errors of the outputs for these inputs if the weights change by `difference`, [out, in]."""
+    def errors(self, difference: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """[out] squared errors of the outputs for these inputs if the weights change by `difference`, [out, in].
+
+        With the Gram matrix of the gradients at the outputs, [out, out], those of single outputs do not matter: their
+        sum is that of the squared changes of the loss.
+        """
         if self._sum is None:
             errors = torch.zeros(len(difference))
             with fast_sums():
                 for block in in_blocks(self._count):
-                    errors += (self._rows[block] @ difference.T).square_().sum(0)
+                    change = self._rows[block] @ difference.T
+                    errors += (change.square() if outputs is None else (change @ outputs).mul_(change)).sum(0)
             return errors
         # errors lie in directions in which inputs hardly vary: rounding the Gram matrix to bfloat16 would distort them
-        return (difference @ self.gram).mul_(difference).sum(1)
+        other = difference if outputs is None else outputs @ difference
+        return (difference @ self.gram).mul_(other).sum(1)
 
 
 def _add_squares(total: Tensor | None, x: Tensor, share: float) -> Tensor:
@@ -197,18 +215,20 @@ class BlockInputs:
         parts: samples at the block's input; read once.
         work: where the calls of the experts are saved until `drop`.
         name: of what is saved; unique among those that share `work`.
+        with_slopes: whether to sum up slopes of the activation, too.
     """
 
     def __init__(
         self, view: ModelView, stages: LayerwiseModel, layer: int, parts: Iterable[CalibrationBatch],
-        work: ResumableRun, name: str = "experts",
+        work: ResumableRun, name: str = "experts", *, with_slopes: bool = False,
     ) -> None:  # fmt: skip
-        self._open(view, layer, work, name)
+        self._open(view, layer, work, name, with_slopes)
         later = False
         # inputs of the current batch with their layout, and the space that counts them: q, k and v mostly share one
         shared: list[tuple[Tensor, Convolution | None, str]] = []
+        gates: dict[str, Tensor] = {}
 
-        def linear(unit: Unit, x: Tensor, _: Tensor) -> None:
+        def linear(unit: Unit, x: Tensor, out: Tensor) -> None:
             nonlocal later
             part, space, module = self._parts[-1], input_space(unit), view.module(unit.module)
             layout = layout_of(module)
@@ -219,6 +239,13 @@ class BlockInputs:
                 shared.append((x, layout, space))
             elif found is not self.linear[counted]:
                 raise RuntimeError(f"{space} shares its input with {counted} for some samples only")
+            if with_slopes and not part.check and unit.role != "attention" and unit.projection in COMBINED:
+                owner = unit.module.rpartition(".")[0]
+                activation = getattr(view.module(owner), "act_fn", None)
+                if unit.projection == COMBINED[0]:
+                    gates[owner] = out
+                elif owner in gates and activation is not None:
+                    found.add_slopes(*_slopes(activation, gates.pop(owner), out, part.share))
             later |= recorder is not None and recorder.called
 
         with torch.no_grad(), in_stored_precision(view, layer), watching(view, layer, None, linear):
@@ -235,8 +262,9 @@ class BlockInputs:
 
     @classmethod
     def recorded(
-        cls, view: ModelView, layer: int, parts: Sequence[CalibrationBatch], work: ResumableRun, name: str = "experts"
-    ) -> "BlockInputs":
+        cls, view: ModelView, layer: int, parts: Sequence[CalibrationBatch], work: ResumableRun, name: str = "experts",
+        *, with_slopes: bool = False,
+    ) -> "BlockInputs":  # fmt: skip
         """Input statistics of experts whose calls are already saved in `work`, by any process; no other units.
 
         >>> inputs = BlockInputs(view, stages, 0, [CalibrationBatch(hidden)], work, "recorded")
@@ -245,7 +273,7 @@ class BlockInputs:
         True
         """
         inputs = cls.__new__(cls)
-        inputs._open(view, layer, work, name)
+        inputs._open(view, layer, work, name, with_slopes)
         inputs._parts += parts
         return inputs
 
@@ -254,10 +282,11 @@ class BlockInputs:
         """The batches with their shares and roles, without hidden states."""
         return tuple(self._parts)
 
-    def _open(self, view: ModelView, layer: int, work: ResumableRun, name: str) -> None:
+    def _open(self, view: ModelView, layer: int, work: ResumableRun, name: str, with_slopes: bool) -> None:
         self._view, self._layer, self._path = view, layer, view.experts_path(layer)
         self._module: Experts = None if self._path is None else view.module(self._path)
         self._work, self._name, self._parts = work, f".{name}", list[CalibrationBatch]()
+        self._slopes = with_slopes
         self.linear: dict[str, InputStatistics] = {}
         view.need(layer)
 
@@ -271,6 +300,7 @@ class BlockInputs:
         Each input is weighted by the gate weight of its output.
         """
         found: dict[str, InputStatistics] = {}
+        rows = {} if self._path is None else projection_rows(self._module)
         with in_stored_precision(self._view, self._layer):
             weights = ParameterWeights(self._module)
         batches = LOOKUP_TOKENS // self._view.task.batch_size
@@ -288,11 +318,25 @@ class BlockInputs:
                     for space, seen in (("in", x), ("inner", inner)):
                         name = f"{self._path}.{expert}.{space}"
                         found.setdefault(name, InputStatistics(seen.shape[1])).add(seen * gate, 1.0, check, tokens)
+                    if self._slopes and not check:
+                        slope = slopes(self._module._apply_gate, gate_up).mul_(gate)
+                        found[f"{self._path}.{expert}.in"].add_slopes(*(slope[:, rows[name]] for name in COMBINED))
         return found
 
     def drop(self) -> None:
         """Remove the saved calls."""
         self._work.remove(f"{self._name}-*")
+
+
+def _slopes(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, share: float) -> Iterable[Tensor]:
+    """Slopes of a dense feed-forward part for gates and for ups, [tokens, width] each."""
+    both = torch.cat([gate.flatten(0, -2), up.flatten(0, -2)], 1)
+
+    def combine(x: Tensor) -> Tensor:
+        of_gate, of_up = x.chunk(2, 1)
+        return activation(of_gate) * of_up
+
+    return slopes(combine, both).mul_(share**0.5).chunk(2, 1)
 
 
 class _Recorder(ParameterWeights):

@@ -10,11 +10,14 @@ from moqa.calibration.stacks import STACK_WEIGHTS
 from moqa.errors import LittleMemoryError
 from moqa.memory.limit import MemoryLimit
 from moqa.memory.process import resident
+from moqa.models.slopes import COMBINED
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 
 # solving a stack of matrices needs float32 copies of it, and float64 copies of one of its Gram matrices
 _COPIES, _GRAM_COPIES = 10, 3
+# Gram matrices of outputs and their factors
+_OUTPUT_COPIES = 3
 # factor for the freed memory that the C library keeps
 SLACK = 1.08
 # bytes of threads and libraries once they compute: compiled products, buffers
@@ -43,8 +46,10 @@ class Footprint:
         batch: hidden states and outputs of a batch in a block.
         linear: statistics of the inputs of units that are not experts.
         expert: statistics of one expert's inputs.
+        slopes: statistics of its activation.
         unit: number of weights of the largest unit.
-        spaces: for each kind of input space: weights of its units, features, and number of such spaces in a block.
+        spaces: for each kind of input space: weights of its units, features, weights of the Gram matrices of their
+            outputs, and number of such spaces in a block.
         features: of the largest input.
         experts: number of experts in a block.
         hidden: features of a token between two blocks.
@@ -56,8 +61,8 @@ class Footprint:
         self.batch = view.task.batch_size * view.stream * 4 * (_OUTPUTS * max(view.top_k, 1) + 8)
         self.unit = max(unit.weights for unit in view.units.values())
         self.features = max(unit.shape[1] for unit in view.units.values())
-        self.layer = self.weights = self.linear = self.expert = self.experts = 0
-        self.spaces: set[tuple[int, int, int]] = set()
+        self.layer = self.weights = self.linear = self.expert = self.slopes = self.experts = 0
+        self.spaces: set[tuple[int, int, int, int]] = set()
         for index in range(len(view.blocks)):
             units = view.block_units(index)
             self.layer = max(self.layer, sum(unit.weights * view.itemsize(unit) for unit in units))
@@ -66,10 +71,13 @@ class Footprint:
             routed = [sharing for sharing in spaces if sharing[0].expert is not None]
             dense = [sharing for sharing in spaces if sharing[0].expert is None]
             count = len({unit.expert for unit in units if unit.expert is not None})
-            self.linear = max(self.linear, _gram_bytes(dense))
             self.expert = max(self.expert, _gram_bytes(routed) // max(count, 1))
-            shapes = Counter(tuple(unit.shape for unit in sharing) for sharing in spaces)
-            self.spaces |= {(sum(map(prod, shape)), shape[0][1], count) for shape, count in shapes.items()}
+            self.slopes = max(self.slopes, max(map(_slopes_bytes, routed), default=0))
+            self.linear = max(self.linear, _gram_bytes(dense) + sum(map(_slopes_bytes, dense)))
+            shapes = Counter((tuple(unit.shape for unit in sharing), _outputs(sharing)) for sharing in spaces)
+            self.spaces |= {
+                (sum(map(prod, shape)), shape[0][1], outputs, count) for (shape, outputs), count in shapes.items()
+            }
             self.experts = max(self.experts, count)
 
     @property
@@ -92,12 +100,12 @@ class Footprint:
         at_work = max(4 * self.weights + self.batch, self.logits * 3 // 2)
         return self.base + _COMPUTING_LATE + self.ends + packed + waiting + at_work
 
-    def solving(self, copies: int = 1) -> int:
+    def solving(self, copies: int = 1, by_outputs: bool = False) -> int:
         """Additional bytes while a method solves one stack, with `copies` of each matrix."""
         sizes = []
-        for weights, features, count in self.spaces:
+        for weights, features, outputs, count in self.spaces:
             entries = min(count, max(1, STACK_WEIGHTS // (copies * weights)))
-            stack = 4 * _COPIES * entries * copies * weights
+            stack = 4 * entries * (_COPIES * copies * weights + (_OUTPUT_COPIES * outputs if by_outputs else 0))
             sizes.append(stack + (4 * entries + 8 * _GRAM_COPIES) * features**2)
         return max(sizes)
 
@@ -105,6 +113,16 @@ class Footprint:
 def _gram_bytes(spaces: Sequence[Sequence[Unit]]) -> int:
     """Bytes of one Gram matrix for each input space."""
     return sum(4 * sharing[0].shape[1] ** 2 for sharing in spaces)
+
+
+def _slopes_bytes(sharing: Sequence[Unit]) -> int:
+    """Bytes of the Gram matrices of an activation's slopes for the outputs of some units."""
+    return sum(4 * unit.shape[0] ** 2 for unit in sharing if unit.role != "attention" and unit.projection in COMBINED)
+
+
+def _outputs(sharing: Sequence[Unit]) -> int:
+    """Weights of the Gram matrices of gradients at the outputs of some units."""
+    return sum(unit.shape[0] ** 2 for unit in sharing if unit.projection in (*COMBINED, "down_proj"))
 
 
 def as_many(memory: MemoryLimit, fixed: int, each: int, count: int, least: int) -> int:

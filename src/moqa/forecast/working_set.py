@@ -74,10 +74,11 @@ class WorkingSet:
         sizes = Footprint(view)
         if not method.needs_data:
             return cls._without_data(memory, sizes, packed)
-        fixed = sizes.base + COMPUTING + sizes.layer + max(packed + sizes.solving(), sizes.summing(tokens))
+        solving = packed + sizes.solving(by_outputs=True)
+        fixed = sizes.base + COMPUTING + sizes.layer + max(solving, sizes.summing(tokens))
         # held-out inputs of an expert: up to twice the average number, at most as large as their Gram matrix
         rows = 2 * tokens / HELD_OUT_EVERY * view.top_k / max(sizes.experts, 1)
-        each = round(sizes.expert * (1 + min(1.0, rows / sizes.features)))
+        each = round(sizes.expert * (1 + min(1.0, rows / sizes.features))) + sizes.slopes
         fixed += 2 * sizes.linear
         running = sizes.base + COMPUTING + packed + sizes.batch
         least = max(sizes.reading_ends, sizes.base + COMPUTING + sizes.layer + sizes.batch, running)

@@ -51,6 +51,7 @@ class LevelGrid:
         group_size: weights along the input that share a factor.
         width: [..., out] bits of each row's codes, so that one stack can mix widths.
         parts: rows of each matrix, where several are stacked along `out`.
+        apart: rows from one to the next in a sequence of the trellis: 16 in whole matrices.
     """
 
     encoding: str
@@ -59,6 +60,7 @@ class LevelGrid:
     group_size: int
     width: Tensor
     parts: tuple[int, ...]
+    apart: int = TILE
 
     def scales(self) -> Tensor:
         """[..., out, groups] value of one step, float32."""
@@ -68,7 +70,7 @@ class LevelGrid:
         """Weights of [..., out, in] codes, float32."""
         index = codes.long()
         if self.encoding == "trellis":
-            index = torch.cat([level_index(part) for part in index.split(self.parts, -2)], -2)
+            index = torch.cat([level_index(part, self.apart) for part in index.split(self.parts, -2)], -2)
         known = UPPER_LEVELS[self.encoding]
         table = torch.zeros(max(known) + 1, 2 * len(known[max(known)]))
         for width in known:
@@ -89,7 +91,7 @@ class LevelGrid:
         return found if rows == sum(self.parts) else replace(found, parts=(rows,))
 
 
-def level_index(codes: Tensor) -> Tensor:
+def level_index(codes: Tensor, apart: int = TILE) -> Tensor:
     """Index of the level of every code of a trellis, see `LevelGrid`.
 
     >>> level_index(torch.tensor([[1], [0]])).T
@@ -97,9 +99,10 @@ def level_index(codes: Tensor) -> Tensor:
 
     Args:
         codes: [..., out, in] int64.
+        apart: see `LevelGrid`.
     """
     out = codes.shape[-2]
-    whole = pad(codes, (0, 0, 0, -out % TILE)).unflatten(-2, (-1, TILE))
+    whole = pad(codes, (0, 0, 0, -out % apart)).unflatten(-2, (-1, apart))
     coded = whole & 1
     newest, older = coded.roll(1, -3), coded.roll(2, -3)
     return ((whole >> 1) * 4 + (coded ^ older) * 2 + newest).flatten(-3, -2)[..., :out, :]

@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moqa.format.levels import LevelGrid, levels
-from moqa.format.tiles import TILE
 
 # divides values whose scale is 0, which stands for weights of 0: any other would do
 _SMALLEST = 1.2e-38
@@ -33,8 +32,9 @@ def nearest_codes(values: Tensor, scale: Tensor, grid: LevelGrid) -> tuple[Tenso
         for width in grid.width[:, part.start].unique().tolist():
             mine = grid.width[:, part.start] == width
             found = torch.tensor(levels(grid.encoding, width), dtype=torch.float32, device=values.device)
-            choose = _in_trellis if grid.encoding == "trellis" else _in_table
-            codes[mine, part], level[mine, part] = choose(values[mine, part], step[mine, part], found)
+            given = values[mine, part], step[mine, part], found
+            chosen = _in_trellis(*given, grid.apart) if grid.encoding == "trellis" else _in_table(*given)
+            codes[mine, part], level[mine, part] = chosen
     return codes, level * scale
 
 
@@ -43,10 +43,10 @@ def _in_table(values: Tensor, step: Tensor, found: Tensor) -> tuple[Tensor, Tens
     return codes, found[codes].to(values.dtype)
 
 
-def _in_trellis(values: Tensor, step: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+def _in_trellis(values: Tensor, step: Tensor, found: Tensor, apart: int) -> tuple[Tensor, Tensor]:
     """The best path through a trellis whose ends meet, see `LevelGrid`."""
-    value, there = _sequences(values), _sequences(torch.ones_like(values)) > 0
-    step = torch.where(there, _sequences(step), 1.0)
+    value, there = _sequences(values, apart), _sequences(torch.ones_like(values), apart) > 0
+    step = torch.where(there, _sequences(step, apart), 1.0)
     # for each parity the nearest of its levels
     offered = found.unflatten(0, (-1, 4))
     free = ((value / step)[..., None, None] > (offered[1:] + offered[:-1]) / 2).sum(-2)
@@ -80,9 +80,9 @@ def _in_trellis(values: Tensor, step: Tensor, found: Tensor) -> tuple[Tensor, Te
     return _rows(codes, rows), _rows(chosen, rows)
 
 
-def _sequences(rows: Tensor) -> Tensor:
-    """[matrices, out] -> [matrices, 16, tiles]: rows that are 16 apart follow each other."""
-    return pad(rows, (0, -rows.shape[-1] % TILE)).unflatten(-1, (-1, TILE)).mT
+def _sequences(rows: Tensor, apart: int) -> Tensor:
+    """[matrices, out] -> [matrices, apart, steps]: rows that are so far apart follow each other."""
+    return pad(rows, (0, -rows.shape[-1] % apart)).unflatten(-1, (-1, apart)).mT
 
 
 def _rows(sequences: Tensor, rows: int) -> Tensor:

@@ -138,17 +138,18 @@ class NativeKernels:
             _require(name, getattr(c, name), kinds.get(name, torch.float32), shape)
         if values.shape != (count, block, out) or not 0 <= first <= features - block:
             raise ValueError(f"values {tuple(values.shape)} from column {first} of {tuple(c.work.shape)}")
-        begin, width = [0], torch.empty(0, dtype=torch.uint8)
+        begin, width, apart = [0], torch.empty(0, dtype=torch.uint8), TILE
         if c.coded is not None:
+            apart = c.coded.apart
             begin = [0, *accumulate(c.coded.parts)]
-            if begin[-1] != out:
-                raise ValueError(f"parts of {c.coded.parts} rows in {out} rows")
+            if begin[-1] != out or apart < 1:
+                raise ValueError(f"parts of {c.coded.parts} rows, {apart} apart, in {out} rows")
             width = c.coded.width.to(torch.uint8)[:, begin[:-1]].contiguous()
         _native.round(
             count, out, features, c.group_size, groups, first, block, values.data_ptr(), c.work.data_ptr(),
             _address(c.factor), c.order.data_ptr(), c.scale.data_ptr(), _address(c.offset), _address(c.top),
-            c.integers.data_ptr(), c.coded is not None and c.coded.encoding == "trellis", begin, width.data_ptr(),
-            torch.get_num_threads(),
+            c.integers.data_ptr(), c.coded is not None and c.coded.encoding == "trellis", apart, begin,
+            width.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
     def pack(self, integers: Tensor, width: int) -> list[Tensor]:

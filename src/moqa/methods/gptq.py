@@ -1,11 +1,15 @@
 """`gptq`: round column by column and let the columns not yet rounded compensate for the error."""
 
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
 import torch
 from torch import Tensor
 
 from moqa.calibration.inputs import InputStatistics
 from moqa.format.grid import Grid
 from moqa.format.levels import LevelGrid
+from moqa.format.tiles import TILE
 from moqa.kernels import Columns, GridKernels, find_grid_kernels
 from moqa.methods.grid import fit_grid
 from moqa.methods.levels import fit_levels
@@ -14,6 +18,11 @@ from moqa.methods.result import GridResult, SolveResult
 from moqa.models.products import fast_sums
 
 DAMPING = 0.01
+# the same for gradients, whose Gram matrix is known less well
+_OUTPUT_DAMPING = 0.1
+# Rows of a tile that are rounded together, before their errors are passed on to its other rows. Fewer would gain a
+# little, and take longer: rows of a trellis are rounded in sequences along the tiles.
+_ROWS = 4
 # columns that are rounded before their errors are passed on to the others
 _BLOCK = 64
 # columns of a Cholesky factor that are computed together
@@ -25,9 +34,11 @@ def gptq(job: SolveBatch) -> SolveResult:
     """GPTQ for a stack of matrices at once, columns in order of falling input energy, static groups.
 
     The grid weights each input feature's error by its energy. Stack entries that no token reached are rounded as by
-    `rtn`.
+    `rtn`. With gradients at the outputs, rows make up for the errors of other rows as columns do for those of columns.
 
-    GPTQ (arXiv 2210.17323), algorithm 1; the batch over experts and the damping by token count are ours.
+    GPTQ (arXiv 2210.17323), algorithm 1; the batch over experts and the damping by token count are ours. A Hessian
+    that is a product of one of inputs and one of outputs is that of YAQA (arXiv 2505.22988), which rounds by both at
+    once; rounding by groups of rows is ours, and keeps the best path through a trellis.
     """
     energy = torch.stack([inputs.energy for inputs in job.inputs])
     grid = _fitted(job, energy)
@@ -36,7 +47,9 @@ def gptq(job: SolveBatch) -> SolveResult:
     factor = torch.empty(*order.shape, order.shape[1])
     for inputs, columns, out in zip(job.inputs, order, factor, strict=True):
         _factor(inputs, columns, out)
-    return GridResult(_round(job.weights, grid, order, factor), grid)
+    if not job.outputs or any(rows % TILE for rows in job.parts):
+        return GridResult(_round(job.weights, grid, order, factor), grid)
+    return GridResult(_round_by_rows(job, grid, order, factor), grid)
 
 
 def _fitted(job: SolveBatch, energy: Tensor) -> Grid | LevelGrid:
@@ -91,6 +104,61 @@ def _cholesky(matrix: Tensor) -> bool:
                 part = below[first - end :]
                 matrix[first:, first : first + _PANEL].addmm_(part, part[:_PANEL].T, alpha=-1)
     return True
+
+
+def _round_by_rows(job: SolveBatch, grid: Grid | LevelGrid, order: Tensor, factor: Tensor) -> Tensor:
+    """[n, rows, in] integers; the last rows of every tile are rounded first, and the others make up for their errors.
+
+    With the Cholesky factor L of a Gram matrix of outputs and total errors E, the loss is the sum of squares of L^T E,
+    times the inputs' Gram matrix: so block k of rows, given those of the later blocks j, is rounded from its weights
+    plus the solution x of L[k, k]^T x = sum of L[j, k]^T E[j].
+    """
+    count, groups = len(job.weights), TILE // _ROWS
+    # rows of one group in all tiles, for each part and for all of them together
+    tiles = [torch.arange(rows).view(-1, groups, _ROWS).movedim(1, 0).flatten(1) for rows in job.parts]
+    begins = [0, *accumulate(job.parts)]
+    rows = torch.cat([begin + part for begin, part in zip(begins, tiles, strict=False)], 1)
+    spans = [slice(begin // groups, end // groups) for begin, end in pairwise(begins)]
+    factors = [
+        [None if gram is None else _output_factor(gram, at.flatten()) for gram, at in zip(of, tiles, strict=True)]
+        for of in job.outputs
+    ]
+    integers = torch.empty(job.weights.shape, dtype=torch.uint8)
+    errors = torch.empty(groups, count, rows.shape[1], job.weights.shape[2])
+    for k in reversed(range(groups)):
+        weights = job.weights[:, rows[k]]
+        target = weights.clone()
+        for entry, of_units in enumerate(factors):
+            for known, span in zip(of_units, spans, strict=True):
+                if known is not None and k + 1 < groups:
+                    _pass_on(known, k, errors[:, entry, span], target[entry, span])
+        part = grid[:, rows[k]]
+        if isinstance(part, LevelGrid):
+            part = replace(part, parts=tuple(size // groups for size in job.parts), apart=_ROWS)
+        found = _round(target, part, order, factor)
+        integers[:, rows[k]] = found
+        torch.sub(weights, part.decode(found), out=errors[k])
+    return integers
+
+
+def _output_factor(gram: Tensor, order: Tensor) -> Tensor | None:
+    """Cholesky factor, lower triangular, of outputs in an order; None if they had no gradients."""
+    mean = gram.diagonal().mean()
+    if not mean > 0:
+        return None
+    gram = gram.index_select(0, order).index_select(1, order).div_(mean)
+    gram.diagonal().add_(_OUTPUT_DAMPING)
+    factor = gram.clone()
+    return factor if _cholesky(factor) else torch.linalg.cholesky(gram.double()).float()
+
+
+def _pass_on(factor: Tensor, k: int, errors: Tensor, target: Tensor) -> None:
+    """Add to the target of a block, [rows, in], what makes up for the errors of all blocks, [blocks, rows, in]."""
+    size = len(target)
+    mine = slice(k * size, (k + 1) * size)
+    with fast_sums():
+        later = factor[mine.stop :, mine].T @ errors[k + 1 :].flatten(0, 1)
+    target += torch.linalg.solve_triangular(factor[mine, mine].T, later, upper=True)
 
 
 def _round(weights: Tensor, grid: Grid | LevelGrid, order: Tensor, factor: Tensor) -> Tensor:

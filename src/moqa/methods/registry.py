@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moqa.registry import Registry
@@ -28,6 +28,8 @@ class SolveBatch:
         inputs: one per stack entry; methods that need no data ignore them.
         scheme: encoding, group size, symmetry, scale dtype.
         parts: rows of each unit; their sum is `rows`, and a unit has one width.
+        outputs: of each stack entry, for each of its units the Gram matrix of the gradients at its outputs, float32, or
+            None; empty if there are none at all.
     """
 
     weights: Tensor
@@ -35,6 +37,7 @@ class SolveBatch:
     inputs: list[InputStatistics]
     scheme: Scheme
     parts: tuple[int, ...]
+    outputs: list[list[Tensor | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,10 @@ class Measurement:
         """Measure everything that is not measured yet.
 
         Returns:
-            Distribution -> name (`layer.3.channel`, ..., `sensitivity` [units, widths]) -> tensor; and statistics of
-            the weights: `rounding` [units, widths], the relative squared rounding error, `layer.3.similarity`,
-            and `compared` [units, others] (`moqa.profiling.sensitivity.compared_errors`).
+            Distribution -> name -> tensor: `layer.3.channel`, ..., `layer.3.gradient_rows` and `layer.3.gradient_rest`
+            (`moqa.calibration.outputs.Gradients`), `sensitivity` [units, widths]; and statistics of the weights:
+            `rounding` [units, widths], the relative squared rounding error, `layer.3.similarity`, and `compared`
+            [units, others] (`moqa.profiling.sensitivity.compared_errors`).
         """
         stages, work = self._workspace.stages, self._workspace.work
         depth = stages.depth
@@ -100,8 +101,12 @@ class Measurement:
                 for key, value in load(f"statistics-{layer}-{name}").items()
             }
             if self._how.probes:
-                probed = torch.cat([load(f"sensitivity-{layer}-{name}")["sensitivity"] for layer in range(depth)])
+                back = [load(f"sensitivity-{layer}-{name}") for layer in range(depth)]
+                probed = torch.cat([found.pop("sensitivity") for found in back])
                 statistics[name]["sensitivity"] = all_widths(probed, relative, self._how.probes, self._how.widths)
+                statistics[name] |= {
+                    f"layer.{layer}.{key}": value for layer, found in enumerate(back) for key, value in found.items()
+                }
         similar = {f"layer.{n}.similarity": w["similarity"] for n, w in weights.items() if "similarity" in w}
         compared = [weights[layer]["compared"] for layer in range(depth) if "compared" in weights[layer]]
         return statistics, {"rounding": relative, **({"compared": torch.cat(compared)} if compared else {}), **similar}

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from moqa.calibration.hidden import HiddenStates, run_back
 from moqa.calibration.inputs import BlockInputs, CalibrationBatch
+from moqa.calibration.outputs import GradientSketch, adds_to_output
 from moqa.execution import Workspace
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.layout import input_rows, output_rows
@@ -135,7 +136,22 @@ def go_back(workspace: Workspace, given: BlockPass) -> None:
     if inputs:
         inputs.drop()
     table = torch.stack([sums[unit.name] for unit in units]) / flow.predictions
-    workspace.work.save(f"sensitivity-{layer}-{given.name}", {"sensitivity": table})
+    workspace.work.save(f"sensitivity-{layer}-{given.name}", {"sensitivity": table} | _sketched(view, layer, flow))
+
+
+def _sketched(view: ModelView, layer: int, flow: ProfiledSamples) -> dict[str, Tensor]:
+    """A sketch of the gradients at a block's output, per prediction, if its feed-forward units add to that."""
+    sketch = None
+    for number in flow.measured:
+        gradient = flow.gradient(layer + 1, number)
+        if not any(adds_to_output(unit, gradient.shape[-1]) for unit in view.block_units(layer)):
+            return {}
+        sketch = sketch or GradientSketch(gradient.shape[-1], seed=layer)
+        sketch.add(gradient)
+    if sketch is None:
+        return {}
+    found = sketch.result(flow.predictions)
+    return {"gradient_rows": found.rows, "gradient_rest": found.rest}
 
 
 def _down(view: ModelView, layer: int) -> list[Tensor]:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moqa.calibration.outputs import Gradients
 from moqa.errors import MoqaError
 from moqa.format.scheme import DEFAULT_ENCODING, Scheme
 from moqa.profiling.record import FORMAT, SELF, ProfileRecord
@@ -101,6 +102,16 @@ class Profile:
     def layer(self, name: str, layer: int, statistic: str) -> Tensor:
         """A statistic of one block: `tokens`, `gate_mass`, `channel` or `coactivation`."""
         return self.statistics[name][f"layer.{layer}.{statistic}"]
+
+    def gradients(self, layer: int, mixture: Mapping[str, float]) -> Gradients | None:
+        """Gradients at a block's output on a mixture, distribution -> share; None if they were not measured."""
+        found = []
+        for name, share in sorted(mixture.items()):
+            rows, rest = (self.statistics[name].get(f"layer.{layer}.gradient_{part}") for part in ("rows", "rest"))
+            if rows is None or rest is None:
+                return None
+            found.append((Gradients(rows, rest), share))
+        return Gradients.mixed(found)
 
     def samples(self, name: str) -> Tensor:
         """Inputs of the model: [windows, context] token ids, int64, or pixels of images, float32."""

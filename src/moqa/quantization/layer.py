@@ -1,12 +1,13 @@
 """Quantize the units of one layer, keep the better result of each, and run the layer with them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moqa.calibration.outputs import OutputGradients
 from moqa.calibration.stacks import UnitStack
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix, ProductKernels, find_kernels
@@ -31,19 +32,24 @@ class QuantizedUnit:
     error: float | None
 
 
-def solve(stack: UnitStack, schemes: Mapping[str, Scheme], method: Method) -> dict[str, QuantizedUnit]:
+def solve(
+    stack: UnitStack, schemes: Mapping[str, Scheme], method: Method, gradients: OutputGradients | None = None
+) -> dict[str, QuantizedUnit]:
     """Unit name -> result of a stack: for each of its units the better of the method and plain rounding."""
     solved: dict[str, QuantizedUnit] = {}
     widths = torch.empty(stack.weights.shape[:2], dtype=torch.int64)
     for unit, entry, rows in stack.places():
         widths[entry, rows] = schemes[unit.name].width
-    job = SolveBatch(stack.weights, widths, stack.inputs, stack.scheme, stack.parts)
+    outputs = [] if gradients is None else [
+        [gradients.gram(unit, seen) for unit in units] for units, seen in zip(stack.entries, stack.inputs, strict=True)
+    ]  # fmt: skip
+    job = SolveBatch(stack.weights, widths, stack.inputs, stack.scheme, stack.parts, outputs)
     results = {method.name: method.run(job)}
     results["rtn"] = METHODS["rtn"].run(job)
     dense = {name: result.decode() for name, result in results.items()}
     # for each row of each entry, on the check samples: squared errors of the results, and squared outputs
-    squared = {name: _squares(stack, result.sub_(stack.weights)) for name, result in dense.items()}
-    total = _squares(stack, stack.weights)
+    squared = {name: _squares(stack, result.sub_(stack.weights), outputs) for name, result in dense.items()}
+    total = _squares(stack, stack.weights, outputs)
     for unit, entry, rows in stack.places():
         errors = {name: float(squares[entry, rows].sum()) for name, squares in squared.items()}
         # without samples for an expert, there is no reason to prefer the method that fits samples
@@ -55,9 +61,13 @@ def solve(stack: UnitStack, schemes: Mapping[str, Scheme], method: Method) -> di
     return solved
 
 
-def _squares(stack: UnitStack, difference: Tensor) -> Tensor:
-    """[entries, rows] squared change of each output on the check samples, for a difference in the weights."""
-    return torch.stack([seen.check.errors(one) for seen, one in zip(stack.inputs, difference, strict=True)])
+def _squares(stack: UnitStack, difference: Tensor, outputs: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    """[entries, rows] squared change of outputs on the check samples, for a difference in the weights."""
+    found = torch.empty(difference.shape[:2])
+    for unit, entry, rows in stack.places():
+        gram = outputs[entry][stack.entries[entry].index(unit)] if outputs else None
+        found[entry, rows] = stack.inputs[entry].check.errors(difference[entry, rows], gram)
+    return found
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from moqa.calibration.inputs import BlockInputs, CalibrationBatch, InputStatistics, by_input, input_space
+from moqa.calibration.outputs import Gradients, OutputGradients
 from moqa.calibration.stacks import stacks
 from moqa.execution import Executor, Workspace
 from moqa.format.scheme import Scheme
@@ -32,6 +33,7 @@ class BlockPiece:
         experts: whose units are among them.
         parts: batches of the samples; the recorded inputs of the experts are in the work folder.
         linear: inputs of the units that do not belong to experts.
+        gradients: at the layer's output, if they are known.
     """
 
     layer: int
@@ -40,6 +42,7 @@ class BlockPiece:
     experts: tuple[int, ...] = ()
     parts: tuple[CalibrationBatch, ...] = ()
     linear: Mapping[str, InputStatistics] = field(default_factory=dict)
+    gradients: Gradients | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class BlockWork:
         executor: that does the work.
         together: largest number of experts in a piece.
         report: called with what is being waited for.
+        gradients: see `BlockPiece`, of every layer.
     """
 
     workspace: Workspace
@@ -61,6 +65,7 @@ class BlockWork:
     executor: Executor
     together: int
     report: Report
+    gradients: Sequence[Gradients | None] = ()
 
 
 def quantized_layers(
@@ -108,15 +113,15 @@ def cut(work: BlockWork, layer: int, inputs: BlockInputs | None) -> list[BlockPi
     for unit in units:
         if unit.expert is not None:
             routed.setdefault(unit.expert, {})[unit.name] = schemes[unit.name]
-    pieces = []
+    pieces, gradients = [], work.gradients[layer] if work.gradients else None
     for some in _slices(sorted(routed), work.together, workers):
         mine = {name: scheme for expert in some for name, scheme in routed[expert].items()}
-        pieces.append(BlockPiece(layer, method, mine, tuple(some), inputs.parts))
+        pieces.append(BlockPiece(layer, method, mine, tuple(some), inputs.parts, gradients=gradients))
     dense = list(by_input(unit for unit in units if unit.expert is None).items())
     for spaces in _slices(dense, len(dense), workers):
         mine = {unit.name: schemes[unit.name] for _, sharing in spaces for unit in sharing}
         seen = {space: inputs.linear[space] for space, _ in spaces if space in inputs.linear}
-        pieces.append(BlockPiece(layer, method, mine, linear=seen))
+        pieces.append(BlockPiece(layer, method, mine, linear=seen, gradients=gradients))
     return pieces
 
 
@@ -131,8 +136,12 @@ def quantize_piece(workspace: Workspace, piece: BlockPiece) -> dict[str, Quantiz
     """
     view, schemes, method = workspace.view, piece.schemes, piece.method
     inputs = dict(piece.linear)
+    gradients = None if piece.gradients is None else OutputGradients(view, piece.layer, piece.gradients)
     if piece.parts:
-        inputs = BlockInputs.recorded(view, piece.layer, piece.parts, workspace.work).experts(piece.experts)
+        recorded = BlockInputs.recorded(
+            view, piece.layer, piece.parts, workspace.work, with_slopes=gradients is not None
+        )
+        inputs = recorded.experts(piece.experts)
     done, narrow = {}, list[Unit]()
     for unit in (unit for unit in view.block_units(piece.layer) if unit.name in schemes):
         scheme = schemes[unit.name]
@@ -145,7 +154,7 @@ def quantize_piece(workspace: Workspace, piece: BlockPiece) -> dict[str, Quantiz
             narrow.append(unit)
     left = Counter(map(input_space, narrow))
     for stack in stacks(view, narrow, schemes, inputs):
-        done |= solve(stack, schemes, method)
+        done |= solve(stack, schemes, method, gradients)
         # the inputs of a stack take more memory than the stack
         for sharing in stack.entries:
             space = input_space(sharing[0])

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from moqa import __version__
+from moqa.calibration.outputs import Gradients
 from moqa.errors import MoqaError
 from moqa.execution import Executor, LocalExecutor, Workspace
 from moqa.execution.background import background
@@ -32,7 +33,7 @@ from moqa.quantization.cache import cache_layers, describe_routing, parse_cache
 from moqa.quantization.checkpoint import CheckpointWriter
 from moqa.quantization.layer import QuantizedUnit
 from moqa.quantization.pieces import BlockWork, quantized_layers
-from moqa.quantization.samples import CalibrationSamples, tokens_of
+from moqa.quantization.samples import CalibrationSamples, gradients_of, tokens_of
 from moqa.storage.files import check_inside
 from moqa.storage.folders import check_free
 from moqa.storage.paths import recorded
@@ -129,7 +130,8 @@ def quantize(
             describe_routing(work.result, profile, plan.known)
             work.mark_done("start", {}, hashed)
         samples = CalibrationSamples(view, plan, profile, work) if how.needs_data else None
-        todo = BlockWork(Workspace(view, work), plan.units, how, executor, room.experts, report)
+        gradients = gradients_of(plan, profile)
+        todo = BlockWork(Workspace(view, work), plan.units, how, executor, room.experts, report, gradients)
 
         def finish(layer: int, done: Mapping[str, QuantizedUnit]) -> None:
             """Write a quantized layer, store the hidden states after it, and record that it is done."""
@@ -196,7 +198,14 @@ def _job(folder: Path, plan: Plan, profile: Profile, method: Method, cache: str 
     """Everything that a checkpoint's bytes depend on."""
     digest = hashlib.sha256(plan.model_dump_json(exclude={"profile", "model"}).encode()).hexdigest()
     return {"moqa": __version__, "model": fingerprint(folder), "plan": digest, "samples": profile.digest(plan.mixture),
-            "method": method.name, "cache": cache}  # fmt: skip
+            "gradients": _digest(gradients_of(plan, profile)), "method": method.name, "cache": cache}  # fmt: skip
+
+
+def _digest(gradients: Iterable[Gradients | None]) -> str:
+    digest = hashlib.sha256()
+    for found in filter(None, gradients):
+        digest.update(found.rows.numpy().tobytes() + found.rest.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _profile_of(plan: Plan) -> Profile:

@@ -159,12 +159,12 @@ NB_MODULE(_native, m) {
     });
     m.def("round", [](int matrices, int rows, int in, int group, int groups, int first, int columns, uintptr_t values,
                       uintptr_t work, uintptr_t factor, uintptr_t order, uintptr_t scale, uintptr_t offset,
-                      uintptr_t top, uintptr_t integers, bool trellis, const std::vector<int>& begin, uintptr_t width,
-                      int threads) {
+                      uintptr_t top, uintptr_t integers, bool trellis, int apart, const std::vector<int>& begin,
+                      uintptr_t width, int threads) {
         nb::gil_scoped_release free;
         round(*current, {matrices, rows, in, group, groups, first, columns, at<float>(values), at<float>(work),
                          at<float>(factor), at<int64_t>(order), at<float>(scale), at<float>(offset), at<float>(top),
-                         at<uint8_t>(integers), trellis, int(begin.size()) - 1, begin.data(), at<uint8_t>(width)},
+                         at<uint8_t>(integers), trellis, apart, int(begin.size()) - 1, begin.data(), at<uint8_t>(width)},
               threads);
     });
     m.def("pack", [](int rows, int in, int width, uintptr_t integers, std::vector<uintptr_t> planes, int threads) {

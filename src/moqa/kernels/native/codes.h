@@ -1,5 +1,5 @@
 // GPTQ's columns in the encodings `table` and `trellis` (moqa/format/levels.py): a column's codes are chosen for the
-// least sum of squared errors over its rows, which in the trellis are a sequence: rows 16 apart follow each other.
+// least sum of squared errors over its rows, which in the trellis are sequences: rows `apart` follow each other.
 #pragma once
 
 #include <limits>
@@ -133,21 +133,21 @@ MOQA_INLINE void choose_in_table(Step* steps, int count, Lanes* chosen, Bits* co
     for (int t = 0; t < count; ++t) kinds.find(steps[t].value / steps[t].scale, chosen[t], codes[t]);
 }
 
-// Columns first .. first + columns of `Rounding`, the last one first, for the rows `lane` .. `lane` + WIDE of all tiles
-// of a part.
+// Columns first .. first + columns of `Rounding`, the last one first, for the rows `lane` .. `lane` + WIDE of every
+// `apart` rows of a part.
 template <bool trellis, int Width>
 void round_part(const Rounding& r, int matrix, int part, int lane) {
     const int begin = r.begin[part] + lane, end = r.begin[part + 1];
-    const int tiles = (r.begin[part + 1] - r.begin[part] + TILE - 1) / TILE;
+    const int tiles = (r.begin[part + 1] - r.begin[part] + r.apart - 1) / r.apart, wide = std::min(WIDE, r.apart - lane);
     static thread_local Scratch memory, step_memory;
     Lanes* off = memory.get<Lanes>(size_t(tiles) * (r.columns + 1));
     Lanes* chosen = off + size_t(tiles) * r.columns;
     Bits* codes = step_memory.get<Bits>(size_t(tiles) * (1 + sizeof(Step) / sizeof(Bits)));
     Step* steps = reinterpret_cast<Step*>(codes + tiles);
-    const auto rows_of = [&](int t) { return std::clamp(end - begin - t * TILE, 0, WIDE); };
+    const auto rows_of = [&](int t) { return std::clamp(end - begin - t * r.apart, 0, wide); };
     const auto read = [&](const float* data, int t) {
         Lanes x{};
-        std::memcpy(&x, data + begin + t * TILE, sizeof(float) * rows_of(t));
+        std::memcpy(&x, data + begin + t * r.apart, sizeof(float) * rows_of(t));
         return x;
     };
     const Bits outside = lanes_from(rows_of(tiles - 1));
@@ -181,8 +181,8 @@ void round_part(const Rounding& r, int matrix, int part, int lane) {
         Lanes* mine = off + size_t(tiles) * k;
         for (int t = 0; t < tiles; ++t) {
             mine[t] = read(work, t) - chosen[t] * (read(scales, t));
-            std::memcpy(work + begin + t * TILE, mine + t, sizeof(float) * rows_of(t));
-            for (int l = 0; l < rows_of(t); ++l) integers[t * TILE + l] = uint8_t(codes[t][l]);
+            std::memcpy(work + begin + t * r.apart, mine + t, sizeof(float) * rows_of(t));
+            for (int l = 0; l < rows_of(t); ++l) integers[t * r.apart + l] = uint8_t(codes[t][l]);
         }
     }
 }

@@ -12,7 +12,7 @@ void fit(const Path& path, const Fitting& f, int threads) {
 
 void round(const Path& path, const Rounding& r, int threads) {
     if (r.parts > 0) {
-        const int lanes = TILE / path.lanes, pieces = r.parts * lanes;
+        const int lanes = (r.apart + path.lanes - 1) / path.lanes, pieces = r.parts * lanes;
         parallel(threads, r.matrices * pieces, [&](int item) {
             path.round_codes(r, item / pieces, item % pieces / lanes, item % lanes * path.lanes);
         });

@@ -41,6 +41,7 @@ struct Rounding {
     const float* top;      // [matrices, rows] the largest integer; null for codes
     uint8_t* integers;     // [matrices, in, rows], columns as in the matrix
     bool trellis;          // codes are a trellis, not a table
+    int apart;             // rows from one to the next in a sequence of the trellis
     int parts;             // 0 on a grid
     const int* begin;      // [parts + 1] first row of each part
     const uint8_t* width;  // [matrices, parts]
