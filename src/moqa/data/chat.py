@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moqa.errors import MoqaError
+from moqa.data.templates import render
+from moqa.errors import MoqaError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,21 +39,39 @@ def chat_text(
         options: further variables of the template, such as `tools`.
 
     Raises:
-        MoqaError: if a part is not text, or the template refuses a message or leaves its content or tool calls out.
-            Thinking is left out by many templates, on purpose.
+        MoqaError: if a part is not text, or the template refuses a message, leaves its content or tool calls out or
+            exceeds its limits (see `render`). Thinking is left out by many templates, on purpose.
     """
     plain = [_plain(number, message) for number, message in enumerate(messages, 1)]
     options = {name: value for name, value in options.items() if value is not None}
-    try:
-        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=answer, **options)
-    except Exception as error:  # a template is a program of the model's author and may raise anything
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-        raise MoqaError("the chat template refuses these messages", reason) from None
-    assert isinstance(text, str)
+    template = template_of(tokenizer, tools="tools" in options)
+    variables = {**tokenizer.special_tokens_map, **options, "add_generation_prompt": answer}
+    text = render(template, plain, **variables)
     if not answer:
         for number, message in enumerate(plain, 1):
             _check_said(number, message, text)
     return text
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, tools: bool = False) -> str:
+    """Source of the chat template; empty if there is none.
+
+    >>> template_of(tokenizer)
+    ''
+
+    Args:
+        tokenizer: of the model.
+        tools: whether there are tools, for which some models have a template of its own.
+
+    Raises:
+        MoqaError: if there are several, and none is the default.
+    """
+    if tokenizer.chat_template is None:
+        return ""
+    try:
+        return str(tokenizer.get_chat_template(tools=[{}] if tools else None))
+    except ValueError as error:
+        raise MoqaError("the model has no default chat template", one_line(error)) from None
 
 
 def _plain(number: int, message: Mapping[str, Any]) -> dict[str, Any]:

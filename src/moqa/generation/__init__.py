@@ -1,6 +1,6 @@
 """Generation: moqa's own loop over a transformers model, streamed text, conversations."""
 
-from moqa.generation.chat import Chat, chat_prompt, template_of
+from moqa.generation.chat import Chat, chat_prompt
 from moqa.generation.choice import Token
 from moqa.generation.grammar import json_grammar
 from moqa.generation.load import load_any
@@ -24,6 +24,5 @@ __all__ = [
     "generate",
     "json_grammar",
     "load_any",
-    "template_of",
     "tokens",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moqa.data.chat import chat_text
+from moqa.data.chat import chat_text, template_of
 from moqa.errors import MoqaError
 from moqa.generation.loop import check_room
 from moqa.generation.prompt_cache import PromptCache
@@ -50,21 +50,6 @@ def chat_prompt(
     text, stops = _render(tokenizer, messages, tools, variables or {})
     # templates add special tokens themselves
     return encode(tokenizer, text, special=tokenizer.chat_template is None, context=context), stops
-
-
-def template_of(tokenizer: "PreTrainedTokenizerBase", tools: bool = False) -> str:
-    """Source of the chat template; empty if there is none.
-
-    >>> template_of(tokenizer)
-    ''
-
-    Args:
-        tokenizer: of the model.
-        tools: whether there are tools, for which some models have a template of its own.
-    """
-    if tokenizer.chat_template is None:
-        return ""
-    return str(tokenizer.get_chat_template(tools=[{}] if tools else None))
 
 
 def _render(

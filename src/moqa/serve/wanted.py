@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from moqa.generation import chat_prompt, template_of
+from moqa.data.chat import template_of
+from moqa.generation import chat_prompt
 from moqa.serve.answers import Answer, ChatAnswer
 from moqa.serve.refusal import RefusalError
 from moqa.serve.said import AnswerReader
