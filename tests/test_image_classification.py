@@ -6,15 +6,18 @@ import shutil
 import pytest
 import torch
 from images import CLASSES, MODELS, ROLES, SIZE, save_classifier, save_images
+from PIL import Image
 from transformers import AutoModelForImageClassification
 
 import moqa
 from moqa.cli.main import main
+from moqa.data import cut_images, read_images
 from moqa.errors import MoqaError
 from moqa.estimate import estimate
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.layout import Convolution, input_rows, output_rows
 from moqa.models.view import open_model
+from moqa.tasks import find_task
 
 SAMPLES = 24
 
@@ -207,6 +210,68 @@ class TestRefusals:
         (tmp_path / "copy" / "cat" / "000.png").unlink()
         with pytest.raises(MoqaError, match="was already fitted on"):
             moqa.evaluate(folders / f"{name}-8", {"t": tmp_path / "copy"})
+
+    @pytest.mark.parametrize(
+        ("settings", "word"),
+        [
+            ({"size": {"height": 10**6, "width": 32}}, "has height 1000000: moqa takes -1024 to 1024"),
+            ({"size": {"shortest_edge": 10**30}}, f"has shortest_edge {10**30}: moqa takes"),
+            ({"do_center_crop": True, "crop_size": {"height": 1025, "width": 8}}, "has height 1025: moqa takes"),
+            ({"do_pad": True, "pad_size": {"height": 8, "width": 10**5}}, "has width 100000: moqa takes"),
+            ({"rescale_factor": float("nan")}, "has rescale_factor nan: moqa takes"),
+            (
+                {"image_processor_type": "ConvNextImageProcessor", "crop_pct": 1e-6},
+                "has crop_pct 1e-06: moqa takes 0.5 to 1024",
+            ),
+            ({"image_processor_type": "Siglip2ImageProcessor"}, "is of type Siglip2: moqa knows Beit, "),
+            ({"resample": 99}, "fails: Unknown resampling filter"),
+            ({"image_mean": [0.5]}, "fails: mean must have 3 elements"),
+            ({"size": {"height": "x", "width": 8}}, "fails: 'str' object"),
+            ({"image_std": [0, 0, 0]}, "makes NaN or infinite pixels"),
+            ({"size": {"height": 64, "width": 64}}, "does not fit the model: Input image size"),
+        ],
+    )
+    def test_an_image_processor_that_costs_more_or_makes_no_pixels(self, settings, word, folders, tmp_path, out):
+        model = shutil.copytree(folders / "vit", tmp_path / "model")
+        path = model / "preprocessor_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        assert word in self.refused(model, {"a": folders / "calib"}, out)
+
+    @pytest.mark.parametrize(("size", "allowed"), [(600, 1200), ([500, 8], 1024), (10**4, None)])
+    def test_an_image_processor_may_make_twice_the_size_of_the_model(self, size, allowed, folders, tmp_path):
+        model = shutil.copytree(folders / "vit", tmp_path / "model")
+        config, settings = model / "config.json", model / "preprocessor_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"image_size": size}))
+        most = allowed or 2**10
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"size": {"height": most, "width": 8}}))
+        task = find_task("image_classification")
+        if allowed is None:
+            with pytest.raises(MoqaError, match="image_size is 10000: moqa builds models with up to 4096"):
+                task.processor(model)
+            return
+        assert task.processor(model).size["height"] == most
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"size": {"height": most + 1, "width": 8}}))
+        with pytest.raises(MoqaError, match=f"has height {most + 1}"):
+            task.processor(model)
+
+    def test_a_size_that_the_family_does_not_have_allows_nothing(self, folders, tmp_path, out):
+        model = shutil.copytree(folders / "resnet", tmp_path / "model")
+        config, settings = model / "config.json", model / "preprocessor_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"image_size": 2**12}))
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"size": {"height": 2**12, "width": 8}}))
+        assert "has height 4096: moqa takes -1024 to 1024" in self.refused(model, {"a": folders / "calib"}, out)
+
+    @pytest.mark.parametrize(("each", "word"), [(8, "fails: "), (64, r"of shapes \(3, 36, 36\) and \(3, 40, 40\)")])
+    def test_images_of_several_sizes_for_a_processor_that_leaves_them(self, each, word, folders, tmp_path):
+        model = shutil.copytree(folders / "resnet", tmp_path / "model")
+        settings = model / "preprocessor_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_resize": False}))
+        save_images(tmp_path / "data", each=each, seed=3)
+        for path in (tmp_path / "data" / min(CLASSES)).iterdir():
+            with Image.open(path) as image:
+                image.resize((40, 40)).save(path)
+        with pytest.raises(MoqaError, match=word):
+            cut_images(read_images(f"a={tmp_path}/data"), find_task("image_classification").reader(model))
 
     def test_own_samples(self, folders, out):
         with pytest.raises(MoqaError, match="resnet is an image classifier: it writes no samples"):

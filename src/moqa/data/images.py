@@ -123,7 +123,8 @@ def cut_images(images: Images, reader: ImageReader, count: int | None = None, se
         seed: shifts which images are taken.
 
     Raises:
-        MoqaError: if an image cannot be read, or the model does not have its class.
+        MoqaError: if an image cannot be read, the model does not have its class, or the images have several sizes for
+            the model.
     """
     import torch
 
@@ -138,6 +139,10 @@ def cut_images(images: Images, reader: ImageReader, count: int | None = None, se
         opened = [_open(images, path) for path, _ in files[begin : begin + _BATCH]]
         hashes += [_content_hash(image) for image in opened]
         pixels.append(reader.pixels(opened))
+    sizes = sorted({tuple(some.shape[1:]) for some in pixels})
+    if len(sizes) > 1:
+        what = f"{images.name}={images.origin}: images become pixels of shapes {sizes[0]} and {sizes[1]}"
+        raise MoqaError(what, "make them of one size, or use an image processor that does")
     return ImageSamples(
         images.name, torch.cat(pixels).float(), torch.tensor(labels), np.unique(np.array(hashes, np.uint64))
     )

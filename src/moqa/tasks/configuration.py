@@ -24,6 +24,7 @@ _COUNTS = {
     re.compile(r"experts$"): 2**14,
     re.compile(r"num_labels$"): 2**20,
     re.compile(r"position"): 2**27,
+    re.compile(r"image_size$"): 2**12,
     re.compile(r""): 2**40,
 }
 _MOST_STACKED = 2**17  # experts of all layers

@@ -1,14 +1,17 @@
 """Image classifiers: images, each with one class."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from moqa.data import Data, Images, ImageSamples, Source, cut_images, read_images, split_images
 from moqa.errors import MoqaError, one_line
+from moqa.storage.files import values_in
 from moqa.tasks.configuration import read_configuration
 from moqa.tasks.task import Samples, Task, paths_in
 
@@ -19,6 +22,13 @@ if TYPE_CHECKING:
 _BLOCKS = ("stages", "layers", "layer", "blocks")
 # height and width of a probe where a family takes images of any size
 _SMALLEST = 32
+# image processors, of all that transformers has, that make one image of each, no larger than their settings say
+_PROCESSORS = (
+    "Beit", "Bit", "CLIP", "ConvNext", "DeiT", "EfficientNet", "Levit", "MobileNetV1", "MobileNetV2", "MobileViT",
+    "PoolFormer", "Pvt", "Segformer", "Siglip", "TextNet", "ViT",
+)  # fmt: skip
+# pixels of a side that any of their settings may ask for, and the smallest share of it that may be cropped out
+_LARGEST, _LEAST_CROP = 2**10, 0.5
 
 
 class ClassReader:
@@ -39,8 +49,23 @@ class ClassReader:
         self._classes = {name: number for number, name in classes}
 
     def pixels(self, images: list[Any]) -> Tensor:
-        """[images, channels, height, width] pixels of opened images."""
-        return self._processor(images=images, return_tensors="pt")["pixel_values"]
+        """[images, channels, height, width] pixels of opened images.
+
+        Raises:
+            MoqaError: if the processor fails, or makes something else.
+        """
+        try:
+            with np.errstate(all="ignore"):  # said below, in one line
+                pixels = self._processor(images=images, return_tensors="pt")["pixel_values"]
+        except Exception as error:  # settings of the folder may be anything
+            raise MoqaError(f"the image processor of {self._folder} fails", one_line(error)) from None
+        if pixels.dim() != 4:
+            what = f"the image processor of {self._folder} makes pixels of shape {list(pixels.shape)}"
+            raise MoqaError(what, "[images, channels, height, width] are needed")
+        if not pixels.isfinite().all():
+            what = f"the image processor of {self._folder} makes NaN or infinite pixels"
+            raise MoqaError(what, "look at its rescale_factor, image_mean and image_std")
+        return pixels
 
     def label(self, name: str) -> int:
         """Number of a class, from its name or from the number itself."""
@@ -99,7 +124,10 @@ class ImageClassification(Task):
 
     def call(self, model: nn.Module, batch: Tensor) -> Tensor:
         """[batch, channels, height, width] pixels -> [batch, classes]."""
-        return model(batch).logits
+        try:
+            return model(batch).logits
+        except ValueError as error:  # of transformers, for another size than the model's
+            raise MoqaError("the image processor does not fit the model", one_line(error)) from None
 
     def scored(self, logits: Tensor) -> Tensor:
         """Logits of all images."""
@@ -115,11 +143,13 @@ class ImageClassification(Task):
         from transformers import AutoImageProcessor
 
         try:
-            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+            found = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         except ImportError:
             raise MoqaError("images need the package pillow", "pip install 'moqa[image]'") from None
         except Exception as error:  # transformers raises many kinds of errors here
             raise MoqaError(f"{folder} has no image processor that transformers can read", one_line(error)) from None
+        _check_processor(folder, found)
+        return found
 
     def reader(self, folder: str | Path) -> "ClassReader":
         """See `ClassReader`."""
@@ -162,6 +192,24 @@ def _images(source: Source) -> Images:
 def _shape(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of an image that the model takes."""
     config: Any = model.config
-    size = getattr(config, "image_size", None) or _SMALLEST
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return config.num_channels, height, width
+    return config.num_channels, *_size(config)
+
+
+def _size(config: Any) -> tuple[int, int]:
+    """Height and width of an image, as far as the family has them in its configuration."""
+    size = config.image_size if hasattr(type(config), "image_size") else None
+    height, width = size if isinstance(size, list | tuple) else (size or _SMALLEST,) * 2
+    return height, width
+
+
+def _check_processor(folder: str | Path, processor: Any) -> None:
+    """Refuse settings that cost more than any model's: a few digits in a file can ask for images of any size."""
+    kind = type(processor).__name__.removesuffix("Pil").removesuffix("ImageProcessor")
+    if kind not in _PROCESSORS:
+        raise MoqaError(f"the image processor of {folder} is of type {kind}", f"moqa knows {', '.join(_PROCESSORS)}")
+    most = max(_LARGEST, 2 * max(_size(read_configuration(Path(folder)))))
+    for key, value, _ in values_in(json.loads(processor.to_json_string())):
+        least = _LEAST_CROP if key == "crop_pct" else -most
+        if isinstance(value, int | float) and not least <= value <= most:
+            what = f"the image processor of {folder} has {key} {value}"
+            raise MoqaError(what, f"moqa takes {least} to {most}, so many pixels a side")
