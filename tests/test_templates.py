@@ -152,19 +152,36 @@ class TestHostile:
         with pytest.raises(MoqaError, match="line 1, field 'messages': the chat template takes more than 2 s"):
             read_distribution(f"a={tmp_path}/a.jsonl", tokenizer)
 
-    def test_is_refused_by_a_server_that_goes_on(self, tiny_model):
+    def test_is_refused_by_a_server(self, tiny_model):
         model, tokenizer = load_any(tiny_model)
         tokenizer.chat_template = "{% if hang %}" + FOREVER + "{% endif %}" + CONTENT
         ask = {"messages": MESSAGES[:1], "max_tokens": 1}
         with running((model, tokenizer)) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
-            hang = {**ask, "chat_template_kwargs": {"hang": True}}
-            found = []
-            thread = threading.Thread(
-                target=lambda: found.append(httpx.post(f"{url}/v1/chat/completions", json=hang, timeout=PATIENCE))
-            )
-            thread.start()
-            assert http.get("/health").status_code == 200
+            refused = http.post("/v1/chat/completions", json={**ask, "chat_template_kwargs": {"hang": True}})
+            assert refused.status_code == 400
+            assert "the chat template takes more than 2 s" in refused.json()["error"]["message"]
             assert http.post("/v1/chat/completions", json=ask).status_code == 200
-            thread.join(PATIENCE)
-        assert found[0].status_code == 400
-        assert "the chat template takes more than 2 s" in found[0].json()["error"]["message"]
+
+    def test_holds_up_no_request_without_a_template(self, tiny_model, monkeypatch):
+        model, tokenizer = load_any(tiny_model)
+        tokenizer.chat_template = CONTENT
+        begun, done = threading.Event(), threading.Event()
+
+        def slow(template, messages, **variables):
+            begun.set()
+            assert done.wait(PATIENCE)
+            return render(template, messages, **variables)
+
+        monkeypatch.setattr("moqa.data.chat.render", slow)
+        with running((model, tokenizer)) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
+            with ThreadPoolExecutor(1) as pool:
+                ask = {"messages": MESSAGES[:1], "max_tokens": 1}
+                waiting = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=ask, timeout=PATIENCE)
+                assert begun.wait(PATIENCE)
+                try:
+                    assert http.get("/health").status_code == 200
+                    assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+                    assert not waiting.done()
+                finally:
+                    done.set()
+            assert waiting.result().status_code == 200

@@ -2,8 +2,10 @@
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -33,10 +35,10 @@ def body_limit(context: int | None) -> int:
 
 
 class Bodies:
-    """Reads bodies in two threads, one of them only for short bodies: those never wait for long ones.
+    """Reads bodies in threads: one for long bodies, and one for the short ones of each kind, which never wait for it.
 
-    A parser, a template and a tokenizer may need a second for a long body, during which the event loop goes on with
-    other clients.
+    A parser, a template and a tokenizer may need a second for a long body, and a hostile template for any, during which
+    the event loop goes on with other clients, and so do requests without a template.
 
     >>> bodies = Bodies(body_limit(2048))
     >>> body, texts = await bodies.read(request, CompletionRequest, prepare)  # doctest: +SKIP
@@ -49,7 +51,8 @@ class Bodies:
         self.limit = limit
         self._held, self._most_held = 0, max(_MOST_HELD, 4 * limit)
         self._rested = 0.0  # when the next long one may begin
-        self._short, self._long = (ThreadPoolExecutor(1, f"moqa-{name}-bodies") for name in ("short", "long"))
+        self._long = ThreadPoolExecutor(1, "moqa-long-bodies")
+        self._short = defaultdict[type[BaseModel], ThreadPoolExecutor](partial(ThreadPoolExecutor, 1, "moqa-bodies"))
 
     async def read(self, request: Request, kind: type[_Body], prepare: Callable[[_Body], _T]) -> tuple[_Body, _T]:
         """Read the body of a request, and prepare what it asks for.
@@ -88,7 +91,7 @@ class Bodies:
             loop = asyncio.get_running_loop()
             if counted:
                 return await unless_gone(request, loop.run_in_executor(self._long, self._resting, work))
-            return await unless_gone(request, loop.run_in_executor(self._short, work))
+            return await unless_gone(request, loop.run_in_executor(self._short[kind], work))
         finally:
             self._held -= counted
 
@@ -106,8 +109,8 @@ class Bodies:
 
     def close(self) -> None:
         """Stop the threads."""
-        self._short.shutdown()
-        self._long.shutdown()
+        for threads in (self._long, *self._short.values()):
+            threads.shutdown()
 
 
 async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
