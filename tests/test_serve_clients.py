@@ -146,7 +146,9 @@ class TestConversations:
             assert "x-moqa-ignored" not in found.headers
             assert found.json()["usage"]["prompt_tokens"] > plain.json()["usage"]["prompt_tokens"]
 
-    @pytest.mark.parametrize("name", ["chat_template", "tokenize", "add_generation_prompt", "messages"])
+    @pytest.mark.parametrize(
+        "name", ["chat_template", "tokenize", "add_generation_prompt", "messages", "conversations"]
+    )
     def test_set_nothing_else(self, http, name):
         body = {"messages": [USER], "chat_template_kwargs": {name: "{{ 7 }}"}}
         fails(http.post("/v1/chat/completions", json=body), 400)

@@ -60,6 +60,10 @@ class TestOrdinary:
         )
         assert chat_text(tokenizer, MESSAGES, answer=True, tools=TOOLS, name="Ada") == expected
 
+    def test_variables_have_any_name(self, tokenizer):
+        tokenizer.chat_template = "{{ template }}{{ tokenizer }}{{ question }}"
+        assert chat_text(tokenizer, MESSAGES, answer=True, template=1, tokenizer=2, question=3) == "123"
+
     def test_a_value_that_json_cannot_say_is_named(self, tokenizer):
         tokenizer.chat_template = "{{ messages[0].when }}"
         message = {**MESSAGES[0], "when": datetime.date(2026, 1, 1)}

@@ -21,6 +21,7 @@ _THINKING = re.compile(r"(<think>|\A).*?</think>", re.DOTALL)
 def chat_text(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
+    /,
     *,
     answer: bool = False,
     **options: Any,

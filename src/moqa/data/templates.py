@@ -25,7 +25,7 @@ _idle: list[subprocess.Popen[bytes]] = []
 os.register_at_fork(after_in_child=_idle.clear)
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+def render(template: str, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> str:
     """Text of a conversation, as transformers renders it.
 
     >>> render("{{ messages[0].content }}, {{ name }}!", [{"content": "Hello"}], name="Ada")
