@@ -34,7 +34,7 @@ class Diagonal(Sensitivity):
 
     def add(self, name: str, x: Tensor, gradient: Tensor, samples: int | None = None) -> None:  # noqa: ARG002
         error = self.errors[name].float()
-        self.sums[name] += 0.5 * torch.einsum("oi,woi->w", gradient.square().T @ x.square(), error.square())
+        self.sums[name][self.fold] += 0.5 * torch.einsum("oi,woi->w", gradient.square().T @ x.square(), error.square())
 
 
 def hedged_by(problem: Problem, stand_in: np.ndarray, share: float) -> Solution:

@@ -117,9 +117,10 @@ def print_plan(result: "Plan") -> None:
     rows = [[name, *(str(counts[name, w] or "") for w in widths)] for name in sorted({name for name, _ in counts})]
     print_table(["units by width", *map(str, widths)], rows)
     if result.predicted:
-        print_table(
-            ["expected KL", *result.predicted], [["", *(f"{value:.4f}" for value in result.predicted.values())]]
-        )
+        rows = [["expected KL", *(f"{value:.4f}" for value in result.predicted.values())]]
+        if result.gains:
+            rows.append(["less than uniform by", *(str(result.gains[name]) for name in result.predicted)])
+        print_table(["", *result.predicted], rows)
 
 
 def print_estimate(cost: "Estimate", plan: "Plan", profile: "Profile", json: Path | None) -> None:

@@ -39,6 +39,19 @@ class Account(BaseModel, frozen=True):
         return self.checkpoint * 8 / (self.weights + self.kept_weights)
 
 
+class Gain(BaseModel, frozen=True):
+    """Share of the expected divergence that a plan saves, compared with a uniform plan of the same bytes."""
+
+    share: float = Field(description="0.4 means that 60 % are left")
+    low: float | None = Field(description="bounds in which it lies with a probability of 95 %, as far as that depends")
+    high: float | None = Field(description="on the samples; null if too few were measured")
+
+    def __str__(self) -> str:
+        """E.g. 40 % (35 to 45)."""
+        between = "" if self.low is None or self.high is None else f" ({100 * self.low:.0f} to {100 * self.high:.0f})"
+        return f"{100 * self.share:.0f} %{between}"
+
+
 class Options(BaseModel, frozen=True):
     """Options of the strategies."""
 
@@ -65,6 +78,9 @@ class Plan(Candidates, frozen=True):
     known: tuple[str, ...] = Field(description="distributions that the plan was fitted on")
     mixture: dict[str, Share] = Field(description="share of each distribution in the fit, with the model's own text")
     predicted: dict[str, float] = Field(description="expected KL divergence per token in nats, before any correction")
+    gains: dict[str, Gain] = Field(
+        {}, description="expected gain over uniform on each distribution", exclude_if=lambda gains: not gains
+    )
     gap: float | None = Field(
         None, description="no plan has an objective that is smaller by more than this share; null for plans of a rule"
     )

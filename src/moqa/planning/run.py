@@ -22,6 +22,7 @@ from moqa.planning.candidates import (
     check_groups,
     floors_of,
 )
+from moqa.planning.expected import expected_gains
 from moqa.planning.fixed import fixed_widths
 from moqa.planning.problem import Choice, Problem, make_problem
 from moqa.planning.record import FORMAT, Account, Objective, Options, Plan, Scope, Ties
@@ -139,6 +140,7 @@ def plan(
         group_size=profile.record.settings.group_size, symmetric=profile.record.settings.symmetric,
         groups=None if groups is None else tuple(groups), floors=None if floors is None else dict(floors),
         predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
+        gains=expected_gains(profile, units, names) if profile.record.settings.sensitivity else {},
         gap=gap, account=account_of(profile, units), units=units,
     )  # fmt: skip
 

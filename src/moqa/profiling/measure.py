@@ -48,9 +48,10 @@ class Measurement:
 
         Returns:
             Distribution -> name -> tensor: `layer.3.channel`, ..., `layer.3.gradient_rows` and `layer.3.gradient_rest`
-            (`moqa.calibration.outputs.Gradients`), `sensitivity` [units, widths]; and statistics of the weights:
-            `rounding` [units, widths], the relative squared rounding error, `layer.3.similarity`, and `compared`
-            [units, others] (`moqa.profiling.sensitivity.compared_errors`).
+            (`moqa.calibration.outputs.Gradients`), `sensitivity` [units, widths], and `folds` [folds, units, widths],
+            what each fold of the samples adds to it; and statistics of the weights: `rounding` [units, widths], the
+            relative squared rounding error, `layer.3.similarity`, and `compared` [units, others]
+            (`moqa.profiling.sensitivity.compared_errors`).
         """
         stages, work = self._workspace.stages, self._workspace.work
         depth = stages.depth
@@ -102,8 +103,12 @@ class Measurement:
             }
             if self._how.probes:
                 back = [load(f"sensitivity-{layer}-{name}") for layer in range(depth)]
-                probed = torch.cat([found.pop("sensitivity") for found in back])
-                statistics[name]["sensitivity"] = all_widths(probed, relative, self._how.probes, self._how.widths)
+                folds = torch.cat([found.pop("sensitivity") for found in back], 1)
+                tables = [
+                    all_widths(probed, relative, self._how.probes, self._how.widths)
+                    for probed in (folds.sum(0), *folds)
+                ]
+                statistics[name] |= {"sensitivity": tables[0], "folds": torch.stack(tables[1:])}
                 statistics[name] |= {
                     f"layer.{layer}.{key}": value for layer, found in enumerate(back) for key, value in found.items()
                 }

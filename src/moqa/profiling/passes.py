@@ -129,13 +129,13 @@ def go_back(workspace: Workspace, given: BlockPass) -> None:
     for number, some in enumerate(slices):
         mine = [u for u in units if u.expert in some or (u.expert is None and number == 0)]
         seen = {} if inputs is None else {**inputs.linear, **(inputs.experts(some) if some else {})}
-        sensitivity = Sensitivity(view, layer, mine, how, seen)
+        sensitivity = Sensitivity(view, layer, mine, how, seen, folds=len(flow.measured))
         del seen
         _run_back(workspace, layer, flow, sensitivity, keep=number == len(slices) - 1)
         sums |= sensitivity.sums
     if inputs:
         inputs.drop()
-    table = torch.stack([sums[unit.name] for unit in units]) / flow.predictions
+    table = torch.stack([sums[unit.name] for unit in units], 1) / flow.predictions
     workspace.work.save(f"sensitivity-{layer}-{given.name}", {"sensitivity": table} | _sketched(view, layer, flow))
 
 
@@ -178,6 +178,7 @@ def _run_back(workspace: Workspace, layer: int, flow: ProfiledSamples, sensitivi
             out.register_hook(lambda gradient: sensitivity.add(unit.name, rows, output_rows(module, gradient), samples))
 
     def put(index: int, gradient: Tensor) -> None:
+        sensitivity.fold += 1
         if keep:
             flow.put_gradient(layer, flow.measured[index], gradient)
 

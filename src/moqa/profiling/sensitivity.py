@@ -148,6 +148,8 @@ class Sensitivity:
     >>> Sensitivity(view, 0, view.block_units(0), how, {}).errors["model.layers.0.self_attn.q_proj"].shape
     torch.Size([4, 256, 256])
 
+    Sums are kept for each fold of the samples, so that one can see how far a result depends on them.
+
     For a unit with input x_t, output gradient g_t and rounding error E it is half the sum of (g_t . E x_t)^2. That is
     the second-order term of the KL divergence between the predictions of the original and of the quantized model, if g
     comes from labels drawn from the model's own predictions (the true Fisher matrix) and tokens are independent.
@@ -160,10 +162,12 @@ class Sensitivity:
         units: some of its units.
         how: how errors are made.
         inputs: input space -> statistics on one distribution, which the errors are fitted on.
+        folds: number of folds.
 
     Attributes:
         errors: unit name -> [probes, out, in] stored minus original weights, bfloat16.
-        sums: unit name -> [probes] the sum so far, float32.
+        sums: unit name -> [folds, probes] the sums so far, float32.
+        fold: that is added to.
     """
 
     def __init__(
@@ -173,7 +177,9 @@ class Sensitivity:
         units: Sequence[Unit],
         how: ErrorSettings,
         inputs: Mapping[str, InputStatistics],
+        folds: int = 1,
     ) -> None:
+        self.fold = 0
         self.errors: dict[str, Tensor] = {}
         schemes = dict.fromkeys((unit.name for unit in units), how.scheme)
         for stack in stacks(view, units, schemes, inputs, copies=len(how.probes)):
@@ -186,7 +192,7 @@ class Sensitivity:
             error = (stored - weights).to(_DTYPE).unflatten(1, (len(how.probes), rows))
             for unit, entry, place in stack.places():
                 self.errors[unit.name] = error[entry, :, place]
-        self.sums = {name: torch.zeros(len(how.probes)) for name in self.errors}
+        self.sums = {name: torch.zeros(folds, len(how.probes)) for name in self.errors}
         self._path = view.experts_path(layer)
         self._rows = {} if self._path is None else projection_rows(view.module(self._path))
 
@@ -206,7 +212,7 @@ class Sensitivity:
         effect = torch.einsum("two,to->tw", shift, gradient.to(_DTYPE)).float()
         if samples is not None:
             effect = effect.unflatten(0, (samples, -1)).sum(1)
-        self.sums[name] += 0.5 * effect.square().sum(0)
+        self.sums[name][self.fold] += 0.5 * effect.square().sum(0)
 
     def routed(self, index: Tensor, weights: Tensor) -> None:
         """See `ExpertsObserver`: routing does not matter here."""

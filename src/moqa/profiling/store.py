@@ -76,6 +76,11 @@ class Profile:
             raise MoqaError(f"profile {self.folder} has no sensitivity", "make one without --no-sensitivity")
         return self.statistics[name]["sensitivity"]
 
+    def folds(self, name: str) -> Tensor:
+        """[folds, units, widths] what each fold of the samples adds to the sensitivity; one if not recorded."""
+        whole = self.sensitivity(name)
+        return self.statistics[name].get("folds", whole[None])
+
     def compared(self, scheme: Scheme) -> Tensor:
         """[units] rounding error of a scheme over that of the settings' own scheme at the same width, float32."""
         settings = self.record.settings
@@ -184,6 +189,9 @@ def read_profile(folder: str | Path) -> Profile:
     for name, table in [*((n, loaded[n].get("sensitivity")) for n in measured), (WEIGHTS, weights.get("rounding"))]:
         if table is None or table.shape != (len(record.units), len(record.widths)):
             raise MoqaError(f"profile {folder}: the table in {name} does not match its {len(record.units)} units")
+    for name, tables in measured.items():
+        if "folds" in tables and tables["folds"].shape[1:] != tables["sensitivity"].shape:
+            raise MoqaError(f"profile {folder}: the folds in {name} do not match its {len(record.units)} units")
     compared = weights.get("compared", torch.empty(0))
     fits = tuple(compared.shape) == (len(record.units), len(record.others)) and bool(torch.isfinite(compared).all())
     if record.others and not fits:

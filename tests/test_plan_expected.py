@@ -1,0 +1,68 @@
+"""What a plan is expected to gain over a uniform one of the same bytes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import moqa
+from moqa.planning.expected import expected_gains
+
+
+def with_folds(profile, folds):
+    """The profile whose folds are made from its sensitivity; None removes them."""
+    statistics = {}
+    for name, tables in profile.statistics.items():
+        others = {key: value for key, value in tables.items() if key != "folds"}
+        statistics[name] = others if folds is None else others | {"folds": folds(tables["sensitivity"])}
+    return replace(profile, statistics=statistics)
+
+
+def test_a_uniform_plan_gains_nothing(sharded_profile):
+    plan = moqa.plan(sharded_profile, strategy="uniform", widths=(3,))
+    assert plan.gains.keys() == plan.predicted.keys()
+    for gain in plan.gains.values():
+        assert gain.share == pytest.approx(0, abs=1e-6)
+
+
+def test_the_gain_is_that_of_the_predictions(sharded_profile):
+    budget = f"{moqa.plan(sharded_profile, strategy='uniform', widths=(3,)).account.bits_per_weight}bpw"
+    plan, uniform = moqa.plan(sharded_profile, budget), moqa.plan(sharded_profile, strategy="uniform", widths=(3,))
+    # a plan may leave a few bytes of its budget
+    assert plan.account.units == pytest.approx(uniform.account.units, rel=1e-3)
+    for name, gain in plan.gains.items():
+        assert gain.share == pytest.approx(1 - plan.predicted[name] / uniform.predicted[name], abs=0.01)
+        assert gain.share > 0.1
+
+
+def test_the_interval_is_as_wide_as_folds_differ(sharded_profile):
+    plan = moqa.plan(sharded_profile, "2.6bpw")
+    found = sharded_profile.folds("wiki")
+    assert torch.allclose(found.sum(0), sharded_profile.sensitivity("wiki"), rtol=0.2)
+
+    def gain(folds):
+        return expected_gains(with_folds(sharded_profile, folds), plan.units, ["wiki"])["wiki"]
+
+    alike, none = gain(lambda whole: torch.stack([whole / 4] * 4)), gain(None)
+    assert (alike.low, alike.high) == pytest.approx((alike.share, alike.share))
+    assert (none.low, none.high, str(none)) == (None, None, f"{100 * none.share:.0f} %")
+
+    def differing(by):
+        tilt = torch.linspace(1 - by, 1 + by, len(sharded_profile.record.units))[:, None]
+        return lambda whole: torch.stack([whole * tilt / 4, whole * (2 - tilt) / 4] * 2)
+
+    little, much = gain(differing(0.1)), gain(differing(0.5))
+    assert little.share == pytest.approx(alike.share)
+    assert little.low < alike.share < little.high
+    assert much.high - much.low > 3 * (little.high - little.low)
+    assert f"({100 * much.low:.0f} to {100 * much.high:.0f})" in str(much)
+
+
+def test_none_beyond_all_uniform_plans(sharded_profile):
+    assert moqa.plan(sharded_profile, "1.75bpw", widths=(1, 2)).gains == {}
+
+
+def test_the_command_says_it(moqa_command, sharded_profile, tmp_path):
+    code, out, _ = moqa_command("plan", sharded_profile.folder, "--bpw", "3", "-o", tmp_path / "plan.json")
+    assert code == 0
+    assert "less than uniform by" in out
