@@ -3,6 +3,10 @@
 llama.cpp quantizes with its own tool and an importance matrix of the same calibration windows; token embedding and head
 keep 16 bits. Its weights are decoded by `gguf` and measured by moqa's evaluator. Writes runs/low-bits/summary.json and
 docs/results/low-bits.md; rows that are there are kept, so that a run that was stopped goes on.
+
+Then, at 2, 2.5 and 3 bits, each of the parts that the default plan is made of: alone, added to what there was before
+all of them (integers in groups of 64, floors of 4 bits, a hedge of 0.3, gptq without gradients at outputs), and all
+together.
 """
 
 import argparse
@@ -10,9 +14,11 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +38,23 @@ SUMMARY = RUNS / "summary.json"
 QUANTIZE = ROOT / ".peers" / "llama.cpp" / "build" / "bin" / "llama-quantize"
 TYPES = ("IQ1_M", "IQ2_XXS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS")
 ATTENTION = "attq5"
+PART_BUDGETS = (2.0, 2.5, 3.0)
+EARLIER: dict[str, Any] = {
+    "encodings": ("int",), "groups": (64,), "widths": (2, 3, 4, 5, 6, 8), "hedge": 0.3,
+    "floors": {"shared": 4, "attention": 4, "mlp": 4},
+}  # fmt: skip
+# what is changed
+PARTS: dict[str, dict[str, Any]] = {
+    "before": {},
+    "no floors": {"floors": {}},
+    "groups of 32 to 256": {"groups": None},
+    "table": {"encodings": ("int", "table"), "widths": (1, 2, 3, 4, 5, 6, 8)},
+    "trellis": {"encodings": ("int", "trellis"), "widths": (1, 2, 3, 4, 5, 6, 8)},
+    "hedge of the size": {"hedge": None},
+    "gradients at outputs": {"gradients": True},
+    "together without gradients": {"gradients": False},
+    "together": {},
+}
 CONTEXT = 256
 
 
@@ -52,7 +75,12 @@ def main() -> None:
             for seed in options.seeds:
                 if not _known(tool="moqa", setting=setting, seed=seed):
                     _keep(moqa_row(setting, bits, seed, options))
-            write(json.loads(SUMMARY.read_text())["rows"])
+            write(_known())
+    for bits in PART_BUDGETS:
+        for part in PARTS:
+            if not _known(setting=f"{bits:g} bits, {part}"):
+                _keep(part_row(part, bits, options))
+                write(_known())
 
 
 def _known(**wanted: object) -> list[dict]:
@@ -89,8 +117,30 @@ def profile_of(seed: int, samples: int) -> Profile:
 
 def moqa_row(setting: str, bits: float, seed: int, options: argparse.Namespace) -> dict:
     """The default plan of so many bits, quantized and measured from its packed files."""
-    profile, out = profile_of(seed, options.samples), RUNS / "out"
-    plan = moqa.plan(profile, f"{bits}bpw")
+    profile = profile_of(seed, options.samples)
+    return _measured(setting, seed, profile, moqa.plan(profile, f"{bits}bpw"), options)
+
+
+def part_row(part: str, bits: float, options: argparse.Namespace) -> dict:
+    """The same with one of the parts alone; without figures if no plan is so small."""
+    changes = dict(PARTS[part])
+    profile, setting = profile_of(options.seeds[0], options.samples), f"{bits:g} bits, {part}"
+    if not changes.pop("gradients", part.startswith("together")):
+        profile = replace(profile, statistics={
+            name: {key: table for key, table in tables.items() if ".gradient_" not in key}
+            for name, tables in profile.statistics.items()
+        })  # fmt: skip
+    try:
+        plan = moqa.plan(profile, f"{bits}bpw", **({} if part.startswith("together") else EARLIER | changes))
+    except moqa.MoqaError as error:
+        print(f"{setting}: {error}", flush=True)
+        nothing = dict.fromkeys(("bytes", "bits_per_weight", "kl_known", "kl_novel", "top1_known"))
+        return {"model": "reference", "tool": "moqa", "setting": setting, "seed": options.seeds[0], **nothing}
+    return _measured(setting, options.seeds[0], profile, plan, options)
+
+
+def _measured(setting: str, seed: int, profile: Profile, plan: moqa.Plan, options: argparse.Namespace) -> dict:
+    out = RUNS / "out"
     moqa.quantize(MODEL, plan, out, profile=profile, overwrite=True, restart=True)
     found = moqa.evaluate(out, texts("test", (*KNOWN, *NOVEL)), against=MODEL, windows=options.windows)
     return _row("moqa", setting, seed, plan.account.units, plan.account.weights, found)
