@@ -5,12 +5,9 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
-
-from moqa.planning.solver import solve
+from plan_speed import table
 
 ROOT = Path(__file__).parents[1]
 MODEL, TEXT = "reference/model", "reference/text"
@@ -32,18 +29,6 @@ def run(*arguments: str) -> tuple[float, int]:
         [sys.executable, "-c", SCRIPT, *arguments], cwd=ROOT, check=True, capture_output=True, text=True
     )
     return tuple(json.loads(done.stderr.splitlines()[-1]))
-
-
-def solver_seconds(units: int) -> float:
-    """Time to plan that many units of random sensitivities, as a 30B Mixture-of-Experts has 18,432."""
-    random = np.random.default_rng(0)
-    rounding = np.array([0.105, 0.028, 0.007, 0.0018, 0.00045, 0.00003])
-    costs = np.exp(random.normal(0, 1.5, (units, 1))) * rounding * np.exp(random.normal(0, 0.05, (units, 6)))
-    weights = np.full((units, 1), 2048 * 768)
-    sizes = (weights * (np.array([2, 3, 4, 5, 6, 8]) + 0.375) / 8).astype(np.int64)
-    started = time.monotonic()
-    solve(costs[None], sizes, int(weights.sum() * 3 / 8))
-    return time.monotonic() - started
 
 
 def main() -> None:
@@ -76,7 +61,10 @@ transformers (about 0.45 GB) are included, their import (about 3 s) is not timed
 
 {chr(10).join(lines)}
 
-The solver alone, on random sensitivities: {solver_seconds(18432):.1f} s for 18,432 units with 6 widths each.
+## Plans of large models
+Processor seconds for random profiles, by default options at 3 bits per weight (`python benchmarks/plan_speed.py`):
+
+{table((1_000, 18_432, 100_000))}
 """
     (ROOT / "docs" / "results" / "cost.md").write_text(page)
 

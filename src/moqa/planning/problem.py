@@ -1,5 +1,6 @@
 """The input of every strategy: groups of units, the widths allowed for each, their bytes and errors."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class Problem:
         wide = np.concatenate([rows, np.zeros((len(rows), 1))], axis=1)
         picked = wide[:, [columns.index(w) if w != KEEP_WIDTH else len(columns) for w in self.widths]]
         picked = picked * np.stack([self.profile.compared(scheme).double().numpy() for scheme in self.schemes], axis=1)
-        return np.stack([picked[list(group.members)].sum(0) for group in self.groups])
+        return summed(self.groups, picked)
 
     def errors(self, name: str) -> NDArray[np.float64]:
         """[groups, schemes] expected increase of the KL divergence per token on one distribution, in nats."""
@@ -150,15 +151,7 @@ def make_problem(
         fixed_bytes: bytes of the weight files that no choice changes; counted if the budget is for all weight files.
     """
     whole = budget is not None and budget.counts == "checkpoint"
-    sizes = np.array(
-        [
-            [
-                sum(unit_bytes(u.name, u.shape, s) if whole else s.stored_bytes(u.shape) for u in group.units)
-                for s in schemes
-            ]
-            for group in groups
-        ]
-    )
+    sizes = summed(groups, _unit_sizes(profile, schemes, headers=whole))
     column = np.array([scheme.width for scheme in schemes])
     smallest = np.array([[max(floors.get(unit.role, 0) for unit in group.units)] for group in groups])
     # a floor above all widths leaves the narrowest of the others
@@ -171,3 +164,31 @@ def make_problem(
     if budget is not None:
         limit = budget.limit(sum(unit.weights for unit in profile.record.units)) - (fixed_bytes if whole else 0)
     return Problem(profile, known, tuple(groups), tuple(schemes), sizes, allowed, floors, limit, options)
+
+
+def summed(groups: Sequence[Group], rows: NDArray) -> NDArray:
+    """[groups, ...] sums over the members of each group of [units, ...] rows.
+
+    >>> from moqa.planning.ties import tie_groups
+    >>> units = profile.record.units
+    >>> summed(tie_groups(units, "layer"), np.ones((len(units), 1))).shape
+    (12, 1)
+    """
+    if len(groups) == len(rows):  # of one unit each, in the order of the units
+        return rows
+    return np.stack([rows[list(group.members)].sum(0) for group in groups])
+
+
+def _unit_sizes(profile: Profile, schemes: Sequence[Scheme], headers: bool) -> NDArray[np.int64]:
+    """[units, schemes] bytes of each unit's tensors, with or without their entries in a header."""
+    known: dict[tuple, list[int]] = {}
+    found = []
+    for unit in profile.record.units:
+        # an entry is as long as the unit's name is in JSON
+        alike = unit.shape, len(json.dumps(unit.name)) if headers else 0
+        if alike not in known:
+            known[alike] = [
+                unit_bytes(unit.name, unit.shape, s) if headers else s.stored_bytes(unit.shape) for s in schemes
+            ]
+        found.append(known[alike])
+    return np.array(found)
