@@ -15,6 +15,7 @@ from moqa.methods import Method, SolveBatch
 from moqa.methods.grid import fit_grid
 from moqa.methods.levels import fit_levels, nearest_codes
 from moqa.models.experts import ExpertRun, projection_rows
+from moqa.models.products import product
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.profiling.record import Settings
@@ -22,9 +23,10 @@ from moqa.profiling.record import Settings
 # the errors need most of a profile's memory and time; bfloat16 changes a sensitivity by less than 1 %
 _DTYPE = torch.bfloat16
 # weights of a unit from which its relative rounding errors are computed: enough for an accuracy of a percent
-_SAMPLED_WEIGHTS = 2**17
-# rows and columns of a unit that are rounded in every scheme, and group sizes of these
-_COMPARED = 256
+_SAMPLED_WEIGHTS = 2**15
+# columns and rows of a unit that are rounded in every scheme, and group sizes of these; the ends of a trellis meet,
+# which costs a short one more than the long ones of whole units
+_COMPARED, _COMPARED_ROWS = 256, {"int": 64, "table": 64, "trellis": 256}
 GROUPS = (32, 64, 128, 256)
 
 # Widths whose errors are really made and measured. The sensitivity at other widths is extrapolated from the nearest of
@@ -96,27 +98,45 @@ def compared_errors(view: ModelView, layer: int, how: ErrorSettings, others: Seq
     Units of a layer that differ only in their expert have about the same: one of them is rounded.
     """
     units, found = view.block_units(layer), dict[tuple, Tensor]()
-    rows = []
     for unit in units:
-        kind = unit.role, unit.projection, unit.shape
-        if kind not in found:
-            alike = [other for other in units if (other.role, other.projection, other.shape) == kind]
-            weight = view.weight(alike[len(alike) // 2])[:_COMPARED, :_COMPARED].float()
-            own = {width: _error(weight, how.scheme.model_copy(update={"width": width})) for width in how.widths}
-            found[kind] = torch.stack(
-                [_error(weight, scheme) / own[scheme.width].clamp_min(1e-30) for scheme in others]
-            )
-        rows.append(found[kind])
-    return torch.stack(rows)
+        if _kind(unit) not in found:
+            alike = [other for other in units if _kind(other) == _kind(unit)]
+            weight = view.weight(alike[len(alike) // 2])[:, :_COMPARED]
+            found[_kind(unit)] = _compared(weight, how.scheme, others)
+    return torch.stack([found[_kind(unit)] for unit in units])
 
 
-def _error(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Squared error of rounding a matrix."""
+def _kind(unit: Unit) -> tuple:
+    """The same for units of a layer that differ only in their expert."""
+    return unit.role, unit.projection, unit.shape
+
+
+def _compared(weight: Tensor, own: Scheme, others: Sequence[Scheme]) -> Tensor:
+    """[others] errors of a matrix, those that differ only in the width together."""
+    alike: dict[tuple, list[int]] = {}
+    for index, other in enumerate(others):
+        alike.setdefault((other.encoding, other.group_size), []).append(index)
+    ratios = torch.empty(len(others))
+    for (encoding, _), same in alike.items():
+        part, widths = weight[: _COMPARED_ROWS[encoding]].float(), [others[index].width for index in same]
+        ratios[same] = squared_errors(part, others[same[0]], widths) / squared_errors(part, own, widths).clamp_min(
+            1e-30
+        )
+    return ratios
+
+
+def squared_errors(weight: Tensor, scheme: Scheme, widths: Sequence[int]) -> Tensor:
+    """[widths] squared errors of rounding a matrix in a scheme at some widths.
+
+    >>> bool(squared_errors(torch.randn(16, 64), Scheme(width=2), (2, 3)).diff() < 0)
+    True
+    """
+    stack = weight.expand(len(widths), -1, -1)
     if not scheme.is_coded:
-        return fit_grid(weight, scheme).error.sum()
-    widths = torch.full((1, len(weight)), scheme.width)
-    grid = fit_levels(weight[None], scheme, widths, weight.shape[:1])
-    return (grid.decode(nearest_codes(weight[None], grid)) - weight).square().sum()
+        return fit_grid(stack, scheme, torch.tensor(widths)).error.sum((1, 2))
+    bits = torch.tensor(widths)[:, None].expand(-1, len(weight))
+    grid = fit_levels(stack, scheme, bits, weight.shape[:1])
+    return (grid.decode(nearest_codes(stack, grid)) - stack).square_().sum((1, 2))
 
 
 def all_widths(probed: Tensor, relative: Tensor, probes: Sequence[int], widths: Sequence[int]) -> Tensor:
@@ -208,8 +228,8 @@ class Sensitivity:
         """
         error = self.errors[name]
         widths, out, features = error.shape
-        shift = (x.to(_DTYPE) @ error.reshape(widths * out, features).T).unflatten(-1, (widths, out))
-        effect = torch.einsum("two,to->tw", shift, gradient.to(_DTYPE)).float()
+        shift = product(x, error.reshape(widths * out, features).T, _DTYPE).unflatten(-1, (widths, out))
+        effect = (shift * gradient[:, None]).sum(-1)
         if samples is not None:
             effect = effect.unflatten(0, (samples, -1)).sum(1)
         self.sums[name][self.fold] += 0.5 * effect.square().sum(0)
