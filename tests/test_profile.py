@@ -19,10 +19,12 @@ from moqa.models.products import fast_dtype
 from moqa.models.view import open_model
 from moqa.planning import plan
 from moqa.profiling import SELF, profile, read_profile
+from moqa.profiling.passes import parts
 from moqa.profiling.run import quiet
+from moqa.profiling.sensitivity import squared_errors
 
 MODEL = Path(__file__).parents[1] / "reference" / "model"
-SAMPLES, CONTEXT, LAYERS = 16, 64, range(6)
+SAMPLES, CONTEXT, LAYERS = 32, 64, range(6)
 TINY = {"samples": 3, "context": 32, "self_samples": 2}
 
 
@@ -163,9 +165,19 @@ class TestSensitivity:
         table = measured.weights["rounding"]
         assert ((table[:, 1:-1] / table[:, 2:]).mean(0) - 4.3).abs().max() < 1
 
+    @pytest.mark.parametrize("encoding", ["int", "table", "trellis"])
+    def test_widths_together_have_the_errors_of_each(self, encoding):
+        weight, scheme = (
+            torch.randn(40, 100, generator=torch.Generator().manual_seed(0)),
+            Scheme(width=2, encoding=encoding),
+        )
+        together = squared_errors(weight, scheme, (1, 2, 3))
+        assert torch.equal(together, torch.cat([squared_errors(weight, scheme, (width,)) for width in (1, 2, 3)]))
+        assert (together.diff() < 0).all()
+
     @torch.no_grad()
     def test_predicts_what_rounding_really_costs(self, measured, view):
-        tokens = measured.samples("wiki")[1::2]  # the windows that errors are measured on
+        tokens = parts(measured.samples("wiki"))[1]  # the windows that errors are measured on
         original = view.model(tokens).logits.log_softmax(-1)
         predicted = measured.sensitivity("wiki")[:, WIDTHS.index(2)]
         order = predicted.argsort()
@@ -183,6 +195,14 @@ class TestSensitivity:
         assert spearmanr(real, expected).statistic > 0.8
         # and in the same unit: nats per token
         assert np.exp(np.abs(np.log(np.array(real) / np.array(expected))).mean()) < 4
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_samples_that_are_measured_were_not_fitted(count):
+    fitted, measured, others = (set(part.tolist()) for part in parts(torch.arange(count)))
+    assert fitted | measured | others == set(range(count))
+    assert measured
+    assert count == 1 or not fitted & measured
 
 
 class TestFolder:

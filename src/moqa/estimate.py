@@ -212,7 +212,7 @@ class Trial:
             outside, steps = try_self_sampling(view, sorted(set(kinds)), own, settings.context, watch)
         scoring = try_scoring(stages, batch, watch) if self.compared else TokenCost()
         if self.errors is not None:
-            few = {"few": self._samples(2), "more": self._samples(2 * len(batch))}
+            few = {"few": self._samples(4), "more": self._samples(4 * len(batch))}
             profiling = ProfileTrial(workspace, ErrorSettings.of(settings, self.method, self.errors), few, watch)
             labels = profiling.labels() if profiling.how.probes else TokenCost()
         blocks = {}

@@ -10,7 +10,7 @@ def profile_disk_bytes(view: ModelView, tokens: int, distributions: int) -> int:
     """Most bytes that `moqa.profile` has on the disk: hidden states of all blocks, gradients and statistics.
 
     >>> profile_disk_bytes(view, tokens=32768, distributions=2)
-    285427712
+    268650496
 
     Args:
         view: the original model.
@@ -25,9 +25,9 @@ def profile_disk_bytes(view: ModelView, tokens: int, distributions: int) -> int:
         measured += 4 * sum(unit.shape[1] for unit in down) + 4 * len(down) ** 2
         similar += 4 * len(down) ** 2
     measured = measured * distributions + similar
-    # there are also hidden states after the last block; half of the windows have gradients at the input and output of a
-    # block, and the other half the calls of its experts
-    return max(hidden * len(view.blocks) + 5 * hidden // 2 + measured, 2 * (hidden + measured))
+    # there are also hidden states after the last block; a quarter of the windows have gradients at the input and output
+    # of a block, and half of them the calls of its experts
+    return max(hidden * len(view.blocks) + 2 * hidden + measured, 2 * (hidden + measured))
 
 
 def quantization_disk_bytes(view: ModelView, checkpoint: int, tokens: int, cached: float) -> int:

@@ -11,7 +11,7 @@ from moqa.execution import Workspace
 from moqa.forecast.rates import BlockRates, TokenCost
 from moqa.forecast.trial import Stopwatch, states_in_front
 from moqa.models.view import ModelView
-from moqa.profiling.passes import BlockPass, ProfiledSamples, go_back, go_forward
+from moqa.profiling.passes import BlockPass, ProfiledSamples, go_back, go_forward, parts
 from moqa.profiling.selfsample import OWN_BATCH, draw
 from moqa.profiling.sensitivity import ErrorSettings
 
@@ -66,18 +66,16 @@ class ProfileTrial:
         name, tokens = next(iter(self.samples.items()))
         flow, stages = self._flow(name), self.workspace.stages
         for number in flow.measured:
-            states = states_in_front(stages, tokens[len(tokens) // 2 :], (stages.depth,))
+            states = states_in_front(stages, parts(tokens)[1], (stages.depth,))
             flow.hidden.put(stages.depth, number, states[stages.depth])
         generator = torch.Generator().manual_seed(0)
-        return TokenCost(
-            0.0, self.watch.seconds(lambda: flow.draw_labels(stages, generator)) / stages.task.count(tokens)
-        )
+        seconds = self.watch.seconds(lambda: flow.draw_labels(stages, generator))
+        return TokenCost(0.0, seconds / stages.task.count(tokens))
 
     def _place(self, layer: int, name: str) -> None:
         """Save samples at the input of a block, and gradients at its output."""
         flow = self._flow(name)
-        # half of the samples are a batch to calibrate on, the other half one to measure on
-        for number, inputs in enumerate(self.samples[name].chunk(2)):
+        for number, inputs in enumerate(flow.batches):
             states = states_in_front(self.workspace.stages, inputs, (layer, layer + 1))
             flow.hidden.put(layer, number, states[layer])
             if number in flow.measured:
