@@ -21,6 +21,7 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from moqa.format.grid import Grid
+from moqa.format.levels import LevelGrid
 from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
 from moqa.kernels import ExpertStack, PackedMatrix, find_kernels
@@ -28,8 +29,8 @@ from moqa.kernels.native import read
 
 OUT = Path(__file__).parents[1] / "runs" / "bench" / "kernels.json"
 IN, FEATURES, BATCH = 2048, 5632, 256
-WIDTHS = (2, 3, 4, 5, 6, 7, 8)
-ONNX_WIDTHS = (2, 4, 8)
+FORMS = [*(f"int {w}" for w in range(2, 9)), "table 2", "table 3", "table 4", "trellis 1", "trellis 2", "trellis 3"]
+ONNX_FORMS = ("int 2", "int 4", "int 8")
 BEYOND_CACHE = 160 * 2**20
 # much more for the yardstick: part of what it reads again and again would be found in a large shared cache
 YARDSTICK = 2**30
@@ -46,10 +47,14 @@ def readers(memory: torch.Tensor) -> dict[str, Callable[[int], object]]:
 READERS = ("read", "sum")
 
 
-def random_matrix(out: int, features: int, width: int) -> PackedMatrix:
-    scheme = Scheme(width=width)
+def random_matrix(out: int, features: int, width: int, encoding: str = "int") -> PackedMatrix:
+    scheme = Scheme(width=width, encoding=encoding)
     integers = torch.randint(0, 2**width, (out, features), dtype=torch.uint8)
     groups = features // scheme.group_size
+    if scheme.is_coded:
+        factor, bits = torch.randint(1, 64, (out, groups), dtype=torch.uint8), torch.full((out,), width)
+        codes = LevelGrid(encoding, torch.full((out,), 1e-4).bfloat16(), factor, scheme.group_size, bits, (out,))
+        return PackedMatrix(scheme, (out, features), codes.stored(pack(integers, width)))
     scale = (torch.rand(out, groups) * 0.02 + 0.01).bfloat16()
     zero = torch.randint(100, 150, (out, groups), dtype=torch.uint8)
     grid = Grid(scale, zero, scheme.group_size, torch.tensor(2**width - 1))
@@ -111,21 +116,22 @@ def linear_rows(threads: int) -> list[dict]:
     for rows in (1, 4, BATCH):
         x = torch.randn(rows, IN)
         half = x.bfloat16()
-        for width in WIDTHS:
-            packed = copies_of(random_matrix(FEATURES, IN, width))
+        for form in FORMS:
+            encoding, width = form.split()[0], int(form.split()[1])
+            packed = copies_of(random_matrix(FEATURES, IN, width, encoding))
             contenders: dict[str, Callable[[int], object]] = {
                 "moqa": lambda n, packed=packed, x=x: native.linear(packed[n % len(packed)], x),
                 "bf16": lambda n, half=half: linear(half, dense[n % len(dense)]),
             }
             if rows == 1:
                 contenders |= readers(memory)
-            if width in ONNX_WIDTHS:
+            if form in ONNX_FORMS:
                 contenders["onnxruntime"] = onnx_calls(x, width, len(packed), threads)
             times = take_turns(contenders, seconds=0.05 if rows < BATCH else 0.1)
             size = packed[0].scheme.stored_bytes((FEATURES, IN))
             bandwidth = memory.nbytes / min(times[name] for name in READERS) if rows == 1 else None
             found.append({
-                "op": "linear", "rows": rows, "in": IN, "out": FEATURES, "width": width, "threads": threads,
+                "op": "linear", "rows": rows, "in": IN, "out": FEATURES, "width": form, "threads": threads,
                 "microseconds": times["moqa"],
                 "bandwidth_fraction": size / times["moqa"] / bandwidth if bandwidth else None,
                 "read_gigabytes_per_second": bandwidth / 1e3 if bandwidth else None,

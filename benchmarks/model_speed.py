@@ -1,13 +1,14 @@
-"""Speed of a whole model: moqa at 4 and mixed 2.5 bits, transformers in bfloat16, llama.cpp in F16, Q4_K and Q2_K.
+"""Speed of a whole model in moqa, in transformers in bfloat16, and in llama.cpp in F16, Q4_K and Q2_K.
 
-Writes runs/bench/model.json. The model is the random one of random_model.py; engines take turns, each in a process of
-its own, and of a few turns the median counts.
+moqa's checkpoints have 4 bits, mixed 2.5 bits, and 2 bits of a trellis. Writes runs/bench/model.json. The model is the
+random one of random_model.py; engines take turns, each in a process of its own, and of a few turns the median counts.
 """
 
 import json
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf_engine
 import random_model
@@ -22,7 +23,11 @@ MODEL = RUNS / "random-model"
 TEXT = ROOT / "reference" / "text" / "wiki.calib.txt"
 PROMPT, NEW, TURNS = 128, 64, 3
 # widths do not matter to what a plan is for here: a mix of all of them, at random
-PLANS = {"4": {"strategy": "uniform", "widths": (4,)}, "mixed-2.5": {"strategy": "random", "widths": (1, 2, 3, 4)}}
+PLANS: dict[str, dict[str, Any]] = {
+    "4": {"strategy": "uniform", "widths": (4,)},
+    "mixed-2.5": {"strategy": "random", "widths": (1, 2, 3, 4)},
+    "trellis-2": {"strategy": "uniform", "widths": (2,), "encodings": ("trellis",)},
+}
 
 
 def checkpoints() -> dict[str, Path]:
@@ -34,7 +39,7 @@ def checkpoints() -> dict[str, Path]:
             MODEL, {"wiki": str(TEXT)}, RUNS / "profile", context=32, samples=2, self_samples=1, method="rtn"
         )
         for weights, options in PLANS.items():
-            budget = None if weights == "4" else "2.5bpw"
+            budget = "2.5bpw" if options["strategy"] == "random" else None
             moqa.quantize(MODEL, moqa.plan(profile, budget, **options), folders[weights], method="rtn", overwrite=True)
     return folders
 

@@ -7,6 +7,14 @@ ROOT = Path(__file__).parents[1]
 RUNS, PAGE = ROOT / "runs" / "bench", ROOT / "docs" / "results" / "speed.md"
 
 
+def processor() -> str:
+    """The instructions that decide about the speed."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return next(
+        (name for flag, name in (("avx512_vnni", "AVX-512 VNNI"), ("avx2", "AVX2")) if flag in flags), "neither"
+    )
+
+
 def table(headings: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" + "---:|" * (len(headings) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
@@ -19,9 +27,9 @@ def ratio(value: float | None) -> str:
 def linear_table(rows: list[dict], threads: int, count: int) -> str:
     chosen = [r for r in rows if (r["op"], r["threads"], r["rows"]) == ("linear", threads, count)]
     return table(
-        ["width", "us", "of read bandwidth", "vs torch bf16", "vs ONNX Runtime"],
+        ["encoding, width", "us", "of read bandwidth", "vs torch bf16", "vs ONNX Runtime"],
         [
-            [str(r["width"]), f"{r['microseconds']:.0f}", ratio(r["bandwidth_fraction"]), ratio(r["vs_bf16"]),
+            [r["width"], f"{r['microseconds']:.0f}", ratio(r["bandwidth_fraction"]), ratio(r["vs_bf16"]),
              ratio(r["vs_onnxruntime"])]
             for r in chosen
         ],
@@ -70,7 +78,7 @@ def main() -> None:
 
 Command: `make bench` (`benchmarks/kernel_speed.py`, `model_speed.py`, `kernel_accuracy.py`), then
 `benchmarks/speed_page.py`. Ratios are theirs / ours, above 1 is faster, medians from one run in which the contenders
-took turns. One machine with AVX-512 VNNI and 2 cores, which read memory at up to {bandwidth:.0f} GB/s.
+took turns. One machine with {processor()} and 2 cores, which read memory at up to {bandwidth:.0f} GB/s.
 
 ## Linear, 2048 -> 5632, groups of 64, weights larger than the cache
 ONNX Runtime is `MatMulNBits` at accuracy level 4 (8-bit activations as here); it has no other widths.
@@ -102,11 +110,11 @@ call per matrix.
 {experts_table(kernels)}
 
 ## A whole model
-Random Qwen3 Mixture-of-Experts, 441 M parameters: 8 layers, 32 experts of which 4 work on a token, hidden size 1024. A
-prompt of 128 tokens, then 64 more. moqa's mixed checkpoint has 2.5 stored bits per weight, experts of 1 to 4 bits side
-by side. llama.cpp is compiled for this machine; it reorders weights when it loads (repacked) or not: one is better for
-decoding, the other for prefill. Embedding and head stay 16-bit in all. Peak memory of moqa and transformers includes
-Python with torch (about 450 MB).
+Random Qwen3 Mixture-of-Experts, 441 M parameters: 8 layers, 32 experts of which 4 work on a token, hidden size 1024.
+A prompt of 128 tokens, then 64 more. moqa's mixed checkpoint has 2.5 stored bits per weight, experts of 1 to 4 bits
+side by side; `trellis-2` has 2 bits of a trellis everywhere. llama.cpp is compiled for this machine; it reorders weights
+when it loads (repacked) or not: one is better for decoding, the other for prefill. Embedding and head stay 16-bit in
+all. Peak memory of moqa and transformers includes Python with torch (about 450 MB).
 
 One thread:
 
