@@ -112,9 +112,9 @@ call per matrix.
 ## A whole model
 Random Qwen3 Mixture-of-Experts, 441 M parameters: 8 layers, 32 experts of which 4 work on a token, hidden size 1024.
 A prompt of 128 tokens, then 64 more. moqa's mixed checkpoint has 2.5 stored bits per weight, experts of 1 to 4 bits
-side by side; `trellis-2` has 2 bits of a trellis everywhere. llama.cpp is compiled for this machine; it reorders weights
-when it loads (repacked) or not: one is better for decoding, the other for prefill. Embedding and head stay 16-bit in
-all. Peak memory of moqa and transformers includes Python with torch (about 450 MB).
+side by side; `trellis-2` has 2 bits of a trellis everywhere. llama.cpp is compiled for this machine; it reorders
+weights when it loads (repacked) or not: one is better for decoding, the other for prefill. Embedding and head stay
+16-bit in all. Peak memory of moqa and transformers includes Python with torch (about 450 MB).
 
 One thread:
 
