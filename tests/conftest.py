@@ -204,13 +204,13 @@ def checkpoint(sound_checkpoint, tmp_path) -> Path:
     return Path(shutil.copytree(sound_checkpoint, tmp_path / "checkpoint"))
 
 
-def make_tiny_model(folder: Path) -> Path:
+def make_tiny_model(folder: Path, inner: int = 40) -> Path:
     """Folder of a random two-layer MoE with odd shapes and the reference model's tokenizer."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=8192, hidden_size=72, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=2,
+        vocab_size=8192, hidden_size=72, intermediate_size=96, moe_intermediate_size=inner, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=6, num_experts_per_tok=2,
         norm_topk_prob=True, tie_word_embeddings=True, initializer_range=0.1, bos_token_id=None, eos_token_id=0,
         pad_token_id=0,

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from long_work import SMALL
 from torch.nn.functional import silu
 
 import moqa
@@ -185,20 +187,22 @@ def test_held_out_errors_are_those_of_the_loss():
         assert float(inputs.check.errors(difference, gram).sum()) == pytest.approx(wanted, rel=1e-3)
 
 
-def test_gradients_of_a_profile_reach_its_checkpoints(sharded, sharded_profile, tmp_path):
-    plan = moqa.plan(sharded_profile, "2.5bpw")
+def test_gradients_of_a_profile_reach_its_checkpoints(texts, tmp_path):
+    model = make_tiny_model(tmp_path / "model", inner=48)  # three whole tiles
+    profile = moqa.profile(model, [texts["wiki"]], tmp_path / "profile", **SMALL)
+    plan = moqa.plan(profile, "2.5bpw")
     without = replace(
-        sharded_profile,
+        profile,
         statistics={
             name: {key: value for key, value in found.items() if ".gradient_" not in key}
-            for name, found in sharded_profile.statistics.items()
+            for name, found in profile.statistics.items()
         },
     )
-    assert sharded_profile.gradients(0, plan.mixture) is not None
+    assert profile.gradients(0, plan.mixture) is not None
     assert without.gradients(0, plan.mixture) is None
     made = [
-        moqa.quantize(sharded, plan, tmp_path / name, profile=profile)
-        for name, profile in (("rows", sharded_profile), ("plain", without))
+        moqa.quantize(model, plan, tmp_path / name, profile=measured)
+        for name, measured in (("rows", profile), ("plain", without))
     ]
     files = [{path.name: path.read_bytes() for path in folder.glob("*.safetensors")} for folder in made]
     assert files[0].keys() == files[1].keys()

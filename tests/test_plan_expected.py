@@ -59,7 +59,7 @@ def test_the_interval_is_as_wide_as_folds_differ(sharded_profile):
 
 
 def test_none_beyond_all_uniform_plans(sharded_profile):
-    assert moqa.plan(sharded_profile, "1.75bpw", widths=(1, 2)).gains == {}
+    assert moqa.plan(sharded_profile, strategy="uniform", fixed={"*": 16}).gains == {}
 
 
 def test_the_command_says_it(moqa_command, sharded_profile, tmp_path):

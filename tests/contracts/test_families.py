@@ -63,7 +63,7 @@ def quantized(zoo, tmp_path_factory):
     def make(name: str):
         view, out = open_model(zoo(name)), root / name
         wiki = Distribution("wiki", (text,), "wiki.calib.txt")
-        measured = profile(zoo(name), [wiki], out / "profile", samples=8, context=32, self_samples=1, view=view)
+        measured = profile(zoo(name), [wiki], out / "profile", samples=16, context=32, self_samples=1, view=view)
         stored = sum(Scheme(width=8).stored_bytes(unit.shape) for unit in view.units.values())
         weights = sum(unit.weights for unit in view.units.values())
         budget = Budget.parse(bpw=stored * 8.001 / weights)

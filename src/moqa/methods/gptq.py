@@ -47,9 +47,10 @@ def gptq(job: SolveBatch) -> SolveResult:
     factor = torch.empty(*order.shape, order.shape[1])
     for inputs, columns, out in zip(job.inputs, order, factor, strict=True):
         _factor(inputs, columns, out)
-    if not job.outputs or any(rows % TILE for rows in job.parts):
-        return GridResult(_round(job.weights, grid, order, factor), grid)
-    return GridResult(_round_by_rows(job, grid, order, factor), grid)
+    known = any(gram is not None for grams in job.outputs for gram in grams)
+    by_rows = known and not any(rows % TILE for rows in job.parts)
+    integers = (_round_by_rows if by_rows else _round)(job, grid, order, factor)
+    return GridResult(integers, grid)
 
 
 def _fitted(job: SolveBatch, energy: Tensor) -> Grid | LevelGrid:
@@ -135,7 +136,7 @@ def _round_by_rows(job: SolveBatch, grid: Grid | LevelGrid, order: Tensor, facto
         part = grid[:, rows[k]]
         if isinstance(part, LevelGrid):
             part = replace(part, parts=tuple(size // groups for size in job.parts), apart=_ROWS)
-        found = _round(target, part, order, factor)
+        found = _round(replace(job, weights=target), part, order, factor)
         integers[:, rows[k]] = found
         torch.sub(weights, part.decode(found), out=errors[k])
     return integers
@@ -153,7 +154,7 @@ def _output_factor(gram: Tensor, order: Tensor) -> Tensor | None:
 
 
 def _pass_on(factor: Tensor, k: int, errors: Tensor, target: Tensor) -> None:
-    """Add to the target of a block, [rows, in], what makes up for the errors of all blocks, [blocks, rows, in]."""
+    """Add to the target of block k, [rows, in], what makes up for the later ones of all [blocks, rows, in] errors."""
     size = len(target)
     mine = slice(k * size, (k + 1) * size)
     with fast_sums():
@@ -161,10 +162,10 @@ def _pass_on(factor: Tensor, k: int, errors: Tensor, target: Tensor) -> None:
     target += torch.linalg.solve_triangular(factor[mine, mine].T, later, upper=True)
 
 
-def _round(weights: Tensor, grid: Grid | LevelGrid, order: Tensor, factor: Tensor) -> Tensor:
+def _round(job: SolveBatch, grid: Grid | LevelGrid, order: Tensor, factor: Tensor) -> Tensor:
     """[n, rows, in] integers; every column is rounded from its weight and the errors of later columns in `order`."""
-    columns = Columns.of(weights, grid, order, factor)
-    _from_last(columns, find_grid_kernels(weights.device), 0, weights.shape[2], None)
+    columns = Columns.of(job.weights, grid, order, factor)
+    _from_last(columns, find_grid_kernels(job.weights.device), 0, job.weights.shape[2], None)
     return columns.integers.mT.contiguous()
 
 
