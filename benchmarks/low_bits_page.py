@@ -89,7 +89,7 @@ def _picture(rows: Sequence[dict]) -> str:
     def place(bits: float, kl: float) -> tuple[float, float]:
         return 60 + (bits - 1.5) * 200, 30 + (-0.5 - log10(kl)) * 120
 
-    parts = []
+    grid, parts, names = list[str](), list[str](), list[tuple[float, float, str, str]]()
     for tool, colour in (("llama.cpp", "#b5651d"), ("moqa", "#1f6fb4")):
         for key, dash in (("kl_known", ""), ("kl_novel", ' stroke-dasharray="6 4"')):
             some = sorted((r["bits_per_weight"], r[key]) for r in rows if r["tool"] == tool)
@@ -100,16 +100,19 @@ def _picture(rows: Sequence[dict]) -> str:
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
             x, y = points[-1]
-            name = f"{tool}, {key.removeprefix('kl_')}"
-            parts.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+            names.append((y + 4, x + 8, colour, f"{tool}, {key.removeprefix('kl_')}"))
+    lowest = 0.0
+    for y, x, colour, name in sorted(names):
+        lowest = max(y, lowest + 14)  # names do not touch
+        parts.append(f'<text x="{x:.1f}" y="{lowest:.1f}" fill="{colour}">{name}</text>')
     for bits in (1.5, 2, 2.5, 3, 3.5, 4):
         x = place(bits, 1)[0]
-        parts.append(f'<text x="{x}" y="375" text-anchor="middle">{bits:g}</text>')
-        parts.append(f'<line x1="{x}" y1="30" x2="{x}" y2="355" stroke="#ddd"/>')
+        grid.append(f'<text x="{x}" y="375" text-anchor="middle">{bits:g}</text>')
+        grid.append(f'<line x1="{x}" y1="30" x2="{x}" y2="355" stroke="#ddd"/>')
     for kl in (0.3, 0.1, 0.03, 0.01, 0.003, 0.001):
         y = place(1.5, kl)[1]
-        parts.append(f'<text x="52" y="{y + 4:.1f}" text-anchor="end">{kl:g}</text>')
-        parts.append(f'<line x1="60" y1="{y:.1f}" x2="640" y2="{y:.1f}" stroke="#ddd"/>')
+        grid.append(f'<text x="52" y="{y + 4:.1f}" text-anchor="end">{kl:g}</text>')
+        grid.append(f'<line x1="60" y1="{y:.1f}" x2="640" y2="{y:.1f}" stroke="#ddd"/>')
     labels = '<text x="350" y="395" text-anchor="middle">stored bits per weight</text>'
     head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 405" font-family="sans-serif" font-size="12">'
-    return f'{head}<rect width="780" height="405" fill="white"/>{"".join(parts)}{labels}</svg>\n'
+    return f'{head}<rect width="780" height="405" fill="white"/>{"".join(grid + parts)}{labels}</svg>\n'
