@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import moqa
+from moqa.cli.plan import print_plan
 from moqa.planning.expected import expected_gains
+from moqa.planning.record import Gain
 
 
 def with_folds(profile, folds):
@@ -63,6 +65,15 @@ def test_none_beyond_all_uniform_plans(sharded_profile):
 
 
 def test_the_command_says_it(moqa_command, sharded_profile, tmp_path):
-    code, out, _ = moqa_command("plan", sharded_profile.folder, "--bpw", "3", "-o", tmp_path / "plan.json")
-    assert code == 0
+    code, out, err = moqa_command("plan", sharded_profile.folder, "--bpw", "3", "-o", tmp_path / "plan.json")
+    assert (code, err) == (0, "")
     assert "less than uniform by" in out
+
+
+def test_a_gain_that_is_not_sure_is_a_warning(capsys, sharded_profile):
+    plan = moqa.plan(sharded_profile, "3bpw")
+    gains = {"wiki": Gain(share=0.1, low=-0.2, high=0.4), "self": Gain(share=0.1, low=0.05, high=0.15)}
+    print_plan(plan.model_copy(update={"gains": gains}))
+    captured = capsys.readouterr()
+    assert "10 % (-20 to 40)" in captured.out
+    assert captured.err == "moqa: warning: a uniform plan may do as well on wiki\n"

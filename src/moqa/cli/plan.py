@@ -121,6 +121,9 @@ def print_plan(result: "Plan") -> None:
         if result.gains:
             rows.append(["less than uniform by", *(str(result.gains[name]) for name in result.predicted)])
         print_table(["", *result.predicted], rows)
+    unsure = [name for name, gain in result.gains.items() if gain.low is not None and gain.low <= 0]
+    if unsure and result.strategy != "uniform":
+        say(f"moqa: warning: a uniform plan may do as well on {', '.join(unsure)}", err=True)
 
 
 def print_estimate(cost: "Estimate", plan: "Plan", profile: "Profile", json: Path | None) -> None:
