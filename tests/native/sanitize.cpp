@@ -620,7 +620,7 @@ void check_solving(int matrices, int rows, int in, int group, bool symmetric, bo
                 const Buffer<float> now = random_floats(all_rows * columns, true);
                 round(*path, {matrices, rows, in, group, groups, first, columns, now.get(), work.get(), factor.get(),
                               order.get(), tables.get(), tables.get() + scales, tables.get() + 2 * scales,
-                              integers.get(), false, 0, nullptr, nullptr}, threads);
+                              integers.get(), false, 16, 0, nullptr, nullptr}, threads);
             }
         }
         ++cases;
