@@ -82,6 +82,10 @@ def _factor(inputs: InputStatistics, order: Tensor, out: Tensor) -> None:
         return
     gram = inputs.fit.index_select(0, order).index_select(1, order)
     gram.diagonal().add_(damping(features, inputs.tokens) * mean)
+    _fill_factor(gram, out)
+
+
+def _fill_factor(gram: Tensor, out: Tensor) -> None:
     out.copy_(gram)
     if not _cholesky(out):  # indefinite due to rounding
         out.copy_(torch.linalg.cholesky(gram.double()))
@@ -149,8 +153,9 @@ def _output_factor(gram: Tensor, order: Tensor) -> Tensor | None:
         return None
     gram = gram.index_select(0, order).index_select(1, order).div_(mean)
     gram.diagonal().add_(_OUTPUT_DAMPING)
-    factor = gram.clone()
-    return factor if _cholesky(factor) else torch.linalg.cholesky(gram.double()).float()
+    factor = torch.empty_like(gram)
+    _fill_factor(gram, factor)
+    return factor
 
 
 def _pass_on(factor: Tensor, k: int, errors: Tensor, target: Tensor) -> None:

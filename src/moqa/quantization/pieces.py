@@ -56,7 +56,6 @@ class BlockWork:
         executor: that does the work.
         together: largest number of experts in a piece.
         report: called with what is being waited for.
-        gradients: see `BlockPiece`, of every layer.
     """
 
     workspace: Workspace
@@ -65,7 +64,6 @@ class BlockWork:
     executor: Executor
     together: int
     report: Report
-    gradients: Sequence[Gradients | None] = ()
 
 
 def quantized_layers(
@@ -89,20 +87,23 @@ def quantized_layers(
         return
     for layer in layers:
         inputs = flow.inputs(layer)
-        pieces_of_layer = cut(work, layer, inputs)
+        pieces_of_layer = cut(work, layer, inputs, flow.gradients(layer))
         with closing(work.executor.map(quantize_piece, work.workspace, pieces_of_layer)) as results:
             done = _collected(work, pieces_of_layer, results)
         inputs.drop()
         yield done
 
 
-def cut(work: BlockWork, layer: int, inputs: BlockInputs | None) -> list[BlockPiece]:
+def cut(
+    work: BlockWork, layer: int, inputs: BlockInputs | None, gradients: Gradients | None = None
+) -> list[BlockPiece]:
     """A layer in pieces, so that all workers are busy; in a single piece if the method needs no samples.
 
     Args:
         work: what is done.
         layer: index of the layer.
         inputs: of the layer; None for a method that needs none, for which layers are independent.
+        gradients: at its output, if they are known.
     """
     schemes, method, workers = work.schemes, work.method, work.executor.workers
     units = work.workspace.view.block_units(layer)
@@ -113,7 +114,7 @@ def cut(work: BlockWork, layer: int, inputs: BlockInputs | None) -> list[BlockPi
     for unit in units:
         if unit.expert is not None:
             routed.setdefault(unit.expert, {})[unit.name] = schemes[unit.name]
-    pieces, gradients = [], work.gradients[layer] if work.gradients else None
+    pieces = []
     for some in _slices(sorted(routed), work.together, workers):
         mine = {name: scheme for expert in some for name, scheme in routed[expert].items()}
         pieces.append(BlockPiece(layer, method, mine, tuple(some), inputs.parts, gradients=gradients))

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from moqa import __version__
-from moqa.calibration.outputs import Gradients
 from moqa.errors import MoqaError
 from moqa.execution import Executor, LocalExecutor, Workspace
 from moqa.execution.background import background
@@ -33,7 +32,7 @@ from moqa.quantization.cache import cache_layers, describe_routing, parse_cache
 from moqa.quantization.checkpoint import CheckpointWriter
 from moqa.quantization.layer import QuantizedUnit
 from moqa.quantization.pieces import BlockWork, quantized_layers
-from moqa.quantization.samples import CalibrationSamples, gradients_of, tokens_of
+from moqa.quantization.samples import CalibrationSamples, tokens_of
 from moqa.storage.files import check_inside
 from moqa.storage.folders import check_free
 from moqa.storage.paths import recorded
@@ -130,8 +129,7 @@ def quantize(
             describe_routing(work.result, profile, plan.known)
             work.mark_done("start", {}, hashed)
         samples = CalibrationSamples(view, plan, profile, work) if how.needs_data else None
-        gradients = gradients_of(plan, profile)
-        todo = BlockWork(Workspace(view, work), plan.units, how, executor, room.experts, report, gradients)
+        todo = BlockWork(Workspace(view, work), plan.units, how, executor, room.experts, report)
 
         def finish(layer: int, done: Mapping[str, QuantizedUnit]) -> None:
             """Write a quantized layer, store the hidden states after it, and record that it is done."""
@@ -198,13 +196,16 @@ def _job(folder: Path, plan: Plan, profile: Profile, method: Method, cache: str 
     """Everything that a checkpoint's bytes depend on."""
     digest = hashlib.sha256(plan.model_dump_json(exclude={"profile", "model"}).encode()).hexdigest()
     return {"moqa": __version__, "model": fingerprint(folder), "plan": digest, "samples": profile.digest(plan.mixture),
-            "gradients": _digest(gradients_of(plan, profile)), "method": method.name, "cache": cache}  # fmt: skip
+            "gradients": _digest(profile, plan), "method": method.name, "cache": cache}  # fmt: skip
 
 
-def _digest(gradients: Iterable[Gradients | None]) -> str:
+def _digest(profile: Profile, plan: Plan) -> str:
+    """Hash of the gradients that a checkpoint depends on."""
     digest = hashlib.sha256()
-    for found in filter(None, gradients):
-        digest.update(found.rows.numpy().tobytes() + found.rest.numpy().tobytes())
+    for layer in range(profile.record.layers):
+        found = profile.gradients(layer, plan.mixture)
+        if found is not None:
+            digest.update(found.rows.numpy().tobytes() + found.rest.numpy().tobytes())
     return digest.hexdigest()
 
 

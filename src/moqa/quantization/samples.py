@@ -29,7 +29,7 @@ class CalibrationSamples:
 
     def __init__(self, view: ModelView, plan: Plan, profile: Profile, work: ResumableRun) -> None:
         self._view, self._work, self._stages = view, work, LayerwiseModel(view.model)
-        self._gradients = [found is not None for found in gradients_of(plan, profile)]
+        self._plan, self._profile = plan, profile
         self._parts: list[tuple[float, bool]] = []  # of each batch: share, whether it is held out
         batches: list[Tensor] = []
         # sorted, so that a plan read from a file has the same order: sums of floats depend on it
@@ -47,7 +47,12 @@ class CalibrationSamples:
         """Inputs of all units of a layer, whose weights are still the original ones."""
         states = (self._hidden.at(layer, number) for number in range(len(self._parts)))
         batches = (CalibrationBatch(x, share, held) for x, (share, held) in zip(states, self._parts, strict=True))
-        return BlockInputs(self._view, self._stages, layer, batches, self._work, with_slopes=self._gradients[layer])
+        with_slopes = self.gradients(layer) is not None
+        return BlockInputs(self._view, self._stages, layer, batches, self._work, with_slopes=with_slopes)
+
+    def gradients(self, layer: int) -> Gradients | None:
+        """Gradients at the output of a layer, if they were measured."""
+        return self._profile.gradients(layer, self._plan.mixture)
 
     def advance(self, layer: int, done: Mapping[str, QuantizedUnit], schemes: Mapping[str, Scheme]) -> None:
         """Move the hidden states past a layer that has been quantized."""
@@ -66,11 +71,6 @@ def tokens_of(plan: Plan, profile: Profile) -> int:
     160
     """
     return sum(profile.record.distributions[name].tokens for name in plan.mixture)
-
-
-def gradients_of(plan: Plan, profile: Profile) -> list[Gradients | None]:
-    """Gradients at the output of each block on a plan's mixture, if measured."""
-    return [profile.gradients(layer, plan.mixture) for layer in range(profile.record.layers)]
 
 
 def _held_out(windows: int) -> Tensor:
