@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits scale-study adjust-study robustness results clean
+.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits trained-study scale-study adjust-study robustness results clean
 
 setup: $(VENV)/.ready
 
@@ -110,6 +110,10 @@ peers: setup .peers/llmcompressor/.ready .peers/gptqmodel/.ready
 # quality from 1.4 to 4.3 bits beside llama.cpp's
 low-bits: .peers/llama.cpp/.ready
 	$(BIN)/python benchmarks/low_bits.py
+
+# what training after quantization gains
+trained-study: setup
+	$(BIN)/python benchmarks/trained.py
 
 # a checkpoint of 14 GB is made first; 20 GB of disk, 40 minutes
 scale-study: setup

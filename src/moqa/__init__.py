@@ -40,14 +40,15 @@ if TYPE_CHECKING:
     from moqa.reports import report
     from moqa.runtime.load import load
     from moqa.speed import Speed, bench
+    from moqa.training import Recovered, recover
 
     __version__: str  # from pyproject.toml, read at the first access
 
 __all__ = [  # noqa: RUF022  (functions first, in the order of the work)
-    "compress", "profile", "plan", "quantize", "evaluate", "report", "load", "generate", "adjust", "bench",
+    "compress", "profile", "plan", "quantize", "recover", "evaluate", "report", "load", "generate", "adjust", "bench",
     "memory_budget", "read_plan", "read_profile", "open_checkpoint", "find_executor",
     "Adjusted", "Budget", "CompressOptions", "CompressResult", "Distribution", "Evaluation", "MemoryBudget",
-    "MemoryLimit", "MoqaError", "Plan", "Profile", "Sampling", "Speed",
+    "MemoryLimit", "MoqaError", "Plan", "Profile", "Recovered", "Sampling", "Speed",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:

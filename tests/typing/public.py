@@ -23,6 +23,7 @@ reveal_type(executor)  # moqa.execution.local.Executor
 memory = moqa.MemoryLimit.parse("4GiB")
 reveal_type(memory)  # moqa.memory.limit.MemoryLimit
 reveal_type(moqa.quantize("model", plan, "out", memory=memory, engine=executor))  # pathlib.Path
+recovered: moqa.Recovered = moqa.recover("out", "better", length="15m", profile=profile)
 
 options = moqa.CompressOptions(strategy="uniform", widths=(2, 4), objective="minimax")
 reveal_type(options.profile)  # pathlib.Path | None

@@ -10,6 +10,7 @@ EXAMPLES = {
         "moqa plan PROFILE --bpw 3 -o plan.json",
         "moqa plan PROFILE --fit 8GiB --ignore '*.layers.0.*' --set '*.self_attn.*=8' -o plan.json",
     ),
+    "recover": ("moqa recover OUT --for 15m -o NEW",),
     "evaluate": ("moqa evaluate OUT --data novels=novels.txt",),
     "report": ("moqa report PROFILE OUT -o report.html",),
     "inspect": ("moqa inspect OUT",),

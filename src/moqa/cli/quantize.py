@@ -81,6 +81,7 @@ def quantize(
     group_size: options.GroupSize = DEFAULTS.group_size,
     symmetric: options.Symmetric = DEFAULTS.symmetric,
     cache: Annotated[str | None, typer.Option("--cache", metavar="SHARE")] = DEFAULTS.cache,
+    recover: Annotated[str | None, typer.Option("--recover", metavar="LENGTH")] = DEFAULTS.recover,
     proof: Annotated[bool, typer.Option("--proof/--no-proof")] = DEFAULTS.proof,
     overwrite: options.Overwrite = DEFAULTS.overwrite,
     seed: int = DEFAULTS.seed,
@@ -108,6 +109,8 @@ def quantize(
         from moqa.profiling import read_profile
         from moqa.quantization import quantize as run
         from moqa.storage.folders import check_free
+        from moqa.training import recover as train
+        from moqa.training.length import TrainingLength
 
         if data or held_out or ignore or set_width or any(option is not None for option in (bpw, size, fit, batch)):
             raise MoqaError(
@@ -129,13 +132,22 @@ def quantize(
             )
             print_estimate(cost, chosen, measured, json)
             return
+        if recover is not None:
+            TrainingLength.parse(recover)
         with progress(log_json) as report:
+            limited = time_limited(report, time_limit)
             run(
-                model, chosen, out, method=method, overwrite=overwrite, report=time_limited(report, time_limit),
+                model, chosen, out, method=method, overwrite=overwrite, report=limited,
                 profile=read_profile(profile) if profile else None, cache=cache, memory=memory, restart=restart,
                 engine=executor,
             )  # fmt: skip
-        warn_starved(read_profile(profile or chosen.profile))
+            measured = read_profile(profile or chosen.profile)
+            if recover is not None:
+                train(
+                    out, out, length=recover, profile=measured, model=model, overwrite=True, restart=restart, seed=seed,
+                    report=limited, memory=executor.memory(memory),
+                )  # fmt: skip
+        warn_starved(measured)
         print_checkpoint(out, json)
         return
     if not data:
@@ -150,7 +162,7 @@ def quantize(
         strategy=strategy, ties=ties, widths=widths_of(widths), hedge=hedge,  # type: ignore[arg-type]
         objective=objective, scope=scope, method=method, profile=profile, samples=samples,  # type: ignore[arg-type]
         context=window, self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
-        overwrite=overwrite, restart=restart, seed=seed, fixed=fixed_of(ignore, set_width),
+        overwrite=overwrite, restart=restart, seed=seed, recover=recover, fixed=fixed_of(ignore, set_width),
         encodings=tuple(encodings.split(",")), groups=groups_of(groups), floors=floors_of(floor),
     )  # fmt: skip
     budget = memory_budget(model, fit, context=context, batch=batch or 1) if fit else Budget.parse(bpw, size)

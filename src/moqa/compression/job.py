@@ -25,6 +25,7 @@ from moqa.profiling.store import RECORD
 from moqa.quantization.cache import parse_cache
 from moqa.storage.folders import check_free
 from moqa.tasks import task_of
+from moqa.training.length import TrainingLength
 
 
 class CompressJob:
@@ -61,6 +62,8 @@ class CompressJob:
         check_group_size(options.group_size)
         if options.cache is not None:
             parse_cache(options.cache)
+        if options.recover is not None:
+            TrainingLength.parse(options.recover)
         if not is_unfinished(self.out, options.proof):
             check_free(self.out, options.overwrite)
         self.budget = Budget.of(budget) if isinstance(budget, str) else budget
@@ -132,4 +135,5 @@ class CompressJob:
             (manifest.fingerprint, manifest.method, schemes) == (chosen.fingerprint, self.options.method, chosen.units)
             and (manifest.mixture, manifest.fitted) == (chosen.mixture, fitted)
             and has_cache(self.out) == (self.options.cache is not None)
+            and (manifest.recovery is None or self.options.recover is not None)
         )

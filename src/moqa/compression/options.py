@@ -57,6 +57,9 @@ class CompressOptions:
     group_size: int = _option(64, "weights that share a scale")
     symmetric: bool = _option(False, "grids without a zero-point")
     cache: str | None = _option(None, "keep for `moqa adjust`: 1% of the channels, or full")
+    recover: str | None = _option(
+        None, "then train scales and small tensors, at no bytes: a time such as 15m, or steps such as 300"
+    )
     proof: bool = _option(True, "compare with baselines on held-out text")
     overwrite: bool = _option(False, "replace an existing output of moqa")
     restart: bool = _option(False, "start again, discarding what an interrupted run has finished")

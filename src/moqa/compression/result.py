@@ -7,12 +7,13 @@ from pydantic import BaseModel
 
 from moqa.evaluation.proof import PROOF, Proof
 from moqa.planning import Budget, Plan, for_file
+from moqa.planning.run import PLAN
 from moqa.profiling import Profile
 from moqa.quantization.card import add_results
 from moqa.reports import report
 from moqa.storage.artifact import write_json, write_sealed
 
-PLAN, REPORT = "plan.json", "report.html"
+REPORT = "report.html"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from moqa.data import Data
 from moqa.estimate import Estimate, estimate, working_sets
 from moqa.evaluation.proof import ProofSetup, prove
 from moqa.execution import Executor
+from moqa.format.reader import read_checkpoint
 from moqa.memory.limit import MemoryLimit
 from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
@@ -22,6 +23,7 @@ from moqa.quantization import quantize
 from moqa.quantization.run import disk_needed
 from moqa.storage.folders import PLACED, beside
 from moqa.storage.resumable import check_space
+from moqa.training import recover
 
 
 def compress(
@@ -140,5 +142,10 @@ def _quantized(job: CompressJob, view: ModelView, report: Report) -> CompressRes
             job.model, chosen, job.out, method=options.method, overwrite=options.overwrite, report=report,
             profile=measured, view=view, cache=options.cache, memory=job.memory, restart=options.restart,
             engine=job.executor,
+        )  # fmt: skip
+    if options.recover is not None and read_checkpoint(job.out).manifest.recovery is None:
+        recover(
+            job.out, job.out, length=options.recover, profile=measured, model=job.folder, overwrite=True,
+            restart=options.restart, seed=options.seed, report=report, memory=job.memory,
         )  # fmt: skip
     return CompressResult(job.out, chosen, measured, job.budget)

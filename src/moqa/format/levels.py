@@ -68,6 +68,14 @@ class LevelGrid:
 
     def decode(self, codes: Tensor) -> Tensor:
         """Weights of [..., out, in] codes, float32."""
+        return self.scaled(self.levels_of(codes))
+
+    def scaled(self, levels: Tensor) -> Tensor:
+        """Weights of [..., out, in] levels, float32; differentiable by scales and factors."""
+        return from_groups(to_groups(levels, self.group_size) * self.scales()[..., None], levels.shape[-1])
+
+    def levels_of(self, codes: Tensor) -> Tensor:
+        """[..., out, in] levels of codes, float32."""
         index = codes.long()
         if self.encoding == "trellis":
             index = torch.cat([level_index(part, self.apart) for part in index.split(self.parts, -2)], -2)
@@ -76,8 +84,7 @@ class LevelGrid:
         for width in known:
             found = levels(self.encoding, width)
             table[width, : len(found)] = torch.tensor(found, dtype=torch.float32)
-        values = table.to(codes.device)[self.width[..., None].long().expand(index.shape), index]
-        return from_groups(to_groups(values, self.group_size).mul_(self.scales()[..., None]), codes.shape[-1])
+        return table.to(codes.device)[self.width[..., None].long().expand(index.shape), index]
 
     def stored(self, planes: Sequence[Tensor]) -> dict[str, Tensor]:
         """One matrix by suffix, see `Scheme.tensors`, from the planes of its codes."""

@@ -63,6 +63,15 @@ class Fitted(BaseModel, frozen=True):
         return np.frombuffer(base64.b64decode(self.shingles), "<u8").astype(np.uint64)
 
 
+class Recovery(BaseModel, frozen=True):
+    """A training of scales, zero-points and small tensors after quantization (`moqa.recover`)."""
+
+    steps: int = Field(ge=0, description="of the optimizer")
+    before: float = Field(description="KL divergence from the original on samples that were held out from the training")
+    after: float = Field(description="the same at its end")
+    kept: bool = Field(description="whether its result is stored; else it was not better")
+
+
 class Candidates(BaseModel, frozen=True):
     """What a plan could choose from, as the user asked for it."""
 
@@ -118,6 +127,9 @@ class Manifest(Candidates, frozen=True):
         description="parts of the original that its model in transformers does not have, such as MTP layers: prefix of "
         "their tensors, and how many values they hold",
         exclude_if=lambda parts: not parts,
+    )
+    recovery: Recovery | None = Field(
+        None, description="training after quantization", exclude_if=lambda record: record is None
     )
     config: str = Field("", description="sha256 of config.json, which says how the model computes with the weights")
     companions: dict[str, StoredFile] | None = Field(

@@ -59,6 +59,11 @@ class PackedMatrix(nn.Module):
         """Free the unpacked weights."""
         self._held = None
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is held as weights that get gradients."""
+        return self._held is not None and self._held.requires_grad
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # casting a model to another dtype leaves the stored scales alone; only their device may change
         def moved(tensor: Tensor) -> Tensor:

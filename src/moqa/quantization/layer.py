@@ -1,7 +1,7 @@
 """Quantize the units of one layer, keep the better result of each, and run the layer with them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,8 @@ from moqa.calibration.stacks import UnitStack
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix, ProductKernels, find_kernels
 from moqa.methods import METHODS, Method, SolveBatch
-from moqa.models.experts import weights_from
 from moqa.models.view import ModelView
-from moqa.runtime.packed import PackedExperts, packed_parts
+from moqa.runtime.packed import computing_with
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,5 @@ def quantized(
         unit.name: PackedMatrix(schemes[unit.name], unit.shape, done[unit.name].tensors)
         for unit in view.block_units(layer)
     }
-    with ExitStack() as stack:
-        stack.enter_context(view.without(layer))
-        for owner, name, packed in packed_parts(view, layer, matrices, kernels or find_kernels()):
-            if isinstance(packed, PackedExperts):
-                stack.enter_context(weights_from(owner, packed))
-            else:
-                stack.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, packed)
+    with computing_with(view, layer, matrices, kernels or find_kernels()):
         yield

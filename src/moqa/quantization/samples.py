@@ -35,7 +35,7 @@ class CalibrationSamples:
         # sorted, so that a plan read from a file has the same order: sums of floats depend on it
         for name, share in sorted(plan.mixture.items()):
             tokens = profile.samples(name)
-            check = _held_out(len(tokens))
+            check = held_out(len(tokens))
             for held, windows in ((False, tokens[~check]), (True, tokens[check])):
                 for batch in self._stages.task.batches(windows) if len(windows) else ():
                     # every distribution is weighted by its share, whatever its number of samples
@@ -73,7 +73,11 @@ def tokens_of(plan: Plan, profile: Profile) -> int:
     return sum(profile.record.distributions[name].tokens for name in plan.mixture)
 
 
-def _held_out(windows: int) -> Tensor:
-    """[windows] which windows are held out from fitting: one in eight, one of fewer than eight, never the only one."""
+def held_out(windows: int) -> Tensor:
+    """[windows] which windows are held out from fitting: one in eight, one of fewer than eight, never the only one.
+
+    >>> held_out(3)
+    tensor([False, False,  True])
+    """
     every = min(HELD_OUT_EVERY, windows)
     return torch.arange(windows) % every == every - 1 if windows > 1 else torch.zeros(windows, dtype=torch.bool)

@@ -1,13 +1,13 @@
 """Packed modules: they replace the modules of a model whose matrices are packed."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, linear
 
 from moqa.errors import MoqaError
 from moqa.format.scheme import Scheme
@@ -15,7 +15,7 @@ from moqa.format.tiles import KEEP_WIDTH
 from moqa.kernels import ACTIVATIONS, ExpertStack, PackedMatrix, ProductKernels
 from moqa.kernels.patch import patched_down
 from moqa.kernels.reference import activate
-from moqa.models.experts import Experts, projection_rows
+from moqa.models.experts import Experts, projection_rows, weights_from
 from moqa.models.layout import Convolution, layout_of
 from moqa.models.view import ModelView
 from moqa.runtime.variants import ExpertsVariant, Variants
@@ -43,6 +43,8 @@ class _PackedProduct(torch.autograd.Function):
 
 def packed_product(kernels: ProductKernels, matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., in] -> [..., out], with a gradient where one is asked for."""
+    if matrix.is_trained:
+        return linear(x, matrix.dense().to(x.dtype), bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return cast(Tensor, _PackedProduct.apply(x, matrix, kernels, bias))
     return kernels.linear(matrix, x, bias)
@@ -164,6 +166,29 @@ def packed_parts(
         yield experts, "moqa_weights", PackedExperts(experts, stacked, kernels, variants=variants, layer=layer)
 
 
+@contextmanager
+def computing_with(
+    view: ModelView, layer: int, matrices: Mapping[str, PackedMatrix], kernels: ProductKernels
+) -> Iterator[None]:
+    """Inside this context, a block of a model computes with packed units.
+
+    Args:
+        view: the model; the block's own weights are freed if they can be read again.
+        layer: index of the block.
+        matrices: unit name -> matrix, of all units of the block.
+        kernels: that multiply.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(view.without(layer))
+        for owner, name, packed in packed_parts(view, layer, matrices, kernels):
+            if isinstance(packed, PackedExperts):
+                stack.enter_context(weights_from(owner, packed))
+            else:
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, packed)
+        yield
+
+
 class KeptEmbedding(nn.Module):
     """An embedding whose table stays in its stored dtype; rows are returned in the dtype of the model."""
 
@@ -249,7 +274,8 @@ class PackedExperts(nn.Module):
             self.counts += torch.bincount(index.flatten().cpu(), minlength=self.count)[: self.count]
         if self.variants.adapted and self.variant is not self._plain:
             self.variants.check_not_adapted()
-        differentiable = torch.is_grad_enabled() and hidden.requires_grad
+        trained = self.matrix(0, "down_proj").is_trained
+        differentiable = torch.is_grad_enabled() and (hidden.requires_grad or trained)
         if differentiable or self.variants.adapted or self.activation is None:
             return None
         if self.variant.patches and not self.kernels.takes_patches:

@@ -1,0 +1,102 @@
+"""The loop of a training: steps of an optimizer, saved so that a training that was killed goes on byte for byte."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moqa.progress import Report
+from moqa.storage.resumable import ResumableRun
+
+# share of the steps in which the rate rises; then it falls by half a cosine
+_WARM_UP = 0.05
+_BETAS = (0.9, 0.95)
+_SAVE_EVERY = 10
+
+
+class NotFiniteError(Exception):
+    """The loss of a step is not a number."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and how.
+
+    Attributes:
+        parameters: all of about the same size.
+        loss: of a step, with gradients.
+        steps: of the optimizer, AdamW.
+        rate: largest learning rate.
+    """
+
+    parameters: list[nn.Parameter]
+    loss: Callable[[int], Tensor]
+    steps: int
+    rate: float
+
+    def run(self, work: ResumableRun, report: Report) -> int:
+        """Train, going on after the last saved step; returns the number of steps.
+
+        Raises:
+            NotFiniteError: if a loss is not a number; the parameters are those of the last step that was saved.
+        """
+        optimizer = torch.optim.AdamW(self.parameters, lr=self.rate, betas=_BETAS, weight_decay=0.0)
+        done = self._restored(work, optimizer)
+        mean = None
+        for step in range(done, self.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * scheduled(step, self.steps)
+            optimizer.zero_grad()
+            loss = self.loss(step)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                self._restored(work, optimizer)
+                raise NotFiniteError(f"step {step + 1} of {self.steps}")
+            loss.backward()
+            optimizer.step()
+            mean = value if mean is None else 0.9 * mean + 0.1 * value
+            if (step + 1) % _SAVE_EVERY == 0 or step + 1 == self.steps:
+                self._save(work, optimizer, step + 1)
+            report("recover", step + 1, self.steps, loss=mean)
+        return self.steps
+
+    def _save(self, work: ResumableRun, optimizer: torch.optim.Optimizer, step: int) -> None:
+        state = {f"parameter-{number}": parameter.detach() for number, parameter in enumerate(self.parameters)}
+        for number, moments in optimizer.state_dict()["state"].items():
+            state |= {f"{key}-{number}": value for key, value in moments.items()}
+        work.save(f"state-{step}", state)
+        before = work.done("training")
+        work.mark_done("training", {"step": step})
+        if before is not None and before["step"] != step:
+            work.remove(f"state-{before['step']}")
+
+    @torch.no_grad()
+    def _restored(self, work: ResumableRun, optimizer: torch.optim.Optimizer) -> int:
+        """Load the last saved step, or the beginning; returns its number."""
+        done = work.done("training")
+        if done is None:
+            for parameter in self.parameters:
+                parameter.zero_()
+            return 0
+        saved = work.load(f"state-{done['step']}")
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in saved.items():
+            kind, _, number = key.rpartition("-")
+            if kind == "parameter":
+                self.parameters[int(number)].copy_(value)
+            else:
+                moments.setdefault(int(number), {})[kind] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        return int(done["step"])
+
+
+def scheduled(step: int, steps: int) -> float:
+    """Rate of a step, relative to the largest: it rises, then falls by half a cosine.
+
+    >>> [round(scheduled(step, 100), 2) for step in (0, 4, 50, 99)]
+    [0.2, 1.0, 0.5, 0.0]
+    """
+    warm = max(1.0, _WARM_UP * steps)
+    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,0 +1,220 @@
+"""`moqa.recover`: train what a checkpoint stores beside its integers and codes, so that it answers as the original."""
+
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moqa import __version__
+from moqa.errors import MoqaError
+from moqa.format.manifest import Recovery
+from moqa.format.reader import Checkpoint, open_checkpoint
+from moqa.memory.limit import MemoryLimit
+from moqa.memory.process import resident
+from moqa.models.layerwise import LayerwiseModel
+from moqa.models.view import ModelView, open_model
+from moqa.originals import folder as original
+from moqa.originals.fingerprint import differing_part
+from moqa.originals.hub import on_disk
+from moqa.planning import read_plan
+from moqa.planning.run import PLAN
+from moqa.profiling import Profile, read_profile
+from moqa.progress import Report, quiet
+from moqa.storage.folders import check_free
+from moqa.storage.paths import found
+from moqa.storage.resumable import as_json, check_space, resumable, tidy
+from moqa.training.length import TrainingLength
+from moqa.training.loop import NotFiniteError, Training
+from moqa.training.samples import TrainingSamples
+from moqa.training.student import Student
+from moqa.training.write import write_trained
+
+DEFAULT_LENGTH = "15m"
+# largest relative change of a scale in one step, about
+_RATE = 2e-3
+# steps by which the time of one is measured
+_TIMED = 3
+# bytes for each weight while a whole model is trained: its value, its gradient, and what is stored
+_PER_WEIGHT = 10
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The result of `moqa recover`.
+
+    Attributes:
+        checkpoint: folder of the new checkpoint.
+        recovery: as its manifest records it.
+        seconds: that the training took.
+    """
+
+    checkpoint: str
+    recovery: Recovery
+    seconds: float
+
+
+def recover(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    length: str = DEFAULT_LENGTH,
+    profile: Profile | None = None,
+    model: str | Path | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    seed: int = 0,
+    report: Report = quiet,
+    memory: MemoryLimit | None = None,
+) -> Recovered:
+    """Train scales, zero-points, norms and routers of a checkpoint, so that it answers as the original; adds no bytes.
+
+    >>> result = moqa.recover("runs/out", "runs/recovered", length="2", profile=moqa.read_profile("runs/profile"))
+    >>> result.recovery.steps
+    2
+
+    The divergence from the original's predictions is trained on the samples of the profile, in the mixture that the
+    checkpoint was fitted on. One sample in eight is held out: if they do not say that the result is better, the new
+    checkpoint stores what the old one did. Training by steps gives the same bytes again, also after a kill.
+
+    Args:
+        checkpoint: folder of a checkpoint, or its Hub id.
+        out: checkpoint folder to make; may be the same, with `overwrite`.
+        length: of the training: a time such as `15m`, or a number of steps such as `300`.
+        profile: that the checkpoint was made from, which holds the samples; None reads the one that its plan names.
+        model: the original; None means where the checkpoint says.
+        overwrite: replace a checkpoint that exists at `out`.
+        restart: start again from the beginning and discard what an earlier run has finished.
+        seed: of the order of the samples.
+        report: called with the progress, see `moqa.progress.Report`.
+        memory: memory that the process may take; None means all free memory.
+
+    Raises:
+        MoqaError: if the checkpoint, the original or the profile is missing, damaged or another one's, a sample is not
+            enough to hold one out, the memory is too small, or `out` exists.
+
+    Training of scales by the original's predictions is part of SiLQ (arXiv 2507.16933), and of EfficientQAT (arXiv
+    2407.11062), which also freezes the integers.
+    """
+    out, wanted, began = Path(out), TrainingLength.parse(length), time.perf_counter()
+    packed = open_checkpoint(on_disk(checkpoint))
+    manifest = packed.manifest
+    folder = original.locate(model if model is not None else found(manifest.model, packed.folder))
+    other = differing_part(folder, manifest.fingerprint)
+    if other:
+        raise MoqaError(f"{folder} is not the model that {checkpoint} was made from", f"it has other {other}")
+    known = _checked(profile or _profile_of(packed), packed)
+    job = as_json({
+        "moqa": __version__, "checkpoint": manifest.checksum, "length": length, "seed": seed,
+        "samples": known.digest(manifest.mixture),
+    })  # fmt: skip
+    if tidy(out) == job and (done := open_checkpoint(out).manifest.recovery) is not None:
+        return Recovered(str(out), done, 0.0)
+    check_free(out, overwrite)
+    view = open_model(folder, keep=False)
+    _check_memory(view, memory or MemoryLimit.free())
+    check_space(out, 2 * packed.bytes)
+    with resumable(out, job, overwrite, restart) as work:
+        stages = LayerwiseModel(view.model)
+        samples = TrainingSamples(
+            stages, {name: known.samples(name) for name in manifest.mixture}, manifest.mixture, seed=seed, report=report
+        )
+        teaching = _Teaching(stages, samples, Student(view, packed))
+        with teaching.student.in_place():
+            steps = teaching.steps(wanted, work.done("length"))
+            work.mark_done("length", steps)
+            training = Training(teaching.student.parameters(), teaching.loss, steps["steps"], _RATE)
+            try:
+                training.run(work, report)
+            except NotFiniteError as error:
+                bad = teaching.first_bad_block()
+                warnings.warn(f"the training ended at {error}, whose loss is not a number: {bad}", stacklevel=2)
+            after = teaching.held_out()
+        recovery = Recovery(steps=steps["steps"], before=steps["before"], after=after, kept=after < steps["before"])
+        write_trained(packed, teaching.student if recovery.kept else None, work.result, recovery)
+    return Recovered(str(out), recovery, time.perf_counter() - began)
+
+
+class _Teaching:
+    """A student, and the loss by which it is trained."""
+
+    def __init__(self, stages: LayerwiseModel, samples: TrainingSamples, student: Student) -> None:
+        self.stages, self.samples, self.student = stages, samples, student
+
+    def loss(self, step: int) -> Tensor:
+        """Divergence from the original on the samples of a step."""
+        return self._divergence(*self.samples.drawn(step))
+
+    @torch.no_grad()
+    def held_out(self) -> float:
+        """Divergence on the samples that are held out."""
+        batches = self.samples.held_batches()
+        return sum(share * float(self._divergence(inputs, answers)) for share, inputs, answers in batches)
+
+    def steps(self, wanted: TrainingLength, known: dict | None) -> dict:
+        """Number of steps, and the divergence before them; timed once, so that a resumed run has as many."""
+        if known is not None:
+            return known
+        before = self.held_out()
+        began = time.perf_counter()
+        for step in range(_TIMED if wanted.steps is None else 0):
+            self.loss(step).backward()
+        count = wanted.count((time.perf_counter() - began) / _TIMED)
+        return {"steps": count, "before": before}
+
+    @torch.no_grad()
+    def first_bad_block(self) -> str:
+        """The first block whose outputs are not all numbers, on the samples of the first step."""
+        with self.student.computing():
+            hidden = self.stages.embed(self.samples.drawn(0)[0])
+            for block in range(self.stages.depth):
+                hidden = self.stages.run_block(block, hidden)
+                if not bool(torch.isfinite(hidden).all()):
+                    return f"block {block} has outputs that are none"
+        return "only after its last steps, which were discarded"
+
+    def _divergence(self, inputs: Tensor, answers: Tensor) -> Tensor:
+        with torch.no_grad():
+            truth = self._log_probabilities(answers)
+        with self.student.computing():
+            hidden = self.stages.embed(inputs)
+            for block in range(self.stages.depth):
+                hidden = self.stages.run_block(block, hidden)
+            found = self._log_probabilities(hidden)
+        return (truth.exp() * (truth - found)).sum(-1).mean()
+
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        return self.stages.task.predictions(self.stages.head(hidden)).float().log_softmax(-1)
+
+
+def _checked(profile: Profile, packed: Checkpoint) -> Profile:
+    """Refuse a profile whose samples are not those that a checkpoint was fitted on, or are too few."""
+    manifest = packed.manifest
+    missing = sorted(manifest.mixture.keys() - profile.statistics.keys())
+    if profile.record.fingerprint != manifest.fingerprint or missing:
+        problem = f"lacks {missing[0]}" if missing else f"is of {profile.record.model}"
+        raise MoqaError(f"profile {profile.folder} {problem}", f"give the one that {packed.folder} was made from")
+    for name, fitted in manifest.fitted.items():
+        if profile.record.distributions[name].fitted != fitted:
+            problem = f"profile {profile.folder} has other samples of {name} than {packed.folder} was fitted on"
+            raise MoqaError(problem, "give the one that it was made from")
+    if not any(len(profile.samples(name)) > 1 for name in manifest.mixture):
+        raise MoqaError(f"profile {profile.folder} has one sample", "none can be held out: profile more --samples")
+    return profile
+
+
+def _profile_of(packed: Checkpoint) -> Profile:
+    """The profile that the plan beside a checkpoint names."""
+    try:
+        return read_profile(read_plan(packed.folder / PLAN).profile)
+    except MoqaError as error:
+        raise MoqaError(f"the samples of {packed.folder} are missing", f"{error}; give --profile") from None
+
+
+def _check_memory(view: ModelView, memory: MemoryLimit) -> None:
+    needed = resident() + _PER_WEIGHT * sum(unit.weights for unit in view.units.values()) + view.ends_bytes()
+    if needed > memory.limit:
+        limit = f"--max-memory {memory.typed}" if memory.typed else f"{memory.limit / 2**30:.2f} GiB of free memory"
+        raise MoqaError(f"{limit} is too small to train the whole model", f"it takes {needed / 2**30:.2f} GiB or more")

@@ -1,0 +1,124 @@
+"""A model that is trained: the original's own modules, computing with the units of a checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moqa.format.reader import Checkpoint
+from moqa.kernels import PackedMatrix, find_kernels
+from moqa.models.view import ModelView
+from moqa.runtime.packed import computing_with
+from moqa.training.units import TrainedUnit, through, trained_unit
+
+
+class KeptTensor:
+    """A small tensor that is not a unit, such as a norm or a router, trained in the dtype in which it is stored.
+
+    Args:
+        owner: module of the original that has it as a parameter.
+        name: of the parameter in its module.
+        stored: its values in the checkpoint.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, stored: Tensor) -> None:
+        self.owner, self.name, self.stored = owner, name, stored
+        self.size = float(stored.float().square().mean().sqrt())
+        # relative to the size of its values
+        self.change = nn.Parameter(torch.zeros(stored.shape))
+
+    def __call__(self) -> Tensor:
+        """The values that its file would hold now, with gradients, float32."""
+        exact = self.stored.float() + self.change * self.size
+        return through(exact, exact.detach().to(self.stored.dtype).float())
+
+
+class Student:
+    """The units and small tensors of some blocks of a checkpoint, to be trained.
+
+    >>> student = Student(view, checkpoint)
+    >>> with student.in_place(), student.computing():
+    ...     logits = student.view.model(tokens).logits
+
+    Args:
+        view: the original.
+        checkpoint: made from it.
+
+    Attributes:
+        units: name -> unit that is trained.
+        kept: name -> small tensor that is trained: everything but the embedding and the head.
+    """
+
+    def __init__(self, view: ModelView, checkpoint: Checkpoint) -> None:
+        self.view, self.checkpoint = view, checkpoint
+        self.blocks = range(len(view.blocks))
+        self.units: dict[str, TrainedUnit] = {}
+        self._matrices: dict[int, dict[str, PackedMatrix]] = {}
+        for block in self.blocks:
+            stored, found = checkpoint.layer(block), dict[str, PackedMatrix]()
+            for unit in view.block_units(block):
+                scheme = checkpoint.manifest.units[unit.name].scheme
+                tensors = {suffix: stored[f"{unit.name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
+                found[unit.name] = PackedMatrix(scheme, unit.shape, tensors)
+                trained = trained_unit(found[unit.name])
+                if trained is not None:
+                    self.units[unit.name] = trained
+            self._matrices[block] = found
+        ends = {id(end.weight) for end in view.task.ends(view.model)}
+        self.kept = {
+            name: KeptTensor(view.module(path), last, checkpoint.layer(None)[name])
+            for name, parameter in view.model.named_parameters()
+            if name in checkpoint.manifest.kept and id(parameter) not in ends and parameter.is_floating_point()
+            for path, _, last in [name.rpartition(".")]
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, relative to the values at the beginning."""
+        of_units = (parameter for unit in self.units.values() for parameter in unit.parameters())
+        return [*of_units, *(tensor.change for tensor in self.kept.values())]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside this context, the model's blocks compute with the checkpoint's units."""
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(
+                    computing_with(self.view, block, self._matrices[block], find_kernels("reference"))
+                )  # fmt: skip
+            yield
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside this context, units and small tensors have the values that files would hold now, with gradients."""
+        matrices = {name: matrix for found in self._matrices.values() for name, matrix in found.items()}
+        with ExitStack() as stack:
+            for name, unit in self.units.items():
+                matrices[name].hold(unit())
+                stack.callback(matrices[name].release)
+            for tensor in self.kept.values():
+                stack.enter_context(_replaced(tensor.owner, tensor.name, tensor()))
+            yield
+
+    def stored(self, block: int | None) -> dict[str, Tensor]:
+        """Tensors of a block's units as they are now, or all kept tensors if `block` is None, as a shard has them."""
+        stored = dict(self.checkpoint.layer(block))
+        if block is None:
+            with torch.no_grad():
+                return stored | {name: tensor().to(tensor.stored.dtype) for name, tensor in self.kept.items()}
+        for unit in self.view.block_units(block):
+            if unit.name in self.units:
+                stored |= {f"{unit.name}.{suffix}": found for suffix, found in self.units[unit.name].stored().items()}
+        return stored
+
+
+@contextmanager
+def _replaced(owner: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    """A `with` block in which a module computes with another tensor in place of a parameter."""
+    parameter = owner._parameters.pop(name)
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        object.__delattr__(owner, name)
+        owner._parameters[name] = parameter

@@ -1,0 +1,214 @@
+"""Training after quantization: what is computed while training is what is stored, and it is never worse."""
+
+import itertools
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from exact import CODED
+from hypothesis import given
+from hypothesis import strategies as st
+from images import save_classifier, save_images
+from long_work import contents, refusal
+
+import moqa
+from moqa.errors import Stopped
+from moqa.format.manifest import Recovery
+from moqa.format.reader import open_checkpoint
+from moqa.format.scheme import Scheme
+from moqa.kernels import PackedMatrix
+from moqa.memory.limit import MemoryLimit
+from moqa.methods import METHODS
+from moqa.models.view import open_model
+from moqa.planning import plan
+from moqa.planning.run import account_of
+from moqa.profiling import profile
+from moqa.quantization import quantize
+from moqa.runtime.verify import verify
+from moqa.training import recover
+from moqa.training.length import TrainingLength
+from moqa.training.loop import scheduled
+from moqa.training.student import Student
+from moqa.training.units import trained_unit
+from moqa.training.write import write_trained
+
+SCHEMES = (*CODED, Scheme(width=2), Scheme(width=3, group_size=32, symmetric=True), Scheme(width=5, group_size=128))
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_model, texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recover") / "profile"
+    return profile(tiny_model, [texts["wiki"]], folder, samples=16, context=32, self_samples=8)
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_model, measured, tmp_path_factory):
+    """Units of all kinds of schemes."""
+    made = plan(measured, strategy="uniform", widths=(2,))
+    units = dict(zip(made.units, itertools.cycle(SCHEMES), strict=False))
+    mixed = made.model_copy(update={"units": units, "account": account_of(measured, units)})
+    return quantize(tiny_model, mixed, tmp_path_factory.mktemp("recover") / "out", profile=measured, cache="1%")
+
+
+@pytest.fixture(scope="module")
+def recovered(packed, measured, tmp_path_factory):
+    return recover(packed, tmp_path_factory.mktemp("recover") / "new", length="12", profile=measured)
+
+
+class TestUnits:
+    @given(st.sampled_from(SCHEMES), st.integers(1, 40), st.integers(1, 300), st.integers(0, 2**31), st.booleans())
+    def test_trained_weights_are_the_stored_ones_bit_for_bit(self, scheme, out, features, seed, is_float16):
+        torch.manual_seed(seed)
+        scheme = scheme.model_copy(update={"scale_dtype": "float16" if is_float16 else "bfloat16"})
+        weights = torch.randn(out, features) * torch.rand(out, 1)
+        matrix = PackedMatrix(scheme, (out, features), METHODS["rtn"].store(weights, scheme))
+        unit = trained_unit(matrix)
+        assert torch.equal(unit(), matrix.dense())
+        assert all(torch.equal(found, dict(matrix.named_buffers())[name]) for name, found in unit.stored().items())
+        for parameter in unit.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.5
+        trained = PackedMatrix(scheme, (out, features), unit.stored())
+        assert torch.equal(unit(), trained.dense())
+        unit().square().sum().backward()
+        assert all(bool(parameter.grad.isfinite().all()) for parameter in unit.parameters())
+
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_a_step_along_the_gradient_gets_closer(self, scheme):
+        torch.manual_seed(0)
+        weights = torch.randn(32, 256)
+        matrix = PackedMatrix(scheme, (32, 256), METHODS["rtn"].store(1.1 * weights, scheme))
+        unit = trained_unit(matrix)
+        optimizer = torch.optim.Adam(unit.parameters(), lr=0.01)
+        before = (unit() - weights).square().sum()
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = (unit() - weights).square().sum()
+            loss.backward()
+            optimizer.step()
+        assert loss < 0.99 * before
+
+    def test_what_is_not_quantized_is_not_trained(self):
+        weights = torch.randn(4, 32, dtype=torch.bfloat16)
+        assert trained_unit(PackedMatrix(Scheme(width=16), (4, 32), {"weight": weights})) is None
+
+
+class TestRecover:
+    def test_is_better_and_takes_no_byte_more(self, packed, recovered):
+        before, after = open_checkpoint(packed), open_checkpoint(recovered.checkpoint)
+        assert recovered.recovery.kept
+        assert recovered.recovery.after < 0.99 * recovered.recovery.before
+        assert {name: file.bytes for name, file in after.manifest.files.items()} == {
+            name: file.bytes for name, file in before.manifest.files.items()
+        }
+        assert after.manifest.recovery == recovered.recovery
+        assert not verify(recovered.checkpoint).faults
+
+    def test_the_files_answer_as_the_trained_model_bit_for_bit(self, tiny_model, packed, measured, tmp_path):
+        view, tokens = open_model(tiny_model), measured.samples("wiki")[:2]
+        student = Student(view, open_checkpoint(packed))
+        for number, parameter in enumerate(student.parameters()):
+            torch.manual_seed(number)
+            parameter.data = torch.randn_like(parameter) * 0.1
+        embedded = view.model.get_input_embeddings()(tokens).detach().requires_grad_()
+        with student.in_place(), student.computing():
+            trained = view.model(inputs_embeds=embedded).logits
+        write_trained(open_checkpoint(packed), student, tmp_path, Recovery(steps=1, before=1, after=0, kept=True))
+        stored, _ = moqa.load(tmp_path, kernels="reference")
+        assert torch.equal(stored(inputs_embeds=embedded).logits, trained)
+        assert not torch.allclose(moqa.load(packed)[0](tokens).logits, trained, atol=1e-3)
+
+    def test_the_original_is_as_before(self, tiny_model, packed):
+        view = open_model(tiny_model)
+        before = {name: value.clone() for name, value in view.model.state_dict().items()}
+        student = Student(view, open_checkpoint(packed))
+        with student.in_place(), student.computing():
+            pass
+        assert view.model.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in view.model.state_dict().items())
+
+    def test_a_killed_run_goes_on_to_the_same_bytes(self, packed, measured, recovered, out):
+        heard = 0
+
+        def stop(step, done, total, **_):
+            nonlocal heard
+            heard += step == "recover"
+            if heard == 11:
+                raise Stopped("enough")
+
+        with pytest.raises(Stopped):
+            recover(packed, out, length="12", profile=measured, report=stop)
+        steps = []
+        recover(
+            packed, out, length="12", profile=measured,
+            report=lambda step, done, total, **_: steps.append(done) if step == "recover" else None,
+        )  # fmt: skip
+        assert min(steps) == 11
+        assert contents(out) == contents(Path(recovered.checkpoint))
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+    def test_in_place(self, packed, measured, recovered, tmp_path):
+        shutil.copytree(packed, tmp_path / "out")
+        recover(tmp_path / "out", tmp_path / "out", length="12", profile=measured, overwrite=True)
+        assert contents(tmp_path / "out") == contents(Path(recovered.checkpoint))
+
+    def test_what_is_not_better_is_not_stored(self, packed, measured, tmp_path, monkeypatch):
+        monkeypatch.setattr("moqa.training.run._RATE", 3.0)
+        found = recover(packed, tmp_path / "new", length="6", profile=measured)
+        assert not found.recovery.kept
+        after = contents(tmp_path / "new")
+        assert {name: data for name, data in after.items() if name.endswith(".safetensors")} == {
+            name: data for name, data in contents(packed).items() if name.endswith(".safetensors")
+        }
+
+    def test_a_loss_that_is_no_number_ends_the_training(self, packed, measured, tmp_path, monkeypatch):
+        monkeypatch.setattr("moqa.training.run._RATE", 1e9)
+        with pytest.warns(UserWarning, match=r"ended at step \d of 12, whose loss is not a number"):
+            found = recover(packed, tmp_path / "new", length="12", profile=measured)
+        assert not found.recovery.kept
+        assert not verify(tmp_path / "new").faults
+
+    def test_images(self, tmp_path, monkeypatch):
+        # answers of a random classifier hardly differ: smaller steps
+        monkeypatch.setattr("moqa.training.run._RATE", 1e-4)
+        model = save_classifier("resnet", tmp_path / "model")
+        data = {"a": save_images(tmp_path / "images", each=8, seed=0)}
+        known = profile(model, data, tmp_path / "profile", samples=32)
+        packed = quantize(model, plan(known, None, strategy="uniform", widths=(2,)), tmp_path / "out", profile=known)
+        found = recover(packed, tmp_path / "new", length="12", profile=known)
+        assert found.recovery.after < found.recovery.before
+
+
+class TestRefusals:
+    def test_other_samples(self, packed, tiny_model, texts, tmp_path):
+        novels = replace(texts["novels"], name="wiki")
+        other = profile(tiny_model, [novels], tmp_path / "other", samples=3, context=32, self_samples=1)
+        assert "has other samples of wiki than" in refusal(recover, packed, tmp_path / "new", profile=other, length="1")
+        assert not (tmp_path / "new").exists()
+
+    def test_no_profile(self, packed, tmp_path):
+        assert "give --profile" in refusal(recover, packed, tmp_path / "new")
+
+    def test_memory(self, packed, measured, tmp_path):
+        small = MemoryLimit(2**20, "1MiB")
+        said = refusal(recover, packed, tmp_path / "new", profile=measured, memory=small, length="1")
+        assert re.fullmatch(r"--max-memory 1MiB is too small to train the whole model: it takes \d.*GiB or more", said)
+
+    @pytest.mark.parametrize("text", ["", "0", "0m", "-3", "15 days", "1.5", "nan", "9" * 40])
+    def test_length(self, text):
+        assert refusal(TrainingLength.parse, text).startswith(f"{text} is not the length of a training")
+
+
+def test_a_length_is_a_time_or_a_number_of_steps():
+    assert TrainingLength.parse("2m").count(seconds=0.5) == 240
+    assert TrainingLength.parse("1s").count(seconds=5) == 1
+    assert TrainingLength.parse("12").count(seconds=5) == 12
+
+
+def test_the_rate_rises_and_falls():
+    rates = [scheduled(step, 200) for step in range(200)]
+    assert max(rates) == rates[9] > 0.99
+    assert rates[0] < 0.2
+    assert rates[-1] < 0.01
