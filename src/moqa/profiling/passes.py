@@ -22,6 +22,9 @@ from moqa.profiling.sensitivity import ErrorSettings, Sensitivity, compared_erro
 from moqa.profiling.significance import LayerStatistics, layer_similarity
 from moqa.storage.resumable import ResumableRun
 
+# samples of a distribution by which units are compared
+_COMPARED_SAMPLES = 64
+
 
 @dataclass(frozen=True)
 class BlockPass:
@@ -55,10 +58,15 @@ def parts(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     [[0, 2, 4, 6], [1, 5], [3, 7]]
 
     A method leaves less error on the samples that it is fitted on than on others. A backward pass and the effects of
-    all errors take most of a profile's time, and a quarter of the samples orders the units as well as half of them
-    (docs/results/cost.md).
+    all errors take most of a profile's time, and a quarter of 64 samples orders the units as well as half of them
+    (docs/results/cost.md); more samples than 64 are for quantizing, which gains from them.
     """
-    return (tokens[0::2], tokens[1::4], tokens[3::4]) if len(tokens) > 1 else (tokens, tokens, tokens[1:])
+    if len(tokens) == 1:
+        return tokens, tokens, tokens[1:]
+    number = torch.arange(len(tokens))
+    step = max(1, len(tokens) // _COMPARED_SAMPLES)
+    fitted, measured = number % (2 * step) == 0, number % (4 * step) == step
+    return tokens[fitted], tokens[measured], tokens[~(fitted | measured)]
 
 
 class ProfiledSamples:
