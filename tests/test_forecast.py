@@ -13,10 +13,11 @@ from moqa.evaluation.proof import baselines
 from moqa.forecast.rates import BlockRates, Rates, TokenCost, block_kinds
 from moqa.forecast.time import comparison_seconds, loading_seconds, profile_seconds, quantization_seconds
 from moqa.forecast.trial import Stopwatch
-from moqa.methods import METHODS
+from moqa.methods import METHODS, Method, SolveBatch
 from moqa.models.view import open_model
 from moqa.planning import plan
-from moqa.profiling import profile
+from moqa.profiling import SELF, profile
+from moqa.profiling.blank import blank_profile
 from moqa.quantization.trial import trial_batches
 
 BLOCK = BlockRates(
@@ -139,6 +140,26 @@ class TestTrial:
             assert block.linear > 0
             assert {block.inputs, block.forward, block.back, block.original, block.packed} == {TokenCost()}
             assert block.weights == block.step == 0
+
+    @pytest.mark.parametrize("measured_with", ["gradients", "none", "blank"])
+    def test_solves_with_gradients_where_the_run_will(self, mixed, measured_with):
+        folder, measured, chosen = mixed
+        view, jobs = open_model(folder, keep=False), list[SolveBatch]()
+        if measured_with == "none":
+            kept = {n: {k: t for k, t in s.items() if "gradient" not in k} for n, s in measured.statistics.items()}
+            measured = replace(measured, statistics=kept)
+        if measured_with == "blank":
+            own = measured.record.distributions[SELF].samples
+            measured = blank_profile(view, str(folder), measured.names, measured.record.settings, own)
+
+        def solved(job):
+            jobs.append(job)
+            return METHODS["gptq"].run(job)
+
+        Trial(view, chosen, measured, Method("spy", solved), 4, None, False, whole=False).run()
+        grams = [gram for job in jobs for some in job.outputs for gram in some if gram is not None]
+        slopes = [inputs for job in jobs for inputs in job.inputs if inputs.slopes is not None]
+        assert (bool(grams), bool(slopes)) == (measured_with != "none",) * 2
 
     def test_leaves_the_model_as_it_was(self, mixed):
         folder, measured, chosen = mixed

@@ -217,7 +217,8 @@ class Trial:
             labels = profiling.labels() if profiling.how.probes else TokenCost()
         blocks = {}
         for layer in dict.fromkeys(kinds):
-            tried = TrialLayer(workspace, layer, self.plan.units, self.method, self.experts, each, watch)
+            gradients = self.profile.gradients(layer, self.plan.mixture)
+            tried = TrialLayer(workspace, layer, self.plan.units, self.method, self.experts, each, watch, gradients)
             batches = list[CalibrationBatch]()
             if moving is not None:
                 moving.put(layer, 0, hidden[layer])

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from moqa import __version__
+from moqa.calibration.outputs import SKETCHED, adds_to_output
 from moqa.format.tiles import WIDTHS
 from moqa.models.view import ModelView
 from moqa.profiling.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
@@ -46,6 +47,11 @@ def blank_profile(view: ModelView, model: str, names: Sequence[str], settings: S
                 weights[f"layer.{layer}.similarity"] = torch.eye(len(down))
                 sums = LayerStatistics(torch.ones(len(down), down[0].shape[1])).sums
                 tables |= {f"layer.{layer}.{key}": torch.ones_like(value) for key, value in sums.items()}
+            if settings.sensitivity and any(adds_to_output(unit, view.stream) for unit in view.block_units(layer)):
+                # views of one number: nothing is measured, but solving takes as long as with what will be
+                rows, one = (min(view.stream, SKETCHED), view.stream), torch.ones(1, dtype=torch.bfloat16)
+                tables[f"layer.{layer}.gradient_rows"] = torch.zeros_like(one).expand(rows)
+                tables[f"layer.{layer}.gradient_rest"] = one.expand(view.stream)
         statistics[name] = tables
         records[name] = DistributionRecord(
             origin="not read", samples=count, tokens=count * settings.context, fitted=None

@@ -9,6 +9,7 @@ import torch
 
 from moqa.calibration.hidden import HiddenStates
 from moqa.calibration.inputs import HELD_OUT_EVERY, BlockInputs, CalibrationBatch, InputStatistics, by_input
+from moqa.calibration.outputs import Gradients
 from moqa.calibration.stacks import STACK_WEIGHTS
 from moqa.execution import Workspace
 from moqa.forecast.rates import BlockRates, TokenCost
@@ -38,6 +39,7 @@ class TrialLayer:
         experts: largest number of experts whose statistics are held at a time.
         predictions: of one sample, see `Task.count`.
         watch: times the work.
+        gradients: at the layer's output, with which it is solved; None if they were not measured.
         rates: of the layer, filled in by each trial.
         done: unit name -> result; those of a few experts are used for the others, too.
         stored: unit name -> scheme of that result.
@@ -50,6 +52,7 @@ class TrialLayer:
     experts: int
     predictions: int
     watch: Stopwatch
+    gradients: Gradients | None = None
     rates: BlockRates = field(default_factory=BlockRates)
     done: dict[str, QuantizedUnit] = field(default_factory=dict)
     stored: dict[str, Scheme] = field(default_factory=dict)
@@ -91,7 +94,8 @@ def try_quantization(tried: TrialLayer, batches: Sequence[CalibrationBatch], mov
 
     def solve(some: Sequence[Unit]) -> None:
         schemes = {unit.name: tried.schemes[unit.name] for unit in some}
-        tried.done.update(quantize_piece(tried.workspace, BlockPiece(layer, tried.method, schemes, linear=seen)))
+        piece = BlockPiece(layer, tried.method, schemes, linear=seen, gradients=tried.gradients)
+        tried.done.update(quantize_piece(tried.workspace, piece))
 
     linear = [unit for unit in units if unit.expert is None]
     routed = [unit for unit in units if unit.expert in few]
@@ -121,7 +125,10 @@ def _inputs(tried: TrialLayer, batches: Sequence[CalibrationBatch]) -> BlockInpu
             marks.append(watch.clock())
             yield batch
 
-    inputs = BlockInputs(tried.workspace.view, tried.workspace.stages, tried.layer, timed(), tried.workspace.work)
+    inputs = BlockInputs(
+        tried.workspace.view, tried.workspace.stages, tried.layer, timed(), tried.workspace.work,
+        with_slopes=tried.gradients is not None,
+    )  # fmt: skip
     marks.append(watch.clock())
     took = [end - begin for begin, end in pairwise(marks)]
     fit = [seconds for seconds, batch in zip(took, batches, strict=True) if not batch.check]
@@ -142,7 +149,9 @@ def _time_experts(tried: TrialLayer, inputs: BlockInputs, few: Sequence[int]) ->
     counts = [len(tried.workspace.work.load(f".experts-{number}")["index"]) for number in range(len(parts))]
 
     def seconds(which: Sequence[int], some: Sequence[CalibrationBatch]) -> float:
-        recorded = BlockInputs.recorded(view, tried.layer, some, tried.workspace.work)
+        recorded = BlockInputs.recorded(
+            view, tried.layer, some, tried.workspace.work, with_slopes=tried.gradients is not None
+        )
         return tried.watch.seconds(lambda: recorded.experts(which))
 
     every, fitted, first = sum(counts), sum(counts[: len(fit)]), counts[0]
