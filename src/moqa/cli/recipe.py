@@ -70,13 +70,13 @@ def _of_checkpoint(path: Path) -> dict[str, Any]:
 def _of_one_group(manifest: "Manifest") -> dict[str, Any]:
     """The candidates of a checkpoint from before plans mixed encodings and group sizes: it has one of each."""
     from moqa.format.scheme import DEFAULT_ENCODING, Scheme
-    from moqa.planning.candidates import floors_of
+    from moqa.planning.candidates import smallest_widths
 
     scheme = next((unit.scheme for unit in manifest.units.values() if not unit.scheme.is_unquantized), Scheme(width=8))
     return {
         "group_size": scheme.group_size, "groups": (scheme.group_size,), "symmetric": scheme.symmetric,
         "encodings": (DEFAULT_ENCODING,), "widths": manifest.widths or (2, 3, 4, 5, 6, 8),
-        "floors": floors_of(4, any(unit.role == "expert" for unit in manifest.units.values())),
+        "floors": smallest_widths(None, 4, any(unit.role == "expert" for unit in manifest.units.values())),
     }  # fmt: skip
 
 

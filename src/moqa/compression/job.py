@@ -15,7 +15,7 @@ from moqa.models.load import read_config
 from moqa.models.view import ModelView
 from moqa.originals.folder import locate
 from moqa.planning import STRATEGIES, Budget, MemoryBudget, Plan, plan
-from moqa.planning.candidates import floors_of
+from moqa.planning.candidates import smallest_widths
 from moqa.planning.run import check_budget
 from moqa.profiling import Profile, read_profile
 from moqa.profiling.blank import blank_profile
@@ -71,8 +71,7 @@ class CompressJob:
         if isinstance(self.budget, MemoryBudget):
             self.budget.check(
                 options.widths, options.symmetric, encodings=options.encodings,
-                floors=floors_of(self.strategy.floor, self.budget.model.view.has_experts)
-                if options.floors is None else options.floors,
+                floors=smallest_widths(options.floors, self.strategy.floor, self.budget.model.view.has_experts),
                 groups=options.groups or (options.group_size, *GROUPS), mixed=self.strategy.mixes,
             )  # fmt: skip
         check_budget(self.strategy, self.budget, "give --bpw, --size or --fit")

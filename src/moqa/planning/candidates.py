@@ -83,24 +83,26 @@ def check_groups(sizes: Sequence[int], measured: Sequence[int]) -> tuple[int, ..
     return tuple(dict.fromkeys(sizes))
 
 
-def floors_of(floor: int, has_experts: bool) -> dict[str, int]:
-    """Role -> smallest width, for a floor of all units that are no experts.
+def smallest_widths(floors: Mapping[str, int] | None, usual: int, has_experts: bool) -> dict[str, int]:
+    """Role -> smallest width.
 
-    >>> floors_of(4, has_experts=False)
-    {}
-    """
-    return {role: floor for role in ROLES if role != "expert"} if has_experts and floor else {}
+    >>> smallest_widths(None, 4, has_experts=True)["attention"]
+    4
 
-
-def check_floors(floors: Mapping[str, int]) -> None:
-    """Refuse a smallest width of a role that does not exist.
+    Args:
+        floors: that the user gave; None means the usual ones.
+        usual: smallest width of all units but experts, where there are experts; 0 for none.
+        has_experts: whether the model has any.
 
     Raises:
         MoqaError: if a role or width is unknown.
     """
+    if floors is None:
+        return {role: usual for role in ROLES if role != "expert"} if has_experts and usual else {}
     for role, width in floors.items():
         if role not in ROLES:
             raise MoqaError(f"--floor {role}={width} names no role", f"there are {', '.join(ROLES)}")
         if width not in (*WIDTHS, KEEP_WIDTH):
             there = ", ".join(map(str, (*WIDTHS, KEEP_WIDTH)))
             raise MoqaError(f"--floor {role}={width} is no width", f"there are {there}")
+    return dict(floors)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moqa.format.scheme import Scheme
-from moqa.format.tiles import KEEP_WIDTH
+from moqa.planning.problem import scheme_errors
 from moqa.planning.record import Gain
 from moqa.profiling import Profile
 
@@ -28,23 +28,19 @@ def expected_gains(profile: Profile, units: Mapping[str, Scheme], names: Iterabl
     """
     record = profile.record
     size = sum(units[unit.name].stored_bytes(unit.shape) for unit in record.units)
-    own = Scheme(width=8, group_size=record.settings.group_size, symmetric=record.settings.symmetric)
-    uniform = [own.model_copy(update={"width": width}) for width in record.widths]
+    uniform = [record.settings.scheme(width) for width in record.widths]
     sizes = np.array([sum(scheme.stored_bytes(unit.shape) for unit in record.units) for scheme in uniform])
     after = int(np.searchsorted(sizes, size))
     if not 0 < after < len(sizes):
         return {}
     between = (size - sizes[after - 1]) / (sizes[after] - sizes[after - 1])
-    chosen = [units[unit.name] for unit in record.units]
-    kinds = list(dict.fromkeys(chosen))
-    column = np.array([0 if s.width == KEEP_WIDTH else record.widths.index(s.width) for s in chosen])
-    ratios = {scheme: profile.compared(scheme).double().numpy() * (scheme.width != KEEP_WIDTH) for scheme in kinds}
-    ratio = np.array([ratios[scheme][row] for row, scheme in enumerate(chosen)])
-    rows = np.arange(len(chosen))
+    rows: dict[Scheme, list[int]] = {}
+    for row, unit in enumerate(record.units):
+        rows.setdefault(units[unit.name], []).append(row)
 
     def share(tables: NDArray) -> NDArray:
         """[...] gains for [..., units, widths] sensitivities."""
-        ours = (tables[..., rows, column] * ratio).sum(-1)
+        ours = sum(scheme_errors(profile, tables, scheme)[..., some].sum(-1) for scheme, some in rows.items())
         narrow, wide = tables[..., after - 1].sum(-1), tables[..., after].sum(-1)
         return 1 - ours / (narrow ** (1 - between) * wide**between)
 

@@ -51,11 +51,8 @@ class Problem:
 
     def table(self, rows: NDArray) -> NDArray[np.float64]:
         """[groups, schemes] sums over each group of a [units, measured widths] table of errors."""
-        columns = list(self.profile.record.widths)
-        wide = np.concatenate([rows, np.zeros((len(rows), 1))], axis=1)
-        picked = wide[:, [columns.index(w) if w != KEEP_WIDTH else len(columns) for w in self.widths]]
-        picked = picked * np.stack([self.profile.compared(scheme).double().numpy() for scheme in self.schemes], axis=1)
-        return summed(self.groups, picked)
+        picked = [scheme_errors(self.profile, rows, scheme) for scheme in self.schemes]
+        return summed(self.groups, np.stack(picked, axis=1))
 
     def errors(self, name: str) -> NDArray[np.float64]:
         """[groups, schemes] expected increase of the KL divergence per token on one distribution, in nats."""
@@ -164,6 +161,17 @@ def make_problem(
     if budget is not None:
         limit = budget.limit(sum(unit.weights for unit in profile.record.units)) - (fixed_bytes if whole else 0)
     return Problem(profile, known, tuple(groups), tuple(schemes), sizes, allowed, floors, limit, options)
+
+
+def scheme_errors(profile: Profile, tables: NDArray, scheme: Scheme) -> NDArray:
+    """[..., units] errors of a scheme, by [..., units, measured widths] tables of errors in the profile's own scheme.
+
+    >>> scheme_errors(profile, profile.folds("wiki").double().numpy(), Scheme(width=2)).shape[-1]
+    312
+    """
+    if scheme.is_unquantized:
+        return np.zeros(tables.shape[:-1])
+    return tables[..., profile.record.widths.index(scheme.width)] * profile.compared(scheme).double().numpy()
 
 
 def summed(groups: Sequence[Group], rows: NDArray) -> NDArray:

@@ -18,9 +18,8 @@ from moqa.planning.budget import Budget
 from moqa.planning.candidates import (
     candidates,
     check_encodings,
-    check_floors,
     check_groups,
-    floors_of,
+    smallest_widths,
 )
 from moqa.planning.expected import expected_gains
 from moqa.planning.fixed import fixed_widths
@@ -103,7 +102,7 @@ def plan(
         encodings = [name for name in encodings if name in profile.encodings]
     encodings = check_encodings(encodings, profile.encodings)
     widths = _checked_widths(widths, profile, encodings)
-    lowest = _floors(floors, member, profile)
+    lowest = smallest_widths(floors, member.floor, any(unit.role == "expert" for unit in profile.record.units))
     tied = tie_groups(profile.record.units, ties)
     chosen_widths = fixed_widths(profile, tied, fixed or {})
     beyond = {width for width in lowest.values() if width > max(widths)}
@@ -180,14 +179,6 @@ def check_budget(strategy: Strategy, budget: Budget | None, remedy: str) -> None
     """
     if budget is None and strategy.needs_budget:
         raise MoqaError(f"--strategy {strategy.name} needs a budget", remedy)
-
-
-def _floors(floors: Mapping[str, int] | None, strategy: Strategy, profile: Profile) -> dict[str, int]:
-    """Role -> smallest width: the floors that were given, or else the strategy's."""
-    if floors is not None:
-        check_floors(floors)
-        return dict(floors)
-    return floors_of(strategy.floor, any(unit.role == "expert" for unit in profile.record.units))
 
 
 def _checked_hedge(hedge: float | None, strategy: Strategy, profile: Profile, budget: Budget | None) -> float | None:

@@ -59,6 +59,10 @@ class Settings(BaseModel, frozen=True):
     method: str = Field("gptq", description="quantization method whose errors the sensitivity is measured with")
     sensitivity: bool = Field(True, description="whether sensitivity is measured: not all strategies need it")
 
+    def scheme(self, width: int) -> Scheme:
+        """The profile's own scheme, with which those of other encodings and groups are compared, at some width."""
+        return Scheme(width=width, group_size=self.group_size, symmetric=self.symmetric)
+
 
 class ProfileRecord(BaseModel, frozen=True):
     """Table of contents of a profile folder (`profile.json`)."""

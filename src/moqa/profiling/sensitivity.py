@@ -57,11 +57,10 @@ class ErrorSettings:
     @classmethod
     def of(cls, settings: Settings, method: Method, experts: int) -> "ErrorSettings":
         """Of a profile with some settings."""
-        scheme = Scheme(width=8, group_size=settings.group_size, symmetric=settings.symmetric)
         widths = tuple(w for w in WIDTHS if not (settings.symmetric and w == 1))
         probes = tuple(width for width in PROBES if width in widths and settings.sensitivity)
         others = other_schemes(settings) if settings.sensitivity else ()
-        return cls(scheme, widths, probes, method, experts, others)
+        return cls(settings.scheme(8), widths, probes, method, experts, others)
 
 
 def relative_errors(view: ModelView, layer: int, how: ErrorSettings) -> Tensor:

@@ -83,9 +83,7 @@ class Profile:
 
     def compared(self, scheme: Scheme) -> Tensor:
         """[units] rounding error of a scheme over that of the settings' own scheme at the same width, float32."""
-        settings = self.record.settings
-        own = Scheme(width=scheme.width, group_size=settings.group_size, symmetric=settings.symmetric)
-        if scheme == own or scheme.is_unquantized:
+        if scheme.is_unquantized or scheme == self.record.settings.scheme(scheme.width):
             return torch.ones(len(self.record.units))
         return self.weights["compared"][:, self.record.others.index(scheme)]
 
