@@ -202,7 +202,7 @@ class TestHub:
             raise ConnectionError("first line\n  second line")
 
         fake_hub(monkeypatch, load_dataset)
-        with pytest.raises(MoqaError, match=r"a=org/corpus: there is no such file .* Hub .*: first line second line"):
+        with pytest.raises(MoqaError, match=r"a=org/corpus: there is no such file .* Hub .*: first line$"):
             read_distribution("a=org/corpus")
 
     def test_missing_package_says_what_to_install(self, monkeypatch):

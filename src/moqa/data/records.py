@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moqa.errors import MoqaError
+from moqa.errors import MoqaError, one_line
 
 _HUB = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(:(?P<field>[^:#]+))?(#(?P<split>[^#]+))?")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -83,11 +82,6 @@ def decoded(data: bytes, where: str, offset: int = 0) -> str:
         return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise MoqaError(f"{where} is not UTF-8 at byte {offset + error.start}", "convert it, e.g. with iconv") from None
-
-
-def one_line(error: Exception) -> str:
-    """Message of an error, shortened."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def _lines(path: Path) -> Iterator[Record]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from moqa.data.chat import chat_text
 from moqa.data.images import Images, is_image, name_and_source
-from moqa.data.records import RECORD_SUFFIXES, decoded, file_records, hub_field, hub_records, one_line
-from moqa.errors import MoqaError
+from moqa.data.records import RECORD_SUFFIXES, decoded, file_records, hub_field, hub_records
+from moqa.errors import MoqaError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
