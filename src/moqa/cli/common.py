@@ -14,15 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moqa.compression.options import DEFAULTS
-from moqa.errors import MoqaError, printable
-from moqa.format.tiles import KEEP_WIDTH, check_group_size
+from moqa.errors import printable
 from moqa.storage.artifact import write_json
 
 _BEGAN = time.perf_counter()
-
-DEFAULT_WIDTHS = ",".join(map(str, DEFAULTS.widths))
-DEFAULT_ENCODINGS = ",".join(DEFAULTS.encodings)
 
 console = Console(stderr=True)
 _json_to: TextIO | None = None
@@ -88,69 +83,6 @@ def warn_left_out(parts: Mapping[str, int]) -> None:
         shown = ", ".join(f"{prefix} ({values:,} values)" for prefix, values in list(parts.items())[:8])
         more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
         say(f"moqa: warning: transformers' model has no {shown}{more}: left out", err=True)
-
-
-def widths_of(text: str) -> tuple[int, ...]:
-    """Widths from `--widths`.
-
-    Raises:
-        MoqaError: if it is not a list of numbers.
-    """
-    return _numbers("--widths", text, "widths", "2,3,4")
-
-
-def groups_of(text: str | None) -> tuple[int, ...] | None:
-    """Group sizes from `--groups`.
-
-    Raises:
-        MoqaError: if it is not a list of numbers.
-    """
-    return None if text is None else _numbers("--groups", text, "group sizes", "64,128")
-
-
-def _numbers(option: str, text: str, what: str, example: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise MoqaError(f"{option} {text} is not a list of {what}", f"give e.g. {option} {example}") from None
-
-
-def floors_of(typed: Sequence[str] | None) -> dict[str, int] | None:
-    """Role -> smallest width from `--floor`; None if there is none, nothing for `--floor none`.
-
-    Raises:
-        MoqaError: if one is not ROLE=WIDTH.
-    """
-    if not typed:
-        return None
-    floors: dict[str, int] = {}
-    for text in typed if list(typed) != ["none"] else ():
-        role, _, width = text.rpartition("=")
-        if not role or not width.isdecimal() or len(width) > 2:
-            raise MoqaError(f"--floor {text} is not ROLE=WIDTH", "give e.g. --floor attention=4, or none")
-        floors[role] = int(width)
-    return floors
-
-
-def fixed_of(ignore: Sequence[str] | None, widths: Sequence[str] | None) -> dict[str, int]:
-    """Pattern -> width from `--set` and `--ignore`, the latter last, as the last one that matches counts.
-
-    Raises:
-        MoqaError: if one is not PATTERN=WIDTH.
-    """
-    fixed: dict[str, int] = {}
-    for text in widths or ():
-        pattern, _, width = text.rpartition("=")
-        if not pattern or not width.isdecimal() or len(width) > 2:
-            raise MoqaError(f"--set {text} is not PATTERN=WIDTH", "give e.g. --set '*.down_proj=4'")
-        fixed[pattern] = int(width)
-    return fixed | dict.fromkeys(ignore or (), KEEP_WIDTH)
-
-
-def group_size_of(size: int) -> int:
-    """Check `--group-size`."""
-    check_group_size(size)
-    return size
 
 
 def start_and_end() -> float:

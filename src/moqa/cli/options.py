@@ -6,7 +6,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from moqa.cli.common import group_size_of
+from moqa.cli.parse import group_size_of
 from moqa.execution.registry import EXECUTORS
 from moqa.methods.registry import METHODS
 from moqa.planning.registry import STRATEGIES

@@ -8,19 +8,8 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import (
-    DEFAULT_ENCODINGS,
-    DEFAULT_WIDTHS,
-    fixed_of,
-    floors_of,
-    groups_of,
-    mib,
-    print_table,
-    say,
-    start_and_end,
-    widths_of,
-    write_result,
-)
+from moqa.cli.common import mib, print_table, say, start_and_end, write_result
+from moqa.cli.parse import DEFAULT_ENCODINGS, DEFAULT_WIDTHS, candidates_of
 from moqa.compression.options import DEFAULTS
 from moqa.errors import MoqaError
 
@@ -72,9 +61,9 @@ def plan(
     budget = Budget.parse(bpw, size) if fit is None else fitted(measured, fit, context=context, batch=batch or 1)
     result = run(
         measured, budget, strategy=strategy, ties=ties,  # type: ignore[arg-type]
-        known=known.split(",") if known else None, widths=widths_of(widths), hedge=hedge,
-        objective=objective, scope=scope, fixed=fixed_of(ignore, set_width), seed=seed,  # type: ignore[arg-type]
-        encodings=tuple(encodings.split(",")), groups=groups_of(groups), floors=floors_of(floor),
+        known=known.split(",") if known else None, hedge=hedge, seed=seed,
+        objective=objective, scope=scope,  # type: ignore[arg-type]
+        **candidates_of(widths, encodings, groups, floor, ignore, set_width),
     )  # fmt: skip
     if dry_run:
         from moqa.estimate import estimate

@@ -7,20 +7,8 @@ import typer
 
 from moqa.cli import options
 from moqa.cli.app import app
-from moqa.cli.common import (
-    DEFAULT_ENCODINGS,
-    DEFAULT_WIDTHS,
-    fixed_of,
-    floors_of,
-    groups_of,
-    mib,
-    print_table,
-    say,
-    start_and_end,
-    warn_left_out,
-    widths_of,
-    write_result,
-)
+from moqa.cli.common import mib, print_table, say, start_and_end, warn_left_out, write_result
+from moqa.cli.parse import DEFAULT_ENCODINGS, DEFAULT_WIDTHS, candidates_of
 from moqa.cli.plan import check_budgets, print_estimate, print_fit
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import LogOption, logged, progress
@@ -159,11 +147,11 @@ def quantize(
     # with --fit, --context is the length of a served conversation
     window = min(context or DEFAULTS.context, DEFAULTS.context) if fit else context or DEFAULTS.context
     settings = CompressOptions(
-        strategy=strategy, ties=ties, widths=widths_of(widths), hedge=hedge,  # type: ignore[arg-type]
+        strategy=strategy, ties=ties, hedge=hedge,  # type: ignore[arg-type]
         objective=objective, scope=scope, method=method, profile=profile, samples=samples,  # type: ignore[arg-type]
         context=window, self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
-        overwrite=overwrite, restart=restart, seed=seed, recover=recover, fixed=fixed_of(ignore, set_width),
-        encodings=tuple(encodings.split(",")), groups=groups_of(groups), floors=floors_of(floor),
+        overwrite=overwrite, restart=restart, seed=seed, recover=recover,
+        **candidates_of(widths, encodings, groups, floor, ignore, set_width),
     )  # fmt: skip
     budget = memory_budget(model, fit, context=context, batch=batch or 1) if fit else Budget.parse(bpw, size)
     if dry_run:
