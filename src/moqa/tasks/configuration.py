@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moqa.errors import MoqaError, one_line
 from moqa.storage.files import read_object, values_in
+from moqa.tasks.names import EXPERTS_PER_TOKEN
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,7 +29,6 @@ _COUNTS = {
     re.compile(r""): 2**40,
 }
 _MOST_STACKED = 2**17  # experts of all layers
-_PER_TOKEN = re.compile(r"(num_)?experts_per_tok(en)?|top_k_experts|moe_top_?k|moe_k|moe_router_topk")
 _THERE = re.compile(r"(num_|n_|moe_num_|num_local_|n_routed_)experts")
 
 
@@ -95,7 +95,7 @@ def _check_experts(config: "PretrainedConfig") -> None:
         if not count or not _THERE.fullmatch(key):
             continue
         for name, chosen in said.items():
-            if _PER_TOKEN.fullmatch(name) and not 1 <= chosen <= count:
+            if name in EXPERTS_PER_TOKEN and not 1 <= chosen <= count:
                 raise MoqaError(f"{name} is {chosen}", f"a token can go to 1 to {count} experts ({key})")
         if count * layers > _MOST_STACKED:
             raise MoqaError(f"{layers} layers have {count} experts each", f"moqa builds up to {_MOST_STACKED} in all")

@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # transformers translates some of these itself, e.g. `num_nextn_predict_layers`, but not in all families
-_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "moe_router_topk")
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "moe_top_k",
+    "moe_k", "moe_router_topk",
+)  # fmt: skip
 _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 _MTP = re.compile(r"(^|[._])mtp[._]")
 
@@ -32,11 +35,11 @@ def experts_per_token(config: "PretrainedConfig") -> int:
     Raises:
         MoqaError: if no known name is in the configuration.
     """
-    found = _first(config, _EXPERTS_PER_TOKEN)
+    found = _first(config, EXPERTS_PER_TOKEN)
     if not found:
         raise MoqaError(
             f"{config.model_type} does not say how many experts a token is sent to",
-            f"looked for {', '.join(_EXPERTS_PER_TOKEN)}",
+            f"looked for {', '.join(EXPERTS_PER_TOKEN)}",
         )
     # some families give one number per layer
     return max(found) if isinstance(found, list | tuple) else int(found)
