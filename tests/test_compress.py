@@ -37,6 +37,7 @@ class TestCompress:
         assert original.bytes == sum(path.stat().st_size for path in tiny_model.glob("*.safetensors"))
         assert {q.kl_divergence for q in original.distributions.values()} == {0.0}
         assert result.report == out / "report.html"
+        assert "Expected gain over uniform" in result.report.read_text()  # of the plan that lies beside the checkpoint
         assert '<h1 class="open">' not in result.report.read_text()  # it judges the checkpoint
         assert json.loads((out / "proof.json").read_text()) == result.proof.model_dump(mode="json")
         assert read_plan(out / "plan.json").units == result.plan.units

@@ -1,5 +1,6 @@
 """What a plan is expected to gain over a uniform one of the same bytes."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import moqa
 from moqa.cli.plan import print_plan
 from moqa.planning.expected import expected_gains
 from moqa.planning.record import Gain
+from moqa.storage.artifact import write_json
 
 
 def with_folds(profile, folds):
@@ -77,3 +79,17 @@ def test_a_gain_that_is_not_sure_is_a_warning(capsys, sharded_profile):
     captured = capsys.readouterr()
     assert "10 % (-20 to 40)" in captured.out
     assert captured.err == "moqa: warning: a uniform plan may do as well on wiki\n"
+
+
+def test_a_report_has_it(sharded_profile, tmp_path):
+    gains = {"wiki": Gain(share=0.4, low=0.35, high=0.452), "self": Gain(share=-0.1, low=None, high=None)}
+    made = moqa.plan(sharded_profile, strategy="uniform", widths=(3,))
+    found = []
+    for name, some in (("without", {}), ("with", gains)):
+        write_json(made.model_copy(update={"gains": some}), tmp_path / name / "plan.json")
+        text = moqa.report([tmp_path / name], tmp_path / "report.html").read_text(encoding="utf-8").replace("\xa0", " ")
+        _, titled, rest = text.partition("Expected gain over uniform")
+        found.append(re.findall(r"<t[hd][^>]*>([^<]+)", rest.partition("</table>")[0]) if titled else None)
+    assert found[0] is None
+    heads, cells = found[1][:3], found[1][4:]
+    assert (heads, cells) == (["Plan", "wiki", "self"], ["40 % (35 to 45)", "\u221210 %"])

@@ -6,8 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from moqa.evaluation.proof import PROOF, Proof
-from moqa.planning import Budget, Plan, for_file
-from moqa.planning.run import PLAN
+from moqa.planning import PLAN, Budget, Plan, for_file
 from moqa.profiling import Profile
 from moqa.quantization.card import add_results
 from moqa.reports import report

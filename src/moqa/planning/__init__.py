@@ -7,7 +7,7 @@ from moqa.lazy import lazily
 if TYPE_CHECKING:
     from moqa.planning.budget import Budget
     from moqa.planning.fit import MemoryBudget, memory_budget
-    from moqa.planning.record import Account, Options, Plan
+    from moqa.planning.record import PLAN, Account, Options, Plan
     from moqa.planning.registry import STRATEGIES, Strategy, strategy
     from moqa.planning.run import DEFAULT_WIDTHS, check_profile, for_file, plan, read_plan
     from moqa.planning.ties import TIES
@@ -16,6 +16,7 @@ else:
 
 __all__ = [
     "DEFAULT_WIDTHS",
+    "PLAN",
     "STRATEGIES",
     "TIES",
     "Account",

@@ -8,6 +8,7 @@ from moqa.format.manifest import Candidates, Length, Side
 from moqa.format.scheme import Scheme
 
 FORMAT = 1
+PLAN = "plan.json"  # in the folder of a checkpoint
 Ties = Literal["unit", "expert", "layer_projection", "layer"]
 Objective = Literal["mean", "minimax"]
 Scope = Literal["global", "layer"]

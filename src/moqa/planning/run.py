@@ -36,9 +36,6 @@ from moqa.tasks import find_task
 
 DEFAULT_WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 
-# beside a checkpoint
-PLAN = "plan.json"
-
 
 def plan(
     profile: Profile,

@@ -2,12 +2,13 @@
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moqa.format.layout import entry_bytes
 from moqa.format.manifest import StoredUnit
 from moqa.format.scheme import Scheme
 from moqa.planning import STRATEGIES, Account
+from moqa.planning.record import Gain
 from moqa.profiling.record import UnitRecord
 from moqa.reports.gather import Artifacts
 
@@ -26,6 +27,7 @@ class Allocation:
         ties: which units share a width.
         mixture: share of each distribution in the fit.
         places: all units with their widths.
+        gains: expected gain over uniform on each distribution, of plans from profiles with sensitivities.
     """
 
     label: str
@@ -34,6 +36,7 @@ class Allocation:
     ties: str
     mixture: dict[str, float]
     places: tuple[tuple[UnitRecord, int], ...]
+    gains: dict[str, Gain] = field(default_factory=dict)
 
     @property
     def widths(self) -> dict[int, float]:
@@ -55,7 +58,7 @@ def allocations(found: Artifacts) -> list[Allocation]:
         same = made.get(_key(plan.units))
         label = plan.label if same is None else _joined(same.label, plan.label)
         made[_key(plan.units)] = Allocation(
-            label, plan.account, plan.options.hedge, plan.ties, plan.mixture, _places(plan.units, units),
+            label, plan.account, plan.options.hedge, plan.ties, plan.mixture, _places(plan.units, units), plan.gains,
         )  # fmt: skip
     for checkpoint in found.checkpoints:
         m = checkpoint.manifest

@@ -16,7 +16,7 @@ from moqa.format.adjustment import Adjustment, read_adjustment
 from moqa.format.manifest import FORMAT, MANIFEST, Manifest
 from moqa.format.reader import Checkpoint
 from moqa.originals.hub import is_id, on_disk
-from moqa.planning import Plan, read_plan
+from moqa.planning import PLAN, Plan, read_plan
 from moqa.profiling.record import ProfileRecord
 from moqa.profiling.store import RECORD, Profile, read_profile
 from moqa.storage.artifact import Record, check_format, read_json
@@ -90,7 +90,7 @@ def gather(paths: Sequence[str | Path]) -> Artifacts:
     for path in (on_disk(path) if is_id(path) else Path(path) for path in paths):
         if path.is_dir():
             for file in sorted(path.rglob("*.json")):
-                beside_manifest = file.name not in (MANIFEST, PROOF) and (file.parent / MANIFEST).is_file()
+                beside_manifest = file.name not in (MANIFEST, PROOF, PLAN) and (file.parent / MANIFEST).is_file()
                 if not beside_manifest and file.resolve() not in seen:
                     seen.add(file.resolve())
                     _take(file, found)

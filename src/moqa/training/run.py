@@ -19,8 +19,7 @@ from moqa.models.view import ModelView, open_model
 from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part
 from moqa.originals.hub import on_disk
-from moqa.planning import read_plan
-from moqa.planning.run import PLAN
+from moqa.planning import PLAN, read_plan
 from moqa.profiling import Profile, read_profile
 from moqa.progress import Report, quiet
 from moqa.storage.folders import check_free

@@ -8,8 +8,7 @@ from moqa.format.cache import has_cache
 from moqa.format.manifest import CARD, MANIFEST, Recovery
 from moqa.format.reader import Checkpoint
 from moqa.format.writer import write_manifest, write_shard
-from moqa.planning import read_plan
-from moqa.planning.run import PLAN, for_file
+from moqa.planning import PLAN, for_file, read_plan
 from moqa.storage.artifact import write_sealed
 from moqa.training.student import Student
 
