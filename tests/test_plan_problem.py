@@ -5,12 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moqa.errors import MoqaError
 from moqa.format.layout import unit_bytes
+from moqa.format.scheme import Scheme
 from moqa.planning import TIES, Budget, Options
 from moqa.planning.candidates import candidates
 from moqa.planning.problem import make_problem, summed
 from moqa.planning.ties import tie_groups
 from moqa.profiling import UnitRecord
+from moqa.profiling.record import ProfileRecord
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(0, 2**32 - 1))
@@ -39,3 +42,17 @@ def test_sizes_are_the_bytes_of_all_units_of_a_group(tiny_profile, ties, budget)
             assert sizes == [sum(s.stored_bytes(u.shape) for u in group.units) for s in schemes]
         else:  # with their entries in the headers of the files
             assert sizes == [sum(unit_bytes(u.name, u.shape, s) for u in group.units) for s in schemes]
+
+
+def test_a_scheme_whose_errors_were_not_measured_is_named(sharded_profile):
+    lacking = Scheme(width=2, group_size=512, encoding="trellis")
+    with pytest.raises(MoqaError, match=r"has no errors of trellis of 2 bits in groups of 512: profile again"):
+        sharded_profile.compared(lacking)
+
+
+@pytest.mark.parametrize("change", [{"layers": 2**40}, {"settings": {"context": 8, "samples": 1, "group_size": 48}}])
+def test_a_profile_that_no_model_has_is_refused(sharded_profile, change):
+    record = sharded_profile.record.model_dump()
+    assert ProfileRecord.model_validate(record) == sharded_profile.record
+    with pytest.raises(ValueError, match="Input should be"):
+        ProfileRecord.model_validate(record | change)

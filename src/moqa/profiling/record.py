@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from moqa.format.manifest import Fitted, Length, Side
 from moqa.format.scheme import Scheme
-from moqa.format.tiles import WIDTHS
+from moqa.format.tiles import BLOCK, LARGEST_GROUP, WIDTHS
 from moqa.models.units import Unit
 
 FORMAT = 1
@@ -14,6 +14,7 @@ SELF = "self"
 # the task of a profile that does not name one
 CAUSAL_LM = "causal_lm"
 
+_MOST_LAYERS = 2**10  # as for a `config.json`: what is counted by layer takes as much memory
 StoredDtype = Literal["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
 Width = Annotated[int, Field(ge=WIDTHS[0], le=WIDTHS[-1])]
 
@@ -54,7 +55,10 @@ class Settings(BaseModel, frozen=True):
     context: int = Field(description="tokens in a window")
     samples: int = Field(description="windows per distribution, at most")
     seed: int = 0
-    group_size: int = Field(64, description="weights that share a scale in the sensitivity's rounding")
+    group_size: int = Field(
+        64, ge=BLOCK, le=LARGEST_GROUP, multiple_of=BLOCK,
+        description="weights that share a scale in the sensitivity's rounding",
+    )  # fmt: skip
     symmetric: bool = Field(False, description="whether that rounding has no zero-point")
     method: str = Field("gptq", description="quantization method whose errors the sensitivity is measured with")
     sensitivity: bool = Field(True, description="whether sensitivity is measured: not all strategies need it")
@@ -79,7 +83,7 @@ class ProfileRecord(BaseModel, frozen=True):
     left_out: dict[str, int] = Field(
         {}, description="parts of the model that are not measured: prefix, values", exclude_if=lambda parts: not parts
     )
-    layers: Length
+    layers: Length = Field(le=_MOST_LAYERS)
     top_k: Length = Field(description="experts per token; 0 for a dense model")
     settings: Settings
     widths: tuple[Width, ...] = Field(description="widths of the sensitivity columns")

@@ -82,9 +82,18 @@ class Profile:
         return self.statistics[name].get("folds", whole[None])
 
     def compared(self, scheme: Scheme) -> Tensor:
-        """[units] rounding error of a scheme over that of the settings' own scheme at the same width, float32."""
+        """[units] rounding error of a scheme over that of the settings' own scheme at the same width, float32.
+
+        Raises:
+            MoqaError: if it was not measured.
+        """
         if scheme.is_unquantized or scheme == self.record.settings.scheme(scheme.width):
             return torch.ones(len(self.record.units))
+        if scheme not in self.record.others:
+            raise MoqaError(
+                f"profile {self.folder} has no errors of {scheme.encoding} of {scheme.width} bits in groups of "
+                f"{scheme.group_size}", "profile again",
+            )  # fmt: skip
         return self.weights["compared"][:, self.record.others.index(scheme)]
 
     @property
