@@ -1,7 +1,7 @@
 """Mutated files: 10,000 changes of original, profile, plan, checkpoint and adjustment, and what came of each.
 
-Each change flips bits, cuts, swaps or replaces files, or edits JSON and headers; for two of five, whoever made it also
-made all checksums again. `--page` writes the table to docs/results/robustness.md.
+Each change flips bits, cuts, swaps or replaces files, or edits JSON, headers, schemes and tensors; for two of five,
+whoever made it also made all checksums again. `--page` writes the table to docs/results/robustness.md.
 """
 
 import argparse
@@ -18,13 +18,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 HEADING = "## Mutated files"
 SECTION = """Made by `python benchmarks/mutations.py --count {count} --page` in {minutes:.0f} minutes.
 
-One change is made to one artifact of a tiny model: bits are flipped, a file is cut, grows, is swapped with another or
-replaced by a pipe, a device, a socket or a link; a value, a number, a key or the structure of JSON becomes another;
-names, dtypes, shapes and places in headers lie. For two of five, whoever made the change also made all checksums
-again: then the artifact may say something else, and is used as it says. An original is opened and run, and `quantize`
-is asked to apply a plan to it; a profile is planned from; a plan is compared with its profile; a checkpoint is loaded
-and run, and `moqa verify` asked where its output differs; an adjustment is applied and reverted. A process that dies
-and a try that takes over a minute are counted as such.
+One change is made to one artifact of a tiny model, whose units have the encodings `int`, `table` and `trellis` in turn:
+bits are flipped, a file is cut, grows, is swapped with another or replaced by a pipe, a device, a socket or a link; a
+value, a number, a key or the structure of JSON becomes another, or a unit's encoding, width or group size; names,
+dtypes, shapes and places in headers lie; values of one tensor (codes, factors, scales, samples) become others. For two
+of five, whoever made the change also made all checksums again: then the artifact may say something else, and is used as
+it says. An original is opened and run, and `quantize` is asked to apply a plan to it; a profile is planned from; a plan
+is compared with its profile; a checkpoint is loaded and run, and `moqa verify` asked where its output differs; an
+adjustment is applied and reverted. A process that dies and a try that takes over a minute are counted as such.
 
 {table}
 """

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 
-from hostile.victim import BROKEN, DEEP, GIANT, NASTY, Victim, somewhere
+from hostile.victim import BROKEN, DEEP, GIANT, MANIFEST, NASTY, Victim, somewhere
 
 # what a terminal would obey, and what a reader could take for other words
 ESCAPES = [
@@ -159,7 +159,46 @@ def headers(victim: Victim) -> None:
     return None
 
 
+def values_of_tensors(victim: Victim) -> None:
+    """Codes, integers, factors, scales, samples or statistics, of one tensor."""
+    name, pick = _file(victim, ".safetensors"), victim.random.choice
+    if not name.endswith(".safetensors"):
+        return json_numbers(victim)
+    entries, start = victim.header(name)
+    # suffixes such as `factor` are as likely as the many planes
+    kinds = sorted({key.rpartition(".")[2] for key in entries if key != "__metadata__"})
+    kind = pick(kinds)
+    begin, end = pick([entry["data_offsets"] for key, entry in entries.items() if key.rpartition(".")[2] == kind])
+    raw = bytearray(victim.read(name))
+    first = victim.random.randrange(begin, end) if end > begin else begin
+    last = pick([end, min(end, first + 1), min(end, first + 12)])
+    size = last - first
+    raw[start + first : start + last] = pick(
+        [b"\0" * size, b"\xff" * size, b"\x7f\x80" * (size // 2) + b"\x7f" * (size % 2), victim.random.randbytes(size)]
+    )
+    victim.write(name, bytes(raw))
+    return None
+
+
+def schemes(victim: Victim) -> None:
+    """Another encoding, width or group size of a unit, or another dtype of its scales."""
+    names, pick = [n for n in (MANIFEST, "plan.json") if (victim.folder / n).exists()], victim.random.choice
+    if not names:
+        return json_numbers(victim)
+    data = victim.json(names[0])
+    found = [unit.get("scheme", unit) for unit in data["units"].values()]
+    values = {
+        "encoding": ["int", "table", "trellis", "unquantized", "TABLE", ""], "width": [*range(10), 16],
+        "group_size": [32, 64, 128, 256, 512, 48], "symmetric": [True, False], "scale_dtype": ["float16", "bfloat16"],
+    }  # fmt: skip
+    for scheme in found if victim.random.random() < 0.1 else [pick(found)]:
+        for key in victim.random.sample(sorted(values), pick([1, 1, 2])):
+            scheme[key] = pick(values[key])
+    victim.write_json(names[0], data)
+    return None
+
+
 MUTATIONS: list[Callable[[Victim], None]] = [
     flipped_bits, flipped_bits, cut_or_longer, swapped_files, other_kinds_of_files, json_values, json_numbers,
-    json_numbers, json_structure, json_text, headers,
+    json_numbers, json_structure, json_text, headers, values_of_tensors, schemes,
 ]  # fmt: skip

@@ -6,9 +6,15 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hostile.victim import Victim
+
+if TYPE_CHECKING:
+    from moqa.planning import Plan
+    from moqa.profiling import Profile
 
 MODEL, PROFILE, PLAN, CHECKPOINT, ADJUSTMENT = "original", "profile", "plan", "checkpoint", "adjustment"
 TEXT = "Der Wörterbucheintrag, 1234 and <|unusual|> text"
@@ -31,6 +37,19 @@ class Artifact:
     check: Callable[[Path], None] = lambda _: None
 
 
+def with_every_encoding(plan: "Plan", profile: "Profile") -> "Plan":
+    """The plan with one unit after the other in another encoding, at the nearest width that it has."""
+    from moqa.format.encodings import ENCODINGS
+    from moqa.format.scheme import Scheme
+    from moqa.planning.run import account_of
+
+    units = {}
+    for (name, scheme), encoding in zip(plan.units.items(), cycle(("trellis", "table", "int"))):
+        width = min(ENCODINGS[encoding].widths, key=lambda width: abs(width - scheme.width))
+        units[name] = Scheme(width=width, group_size=scheme.group_size, encoding=encoding)
+    return plan.model_copy(update={"units": units, "account": account_of(profile, units)})
+
+
 def make_all(model: Path, texts: list, folder: Path) -> Path:
     """One sound artifact of each kind, all of one model, each in a folder of its own."""
     import shutil
@@ -44,7 +63,7 @@ def make_all(model: Path, texts: list, folder: Path) -> Path:
 
     shutil.copytree(model, folder / MODEL)
     measured = profile(folder / MODEL, texts[:2], folder / PROFILE, samples=2, context=16, self_samples=2)
-    planned = plan(measured, Budget.parse(bpw=6))
+    planned = with_every_encoding(plan(measured, Budget.parse(bpw=6)), measured)
     write_sealed(for_file(planned, folder / PLAN / "plan.json"), folder / PLAN / "plan.json")
     quantize(folder / MODEL, planned, folder / CHECKPOINT, method="rtn", profile=measured, cache="full")
     moqa.adjust(folder / CHECKPOINT, texts[2:3], folder / ADJUSTMENT, samples=8, budget="5%")

@@ -54,14 +54,14 @@ def flip_a_byte(victim: Victim) -> Allowed:
 
 
 def flip_a_plane_or_zero(victim: Victim) -> Allowed:
-    name, begin, end = victim.some(("p0", "p1", "p2", "zero"))
+    name, begin, end = victim.some(("p0", "p1", "p2", "zero", "factor"))
     raw = bytearray(victim.read(name))
     for _ in range(victim.random.choice([1, 1, 100])):
         raw[victim.random.randrange(begin, end)] = victim.random.randrange(256)
     if victim.random.random() < 0.3:
         raw[begin:end] = victim.random.choice([b"\0", b"\xff", b"\xaa"]) * (end - begin)
     victim.write(name, bytes(raw))
-    # with scales as they were, any integers are numbers
+    # with scales as they were, any integers, codes and factors are numbers
     return victim.maybe_seal(Allowed(differ=(UNVERIFIED,)), Allowed(differ=LOADERS))
 
 
