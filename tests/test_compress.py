@@ -81,8 +81,8 @@ class TestCompress:
         [
             ("6", {}, "--size 6|below"),
             ("0.5bpw", {}, "--bpw 0.5 is below the smallest plan"),
-            (None, {}, "--strategy budget needs a budget: give --bpw, --size or --fit"),
-            ("6bpw", {"strategy": "magic"}, "--strategy magic is unknown: there are budget, frequency, paper, "),
+            (None, {}, "--strategy auto needs a budget: give --bpw, --size or --fit"),
+            ("6bpw", {"strategy": "magic"}, "--strategy magic is unknown: there are auto, budget, frequency, paper, "),
             ("6bpw", {"method": "awq"}, "--method awq is unknown: there are gptq, rtn"),
             ("6bpw", {"cache": "3x"}, "--cache 3x"),
             ("6bpw", {"ties": "all"}, "--ties all is unknown"),
@@ -149,7 +149,7 @@ class TestAStrategyThatIsNew:
             moqa.plan(tiny_profile, "6bpw", strategy="best")
         with pytest.raises(MoqaError, match=r"--strategy made-up needs a budget: give --bpw or --size"):
             moqa.plan(tiny_profile, strategy=made_up)
-        with pytest.raises(MoqaError, match=r"--strategy made-up ranks experts.*has none: use uniform or budget"):
+        with pytest.raises(MoqaError, match=r"made-up ranks experts.*has none: use uniform or auto or budget"):
             moqa.plan(dense_profile, "6bpw", strategy=made_up)
         with pytest.raises(MoqaError, match=r"--hedge 0\.1 does not apply to --strategy random: it .* to .*made-up"):
             moqa.plan(tiny_profile, "6bpw", strategy="random", hedge=0.1)
@@ -161,7 +161,7 @@ class TestAStrategyThatIsNew:
             return problem.smallest()
 
         try:
-            with pytest.raises(MoqaError, match="use plain or uniform or budget"):
+            with pytest.raises(MoqaError, match="use plain or uniform or auto or budget"):
                 moqa.plan(dense_profile, "6bpw", strategy="frequency")
         finally:
             del STRATEGIES["plain"]

@@ -153,7 +153,7 @@ class TestWhatACheckpointSays:
     def test_the_recipe(self, out):
         recipe, manifest = json.loads((out / "config.json").read_text())["quantization_config"], open_checkpoint(out)
         assert {key: recipe[key] for key in ("quant_method", "strategy", "method", "budget", "group_sizes")} == {
-            "quant_method": "moqa", "strategy": moqa.CompressOptions().strategy, "method": "rtn", "budget": "--bpw 6",
+            "quant_method": "moqa", "strategy": "budget", "method": "rtn", "budget": "--bpw 6",
             "group_sizes": sorted({unit.scheme.group_size for unit in manifest.manifest.units.values()}),
         }  # fmt: skip
         assert recipe["bits_per_weight"] == pytest.approx(manifest.bits_per_weight, abs=1e-3)

@@ -119,7 +119,7 @@ def modules_in(package: str, folder: Path) -> dict[str, str]:
     """Members that have a module each in a package: name -> module; none is imported.
 
     >>> list(modules_in("moqa.planning.strategies", Path(moqa.__file__).parent / "planning/strategies"))
-    ['budget', 'frequency', 'paper', 'paper-v1', 'random', 'uniform']
+    ['auto', 'budget', 'frequency', 'paper', 'paper-v1', 'random', 'uniform']
     """
     names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
     return {name.replace("_", "-"): f"{package}.{name}" for name in names}

@@ -154,7 +154,7 @@ class TestEveryStrategy:
     def test_a_dense_model(self, dense_profile, strategy):
         budget = Budget.parse(bpw=5.0)
         if STRATEGIES[strategy].needs_experts:
-            with pytest.raises(MoqaError, match=r"tiny_dense.*has none: use uniform or budget"):
+            with pytest.raises(MoqaError, match=r"tiny_dense.*has none: use uniform or auto or budget"):
                 plan(dense_profile, budget, strategy=strategy)
         else:
             found = plan(dense_profile, budget, strategy=strategy)

@@ -12,6 +12,7 @@ from moqa.cli.common import mib, print_table, say, start_and_end, write_result
 from moqa.cli.parse import DEFAULT_ENCODINGS, DEFAULT_WIDTHS, candidates_of
 from moqa.compression.options import DEFAULTS
 from moqa.errors import MoqaError
+from moqa.planning.registry import DEFAULT_STRATEGY, OPTIMUM, PLAIN
 
 if TYPE_CHECKING:
     from moqa.estimate import Estimate
@@ -72,6 +73,7 @@ def plan(
         return
     write_sealed(for_file(result, out), out)
     print_plan(result)
+    say_if_uniform(strategy, result)
     if isinstance(budget, MemoryBudget):
         print_fit(budget, result.account)
     write_result(for_file(result, out), json)
@@ -111,8 +113,18 @@ def print_plan(result: "Plan") -> None:
             rows.append(["less than uniform by", *(str(result.gains[name]) for name in result.predicted)])
         print_table(["", *result.predicted], rows)
     unsure = [name for name, gain in result.gains.items() if gain.low is not None and gain.low <= 0]
-    if unsure and result.strategy != "uniform":
+    if unsure and result.strategy != PLAIN:
         say(f"moqa: warning: a uniform plan may do as well on {', '.join(unsure)}", err=True)
+
+
+def say_if_uniform(asked: str, result: "Plan") -> None:
+    """Say that the default strategy made a uniform plan, and why."""
+    if asked == DEFAULT_STRATEGY and result.strategy == PLAIN:
+        say(
+            "moqa: one scheme for all units: these samples do not tell that a mixed plan does better "
+            f"(--strategy {OPTIMUM} mixes anyway)",
+            err=True,
+        )
 
 
 def print_estimate(cost: "Estimate", plan: "Plan", profile: "Profile", json: Path | None) -> None:

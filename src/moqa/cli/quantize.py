@@ -9,7 +9,7 @@ from moqa.cli import options
 from moqa.cli.app import app
 from moqa.cli.common import mib, print_table, say, start_and_end, warn_left_out, write_result
 from moqa.cli.parse import DEFAULT_ENCODINGS, DEFAULT_WIDTHS, candidates_of
-from moqa.cli.plan import check_budgets, print_estimate, print_fit
+from moqa.cli.plan import check_budgets, print_estimate, print_fit, say_if_uniform
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import LogOption, logged, progress
 from moqa.cli.progress.limits import time_limited
@@ -166,6 +166,7 @@ def quantize(
             model, data, budget, out, held_out=held_out, options=settings, report=time_limited(report, time_limit),
             memory=memory, executor=executor, when_quantized=print_quantized,
         )  # fmt: skip
+    say_if_uniform(strategy, result.plan)
     print_compressed(result)
     write_result(result.summary(), json)
 

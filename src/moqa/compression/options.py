@@ -26,7 +26,7 @@ class CompressOptions:
     """Options of `moqa.compress`; the metadata of every field contains its help text.
 
     >>> CompressOptions(method="rtn", samples=128).strategy
-    'budget'
+    'auto'
     >>> help_of("widths")
     'candidate widths, comma-separated'
 

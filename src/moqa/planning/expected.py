@@ -1,6 +1,6 @@
 """What a plan is expected to gain over a uniform one of the same bytes, and how far that depends on the samples."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,35 +34,46 @@ def expected_gains(profile: Profile, units: Mapping[str, Scheme], names: Iterabl
     if not 0 < after < len(sizes):
         return {}
     between = (size - sizes[after - 1]) / (sizes[after] - sizes[after - 1])
-    rows: dict[Scheme, list[int]] = {}
-    for row, unit in enumerate(record.units):
-        rows.setdefault(units[unit.name], []).append(row)
 
     def share(tables: NDArray) -> NDArray:
         """[...] gains for [..., units, widths] sensitivities."""
-        ours = sum(scheme_errors(profile, tables, scheme)[..., some].sum(-1) for scheme, some in rows.items())
         narrow, wide = tables[..., after - 1].sum(-1), tables[..., after].sum(-1)
-        return 1 - ours / (narrow ** (1 - between) * wide**between)
+        return 1 - total_errors(profile, tables, units) / (narrow ** (1 - between) * wide**between)
 
-    found = {}
-    for name in names:
-        folds = profile.folds(name).double().numpy()
-        folds = folds[(folds > 0).any((1, 2))]
-        total = folds.sum(0)
-        if not len(folds):  # a model that no error changes
-            continue
-        whole, low, high = float(share(total)), None, None
-        if len(folds) > 1:
-            reach = _reach(share(total - folds))
-            low, high = whole - reach, whole + reach
-        found[name] = Gain(share=whole, low=low, high=high)
-    return found
+    folds = {name: used_folds(profile, name) for name in names}
+    # a model that no error changes has none
+    return {name: jackknifed([some], share) for name, some in folds.items() if len(some)}
 
 
-def _reach(without: NDArray) -> float:
-    """How far a figure reaches, by its values without one fold each: the jackknife, with Student's distribution."""
+def used_folds(profile: Profile, name: str) -> NDArray[np.float64]:
+    """[folds, units, widths] what the folds of a distribution's samples add to the sensitivity, without empty ones."""
+    folds = profile.folds(name).double().numpy()
+    return folds[(folds > 0).any((1, 2))]
+
+
+def total_errors(profile: Profile, tables: NDArray, units: Mapping[str, Scheme]) -> NDArray:
+    """[...] sums over all units, stored by some schemes, for [..., units, measured widths] tables of errors."""
+    rows: dict[Scheme, list[int]] = {}
+    for row, unit in enumerate(profile.record.units):
+        rows.setdefault(units[unit.name], []).append(row)
+    sums = [scheme_errors(profile, tables, scheme)[..., some].sum(-1) for scheme, some in rows.items()]
+    return np.sum(sums, axis=0)
+
+
+def jackknifed(folds: Sequence[NDArray], share: Callable[[NDArray], NDArray]) -> Gain:
+    """A gain, and how far it reaches by its values without one fold each, with Student's distribution.
+
+    Args:
+        folds: of each distribution, [folds, units, widths]; what distributions have in common is not left to chance.
+        share: [...] gains for [..., units, widths] sums.
+    """
     from scipy.stats import t
 
-    count = len(without)
-    deviation = ((count - 1) / count * np.square(without - without.mean()).sum()) ** 0.5
-    return float(t.ppf((1 + _CONFIDENCE) / 2, count - 1) * deviation)
+    total = sum((some.sum(0) for some in folds), np.zeros(folds[0].shape[1:]))
+    whole = float(share(total))
+    without = [share(total - some) for some in folds if len(some) > 1]
+    if not without:
+        return Gain(share=whole, low=None, high=None)
+    variance = sum((len(some) - 1) / len(some) * np.square(some - some.mean()).sum() for some in without)
+    reach = float(t.ppf((1 + _CONFIDENCE) / 2, sum(len(some) - 1 for some in without)) * variance**0.5)
+    return Gain(share=whole, low=whole - reach, high=whole + reach)

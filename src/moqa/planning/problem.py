@@ -79,6 +79,13 @@ class Problem:
         """The largest allowed scheme of each group."""
         return np.where(self.allowed, self.sizes, -1).argmax(1)
 
+    def units(self, choice: Choice) -> dict[str, Scheme]:
+        """Unit name -> scheme of a choice, in the order of the profile."""
+        chosen: dict[str, Scheme] = {}
+        for group, index in zip(self.groups, choice, strict=True):
+            chosen.update({unit.name: self.schemes[index] for unit in group.units})
+        return {unit.name: chosen[unit.name] for unit in self.profile.record.units}
+
     def bytes(self, choice: Choice) -> int:
         """Total bytes of a choice."""
         return int(self.sizes[np.arange(len(self.groups)), choice].sum())

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from moqa.planning.problem import Choice, Problem
     from moqa.planning.solver import Solution
 
-DEFAULT_STRATEGY = "budget"
+# the default takes the plan of least expected divergence, or a uniform one
+DEFAULT_STRATEGY, OPTIMUM = "auto", "budget"
 # smallest width that rules without a price for it give to units that every token uses
 ALWAYS_USED = 4
 # strategies that do not mix encodings take the first that has a width
@@ -68,7 +69,7 @@ class Strategy:
 STRATEGIES: Registry[Strategy] = Registry(
     "--strategy",
     modules_in("moqa.planning.strategies", Path(__file__).with_name("strategies")),
-    aliases={"moqa": "paper", "moqa-v1": "paper-v1", "moqa-budget": DEFAULT_STRATEGY},  # the names of 0.1
+    aliases={"moqa": "paper", "moqa-v1": "paper-v1", "moqa-budget": OPTIMUM},  # the names of 0.1
 )
 strategy = STRATEGIES.decorator(Strategy)
 

@@ -120,12 +120,13 @@ def plan(
             f"use {' or '.join(for_dense_models())}",
         )
     chosen = member.choose(problem)
-    choice, gap = (chosen.choice, chosen.gap) if isinstance(chosen, Solution) else (chosen, None)
+    made = chosen if isinstance(chosen, Solution) else Solution(chosen, gap=None)
+    choice = made.choice
     if not problem.fits(choice):
         raise MoqaError(
             f"--strategy {strategy} has no plan within {budget.typed if budget else 'the budget'}", _reachable(problem)
         )
-    units = _schemes(problem, choice)
+    units = problem.units(choice)
     names = [*known, *([SELF] if SELF in profile.statistics else [])]
     # with a hedge, the quantization also fits the model's own text, with at least the weight of one more distribution
     own = max(share, 1 / (len(known) + 1)) if share else 0.0
@@ -133,14 +134,15 @@ def plan(
     return Plan(
         moqa=__version__, model=label(profile.original), model_type=profile.record.model_type,
         fingerprint=profile.record.fingerprint, samples=profile.digest(mixture), profile=str(profile.folder),
-        strategy=member.name, options=options, ties=ties, budget=budget.typed if budget else None, known=known,
+        strategy=made.by or member.name, options=options, ties=ties, budget=budget.typed if budget else None,
+        known=known,
         widths=None if given == DEFAULT_WIDTHS else widths, fixed=dict(fixed or {}), mixture=mixture,
         encodings=None if usual else encodings,
         group_size=profile.record.settings.group_size, symmetric=profile.record.settings.symmetric,
         groups=None if groups is None else tuple(groups), floors=None if floors is None else dict(floors),
         predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
         gains=expected_gains(profile, units, names) if profile.record.settings.sensitivity else {},
-        gap=gap, account=account_of(profile, units), units=units,
+        gap=made.gap, account=account_of(profile, units), units=units,
     )  # fmt: skip
 
 
@@ -224,7 +226,7 @@ def _check_reachable(problem: Problem, budget: Budget | None) -> None:
     if budget is None or problem.limit is None:
         return
     if problem.bytes(problem.smallest()) > problem.limit:
-        smallest = account_of(problem.profile, _schemes(problem, problem.smallest()))
+        smallest = account_of(problem.profile, problem.units(problem.smallest()))
         raise budget.below(smallest.checkpoint, _reachable(problem))
     # a budget far above the largest plan is probably a typing error; one slightly above it asks for the best quality
     if budget.fills and problem.limit > problem.bytes(problem.widest()) * 1.05:
@@ -232,20 +234,13 @@ def _check_reachable(problem: Problem, budget: Budget | None) -> None:
 
 
 def _reachable(problem: Problem) -> str:
-    ends = [account_of(problem.profile, _schemes(problem, choice)) for choice in (problem.smallest(), problem.widest())]
+    ends = [account_of(problem.profile, problem.units(choice)) for choice in (problem.smallest(), problem.widest())]
     bits = " to ".join(f"{account.bits_per_weight:.2f}" for account in ends)
     sizes = " to ".join(f"{account.checkpoint / 2**20:.1f} MiB" for account in ends)
     widths = ",".join(map(str, sorted(set(problem.widths))))
     roles = {unit.role for unit in problem.profile.record.units}
     floors = "".join(f" --floor {role}={width}" for role, width in problem.floors.items() if role in roles)
     return f"reachable with --widths {widths}{floors}: {bits} bpw, {sizes}"
-
-
-def _schemes(problem: Problem, choice: Choice) -> dict[str, Scheme]:
-    chosen: dict[str, Scheme] = {}
-    for group, index in zip(problem.groups, choice, strict=True):
-        chosen.update({unit.name: problem.schemes[index] for unit in group.units})
-    return {unit.name: chosen[unit.name] for unit in problem.profile.record.units}
 
 
 def _predicted(problem: Problem, choice: Choice, name: str) -> float:

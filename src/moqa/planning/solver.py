@@ -42,11 +42,13 @@ class Solution:
 
     Attributes:
         choice: [groups] index of the chosen width, int64.
-        gap: no other choice has an error that is smaller by more than this share.
+        gap: no other choice has an error that is smaller by more than this share; None if that is not known.
+        by: strategy that made it, if another was asked.
     """
 
     choice: NDArray[np.int64]
-    gap: float
+    gap: float | None
+    by: str = ""
 
 
 def solve(costs: NDArray[np.float64], sizes: NDArray[np.int64], limit: int) -> Solution:

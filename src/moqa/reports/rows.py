@@ -8,12 +8,12 @@ from typing import Literal
 
 from moqa.evaluation import Evaluation, Quality
 from moqa.evaluation.proof import interpolated
-from moqa.planning.registry import DEFAULT_STRATEGY, PLAIN
+from moqa.planning.registry import OPTIMUM, PLAIN
 from moqa.reports.gather import Artifacts
 
 Role = Literal["known", "novel"]
 ROLES: tuple[Role, ...] = ("known", "novel")
-OURS, BASELINE = DEFAULT_STRATEGY, PLAIN
+OURS, BASELINE = OPTIMUM, PLAIN
 MEBIBYTE = 2**20
 SAME_SIZE = 0.005
 
