@@ -94,7 +94,9 @@ class ProfileRecord(BaseModel, frozen=True):
     distributions: dict[str, DistributionRecord]
 
     @model_validator(mode="after")
-    def _units_are_in_layers(self) -> Self:
+    def _fits_together(self) -> Self:
+        for width in self.widths:
+            self.settings.scheme(width)
         outside = next((unit.name for unit in self.units if unit.layer >= self.layers), None)
         if outside is not None:
             raise ValueError(f"unit {outside} is in none of {self.layers} layers")
