@@ -114,9 +114,9 @@ nats; minutes on one core.
 |---|---:|---:|---|---|---|---:|
 {rows}
 
-Wanted: known at least 50 % and novel 35 % lower up to 2.6 bits, 35 % and 20 % above. Default plans miss the first: their
-codes share one scale per row of 256 weights, so there is a tenth of the numbers to train that integers in groups of
-64 have, and gptq has left little to find.
+Wanted: known at least 50 % and novel 35 % lower up to 2.6 bits, 35 % and 20 % above. Default plans miss the first:
+their codes share one scale per row of 256 weights, so there is a tenth of the numbers to train that integers in groups
+of 64 have, and gptq has left little to find.
 """
 
 
