@@ -22,7 +22,8 @@ RUNS = ROOT / "runs" / "trained"
 SUMMARY, PAGE = RUNS / "summary.json", ROOT / "docs" / "results" / "recover.md"
 SIZES = (2.56, 2.1, 3.06, 2.3, 3.44)
 STEPS = 150
-SAMPLES = 256
+SAMPLES, FEWER = 256, 64
+FEW = f"default, {FEWER} samples"
 KINDS = {"default": {}, "uniform": {"strategy": "uniform", "encodings": ("int",), "floors": {}}}
 
 
@@ -38,6 +39,10 @@ def main() -> None:
             if len(known(seed=seed, kind=kind, budget=bits)) < 2:
                 SUMMARY.write_text(json.dumps({"rows": [*known(), *rows(kind, bits, seed, options.windows)]}, indent=1))
             write_page()
+        if not known(seed=seed, kind=FEW):
+            few = rows(FEW, SIZES[0], seed, options.windows, lengths=(0,))
+            SUMMARY.write_text(json.dumps({"rows": [*known(), *few]}, indent=1))
+        write_page()
 
 
 def known(**wanted: object) -> list[dict]:
@@ -47,19 +52,19 @@ def known(**wanted: object) -> list[dict]:
 
 
 @cache
-def profile_of(seed: int) -> Profile:
+def profile_of(seed: int, samples: int) -> Profile:
     """The profile of the known texts whose windows are drawn with a seed."""
-    folder = RUNS / f"profile-{seed}"
+    folder = RUNS / (f"profile-{seed}" if samples == SAMPLES else f"profile-{seed}-{samples}")
     if not (folder / "profile.json").exists():
-        moqa.profile(MODEL, texts("calib", KNOWN), folder, samples=SAMPLES, seed=seed)
+        moqa.profile(MODEL, texts("calib", KNOWN), folder, samples=samples, seed=seed)
     return read_profile(folder)
 
 
-def rows(kind: str, bits: float, seed: int, windows: int) -> list[dict]:
-    """A plan without training and with it; none if there is no such plan."""
-    measured, out, found = profile_of(seed), RUNS / "out", []
-    plan = moqa.plan(measured, f"{bits}bpw", **KINDS[kind])
-    for steps in (0, STEPS):
+def rows(kind: str, bits: float, seed: int, windows: int, lengths: tuple[int, ...] = (0, STEPS)) -> list[dict]:
+    """A plan without training and with it."""
+    measured, out, found = profile_of(seed, FEWER if kind == FEW else SAMPLES), RUNS / "out", list[dict]()
+    plan = moqa.plan(measured, f"{bits}bpw", **KINDS.get(kind, {}))
+    for steps in lengths:
         began = time.perf_counter()
         if steps:
             moqa.recover(out, out, length=str(steps), profile=measured, overwrite=True, restart=True, seed=seed)
@@ -99,7 +104,15 @@ def write_page() -> None:
                 f"{after['kl_known']:.4f} / {after['kl_novel']:.4f} | {change[0]:+.0%} / {change[1]:+.0%} | "
                 f"{after['seconds'] / 60:.1f} |"
             )
-    PAGE.write_text(_PAGE.format(steps=STEPS, samples=SAMPLES, rows="\n".join(lines)))
+    few, many = known(kind=FEW), known(kind="default", budget=SIZES[0])[::2]
+    more = [
+        f"| {samples} | {mean(row['kl_known'] for row in some):.4f} / {mean(row['kl_novel'] for row in some):.4f} | "
+        f"{mean(row['seconds'] for row in some):.0f} |"
+        for samples, some in ((FEWER, few), (SAMPLES, many)) if some
+    ]  # fmt: skip
+    PAGE.write_text(
+        _PAGE.format(steps=STEPS, samples=SAMPLES, size=SIZES[0], rows="\n".join(lines), more="\n".join(more))
+    )
 
 
 _PAGE = """# Training after quantization
@@ -117,6 +130,14 @@ nats; minutes on one core.
 Wanted: known at least 50 % and novel 35 % lower up to 2.6 bits, 35 % and 20 % above. Default plans miss the first:
 their codes share one scale per row of 256 weights, so there is a tenth of the numbers to train that integers in groups
 of 64 have, and gptq has left little to find.
+
+## More samples
+The default plan at {size} bits without training, by the windows of each text that profile and gptq see (`--samples`; 64 is
+the default), and the seconds that quantizing takes on one core.
+
+| windows | known / novel KL | seconds |
+|---:|---|---:|
+{more}
 """
 
 

@@ -31,6 +31,7 @@ from moqa.runtime.verify import verify
 from moqa.training import recover
 from moqa.training.length import TrainingLength
 from moqa.training.loop import scheduled
+from moqa.training.routing import Routes
 from moqa.training.student import Student
 from moqa.training.units import trained_unit
 from moqa.training.write import write_trained
@@ -104,6 +105,8 @@ class TestRecover:
             name: file.bytes for name, file in before.manifest.files.items()
         }
         assert after.manifest.recovery == recovered.recovery
+        assert 0 < recovered.recovery.routing_before < 1
+        assert 0 < recovered.recovery.routing_after < 1
         assert not verify(recovered.checkpoint).faults
 
     def test_the_files_answer_as_the_trained_model_bit_for_bit(self, tiny_model, packed, measured, tmp_path):
@@ -179,6 +182,21 @@ class TestRecover:
         packed = quantize(model, plan(known, None, strategy="uniform", widths=(2,)), tmp_path / "out", profile=known)
         found = recover(packed, tmp_path / "new", length="12", profile=known)
         assert found.recovery.after < found.recovery.before
+        assert found.recovery.routing_after is None
+
+
+def test_agreement_of_routing(tiny_model):
+    view, tokens = open_model(tiny_model), torch.arange(24)[None]
+    same, other = Routes(), Routes()
+    for routes in (same, other):
+        with routes.recorded(view):
+            view.model(tokens)
+        # the first expert is now another one
+        for name, parameter in view.model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                parameter.data = parameter.data.roll(1, 0)
+    assert same.agreement(same) == 1.0
+    assert same.agreement(other) < 0.5
 
 
 class TestRefusals:

@@ -53,10 +53,14 @@ def recover(
 
 
 def print_recovered(result: "Recovered") -> None:
-    """Print the divergence before and after."""
+    """Print divergence and routing before and after."""
     done = result.recovery
     change = done.after / done.before - 1 if done.before > 0 else 0.0
-    rows = [[result.checkpoint, str(done.steps), f"{done.before:.5f}", f"{done.after:.5f} ({change:+.0%})"]]
-    print_table(["checkpoint", "steps", "KL of held-out samples", "after training"], rows)
+    routed = ["-" if share is None else f"{share:.2%}" for share in (done.routing_before, done.routing_after)]
+    rows = [
+        ["before", f"{done.before:.5f}", routed[0]],
+        [f"after {done.steps} steps", f"{done.after:.5f} ({change:+.0%})", routed[1]],
+    ]
+    print_table([result.checkpoint, "KL of held-out samples", "experts as in the original"], rows)
     if not done.kept:
         say("moqa: warning: training did not help, the checkpoint stores what it did before", err=True)

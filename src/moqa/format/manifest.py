@@ -70,6 +70,10 @@ class Recovery(BaseModel, frozen=True):
     before: float = Field(description="KL divergence from the original on samples that were held out from the training")
     after: float = Field(description="the same at its end")
     kept: bool = Field(description="whether its result is stored; else it was not better")
+    routing_before: float | None = Field(
+        None, description="share of the experts of a token, on these samples, that are its experts in the original, too"
+    )
+    routing_after: float | None = Field(None, description="the same at the end; null without routed experts")
 
 
 class Candidates(BaseModel, frozen=True):

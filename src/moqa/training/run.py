@@ -5,9 +5,6 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from moqa import __version__
 from moqa.errors import MoqaError
 from moqa.format.manifest import Recovery
@@ -29,13 +26,12 @@ from moqa.training.length import TrainingLength
 from moqa.training.loop import NotFiniteError, Training
 from moqa.training.samples import TrainingSamples
 from moqa.training.student import Student
+from moqa.training.teaching import Teaching
 from moqa.training.write import write_trained
 
 DEFAULT_LENGTH = "15m"
 # largest relative change of a scale in one step, about
 _RATE = 2e-3
-# steps by which the time of one is measured
-_TIMED = 3
 # bytes for each weight while a whole model is trained: its value, its gradient, and what is stored
 _PER_WEIGHT = 10
 
@@ -120,72 +116,20 @@ def recover(
         samples = TrainingSamples(
             stages, {name: known.samples(name) for name in manifest.mixture}, manifest.mixture, seed=seed, report=report
         )
-        teaching = _Teaching(stages, samples, Student(view, packed))
+        teaching = Teaching(stages, samples, Student(view, packed))
         with teaching.student.in_place():
-            steps = teaching.steps(wanted, work.done("length"))
-            work.mark_done("length", steps)
-            training = Training(teaching.student.parameters(), teaching.loss, steps["steps"], _RATE)
+            begun = work.done("length") or teaching.begin(wanted)
+            work.mark_done("length", begun)
+            training = Training(teaching.student.parameters(), teaching.loss, begun["steps"], _RATE)
             try:
                 training.run(work, report)
             except NotFiniteError as error:
                 bad = teaching.first_bad_block()
                 warnings.warn(f"the training ended at {error}, whose loss is not a number: {bad}", stacklevel=2)
-            after = teaching.held_out()
-        recovery = Recovery(steps=steps["steps"], before=steps["before"], after=after, kept=after < steps["before"])
+            after, routing = teaching.held_out()
+        recovery = Recovery(**begun, after=after, kept=after < begun["before"], routing_after=routing)
         write_trained(packed, teaching.student if recovery.kept else None, work.result, recovery)
     return Recovered(str(out), recovery, time.perf_counter() - began)
-
-
-class _Teaching:
-    """A student, and the loss by which it is trained."""
-
-    def __init__(self, stages: LayerwiseModel, samples: TrainingSamples, student: Student) -> None:
-        self.stages, self.samples, self.student = stages, samples, student
-
-    def loss(self, step: int) -> Tensor:
-        """Divergence from the original on the samples of a step."""
-        return self._divergence(*self.samples.drawn(step))
-
-    @torch.no_grad()
-    def held_out(self) -> float:
-        """Divergence on the samples that are held out."""
-        batches = self.samples.held_batches()
-        return sum(share * float(self._divergence(inputs, answers)) for share, inputs, answers in batches)
-
-    def steps(self, wanted: TrainingLength, known: dict | None) -> dict:
-        """Number of steps, and the divergence before them; timed once, so that a resumed run has as many."""
-        if known is not None:
-            return known
-        before = self.held_out()
-        began = time.perf_counter()
-        for step in range(_TIMED if wanted.steps is None else 0):
-            self.loss(step).backward()
-        count = wanted.count((time.perf_counter() - began) / _TIMED)
-        return {"steps": count, "before": before}
-
-    @torch.no_grad()
-    def first_bad_block(self) -> str:
-        """The first block whose outputs are not all numbers, on the samples of the first step."""
-        with self.student.computing():
-            hidden = self.stages.embed(self.samples.drawn(0)[0])
-            for block in range(self.stages.depth):
-                hidden = self.stages.run_block(block, hidden)
-                if not bool(torch.isfinite(hidden).all()):
-                    return f"block {block} has outputs that are none"
-        return "only after its last steps, which were discarded"
-
-    def _divergence(self, inputs: Tensor, answers: Tensor) -> Tensor:
-        with torch.no_grad():
-            truth = self._log_probabilities(answers)
-        with self.student.computing():
-            hidden = self.stages.embed(inputs)
-            for block in range(self.stages.depth):
-                hidden = self.stages.run_block(block, hidden)
-            found = self._log_probabilities(hidden)
-        return (truth.exp() * (truth - found)).sum(-1).mean()
-
-    def _log_probabilities(self, hidden: Tensor) -> Tensor:
-        return self.stages.task.predictions(self.stages.head(hidden)).float().log_softmax(-1)
 
 
 def _checked(profile: Profile, packed: Checkpoint) -> Profile:
