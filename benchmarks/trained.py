@@ -132,8 +132,8 @@ their codes share one scale per row of 256 weights, so there is a tenth of the n
 of 64 have, and gptq has left little to find.
 
 ## More samples
-The default plan at {size} bits without training, by the windows of each text that profile and gptq see (`--samples`; 64 is
-the default), and the seconds that quantizing takes on one core.
+The default plan at {size} bits without training, by the windows of each text that profile and gptq see (`--samples`; 64
+is the default), and the seconds that quantizing takes on one core.
 
 | windows | known / novel KL | seconds |
 |---:|---|---:|

@@ -1,6 +1,7 @@
 """Training after quantization: what is computed while training is what is stored, and it is never worse."""
 
 import itertools
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -16,7 +17,7 @@ from long_work import contents, refusal
 
 import moqa
 from moqa.errors import Stopped
-from moqa.format.manifest import Recovery
+from moqa.format.manifest import MANIFEST, Recovery
 from moqa.format.reader import open_checkpoint
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix
@@ -28,6 +29,7 @@ from moqa.planning.run import account_of
 from moqa.profiling import profile
 from moqa.quantization import quantize
 from moqa.runtime.verify import verify
+from moqa.storage.artifact import checksum
 from moqa.training import recover
 from moqa.training.length import TrainingLength
 from moqa.training.loop import scheduled
@@ -108,6 +110,9 @@ class TestRecover:
         assert 0 < recovered.recovery.routing_before < 1
         assert 0 < recovered.recovery.routing_after < 1
         assert not verify(recovered.checkpoint).faults
+        card = (Path(recovered.checkpoint) / "README.md").read_text()
+        assert "| trained afterwards | 12 steps, on the same texts |" in card
+        assert " --recover 12 --data wiki=FILE" in card
 
     def test_the_files_answer_as_the_trained_model_bit_for_bit(self, tiny_model, packed, measured, tmp_path):
         view, tokens = open_model(tiny_model), measured.samples("wiki")[:2]
@@ -118,7 +123,8 @@ class TestRecover:
         embedded = view.model.get_input_embeddings()(tokens).detach().requires_grad_()
         with student.in_place(), student.computing():
             trained = view.model(inputs_embeds=embedded).logits
-        write_trained(open_checkpoint(packed), student, tmp_path, Recovery(steps=1, before=1, after=0, kept=True))
+        done = Recovery(steps=1, before=1, after=0, kept=True)
+        write_trained(open_checkpoint(packed), student, tmp_path, done, tiny_model)
         stored, _ = moqa.load(tmp_path, kernels="reference")
         assert torch.equal(stored(inputs_embeds=embedded).logits, trained)
         assert not torch.allclose(moqa.load(packed)[0](tokens).logits, trained, atol=1e-3)
@@ -208,6 +214,15 @@ class TestRefusals:
 
     def test_no_profile(self, packed, tmp_path):
         assert "give --profile" in refusal(recover, packed, tmp_path / "new")
+
+    def test_no_original(self, packed, measured, tmp_path):
+        moved = shutil.copytree(packed, tmp_path / "a" / "b" / "moved")
+        manifest = moved / MANIFEST
+        data = json.loads(manifest.read_text()) | {"model": "nowhere"}
+        manifest.write_text(json.dumps(data | {"checksum": checksum(data)}))
+        said = refusal(recover, moved, tmp_path / "new", profile=measured, length="1")
+        assert said.startswith(f"the original of {moved} is missing: ")
+        assert said.endswith("give --model")
 
     def test_memory(self, packed, measured, tmp_path):
         small = MemoryLimit(2**20, "1MiB")

@@ -93,10 +93,13 @@ def quantize(
     executor = find_executor(engine, address=ray_address)
     if plan is not None:
         from moqa.estimate import estimate
+        from moqa.models.view import open_model
+        from moqa.originals.folder import locate
         from moqa.planning import read_plan
         from moqa.profiling import read_profile
         from moqa.quantization import quantize as run
         from moqa.storage.folders import check_free
+        from moqa.training import check_trainable
         from moqa.training import recover as train
         from moqa.training.length import TrainingLength
 
@@ -116,12 +119,13 @@ def quantize(
                 method=method,
                 cache=cache,
                 memory=executor.memory(memory),
-                before=start_and_end(),
+                before=start_and_end() + _training_seconds(recover),
             )
             print_estimate(cost, chosen, measured, json)
             return
         if recover is not None:
             TrainingLength.parse(recover)
+            check_trainable(open_model(locate(model), keep=False), executor.memory(memory))
         with progress(log_json) as report:
             limited = time_limited(report, time_limit)
             run(
@@ -157,7 +161,7 @@ def quantize(
     if dry_run:
         expected = forecast(
             model, data, budget, out, held_out=held_out, options=settings, memory=memory, executor=executor,
-            before=start_and_end(),
+            before=start_and_end() + _training_seconds(recover),
         )  # fmt: skip
         print_estimate(*expected, json)
         return
@@ -169,6 +173,18 @@ def quantize(
     say_if_uniform(strategy, result.plan)
     print_compressed(result)
     write_result(result.summary(), json)
+
+
+def _training_seconds(recover: str | None) -> float:
+    """Seconds of a training of a given time; a number of steps says nothing of their time."""
+    from moqa.training.length import TrainingLength
+
+    if recover is None:
+        return 0.0
+    length = TrainingLength.parse(recover)
+    if length.seconds is None:
+        say(f"moqa: warning: the time of --recover {recover} is not part of the estimate", err=True)
+    return length.seconds or 0.0
 
 
 def print_quantized(result: "CompressResult") -> None:

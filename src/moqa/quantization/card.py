@@ -25,6 +25,7 @@ _PAGE = """
 | strategy | {strategy} |
 | budget | {budget} |
 | method | {method} |
+| trained afterwards | {trained} |
 | units that share a width | {ties} |
 | units of each width | {widths} |
 | weights that share a scale | {groups} |
@@ -77,6 +78,7 @@ def write_card(folder: Path, manifest: Manifest, original: Path) -> None:
     name = (base or manifest.model).rpartition("/")[2]
     copied = sorted(path.name for path in folder.iterdir() if path.name.startswith(("LICEN", "NOTICE")))
     named = str(stated.get("license_name", stated.get("license", "")))
+    steps = manifest.recovery.steps if manifest.recovery and manifest.recovery.kept else None
     page = _PAGE.format(
         name=name, bits=checkpoint.bits_per_weight, moqa=manifest.moqa, size=checkpoint.bytes / 2**20,
         base=f"[{base}](https://huggingface.co/{base})" if base else name, typed=base or name,
@@ -85,7 +87,9 @@ def write_card(folder: Path, manifest: Manifest, original: Path) -> None:
         widths=", ".join(f"{count} of {width} bits" for width, count in widths.items()),
         groups=", ".join(map(str, groups)) or "-",
         mixture=", ".join(f"{share:.0%} {name}" for name, share in manifest.mixture.items()),
-        data="".join(f" --data {name}=FILE" for name in manifest.fitted),
+        data=("" if steps is None else f" --recover {steps}")
+        + "".join(f" --data {name}=FILE" for name in manifest.fitted),
+        trained="no" if steps is None else f"{steps} steps, on the same texts",
         loading=_LOADING,
         licence=f"That of the original{f': {named}' if named else ''}."
         + "".join(f" [{file}]({file})" for file in copied),

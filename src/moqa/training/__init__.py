@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from moqa.lazy import lazily
 
 if TYPE_CHECKING:
-    from moqa.training.run import Recovered, recover
+    from moqa.training.run import Recovered, check_trainable, recover
 else:
     __getattr__, __dir__ = lazily(__name__, __file__)
 
-__all__ = ["Recovered", "recover"]
+__all__ = ["Recovered", "check_trainable", "recover"]

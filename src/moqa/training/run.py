@@ -96,7 +96,7 @@ def recover(
     out, wanted, began = Path(out), TrainingLength.parse(length), time.perf_counter()
     packed = open_checkpoint(on_disk(checkpoint))
     manifest = packed.manifest
-    folder = original.locate(model if model is not None else found(manifest.model, packed.folder))
+    folder = _original(packed) if model is None else original.locate(model)
     other = differing_part(folder, manifest.fingerprint)
     if other:
         raise MoqaError(f"{folder} is not the model that {checkpoint} was made from", f"it has other {other}")
@@ -109,7 +109,7 @@ def recover(
         return Recovered(str(out), done, 0.0)
     check_free(out, overwrite)
     view = open_model(folder, keep=False)
-    _check_memory(view, memory or MemoryLimit.free())
+    check_trainable(view, memory or MemoryLimit.free())
     check_space(out, 2 * packed.bytes)
     with resumable(out, job, overwrite, restart) as work:
         stages = LayerwiseModel(view.model)
@@ -128,8 +128,16 @@ def recover(
                 warnings.warn(f"the training ended at {error}, whose loss is not a number: {bad}", stacklevel=2)
             after, routing = teaching.held_out()
         recovery = Recovery(**begun, after=after, kept=after < begun["before"], routing_after=routing)
-        write_trained(packed, teaching.student if recovery.kept else None, work.result, recovery)
+        write_trained(packed, teaching.student if recovery.kept else None, work.result, recovery, folder)
     return Recovered(str(out), recovery, time.perf_counter() - began)
+
+
+def _original(packed: Checkpoint) -> Path:
+    """Folder of the model that a checkpoint says it was made from."""
+    try:
+        return original.locate(found(packed.manifest.model, packed.folder))
+    except MoqaError as error:
+        raise MoqaError(f"the original of {packed.folder} is missing", f"{error}; give --model") from None
 
 
 def _checked(profile: Profile, packed: Checkpoint) -> Profile:
@@ -156,7 +164,14 @@ def _profile_of(packed: Checkpoint) -> Profile:
         raise MoqaError(f"the samples of {packed.folder} are missing", f"{error}; give --profile") from None
 
 
-def _check_memory(view: ModelView, memory: MemoryLimit) -> None:
+def check_trainable(view: ModelView, memory: MemoryLimit) -> None:
+    """Refuse a model that does not fit the memory while it is trained.
+
+    >>> check_trainable(view, MemoryLimit.parse("4GiB"))
+
+    Raises:
+        MoqaError: naming both sizes.
+    """
     needed = resident() + _PER_WEIGHT * sum(unit.weights for unit in view.units.values()) + view.ends_bytes()
     if needed > memory.limit:
         limit = f"--max-memory {memory.typed}" if memory.typed else f"{memory.limit / 2**30:.2f} GiB of free memory"
