@@ -107,9 +107,10 @@ peers: setup .peers/llmcompressor/.ready .peers/gptqmodel/.ready
 	cmake --build $(@D)/build --target llama-quantize -j2
 	touch $@
 
-# quality from 1.4 to 4.3 bits beside llama.cpp's
+# quality from 1.4 to 4.3 bits beside llama.cpp's and a second model: hours
 low-bits: .peers/llama.cpp/.ready
 	$(BIN)/python benchmarks/low_bits.py
+	$(BIN)/python benchmarks/second_model.py
 
 # what training after quantization gains
 trained-study: setup
