@@ -107,10 +107,11 @@ peers: setup .peers/llmcompressor/.ready .peers/gptqmodel/.ready
 	cmake --build $(@D)/build --target llama-quantize -j2
 	touch $@
 
-# quality from 1.4 to 4.3 bits beside llama.cpp's and a second model: hours
-low-bits: .peers/llama.cpp/.ready
+# quality from 1.4 to 4.3 bits beside llama.cpp's, a second model, and AutoRound: hours
+low-bits: .peers/llama.cpp/.ready .peers/auto_round/.ready
 	$(BIN)/python benchmarks/low_bits.py
 	$(BIN)/python benchmarks/second_model.py
+	$(BIN)/python benchmarks/autoround.py .peers/auto_round/bin/python
 
 # what training after quantization gains
 trained-study: setup
