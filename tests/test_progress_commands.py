@@ -102,7 +102,7 @@ class TestCommands:
     @pytest.mark.parametrize(("how", "last"), [(signal.SIGINT, "interrupted"), (signal.SIGKILL, None)])
     def test_a_run_that_is_stopped_in_the_middle(self, tmp_path, how, last):
         # more work than is done before the signal comes
-        process = command(*PROFILE, "--samples", "1000", "-o", tmp_path / "p", "--log-json", tmp_path / "log")
+        process = command(*PROFILE, "--samples", "4000", "-o", tmp_path / "p", "--log-json", tmp_path / "log")
         logs(tmp_path / "log", 3, process)
         process.send_signal(how)
         process.communicate()

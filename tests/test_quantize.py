@@ -228,12 +228,12 @@ class TestMistakes:
 
 
 def test_few_samples_still_decide_between_methods():
-    from moqa.quantization.samples import _held_out
+    from moqa.quantization.samples import held_out
 
-    assert _held_out(1).tolist() == [False]
-    assert _held_out(2).tolist() == [False, True]
-    assert _held_out(4).tolist() == [False] * 3 + [True]
-    assert _held_out(16).nonzero().flatten().tolist() == [7, 15]
+    assert held_out(1).tolist() == [False]
+    assert held_out(2).tolist() == [False, True]
+    assert held_out(4).tolist() == [False] * 3 + [True]
+    assert held_out(16).nonzero().flatten().tolist() == [7, 15]
 
 
 class TestBackground:
