@@ -98,18 +98,11 @@ def system() -> str:
     return f"llama-cpp-python {llama_cpp.__version__}, {llama_cpp.llama_print_system_info().decode().strip(' |')}"
 
 
-def convert(folder: str, file: str) -> None:
-    """Writes a checkpoint folder as a GGUF file in bfloat16, without vocabulary."""
-    import torch
-    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
-    from safetensors.torch import load_file
-    from transformers import AutoConfig
+def writer_of(file: str | Path, architecture: str, config: Any) -> Any:
+    """Writer of a GGUF file without vocabulary, with what models of all kinds say of themselves."""
+    from gguf import GGUFWriter
 
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "qwen3_moe" or not config.norm_topk_prob:
-        raise ValueError(f"{folder} is no Qwen3 Mixture-of-Experts whose expert weights sum to 1, as llama.cpp has it")
-    writer = GGUFWriter(file, "qwen3moe")
-    writer.add_file_type(LlamaFileType.MOSTLY_BF16)
+    writer = GGUFWriter(file, architecture)
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -118,9 +111,44 @@ def convert(folder: str, file: str) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    return writer
+
+
+def add_weight(writer: Any, name: str, weight: Any) -> None:
+    """Adds a matrix in bfloat16, a norm or a router in float32."""
+    import torch
+    from gguf import GGMLQuantizationType
+
+    if weight.dim() == 1 or name.endswith("ffn_gate_inp"):
+        writer.add_tensor(f"{name}.weight", weight.float().numpy())
+    else:
+        raw = weight.bfloat16().contiguous().view(torch.uint8).numpy()
+        writer.add_tensor(f"{name}.weight", raw, raw_dtype=GGMLQuantizationType.BF16)
+
+
+def write_out(writer: Any) -> None:
+    """Writes all that was added."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def convert(folder: str, file: str) -> None:
+    """Writes a checkpoint folder as a GGUF file in bfloat16, without vocabulary."""
+    import torch
+    from gguf import LlamaFileType
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "qwen3_moe" or not config.norm_topk_prob:
+        raise ValueError(f"{folder} is no Qwen3 Mixture-of-Experts whose expert weights sum to 1, as llama.cpp has it")
+    writer = writer_of(file, "qwen3moe", config)
+    writer.add_file_type(LlamaFileType.MOSTLY_BF16)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
@@ -130,27 +158,17 @@ def convert(folder: str, file: str) -> None:
     for shard in Path(folder).glob("*.safetensors"):
         weights |= {name.removesuffix(".weight"): weight for name, weight in load_file(shard).items()}
 
-    def add(name: str, weight: torch.Tensor) -> None:
-        if weight.dim() == 1 or name.endswith("ffn_gate_inp"):
-            writer.add_tensor(f"{name}.weight", weight.float().numpy())
-        else:
-            raw = weight.bfloat16().contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(f"{name}.weight", raw, raw_dtype=GGMLQuantizationType.BF16)
-
     for ours, theirs in OUTSIDE.items():
         if ours in weights:
-            add(theirs, weights[ours])
+            add_weight(writer, theirs, weights[ours])
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"model.layers.{layer}", f"blk.{layer}"
         for name, known_as in NAMES.items():
-            add(f"{theirs}.{known_as}", weights[f"{ours}.{name}"])
+            add_weight(writer, f"{theirs}.{known_as}", weights[f"{ours}.{name}"])
         for role in ("gate", "up", "down"):
             experts = [weights[f"{ours}.mlp.experts.{index}.{role}_proj"] for index in range(config.num_experts)]
-            add(f"{theirs}.ffn_{role}_exps", torch.stack(experts))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            add_weight(writer, f"{theirs}.ffn_{role}_exps", torch.stack(experts))
+    write_out(writer)
 
 
 def quantize(source: str, file: str, file_type: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import torch
+from gguf_engine import add_weight, write_out, writer_of
 from llama_types import DENSE, NAMES, llama_row, rows_as_one
 from low_bits_rows import RUNS, Model, default_plan, measured, profile_of, row
 
@@ -78,41 +79,22 @@ def make(folder: Path) -> None:
 
 def convert(folder: Path, file: Path) -> None:
     """Writes the checkpoint as a GGUF file in bfloat16, several rows as one, without vocabulary."""
-    from gguf import GGMLQuantizationType, GGUFWriter
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    part = file.with_suffix(".part")
-    writer = GGUFWriter(part, "llama")
-    writer.add_tokenizer_model("none")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    weights = load_file(folder / "model.safetensors")
-
-    def add(name: str, weight: torch.Tensor) -> None:
-        raw = weight.bfloat16().contiguous().view(torch.uint8).numpy()
-        writer.add_tensor(f"{name}.weight", raw, raw_dtype=GGMLQuantizationType.BF16)
-
-    add("token_embd", weights["model.embed_tokens.weight"])
-    writer.add_tensor("output_norm.weight", weights["model.norm.weight"].float().numpy())
+    config, part = AutoConfig.from_pretrained(folder), file.with_suffix(".part")
+    writer, weights = writer_of(part, "llama", config), load_file(folder / "model.safetensors")
+    add_weight(writer, "token_embd", weights["model.embed_tokens.weight"])
+    add_weight(writer, "output_norm", weights["model.norm.weight"])
     for layer in range(config.num_hidden_layers):
         for ours, theirs in (NAMES | DENSE).items():
             weight = weights.get(f"model.layers.{layer}.{ours}.weight")
-            if weight is not None and weight.dim() == 1:
-                writer.add_tensor(f"blk.{layer}.{theirs}.weight", weight.float().numpy())
-            elif weight is not None:
-                add(f"blk.{layer}.{theirs}", weight.view(-1, weight.shape[1] * rows_as_one(weight.shape[1])))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            if weight is not None:
+                joined = (
+                    weight if weight.dim() == 1 else weight.view(-1, weight.shape[1] * rows_as_one(weight.shape[1]))
+                )
+                add_weight(writer, f"blk.{layer}.{theirs}", joined)
+    write_out(writer)
     part.rename(file)
 
 
