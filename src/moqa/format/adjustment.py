@@ -181,7 +181,7 @@ class Adjustment:
     def unit(self, name: str) -> dict[str, Tensor]:
         """Tensors of a unit that replaces the checkpoint's, by suffix."""
         unit = self.record.units[name]
-        return {suffix: self._mapped[f"{name}.{suffix}"] for suffix in unit.scheme.tensors(unit.shape)}
+        return unit.scheme.among(self._mapped, name, unit.shape)
 
     def layer(self, layer: int) -> Iterator[LayerChannels]:
         """Its channels of one layer's experts."""

@@ -1,8 +1,10 @@
 """Schemes: how one unit's weights are stored, and exactly how many bytes that takes."""
 
 import math
+from collections.abc import Mapping
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from moqa.format.encodings import ENCODINGS, Encoding, TensorSpec
 from moqa.format.encodings.encoding import Parameters
@@ -65,6 +67,15 @@ class Scheme(Parameters, frozen=True):
         (torch.uint8, (16, 4, 128))
         """
         return self.storage.tensors(self, shape)
+
+    def among(self, stored: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """The tensors, by suffix, of a unit of [out, in] weights among those of a file.
+
+        >>> weight = torch.zeros(2, 32, dtype=torch.bfloat16)
+        >>> list(Scheme(width=16).among({"q_proj.weight": weight}, "q_proj", (2, 32)))
+        ['weight']
+        """
+        return {suffix: stored[f"{name}.{suffix}"] for suffix in self.tensors(shape)}
 
     def stored_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a unit of [out, in] weights with its scales and zero-points."""

@@ -130,8 +130,7 @@ def install_units(model: "PreTrainedModel", checkpoint: Checkpoint, kernels: Pro
         for unit in view.block_units(layer):
             name = stored_as[unit.name]
             scheme = checkpoint.manifest.units[name].scheme
-            stored = {suffix: tensors[f"{name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
-            matrices[unit.name] = PackedMatrix(scheme, unit.shape, stored)
+            matrices[unit.name] = PackedMatrix(scheme, unit.shape, scheme.among(tensors, name, unit.shape))
             check_encoding(kernels, matrices[unit.name])
         for owner, name, packed in packed_parts(view, layer, matrices, kernels, variants):
             setattr(owner, name, packed)

@@ -59,17 +59,17 @@ class Student:
             stored, found = checkpoint.layer(block), dict[str, PackedMatrix]()
             for unit in view.block_units(block):
                 scheme = checkpoint.manifest.units[unit.name].scheme
-                tensors = {suffix: stored[f"{unit.name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
-                found[unit.name] = PackedMatrix(scheme, unit.shape, tensors)
+                found[unit.name] = PackedMatrix(scheme, unit.shape, scheme.among(stored, unit.name, unit.shape))
                 trained = trained_unit(found[unit.name])
                 if trained is not None:
                     self.units[unit.name] = trained
             self._matrices[block] = found
         ends = {id(end.weight) for end in view.task.ends(view.model)}
+        kept = checkpoint.layer(None)
         self.kept = {
-            name: KeptTensor(view.module(path), last, checkpoint.layer(None)[name])
+            name: KeptTensor(view.module(path), last, kept[name])
             for name, parameter in view.model.named_parameters()
-            if name in checkpoint.manifest.kept and id(parameter) not in ends and parameter.is_floating_point()
+            if name in kept and id(parameter) not in ends and parameter.is_floating_point()
             for path, _, last in [name.rpartition(".")]
         }
 
