@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 # transformers translates some of these itself, e.g. `num_nextn_predict_layers`, but not in all families
 EXPERTS_PER_TOKEN = (
-    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "moe_top_k",
-    "moe_k", "moe_router_topk",
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_tok", "experts_per_token", "top_k_experts", "moe_topk",
+    "moe_top_k", "moe_k", "moe_router_topk",
 )  # fmt: skip
 _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 _MTP = re.compile(r"(^|[._])mtp[._]")
