@@ -123,15 +123,17 @@ def quantize(
             )
             print_estimate(cost, chosen, measured, json)
             return
+        view = None
         if recover is not None:
             TrainingLength.parse(recover)
-            check_trainable(open_model(locate(model), keep=False), executor.memory(memory))
+            view = open_model(locate(model), keep=False)
+            check_trainable(view, executor.memory(memory))
         with progress(log_json) as report:
             limited = time_limited(report, time_limit)
             run(
                 model, chosen, out, method=method, overwrite=overwrite, report=limited,
                 profile=read_profile(profile) if profile else None, cache=cache, memory=memory, restart=restart,
-                engine=executor,
+                engine=executor, view=view,
             )  # fmt: skip
             measured = read_profile(profile or chosen.profile)
             if recover is not None:

@@ -74,8 +74,9 @@ class ProfiledSamples:
 
     def __init__(self, name: str, tokens: Tensor, stages: LayerwiseModel, work: ResumableRun) -> None:
         task = stages.task
-        fitted, measured, others = (task.batches(part) if len(part) else () for part in parts(tokens))
-        self._name, self._work, self.predictions = name, work, task.count(parts(tokens)[1])
+        cut = parts(tokens)
+        fitted, measured, others = (task.batches(part) if len(part) else () for part in cut)
+        self._name, self._work, self.predictions = name, work, task.count(cut[1])
         self.batches = [*fitted, *measured, *others]
         self.hidden = HiddenStates(stages, work, name, self.batches)
         # numbers of the batches that errors are fitted on, and of those that they are measured on

@@ -43,10 +43,11 @@ class _PackedProduct(torch.autograd.Function):
 
 def packed_product(kernels: ProductKernels, matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., in] -> [..., out], with a gradient where one is asked for."""
-    if matrix.is_trained:
-        return linear(x, matrix.dense().to(x.dtype), bias)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return cast(Tensor, _PackedProduct.apply(x, matrix, kernels, bias))
+    if torch.is_grad_enabled():
+        if matrix.is_trained:
+            return linear(x, matrix.dense().to(x.dtype), bias)
+        if x.requires_grad or (bias is not None and bias.requires_grad):
+            return cast(Tensor, _PackedProduct.apply(x, matrix, kernels, bias))
     return kernels.linear(matrix, x, bias)
 
 
@@ -274,8 +275,7 @@ class PackedExperts(nn.Module):
             self.counts += torch.bincount(index.flatten().cpu(), minlength=self.count)[: self.count]
         if self.variants.adapted and self.variant is not self._plain:
             self.variants.check_not_adapted()
-        trained = self.matrix(0, "down_proj").is_trained
-        differentiable = torch.is_grad_enabled() and (hidden.requires_grad or trained)
+        differentiable = torch.is_grad_enabled() and (hidden.requires_grad or self.matrix(0, "down_proj").is_trained)
         if differentiable or self.variants.adapted or self.activation is None:
             return None
         if self.variant.patches and not self.kernels.takes_patches:

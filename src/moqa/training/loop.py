@@ -36,8 +36,8 @@ class Training:
     steps: int
     rate: float
 
-    def run(self, work: ResumableRun, report: Report) -> int:
-        """Train, going on after the last saved step; returns the number of steps.
+    def run(self, work: ResumableRun, report: Report) -> None:
+        """Train, going on after the last saved step.
 
         Raises:
             NotFiniteError: if a loss is not a number; the parameters are those of the last step that was saved.
@@ -60,7 +60,6 @@ class Training:
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == self.steps:
                 self._save(work, optimizer, step + 1)
             report("recover", step + 1, self.steps, loss=mean)
-        return self.steps
 
     def _save(self, work: ResumableRun, optimizer: torch.optim.Optimizer, step: int) -> None:
         state = {f"parameter-{number}": parameter.detach() for number, parameter in enumerate(self.parameters)}
