@@ -177,6 +177,7 @@ class TestRecover:
         with pytest.warns(UserWarning, match=r"ended at step \d of 12, whose loss is not a number"):
             found = recover(packed, tmp_path / "new", length="12", profile=measured)
         assert not found.recovery.kept
+        assert found.recovery.steps == 0
         assert not verify(tmp_path / "new").faults
 
     def test_images(self, tmp_path, monkeypatch):

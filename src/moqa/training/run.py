@@ -127,7 +127,10 @@ def recover(
                 bad = teaching.first_bad_block()
                 warnings.warn(f"the training ended at {error}, whose loss is not a number: {bad}", stacklevel=2)
             after, routing = teaching.held_out()
-        recovery = Recovery(**begun, after=after, kept=after < begun["before"], routing_after=routing)
+        # fewer steps than were meant, if a loss was not a number
+        steps = (work.done("training") or {"step": 0})["step"]
+        ended = {"steps": steps, "after": after, "routing_after": routing, "kept": after < begun["before"]}
+        recovery = Recovery(**(begun | ended))
         write_trained(packed, teaching.student if recovery.kept else None, work.result, recovery, folder)
     return Recovered(str(out), recovery, time.perf_counter() - began)
 
