@@ -16,7 +16,7 @@ from images import save_classifier, save_images
 from long_work import contents, refusal
 
 import moqa
-from moqa.errors import Stopped
+from moqa.errors import LittleMemoryError, Stopped
 from moqa.format.manifest import MANIFEST, Recovery
 from moqa.format.reader import open_checkpoint
 from moqa.format.scheme import Scheme
@@ -30,7 +30,7 @@ from moqa.profiling import profile
 from moqa.quantization import quantize
 from moqa.runtime.verify import verify
 from moqa.storage.artifact import checksum
-from moqa.training import recover
+from moqa.training import recover, trains_whole
 from moqa.training.length import TrainingLength
 from moqa.training.loop import scheduled
 from moqa.training.routing import Routes
@@ -59,6 +59,19 @@ def packed(tiny_model, measured, tmp_path_factory):
 @pytest.fixture(scope="module")
 def recovered(packed, measured, tmp_path_factory):
     return recover(packed, tmp_path_factory.mktemp("recover") / "new", length="12", profile=measured)
+
+
+def stopping(times):
+    """A report that stops the training when it is called so often."""
+    heard = 0
+
+    def stop(step, done, total, **_):
+        nonlocal heard
+        heard += step == "recover"
+        if heard == times:
+            raise Stopped("enough")
+
+    return stop
 
 
 class TestUnits:
@@ -139,16 +152,8 @@ class TestRecover:
         assert all(torch.equal(value, before[name]) for name, value in view.model.state_dict().items())
 
     def test_a_killed_run_goes_on_to_the_same_bytes(self, packed, measured, recovered, out):
-        heard = 0
-
-        def stop(step, done, total, **_):
-            nonlocal heard
-            heard += step == "recover"
-            if heard == 11:
-                raise Stopped("enough")
-
         with pytest.raises(Stopped):
-            recover(packed, out, length="12", profile=measured, report=stop)
+            recover(packed, out, length="12", profile=measured, report=stopping(11))
         steps = []
         recover(
             packed, out, length="12", profile=measured,
@@ -192,11 +197,99 @@ class TestRecover:
         assert found.recovery.routing_after is None
 
 
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Room for one block only."""
+    monkeypatch.setattr("moqa.training.run.trains_whole", lambda *_: False)
+
+
+@pytest.mark.usefixtures("little_memory")
+class TestBlockwise:
+    def test_is_better_and_takes_no_byte_more(self, packed, measured, tmp_path):
+        heard = []
+        found = recover(
+            packed, tmp_path / "new", length="12", profile=measured,
+            report=lambda step, done, total, **facts: heard.append((step, done, total, facts["layer"])),
+        )  # fmt: skip
+        assert found.recovery.blockwise
+        assert found.recovery.kept
+        assert found.recovery.after < 0.99 * found.recovery.before
+        assert 0 < found.recovery.routing_before < 1
+        assert 0 < found.recovery.routing_after < 1
+        assert heard == [("recover", done + 1, 24, done // 12) for done in range(24)]
+        before, after = open_checkpoint(packed), open_checkpoint(found.checkpoint)
+        assert {name: file.bytes for name, file in after.manifest.files.items()} == {
+            name: file.bytes for name, file in before.manifest.files.items()
+        }
+        assert all(
+            any(not torch.equal(tensor, before.layer(block)[name]) for name, tensor in after.layer(block).items())
+            for block in (None, 0, 1)
+        )
+        assert not verify(found.checkpoint).faults
+        card = (Path(found.checkpoint) / "README.md").read_text()
+        assert "| trained afterwards | 12 steps of each block, on the same texts |" in card
+
+    @pytest.mark.parametrize("times", [1, 11, 13, 23])
+    def test_a_killed_run_goes_on_to_the_same_bytes(self, packed, measured, out, tmp_path, times):
+        with pytest.raises(Stopped):
+            recover(packed, out, length="12", profile=measured, report=stopping(times))
+        recover(packed, out, length="12", profile=measured)
+        whole = recover(packed, tmp_path / "whole", length="12", profile=measured)
+        assert contents(out) == contents(Path(whole.checkpoint))
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+    def test_holds_one_block(self, packed, measured, tmp_path, monkeypatch):
+        students = []
+
+        class Watched(Student):
+            def __init__(self, *args):
+                students.append(self)
+                super().__init__(*args)
+                assert {unit.layer for name, unit in self.view.units.items() if name in self.units} == {args[-1]}
+
+        monkeypatch.setattr("moqa.training.blockwise.Student", Watched)
+        recover(packed, tmp_path / "new", length="1", profile=measured)
+        assert len(students) == 2
+
+    def test_a_block_that_is_not_better_stays_as_it_was(self, packed, measured, tmp_path, monkeypatch):
+        monkeypatch.setattr("moqa.training.run._RATE", 3.0)
+        found = recover(packed, tmp_path / "new", length="6", profile=measured)
+        assert not found.recovery.kept
+        assert found.recovery.after == found.recovery.before
+        assert found.recovery.routing_after == found.recovery.routing_before
+
+    def test_a_loss_that_is_no_number_ends_the_training_of_its_block(self, packed, measured, tmp_path, monkeypatch):
+        monkeypatch.setattr("moqa.training.run._RATE", 1e9)
+        with pytest.warns(UserWarning, match=r"of block [01] ended at step \d of 12, whose loss is not a number"):
+            found = recover(packed, tmp_path / "new", length="12", profile=measured)
+        assert not found.recovery.kept
+
+    def test_images(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("moqa.training.run._RATE", 5e-4)
+        model = save_classifier("resnet", tmp_path / "model")
+        data = {"a": save_images(tmp_path / "images", each=8, seed=0)}
+        known = profile(model, data, tmp_path / "profile", samples=32)
+        packed = quantize(model, plan(known, None, strategy="uniform", widths=(2,)), tmp_path / "out", profile=known)
+        found = recover(packed, tmp_path / "new", length="12", profile=known)
+        assert found.recovery.after < found.recovery.before
+
+
+def test_a_model_that_does_not_fit_is_trained_by_blocks(tiny_model, monkeypatch):
+    monkeypatch.setattr("moqa.forecast.footprint.resident", lambda: 0)
+    monkeypatch.setattr("moqa.training.memory.COMPUTING", 0)
+    view = open_model(tiny_model)
+    with pytest.raises(LittleMemoryError) as refused:
+        trains_whole(view, MemoryLimit(2**10))
+    # the smallest memory that works is enough for one block, and not for all
+    assert not trains_whole(view, MemoryLimit(refused.value.least))
+    assert trains_whole(view, MemoryLimit(2 * len(view.blocks) * refused.value.least))
+
+
 def test_agreement_of_routing(tiny_model):
     view, tokens = open_model(tiny_model), torch.arange(24)[None]
     same, other = Routes(), Routes()
     for routes in (same, other):
-        with routes.recorded(view):
+        with routes.recorded(view, range(len(view.blocks))):
             view.model(tokens)
         # the first expert is now another one
         for name, parameter in view.model.named_parameters():
@@ -228,7 +321,16 @@ class TestRefusals:
     def test_memory(self, packed, measured, tmp_path):
         small = MemoryLimit(2**20, "1MiB")
         said = refusal(recover, packed, tmp_path / "new", profile=measured, memory=small, length="1")
-        assert re.fullmatch(r"--max-memory 1MiB is too small to train the whole model: it takes \d.*GiB or more", said)
+        problem = "--max-memory 1MiB is too small to train one block of this model"
+        assert re.fullmatch(rf"{problem}: at least \d\.\d\d GiB are needed", said)
+
+    def test_less_memory_than_it_began_with(self, packed, measured, out, monkeypatch):
+        with pytest.raises(Stopped):
+            recover(packed, out, length="12", profile=measured, report=stopping(3))
+        monkeypatch.setattr("moqa.training.run.trains_whole", lambda *_: False)
+        said = refusal(recover, packed, out, profile=measured, memory=MemoryLimit(2**30, "1GiB"), length="12")
+        problem = "--max-memory 1GiB is too small to go on with a training of the whole model"
+        assert said == f"{problem}: give as much as before, or --restart"
 
     @pytest.mark.parametrize("text", ["", "0", "0m", "-3", "15 days", "1.5", "nan", "9" * 40])
     def test_length(self, text):

@@ -99,8 +99,8 @@ def quantize(
         from moqa.profiling import read_profile
         from moqa.quantization import quantize as run
         from moqa.storage.folders import check_free
-        from moqa.training import check_trainable
         from moqa.training import recover as train
+        from moqa.training import trains_whole
         from moqa.training.length import TrainingLength
 
         if data or held_out or ignore or set_width or any(option is not None for option in (bpw, size, fit, batch)):
@@ -127,7 +127,7 @@ def quantize(
         if recover is not None:
             TrainingLength.parse(recover)
             view = open_model(locate(model), keep=False)
-            check_trainable(view, executor.memory(memory))
+            trains_whole(view, executor.memory(memory))  # refuses if it cannot train even one block
         with progress(log_json) as report:
             limited = time_limited(report, time_limit)
             run(

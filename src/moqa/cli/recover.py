@@ -59,7 +59,11 @@ def print_recovered(result: "Recovered") -> None:
     routed = ["-" if share is None else f"{share:.2%}" for share in (done.routing_before, done.routing_after)]
     rows = [
         ["before", f"{done.before:.5f}", routed[0]],
-        [f"after {done.steps} steps", f"{done.after:.5f} ({change:+.0%})", routed[1]],
+        [
+            f"after {done.steps} steps{' of each block' if done.blockwise else ''}",
+            f"{done.after:.5f} ({change:+.0%})",
+            routed[1],
+        ],
     ]
     print_table([result.checkpoint, "KL of held-out samples", "experts as in the original"], rows)
     if not done.kept:

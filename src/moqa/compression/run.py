@@ -23,7 +23,7 @@ from moqa.quantization import quantize
 from moqa.quantization.run import disk_needed
 from moqa.storage.folders import PLACED, beside
 from moqa.storage.resumable import check_space
-from moqa.training import check_trainable, recover
+from moqa.training import recover, trains_whole
 
 
 def compress(
@@ -71,7 +71,7 @@ def compress(
     view = open_model(job.folder, keep=job.memory.holds(OriginalReader(job.folder).values))
     _check_resources(job, view)
     if options.recover is not None:
-        check_trainable(view, job.memory)
+        trains_whole(view, job.memory)  # refuses if it cannot train even one block
     result = _quantized(job, view, report).store()
     if when_quantized is not None:
         when_quantized(result)

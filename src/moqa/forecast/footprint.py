@@ -133,6 +133,5 @@ def as_many(memory: MemoryLimit, fixed: int, each: int, count: int, least: int) 
     """
     smallest = int(max(fixed + each, least) * SLACK)
     if memory.limit < smallest:
-        typed = f"--max-memory {memory.typed}" if memory.typed else f"{memory.limit / 2**30:.2f} GiB of free memory"
-        raise LittleMemoryError(f"{typed} cannot hold one block of this model", smallest)
+        raise LittleMemoryError(f"{memory} cannot hold one block of this model", smallest)
     return max(1, min(count, int(memory.limit / SLACK - fixed) // max(each, 1)))

@@ -66,7 +66,10 @@ class Fitted(BaseModel, frozen=True):
 class Recovery(BaseModel, frozen=True):
     """A training of scales, zero-points and small tensors after quantization (`moqa.recover`)."""
 
-    steps: int = Field(ge=0, description="of the optimizer")
+    steps: int = Field(ge=0, description="of the optimizer; of each block, if they were trained one after the other")
+    blockwise: bool = Field(
+        default=False, description="whether blocks were trained one after the other, and not the whole model"
+    )
     before: float = Field(description="KL divergence from the original on samples that were held out from the training")
     after: float = Field(description="the same at its end")
     kept: bool = Field(description="whether its result is stored; else it was not better")

@@ -50,6 +50,9 @@ class MemoryLimit:
         """Free memory of this machine or container, plus what the process already uses."""
         return cls(free_on_machine() + resident())
 
+    def __str__(self) -> str:
+        return f"--max-memory {self.typed}" if self.typed else f"{self.limit / 2**30:.2f} GiB of free memory"
+
     def holds(self, values: int) -> bool:
         """Whether a number of values fits in float32, with half as much again for the work on them."""
         return resident() + values * 6 <= self.limit

@@ -78,7 +78,7 @@ def write_card(folder: Path, manifest: Manifest, original: Path) -> None:
     name = (base or manifest.model).rpartition("/")[2]
     copied = sorted(path.name for path in folder.iterdir() if path.name.startswith(("LICEN", "NOTICE")))
     named = str(stated.get("license_name", stated.get("license", "")))
-    steps = manifest.recovery.steps if manifest.recovery and manifest.recovery.kept else None
+    recovery = manifest.recovery if manifest.recovery and manifest.recovery.kept else None
     page = _PAGE.format(
         name=name, bits=checkpoint.bits_per_weight, moqa=manifest.moqa, size=checkpoint.bytes / 2**20,
         base=f"[{base}](https://huggingface.co/{base})" if base else name, typed=base or name,
@@ -87,9 +87,10 @@ def write_card(folder: Path, manifest: Manifest, original: Path) -> None:
         widths=", ".join(f"{count} of {width} bits" for width, count in widths.items()),
         groups=", ".join(map(str, groups)) or "-",
         mixture=", ".join(f"{share:.0%} {name}" for name, share in manifest.mixture.items()),
-        data=("" if steps is None else f" --recover {steps}")
+        data=("" if recovery is None else f" --recover {recovery.steps}")
         + "".join(f" --data {name}=FILE" for name in manifest.fitted),
-        trained="no" if steps is None else f"{steps} steps, on the same texts",
+        trained="no" if recovery is None
+        else f"{recovery.steps} steps{' of each block' if recovery.blockwise else ''}, on the same texts",
         loading=_LOADING,
         licence=f"That of the original{f': {named}' if named else ''}."
         + "".join(f" [{file}]({file})" for file in copied),

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 from moqa.lazy import lazily
 
 if TYPE_CHECKING:
-    from moqa.training.run import Recovered, check_trainable, recover
+    from moqa.training.memory import trains_whole
+    from moqa.training.run import Recovered, recover
 else:
     __getattr__, __dir__ = lazily(__name__, __file__)
 
-__all__ = ["Recovered", "check_trainable", "recover"]
+__all__ = ["Recovered", "recover", "trains_whole"]

@@ -1,6 +1,7 @@
 """The loop of a training: steps of an optimizer, saved so that a training that was killed goes on byte for byte."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from moqa.storage.resumable import ResumableRun
 _WARM_UP = 0.05
 _BETAS = (0.9, 0.95)
 _SAVE_EVERY = 10
+# steps by which the time of one is measured
+_TIMED = 3
 
 
 class NotFiniteError(Exception):
@@ -29,12 +32,14 @@ class Training:
         loss: of a step, with gradients.
         steps: of the optimizer, AdamW.
         rate: largest learning rate.
+        name: of what is saved.
     """
 
     parameters: list[nn.Parameter]
     loss: Callable[[int], Tensor]
     steps: int
     rate: float
+    name: str = "training"
 
     def run(self, work: ResumableRun, report: Report) -> None:
         """Train, going on after the last saved step.
@@ -65,21 +70,21 @@ class Training:
         state = {f"parameter-{number}": parameter.detach() for number, parameter in enumerate(self.parameters)}
         for number, moments in optimizer.state_dict()["state"].items():
             state |= {f"{key}-{number}": value for key, value in moments.items()}
-        work.save(f"state-{step}", state)
-        before = work.done("training")
-        work.mark_done("training", {"step": step})
+        work.save(f"{self.name}-{step}", state)
+        before = work.done(self.name)
+        work.mark_done(self.name, {"step": step})
         if before is not None and before["step"] != step:
-            work.remove(f"state-{before['step']}")
+            work.remove(f"{self.name}-{before['step']}")
 
     @torch.no_grad()
     def _restored(self, work: ResumableRun, optimizer: torch.optim.Optimizer) -> int:
         """Load the last saved step, or the beginning; returns its number."""
-        done = work.done("training")
+        done = work.done(self.name)
         if done is None:
             for parameter in self.parameters:
                 parameter.zero_()
             return 0
-        saved = work.load(f"state-{done['step']}")
+        saved = work.load(f"{self.name}-{done['step']}")
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in saved.items():
             kind, _, number = key.rpartition("-")
@@ -89,6 +94,18 @@ class Training:
                 moments.setdefault(int(number), {})[kind] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         return int(done["step"])
+
+
+def step_seconds(loss: Callable[[int], Tensor]) -> float:
+    """Time of a step with its gradients, from a few.
+
+    >>> step_seconds(lambda step: torch.ones((), requires_grad=True) * step) > 0
+    True
+    """
+    began = time.perf_counter()
+    for step in range(_TIMED):
+        loss(step).backward()
+    return (time.perf_counter() - began) / _TIMED
 
 
 def scheduled(step: int, steps: int) -> float:

@@ -1,6 +1,6 @@
 """How often tokens are routed to the experts that the original routes them to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -14,7 +14,7 @@ class Routes:
     """The experts of every token that passes through a model, block by block.
 
     >>> routes = Routes()
-    >>> with routes.recorded(view):
+    >>> with routes.recorded(view, range(6)):
     ...     logits = view.model(tokens).logits
     >>> routes.agreement(routes)
     1.0
@@ -24,9 +24,9 @@ class Routes:
         self._blocks: list[_BlockRoutes] = []
 
     @contextmanager
-    def recorded(self, view: ModelView) -> Iterator[None]:
-        """Inside this context, the model's routing is recorded."""
-        paths = [path for block in range(len(view.blocks)) if (path := view.experts_path(block)) is not None]
+    def recorded(self, view: ModelView, blocks: Iterable[int]) -> Iterator[None]:
+        """Inside this context, the routing of some blocks is recorded."""
+        paths = [path for block in blocks if (path := view.experts_path(block)) is not None]
         self._blocks = [_BlockRoutes() for _ in paths]
         with ExitStack() as stack:
             for path, routes in zip(paths, self._blocks, strict=True):

@@ -10,7 +10,7 @@ from moqa.errors import MoqaError
 from moqa.format.manifest import Recovery
 from moqa.format.reader import Checkpoint, open_checkpoint
 from moqa.memory.limit import MemoryLimit
-from moqa.memory.process import resident
+from moqa.memory.process import settle
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.view import ModelView, open_model
 from moqa.originals import folder as original
@@ -21,19 +21,21 @@ from moqa.profiling import Profile, read_profile
 from moqa.progress import Report, quiet
 from moqa.storage.folders import check_free
 from moqa.storage.paths import found
-from moqa.storage.resumable import as_json, check_space, resumable, tidy
+from moqa.storage.resumable import ResumableRun, as_json, check_space, resumable, tidy
+from moqa.training.blockwise import BlockwiseTraining
 from moqa.training.length import TrainingLength
 from moqa.training.loop import NotFiniteError, Training
+from moqa.training.memory import trains_whole
 from moqa.training.samples import TrainingSamples
 from moqa.training.student import Student
 from moqa.training.teaching import Teaching
-from moqa.training.write import write_trained
+from moqa.training.write import Trained, write_trained
 
 DEFAULT_LENGTH = "15m"
 # largest relative change of a scale in one step, about
 _RATE = 2e-3
-# bytes for each weight while a whole model is trained: its value, its gradient, and what is stored
-_PER_WEIGHT = 10
+# copies of the hidden states of all samples on the disk while blocks are trained: of three models, at two blocks
+_HIDDEN = 6
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def recover(
     2
 
     The divergence from the original's predictions is trained on the samples of the profile, in the mixture that the
-    checkpoint was fitted on. One sample in eight is held out: if they do not say that the result is better, the new
-    checkpoint stores what the old one did. Training by steps gives the same bytes again, also after a kill.
+    checkpoint was fitted on. If the model does not fit the memory, each block is trained to give the original's hidden
+    states. One sample in eight is held out: if they do not say that the result is better, the new checkpoint stores
+    what the old one did. Training by steps gives the same bytes again, also after a kill.
 
     Args:
         checkpoint: folder of a checkpoint, or its Hub id.
@@ -88,7 +91,7 @@ def recover(
 
     Raises:
         MoqaError: if the checkpoint, the original or the profile is missing, damaged or another one's, a sample is not
-            enough to hold one out, the memory is too small, or `out` exists.
+            enough to hold one out, the memory is too small for one block, or `out` exists.
 
     Training of scales by the original's predictions is part of SiLQ (arXiv 2507.16933), and of EfficientQAT (arXiv
     2407.11062), which also freezes the integers.
@@ -108,31 +111,50 @@ def recover(
     if tidy(out) == job and (done := open_checkpoint(out).manifest.recovery) is not None:
         return Recovered(str(out), done, 0.0)
     check_free(out, overwrite)
-    view = open_model(folder, keep=False)
-    check_trainable(view, memory or MemoryLimit.free())
-    check_space(out, 2 * packed.bytes)
+    view, memory = open_model(folder, keep=False), memory or MemoryLimit.free()
+    settle()
+    whole = trains_whole(view, memory)
+    samples = sum(len(known.samples(name)) * view.task.count(known.samples(name)[:1]) for name in manifest.mixture)
+    check_space(out, 2 * packed.bytes + (0 if whole else _HIDDEN * 4 * samples * view.stream))
     with resumable(out, job, overwrite, restart) as work:
-        stages = LayerwiseModel(view.model)
-        samples = TrainingSamples(
-            stages, {name: known.samples(name) for name in manifest.mixture}, manifest.mixture, seed=seed, report=report
-        )
-        teaching = Teaching(stages, samples, Student(view, packed))
-        with teaching.student.in_place():
-            begun = work.done("length") or teaching.begin(wanted)
-            work.mark_done("length", begun)
-            training = Training(teaching.student.parameters(), teaching.loss, begun["steps"], _RATE)
-            try:
-                training.run(work, report)
-            except NotFiniteError as error:
-                bad = teaching.first_bad_block()
-                warnings.warn(f"the training ended at {error}, whose loss is not a number: {bad}", stacklevel=2)
-            after, routing = teaching.held_out()
-        # fewer steps than were meant, if a loss was not a number
-        steps = (work.done("training") or {"step": 0})["step"]
-        ended = {"steps": steps, "after": after, "routing_after": routing, "kept": after < begun["before"]}
-        recovery = Recovery(**(begun | ended))
-        write_trained(packed, teaching.student if recovery.kept else None, work.result, recovery, folder)
+        begun = (work.done("begun") or {"whole": whole})["whole"]
+        if begun and not whole:
+            what = f"{memory} is too small to go on with a training of the whole model"
+            raise MoqaError(what, "give as much as before, or --restart")
+        work.mark_done("begun", {"whole": begun})
+        trained: Trained
+        if begun:
+            trained, recovery = _train_whole(view, packed, known, work, wanted, seed=seed, report=report)
+        else:
+            trained = BlockwiseTraining(view, packed, known, work, seed=seed, report=report)
+            recovery = trained.run(wanted, _RATE)
+        write_trained(packed, trained if recovery.kept else None, work.result, recovery, folder)
     return Recovered(str(out), recovery, time.perf_counter() - began)
+
+
+def _train_whole(
+    view: ModelView, packed: Checkpoint, known: Profile, work: ResumableRun, wanted: TrainingLength, *, seed: int,
+    report: Report,
+) -> tuple[Student, Recovery]:  # fmt: skip
+    stages, mixture = LayerwiseModel(view.model), packed.manifest.mixture
+    samples = TrainingSamples(
+        stages, {name: known.samples(name) for name in mixture}, mixture, seed=seed, report=report
+    )  # fmt: skip
+    teaching = Teaching(stages, samples, Student(view, packed))
+    with teaching.student.in_place():
+        begun = work.done("length") or teaching.begin(wanted)
+        work.mark_done("length", begun)
+        training = Training(teaching.student.parameters(), teaching.loss, begun["steps"], _RATE)
+        try:
+            training.run(work, report)
+        except NotFiniteError as error:
+            bad = teaching.first_bad_block()
+            warnings.warn(f"the training ended at {error}, whose loss is not a number: {bad}", stacklevel=2)
+        after, routing = teaching.held_out()
+    # fewer steps than were meant, if a loss was not a number
+    steps = (work.done("training") or {"step": 0})["step"]
+    ended = {"steps": steps, "after": after, "routing_after": routing, "kept": after < begun["before"]}
+    return teaching.student, Recovery(**(begun | ended))
 
 
 def _original(packed: Checkpoint) -> Path:
@@ -165,17 +187,3 @@ def _profile_of(packed: Checkpoint) -> Profile:
         return read_profile(read_plan(packed.folder / PLAN).profile)
     except MoqaError as error:
         raise MoqaError(f"the samples of {packed.folder} are missing", f"{error}; give --profile") from None
-
-
-def check_trainable(view: ModelView, memory: MemoryLimit) -> None:
-    """Refuse a model that does not fit the memory while it is trained.
-
-    >>> check_trainable(view, MemoryLimit.parse("4GiB"))
-
-    Raises:
-        MoqaError: naming both sizes.
-    """
-    needed = resident() + _PER_WEIGHT * sum(unit.weights for unit in view.units.values()) + view.ends_bytes()
-    if needed > memory.limit:
-        limit = f"--max-memory {memory.typed}" if memory.typed else f"{memory.limit / 2**30:.2f} GiB of free memory"
-        raise MoqaError(f"{limit} is too small to train the whole model", f"it takes {needed / 2**30:.2f} GiB or more")

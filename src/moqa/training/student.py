@@ -1,6 +1,6 @@
 """A model that is trained: the original's own modules, computing with the units of a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -44,32 +44,34 @@ class Student:
     Args:
         view: the original.
         checkpoint: made from it.
+        block: index of the only block that is trained; None means all, and what is between and after them.
 
     Attributes:
         units: name -> unit that is trained.
         kept: name -> small tensor that is trained: everything but the embedding and the head.
     """
 
-    def __init__(self, view: ModelView, checkpoint: Checkpoint) -> None:
+    def __init__(self, view: ModelView, checkpoint: Checkpoint, block: int | None = None) -> None:
         self.view, self.checkpoint = view, checkpoint
-        self.blocks = range(len(view.blocks))
+        self.blocks: Sequence[int] = range(len(view.blocks)) if block is None else (block,)
         self.units: dict[str, TrainedUnit] = {}
         self._matrices: dict[int, dict[str, PackedMatrix]] = {}
-        for block in self.blocks:
-            stored, found = checkpoint.layer(block), dict[str, PackedMatrix]()
-            for unit in view.block_units(block):
+        for number in self.blocks:
+            stored, found = checkpoint.layer(number), dict[str, PackedMatrix]()
+            for unit in view.block_units(number):
                 scheme = checkpoint.manifest.units[unit.name].scheme
                 found[unit.name] = PackedMatrix(scheme, unit.shape, scheme.among(stored, unit.name, unit.shape))
                 trained = trained_unit(found[unit.name])
                 if trained is not None:
                     self.units[unit.name] = trained
-            self._matrices[block] = found
+            self._matrices[number] = found
         ends = {id(end.weight) for end in view.task.ends(view.model)}
+        mine = {id(parameter) for parameter in (view.model if block is None else view.blocks[block]).parameters()}
         kept = checkpoint.layer(None)
         self.kept = {
             name: KeptTensor(view.module(path), last, kept[name])
             for name, parameter in view.model.named_parameters()
-            if name in kept and id(parameter) not in ends and parameter.is_floating_point()
+            if name in kept and id(parameter) in mine - ends and parameter.is_floating_point()
             for path, _, last in [name.rpartition(".")]
         }
 
@@ -77,6 +79,12 @@ class Student:
         """What is trained, relative to the values at the beginning."""
         of_units = (parameter for unit in self.units.values() for parameter in unit.parameters())
         return [*of_units, *(tensor.change for tensor in self.kept.values())]
+
+    @torch.no_grad()
+    def start_again(self) -> None:
+        """Undo the training."""
+        for parameter in self.parameters():
+            parameter.zero_()
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -101,15 +109,20 @@ class Student:
             yield
 
     def stored(self, block: int | None) -> dict[str, Tensor]:
-        """Tensors of a block's units as they are now, or all kept tensors if `block` is None, as a shard has them."""
-        stored = dict(self.checkpoint.layer(block))
+        """Trained tensors of a block's units as they are now, or the kept ones if `block` is None, as a shard has them.
+
+        >>> sorted(Student(view, checkpoint).stored(None))[0]
+        'model.layers.0.input_layernorm.weight'
+        """
         if block is None:
             with torch.no_grad():
-                return stored | {name: tensor().to(tensor.stored.dtype) for name, tensor in self.kept.items()}
-        for unit in self.view.block_units(block):
-            if unit.name in self.units:
-                stored |= {f"{unit.name}.{suffix}": found for suffix, found in self.units[unit.name].stored().items()}
-        return stored
+                return {name: tensor().to(tensor.stored.dtype) for name, tensor in self.kept.items()}
+        return {
+            f"{unit.name}.{suffix}": found
+            for unit in self.view.block_units(block)
+            if unit.name in self.units
+            for suffix, found in self.units[unit.name].stored().items()
+        }
 
 
 @contextmanager

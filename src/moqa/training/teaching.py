@@ -1,18 +1,15 @@
 """What a student is taught: to predict as the original does."""
 
-import time
-
 import torch
 from torch import Tensor
 
 from moqa.models.layerwise import LayerwiseModel
+from moqa.training.divergence import divergence, log_probabilities
 from moqa.training.length import TrainingLength
+from moqa.training.loop import step_seconds
 from moqa.training.routing import Routes
 from moqa.training.samples import TrainingSamples
 from moqa.training.student import Student
-
-# steps by which the time of one is measured
-_TIMED = 3
 
 
 class Teaching:
@@ -30,7 +27,7 @@ class Teaching:
     def __init__(self, stages: LayerwiseModel, samples: TrainingSamples, student: Student) -> None:
         self.stages, self.samples, self.student = stages, samples, student
         self._routes = Routes()
-        with torch.no_grad(), self._routes.recorded(student.view):
+        with torch.no_grad(), self._routes.recorded(student.view, student.blocks):
             for _, inputs, _ in samples.held_batches():
                 self._last_hidden(inputs)
 
@@ -42,17 +39,14 @@ class Teaching:
     def held_out(self) -> tuple[float, float | None]:
         """Divergence on the samples that are held out, and the agreement of their routing with the original's."""
         batches, routes = self.samples.held_batches(), Routes()
-        with routes.recorded(self.student.view):
+        with routes.recorded(self.student.view, self.student.blocks):
             loss = sum(share * float(self._divergence(inputs, answers)) for share, inputs, answers in batches)
         return loss, self._routes.agreement(routes)
 
     def begin(self, wanted: TrainingLength) -> dict:
         """Number of steps, and what `held_out` says before them; timed once, so that a resumed run has as many."""
         before, routing = self.held_out()
-        began = time.perf_counter()
-        for step in range(_TIMED if wanted.steps is None else 0):
-            self.loss(step).backward()
-        count = wanted.count((time.perf_counter() - began) / _TIMED)
+        count = wanted.count(step_seconds(self.loss) if wanted.steps is None else 0.0)
         return {"steps": count, "before": before, "routing_before": routing}
 
     @torch.no_grad()
@@ -67,17 +61,13 @@ class Teaching:
         return "only after its last steps, which were discarded"
 
     def _divergence(self, inputs: Tensor, answers: Tensor) -> Tensor:
-        with torch.no_grad():
-            truth = self._log_probabilities(answers)
+        with torch.no_grad():  # by the original's head, outside of the student
+            truth = log_probabilities(self.stages, answers)
         with self.student.computing():
-            found = self._log_probabilities(self._last_hidden(inputs))
-        return (truth.exp() * (truth - found)).sum(-1).mean()
+            return divergence(truth, log_probabilities(self.stages, self._last_hidden(inputs)))
 
     def _last_hidden(self, inputs: Tensor) -> Tensor:
         hidden = self.stages.embed(inputs)
         for block in range(self.stages.depth):
             hidden = self.stages.run_block(block, hidden)
         return hidden
-
-    def _log_probabilities(self, hidden: Tensor) -> Tensor:
-        return self.stages.task.predictions(self.stages.head(hidden)).float().log_softmax(-1)

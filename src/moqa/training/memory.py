@@ -1,0 +1,30 @@
+"""The memory that a training takes, and whether the whole model or one block after the other is trained."""
+
+from moqa.errors import LittleMemoryError
+from moqa.forecast.footprint import COMPUTING, SLACK, Footprint
+from moqa.memory.limit import MemoryLimit
+from moqa.models.view import ModelView
+
+# bytes for each weight that is trained: its value, its gradient, and what is stored
+_PER_WEIGHT = 10
+# hidden states and outputs of a batch: they are kept for the backward pass, and there are their gradients
+_BATCHES = 3
+
+
+def trains_whole(view: ModelView, memory: MemoryLimit) -> bool:
+    """Whether the whole model fits the memory while it is trained; if not, one block after the other is trained.
+
+    >>> trains_whole(view, MemoryLimit.parse("4GiB"))
+    True
+
+    Raises:
+        LittleMemoryError: if not even the training of one block fits; names the memory that is needed.
+    """
+    sizes = Footprint(view)
+    fixed = sizes.base + COMPUTING + sizes.ends + _BATCHES * sizes.batch
+    block = int((fixed + max(_PER_WEIGHT * sizes.weights, sizes.layer, sizes.logits)) * SLACK)
+    if memory.limit < block:
+        raise LittleMemoryError(f"{memory} is too small to train one block of this model", block)
+    whole = sum(unit.weights for unit in view.units.values())
+    batches = len(view.blocks) * _BATCHES * sizes.batch
+    return memory.limit >= (fixed + batches + _PER_WEIGHT * whole + sizes.logits) * SLACK
