@@ -68,10 +68,14 @@ class TestSeconds:
     def test_a_profile_goes_forward_back_and_writes(self):
         layer = 0.5 + 7 + 3 * (0.5 + 0.5) + 2 * 2.0 + 0.5 + 2 * (4.0 + 3.0) + 2 * 8 * 7.0
         expected = 200 * 0.1 + 2 * layer + (6 + 200 * 0.05) + 6 + 3 * (6 + 0.25)
-        assert profile_seconds(RATES, [100, 100], 3, 4) == pytest.approx(expected)
+        assert profile_seconds(RATES, [100, 100], [100, 100], 3, 4) == pytest.approx(expected)
+
+    def test_of_many_samples_few_go_back(self):
+        more = profile_seconds(RATES, [400], [100], 0, 8) - profile_seconds(RATES, [100], [100], 0, 8)
+        assert more == pytest.approx(300 * (0.1 + 2 * BLOCK.forward.token))
 
     def test_without_sensitivity_nothing_goes_back(self):
-        found = profile_seconds(RATES.loaded(), [100], 0, 4, sensitivity=False)
+        found = profile_seconds(RATES.loaded(), [100], [100], 0, 4, sensitivity=False)
         assert found == pytest.approx(100 * 0.1 + 2 * (7 + 2.0))
 
     def test_a_comparison_runs_the_original_once(self):

@@ -29,6 +29,7 @@ from moqa.originals import folder as original
 from moqa.originals.rate import storage_rate
 from moqa.planning import Plan, check_profile
 from moqa.profiling import SELF, Profile
+from moqa.profiling.passes import compared_every
 from moqa.profiling.selfsample import OWN_BATCH
 from moqa.profiling.sensitivity import PROBES, ErrorSettings
 from moqa.profiling.trial import ProfileTrial, try_self_sampling
@@ -101,7 +102,9 @@ def estimate(
         disk += disk_needed(view, plan, profile, how, None)
     if first is not None:
         settings, counts = profile.record.settings, trial.counts()
-        seconds += profile_seconds(rates, counts, trial.steps(), first.experts, sensitivity=settings.sensitivity)
+        seconds += profile_seconds(
+            rates, counts, trial.compared_counts(), trial.steps(), first.experts, sensitivity=settings.sensitivity
+        )
         disk = max(disk, profile_disk_bytes(view, sum(counts), len(counts)))
     return Estimate(
         checkpoint_bytes=plan.account.checkpoint, peak_bytes=max(step.peak for step in rooms), disk_bytes=disk,
@@ -180,6 +183,10 @@ class Trial:
     def counts(self) -> list[int]:
         """Tokens of each distribution."""
         return [entry.tokens for entry in self.profile.record.distributions.values()]
+
+    def compared_counts(self) -> list[int]:
+        """Tokens of each distribution by which units are compared."""
+        return [entry.tokens // compared_every(entry.samples) for entry in self.profile.record.distributions.values()]
 
     def steps(self) -> int:
         """Steps in which the model writes its own text, each one token of every window of a batch."""

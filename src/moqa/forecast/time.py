@@ -1,6 +1,6 @@
 """Forecast of time: seconds of work from the rates of a trial."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 from moqa.forecast.rates import BlockRates, Rates
 
@@ -39,29 +39,30 @@ def quantization_seconds(rates: Rates, tokens: int, kept: int, together: int, *,
 
 
 def profile_seconds(
-    rates: Rates, tokens: Collection[int], steps: int, together: int, *, sensitivity: bool = True
+    rates: Rates, tokens: Sequence[int], compared: Sequence[int], steps: int, together: int, *, sensitivity: bool = True
 ) -> float:
     """Seconds of a run of `moqa.profile`.
 
     Args:
         rates: of the model.
         tokens: of each distribution, including the model's own text.
+        compared: tokens among them that are for comparing units.
         steps: decoding steps of the model's own text.
         together: number of experts whose errors are held together.
         sensitivity: whether sensitivity is measured.
     """
-    seconds, total = rates.embed.of(sum(tokens)), sum(tokens)
+    seconds = rates.embed.of(sum(tokens))
     for block in rates.each():
         reading, slices = _reading(rates, block), max(1, -(-block.experts // together))
         seconds += reading + block.weights + steps * (reading + block.step)
         seconds += sum(block.forward.of(count) for count in tokens)
         if sensitivity:
             seconds += reading
-            for count in tokens:
+            for count in compared:
                 seconds += block.back.of(count) + (slices - 1) * block.back_slice.of(count)
                 seconds += block.experts * block.back_expert.of(count)
     if sensitivity:
-        seconds += rates.ends + rates.labels.of(total)
+        seconds += rates.ends + rates.labels.of(sum(compared))
     return seconds + rates.ends + steps * (rates.ends + rates.step)
 
 

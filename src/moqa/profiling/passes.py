@@ -63,10 +63,18 @@ def parts(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if len(tokens) == 1:
         return tokens, tokens, tokens[1:]
-    number = torch.arange(len(tokens))
-    step = max(1, len(tokens) // _COMPARED_SAMPLES)
+    number, step = torch.arange(len(tokens)), compared_every(len(tokens))
     fitted, measured = number % (2 * step) == 0, number % (4 * step) == step
     return tokens[fitted], tokens[measured], tokens[~(fitted | measured)]
+
+
+def compared_every(samples: int) -> int:
+    """Of how many samples one is for comparing units.
+
+    >>> compared_every(64), compared_every(256)
+    (1, 4)
+    """
+    return max(1, samples // _COMPARED_SAMPLES)
 
 
 class ProfiledSamples:
