@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "moqa"
 # top to bottom; a folder may import from itself and from what comes later
 FLOORS = [
-    "cli", "serve", "speed", "compression", "reports", "adjustment", "training", "evaluation", "quantization",
+    "cli", "serve", "speed", "compression", "reports", "adjustment", "training", "qat", "evaluation", "quantization",
     "planning", "profiling", "execution", "forecast", "methods", "calibration", "generation", "integrations", "runtime",
     "kernels", "format", "models", "originals", "tasks", "storage", "memory", "data",
 ]  # fmt: skip

@@ -3,7 +3,11 @@
 from pathlib import Path
 from typing import reveal_type
 
+from torch.nn import Linear
+
 import moqa
+from moqa.format.scheme import Scheme
+from moqa.qat import Inputs, prepare
 
 texts = moqa.Distribution("notes", ("a text",), "notes.txt")
 profile = moqa.profile("model", {"wiki": "wiki.txt", "notes": ["a text"]}, "out.profile", samples=8)
@@ -24,6 +28,10 @@ memory = moqa.MemoryLimit.parse("4GiB")
 reveal_type(memory)  # moqa.memory.limit.MemoryLimit
 reveal_type(moqa.quantize("model", plan, "out", memory=memory, engine=executor))  # pathlib.Path
 recovered: moqa.Recovered = moqa.recover("out", "better", length="15m", profile=profile)
+
+trained = prepare(Linear(64, 32), Scheme(width=2), inputs=Inputs(8), keep=["head"])
+reveal_type(trained.stored())  # dict[str, torch._tensor.Tensor]
+reveal_type(trained.pack())  # torch.nn.modules.module.Module
 
 options = moqa.CompressOptions(strategy="uniform", widths=(2, 4), objective="minimax")
 reveal_type(options.profile)  # pathlib.Path | None

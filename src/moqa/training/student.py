@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from moqa.format.reader import Checkpoint
 from moqa.kernels import PackedMatrix, find_kernels
 from moqa.models.view import ModelView
+from moqa.qat.straight import through
 from moqa.runtime.packed import computing_with
-from moqa.training.units import TrainedUnit, through, trained_unit
+from moqa.training.units import TrainedUnit, trained_unit
 
 
 class KeptTensor:

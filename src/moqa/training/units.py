@@ -9,6 +9,7 @@ from moqa.format.grid import ZERO_STEPS, Grid
 from moqa.format.levels import FACTORS, LevelGrid, unpack_factors
 from moqa.format.planes import unpack, untile_rows
 from moqa.kernels import PackedMatrix
+from moqa.qat.straight import as_stored, whole
 
 # Steps of the optimizer are about as long as its rate: of a scale relative to its value, of zero-points and factors in
 # their own units, of which there are 255 and 63.
@@ -72,8 +73,8 @@ class _IntegerUnit:
     def _grid(self) -> Grid:
         zero = None
         if self._zero is not None and self._shift is not None:
-            zero = _rounded(self._zero.float() + self._shift * _ZERO * ZERO_STEPS / self._top, ZERO_STEPS)
-        return Grid(_grown(self._scale, self._growth), zero, self._size, self._top)
+            zero = whole(self._zero.float() + self._shift * _ZERO * ZERO_STEPS / self._top, ZERO_STEPS)
+        return Grid(as_stored(self._scale.float() * self._growth.exp(), self._scale.dtype), zero, self._size, self._top)
 
 
 class _CodedUnit:
@@ -104,38 +105,9 @@ class _CodedUnit:
         return stored.stored(self._planes)
 
     def _grid(self) -> LevelGrid:
-        factor = _rounded(self._factor.float() + self._change * _FACTOR, FACTORS)
-        return self._grid_of(_grown(self._scale, self._growth), factor)
+        factor = whole(self._factor.float() + self._change * _FACTOR, FACTORS)
+        return self._grid_of(as_stored(self._scale.float() * self._growth.exp(), self._scale.dtype), factor)
 
     def _grid_of(self, scale: Tensor, factor: Tensor) -> LevelGrid:
         scheme = self._scheme
         return LevelGrid(scheme.encoding, scale, factor, scheme.group_size, self._width, scale.shape)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Values in the forward pass, gradients of others."""
-
-    @staticmethod
-    def forward(context: object, exact: Tensor, stored: Tensor) -> Tensor:  # noqa: ARG004
-        return stored
-
-    @staticmethod
-    def backward(context: object, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        return gradients[0], None
-
-
-def _grown(scale: Tensor, growth: Tensor) -> Tensor:
-    """Scales times the exponential of their growth, as they are stored, in float32."""
-    exact = (scale.float() * growth.exp()).clamp_max(torch.finfo(scale.dtype).max)
-    return through(exact, exact.detach().to(scale.dtype).float())
-
-
-def _rounded(exact: Tensor, top: int) -> Tensor:
-    """Whole numbers from 0 to `top`."""
-    return through(exact, exact.detach().round().clamp(0, top))
-
-
-def through(exact: Tensor, stored: Tensor) -> Tensor:
-    """`stored`, with the gradients of `exact`: the straight-through estimator (arXiv 1308.3432)."""
-    found: Tensor = _StraightThrough.apply(exact, stored)
-    return found
