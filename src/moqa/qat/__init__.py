@@ -6,7 +6,7 @@ from moqa.lazy import lazily
 
 if TYPE_CHECKING:
     from moqa.qat.inputs import Inputs
-    from moqa.qat.prepare import FakeQuantized, prepare
+    from moqa.qat.model import FakeQuantized, prepare
 else:
     __getattr__, __dir__ = lazily(__name__, __file__)
 
