@@ -9,19 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from long_work import refusal
 from transformers.cache_utils import DynamicLayer
 
 import moqa
 from moqa.cli.main import main
 from moqa.errors import MoqaError
+from moqa.generation import PromptCache
 from moqa.kernels import PackedMatrix, native
 from moqa.planning import plan
 from moqa.profiling import profile
 from moqa.quantization import quantize
 from moqa.runtime.decoder import FusedDecoder
-from moqa.runtime.growing import SMALLEST, GrowingCache, GrowingLayer
+from moqa.runtime.growing import SMALLEST, GrowingCache, GrowingLayer, cache_for, from_bytes, round_cache, to_bytes
 
 FORMAT1 = Path(__file__).parent / "format1" / "checkpoint"
 
@@ -141,6 +144,28 @@ class TestGrowingCache:
         assert torch.equal(ours.keys, theirs.keys)
         assert torch.equal(ours.values, theirs.values)
 
+    @settings(max_examples=50)
+    @given(st.integers(0, 2**31), st.integers(1, 70))
+    def test_bytes_are_the_nearest_steps(self, seed, features):
+        random = torch.Generator().manual_seed(seed)
+        states = torch.randn(2, 3, 5, features, generator=random) * torch.rand(2, 3, 5, 1, generator=random).exp()
+        states[0, 0, 0] = 0
+        stored = to_bytes(states)
+        assert (stored.dtype, stored.shape) == (torch.int8, (2, 3, 5, features + 4))
+        found, step = from_bytes(stored), states.abs().amax(-1, keepdim=True) / 127
+        assert bool(((found - states).abs() <= step * 0.5001).all())
+        assert torch.equal(to_bytes(found)[..., :-4], stored[..., :-4])
+
+    def test_rounded_states_follow_changes_along_the_batch(self):
+        layer, states = GrowingLayer(rounded=True), torch.randn(1, 2, 3, 4)
+        keys, _ = layer.update(states, states)
+        assert torch.equal(keys, from_bytes(to_bytes(states)))
+        layer.batch_repeat_interleave(2)
+        assert torch.allclose(layer.keys, keys.repeat_interleave(2, 0), rtol=1e-6)
+        layer.update(torch.ones(2, 2, 1, 4), torch.ones(2, 2, 1, 4))
+        layer.crop(-1)
+        assert layer.keys.shape == (2, 2, 3, 4)
+
     def test_grows_by_doubling(self):
         layer, states = GrowingLayer(), torch.zeros(1, 1, 1, 2)
         rooms = [layer.capacity for _ in range(3 * SMALLEST) if layer.update(states, states)]
@@ -152,6 +177,46 @@ class TestGrowingCache:
         options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
         cache = GrowingCache(model.config.num_hidden_layers)
         assert torch.equal(model.generate(ids, **options), model.generate(ids, past_key_values=cache, **options))
+
+
+class TestRoundedCache:
+    @torch.no_grad()
+    def test_is_a_third_of_the_size_and_hardly_changes_what_is_written(self, packed):
+        model, tokenizer = moqa.load(packed)
+        exact, ids = PromptCache(), torch.arange(5, 45)[None]
+        plain = [exact.read(model, part) for part in (ids[:, :30], *ids[:, 30:].split(1, 1))]
+        round_cache(model, 8)
+        rounded = PromptCache()
+        found = [rounded.read(model, part) for part in (ids[:, :30], *ids[:, 30:].split(1, 1))]
+        sizes = [
+            sum(buffer.nbytes for layer in memory._cache.layers for buffer in layer._buffers.values())
+            for memory in (exact, rounded)
+        ]
+        head = model.config.head_dim
+        assert sizes[1] * 4 * head == sizes[0] * (head + 4)
+        truth, others = torch.stack(plain).log_softmax(-1), torch.stack(found).log_softmax(-1)
+        assert 0 < float((truth.exp() * (truth - others)).sum(-1).mean()) < 1e-3
+
+    @torch.no_grad()
+    def test_one_native_call_reads_what_torch_reads(self, packed):
+        model, _ = moqa.load(packed)
+        round_cache(model, 8)
+        decoder, ids = FusedDecoder.of(model), torch.arange(5, 35)[None]
+        ours, theirs = cache_for(model), cache_for(model)
+        for cache in (ours, theirs):
+            model(ids[:, :20], past_key_values=cache, use_cache=True)
+        for token in ids[0, 20:].tolist():
+            found = decoder.step(token, ours)
+            expected = model(torch.tensor([[token]]), past_key_values=theirs, use_cache=True).logits[0, -1]
+            assert torch.allclose(found, expected, atol=0.02 * float(expected.abs().max()))
+        assert torch.allclose(ours.layers[-1].values, theirs.layers[-1].values, atol=0.05)
+
+    def test_refusals(self, packed):
+        model, _ = moqa.load(packed)
+        assert refusal(round_cache, model, 4) == "keys and values of 4 bits are not supported: give 8, or nothing"
+        sliding = random_model("gemma3_text")
+        said = refusal(round_cache, sliding, 8)
+        assert said.startswith("a gemma3_text model has a DynamicSlidingWindowLayer, which cannot be rounded")
 
 
 class TestFusedDecoder:

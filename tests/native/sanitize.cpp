@@ -550,10 +550,12 @@ void check_decoder(int hidden, int heads, int kv_heads, int head_dim, bool route
     const Buffer<float> embedding = random_floats(hidden, true), angles = random_floats(rotated, true);
     for (const Path* path : PATHS) {
         std::vector<Buffer<float>> found;
+        const bool bytes = coin();
         for (int threads : {1, 3}) {
-            std::vector<Buffer<float>> past;
-            for (int i = 0; i < 4; ++i) past.emplace_back(size_t(keys) * tokens);
-            const Past places{{past[0].get(), past[1].get()}, {past[2].get(), past[3].get()}, tokens};
+            Past places{{}, {}, tokens, bytes};
+            std::vector<Buffer<char>> past;
+            for (int i = 0; i < 4; ++i) past.emplace_back(size_t(kv_heads) * tokens * places.state(head_dim));
+            places.keys = {past[0].get(), past[1].get()}, places.values = {past[2].get(), past[3].get()};
             found.emplace_back(vocabulary);
             for (int position = 0; position < tokens; ++position)
                 decode(*path, decoder, places, embedding.get(), position, angles.get(), angles.get(), rotated,

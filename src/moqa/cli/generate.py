@@ -28,6 +28,7 @@ def generate(
     adjustment: options.Adjustment = None,
     threads: options.Threads = None,
     lora: options.Lora = None,
+    kv_bits: options.KvBits = None,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object with text, counts and times")] = False,
 ) -> None:
     """Continue a text with a checkpoint; it is printed while it is written."""
@@ -37,7 +38,7 @@ def generate(
     sampling = sampling_of(max_tokens, temperature, top_p, top_k, stop, seed)
     text = _stdin() if prompt == "-" else prompt
     use_threads(threads)
-    model, tokenizer = load_any(out, adjustment, lora)
+    model, tokenizer = load_any(out, adjustment, lora, kv_bits)
     written = []
     for piece in run(model, tokenizer, text, sampling):
         written.append(piece.text)

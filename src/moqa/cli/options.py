@@ -91,6 +91,10 @@ Restart = Annotated[bool, typer.Option("--restart")]
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file, - for stdout")]
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="checkpoint, or folder or Hub id of an original model")]
+KvBits = Annotated[
+    int | None,
+    typer.Option("--kv-bits", metavar="8", help="bits of keys and values in the cache [default: as computed]"),
+]
 Lora = Annotated[
     Path | None, typer.Option("--lora", metavar="DIR", help="LoRA to compute with: a folder that PEFT saved")
 ]

@@ -49,6 +49,7 @@ def serve(
     ] = None,
     threads: options.Threads = None,
     lora: options.Lora = None,
+    kv_bits: options.KvBits = None,
 ) -> None:
     """Answer OpenAI-style requests until Ctrl-C or SIGTERM."""
     from moqa.serve import serve as run
@@ -71,6 +72,7 @@ def serve(
     run(
         out, host=host, port=port, slots=slots, queue=queue, api_keys=api_key or (), cors=cors or (),
         adjust=[] if given == ["off"] else given, adjust_shared=adjust_shared, alias=alias or (), lora=lora,
+        kv_bits=kv_bits,
         ready=lambda url: say(f"moqa: {out} at {url}/v1, {slots} slots, queue of {queue}", err=True),
     )  # fmt: skip
     say("moqa: stopped", err=True)

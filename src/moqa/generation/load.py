@@ -10,6 +10,7 @@ from moqa.models.load import read_config, read_generation_config
 from moqa.models.view import open_model
 from moqa.originals import folder as original
 from moqa.originals.hub import on_disk
+from moqa.runtime.growing import round_cache
 from moqa.runtime.load import load
 from moqa.tasks import check_language_model
 from moqa.tasks.causal_lm import load_tokenizer
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def load_any(
-    model: str | Path, adjustment: str | Path | None = None, lora: str | Path | None = None
+    model: str | Path, adjustment: str | Path | None = None, lora: str | Path | None = None, kv_bits: int | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a checkpoint with packed weights, or an original model in float32.
 
@@ -29,6 +30,7 @@ def load_any(
         model: folder of a checkpoint or of an original model, or a Hub id.
         adjustment: folder of an adjustment to apply to the checkpoint.
         lora: folder of a LoRA that a checkpoint computes with, see `moqa.integrations.lora`.
+        kv_bits: of keys and values in the cache: 8, or None, as they are computed.
 
     Raises:
         MoqaError: if the model or the LoRA is missing or damaged, or the model is not a language model.
@@ -41,6 +43,7 @@ def load_any(
             add_lora(loaded, lora)
         if adjustment is not None:
             loaded.apply(adjustment)
+        round_cache(loaded, kv_bits)
         return loaded, tokenizer
     for what, given in (("an adjustment", adjustment), ("a LoRA", lora)):
         if given is not None:
@@ -49,4 +52,5 @@ def load_any(
     check_language_model(read_config(folder), folder)
     original_model = open_model(folder).model
     read_generation_config(original_model, folder)
+    round_cache(original_model, kv_bits)
     return original_model, load_tokenizer(folder)

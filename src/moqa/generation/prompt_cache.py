@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moqa.errors import MoqaError
 from moqa.runtime.decoder import FusedDecoder
-from moqa.runtime.growing import GrowingLayer
+from moqa.runtime.growing import GrowingLayer, cache_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,8 +66,8 @@ class PromptCache:
             MoqaError: if the model has no key-value cache.
         """
         fused = FusedDecoder.of(model)
-        if fused is not None and self._cache is None:
-            self._cache = fused.cache()
+        if self._cache is None:
+            self._cache = cache_for(model) or (fused.cache() if fused is not None else None)
         try:
             if fused is not None and ids.shape[1] == 1 and self.ids and not each:
                 logits = fused.step(int(ids), self._cache)

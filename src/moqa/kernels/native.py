@@ -232,9 +232,12 @@ def use_experts(model: Any, layer: int, stack: ExpertStack, counts: Tensor | Non
     return prepared
 
 
-def past(keys: list[int], values: list[int], capacity: int) -> Any:
-    """Where each layer's [kv_heads, capacity, head_dim] float32 keys and values begin."""
-    return _native.Past(keys, values, capacity)
+def past(keys: list[int], values: list[int], capacity: int, rounded: bool) -> Any:
+    """Where each layer's [kv_heads, capacity, head_dim] float32 keys and values begin.
+
+    Those that are `rounded` are bytes, [kv_heads, capacity, head_dim + 4], as a `GrowingLayer` has them.
+    """
+    return _native.Past(keys, values, capacity, rounded)
 
 
 def decode(

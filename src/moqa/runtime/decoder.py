@@ -139,7 +139,7 @@ class FusedDecoder:
     def _addresses(self, cache: GrowingCache, room: int) -> Any:
         places = tuple(address for layer in cache.layers for address in layer.addresses())
         if self._past[0] != (*places, room):
-            self._past = ((*places, room), native.past(list(places[::2]), list(places[1::2]), room))
+            self._past = (*places, room), native.past(list(places[::2]), list(places[1::2]), room, cache.rounded)
         return self._past[1]
 
     def _float(self, tensor: Tensor | None) -> Tensor | None:

@@ -1,18 +1,57 @@
 """A key-value cache with spare capacity: a new token is written in place, without copying those before it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from moqa.errors import MoqaError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SMALLEST = 256
+_BITS = 8
+_STEP = 4  # bytes of the value of one step, a float
+
+
+def to_bytes(states: Tensor) -> Tensor:
+    """Round states to bytes: whole steps from -127 to 127, the value of a step behind them.
+
+    >>> to_bytes(torch.tensor([[2.0, -1.0, 0.0, 0.0]]))[0, :4]
+    tensor([127, -64,   0,   0], dtype=torch.int8)
+
+    Args:
+        states: [..., features].
+
+    Returns:
+        [..., features + 4] int8.
+    """
+    step = states.float().abs().amax(-1, keepdim=True) / 127
+    rounded = torch.where(step > 0, states.float() / step, 0.0).round()
+    return torch.cat([rounded.to(torch.int8), step.contiguous().view(torch.int8)], -1)
+
+
+def from_bytes(stored: Tensor) -> Tensor:
+    """States that were rounded, [..., features] float32: the inverse of `to_bytes`.
+
+    >>> from_bytes(to_bytes(torch.tensor([[127.0, -64.0, 0.0, 3.0]])))
+    tensor([[127., -64.,   0.,   3.]])
+    """
+    return stored[..., :-_STEP].float() * stored[..., -_STEP:].contiguous().view(torch.float32)
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one layer in buffers that double in size; `keys` and `values` are views of the filled part."""
+    """Keys and values of one layer in buffers that double in size; `keys` and `values` are those of the filled part.
 
-    def __init__(self, **options: Any) -> None:
-        self.length = 0
+    Args:
+        rounded: whether they are rounded to 8 bits.
+        options: of `DynamicLayer`.
+    """
+
+    def __init__(self, rounded: bool = False, **options: Any) -> None:
+        self.length, self.rounded = 0, rounded
         self._buffers: dict[str, Tensor] = {}
         super().__init__(**options)
 
@@ -31,7 +70,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[-2]
-        for name, states in {"keys": key_states, "values": value_states}.items():
+        for name, given in {"keys": key_states, "values": value_states}.items():
+            states = to_bytes(given) if self.rounded else given
             if name not in self._buffers:
                 self._buffers[name] = states.new_empty(*states.shape[:-2], 0, states.shape[-1])
             self._grow(name, end)
@@ -71,12 +111,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._buffers[name] = new
 
     def _filled(self, name: str) -> Tensor | None:
-        return self._buffers[name][..., : self.length, :] if name in self._buffers else None
+        if name not in self._buffers:
+            return None
+        filled = self._buffers[name][..., : self.length, :]
+        return from_bytes(filled).to(self.dtype) if self.rounded else filled
 
-    def _replace(self, name: str, states: Tensor | None) -> None:
-        if states is None:
+    def _replace(self, name: str, given: Tensor | None) -> None:
+        if given is None:
             self._buffers.pop(name, None)
             return
+        states = to_bytes(given) if self.rounded else given
         old = self._buffers.get(name)
         self.length = states.shape[-2]
         if old is None or old.data_ptr() != states.data_ptr() or old.shape[:-2] != states.shape[:-2]:
@@ -94,10 +138,15 @@ class GrowingCache(Cache):  # type: ignore[misc]
     >>> output = model(tokens, past_key_values=cache, use_cache=True)
     >>> cache.get_seq_length()
     16
+
+    Args:
+        layers: number of layers.
+        rounded: whether keys and values are rounded to 8 bits.
     """
 
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers=[GrowingLayer() for _ in range(layers)])
+    def __init__(self, layers: int, rounded: bool = False) -> None:
+        super().__init__(layers=[GrowingLayer(rounded) for _ in range(layers)])
+        self.rounded = rounded
 
     def reserve(self, length: int) -> None:
         """Make room for this many tokens in every layer."""
@@ -108,3 +157,37 @@ class GrowingCache(Cache):  # type: ignore[misc]
         """Set the number of tokens that every layer holds, after a kernel has written them."""
         for layer in self.layers:
             layer.length = length
+
+
+def round_cache(model: "PreTrainedModel", kv_bits: int | None) -> None:
+    """Let the texts of a model have key-value caches of 8 bits.
+
+    >>> round_cache(model, 8)
+    >>> cache_for(model).rounded
+    True
+
+    Args:
+        model: whose layers all use full attention.
+        kv_bits: 8; None leaves keys and values as they are computed.
+
+    Raises:
+        MoqaError: if it has other layers, or the bits are others.
+    """
+    if kv_bits is None:
+        return
+    if kv_bits != _BITS:
+        raise MoqaError(f"keys and values of {kv_bits} bits are not supported", f"give {_BITS}, or nothing")
+    kinds = {type(layer) for layer in DynamicCache(config=model.config.get_text_config()).layers} or {DynamicLayer}
+    if kinds != {DynamicLayer}:
+        name = min(kind.__name__ for kind in kinds - {DynamicLayer})
+        raise MoqaError(
+            f"a {model.config.model_type} model has a {name}, which cannot be rounded", "leave out --kv-bits"
+        )
+    model.moqa_rounds_cache = True
+
+
+def cache_for(model: "PreTrainedModel") -> GrowingCache | None:
+    """An empty cache for a model that `round_cache` was called with; None for others."""
+    if not getattr(model, "moqa_rounds_cache", False):
+        return None
+    return GrowingCache(model.config.get_text_config().num_hidden_layers, rounded=True)

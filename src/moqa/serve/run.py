@@ -85,6 +85,7 @@ def serve(
     adjust_shared: bool = False,
     alias: Sequence[str] = (),
     lora: str | Path | None = None,
+    kv_bits: int | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Answer OpenAI-style requests until SIGTERM or Ctrl-C.
@@ -104,6 +105,7 @@ def serve(
         adjust_shared: with `auto`, make adjustments of all clients' text, for all.
         alias: further names of the model; the first is that of the responses.
         lora: folder of a LoRA that the checkpoint computes with, for all requests.
+        kv_bits: of keys and values in the caches of texts: 8, or None, as they are computed.
         ready: called with the server's address before the first request is accepted.
 
     Raises:
@@ -112,7 +114,7 @@ def serve(
     """
     check_origins(cors)
     with _bound(host, port) as listener:
-        loaded, tokenizer = load_any(model, lora=lora)
+        loaded, tokenizer = load_any(model, lora=lora, kv_bits=kv_bits)
         if list(adjust) == [AUTO]:
             adjusting: Callable[[Metrics], Adjusting] = partial(
                 AutoAdjusting, loaded, tokenizer, model, shared=adjust_shared

@@ -113,10 +113,10 @@ NB_MODULE(_native, m) {
     });
     nb::class_<Past>(m, "Past")
         .def("__init__", [](Past* self, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,
-                            int capacity) {
-            new (self) Past{{}, {}, capacity};
-            for (uintptr_t address : keys) self->keys.push_back(at<float>(address));
-            for (uintptr_t address : values) self->values.push_back(at<float>(address));
+                            int capacity, bool bytes) {
+            new (self) Past{{}, {}, capacity, bytes};
+            for (uintptr_t address : keys) self->keys.push_back(at<char>(address));
+            for (uintptr_t address : values) self->values.push_back(at<char>(address));
         });
     m.def("decode", [](const Decoder& decoder, const Past& past, uintptr_t embedding, int position, uintptr_t cos,
                        uintptr_t sin, int rotated, uintptr_t logits, int threads) {

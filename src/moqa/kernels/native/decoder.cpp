@@ -64,19 +64,24 @@ void attend(const Path& path, const Attention& a, const float* x, int layer, con
     norm_all(a.k_norm, k, a.kv_heads);
     rotate(q, a.heads, a.head_dim, cos, sin, rotated);
     rotate(k, a.kv_heads, a.head_dim, cos, sin, rotated);
+    const size_t state = past.state(a.head_dim);
+    const auto keep = [&](const float* found, char* to) {
+        if (past.bytes) return path.to_bytes(found, a.head_dim, reinterpret_cast<int8_t*>(to));
+        std::memcpy(to, found, state);
+    };
     for (int h = 0; h < a.kv_heads; ++h) {
-        const size_t at = (size_t(h) * past.capacity + position) * a.head_dim;
-        std::memcpy(past.keys[layer] + at, k + h * a.head_dim, a.head_dim * sizeof(float));
-        std::memcpy(past.values[layer] + at, v + h * a.head_dim, a.head_dim * sizeof(float));
+        const size_t at = (size_t(h) * past.capacity + position) * state;
+        keep(k + h * a.head_dim, past.keys[layer] + at);
+        keep(v + h * a.head_dim, past.values[layer] + at);
     }
     float* scores = work.floats<3>(size_t(a.heads) * length);
     float* mixed = work.floats<4>(queries);
     const int sharing = a.heads / a.kv_heads;
     // with a short past, this is done before another thread has woken up
     parallel(size_t(length) * keys * 8 < (1 << 18) ? 1 : threads, a.kv_heads, [&](int h) {
-        const size_t at = size_t(h) * past.capacity * a.head_dim;
+        const size_t at = size_t(h) * past.capacity * state;
         path.attend(q + size_t(h) * sharing * a.head_dim, sharing, past.keys[layer] + at, past.values[layer] + at,
-                    length, a.head_dim, a.scale, scores + size_t(h) * sharing * length,
+                    past.bytes, length, a.head_dim, a.scale, scores + size_t(h) * sharing * length,
                     mixed + size_t(h) * sharing * a.head_dim);
     });
     products(path, {{a.o, a.o_bias, y}}, mixed, work.rows, threads);

@@ -54,10 +54,15 @@ struct Decoder {
     int hidden;
 };
 
-// Keys and values of the tokens so far, [kv_heads, capacity, head_dim] for each layer.
+// Keys and values of the tokens so far, [kv_heads, capacity, head_dim] floats for each layer, or as many bytes with one
+// float after those of each token (`Path::to_bytes`).
 struct Past {
-    std::vector<float*> keys, values;
+    std::vector<char*> keys, values;
     int capacity;
+    bool bytes = false;
+
+    // bytes of one token's keys of a head
+    size_t state(int head_dim) const { return bytes ? head_dim + sizeof(float) : head_dim * sizeof(float); }
 };
 
 // Reads the embedding of the token at `position`, adds its keys and values to the past, and writes the [vocabulary]

@@ -106,12 +106,67 @@ inline void activate(Activation kind, float* gate, const float* up, int count) {
     }
 }
 
-inline void attend(const float* q, int heads, const float* keys, const float* values, int length, int dim, float scale,
-                   float* scores, float* y) {
+MOQA_INLINE float dot_bytes(const float* a, const int8_t* b, int count) {
+    float lanes[LANES] = {}, total = 0;
+    const int whole = count / LANES * LANES;
+    for (int i = 0; i < whole; i += LANES)
+        for (int l = 0; l < LANES; ++l) lanes[l] += a[i + l] * float(b[i + l]);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+    for (int i = whole; i < count; ++i) total += a[i] * float(b[i]);
+    return total + lanes[0];
+}
+
+// Keys or values as they are.
+struct FloatStates {
+    const float* from;
+    int dim;
+
+    MOQA_INLINE float dot(const float* q, int t) const { return dot_floats(q, from + size_t(t) * dim, dim); }
+    MOQA_INLINE void add(float weight, int t, float* y) const {
+        const float* state = from + size_t(t) * dim;
+        for (int i = 0; i < dim; ++i) y[i] += weight * state[i];
+    }
+};
+
+// Keys or values as bytes, and after those of a token the value of one step.
+struct ByteStates {
+    const int8_t* from;
+    int dim;
+
+    MOQA_INLINE const int8_t* state(int t) const { return from + size_t(t) * (dim + sizeof(float)); }
+    MOQA_INLINE float step(const int8_t* state) const {
+        float step;
+        std::memcpy(&step, state + dim, sizeof(float));
+        return step;
+    }
+    MOQA_INLINE float dot(const float* q, int t) const { return step(state(t)) * dot_bytes(q, state(t), dim); }
+    MOQA_INLINE void add(float weight, int t, float* y) const {
+        const int8_t* bytes = state(t);
+        const float each = weight * step(bytes);
+        for (int i = 0; i < dim; ++i) y[i] += each * float(bytes[i]);
+    }
+};
+
+// One state as `ByteStates` reads it.
+inline void to_bytes(const float* x, int dim, int8_t* to) {
+    int32_t bits = 0;
+    for (int i = 0; i < dim; ++i) bits = std::max(bits, bits_of(x[i]) & 0x7fffffff);
+    float step = float_of(bits) / 127.0f;
+    const float inverse = step >= 1e-36f && bits < 0x7f800000 ? 1.0f / step : 0.0f;
+    for (int i = 0; i < dim; ++i)
+        to[i] = inverse == 0 ? 0 : int8_t(bits_of(x[i] * inverse + 12582912.0f) - bits_of(12582912.0f));
+    if (bits >= 0x7f800000) step = NAN, to[0] = 1;  // whatever is computed from it is NaN
+    std::memcpy(to + dim, &step, sizeof(float));
+}
+
+template <typename States>
+MOQA_INLINE void attend_to(const float* q, int heads, States keys, States values, int length, float scale,
+                           float* scores, float* y) {
+    const int dim = keys.dim;
     // keys and values are read once for all heads that share them
     for (int t = 0; t < length; ++t)
-        for (int h = 0; h < heads; ++h)
-            scores[size_t(h) * length + t] = scale * dot_floats(q + h * dim, keys + size_t(t) * dim, dim);
+        for (int h = 0; h < heads; ++h) scores[size_t(h) * length + t] = scale * keys.dot(q + h * dim, t);
     for (int h = 0; h < heads; ++h) {
         float* row = scores + size_t(h) * length;
         const float largest = *std::max_element(row, row + length);
@@ -122,11 +177,17 @@ inline void attend(const float* q, int heads, const float* keys, const float* va
     }
     std::memset(y, 0, sizeof(float) * heads * dim);
     for (int t = 0; t < length; ++t)
-        for (int h = 0; h < heads; ++h) {
-            const float weight = scores[size_t(h) * length + t];
-            const float* value = values + size_t(t) * dim;
-            for (int i = 0; i < dim; ++i) y[h * dim + i] += weight * value[i];
-        }
+        for (int h = 0; h < heads; ++h) values.add(scores[size_t(h) * length + t], t, y + h * dim);
+}
+
+inline void attend(const float* q, int heads, const void* keys, const void* values, bool bytes, int length, int dim,
+                   float scale, float* scores, float* y) {
+    if (bytes) {
+        const ByteStates k{static_cast<const int8_t*>(keys), dim}, v{static_cast<const int8_t*>(values), dim};
+        return attend_to(q, heads, k, v, length, scale, scores, y);
+    }
+    const FloatStates k{static_cast<const float*>(keys), dim}, v{static_cast<const float*>(values), dim};
+    attend_to(q, heads, k, v, length, scale, scores, y);
 }
 
 inline uint64_t read(const uint8_t* data, size_t bytes) {

@@ -21,9 +21,12 @@ struct Path {
     void (*activate)(Activation kind, float* gate, const float* up, int count);
     // y[r] = row r of weights[rows, in] times x[in]
     void (*float_product)(const float* weights, int rows, int in, const float* x, float* y);
-    // Attention of `heads` queries [heads, dim] to keys and values [length, dim]; scores is [heads, length] of memory.
-    void (*attend)(const float* q, int heads, const float* keys, const float* values, int length, int dim, float scale,
-                   float* scores, float* y);
+    // Attention of `heads` queries [heads, dim] to keys and values [length, dim], floats, or bytes as `to_bytes` makes
+    // them; scores is [heads, length] of memory.
+    void (*attend)(const float* q, int heads, const void* keys, const void* values, bool bytes, int length, int dim,
+                   float scale, float* scores, float* y);
+    // x[dim] as dim bytes and one float, the value of a step.
+    void (*to_bytes)(const float* x, int dim, int8_t* to);
     // Reads every byte and returns the XOR of the words.
     uint64_t (*read)(const uint8_t* data, size_t bytes);
     // See solve.h: a tile of rows of one matrix, and `ROUND_ROWS` of them.

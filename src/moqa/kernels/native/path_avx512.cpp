@@ -18,6 +18,7 @@ const Path avx512_path = {
     activate,
     float_product,
     attend,
+    to_bytes,
     read,
     fit,
     round,

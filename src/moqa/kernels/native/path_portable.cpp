@@ -17,6 +17,7 @@ const Path portable_path = {
     activate,
     float_product,
     attend,
+    to_bytes,
     read,
     fit,
     round,
