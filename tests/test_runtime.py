@@ -181,8 +181,8 @@ class TestGrowingCache:
 
 class TestRoundedCache:
     @torch.no_grad()
-    def test_is_a_third_of_the_size_and_hardly_changes_what_is_written(self, packed):
-        model, tokenizer = moqa.load(packed)
+    def test_takes_a_quarter_of_the_memory_and_hardly_changes_what_is_written(self, packed):
+        model, _ = moqa.load(packed)
         exact, ids = PromptCache(), torch.arange(5, 45)[None]
         plain = [exact.read(model, part) for part in (ids[:, :30], *ids[:, 30:].split(1, 1))]
         round_cache(model, 8)
