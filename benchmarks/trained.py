@@ -11,21 +11,28 @@ import time
 from functools import cache
 from pathlib import Path
 from statistics import mean
+from textwrap import fill
 
 from demo import KNOWN, MODEL, NOVEL, texts
 
 import moqa
+from moqa.errors import LittleMemoryError
+from moqa.memory.limit import MemoryLimit
+from moqa.models.view import open_model
 from moqa.profiling import Profile, read_profile
+from moqa.training import trains_whole
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "trained"
-SUMMARY, PAGE = RUNS / "summary.json", ROOT / "docs" / "results" / "recover.md"
+SUMMARY, LARGE, PAGE = RUNS / "summary.json", RUNS / "blockwise.json", ROOT / "docs" / "results" / "recover.md"
 SIZES = (2.56, 3.06, 2.1, 2.3, 3.44)
 # two of them would have the same uniform plan
 UNIFORM_SIZES = (2.56, 3.44)
 STEPS = 150
 SAMPLES, FEWER = 256, 64
 FEW = f"default, {FEWER} samples"
+# steps of each block, where one block after the other is trained
+BLOCK_STEPS, BY_BLOCKS = 50, ", block by block"
 KINDS = {"default": {}, "uniform": {"strategy": "uniform", "encodings": ("int",), "floors": {}}}
 
 
@@ -41,6 +48,9 @@ def main() -> None:
         for kind, bits in pairs:
             if len(known(seed=seed, kind=kind, budget=bits)) < 2:
                 SUMMARY.write_text(json.dumps({"rows": [*known(), *rows(kind, bits, seed, options.windows)]}, indent=1))
+            if bits == SIZES[0] and not known(seed=seed, kind=kind + BY_BLOCKS):
+                found = rows(kind + BY_BLOCKS, bits, seed, options.windows, lengths=(0, BLOCK_STEPS))[1:]
+                SUMMARY.write_text(json.dumps({"rows": [*known(), *found]}, indent=1))
             write_page()
         if not known(seed=seed, kind=FEW):
             few = rows(FEW, SIZES[0], seed, options.windows, lengths=(0,))
@@ -66,11 +76,14 @@ def profile_of(seed: int, samples: int) -> Profile:
 def rows(kind: str, bits: float, seed: int, windows: int, lengths: tuple[int, ...] = (0, STEPS)) -> list[dict]:
     """A plan without training and with it."""
     measured, out, found = profile_of(seed, FEWER if kind == FEW else SAMPLES), RUNS / "out", list[dict]()
-    plan = moqa.plan(measured, f"{bits}bpw", **KINDS.get(kind, {}))
+    plan = moqa.plan(measured, f"{bits}bpw", **KINDS.get(kind.removesuffix(BY_BLOCKS), {}))
     for steps in lengths:
         began = time.perf_counter()
         if steps:
-            moqa.recover(out, out, length=str(steps), profile=measured, overwrite=True, restart=True, seed=seed)
+            moqa.recover(
+                out, out, length=str(steps), profile=measured, model=MODEL, overwrite=True, restart=True, seed=seed,
+                memory=one_block() if kind.endswith(BY_BLOCKS) else None,
+            )  # fmt: skip
         else:
             moqa.quantize(MODEL, plan, out, profile=measured, overwrite=True, restart=True)
         seconds = time.perf_counter() - began
@@ -85,6 +98,15 @@ def rows(kind: str, bits: float, seed: int, windows: int, lengths: tuple[int, ..
         })  # fmt: skip
         print(json.dumps(found[-1]), flush=True)
     return found
+
+
+def one_block() -> MemoryLimit:
+    """Memory in which one block of the reference can be trained, and not all of them."""
+    try:
+        trains_whole(open_model(MODEL, keep=False), MemoryLimit(1))
+    except LittleMemoryError as error:
+        return MemoryLimit(int(1.05 * error.least))
+    raise RuntimeError("a byte is enough")
 
 
 def write_page() -> None:
@@ -107,6 +129,19 @@ def write_page() -> None:
                 f"{after['kl_known']:.4f} / {after['kl_novel']:.4f} | {change[0]:+.0%} / {change[1]:+.0%} | "
                 f"{after['seconds'] / 60:.1f} |"
             )
+    blocks = []
+    for kind in KINDS:
+        rows = [
+            row for one in sorted({row["seed"] for row in known()}) for row in known(kind=kind + BY_BLOCKS, seed=one)
+        ]
+        if rows:
+            whole = [known(kind=kind, budget=SIZES[0], seed=row["seed"])[1] for row in rows]
+            blocks += [
+                f"| {kind} | {rows[0]['bits_per_weight']:.2f} | {how} | {mean(row['kl_known'] for row in some):.4f} / "
+                f"{mean(row['kl_novel'] for row in some):.4f} | {mean(row['seconds'] for row in some) / 60:.1f} |"
+                for how, some in ((f"whole, {STEPS} steps", whole), (f"{BLOCK_STEPS} steps of each block", rows))
+            ]
+    large = json.loads(LARGE.read_text()) if LARGE.exists() else None
     few, many = known(kind=FEW), known(kind="default", budget=SIZES[0])[::2]
     more = [
         f"| {samples} | {mean(row['kl_known'] for row in some):.4f} / {mean(row['kl_novel'] for row in some):.4f} | "
@@ -114,9 +149,31 @@ def write_page() -> None:
         for samples, some in ((FEWER, few), (SAMPLES, many)) if some
     ]  # fmt: skip
     PAGE.write_text(
-        _PAGE.format(steps=STEPS, samples=SAMPLES, size=SIZES[0], rows="\n".join(lines), more="\n".join(more))
+        _PAGE.format(
+            steps=STEPS,
+            samples=SAMPLES,
+            size=SIZES[0],
+            rows="\n".join(lines),
+            more="\n".join(more),
+            blocks="\n".join(blocks),
+            large="" if large is None else of_large(large),
+        )
     )
 
+
+def of_large(found: dict) -> str:
+    """What the page says of benchmarks/blockwise.py."""
+    peaks, seconds = [peak / 2**30 for peak in found["peak_by_block"]], found["seconds_by_block"]
+    values = found | {"first": found["resident_before"] / 2**30, "blocks": len(peaks)}
+    for name, some in (("least", min), ("most", max)):
+        values |= {f"{name}_seconds": some(seconds), f"{name}_memory": some(peaks)}
+    return fill(_LARGE.format(**values), 120) + "\n"
+
+
+_LARGE = """The random model of 441 M parameters ({blocks} blocks; `python benchmarks/blockwise.py`) does not fit
+`--max-memory {limit}` as a whole. {steps} steps of each block on one core took {least_seconds:.0f} to
+{most_seconds:.0f} seconds per block; resident were at most {least_memory:.2f} to {most_memory:.2f} GiB in each, and
+{first:.2f} GiB before the first. Held-out samples differ by {before:.3f} nats before and {after:.3f} after."""
 
 _PAGE = """# Training after quantization
 
@@ -134,6 +191,14 @@ Wanted: known at least 50 % and novel 35 % lower up to 2.6 bits, 35 % and 20 % a
 their codes share one scale per row of 256 weights, so there is a tenth of the numbers to train that integers in groups
 of 64 have, and gptq has left little to find.
 
+## Block by block
+Where the whole model does not fit the memory, each block is trained to give the original's hidden states.
+
+| plan | bits per weight | trained | known / novel KL | minutes |
+|---|---:|---|---|---:|
+{blocks}
+
+{large}
 ## More samples
 The default plan at {size} bits without training, by the windows of each text that profile and gptq see (`--samples`; 64
 is the default), and the seconds that quantizing takes on one core.
