@@ -113,9 +113,14 @@ low-bits: .peers/llama.cpp/.ready .peers/auto_round/.ready
 	$(BIN)/python benchmarks/second_model.py
 	$(BIN)/python benchmarks/autoround.py .peers/auto_round/bin/python
 
-# what training after quantization gains
-trained-study: setup
+# what training after quantization gains, and with the rounding in the loop; 8 bits in inputs and the cache: hours
+trained-study: demo $(VENV)/.bench
+	$(BIN)/python benchmarks/blockwise.py
 	$(BIN)/python benchmarks/trained.py
+	$(BIN)/python recipes/cifar10.py -o runs/cifar10
+	$(BIN)/python benchmarks/qat_study.py
+	$(BIN)/python benchmarks/model_speed.py
+	$(BIN)/python benchmarks/cache_study.py
 
 # a checkpoint of 14 GB is made first; 20 GB of disk, 40 minutes
 scale-study: setup

@@ -74,6 +74,13 @@ class TestWeightGrid:
         for mine, value in zip(found, (weight, scale, offset), strict=True):
             assert torch.allclose(mine, value.grad)
 
+    def test_begins_anew(self):
+        torch.manual_seed(0)
+        weight, grid = torch.randn(8, 64), WeightGrid(torch.ones(8, 64), Scheme(width=3), 8)
+        grid.growth.data.fill_(0.5)
+        grid.begin(weight)
+        assert torch.equal(grid(weight), WeightGrid(weight, Scheme(width=3), 8)(weight))
+
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_a_better_grid_is_learned(self, scheme):
         torch.manual_seed(0)
@@ -118,6 +125,8 @@ class TestInputs:
             mse_loss(rounding(2 * x), 2 * x).backward()
             optimizer.step()
         assert mse_loss(rounding(2 * x), 2 * x) < 0.7 * mse_loss(begun(2 * x), 2 * x)
+        rounding.start_again()
+        assert torch.equal(rounding(x), first)
 
     def test_only_4_and_8_bits(self):
         assert refusal(Inputs, 3) == "inputs of 3 bits are not supported: give 4 or 8"

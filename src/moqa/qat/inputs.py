@@ -102,6 +102,12 @@ class TrainedRange(nn.Module):
         )
 
     @torch.no_grad()
+    def start_again(self) -> None:
+        """Forget the range: it begins with the next batch."""
+        self.get_buffer("_first").zero_()
+        self.step.zero_()
+
+    @torch.no_grad()
     def _begin(self, x: Tensor) -> None:
         values = x.flatten().float()
         # a sample of them: torch's quantile takes no more than 16 million

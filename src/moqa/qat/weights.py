@@ -36,15 +36,26 @@ class WeightGrid(nn.Module):
     def __init__(self, weight: Tensor, scheme: Scheme, rows: int) -> None:
         super().__init__()
         self.scheme, self._rows = scheme, rows
-        grid = fit_grid(weight.detach().float().reshape(rows, -1), scheme).grid
-        self.register_buffer("_scale", grid.scale)
-        self.register_buffer("_zero", grid.zero)
+        shape = (rows, -(-weight.numel() // rows // scheme.group_size))
+        self.register_buffer("_scale", torch.zeros(shape, dtype=getattr(torch, scheme.scale_dtype)))
+        self.register_buffer("_zero", None if scheme.symmetric else torch.zeros(shape, dtype=torch.uint8))
         # relative to the first scales, so that one learning rate suits weights of any size
-        self.growth = nn.Parameter(torch.zeros(grid.scale.shape))
-        self.shift = None if grid.zero is None else nn.Parameter(torch.zeros(grid.scale.shape))
-        self.register_buffer("_top", torch.tensor(2.0**scheme.width - 1).expand(grid.scale.shape), persistent=False)
+        self.growth = nn.Parameter(torch.zeros(shape))
+        self.shift = None if scheme.symmetric else nn.Parameter(torch.zeros(shape))
+        self.register_buffer("_top", torch.tensor(2.0**scheme.width - 1).expand(shape), persistent=False)
         each = min(scheme.group_size, weight.numel() // rows)
         self._calm = float(each * (2**scheme.width - 1)) ** -0.5
+        self.begin(weight)
+
+    @torch.no_grad()
+    def begin(self, weight: Tensor) -> None:
+        """Take the grid on which rounding to nearest would store a weight, and forget what was learned."""
+        grid = fit_grid(weight.detach().float().reshape(self._rows, -1), self.scheme).grid
+        self.get_buffer("_scale").copy_(grid.scale)
+        self.growth.zero_()
+        if grid.zero is not None and self.shift is not None:
+            self.get_buffer("_zero").copy_(grid.zero)
+            self.shift.zero_()
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight as it would be stored, in its own shape and dtype."""
