@@ -12,7 +12,7 @@ from moqa.adjustment.residuals import Grams, fit_unit
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix
 from moqa.planning import plan
-from moqa.planning.run import account_of
+from moqa.planning.account import account_of
 from moqa.profiling import profile
 from moqa.quantization import quantize
 from moqa.reports.allocation import allocations

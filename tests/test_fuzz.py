@@ -27,7 +27,7 @@ def sound(tiny_model, texts, tmp_path_factory) -> Path:
     """The tiny model quantized with every width and every encoding somewhere."""
     from moqa.format.scheme import Scheme
     from moqa.planning import Budget, plan
-    from moqa.planning.run import account_of
+    from moqa.planning.account import account_of
     from moqa.profiling import profile
     from moqa.quantization import quantize
 

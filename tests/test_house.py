@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "moqa"
 # top to bottom; a folder may import from itself and from what comes later
 FLOORS = [
-    "cli", "serve", "speed", "compression", "reports", "adjustment", "training", "qat", "evaluation", "quantization",
-    "planning", "profiling", "execution", "forecast", "methods", "calibration", "generation", "integrations", "runtime",
-    "kernels", "format", "models", "originals", "tasks", "storage", "memory", "data",
+    "cli", "serve", "speed", "compression", "reports", "exports", "adjustment", "training", "qat", "evaluation",
+    "quantization", "planning", "profiling", "execution", "forecast", "methods", "calibration", "generation",
+    "integrations", "runtime", "kernels", "gguf", "format", "models", "originals", "tasks", "storage", "memory", "data",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}

@@ -16,7 +16,7 @@ from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix
 from moqa.models.view import open_model
 from moqa.planning import Budget, plan
-from moqa.planning.run import account_of
+from moqa.planning.account import account_of
 from moqa.profiling import profile
 from moqa.quantization import METHODS, quantize
 from moqa.runtime.load import load

@@ -25,7 +25,7 @@ from moqa.memory.limit import MemoryLimit
 from moqa.methods import METHODS
 from moqa.models.view import open_model
 from moqa.planning import plan
-from moqa.planning.run import account_of
+from moqa.planning.account import account_of
 from moqa.profiling import profile
 from moqa.quantization import quantize
 from moqa.runtime.verify import verify

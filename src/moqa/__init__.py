@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from moqa.data import Distribution
     from moqa.evaluation import Evaluation, evaluate
     from moqa.execution import find_executor
+    from moqa.exports import Exported, export
     from moqa.format.reader import open_checkpoint
     from moqa.generation import Sampling, generate
     from moqa.memory.limit import MemoryLimit
@@ -45,9 +46,9 @@ if TYPE_CHECKING:
     __version__: str  # from pyproject.toml, read at the first access
 
 __all__ = [  # noqa: RUF022  (functions first, in the order of the work)
-    "compress", "profile", "plan", "quantize", "recover", "evaluate", "report", "load", "generate", "adjust", "bench",
-    "memory_budget", "read_plan", "read_profile", "open_checkpoint", "find_executor",
-    "Adjusted", "Budget", "CompressOptions", "CompressResult", "Distribution", "Evaluation", "MemoryBudget",
+    "compress", "profile", "plan", "quantize", "recover", "evaluate", "report", "export", "load", "generate", "adjust",
+    "bench", "memory_budget", "read_plan", "read_profile", "open_checkpoint", "find_executor",
+    "Adjusted", "Budget", "CompressOptions", "CompressResult", "Distribution", "Evaluation", "Exported", "MemoryBudget",
     "MemoryLimit", "MoqaError", "Plan", "Profile", "Recovered", "Sampling", "Speed",
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from moqa.format.layout import shards
 from moqa.format.scheme import Scheme
 from moqa.models.units import ROLES
 from moqa.planning import DEFAULT_WIDTHS, STRATEGIES, TIES, Budget, Plan, for_file, plan, read_plan
-from moqa.planning.run import kept_entries
+from moqa.planning.account import kept_entries
 from moqa.planning.ties import tie_groups
 from moqa.profiling import SELF
 from moqa.storage.artifact import read_json, write_json

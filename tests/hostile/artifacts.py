@@ -41,7 +41,7 @@ def with_every_encoding(plan: "Plan", profile: "Profile") -> "Plan":
     """The plan with one unit after the other in another encoding, at the nearest width that it has."""
     from moqa.format.encodings import ENCODINGS
     from moqa.format.scheme import Scheme
-    from moqa.planning.run import account_of
+    from moqa.planning.account import account_of
 
     units = {}
     for (name, scheme), encoding in zip(plan.units.items(), cycle(("trellis", "table", "int"))):

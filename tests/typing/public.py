@@ -27,6 +27,7 @@ reveal_type(executor)  # moqa.execution.local.Executor
 memory = moqa.MemoryLimit.parse("4GiB")
 reveal_type(memory)  # moqa.memory.limit.MemoryLimit
 reveal_type(moqa.quantize("model", plan, "out", memory=memory, engine=executor))  # pathlib.Path
+exported: moqa.Exported = moqa.export("plan.json", "model.gguf", to="gguf", profile=profile)
 recovered: moqa.Recovered = moqa.recover("out", "better", length="15m", profile=profile)
 
 trained = prepare(Linear(64, 32), Scheme(width=2), inputs=Inputs(8), keep=["head"])

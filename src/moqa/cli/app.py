@@ -11,6 +11,7 @@ from moqa.cli.examples import EXAMPLES
 from moqa.cli.recipe import prefer_typed
 from moqa.compression.options import help_of, one_of
 from moqa.execution.registry import EXECUTORS
+from moqa.exports.registry import FORMATS
 from moqa.planning.registry import STRATEGIES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -28,6 +29,9 @@ class Command(TyperCommand):
         if any(param.name == "strategy" for param in self.params):
             with formatter.section("Strategies"):
                 formatter.write_dl([(name, member.help) for name, member in STRATEGIES.items()])
+        if any(param.name == "to" for param in self.params):
+            with formatter.section("Formats"):
+                formatter.write_dl(list(FORMATS.items()))
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
         """Write the examples, whose lines can be copied as they are."""

@@ -8,11 +8,17 @@ EXAMPLES = {
     "profile": ("moqa profile MODEL --data wiki=wiki.txt --data code=code.jsonl:text -o PROFILE",),
     "plan": (
         "moqa plan PROFILE --bpw 3 -o plan.json",
+        "moqa plan PROFILE --bpw 3.4 --engine llama.cpp -o plan.json",
         "moqa plan PROFILE --fit 8GiB --ignore '*.layers.0.*' --set '*.self_attn.*=8' -o plan.json",
     ),
     "recover": ("moqa recover OUT --for 15m -o NEW",),
     "evaluate": ("moqa evaluate OUT --data novels=novels.txt",),
     "report": ("moqa report PROFILE OUT -o report.html",),
+    "export": (
+        "moqa export plan.json --to gguf -o model.gguf",
+        "moqa export PROFILE --to imatrix -o imatrix.gguf",
+        "moqa export OUT --to compressed-tensors -o FOLDER",
+    ),
     "inspect": ("moqa inspect OUT",),
     "verify": ("moqa verify OUT",),
     "adjust": ("moqa adjust OUT --data german=german.txt -o ADJ",),

@@ -8,7 +8,9 @@ import typer
 
 from moqa.cli.parse import group_size_of
 from moqa.execution.registry import EXECUTORS
+from moqa.exports.registry import FORMATS
 from moqa.methods.registry import METHODS
+from moqa.planning.engines import ENGINES
 from moqa.planning.registry import STRATEGIES
 
 
@@ -38,9 +40,24 @@ Symmetric = Annotated[bool, typer.Option("--symmetric")]
 
 Strategy = Annotated[str, typer.Option("--strategy", autocompletion=_among(lambda: STRATEGIES))]
 Method = Annotated[str, typer.Option("--method", autocompletion=_among(lambda: METHODS))]
+To = Annotated[str, typer.Option("--to", metavar="FORMAT", help="see Formats", autocompletion=_among(lambda: FORMATS))]
 Ties = Annotated[str, typer.Option("--ties", autocompletion=_among(_literals("Ties")))]
+EngineTies = Annotated[
+    str | None,
+    typer.Option(
+        "--ties", autocompletion=_among(_literals("Ties")),
+        help="what must share a width: unit, expert, layer_projection or layer [default: the finest of the engine]",
+    ),
+]  # fmt: skip
 Objective = Annotated[str, typer.Option("--objective", autocompletion=_among(_literals("Objective")))]
 Scope = Annotated[str, typer.Option("--scope", autocompletion=_among(_literals("Scope")))]
+ServedBy = Annotated[
+    str,
+    typer.Option(
+        "--engine", help="that will run the model: moqa, llama.cpp or vllm; sets ties and schemes",
+        autocompletion=_among(lambda: ENGINES),
+    ),
+]  # fmt: skip
 Engine = Annotated[str, typer.Option("--engine", autocompletion=_among(lambda: EXECUTORS))]
 Ignore = Annotated[
     list[str] | None,

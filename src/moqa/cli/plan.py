@@ -12,6 +12,7 @@ from moqa.cli.common import mib, print_table, say, start_and_end, write_result
 from moqa.cli.parse import DEFAULT_ENCODINGS, DEFAULT_WIDTHS, candidates_of
 from moqa.compression.options import DEFAULTS
 from moqa.errors import MoqaError
+from moqa.planning.engines import OWN
 from moqa.planning.registry import DEFAULT_STRATEGY, OPTIMUM, PLAIN
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def plan(
     ] = None,
     batch: options.Batch = None,
     strategy: options.Strategy = DEFAULTS.strategy,
-    ties: options.Ties = DEFAULTS.ties,
+    engine: options.ServedBy = OWN,
+    ties: options.EngineTies = None,
     known: Annotated[str | None, typer.Option("--known", help="distributions to fit on [default: all]")] = None,
     widths: str = DEFAULT_WIDTHS,
     encodings: options.Encodings = DEFAULT_ENCODINGS,
@@ -58,10 +60,14 @@ def plan(
     from moqa.storage.artifact import write_sealed
 
     check_budgets(bpw, size, fit, context, batch)
+    if fit is not None and engine != OWN:
+        raise MoqaError(f"--fit {fit} is for moqa's own runtime", f"give --bpw or --size with --engine {engine}")
+    if dry_run and engine != OWN:
+        raise MoqaError(f"--dry-run estimates moqa quantize, and not what --engine {engine} needs", "leave it out")
     measured = read_profile(profile)
     budget = Budget.parse(bpw, size) if fit is None else fitted(measured, fit, context=context, batch=batch or 1)
     result = run(
-        measured, budget, strategy=strategy, ties=ties,  # type: ignore[arg-type]
+        measured, budget, strategy=strategy, engine=engine, ties=ties,  # type: ignore[arg-type]
         known=known.split(",") if known else None, hedge=hedge, seed=seed,
         objective=objective, scope=scope,  # type: ignore[arg-type]
         **candidates_of(widths, encodings, groups, floor, ignore, set_width),

@@ -11,7 +11,8 @@ from moqa.methods.registry import DEFAULT_METHOD, METHODS
 from moqa.planning.registry import DEFAULT_ENCODINGS, DEFAULT_STRATEGY, STRATEGIES
 
 if TYPE_CHECKING:
-    from moqa.planning.record import Objective, Scope, Ties
+    from moqa.planning.engines import Ties
+    from moqa.planning.record import Objective, Scope
 
 Value = TypeVar("Value")
 

@@ -4,7 +4,7 @@ import base64
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from moqa.format.scheme import Scheme
 
@@ -31,6 +31,13 @@ class StoredUnit(BaseModel, frozen=True):
     error: float | None = Field(
         description="squared output error over squared output on held-out samples; None: no data"
     )
+
+    @field_validator("scheme")
+    @classmethod
+    def _is_of_checkpoints(cls, scheme: Scheme) -> Scheme:
+        if scheme.is_foreign:
+            raise ValueError(f"encoding {scheme.encoding} is one of files for llama.cpp, not of checkpoints")
+        return scheme
 
 
 class StoredTensor(BaseModel, frozen=True):

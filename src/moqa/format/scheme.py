@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from moqa.format.encodings import ENCODINGS, Encoding, TensorSpec
+from moqa.format.encodings import ENCODINGS, GGML_TYPES, Encoding, TensorSpec, find_encoding
 from moqa.format.encodings.encoding import Parameters
 from moqa.format.levels import UPPER_LEVELS
 from moqa.format.tiles import KEEP_WIDTH, WIDTHS
@@ -34,9 +34,10 @@ class Scheme(Parameters, frozen=True):
             raise ValueError(f"width {self.width} is not supported; widths are 1 to 8, and 16 for no quantization")
         if self.symmetric and self.width == 1:
             raise ValueError("width 1 cannot be symmetric: one of its two levels would be zero")
-        if self.encoding not in ENCODINGS:
-            raise ValueError(f"encoding {self.encoding} is unknown; known are {', '.join(ENCODINGS)}")
-        widths = ENCODINGS[self.encoding].widths
+        encoding = find_encoding(self.encoding)
+        if encoding is None:
+            raise ValueError(f"encoding {self.encoding} is unknown; known are {', '.join((*ENCODINGS, *GGML_TYPES))}")
+        widths = encoding.widths
         if self.encoding != DEFAULT_ENCODING and not self.is_unquantized:
             if self.width not in widths:
                 there_are = f"it has widths {', '.join(map(str, widths))}"
@@ -48,7 +49,9 @@ class Scheme(Parameters, frozen=True):
     @property
     def storage(self) -> Encoding:
         """The encoding by which the unit is stored."""
-        return ENCODINGS["unquantized" if self.is_unquantized else self.encoding]
+        encoding = find_encoding("unquantized" if self.is_unquantized else self.encoding)
+        assert encoding is not None
+        return encoding
 
     @property
     def is_unquantized(self) -> bool:
@@ -59,6 +62,19 @@ class Scheme(Parameters, frozen=True):
     def is_coded(self) -> bool:
         """Whether the unit is stored as codes of levels, and not as integers on a grid."""
         return self.encoding in UPPER_LEVELS and not self.is_unquantized
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether only files of another engine store units so: moqa exports them, and does not run them."""
+        return self.encoding in GGML_TYPES and not self.is_unquantized
+
+    def holds(self, shape: tuple[int, int]) -> bool:
+        """Whether [out, in] weights can be stored so: ggml's rows are whole blocks.
+
+        >>> Scheme(encoding="q4_k", width=4).holds((256, 1408)), Scheme(encoding="q8_0", width=8).holds((256, 1408))
+        (False, True)
+        """
+        return not self.is_foreign or shape[1] % GGML_TYPES[self.encoding].weights == 0
 
     def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor that stores a unit of [out, in] weights, by suffix.

@@ -96,18 +96,35 @@ def read_generation_config(model: "PreTrainedModel", folder: Path) -> None:
         raise MoqaError(f"{folder} has no usable generation_config.json", one_line(error)) from None
 
 
-def difference(folder: Path, config: "PretrainedConfig") -> str | None:
-    """First difference between a folder's tensors and those of its architecture, with names as on disk."""
+def stored_shapes(config: "PretrainedConfig") -> dict[str, list[int]]:
+    """Names and shapes of the tensors that a model of this configuration has on disk, without tied ones.
+
+    >>> stored_shapes(view.model.config)["model.layers.0.mlp.experts.3.up_proj.weight"]
+    [256, 256]
+    """
+    return _stored_shapes(_meta_model(config))
+
+
+def _meta_model(config: "PretrainedConfig") -> "PreTrainedModel":
+    with BUILDING, quiet(), torch.device("meta"):
+        return task_of(config).auto_class(config).from_config(config)
+
+
+def _stored_shapes(model: "PreTrainedModel") -> dict[str, list[int]]:
     from transformers.core_model_loading import revert_weight_conversion
 
+    state = {k: v for k, v in model.state_dict().items() if k not in model.all_tied_weights_keys}
+    return {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+
+
+def difference(folder: Path, config: "PretrainedConfig") -> str | None:
+    """First difference between a folder's tensors and those of its architecture, with names as on disk."""
     try:
-        with BUILDING, quiet(), torch.device("meta"):
-            model = task_of(config).auto_class(config).from_config(config)
+        model = _meta_model(config)
     except Exception:  # whatever is wrong with the configuration, the caller already has an error to report
         return None
     ties = model.all_tied_weights_keys
-    state = {k: v for k, v in model.state_dict().items() if k not in ties}
-    wanted = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+    wanted = _stored_shapes(model)
     found = {name: list(entry["shape"]) for name, entry in OriginalReader(folder).headers.items()}
     tied = {source for target, source in ties.items() if target in found}
     missing = sorted(wanted.keys() - found.keys() - tied)

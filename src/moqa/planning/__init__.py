@@ -6,6 +6,7 @@ from moqa.lazy import lazily
 
 if TYPE_CHECKING:
     from moqa.planning.budget import Budget
+    from moqa.planning.engines import ENGINES
     from moqa.planning.fit import MemoryBudget, memory_budget
     from moqa.planning.record import PLAN, Account, Options, Plan
     from moqa.planning.registry import STRATEGIES, Strategy, strategy
@@ -16,6 +17,7 @@ else:
 
 __all__ = [
     "DEFAULT_WIDTHS",
+    "ENGINES",
     "PLAN",
     "STRATEGIES",
     "TIES",

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moqa.errors import MoqaError
 from moqa.format.layout import unit_bytes
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH
 from moqa.planning.budget import Budget
+from moqa.planning.engines import ENGINES, OWN
 from moqa.planning.record import Options
 from moqa.planning.ties import Group
 from moqa.profiling import SELF, Profile
@@ -32,6 +34,7 @@ class Problem:
         floors: role -> smallest width of its units.
         limit: bytes for all groups; None without a budget.
         options: options of the strategy.
+        engine: whose files the bytes are those of.
     """
 
     profile: Profile
@@ -43,6 +46,7 @@ class Problem:
     floors: Mapping[str, int]
     limit: int | None
     options: Options
+    engine: str = OWN
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -139,6 +143,7 @@ def make_problem(
     budget: Budget | None,
     options: Options,
     fixed_bytes: int,
+    engine: str = OWN,
 ) -> Problem:
     """Collect the input of a strategy.
 
@@ -153,21 +158,34 @@ def make_problem(
         budget: the user's limit.
         options: options of the strategy.
         fixed_bytes: bytes of the weight files that no choice changes; counted if the budget is for all weight files.
+        engine: whose files the bytes are those of.
+
+    Raises:
+        MoqaError: if no candidate can hold a unit.
     """
     whole = budget is not None and budget.counts == "checkpoint"
-    sizes = summed(groups, _unit_sizes(profile, schemes, headers=whole))
+    sizes = summed(groups, _unit_sizes(profile, schemes, headers=whole and ENGINES[engine].export != "gguf"))
+    shapes = [{unit.shape for unit in group.units} for group in groups]
+    fits = ENGINES[engine].holds
+    holds = np.array([[all(fits(scheme, shape) for shape in some) for scheme in schemes] for some in shapes])
     column = np.array([scheme.width for scheme in schemes])
     smallest = np.array([[max(floors.get(unit.role, 0) for unit in group.units)] for group in groups])
     # a floor above all widths leaves the narrowest of the others
-    usual = np.isin(column, list(widths))[None] & (column[None] >= smallest)
-    above = np.where(column[None] >= smallest, column[None], KEEP_WIDTH).min(1, keepdims=True)
-    allowed = np.where(usual.any(1, keepdims=True), usual, column[None] == above)
+    usual = holds & np.isin(column, list(widths))[None] & (column[None] >= smallest)
+    above = np.where(holds & (column[None] >= smallest), column[None], KEEP_WIDTH).min(1, keepdims=True)
+    allowed = np.where(usual.any(1, keepdims=True), usual, holds & (column[None] == above))
     for group, width in fixed.items():
-        allowed[group] = column == width
+        allowed[group] = holds[group] & (column == width)
+    if not (some := allowed.any(1)).all():
+        unit = groups[int(some.argmin())].units[0]
+        raise MoqaError(
+            f"{unit.name} has rows of {unit.shape[1]} weights, which no candidate of --engine {engine} can hold",
+            f"add --widths {KEEP_WIDTH} or give --ignore '{unit.name}'",
+        )
     limit = None
     if budget is not None:
         limit = budget.limit(sum(unit.weights for unit in profile.record.units)) - (fixed_bytes if whole else 0)
-    return Problem(profile, known, tuple(groups), tuple(schemes), sizes, allowed, floors, limit, options)
+    return Problem(profile, known, tuple(groups), tuple(schemes), sizes, allowed, floors, limit, options, engine)
 
 
 def scheme_errors(profile: Profile, tables: NDArray, scheme: Scheme) -> NDArray:

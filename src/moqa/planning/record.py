@@ -6,10 +6,10 @@ from pydantic import BaseModel, Field
 
 from moqa.format.manifest import Candidates, Length, Side
 from moqa.format.scheme import Scheme
+from moqa.planning.engines import OWN, Ties
 
 FORMAT = 1
 PLAN = "plan.json"  # in the folder of a checkpoint
-Ties = Literal["unit", "expert", "layer_projection", "layer"]
 Objective = Literal["mean", "minimax"]
 Scope = Literal["global", "layer"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -74,6 +74,7 @@ class Plan(Candidates, frozen=True):
     profile: str = Field(description="folder of the profile, relative to the plan's file; contains the samples")
     strategy: str
     options: Options
+    engine: str = Field(OWN, description="that the plan is for", exclude_if=lambda name: name == OWN)
     ties: Ties
     budget: str | None = Field(description="as the user typed it")
     known: tuple[str, ...] = Field(description="distributions that the plan was fitted on")

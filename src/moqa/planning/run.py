@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-import torch
 
 from moqa import __version__
 from moqa.errors import MoqaError
 from moqa.format.encodings import ENCODINGS
-from moqa.format.layout import Entry, entry_bytes, shards
-from moqa.format.scheme import Scheme
 from moqa.format.tiles import KEEP_WIDTH
+from moqa.planning.account import account_of, fixed_bytes
 from moqa.planning.budget import Budget
 from moqa.planning.candidates import (
     candidates,
@@ -21,14 +19,16 @@ from moqa.planning.candidates import (
     check_groups,
     smallest_widths,
 )
+from moqa.planning.engines import ENGINES, OWN, Engine, Ties
 from moqa.planning.expected import expected_gains
 from moqa.planning.fixed import fixed_widths
 from moqa.planning.problem import Choice, Problem, make_problem
-from moqa.planning.record import FORMAT, Account, Objective, Options, Plan, Scope, Ties
+from moqa.planning.record import FORMAT, Objective, Options, Plan, Scope
 from moqa.planning.registry import DEFAULT_ENCODINGS, DEFAULT_STRATEGY, STRATEGIES, Strategy, for_dense_models
 from moqa.planning.solver import Solution
-from moqa.planning.ties import TIES, tie_groups
+from moqa.planning.ties import tie_groups
 from moqa.profiling import SELF, Profile
+from moqa.profiling.others import with_errors_of
 from moqa.registry import check_known
 from moqa.storage.artifact import check_format, check_seal, read_json
 from moqa.storage.paths import label
@@ -42,7 +42,8 @@ def plan(
     budget: Budget | str | None = None,
     *,
     strategy: str = DEFAULT_STRATEGY,
-    ties: Ties = "unit",
+    engine: str = OWN,
+    ties: Ties | None = None,
     known: Sequence[str] | None = None,
     widths: Sequence[int] = DEFAULT_WIDTHS,
     hedge: float | None = None,
@@ -65,7 +66,9 @@ def plan(
         budget: limit in bytes, e.g. "2.5bpw" (of the units) or "12MiB" (all weight files); None is allowed for
             strategies that follow a rule of their own.
         strategy: one of `moqa.planning.STRATEGIES`.
-        ties: which units must share a width, see `moqa.planning.TIES`.
+        engine: that will run the model, one of `moqa.planning.ENGINES`: a plan for another one than moqa's own has only
+            the schemes and ties that it runs. The original's weights are read, to see what these cost.
+        ties: which units must share a width, see `moqa.planning.TIES`; None means the finest that the engine runs.
         known: distributions of the profile to fit on; None means all.
         widths: candidate widths.
         hedge: share of the model's own text in the objective, 0 to 1; None means the strategy's default.
@@ -73,44 +76,51 @@ def plan(
         scope: rank experts of all layers together (`global`) or layer by layer (`layer`).
         fixed: pattern of unit names, such as `*.layers.0.*` -> width of these units, 16 for no quantization; the last
             pattern that matches counts. The budget holds for all units together.
-        encodings: candidate encodings; strategies that do not mix them take the first that has a width.
+        encodings: candidate encodings, for llama.cpp its types; strategies that do not mix them take the first that
+            has a width.
         groups: candidate numbers of weights that share a scale, of those that the profile has; strategies that do not
             mix them take the first. None means all, that of the profile first.
         floors: role of units -> their smallest width; other roles have none. None means the strategy's.
         seed: seed of a random plan.
 
     Raises:
-        MoqaError: if the strategy, ties or a distribution is unknown, a pattern matches no unit, the strategy does not
-            support the model, or no plan can keep the budget.
+        MoqaError: if the strategy, engine, ties or a distribution is unknown, a pattern matches no unit, the strategy
+            or engine does not support the model or what was asked for, or no plan can keep the budget.
     """
     budget, given = Budget.of(budget) if isinstance(budget, str) else budget, tuple(widths)
     member = STRATEGIES.find(strategy)
-    check_known("--ties", ties, TIES)
+    runs = ENGINES.find(engine)
+    ties = runs.checked(ties)
     check_known("--objective", objective, get_args(Objective))
     check_known("--scope", scope, get_args(Scope))
     known = tuple(profile.names if known is None else known)
     absent = [name for name in known if name not in profile.names]
     if absent or not known:
         raise MoqaError(f"--known {','.join(known)} is not in the profile", f"it has {', '.join(profile.names)}")
-    share = _checked_hedge(hedge, member, profile, budget)
+    share = _checked_hedge(hedge, member, profile, budget, engine)
     options = Options(hedge=share, objective=objective, scope=scope, seed=seed)
     usual = tuple(encodings) == DEFAULT_ENCODINGS
-    if usual:  # those that the profile has: one of an earlier moqa has no others
-        encodings = [name for name in encodings if name in profile.encodings]
-    encodings = check_encodings(encodings, profile.encodings)
-    widths = _checked_widths(widths, profile, encodings)
     lowest = smallest_widths(floors, member.floor, any(unit.role == "expert" for unit in profile.record.units))
     tied = tie_groups(profile.record.units, ties)
     chosen_widths = fixed_widths(profile, tied, fixed or {})
-    beyond = {width for width in lowest.values() if width > max(widths)}
-    schemes = candidates(
-        sorted({*widths, *chosen_widths.values(), *beyond}), encodings,
-        check_groups(profile.groups if groups is None else groups, profile.groups),
-        symmetric=profile.record.settings.symmetric, mixed=member.mixes,
-    )  # fmt: skip
+    if runs.schemes is not None:
+        named = None if usual else encodings
+        widths = _widths_of(runs, given, profile)
+        schemes = runs.candidates(_needed(widths, lowest, chosen_widths), named, groups, member.mixes)
+        profile = with_errors_of(profile, schemes)
+    else:
+        if usual:  # those that the profile has: one of an earlier moqa has no others
+            encodings = [name for name in encodings if name in profile.encodings]
+        encodings = check_encodings(encodings, profile.encodings)
+        widths = _checked_widths(widths, profile, encodings)
+        schemes = candidates(
+            _needed(widths, lowest, chosen_widths), encodings,
+            check_groups(profile.groups if groups is None else groups, profile.groups),
+            symmetric=profile.record.settings.symmetric, mixed=member.mixes,
+        )  # fmt: skip
     problem = make_problem(
         profile, known, groups=tied, schemes=schemes, widths=widths, floors=lowest, fixed=chosen_widths, budget=budget,
-        options=options, fixed_bytes=account_of(profile, {}).checkpoint,
+        options=options, fixed_bytes=fixed_bytes(profile, engine), engine=engine,
     )  # fmt: skip
     _check_reachable(problem, budget)
     check_budget(member, budget, "give --bpw or --size")
@@ -134,15 +144,15 @@ def plan(
     return Plan(
         moqa=__version__, model=label(profile.original), model_type=profile.record.model_type,
         fingerprint=profile.record.fingerprint, samples=profile.digest(mixture), profile=str(profile.folder),
-        strategy=made.by or member.name, options=options, ties=ties, budget=budget.typed if budget else None,
-        known=known,
+        strategy=made.by or member.name, options=options, engine=engine, ties=ties,
+        budget=budget.typed if budget else None, known=known,
         widths=None if given == DEFAULT_WIDTHS else widths, fixed=dict(fixed or {}), mixture=mixture,
-        encodings=None if usual else encodings,
+        encodings=None if usual else tuple(encodings),
         group_size=profile.record.settings.group_size, symmetric=profile.record.settings.symmetric,
         groups=None if groups is None else tuple(groups), floors=None if floors is None else dict(floors),
         predicted={n: _predicted(problem, choice, n) for n in names if profile.record.settings.sensitivity},
         gains=expected_gains(profile, units, names) if profile.record.settings.sensitivity else {},
-        gap=made.gap, account=account_of(profile, units), units=units,
+        gap=made.gap, account=account_of(profile, units, engine), units=units,
     )  # fmt: skip
 
 
@@ -180,7 +190,9 @@ def check_budget(strategy: Strategy, budget: Budget | None, remedy: str) -> None
         raise MoqaError(f"--strategy {strategy.name} needs a budget", remedy)
 
 
-def _checked_hedge(hedge: float | None, strategy: Strategy, profile: Profile, budget: Budget | None) -> float | None:
+def _checked_hedge(
+    hedge: float | None, strategy: Strategy, profile: Profile, budget: Budget | None, engine: str
+) -> float | None:
     """The hedge that was given, or else the strategy's default."""
     if hedge is not None and strategy.hedge is None:
         hedged = ", ".join(name for name, member in STRATEGIES.items() if member.hedge is not None)
@@ -190,7 +202,7 @@ def _checked_hedge(hedge: float | None, strategy: Strategy, profile: Profile, bu
     # a model that cannot write samples has no text of its own to hedge with
     share = hedge
     if hedge is None and strategy.hedge is not None:
-        share = strategy.hedge(_bits(budget, profile)) if find_task(profile.record.task).writes_samples else 0.0
+        share = strategy.hedge(_bits(budget, profile, engine)) if find_task(profile.record.task).writes_samples else 0.0
     if share and SELF not in profile.statistics:
         raise MoqaError(
             f"--hedge {share:g} needs the model's own text, but the profile was made with --self-samples 0",
@@ -199,13 +211,33 @@ def _checked_hedge(hedge: float | None, strategy: Strategy, profile: Profile, bu
     return share
 
 
-def _bits(budget: Budget | None, profile: Profile) -> float | None:
+def _bits(budget: Budget | None, profile: Profile, engine: str) -> float | None:
     """Stored bits per weight that a budget leaves for the units."""
     if budget is None:
         return None
     weights = sum(unit.weights for unit in profile.record.units)
-    kept = account_of(profile, {}).checkpoint if budget.counts == "checkpoint" else 0
+    kept = fixed_bytes(profile, engine) if budget.counts == "checkpoint" else 0
     return (budget.limit(weights) - kept) * 8 / weights
+
+
+def _needed(widths: Sequence[int], lowest: Mapping[str, int], chosen: Mapping[int, int]) -> list[int]:
+    """Candidate widths, and those that only floors and the user's choices need."""
+    beyond = {width for width in lowest.values() if width > max(widths)}
+    return sorted({*widths, *chosen.values(), *beyond})
+
+
+def _widths_of(engine: Engine, given: Sequence[int], profile: Profile) -> tuple[int, ...]:
+    """Candidate widths of a plan for another engine."""
+    assert engine.schemes is not None
+    there = sorted({scheme.width for scheme in engine.schemes()} & set(profile.record.widths))
+    known = (*there, KEEP_WIDTH)
+    if tuple(given) == DEFAULT_WIDTHS:
+        return tuple(there)
+    bad = [width for width in given if width not in known]
+    if bad or not given:
+        typed = f"--engine {engine.name} does not run --widths {','.join(map(str, given))}"
+        raise MoqaError(typed, f"it runs {', '.join(map(str, known))}")
+    return tuple(sorted(set(given)))
 
 
 def _checked_widths(widths: Sequence[int], profile: Profile, encodings: Sequence[str]) -> tuple[int, ...]:
@@ -226,7 +258,7 @@ def _check_reachable(problem: Problem, budget: Budget | None) -> None:
     if budget is None or problem.limit is None:
         return
     if problem.bytes(problem.smallest()) > problem.limit:
-        smallest = account_of(problem.profile, problem.units(problem.smallest()))
+        smallest = account_of(problem.profile, problem.units(problem.smallest()), problem.engine)
         raise budget.below(smallest.checkpoint, _reachable(problem))
     # a budget far above the largest plan is probably a typing error; one slightly above it asks for the best quality
     if budget.fills and problem.limit > problem.bytes(problem.widest()) * 1.05:
@@ -234,7 +266,8 @@ def _check_reachable(problem: Problem, budget: Budget | None) -> None:
 
 
 def _reachable(problem: Problem) -> str:
-    ends = [account_of(problem.profile, problem.units(choice)) for choice in (problem.smallest(), problem.widest())]
+    both = (problem.smallest(), problem.widest())
+    ends = [account_of(problem.profile, problem.units(choice), problem.engine) for choice in both]
     bits = " to ".join(f"{account.bits_per_weight:.2f}" for account in ends)
     sizes = " to ".join(f"{account.checkpoint / 2**20:.1f} MiB" for account in ends)
     widths = ",".join(map(str, sorted(set(problem.widths))))
@@ -264,27 +297,8 @@ def check_profile(plan: Plan, profile: Profile) -> None:
     different = sorted({unit.name for unit in profile.record.units} ^ plan.units.keys())
     if different:
         raise MoqaError(f"the plan and profile {profile.folder} differ in unit {different[0]}", "plan again from it")
-    if (found := account_of(profile, plan.units)) != plan.account:
+    if (found := account_of(profile, plan.units, plan.engine)) != plan.account:
         raise MoqaError(
             f"the plan's units take {found.checkpoint} bytes, its account says {plan.account.checkpoint}",
             "it was edited: plan again",
         )
-
-
-def account_of(profile: Profile, schemes: Mapping[str, Scheme]) -> Account:
-    """Bytes of a profile's units, stored by some schemes, and of all other tensors."""
-    units = {u.name: (u.layer, u.shape, schemes[u.name]) for u in profile.record.units if u.name in schemes}
-    kept = kept_entries(profile)
-    files = shards(kept, profile.record.layers, units)
-    return Account(
-        units=sum(scheme.stored_bytes(shape) for _, shape, scheme in units.values()),
-        kept=sum(entry_bytes(entry) for entry in kept.values()),
-        headers=sum(len(shard.header()) for shard in files),
-        weights=sum(u.weights for u in profile.record.units),
-        kept_weights=sum(torch.Size(shape).numel() for _, shape in kept.values()),
-    )
-
-
-def kept_entries(profile: Profile) -> dict[str, Entry]:
-    """Stored dtype and shape of the tensors that are not units."""
-    return {name: (getattr(torch, dtype), shape) for name, (dtype, shape) in profile.record.kept.items()}

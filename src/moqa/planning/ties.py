@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from moqa.planning.record import Ties
+from moqa.planning.engines import Ties
 from moqa.profiling.record import UnitRecord
 
 # What each tie is for. Every kind of tie has its own solve: a plan is never rounded to coarser ties afterwards.

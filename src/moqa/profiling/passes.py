@@ -128,7 +128,7 @@ def go_forward(workspace: Workspace, given: BlockPass) -> None:
     if not given.name:
         weights = {"rounding": relative_errors(view, layer, given.how)}
         if given.how.others:
-            weights["compared"] = compared_errors(view, layer, given.how, given.how.others)
+            weights["compared"] = compared_errors(view, layer, given.how.scheme, given.how.others)
         if down:
             weights["similarity"] = layer_similarity(view, layer)
         workspace.work.save(f"weights-{layer}", weights)

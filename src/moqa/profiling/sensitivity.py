@@ -12,6 +12,7 @@ from moqa.format.encodings import ENCODINGS
 from moqa.format.scheme import Scheme
 from moqa.format.tiles import WIDTHS
 from moqa.methods import Method, SolveBatch
+from moqa.methods.ggml import rounded_as
 from moqa.methods.grid import fit_grid
 from moqa.methods.levels import fit_levels, nearest_codes
 from moqa.models.experts import ExpertRun, projection_rows
@@ -91,8 +92,8 @@ def other_schemes(settings: Settings) -> tuple[Scheme, ...]:
     )
 
 
-def compared_errors(view: ModelView, layer: int, how: ErrorSettings, others: Sequence[Scheme]) -> Tensor:
-    """[units, others] squared error of rounding over that at the same width in the settings' own scheme, float32.
+def compared_errors(view: ModelView, layer: int, own: Scheme, others: Sequence[Scheme]) -> Tensor:
+    """[units, others] squared error of rounding over that at the same width in a profile's own scheme, float32.
 
     Units of a layer that differ only in their expert have about the same: one of them is rounded.
     """
@@ -101,7 +102,7 @@ def compared_errors(view: ModelView, layer: int, how: ErrorSettings, others: Seq
         if _kind(unit) not in found:
             alike = [other for other in units if _kind(other) == _kind(unit)]
             weight = view.weight(alike[len(alike) // 2])[:, :_COMPARED]
-            found[_kind(unit)] = _compared(weight, how.scheme, others)
+            found[_kind(unit)] = _compared(weight, own, others)
     return torch.stack([found[_kind(unit)] for unit in units])
 
 
@@ -114,10 +115,11 @@ def _compared(weight: Tensor, own: Scheme, others: Sequence[Scheme]) -> Tensor:
     """[others] errors of a matrix, those that differ only in the width together."""
     alike: dict[tuple, list[int]] = {}
     for index, other in enumerate(others):
-        alike.setdefault((other.encoding, other.group_size), []).append(index)
+        alike.setdefault((other.encoding, other.group_size, other.symmetric), []).append(index)
     ratios = torch.empty(len(others))
-    for (encoding, _), same in alike.items():
-        part, widths = weight[: _COMPARED_ROWS[encoding]].float(), [others[index].width for index in same]
+    for (encoding, *_), same in alike.items():
+        rows = _COMPARED_ROWS.get(encoding, _COMPARED_ROWS["int"])
+        part, widths = weight[:rows].float(), [others[index].width for index in same]
         ratios[same] = squared_errors(part, others[same[0]], widths) / squared_errors(part, own, widths).clamp_min(
             1e-30
         )
@@ -131,6 +133,9 @@ def squared_errors(weight: Tensor, scheme: Scheme, widths: Sequence[int]) -> Ten
     True
     """
     stack = weight.expand(len(widths), -1, -1)
+    if scheme.is_foreign:
+        rounded = rounded_as(weight, scheme.encoding)
+        return (rounded - weight).square_().sum().expand(len(widths))
     if not scheme.is_coded:
         return fit_grid(stack, scheme, torch.tensor(widths)).error.sum((1, 2))
     bits = torch.tensor(widths)[:, None].expand(-1, len(weight))

@@ -13,7 +13,7 @@ from moqa.format.writer import write_index, write_manifest, write_shard
 from moqa.methods import Method
 from moqa.models.view import ModelView
 from moqa.planning import Plan
-from moqa.planning.run import kept_entries
+from moqa.planning.account import kept_entries
 from moqa.profiling import Profile
 from moqa.quantization.card import write_card
 from moqa.quantization.layer import QuantizedUnit

@@ -24,8 +24,8 @@ from moqa.models.view import ModelView, open_model
 from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part, fingerprint
 from moqa.originals.hub import INDEX
-from moqa.planning import Plan, check_profile
-from moqa.planning.run import kept_entries
+from moqa.planning import ENGINES, Plan, check_profile
+from moqa.planning.account import kept_entries
 from moqa.profiling import Profile, read_profile
 from moqa.progress import Report, quiet
 from moqa.quantization.cache import cache_layers, describe_routing, parse_cache
@@ -86,6 +86,7 @@ def quantize(
     """
     out = Path(out)
     how = METHODS.find(method)
+    _check_engine(plan)
     share = None if cache is None else parse_cache(cache)
     check_free(out, overwrite)
     folder = original.locate(model)
@@ -128,7 +129,7 @@ def quantize(
                 report("cache", 1, 1)
             describe_routing(work.result, profile, plan.known)
             work.mark_done("start", {}, hashed)
-        samples = CalibrationSamples(view, plan, profile, work) if how.needs_data else None
+        samples = CalibrationSamples(view, plan.mixture, profile, work) if how.needs_data else None
         todo = BlockWork(Workspace(view, work), plan.units, how, executor, room.experts, report)
 
         def finish(layer: int, done: Mapping[str, QuantizedUnit]) -> None:
@@ -149,6 +150,16 @@ def quantize(
         writer.finish(recorded(model, out))
         report("quantize", writer.depth, writer.depth)
     return out
+
+
+def _check_engine(plan: Plan) -> None:
+    """Refuse a plan whose units a checkpoint cannot store."""
+    foreign = next((name for name, scheme in plan.units.items() if scheme.is_foreign), None)
+    if foreign is not None:
+        raise MoqaError(
+            f"the plan is for {plan.engine}: {foreign} is stored as {plan.units[foreign].encoding}",
+            f"moqa export PLAN --to {ENGINES[plan.engine].export} -o FILE writes it",
+        )
 
 
 def _companions(folder: Path) -> list[Path]:

@@ -22,18 +22,18 @@ class CalibrationSamples:
 
     Args:
         view: the model.
-        plan: names the distributions and their shares.
+        mixture: share of each distribution.
         profile: holds the samples.
         work: stores the hidden states.
     """
 
-    def __init__(self, view: ModelView, plan: Plan, profile: Profile, work: ResumableRun) -> None:
+    def __init__(self, view: ModelView, mixture: Mapping[str, float], profile: Profile, work: ResumableRun) -> None:
         self._view, self._work, self._stages = view, work, LayerwiseModel(view.model)
-        self._plan, self._profile = plan, profile
+        self._mixture, self._profile = mixture, profile
         self._parts: list[tuple[float, bool]] = []  # of each batch: share, whether it is held out
         batches: list[Tensor] = []
         # sorted, so that a plan read from a file has the same order: sums of floats depend on it
-        for name, share in sorted(plan.mixture.items()):
+        for name, share in sorted(mixture.items()):
             tokens = profile.samples(name)
             check = held_out(len(tokens))
             for held, windows in ((False, tokens[~check]), (True, tokens[check])):
@@ -43,21 +43,30 @@ class CalibrationSamples:
                     batches.append(batch)
         self._hidden = HiddenStates(self._stages, work, "samples", batches)
 
-    def inputs(self, layer: int) -> BlockInputs:
-        """Inputs of all units of a layer, whose weights are still the original ones."""
+    def inputs(self, layer: int, with_slopes: bool = True) -> BlockInputs:
+        """Inputs of all units of a layer, whose weights are still the original ones.
+
+        Args:
+            layer: index of the layer.
+            with_slopes: whether slopes of activations are needed, too, if gradients are known.
+        """
         states = (self._hidden.at(layer, number) for number in range(len(self._parts)))
         batches = (CalibrationBatch(x, share, held) for x, (share, held) in zip(states, self._parts, strict=True))
-        with_slopes = self.gradients(layer) is not None
+        with_slopes = with_slopes and self.gradients(layer) is not None
         return BlockInputs(self._view, self._stages, layer, batches, self._work, with_slopes=with_slopes)
 
     def gradients(self, layer: int) -> Gradients | None:
         """Gradients at the output of a layer, if they were measured."""
-        return self._profile.gradients(layer, self._plan.mixture)
+        return self._profile.gradients(layer, self._mixture)
 
     def advance(self, layer: int, done: Mapping[str, QuantizedUnit], schemes: Mapping[str, Scheme]) -> None:
         """Move the hidden states past a layer that has been quantized."""
         with quantized(self._view, layer, done, schemes):
             self._hidden.advance(layer)
+
+    def advance_original(self, layer: int) -> None:
+        """Move the hidden states past a layer as it is."""
+        self._hidden.advance(layer)
 
     def forget(self, layer: int) -> None:
         """Remove the stored inputs of a layer that is done."""

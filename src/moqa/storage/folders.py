@@ -8,6 +8,8 @@ from pathlib import Path
 
 from moqa.errors import MoqaError
 
+# in a folder that was exported for another engine
+EXPORT = "moqa-export.json"
 # what may lie beside a result: its work folder, the result that it replaces, and a record that it is in place
 PARTIAL, REPLACED, PLACED = "partial", "replaced", "placed"
 
@@ -78,7 +80,9 @@ def check_free(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise MoqaError(f"{out} exists", "choose another -o, or give --overwrite")
-    if not out.is_dir() or not any((out / name).is_file() for name in ("moqa.json", "profile.json", "adjustment.json")):
+    if not out.is_dir() or not any(
+        (out / name).is_file() for name in ("moqa.json", "profile.json", "adjustment.json", EXPORT)
+    ):
         raise MoqaError(f"{out} exists and was not written by moqa", "--overwrite does not replace it")
 
 
