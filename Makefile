@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits trained-study scale-study adjust-study robustness results clean
+.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits engines-study trained-study scale-study adjust-study robustness results clean
 
 setup: $(VENV)/.ready
 
@@ -116,6 +116,12 @@ low-bits: .peers/llama.cpp/.ready .peers/auto_round/.ready
 # what training after quantization gains, and with the rounding in the loop; 8 bits in inputs and the cache: hours
 trained-study: demo $(VENV)/.bench
 	$(BIN)/python benchmarks/blockwise.py
+# what the ties of other engines cost, and llama.cpp's own mixes beside (compiles it once)
+engines-study: .peers/llama.cpp/.ready $(VENV)/.bench
+	$(BIN)/python benchmarks/engines_study.py
+
+# what training after quantization gains
+trained-study: setup
 	$(BIN)/python benchmarks/trained.py
 	$(BIN)/python recipes/cifar10.py -o runs/cifar10
 	$(BIN)/python benchmarks/qat_study.py

@@ -98,6 +98,31 @@ def system() -> str:
     return f"llama-cpp-python {llama_cpp.__version__}, {llama_cpp.llama_print_system_info().decode().strip(' |')}"
 
 
+def version() -> str:
+    """Version of the package."""
+    import llama_cpp
+
+    return str(llama_cpp.__version__)
+
+
+def logits(gguf: str, *tokens: int) -> list[float]:
+    """Logits after the last of some tokens, on one thread, with keys and values in 32 bits."""
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    model = llama_cpp.llama_model_load_from_file(gguf.encode(), llama_cpp.llama_model_default_params())
+    options = llama_cpp.llama_context_default_params()
+    options.n_ctx = options.n_batch = options.n_ubatch = len(tokens)
+    options.n_threads = options.n_threads_batch = 1
+    options.type_k = options.type_v = 0
+    context = llama_cpp.llama_init_from_model(model, options)
+    array = (llama_cpp.llama_token * len(tokens))(*tokens)
+    if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))):
+        raise RuntimeError(f"llama.cpp could not decode {len(tokens)} tokens")
+    words = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    return llama_cpp.llama_get_logits_ith(context, -1)[:words]
+
+
 def writer_of(file: str | Path, architecture: str, config: Any) -> Any:
     """Writer of a GGUF file without vocabulary, with what models of all kinds say of themselves."""
     from gguf import GGUFWriter

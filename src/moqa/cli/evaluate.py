@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @app.command()
 @logged
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_OUT", help="original model or checkpoint")],
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_OUT", help="model, checkpoint, or GGUF file")],
     data: options.Data,
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="original to measure divergence from")

@@ -9,18 +9,19 @@ from torch import nn
 
 from moqa.data import Data, Source, refuse_overlap
 from moqa.errors import MoqaError
+from moqa.evaluation.imported import folder_of
 from moqa.evaluation.measure import Quality, Reference, scores
 from moqa.format.adjustment import read_adjustment
 from moqa.format.cache import has_cache, open_cache
 from moqa.format.manifest import Fitted
 from moqa.format.reader import Checkpoint, is_checkpoint, open_checkpoint
 from moqa.integrations.lora import add_lora
+from moqa.models.gguf_reader import GgufReader
 from moqa.models.load import read_config
+from moqa.models.stored import is_imported, open_stored, stored_files
 from moqa.models.view import ModelView, open_model
-from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part
-from moqa.originals.hub import on_disk
 from moqa.planning.registry import STRATEGIES
 from moqa.progress import Report, quiet
 from moqa.runtime.load import load_packed
@@ -72,7 +73,8 @@ def evaluate(
     True
 
     Args:
-        model: folder of an original model or of a checkpoint, or a Hub id.
+        model: folder of an original model or of a checkpoint, or a Hub id; also of a model that another tool has
+            quantized (GPTQ, AWQ, compressed-tensors), or a GGUF file, which `against` belongs to.
         data: held-out texts, as distributions or name -> source; those that the checkpoint was fitted on are refused.
         against: the original to compare with; None compares an original with itself, and a checkpoint with the model
             that it was made from, if that still exists.
@@ -87,7 +89,27 @@ def evaluate(
     Raises:
         MoqaError: if something is missing or damaged, or a text overlaps those that the checkpoint was fitted on.
     """
-    folder = on_disk(model)
+    with folder_of(model, against) as folder:
+        return _evaluated(
+            folder, model, data, against=against, context=context, windows=windows, report=report, reference=reference,
+            kernels=kernels, adjustment=adjustment, lora=lora,
+        )  # fmt: skip
+
+
+def _evaluated(
+    folder: Path,
+    model: str | Path,
+    data: Data,
+    *,
+    against: str | Path | None,
+    context: int,
+    windows: int | None,
+    report: Report,
+    reference: Reference | None,
+    kernels: str,
+    adjustment: str | Path | None,
+    lora: str | Path | None,
+) -> Evaluation:
     packed = open_checkpoint(folder) if is_checkpoint(folder) else None
     adjusted = None if adjustment is None else read_adjustment(adjustment)
     if adjusted and not packed:
@@ -95,7 +117,8 @@ def evaluate(
     if lora is not None and not packed:
         raise MoqaError(f"{model} is not a checkpoint", f"a LoRA such as {lora} needs one")
     folder = folder if packed else original.locate(folder)
-    task = task_of(read_config(folder, packed=packed is not None))
+    config = read_config(folder, packed=packed is not None, imported=True)
+    task = task_of(config)
     reader = task.reader(folder)
     distributions = task.sources(data, reader)
     if not distributions:
@@ -107,14 +130,18 @@ def evaluate(
         _refuse_fitted(str(packed.folder), packed.manifest.fitted, distributions, cut)
     if adjusted:
         _refuse_fitted(str(adjusted.folder), adjusted.record.fitted, distributions, cut)
-    view = None if packed else open_model(folder)
+    view = None if packed else open_model(folder, imported=True)
+    foreign = packed is None and is_imported(folder)
+    if foreign and against is not None:
+        _check_same_words(model, config, against)
     module: Any = load_packed(packed, kernels=kernels) if packed else view.model  # type: ignore[union-attr]
     if lora is not None:
         add_lora(module, lora)
     if adjusted:
         module.apply(adjusted)
     if reference is None:
-        reference = _reference(model, against, packed, module, cut, report)
+        # what another tool has quantized says nothing of its original
+        reference = None if foreign and against is None else _reference(model, against, packed, module, cut, report)
     result = scores(module, cut, reference, report)
     size = _size_of_checkpoint(packed) if packed else _size_of_original(folder, view)
     name = str(against) if against is not None else (packed.manifest.model if packed else str(model))
@@ -178,6 +205,15 @@ def _reference(
     return Reference.of(open_model(folder).model, cut, report)
 
 
+def _check_same_words(model: str | Path, config: Any, against: str | Path) -> None:
+    theirs = read_config(original.locate(against))
+    if (config.model_type, config.vocab_size) != (theirs.model_type, theirs.vocab_size):
+        raise MoqaError(
+            f"--against {against} is a {theirs.model_type} of {theirs.vocab_size} tokens",
+            f"{model} is a {config.model_type} of {config.vocab_size}: give its original",
+        )
+
+
 def _size_of_checkpoint(packed: Checkpoint) -> dict:
     manifest = packed.manifest
     hedge = manifest.options.get("hedge")
@@ -195,10 +231,13 @@ def _size_of_checkpoint(packed: Checkpoint) -> dict:
 
 def _size_of_original(folder: Path, view: ModelView | None) -> dict:
     assert view is not None
-    size = sum(path.stat().st_size for path in original.weight_files(folder))
-    stored = OriginalReader(folder)
+    size = sum(path.stat().st_size for path in stored_files(folder))
+    _, stored = open_stored(folder, imported=True)
     units = sum(unit.weights for unit in view.units.values())
-    unit_bytes = size - sum(t.numel() * t.element_size() for t in view.kept_on_disk().values())
+    if isinstance(stored, GgufReader):
+        unit_bytes = stored.unit_bytes
+    else:
+        unit_bytes = size - sum(t.numel() * t.element_size() for t in view.kept_on_disk().values())
     # headers are counted as bytes of units: plain weights are known to have a whole number of bits
     bits = round(unit_bytes * 8 / units, 0 if stored.is_plain else 2)
     return {"bytes": size, "bits_per_weight": bits, "model_bits_per_weight": size * 8 / stored.values}

@@ -91,12 +91,22 @@ class Family:
             MoqaError: if it has none.
         """
         parts = ours.split(".")
-        if "experts" in parts and parts[parts.index("experts") + 1].isdigit():
+        if self.expert(ours) is not None:
             del parts[parts.index("experts") + 1]
         found = _names(self.architecture, layers).get_name(".".join(parts), try_suffixes=(".weight", ".bias"))
         if found is None:
             raise MoqaError(f"llama.cpp has no place for {ours} in its {self.architecture}", "it runs other models")
         return str(found)
+
+    def expert(self, ours: str) -> int | None:
+        """Which of a layer's experts a tensor belongs to; None if to none.
+
+        >>> find_family(view.model.config).expert("model.layers.0.mlp.experts.3.up_proj.weight")
+        3
+        """
+        _, _, after = ours.partition(".experts.")
+        number = after.split(".")[0]
+        return int(number) if number.isdigit() else None
 
     def ordered(self, name: str, rows: Tensor, config: "PretrainedConfig") -> Tensor:
         """Rows of a tensor in llama.cpp's order.

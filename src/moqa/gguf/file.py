@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moqa.format.encodings import GGML_TYPES
 from moqa.gguf.families import find_family
+from moqa.gguf.types import GGML_BLOCKS
 from moqa.gguf.vocabulary import write_vocabulary
-from moqa.models.load import read_config
 from moqa.storage.temporary import temporary_folder
+from moqa.tasks.configuration import read_configuration
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -34,7 +34,7 @@ class GgufTensor:
     Attributes:
         name: llama.cpp's.
         shape: as in torch.
-        kind: a name in `GGML_TYPES`, or the dtype of plain numbers.
+        kind: a name in `GGML_BLOCKS`, or the dtype of plain numbers.
     """
 
     name: str
@@ -47,7 +47,7 @@ class GgufTensor:
         rows, last = torch.Size(self.shape[:-1]).numel(), self.shape[-1]
         if isinstance(self.kind, torch.dtype):
             return rows * last * self.kind.itemsize
-        return rows * last // GGML_TYPES[self.kind].weights * GGML_TYPES[self.kind].bytes
+        return rows * last // GGML_BLOCKS[self.kind].weights * GGML_BLOCKS[self.kind].bytes
 
     @property
     def padded(self) -> int:
@@ -91,7 +91,7 @@ def _described(folder: Path, tensors: Iterable[GgufTensor]) -> "GGUFWriter":
     """A writer that knows everything but the data."""
     from gguf import GGUFWriter, LlamaFileType
 
-    config = read_config(folder)
+    config = read_configuration(folder)
     family = find_family(config)
     logging.getLogger("gguf").setLevel(logging.ERROR)
     writer = GGUFWriter(None, family.architecture)
@@ -102,7 +102,7 @@ def _described(folder: Path, tensors: Iterable[GgufTensor]) -> "GGUFWriter":
     family.write_settings(writer, config)
     write_vocabulary(writer, folder, config.vocab_size)
     for tensor in tensors:
-        number = PLAIN[tensor.kind] if isinstance(tensor.kind, torch.dtype) else GGML_TYPES[tensor.kind].number
+        number = PLAIN[tensor.kind] if isinstance(tensor.kind, torch.dtype) else GGML_BLOCKS[tensor.kind].number
         writer.add_tensor_info(tensor.name, tensor.shape, _no_dtype(), tensor.bytes, raw_dtype=_type(number))
     return writer
 

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+def load_original(folder: Path, dtype: torch.dtype, stored: OriginalReader | None = None) -> "PreTrainedModel":
     """Original model of a folder as transformers itself loads and runs it, to compare moqa with.
+
+    Args:
+        folder: of the model.
+        dtype: to compute in.
+        stored: reader of the folder, for one that another tool has quantized; None for an original.
 
     Raises:
         MoqaError: if it is not a causal language model, is quantized in a format that moqa does not read, or its
@@ -25,7 +30,8 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    config, stored = read_config(folder), OriginalReader(folder)
+    config = read_config(folder, imported=stored is not None)
+    stored = stored or OriginalReader(folder)
     auto = check_language_model(config, folder).auto_class(config)
     wrong = (ValueError, OSError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, StrictDataclassError)
     try:
@@ -53,12 +59,13 @@ def load_original(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     return model.eval().requires_grad_(False)
 
 
-def read_config(folder: Path, packed: bool = False) -> "PretrainedConfig":
+def read_config(folder: Path, packed: bool = False, imported: bool = False) -> "PretrainedConfig":
     """Configuration of a model folder that moqa can work on.
 
     Args:
         folder: of the model.
         packed: whether it is one of moqa's own checkpoints.
+        imported: whether models that another tool has quantized are read, too.
 
     Raises:
         MoqaError: if transformers cannot read it, it belongs to no task of `moqa.tasks`, or it is quantized in a format
@@ -72,7 +79,7 @@ def read_config(folder: Path, packed: bool = False) -> "PretrainedConfig":
         raise MoqaError(f"{folder} names its weights {named} (transformers_weights in config.json)", "rename the files")
     quantized = None if packed else getattr(config, "quantization_config", None)
     if quantized:
-        find_format(folder, quantized if isinstance(quantized, dict) else quantized.to_dict())
+        find_format(folder, quantized if isinstance(quantized, dict) else quantized.to_dict(), imported)
         # the reader returns plain weights
         del config.quantization_config
     return config
@@ -125,7 +132,7 @@ def difference(folder: Path, config: "PretrainedConfig") -> str | None:
         return None
     ties = model.all_tied_weights_keys
     wanted = _stored_shapes(model)
-    found = {name: list(entry["shape"]) for name, entry in OriginalReader(folder).headers.items()}
+    found = {name: list(entry["shape"]) for name, entry in OriginalReader(folder, imported=True).headers.items()}
     tied = {source for target, source in ties.items() if target in found}
     missing = sorted(wanted.keys() - found.keys() - tied)
     extra = sorted(name for name in found.keys() - wanted.keys() - ties.keys() if not is_mtp(config, name))

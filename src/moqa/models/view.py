@@ -33,9 +33,9 @@ from moqa.models.experts import (
     parameter_of,
 )
 from moqa.models.layerwise import largest_stream
-from moqa.models.load import read_config
 from moqa.models.loader import ENDS, BlockLoader
 from moqa.models.parts import LinearPart
+from moqa.models.stored import open_stored
 from moqa.models.units import Role, Unit
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
@@ -321,7 +321,9 @@ def _role(path: str, stacks: list[str]) -> Role:
     return "attention"
 
 
-def open_model(model: str | Path, dtype: torch.dtype = torch.float32, keep: bool = True) -> ModelView:
+def open_model(
+    model: str | Path, dtype: torch.dtype = torch.float32, keep: bool = True, imported: bool = False
+) -> ModelView:
     """Open a model folder or Hub id as a view of its blocks and units.
 
     >>> open_model("reference/model").model.config.model_type
@@ -332,6 +334,7 @@ def open_model(model: str | Path, dtype: torch.dtype = torch.float32, keep: bool
         dtype: dtype to compute in.
         keep: whether the whole model is read; else a block is read when it is used, its experts in the dtype in which
             they are stored, and freed when another block is used.
+        imported: whether models that another tool has quantized are read, too, see `open_stored`.
 
     Raises:
         MoqaError: if it is missing, corrupted, has NaN or infinite weights, or its tensors are not those of its
@@ -340,8 +343,7 @@ def open_model(model: str | Path, dtype: torch.dtype = torch.float32, keep: bool
     folder = original.locate(model)
     if (folder / "moqa.json").is_file():
         raise MoqaError(f"{model} is already a moqa checkpoint", "give the original model")
-    config = read_config(folder)
-    stored = OriginalReader(folder)
+    config, stored = open_stored(folder, imported)
     try:
         empty = empty_model(config, dtype)
     except Exception as error:  # transformers raises many kinds of errors for a wrong configuration

@@ -12,18 +12,29 @@ from torch import Tensor
 from moqa.errors import MoqaError
 from moqa.originals import folder as original
 from moqa.originals.blocks import Blocks, Part
+from moqa.originals.compressed import CompressedTensor, find_compressed
 from moqa.originals.file import File
 from moqa.originals.fp8 import find_fp8
+from moqa.originals.gptq import Awq, Gptq, find_awq, find_gptq
 from moqa.originals.mxfp4 import find_mxfp4
 from moqa.storage.files import read_object
 
 Find = Callable[[Path, Mapping[str, dict], Mapping[str, Any]], dict[str, Blocks]]
 # `quant_method` of config.json -> function that finds the tensors in this format
 FORMATS: dict[str, Find] = {"fp8": find_fp8, "mxfp4": find_mxfp4}
+# those of models that other tools have quantized: to be compared, not to be quantized again
+IMPORTED: dict[str, Find] = {"gptq": find_gptq, "awq": find_awq, "compressed-tensors": find_compressed}
+# a scale of 16 bits times an integer needs more than 16
+_EXACT_IN_32 = (Gptq, Awq, CompressedTensor)
 
 
-def find_format(folder: Path, options: Mapping[str, Any]) -> Find:
+def find_format(folder: Path, options: Mapping[str, Any], imported: bool = False) -> Find:
     """The reader of a format that `quantization_config` names.
+
+    Args:
+        folder: of the model, for messages.
+        options: `quantization_config`.
+        imported: whether models that another tool has quantized are read, too.
 
     >>> find_format(Path("model"), {"quant_method": "mxfp4"}).__name__
     'find_mxfp4'
@@ -32,17 +43,26 @@ def find_format(folder: Path, options: Mapping[str, Any]) -> Find:
         MoqaError: if moqa does not read this format.
     """
     method = str(options.get("quant_method", "unknown"))
+    if imported and method in IMPORTED:
+        return IMPORTED[method]
     if method not in FORMATS:
+        if imported:
+            known = ", ".join((*FORMATS, *IMPORTED))
+            raise MoqaError(f"{folder} is quantized in an unknown format ({method})", f"moqa reads {known}")
         formats = " or ".join(FORMATS)
         raise MoqaError(f"{folder} is already quantized ({method})", f"give the original: 16 or 32 bits, {formats}")
     return FORMATS[method]
 
 
 class OriginalReader:
-    """Tensors of a model folder; those in FP8 or MXFP4 appear as the plain tensors that they stand for.
+    """Tensors of a model folder; those that are stored otherwise appear as the plain tensors that they stand for.
 
     >>> OriginalReader(Path("reference/model")).headers["model.norm.weight"]["shape"]
     [256]
+
+    Args:
+        folder: of the model.
+        imported: whether models that another tool has quantized are read, too.
 
     Attributes:
         folder: of the model.
@@ -52,17 +72,21 @@ class OriginalReader:
         MoqaError: if a file is corrupted, moqa does not read the format, or blocks and scales do not fit each other.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, imported: bool = False) -> None:
         self.folder = folder
         self._raw = raw = original.headers(folder)
         self._files = {name: folder / entry["file"] for name, entry in raw.items()}
-        self._blocks = _find_blocks(folder, raw)
+        self._blocks = _find_blocks(folder, raw, imported)
         parts = {part for blocks in self._blocks.values() for part in blocks.parts}
         self.headers = {name: entry for name, entry in raw.items() if name not in parts}
         for name, blocks in self._blocks.items():
-            if name in self.headers:
+            # bytes of integers have the name of the plain tensor
+            if name in self.headers and name not in parts:
                 raise MoqaError(f"{folder} holds {name} twice", f"plain, and as {blocks.parts[0]}")
-            self.headers[name] = {"dtype": "BF16", "shape": list(blocks.shape)}
+            self.headers[name] = {
+                "dtype": "F32" if isinstance(blocks, _EXACT_IN_32) else "BF16",
+                "shape": list(blocks.shape),
+            }
 
     @property
     def is_plain(self) -> bool:
@@ -186,13 +210,13 @@ class _Joined:
         out.copy_(self[...])
 
 
-def _find_blocks(folder: Path, headers: Mapping[str, dict]) -> dict[str, Blocks]:
+def _find_blocks(folder: Path, headers: Mapping[str, dict], imported: bool) -> dict[str, Blocks]:
     options = read_object(folder / "config.json").get("quantization_config")
     if not options:
         return {}
     if not isinstance(options, dict):
         raise MoqaError(f"{folder} has a quantization_config of {options}", "it must be a JSON object")
-    found = find_format(folder, options)(folder, headers, options)
+    found = find_format(folder, options, imported)(folder, headers, options)
     if not found:
         method = options["quant_method"]
         raise MoqaError(f"{folder} has no tensor in {method}", "remove quantization_config from its config.json")

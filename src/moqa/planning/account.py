@@ -8,9 +8,9 @@ import torch
 from moqa.format.layout import Entry, entry_bytes, shards
 from moqa.format.scheme import Scheme
 from moqa.gguf.file import ALIGNMENT
-from moqa.gguf.layout import file_of
 from moqa.originals import folder as original
 from moqa.planning.engines import ENGINES, OWN
+from moqa.planning.gguf_layout import file_of
 from moqa.planning.record import Account
 from moqa.profiling import Profile
 

@@ -13,7 +13,8 @@ from moqa.format.reader import is_checkpoint, open_checkpoint
 from moqa.generation import Sampling, tokens
 from moqa.memory.process import used
 from moqa.models.load import load_original, read_config
-from moqa.originals.folder import check_finite, weight_files
+from moqa.models.stored import is_imported, open_stored, stored_files
+from moqa.originals.folder import check_finite
 from moqa.runtime.load import choose_kernels, load_packed
 from moqa.tasks import check_language_model
 
@@ -24,17 +25,19 @@ def measure(
     """Measure a model: the fields of `Speed` except the model's name."""
     torch.set_num_threads(threads)
     packed = is_checkpoint(folder)
-    check_language_model(read_config(folder, packed), folder)
+    check_language_model(read_config(folder, packed, imported=True), folder)
     # both checks read every byte into the page cache, so loading is measured without the disk
     if packed:
         files = [folder / name for name in open_checkpoint(folder).manifest.files]
         started = time.perf_counter()
         model = load_packed(open_checkpoint(folder), kernels=kernels)
     else:
-        files = weight_files(folder)
-        check_finite(folder)
+        files = stored_files(folder)
+        foreign = is_imported(folder)
+        if not foreign:
+            check_finite(folder)
         started = time.perf_counter()
-        model = load_original(folder, torch.bfloat16)
+        model = load_original(folder, torch.bfloat16, open_stored(folder, imported=True)[1] if foreign else None)
     loaded = time.perf_counter() - started
     prefill, decode = [], []
     random = torch.Generator().manual_seed(0)

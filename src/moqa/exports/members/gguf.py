@@ -14,11 +14,11 @@ from moqa.exports.sources import opened, planned
 from moqa.exports.work import file_of_work
 from moqa.format.scheme import Scheme
 from moqa.gguf import GgufFile, find_family
-from moqa.gguf.layout import file_of
 from moqa.methods.ggml import encode, encoders
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.planning import Plan
+from moqa.planning.gguf_layout import file_of
 from moqa.storage.resumable import ResumableRun
 from moqa.tasks.names import depth
 

@@ -1,0 +1,74 @@
+"""docs/results/engines.md from runs/engines/summary.json."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "engines.md"
+TEXT = """# Engines
+
+Made by `make engines-study` (`benchmarks/engines_study.py`) on the reference model. Bits are stored bits of all matrices
+of the layers; embedding and head keep 16 bits everywhere. Fitted on windows of wiki and novels, measured on held-out
+windows of these (known) and of python, math, german and french (novel): KL divergence from the original in nats, of the
+weights in the files.
+
+## What ties cost
+At the bytes of one of llama-quantize's own mixes each: default plans for moqa's own runtime (integers and trellis, by
+gptq), which differ in their ties alone, and plans for llama.cpp and vLLM with the schemes that these run.
+
+{ties}
+A plan with coarser ties is solved with them, and never a finer one rounded. In ggml's types `layer_projection` costs
+more than the ties alone: they are rounded without the feedback of errors that gptq has. The row of vLLM is of the exported
+folder; vLLM itself was not run.
+
+## llama.cpp
+llama-quantize's own mixes, with the importance matrix that moqa exports from the same windows (`--to imatrix`), and
+moqa's plans of at most their bytes in ggml's types. Logits: the largest difference between llama.cpp's own, after a
+prompt of 128 tokens, and those of the file's weights in 32 bits; llama.cpp also rounds activations to 8 bits. Speed:
+tokens per second of decoding on one thread, as one run had it.
+
+{llama}
+"""
+_ENGINES = {"unit": "moqa, `unit`", "expert": "moqa, `expert`", "layer_projection": "moqa, `layer_projection`",
+            "layer": "moqa, `layer`", "plan": "llama.cpp, `layer_projection`", "vllm": "vLLM, `layer`"}  # fmt: skip
+
+
+def write(rows: Sequence[dict]) -> None:
+    """Write the page."""
+    PAGE.write_text(TEXT.format(ties=_ties(rows), llama=_llama(rows)))
+
+
+def _by_setting(rows: Sequence[dict]) -> dict[tuple[str, str], dict]:
+    return {(row["setting"].split()[0], row["setting"].split()[-1]): row for row in rows}
+
+
+def _ties(rows: Sequence[dict]) -> str:
+    found = _by_setting(rows)
+    mixes = [mix for kind, mix in found if kind == "llama-quantize"]
+    heads = [f"{found['llama-quantize', mix]['bits_per_weight']:.2f} bits" for mix in mixes]
+    lines = [f"| engine, ties | {' | '.join(heads)} |", "|---|" + "---|" * len(mixes)]
+    for kind, title in _ENGINES.items():
+        cells = [_kl(found[kind, mix]) if (kind, mix) in found else "-" for mix in mixes]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _llama(rows: Sequence[dict]) -> str:
+    found = _by_setting(rows)
+    lines = ["| mix | bits, theirs | ours | KL known / novel, theirs | ours | less by | logits, theirs | ours | "
+             "tokens/s, theirs | ours |", "|---|" + "---:|" * 9]  # fmt: skip
+    for mix in [mix for kind, mix in found if kind == "llama-quantize"]:
+        theirs, ours = found["llama-quantize", mix], found.get(("plan", mix))
+        if ours is not None:
+            less = [1 - ours[key] / theirs[key] for key in ("kl_known", "kl_novel")]
+            pairs = [
+                *(f"{row['bits_per_weight']:.3f}" for row in (theirs, ours)), *(_kl(row) for row in (theirs, ours)),
+                " / ".join(f"{share:.0%}" for share in less),
+                *(f"{row['max_logit_difference']:.2f}" for row in (theirs, ours)),
+                *(f"{row['decode_tokens_per_second']:.0f}" for row in (theirs, ours)),
+            ]  # fmt: skip
+            lines.append(f"| {mix} | {' | '.join(pairs)} |")
+    return "\n".join(lines)
+
+
+def _kl(row: dict) -> str:
+    return f"{row['kl_known']:.4f} / {row['kl_novel']:.4f}"

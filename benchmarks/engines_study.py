@@ -1,0 +1,161 @@
+"""What each engine's ties cost: KL divergence at equal bytes on the reference model, and llama.cpp's own mixes beside.
+
+At the bytes of llama-quantize's own mixes, with the importance that moqa exports from the same windows: moqa's plans
+with ties unit, expert, layer_projection and layer in its own runtime; a plan for llama.cpp, exported and read again
+from the file; and, where 4 bits fit, a plan for vLLM from its exported folder. Files for llama.cpp are also opened by it:
+largest difference between its logits and those of the weights in the file, and tokens per second on one thread. Writes
+runs/engines/summary.json and docs/results/engines.md.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import mean
+
+import torch
+from demo import KNOWN, MODEL, NOVEL, ROOT, texts
+from engines_page import write
+from gguf_engine import alone, measure
+from low_bits_rows import CONTEXT, Model, profile_of, reference_of
+
+import moqa
+from moqa.data import cut_windows
+from moqa.models.stored import open_stored
+from moqa.models.view import open_model
+from moqa.planning import for_file
+from moqa.storage.artifact import write_sealed
+
+RUNS = ROOT / "runs" / "engines"
+SUMMARY = RUNS / "summary.json"
+QUANTIZE = ROOT / ".peers" / "llama.cpp" / "build" / "bin" / "llama-quantize"
+# 2.6, 3.4 and 4.5 bits per weight
+MIXES = ("IQ2_M", "Q3_K_S", "Q4_K_S")
+TIES = ("unit", "expert", "layer_projection", "layer")
+PROMPT = 128
+
+
+def main() -> None:
+    """Measure what is not measured yet, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, default=64, help="held-out windows of 256 tokens per text")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows per known text")
+    parser.add_argument("--quantize", type=Path, default=QUANTIZE, help="llama-quantize")
+    options = parser.parse_args()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    study = Study(Model("reference", MODEL, RUNS, options.samples, options.windows), options.quantize)
+    budgets = {}
+    for mix in MIXES:
+        theirs = study.row(f"llama-quantize {mix}", partial(study.mixed, mix))
+        budgets[mix] = f"{theirs['bits_per_weight']}bpw"
+        study.row(f"plan at {mix}", partial(study.llama, budgets[mix]))
+    study.row(f"vllm at {MIXES[-1]}", partial(study.vllm, budgets[MIXES[-1]]))
+    for mix, ties in product(reversed(MIXES), TIES):
+        study.row(f"{ties} at {mix}", partial(study.own, budgets[mix], ties))
+    write(study.rows())
+
+
+class Study:
+    """Measurements on one model."""
+
+    def __init__(self, model: Model, quantize: Path) -> None:
+        self._model, self._quantize, self._out = model, quantize, model.runs / "out"
+
+    def rows(self) -> list[dict]:
+        return json.loads(SUMMARY.read_text())["rows"] if SUMMARY.exists() else []
+
+    def row(self, setting: str, make: Callable[[], dict]) -> dict:
+        """The row of a setting, measured if it is not there."""
+        found = next((row for row in self.rows() if row["setting"] == setting), None)
+        if found is None:
+            found = {"setting": setting, "parallel": "1", "decode_tokens_per_second": None,
+                     "max_logit_difference": None} | make()  # fmt: skip
+            print(json.dumps(found), flush=True)
+            SUMMARY.write_text(json.dumps({"rows": [*self.rows(), found]}, indent=1) + "\n")
+            write(self.rows())
+        return found
+
+    @property
+    def profile(self) -> moqa.Profile:
+        return profile_of(self._model, 0)
+
+    def own(self, budget: str, ties: str) -> dict:
+        """moqa's own plan and runtime."""
+        plan = moqa.plan(self.profile, budget, ties=ties)
+        moqa.quantize(MODEL, plan, self._out, profile=self.profile, overwrite=True, restart=True)
+        sizes = {"bytes": plan.account.units, "bits_per_weight": plan.account.bits_per_weight}
+        named = {"engine": "moqa", "version": moqa.__version__, "format": "checkpoint", "ties": ties}
+        return named | sizes | self._quality(self._out)
+
+    def llama(self, budget: str) -> dict:
+        """A plan for llama.cpp."""
+        return self._in_llama_cpp(self._exported("llama", budget=budget), "moqa")
+
+    def mixed(self, kind: str) -> dict:
+        """llama.cpp's own mix of a file type."""
+        importance, plain = RUNS / "imatrix.gguf", RUNS / "plain.gguf"
+        if not importance.exists():
+            moqa.export(self.profile.folder, importance, to="imatrix")
+        if not plain.exists():
+            self._exported("plain", strategy="uniform", widths=(16,))
+        made = RUNS / "mixed.gguf"
+        command = [self._quantize, "--imatrix", importance, "--token-embedding-type", "bf16"]
+        command += ["--output-tensor-type", "bf16", plain, made, kind, "1"]
+        subprocess.run(command, check=True, capture_output=True)
+        return self._in_llama_cpp(made, "llama-quantize")
+
+    def vllm(self, budget: str) -> dict:
+        """A plan for vLLM, measured from the folder that it would load."""
+        plan = moqa.plan(self.profile, budget, engine="vllm")
+        moqa.quantize(MODEL, plan, self._out, profile=self.profile, overwrite=True, restart=True)
+        folder = RUNS / "vllm"
+        moqa.export(self._out, folder, to="compressed-tensors", overwrite=True)
+        sizes = {"bytes": plan.account.units, "bits_per_weight": plan.account.bits_per_weight}
+        named = {"engine": "vllm (file only)", "version": None, "format": "compressed-tensors", "ties": "layer"}
+        return named | sizes | self._quality(folder)
+
+    def _exported(self, name: str, **options: object) -> Path:
+        plan = moqa.plan(self.profile, engine="llama.cpp", **options)
+        path = RUNS / f"{name}.json"
+        write_sealed(for_file(plan, path), path)
+        moqa.export(path, RUNS / f"{name}.gguf", to="gguf", overwrite=True)
+        size = (RUNS / f"{name}.gguf").stat().st_size
+        if size != plan.account.checkpoint:
+            raise RuntimeError(f"{name} has {size} bytes, planned {plan.account.checkpoint}")
+        return RUNS / f"{name}.gguf"
+
+    def _in_llama_cpp(self, file: Path, maker: str) -> dict:
+        """Quality of the weights in a file, and how llama.cpp itself computes with them."""
+        beside = RUNS / "beside"
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(MODEL, beside, ignore=shutil.ignore_patterns("*.safetensors"))
+        (beside / file.name).symlink_to(file.resolve())
+        view = open_model(beside, imported=True)
+        (window,) = cut_windows(texts("test", KNOWN[:1])[0], view.task.reader(beside), PROMPT, 1, seed=0).inputs
+        with torch.no_grad():
+            ours = view.model(window[None]).logits[0, -1]
+        theirs = torch.tensor(alone("logits", str(file), *window.tolist()))
+        _, stored = open_stored(beside, imported=True)
+        size = stored.unit_bytes
+        return {
+            "engine": "llama.cpp", "version": alone("version"), "format": f"gguf of {maker}",
+            "ties": "layer_projection", "bytes": size,
+            "bits_per_weight": size * 8 / sum(unit.weights for unit in self.profile.record.units),
+            **self._quality(file), "max_logit_difference": float((theirs - ours).abs().max()),
+            "decode_tokens_per_second": measure(file, 1, PROMPT, 32, 3)["decode_tokens_per_second"],
+        }  # fmt: skip
+
+    def _quality(self, path: Path) -> dict:
+        found = moqa.evaluate(
+            path, texts("test", (*KNOWN, *NOVEL)), against=MODEL, context=CONTEXT, reference=reference_of(self._model)
+        ).distributions
+        return {f"kl_{kind}": mean(found[name].kl_divergence for name in names)
+                for kind, names in (("known", KNOWN), ("novel", NOVEL))}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

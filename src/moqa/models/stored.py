@@ -1,0 +1,57 @@
+"""Configuration and tensors of a model folder, of any format that moqa reads."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moqa.models.gguf_reader import GgufReader, gguf_file
+from moqa.models.load import read_config
+from moqa.originals import OriginalReader
+from moqa.originals.folder import weight_files
+from moqa.originals.reader import IMPORTED
+from moqa.storage.files import read_object
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def open_stored(folder: Path, imported: bool = False) -> tuple["PretrainedConfig", OriginalReader]:
+    """Configuration and reader of a model folder.
+
+    >>> config, stored = open_stored(Path("reference/model"))
+    >>> stored.is_plain
+    True
+
+    Args:
+        folder: of the model.
+        imported: whether models that another tool has quantized are read, too: GPTQ, AWQ and compressed-tensors, and a
+            GGUF file with the original's `config.json` and tokenizer beside it.
+
+    Raises:
+        MoqaError: see `read_config`, `OriginalReader` and `GgufReader`.
+    """
+    config = read_config(folder, imported=imported)
+    path = gguf_file(folder) if imported else None
+    return config, OriginalReader(folder, imported) if path is None else GgufReader(folder, path, config)
+
+
+def stored_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a model folder.
+
+    >>> stored_files(Path("reference/model"))
+    [PosixPath('reference/model/model.safetensors')]
+
+    Raises:
+        MoqaError: if there are none.
+    """
+    path = gguf_file(folder)
+    return weight_files(folder) if path is None else [path]
+
+
+def is_imported(folder: Path) -> bool:
+    """Whether another tool has quantized the model of a folder.
+
+    >>> is_imported(Path("reference/model"))
+    False
+    """
+    options = read_object(folder / "config.json").get("quantization_config")
+    return gguf_file(folder) is not None or (isinstance(options, dict) and options.get("quant_method") in IMPORTED)
