@@ -116,17 +116,15 @@ low-bits: .peers/llama.cpp/.ready .peers/auto_round/.ready
 # what training after quantization gains, and with the rounding in the loop; 8 bits in inputs and the cache: hours
 trained-study: demo $(VENV)/.bench
 	$(BIN)/python benchmarks/blockwise.py
-# what the ties of other engines cost, and llama.cpp's own mixes beside (compiles it once)
-engines-study: .peers/llama.cpp/.ready $(VENV)/.bench
-	$(BIN)/python benchmarks/engines_study.py
-
-# what training after quantization gains
-trained-study: setup
 	$(BIN)/python benchmarks/trained.py
 	$(BIN)/python recipes/cifar10.py -o runs/cifar10
 	$(BIN)/python benchmarks/qat_study.py
 	$(BIN)/python benchmarks/model_speed.py
 	$(BIN)/python benchmarks/cache_study.py
+
+# what the ties of other engines cost, and llama.cpp's own mixes beside (compiles it once)
+engines-study: .peers/llama.cpp/.ready $(VENV)/.bench
+	$(BIN)/python benchmarks/engines_study.py
 
 # a checkpoint of 14 GB is made first; 20 GB of disk, 40 minutes
 scale-study: setup
