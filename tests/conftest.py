@@ -22,6 +22,7 @@ from moqa.format.writer import write_manifest, write_shard
 from moqa.kernels import KERNELS, native
 from moqa.methods import METHODS
 from moqa.methods.grid import fit_grid
+from moqa.mixture import build_mixture
 from moqa.planning import plan
 from moqa.profiling import SELF, Profile, ProfileRecord, UnitRecord, profile
 from moqa.profiling.record import DistributionRecord, Settings
@@ -277,6 +278,25 @@ def made(tiny_model, texts, tmp_path_factory):
     for name in ("python", "novels"):
         adjust(out, [texts[name]], folder / name, samples=8, budget="30%")
     return out, [folder / "python", folder / "novels"]
+
+
+VARIANTS = """
+base: {known: [wiki], widths: [2], strategy: uniform, method: rtn}
+python: {adjustment: python, bytes: 30%, samples: 8}
+novels: {adjustment: novels, bytes: 30%, samples: 8}
+wide: {widths: [4], strategy: uniform, method: rtn}
+"""
+
+
+@pytest.fixture(scope="session")
+def mix(tiny_model, texts, tmp_path_factory):
+    """A mixture of two checkpoints and two adjustments; do not change it."""
+    folder = tmp_path_factory.mktemp("mixture")
+    (folder / "variants.yaml").write_text(VARIANTS)
+    return build_mixture(
+        tiny_model, list(texts.values()), folder / "mix", variants=folder / "variants.yaml", router="linear", samples=8,
+        profile_samples=4,
+    ).folder  # fmt: skip
 
 
 @pytest.fixture

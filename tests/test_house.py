@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "moqa"
 # top to bottom; a folder may import from itself and from what comes later
 FLOORS = [
-    "cli", "serve", "speed", "compression", "reports", "exports", "adjustment", "training", "qat", "evaluation",
-    "quantization", "planning", "profiling", "execution", "forecast", "methods", "calibration", "generation",
-    "integrations", "runtime", "kernels", "format", "models", "originals", "gguf", "tasks", "storage", "memory", "data",
+    "cli", "serve", "speed", "compression", "reports", "exports", "mixture", "adjustment", "training", "qat",
+    "evaluation", "quantization", "planning", "profiling", "execution", "forecast", "methods", "calibration",
+    "generation", "integrations", "runtime", "kernels", "gguf", "format", "models", "originals", "tasks", "storage",
+    "memory", "data",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
@@ -83,7 +84,7 @@ def test_few_positional_parameters():
 def _is_generated(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Whether nobody calls it with positions: a command's options are named, and Triton's compiler knows no others."""
     decorators = {ast.unparse(decorator).split("(")[0] for decorator in node.decorator_list}
-    return bool(decorators & {"app.command", "triton.jit"})
+    return bool(decorators & {"app.command", "group.command", "triton.jit"})
 
 
 def test_class_names_have_one_meaning():
@@ -127,6 +128,13 @@ def test_the_schema_in_the_docs_is_the_manifest():
 
     written = json.loads((ROOT / "docs" / "manifest.schema.json").read_text())
     assert written == Manifest.model_json_schema()
+
+
+def test_the_schema_of_mixtures_in_the_docs_is_their_record():
+    from moqa.mixture.record import MixtureRecord
+
+    written = json.loads((ROOT / "docs" / "mixture.schema.json").read_text())
+    assert written == MixtureRecord.model_json_schema()
 
 
 def test_every_command_has_its_page():

@@ -33,13 +33,16 @@ if TYPE_CHECKING:
     from moqa.execution import find_executor
     from moqa.exports import Exported, export
     from moqa.format.reader import open_checkpoint
-    from moqa.generation import Sampling, generate
+    from moqa.generation import Sampling
     from moqa.memory.limit import MemoryLimit
+    from moqa.mixture.build import BuiltMixture, build_mixture
+    from moqa.mixture.evaluate import MixtureEvaluation, evaluate_mixture
+    from moqa.mixture.generate import generate
+    from moqa.mixture.load import load
     from moqa.planning import Budget, MemoryBudget, Plan, memory_budget, plan, read_plan
     from moqa.profiling import Profile, profile, read_profile
     from moqa.quantization import quantize
     from moqa.reports import report
-    from moqa.runtime.load import load
     from moqa.speed import Speed, bench
     from moqa.training import Recovered, recover
 
@@ -47,9 +50,11 @@ if TYPE_CHECKING:
 
 __all__ = [  # noqa: RUF022  (functions first, in the order of the work)
     "compress", "profile", "plan", "quantize", "recover", "evaluate", "report", "export", "load", "generate", "adjust",
-    "bench", "memory_budget", "read_plan", "read_profile", "open_checkpoint", "find_executor",
-    "Adjusted", "Budget", "CompressOptions", "CompressResult", "Distribution", "Evaluation", "Exported", "MemoryBudget",
-    "MemoryLimit", "MoqaError", "Plan", "Profile", "Recovered", "Sampling", "Speed",
+    "build_mixture", "evaluate_mixture", "bench", "memory_budget", "read_plan", "read_profile", "open_checkpoint",
+    "find_executor",
+    "Adjusted", "Budget", "BuiltMixture", "CompressOptions", "CompressResult", "Distribution", "Evaluation", "Exported",
+    "MemoryBudget", "MemoryLimit", "MixtureEvaluation", "MoqaError", "Plan", "Profile", "Recovered", "Sampling",
+    "Speed",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:

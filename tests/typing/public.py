@@ -49,6 +49,10 @@ model, tokenizer = moqa.load("out")
 for piece in moqa.generate(model, tokenizer, "The", moqa.Sampling(max_tokens=8)):
     reveal_type(piece)  # moqa.generation.run.Piece
 reveal_type(moqa.adjust("out", {"german": "german.txt"}, "german"))  # moqa.adjustment.run.Adjusted
+mixture = moqa.build_mixture("model", [texts], "mix", budget="3bpw")
+reveal_type(mixture)  # moqa.mixture.build.BuiltMixture
+built: moqa.BuiltMixture = mixture
+measured: moqa.MixtureEvaluation = moqa.evaluate_mixture("mix", [texts])
 reveal_type(moqa.bench("out"))  # moqa.speed.run.Speed
 reveal_type(moqa.open_checkpoint("out"))  # moqa.format.reader.Checkpoint
 records: tuple[type[moqa.Adjusted], type[moqa.Evaluation], type[moqa.Speed]]

@@ -81,7 +81,7 @@ def check_free(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise MoqaError(f"{out} exists", "choose another -o, or give --overwrite")
     if not out.is_dir() or not any(
-        (out / name).is_file() for name in ("moqa.json", "profile.json", "adjustment.json", EXPORT)
+        (out / name).is_file() for name in ("moqa.json", "profile.json", "adjustment.json", "mixture.json", EXPORT)
     ):
         raise MoqaError(f"{out} exists and was not written by moqa", "--overwrite does not replace it")
 

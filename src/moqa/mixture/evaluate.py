@@ -1,0 +1,233 @@
+"""`moqa.evaluate` of a mixture: what its router gets out of it, beside every variant, chance and the best choice."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from moqa.data import Data, Distribution, Windows, as_text, cut_windows, refuse_overlap
+from moqa.errors import MoqaError
+from moqa.evaluation.measure import Reference
+from moqa.evaluation.run import DEFAULT_WINDOWS
+from moqa.format.adjustment import read_adjustment
+from moqa.format.manifest import Fitted
+from moqa.format.reader import read_checkpoint
+from moqa.mixture.load import Mixture, open_mixture
+from moqa.mixture.measure import TokenLosses, token_losses
+from moqa.mixture.record import MixtureRecord
+from moqa.models.load import read_config
+from moqa.models.view import open_model
+from moqa.originals import folder as original
+from moqa.originals.fingerprint import differing_part
+from moqa.progress import Report, quiet
+from moqa.storage.paths import found
+from moqa.tasks import task_of
+
+Kind = Literal["variant", "best-single", "uniform-routing", "router", "oracle"]
+DEFAULT_PROMPT, CONTEXT = 64, 256
+
+
+class MixtureQuality(BaseModel, frozen=True):
+    """Quality of one way to answer, on the continuations of one distribution's prompts."""
+
+    kl_divergence: float = Field(description="mean of KL(original || answer) per token, nats")
+    interval: float = Field(description="half of the 95 % interval of that mean, over prompts")
+    perplexity: float
+    top1_agreement: float = Field(description="share of tokens where both rank the same token first")
+
+
+class MixtureRow(BaseModel, frozen=True):
+    """One way to answer prompts: a variant, or a way to choose among them."""
+
+    kind: Kind
+    name: str
+    distributions: dict[str, MixtureQuality]
+
+
+class MixtureEvaluation(BaseModel, frozen=True):
+    """The output of `moqa evaluate --json` for a mixture."""
+
+    mixture: str = Field(description="as the user gave it")
+    against: str = Field(description="the original")
+    bytes_total: int
+    bytes_resident: int
+    context: int
+    prompt: int = Field(description="tokens that the router sees of each window; those after it are scored")
+    prompts: dict[str, int] = Field(description="by distribution")
+    usage: dict[str, dict[str, float]] = Field(description="by distribution: share of its prompts that a variant gets")
+    confidence: dict[str, float] = Field(description="by distribution: mean confidence of the router")
+    rows: tuple[MixtureRow, ...]
+
+    def row(self, kind: Kind, name: str | None = None) -> MixtureRow:
+        """The row of a kind, and of a name if it has several."""
+        return next(row for row in self.rows if row.kind == kind and name in (None, row.name))
+
+    def mean(self, kind: Kind, name: str | None = None) -> float:
+        """Mean KL divergence over the distributions."""
+        values = [quality.kl_divergence for quality in self.row(kind, name).distributions.values()]
+        return sum(values) / len(values)
+
+    @property
+    def recovered(self) -> float | None:
+        """Share of what the best choice gains over the best single variant that the router gains; None if nothing."""
+        gain = self.mean("best-single") - self.mean("oracle")
+        return (self.mean("best-single") - self.mean("router")) / gain if gain > 0 else None
+
+
+def evaluate_mixture(
+    mixture: str | Path,
+    data: Data,
+    *,
+    against: str | Path | None = None,
+    prompt: int = DEFAULT_PROMPT,
+    windows: int | None = DEFAULT_WINDOWS,
+    report: Report = quiet,
+    kernels: str = "reference",
+) -> MixtureEvaluation:
+    """Measure a mixture on held-out text: the router sees the beginning of each window, and what follows is scored.
+
+    >>> found = evaluate_mixture("runs/mix", {"wiki": "wiki.test.txt"}, windows=8)  # doctest: +SKIP
+    >>> found.mean("router") <= found.mean("uniform-routing")  # doctest: +SKIP
+    True
+
+    Args:
+        mixture: its folder.
+        data: held-out texts; those that a variant or the router was fitted on are refused.
+        against: the original; None means where the mixture was made from.
+        prompt: tokens of each window that are the prompt.
+        windows: per distribution; None for all.
+        report: called with the progress.
+        kernels: that checkpoints compute with.
+
+    Raises:
+        MoqaError: if something is missing or damaged, or a text overlaps what was fitted on.
+    """
+    loaded = open_mixture(mixture, kernels=kernels)
+    folder, record = loaded.folder, loaded.record
+    if not 0 < prompt < CONTEXT - 1:
+        raise MoqaError(f"--prompt {prompt} leaves nothing to read or to score", f"give 1 to {CONTEXT - 2}")
+    first = folder / record.router.base
+    task = task_of(read_config(first, packed=True))
+    reader = task.reader(first)
+    texts = [as_text(source) for source in task.sources(data, reader)]
+    if not texts:
+        raise MoqaError("no distribution to evaluate on", "give at least one --data NAME=FILE")
+    cut = [cut_windows(text, reader, CONTEXT, windows) for text in texts]
+    _refuse_fitted(folder, record, texts, cut)
+    reference, wanted = _reference(folder, record, against, cut, report)
+    losses = {name: token_losses(loaded.use(name), cut, reference, report) for name in record.router.choices}
+    return summarized(loaded, str(mixture), wanted, cut, losses, prompt)
+
+
+def summarized(
+    loaded: Mixture, name: str, against: str, cut: Sequence[Windows], losses: dict[str, dict[str, TokenLosses]],
+    prompt: int,
+) -> MixtureEvaluation:  # fmt: skip
+    """The evaluation that follows from the losses of every choice on some windows.
+
+    Args:
+        loaded: the mixture.
+        name: as the user gave it.
+        against: the original.
+        cut: windows of each distribution.
+        losses: choice -> distribution -> losses of its tokens.
+        prompt: tokens of each window that are the prompt.
+    """
+    record = loaded.record
+    choices, after = list(record.router.choices), slice(prompt - 1, None)
+    routes = {window.name: [loaded.choose(ids[:prompt].tolist()) for ids in window.inputs] for window in cut}
+    tables = {
+        window.name: {
+            kind: torch.stack([getattr(losses[c][window.name], kind)[:, after].float().mean(1) for c in choices])
+            for kind in ("divergence", "likelihood", "right")
+        }
+        for window in cut
+    }
+    mean = torch.stack([table["divergence"].mean(1) for table in tables.values()]).mean(0)
+    single = int(mean.argmin())
+
+    def rows() -> Iterator[MixtureRow]:
+        for index, choice in enumerate(choices):
+            picks = {n: torch.full(t["divergence"].shape[1:], index) for n, t in tables.items()}
+            yield _row("variant", choice, tables, picks)
+            if index == single:
+                yield _row("best-single", choice, tables, picks)
+        yield MixtureRow(
+            kind="uniform-routing", name="any",
+            distributions={n: _quality(*(t[kind].mean(0) for kind in t)) for n, t in tables.items()},
+        )  # fmt: skip
+        picks = {n: torch.tensor([choices.index(route.variant) for route in found]) for n, found in routes.items()}
+        yield _row("router", record.router.kind, tables, picks)
+        yield _row("oracle", "best of each prompt", tables, {n: t["divergence"].argmin(0) for n, t in tables.items()})
+
+    return MixtureEvaluation(
+        mixture=name, against=against, bytes_total=record.account.total, bytes_resident=record.account.resident,
+        context=CONTEXT, prompt=prompt, prompts={window.name: len(window.inputs) for window in cut},
+        usage={
+            n: {c: sum(route.variant == c for route in found) / len(found) for c in choices}
+            for n, found in routes.items()
+        },
+        confidence={n: sum(route.confidence or 0.0 for route in found) / len(found) for n, found in routes.items()},
+        rows=tuple(rows()),
+    )  # fmt: skip
+
+
+def _row(kind: Kind, name: str, tables: dict[str, dict[str, Tensor]], picks: dict[str, Tensor]) -> MixtureRow:
+    return MixtureRow(
+        kind=kind, name=name,
+        distributions={
+            n: _quality(*(values.gather(0, picks[n][None])[0] for values in table.values()))
+            for n, table in tables.items()
+        },
+    )  # fmt: skip
+
+
+def _quality(divergence: Tensor, likelihood: Tensor, right: Tensor) -> MixtureQuality:
+    """From [prompts] means over continuations."""
+    spread = float(divergence.std()) if len(divergence) > 1 else 0.0
+    return MixtureQuality(
+        kl_divergence=_rounded(float(divergence.mean())), interval=_rounded(1.96 * spread / len(divergence) ** 0.5),
+        perplexity=_rounded(float(likelihood.mean().exp())), top1_agreement=_rounded(float(right.mean())),
+    )  # fmt: skip
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.7g}")
+
+
+def fitted_texts(folder: Path, record: MixtureRecord) -> dict[str, dict[str, Fitted]]:
+    """Texts that each variant, and the router, was fitted on."""
+    fitted = {"router": dict(record.router.fitted)}
+    for name, variant in record.variants.items():
+        fitted[name] = dict(
+            read_adjustment(folder / name).record.fitted
+            if variant.of
+            else read_checkpoint(folder / name).manifest.fitted
+        )
+    return fitted
+
+
+def _refuse_fitted(folder: Path, record: MixtureRecord, texts: Sequence[Distribution], cut: Sequence[Windows]) -> None:
+    for what, fitted in fitted_texts(folder, record).items():
+        for text, windows in zip(texts, cut, strict=True):
+            same = [name for name, one in fitted.items() if one.digest == text.digest]
+            if same:
+                raise MoqaError(
+                    f"{text.name}={text.origin} is the text that {folder}, {what}, was fitted on ({same[0]})",
+                    "evaluate on held-out text",
+                )
+            refuse_overlap(windows.name, windows.hashes, {name: one.hashes() for name, one in fitted.items()})
+
+
+def _reference(
+    folder: Path, record: MixtureRecord, against: str | Path | None, cut: list[Windows], report: Report
+) -> tuple[Reference, str]:
+    wanted = str(against) if against is not None else found(record.model, folder)
+    where = original.locate(wanted)
+    other = differing_part(where, record.fingerprint)
+    if other:
+        raise MoqaError(f"--against {wanted} is not the model that {folder} was made from", f"it has other {other}")
+    return Reference.of(open_model(where).model, list(cut), report), wanted

@@ -1,0 +1,96 @@
+"""What a router reads of texts: embedding rows, or the experts that tokens are routed to."""
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from moqa.data import Windows
+from moqa.errors import MoqaError
+from moqa.evaluation.measure import final_hidden
+from moqa.mixture.router import LONGEST, Reads
+from moqa.models.experts import ExpertRun, observed
+from moqa.progress import quiet
+from moqa.runtime.packed import PackedExperts
+from moqa.runtime.routing import uncounted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def read(model: "PreTrainedModel", ids: Tensor, what: Reads) -> Tensor:
+    """[texts, tokens, features] what a router reads of each token, float32.
+
+    >>> read(model, torch.tensor([[599, 3523, 298]]), "routing").shape  # 6 layers of 16 experts
+    torch.Size([1, 3, 96])
+
+    The embedding is stored unquantized, so its rows are the original's; the routing is that of the variant in use.
+
+    Args:
+        model: a checkpoint.
+        ids: [texts, tokens] int64.
+        what: of each token.
+
+    Raises:
+        MoqaError: if the routing is asked for, and the model has no routed experts.
+    """
+    return _rows(model, ids) if what == "rows" else _routing(model, ids)
+
+
+def prompt_end(ids: "list[int] | Tensor") -> Tensor:
+    """[1, tokens] the end of a prompt, which is what routers read.
+
+    >>> prompt_end([599, 3523]).shape
+    torch.Size([1, 2])
+
+    Raises:
+        MoqaError: if there is no token.
+    """
+    if not len(ids):
+        raise MoqaError("the prompt has no tokens", "a router needs at least one")
+    return torch.as_tensor(ids, dtype=torch.int64)[None, -LONGEST:]
+
+
+def _rows(model: "PreTrainedModel", ids: Tensor) -> Tensor:
+    table = model.get_input_embeddings()
+    assert table is not None
+    rows: Tensor = table(ids.to(model.device))
+    return rows.float().cpu()
+
+
+def _routing(model: "PreTrainedModel", ids: Tensor) -> Tensor:
+    experts = [m for m in model.modules() if isinstance(getattr(m, "moqa_weights", None), PackedExperts)]
+    if not experts:
+        raise MoqaError("--router histogram needs a model with routed experts", "choose encoder or linear")
+    seen = [_TokenRoutes() for _ in experts]
+    with ExitStack() as stack, uncounted(model):
+        for module, routes in zip(experts, seen, strict=True):
+            stack.enter_context(observed(cast(Any, module), routes))
+        final_hidden(model, [Windows("prompts", ids.to(model.device), 0, np.zeros(0, np.uint64))], quiet)
+    counts = [cast(PackedExperts, module.moqa_weights).count for module in experts]
+    shares = [routes.shares(count, ids.shape) for routes, count in zip(seen, counts, strict=True)]
+    return torch.cat(shares, -1)
+
+
+class _TokenRoutes:
+    """The experts of every token of one block; see `ExpertsObserver`."""
+
+    def __init__(self) -> None:
+        self._seen: list[Tensor] = []
+
+    def routed(self, index: Tensor, weights: Tensor) -> None:  # noqa: ARG002
+        self._seen.append(index.detach().cpu())
+
+    def expert(self, run: ExpertRun) -> None:
+        """Only the choice matters here."""
+
+    def shares(self, experts: int, shape: torch.Size) -> Tensor:
+        """[texts, tokens, experts] 1 / k for each of a token's k experts."""
+        index = torch.cat(self._seen)
+        # an index past the last expert stands for none
+        found = one_hot(index, experts + 1).sum(1)[:, :experts].float() / index.shape[1]
+        return found.reshape(*shape, experts)
