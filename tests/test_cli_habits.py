@@ -213,7 +213,7 @@ class TestAdjustment:
             used.append(model.adjustments.current)
             raise moqa.MoqaError("that is enough")
 
-        monkeypatch.setattr("moqa.generation.generate", answer)
+        monkeypatch.setattr("moqa.mixture.generate.with_model", answer)
         monkeypatch.setattr("moqa.generation.Chat", answer)
         for option in ([], ["--adjustment", adjusted[1]]):
             code, _, err = moqa_command(command[0], adjusted[0], *command[1:], *option)

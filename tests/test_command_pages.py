@@ -10,14 +10,18 @@ import typer
 from moqa.cli.main import application
 
 PAGES = Path(__file__).parents[1] / "docs" / "commands"
-COMMANDS = typer.main.get_command(application()).commands
+ROOT = typer.main.get_command(application())
+COMMANDS = dict(ROOT.commands)
+# options of `moqa mixture` are those of its one command
+COMMANDS["mixture"] = COMMANDS["mixture"].commands["build"]
 TABLE = re.compile(r"\| option \| meaning \| default \|\n(?:\|.*\n)+")
 
 
 def options(name: str) -> str:
     """A command's options as a table, from what --help prints about each."""
     command = COMMANDS[name]
-    command.get_help(click.Context(command))  # fills in what comes from the library
+    # fills in what comes from the library
+    command.get_help(click.Context(command, parent=click.Context(ROOT.commands[name], parent=click.Context(ROOT))))
     lines = ["| option | meaning | default |", "|---|---|---|"]
     for param in command.params:
         if param.param_type_name == "option":

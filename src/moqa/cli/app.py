@@ -33,11 +33,9 @@ class Command(TyperCommand):
             with formatter.section("Formats"):
                 formatter.write_dl(list(FORMATS.items()))
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the examples, whose lines can be copied as they are."""
-        with formatter.section("Examples"):
-            for line in EXAMPLES[str(self.name)]:
-                formatter.write(f"  {line}\n")
+        _write_examples(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; after Ctrl-C, say what is kept."""
@@ -56,6 +54,14 @@ class Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """See `typer.core.TyperGroup.list_commands`."""
         return sorted(super().list_commands(ctx), key=list(EXAMPLES).index)
+
+
+class CommandGroup(TyperGroup):
+    """A command that has commands of its own; its examples are theirs."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """See `Command.format_epilog`."""
+        _write_examples(ctx, formatter)
 
 
 class App(typer.Typer):
@@ -84,6 +90,14 @@ def moqa(
     ] = False,
 ) -> None:
     """Give precision to the parts of a Mixture-of-Experts model that the data needs."""
+
+
+def _write_examples(ctx: Any, formatter: Any) -> None:
+    while ctx.parent is not None and ctx.parent.parent is not None:
+        ctx = ctx.parent
+    with formatter.section("Examples"):
+        for line in EXAMPLES[str(ctx.command.name)]:
+            formatter.write(f"  {line}\n")
 
 
 def _help_of(option: str) -> str | None:

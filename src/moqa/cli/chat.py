@@ -30,7 +30,8 @@ def chat(
     kv_bits: options.KvBits = None,
 ) -> None:
     """Talk with a checkpoint on a terminal, or line by line from stdin."""
-    from moqa.generation import Chat, load_any
+    from moqa.generation import Chat
+    from moqa.mixture.load import load_any
 
     sampling = sampling_of(max_tokens, temperature, top_p, top_k, stop, seed)
     use_threads(threads)

@@ -7,7 +7,9 @@ import typer
 from moqa.cli import options
 from moqa.cli.app import app
 from moqa.cli.common import mib, print_table, say, write_result
+from moqa.cli.mixture import print_mixture_evaluation
 from moqa.cli.progress import LogOption, logged, progress
+from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
     from moqa.evaluation import Evaluation
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 @app.command()
 @logged
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_OUT", help="model, checkpoint, or GGUF file")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_OUT", help="original model, checkpoint, mixture, or GGUF file")
+    ],
     data: options.Data,
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="original to measure divergence from")
@@ -26,6 +30,10 @@ def evaluate(
     kernels: Annotated[
         str, typer.Option("--kernels", help="kernels for a checkpoint: reference, native or auto")
     ] = "reference",
+    prompt: Annotated[
+        int | None,
+        typer.Option("--prompt", min=1, help="of a mixture: tokens of a window that the router sees [default: 64]"),
+    ] = None,
     adjustment: options.Adjustment = None,
     lora: options.Lora = None,
     json: options.Json = None,
@@ -33,7 +41,23 @@ def evaluate(
 ) -> None:
     """Measure perplexity, bits per byte, KL divergence and top-1 agreement of the files on disk."""
     from moqa.evaluation import evaluate as run
+    from moqa.mixture.evaluate import DEFAULT_PROMPT, evaluate_mixture
+    from moqa.mixture.record import is_mixture
 
+    if is_mixture(model):
+        given = {"--context": context != 256, "--adjustment": adjustment is not None, "--lora": lora is not None}
+        for option in (name for name, typed in given.items() if typed):
+            raise MoqaError(f"{model} is a mixture, which takes no {option}", "leave it out")
+        with progress(log_json) as report:
+            measured = evaluate_mixture(
+                model, data, against=against, prompt=prompt or DEFAULT_PROMPT, windows=windows or None, report=report,
+                kernels=kernels,
+            )  # fmt: skip
+        print_mixture_evaluation(measured)
+        write_result(measured, json)
+        return
+    if prompt is not None:
+        raise MoqaError(f"--prompt {prompt} is of mixtures", f"{model} is none")
     with progress(log_json) as report:
         result = run(
             model,

@@ -22,6 +22,10 @@ EXAMPLES = {
     "inspect": ("moqa inspect OUT",),
     "verify": ("moqa verify OUT",),
     "adjust": ("moqa adjust OUT --data german=german.txt -o ADJ",),
+    "mixture": (
+        "moqa mixture build MODEL --budget 3bpw --data wiki=wiki.txt --data code=code.txt -o MIX",
+        "moqa mixture build MODEL --variants variants.yaml --data wiki=wiki.txt --data code=code.txt -o MIX",
+    ),
     "generate": ("moqa generate OUT 'Once upon a time' --max-tokens 64",),
     "chat": ("moqa chat OUT --adjustment ADJ",),
     "serve": ("moqa serve OUT --port 8000",),

@@ -26,26 +26,33 @@ def generate(
     stop: options.Stop = None,
     seed: options.SamplingSeed = 0,
     adjustment: options.Adjustment = None,
+    variant: Annotated[
+        str | None, typer.Option("--variant", metavar="NAME", help="of a mixture [default: the router's choice]")
+    ] = None,
     threads: options.Threads = None,
     lora: options.Lora = None,
     kv_bits: options.KvBits = None,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object with text, counts and times")] = False,
 ) -> None:
     """Continue a text with a checkpoint; it is printed while it is written."""
-    from moqa.generation import generate as run
-    from moqa.generation import load_any
+    from moqa.generation import encode
+    from moqa.mixture.generate import continued, route_of
+    from moqa.mixture.load import load_any
 
     sampling = sampling_of(max_tokens, temperature, top_p, top_k, stop, seed)
     text = _stdin() if prompt == "-" else prompt
     use_threads(threads)
     model, tokenizer = load_any(out, adjustment, lora, kv_bits)
+    ids = encode(tokenizer, text)
+    route = route_of(model, ids, variant)
     written = []
-    for piece in run(model, tokenizer, text, sampling):
+    for piece in continued(model, tokenizer, ids, sampling, route):
         written.append(piece.text)
         if not json:
             print(shown(piece.text), end="", flush=True)
     assert piece.finish is not None
-    print(codec.dumps({"text": "".join(written), **piece.finish.model_dump()}) if json else "")
+    about = {} if route is None else {"variant": route.variant, "confidence": route.confidence}
+    print(codec.dumps({"text": "".join(written), **piece.finish.model_dump(), **about}) if json else "")
 
 
 def sampling_of(

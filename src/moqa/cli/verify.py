@@ -1,4 +1,4 @@
-"""`moqa verify`: check that a checkpoint is complete and as it was written."""
+"""`moqa verify`: check that a checkpoint or a mixture is complete and as it was written."""
 
 from typing import Annotated
 
@@ -9,15 +9,16 @@ from moqa.cli.common import say
 
 
 @app.command()
-def verify(out: Annotated[str, typer.Argument(metavar="OUT", help="folder or Hub id of a checkpoint")]) -> None:
+def verify(out: Annotated[str, typer.Argument(metavar="OUT", help="checkpoint (folder or Hub id) or mixture")]) -> None:
     """Check every byte of a checkpoint that loading uses; exit 0 if it is sound, 2 with a line for each fault."""
+    from moqa.mixture.record import is_mixture
     from moqa.runtime.verify import verify as run
 
+    if is_mixture(out):
+        _verify_mixture(out)
+        return
     found = run(out)
-    for fault in found.faults:
-        say(f"moqa: {fault}", err=True)
-    if found.faults:
-        raise typer.Exit(2)
+    _print_faults(found.faults)
     checkpoint, manifest = found.checkpoint, found.checkpoint.manifest
     say(
         f"{out}: sound, {len(manifest.files)} files, {checkpoint.bytes} bytes, {len(manifest.units)} units "
@@ -26,3 +27,21 @@ def verify(out: Annotated[str, typer.Argument(metavar="OUT", help="folder or Hub
     say(f"covered: {', '.join(found.covered)}")
     if found.uncovered:
         say(f"not covered, because this checkpoint was made by an older moqa: {', '.join(found.uncovered)}")
+
+
+def _verify_mixture(out: str) -> None:
+    from moqa.mixture.verify import verify_mixture
+
+    record, faults = verify_mixture(out)
+    _print_faults(faults)
+    say(
+        f"{out}: sound, {len(record.variants)} variants ({', '.join(record.variants)}) and their router, "
+        f"{record.account.total} bytes"
+    )
+
+
+def _print_faults(faults: list[str]) -> None:
+    for fault in faults:
+        say(f"moqa: {fault}", err=True)
+    if faults:
+        raise typer.Exit(2)

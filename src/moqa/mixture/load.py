@@ -18,6 +18,7 @@ from moqa.mixture.features import prompt_end, read
 from moqa.mixture.record import ROUTER, MixtureRecord, check_router, is_mixture, read_mixture
 from moqa.mixture.router import Router, restored
 from moqa.registry import check_known
+from moqa.runtime.growing import round_cache
 from moqa.runtime.load import load as load_checkpoint
 from moqa.runtime.load import load_packed
 from moqa.tasks import task_of
@@ -83,6 +84,11 @@ class Mixture:
         self._written = {name: _stamps(folder / name) for name in record.variants}
         self._awake: set[str] = set()  # checkpoints that were used since they rested
         self.current = record.default
+
+    @property
+    def models(self) -> "list[PreTrainedModel]":
+        """Those of all checkpoints."""
+        return list(self._models.values())
 
     @property
     def names(self) -> list[str]:
@@ -214,7 +220,7 @@ def load(folder: str | Path, **options: Any) -> "tuple[PreTrainedModel, Any]":
 
 
 def load_any(
-    model: str | Path, adjustment: str | Path | None = None, lora: str | Path | None = None
+    model: str | Path, adjustment: str | Path | None = None, lora: str | Path | None = None, kv_bits: int | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a mixture, a checkpoint or an original model that writes text; see `moqa.generation.load_any`.
 
@@ -224,11 +230,15 @@ def load_any(
         MoqaError: as there, or if a mixture is to compute with an adjustment or a LoRA.
     """
     if not is_mixture(model):
-        return load_one(model, adjustment, lora)
+        return load_one(model, adjustment, lora, kv_bits)
     for what, given in (("an adjustment", adjustment), ("a LoRA", lora)):
         if given is not None:
             raise MoqaError(f"{model} is a mixture", f"{what} such as {given} needs a checkpoint")
-    return load(model)
+    loaded, tokenizer = load(model)
+    mixture: Any = loaded.mixture
+    for one in mixture.models:
+        round_cache(one, kv_bits)
+    return loaded, tokenizer
 
 
 def open_mixture(folder: str | Path, *, verify: bool = True, **options: Any) -> Mixture:

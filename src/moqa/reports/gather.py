@@ -15,6 +15,8 @@ from moqa.format import adjustment
 from moqa.format.adjustment import Adjustment, read_adjustment
 from moqa.format.manifest import FORMAT, MANIFEST, Manifest
 from moqa.format.reader import Checkpoint
+from moqa.mixture.evaluate import MixtureEvaluation
+from moqa.mixture.record import MIXTURE, MixtureRecord, read_mixture
 from moqa.originals.hub import is_id, on_disk
 from moqa.planning import PLAN, Plan, read_plan
 from moqa.profiling.record import ProfileRecord
@@ -24,7 +26,7 @@ from moqa.storage.artifact import Record, check_format, read_json
 SUMMARY = "summary.json"
 KINDS = (
     f"a profile folder ({RECORD}), a plan, a checkpoint folder ({MANIFEST}), an evaluation, a {PROOF}, "
-    f"an adjustment folder ({adjustment.RECORD}), a {SUMMARY}, "
+    f"an adjustment folder ({adjustment.RECORD}), a mixture folder ({MIXTURE}), a {SUMMARY}, "
     "or a folder that contains these"
 )
 
@@ -52,6 +54,8 @@ class Artifacts:
     evaluations: list[Evaluation] = field(default_factory=list)
     proofs: list[Proof] = field(default_factory=list)
     adjustments: list[Adjustment] = field(default_factory=list)
+    mixtures: dict[Path, MixtureRecord] = field(default_factory=dict)
+    mixture_evaluations: list[MixtureEvaluation] = field(default_factory=list)
     roles: dict[str, Literal["known", "novel"]] = field(default_factory=dict)
 
     def add(self, *evaluations: Evaluation | None) -> None:
@@ -100,7 +104,10 @@ def gather(paths: Sequence[str | Path]) -> Artifacts:
             seen.add(path.resolve())
             if not _take(path, found):
                 raise MoqaError(f"{path} is not an artifact", f"a report is made from {KINDS}")
-    if not (found.profiles or found.plans or found.checkpoints or found.evaluations or found.adjustments):
+    if not (
+        found.profiles or found.plans or found.checkpoints or found.evaluations or found.adjustments
+        or found.mixtures or found.mixture_evaluations
+    ):  # fmt: skip
         raise MoqaError(f"no artifact in {', '.join(map(str, paths)) or 'nothing'}", f"a report is made from {KINDS}")
     return found
 
@@ -113,6 +120,8 @@ def _take(file: Path, found: Artifacts) -> bool:
         found.checkpoints.append(_checkpoint(file.parent))
     elif file.name == adjustment.RECORD:
         found.adjustments.append(read_adjustment(file.parent))
+    elif file.name == MIXTURE:
+        found.mixtures[file.parent] = read_mixture(file.parent)
     else:
         return _take_record(file, found)
     return True
@@ -126,6 +135,8 @@ def _take_record(file: Path, found: Artifacts) -> bool:
     if _as(Plan, data):
         name = file.stem if file.stem not in found.plans else str(file.with_suffix(""))
         found.plans[name] = read_plan(file)
+    elif measured := _as(MixtureEvaluation, data):
+        found.mixture_evaluations.append(measured)
     elif evaluation := _as(Evaluation, data):
         found.add(evaluation)
     elif proof := _as(Proof, data):

@@ -17,6 +17,7 @@ from moqa.reports.allocation import Allocation, allocations
 from moqa.reports.bits import bits_section
 from moqa.reports.blocks import number, signed
 from moqa.reports.gather import Artifacts
+from moqa.reports.mixtures import mixtures_section
 from moqa.reports.quality import size_section, table_section
 from moqa.reports.rows import OURS, Row, make_rows
 from moqa.reports.significance import significance_section
@@ -35,6 +36,7 @@ def render(found: Artifacts) -> str:
         bits_section(made, _first(made, judged)),
         activation_section(profile) if profile else None,
         adjustments_section(found),
+        mixtures_section(found),
         account_section(made),
         provenance_section(found, made, rows),
     ]
@@ -88,7 +90,11 @@ def _unjudged(found: Artifacts, profile: Profile | None) -> str:
     parts = []
     if profile:
         parts.append(f"a profile of {profile.record.model_type} on {', '.join(profile.names)}")
-    for count, noun in ((len(found.plans), "plan"), (len(found.checkpoints), "checkpoint")):
+    for count, noun in (
+        (len(found.plans), "plan"),
+        (len(found.checkpoints), "checkpoint"),
+        (len(found.mixtures), "mixture"),
+    ):
         if count:
             parts.append(f"{count} {noun}{'s' if count > 1 else ''}")
     return f"Nothing was evaluated yet, so there is no verdict; this page shows {' and '.join(parts)}."
