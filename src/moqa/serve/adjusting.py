@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moqa.adjustment.drift import State
 from moqa.errors import MoqaError
@@ -39,6 +39,7 @@ class Adjusting:
     """
 
     def __init__(self, model: "PreTrainedModel", metrics: Metrics, folders: Sequence[str | Path] = ()) -> None:
+        self._model = model
         # an original model has no adjustments
         self._held: Adjustments | None = getattr(model, "adjustments", None)
         if folders and self._held is None:
@@ -52,6 +53,20 @@ class Adjusting:
     def count(self) -> int:
         """Number of adjustments that requests may choose."""
         return len(self._held.names) if self._held else 0
+
+    @property
+    def variants(self) -> Sequence[str]:
+        """Variants of a mixture that requests may name; none if no mixture is served."""
+        return ()
+
+    def model(self, job: ServedText) -> "PreTrainedModel":  # noqa: ARG002
+        """The model that writes a text that begins."""
+        return self._model
+
+    def told(self, jobs: Sequence[ServedText]) -> dict[str, Any]:
+        """Fields of a response that say what its texts were written with."""
+        chosen = jobs[0].chosen
+        return {"adjustment": chosen.name, "drift": self.drift(chosen)}
 
     def drift(self, chosen: Chosen) -> State | None:  # noqa: ARG002
         """Whether recent text of a request's client is known, drifting or novel; None if drift is not detected."""

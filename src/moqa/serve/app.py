@@ -96,8 +96,8 @@ async def _answer(
     request: Request, service: Service, body: CompletionRequest | ChatRequest, asked: wanted.Wanted
 ) -> Response:
     client = getattr(request.state, "client", None)
-    running = service.start(asked.texts, service.adjusting.choose(body.adjustment, body.chooses, client))
-    note, answer = partial(service.note, running.chosen), asked.answer
+    running = service.start(asked.texts, service.choose(body, client))
+    note, answer = partial(service.note, running), asked.answer
     try:
         if not body.stream:
             found = await unless_gone(request, _collect(running))

@@ -1,6 +1,6 @@
 """Metrics of the server, for Prometheus."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from moqa.adjustment.drift import STATES, State
 
 _FIRST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_CONFIDENCE_BUCKETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 _NEXT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
 
@@ -51,6 +52,17 @@ class Metrics:
         shown.set_function(lambda: STATES.index(state()))
         bits = Gauge("moqa_drift_divergence_bits", "routing, from known distributions", registry=self.registry)
         bits.set_function(divergence)
+
+    def route(self, variants: Sequence[str]) -> None:
+        """Add metrics of a mixture."""
+        counter, histogram = partial(Counter, registry=self.registry), partial(Histogram, registry=self.registry)
+        self.routed = counter("moqa_routed_texts", "texts by the variant they are written with", ("variant",))
+        for name in variants:
+            self.routed.labels(name)
+        self.confidence = histogram("moqa_route_confidence", "of the router in its choice", buckets=_CONFIDENCE_BUCKETS)
+        self.damaged = counter(
+            "moqa_variant_failures", "texts whose variant was damaged, so that another one wrote them"
+        )
 
     def page(self) -> bytes:
         """All metrics in Prometheus' text format."""

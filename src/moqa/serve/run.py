@@ -15,12 +15,14 @@ from typing import Any
 import uvicorn
 
 from moqa.errors import MoqaError
-from moqa.generation import load_any
+from moqa.mixture.load import load_any
+from moqa.mixture.record import is_mixture
 from moqa.serve.adjusting import Adjusting
 from moqa.serve.app import build_app
 from moqa.serve.auto import AutoAdjusting
 from moqa.serve.connection import ACCEPTED, Connection, Connections
 from moqa.serve.metrics import Metrics
+from moqa.serve.mixture import RoutedVariants
 from moqa.serve.origins import check_origins
 from moqa.serve.service import Service
 
@@ -93,7 +95,7 @@ def serve(
     >>> serve("runs/out", port=8000)  # doctest: +SKIP
 
     Args:
-        model: folder of a checkpoint or of an original model, or a Hub id.
+        model: folder of a checkpoint, a mixture or an original model, or a Hub id.
         host: address to listen on.
         port: port to listen on; 0 takes any free port.
         slots: texts written at the same time.
@@ -113,12 +115,14 @@ def serve(
             use.
     """
     check_origins(cors)
+    if is_mixture(model) and adjust:
+        raise MoqaError(f"{model} is a mixture, which takes no --adjust {adjust[0]}", "its adjustments are variants")
     with _bound(host, port) as listener:
         loaded, tokenizer = load_any(model, lora=lora, kv_bits=kv_bits)
-        if list(adjust) == [AUTO]:
-            adjusting: Callable[[Metrics], Adjusting] = partial(
-                AutoAdjusting, loaded, tokenizer, model, shared=adjust_shared
-            )
+        if is_mixture(model):
+            adjusting: Callable[[Metrics], Adjusting] = partial(RoutedVariants, loaded.mixture)
+        elif list(adjust) == [AUTO]:
+            adjusting = partial(AutoAdjusting, loaded, tokenizer, model, shared=adjust_shared)
         else:
             adjusting = partial(Adjusting, loaded, folders=adjust)
         service = Service(loaded, tokenizer, [*alias, Path(model).resolve().name], slots, queue, adjusting)

@@ -100,7 +100,8 @@ class Scheduler:
                     self._active.append(self._waiting.popleft())
             if not self._active:
                 return
-            for job in self._active.copy():
+            # those of one variant together: the model is switched once for each, and not for every text
+            for job in sorted(self._active, key=lambda job: job.chosen.held or ""):
                 if not self._step(job):
                     self._active.remove(job)
                     job.pieces = None  # it refers to the job, and to the memory of its text

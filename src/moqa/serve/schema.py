@@ -77,6 +77,8 @@ class _Request(AskedBody):
         None, description="name of a loaded adjustment; null for the checkpoint without adjustment"
     )
 
+    variant: str | None = Field(None, description="of a mixture, by name; null leaves the choice to its router")
+
     @property
     def chooses(self) -> bool:
         """Whether the request chooses an adjustment."""

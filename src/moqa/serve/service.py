@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from moqa.serve.text import Chosen, ServedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moqa.serve.schema import ChatRequest, CompletionRequest
 
 Text = tuple[Sequence[int], Sampling]
 
@@ -52,7 +55,7 @@ class Service:
         self.adjusting = (adjusting or partial(Adjusting, model))(self.metrics)
 
         def begin(job: ServedText) -> Iterator[Piece]:
-            return self.adjusting.written(job, generate(model, tokenizer, job.ids, job.sampling))
+            return self.adjusting.written(job, generate(self.adjusting.model(job), tokenizer, job.ids, job.sampling))
 
         self.scheduler = Scheduler(begin, slots, queue, self.metrics)
         self.bodies = Bodies(body_limit(self.context))
@@ -90,9 +93,29 @@ class Service:
         self.adjusting.note(chosen)
         return running
 
-    def note(self, chosen: Chosen) -> dict[str, Any]:
+    def choose(self, body: "ChatRequest | CompletionRequest", client: str | None) -> Chosen:
+        """The adjustment or variant that a request asks for.
+
+        Args:
+            body: the request.
+            client: whose request it is; None if nothing says so.
+
+        Raises:
+            RefusalError: 400 if the server has none of that name.
+        """
+        chosen, names = self.adjusting.choose(body.adjustment, body.chooses, client), self.adjusting.variants
+        if body.variant is None:
+            return chosen
+        if body.variant not in names:
+            raise RefusalError(
+                400, f"no such variant: the server has {', '.join(names) or 'none'}", param="variant",
+                code="variant_not_found",
+            )  # fmt: skip
+        return Chosen(body.variant, explicit=True, client=client)
+
+    def note(self, running: "Running") -> dict[str, Any]:
         """Fields of a response in addition to its usage."""
-        return {"adjustment": chosen.name, "drift": self.adjusting.drift(chosen)}
+        return self.adjusting.told(running.jobs)
 
     def close(self) -> None:
         """Stop all threads, once the scheduler has stopped."""
@@ -113,11 +136,14 @@ class Running:
     Args:
         scheduler: the scheduler that writes them.
         texts: tokens and sampling options of each text.
-        chosen: adjustment to write them with.
+        chosen: adjustment or variant to write them with.
+
+    Attributes:
+        jobs: the texts.
     """
 
     def __init__(self, scheduler: Scheduler, texts: Sequence[Text], chosen: Chosen) -> None:
-        self.count, self.chosen = len(texts), chosen
+        self.count = len(texts)
         self._scheduler = scheduler
         self._events = events = asyncio.Queue[tuple[int, Piece | Exception]]()
         loop = asyncio.get_running_loop()
@@ -126,10 +152,11 @@ class Running:
             with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-        self._jobs = [
-            ServedText(ids, sampling, partial(deliver, index), chosen) for index, (ids, sampling) in enumerate(texts)
+        self.jobs = [
+            ServedText(ids, sampling, partial(deliver, index), replace(chosen))
+            for index, (ids, sampling) in enumerate(texts)
         ]
-        scheduler.submit(self._jobs)
+        scheduler.submit(self.jobs)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Pieces of all texts in the order they are written, each with the index of its text.
@@ -147,4 +174,4 @@ class Running:
 
     def cancel(self) -> None:
         """Free slots and places in the queue; does nothing if all texts are finished."""
-        self._scheduler.cancel(self._jobs)
+        self._scheduler.cancel(self.jobs)

@@ -13,19 +13,23 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Chosen:
-    """The adjustment of one request, from its first token to its last.
+    """The adjustment of one request, or the variant of one text of a mixture, from its first token to its last.
 
     Attributes:
-        name: name of the adjustment; None for the checkpoint without adjustment.
+        name: of the adjustment, None for the checkpoint without one; or of the variant, None until it is chosen.
         explicit: whether the request chose it.
         made: the adjustment if the server made it; it stays loaded as long as this refers to it.
         client: whose request it is; None if nothing says so.
+        confidence: of a mixture's router in its choice; None if it did not choose.
+        problem: why another variant is used than the one chosen; None if it is not.
     """
 
     name: str | None = None
     explicit: bool = False
     made: "MadeAdjustment | None" = None
     client: str | None = None
+    confidence: float | None = None
+    problem: str | None = None
 
     @property
     def held(self) -> str | None:
