@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "moqa"
 FLOORS = [
     "cli", "serve", "speed", "compression", "reports", "exports", "mixture", "adjustment", "training", "qat",
     "evaluation", "quantization", "planning", "profiling", "execution", "forecast", "methods", "calibration",
-    "generation", "integrations", "runtime", "kernels", "gguf", "format", "models", "originals", "tasks", "storage",
+    "generation", "integrations", "runtime", "kernels", "format", "models", "originals", "gguf", "tasks", "storage",
     "memory", "data",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
