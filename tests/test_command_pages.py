@@ -12,8 +12,8 @@ from moqa.cli.main import application
 PAGES = Path(__file__).parents[1] / "docs" / "commands"
 ROOT = typer.main.get_command(application())
 COMMANDS = dict(ROOT.commands)
-# options of `moqa mixture` are those of its one command
-COMMANDS["mixture"] = COMMANDS["mixture"].commands["build"]
+# options of `moqa mixture` and `moqa federated` are those of their one command
+COMMANDS |= {"mixture": COMMANDS["mixture"].commands["build"], "federated": COMMANDS["federated"].commands["run"]}
 TABLE = re.compile(r"\| option \| meaning \| default \|\n(?:\|.*\n)+")
 
 

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "moqa"
 # top to bottom; a folder may import from itself and from what comes later
 FLOORS = [
-    "cli", "serve", "speed", "compression", "reports", "exports", "mixture", "adjustment", "training", "qat",
-    "evaluation", "quantization", "planning", "profiling", "execution", "forecast", "methods", "calibration",
+    "cli", "serve", "speed", "compression", "federated", "reports", "exports", "mixture", "adjustment", "training",
+    "qat", "evaluation", "quantization", "planning", "profiling", "execution", "forecast", "methods", "calibration",
     "generation", "integrations", "runtime", "kernels", "format", "models", "originals", "gguf", "tasks", "storage",
     "memory", "data",
 ]  # fmt: skip

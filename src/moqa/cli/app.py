@@ -24,7 +24,7 @@ class Command(TyperCommand):
         """Write all options; commands with a choice of strategies also describe each strategy."""
         for param in self.params:
             if getattr(param, "help", None) is None and param.name is not None:
-                param.help = _help_of(param.name)  # type: ignore[attr-defined]
+                param.help = _help_of(param.name)
         super().format_options(ctx, formatter)
         if any(param.name == "strategy" for param in self.params):
             with formatter.section("Strategies"):

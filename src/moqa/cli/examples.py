@@ -29,5 +29,6 @@ EXAMPLES = {
     "generate": ("moqa generate OUT 'Once upon a time' --max-tokens 64",),
     "chat": ("moqa chat OUT --adjustment ADJ",),
     "serve": ("moqa serve OUT --port 8000",),
+    "federated": ("moqa federated run experiment.toml -o runs/federated/one",),
     "bench": ("moqa bench OUT --threads 8",),
 }

@@ -75,11 +75,17 @@ class FakeQuantized:
         """Of what `stored` returns."""
         return sum(scheme.stored_bytes(self.shapes()[name]) for name, scheme in self.schemes().items())
 
-    def remove(self) -> nn.Module:
-        """The model as an ordinary one, with the weights that were stored last in full precision."""
+    def remove(self, stored: bool = True) -> nn.Module:
+        """The model as an ordinary one, in full precision.
+
+        Args:
+            stored: with the weights as they were stored last; else as the optimizer had them, for further training.
+        """
         self._unhook()
         for part in self._parts.values():
-            parametrize.remove_parametrizations(part.module, part.parameter, leave_parametrized=True)
+            parametrize.remove_parametrizations(part.module, part.parameter, leave_parametrized=stored)
+            if hasattr(part.module, "moqa_inputs"):
+                del part.module.moqa_inputs
         return self.model
 
     def pack(self, kernels: str = "auto") -> nn.Module:

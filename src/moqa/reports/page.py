@@ -15,7 +15,7 @@ from moqa.reports.activation import activation_section
 from moqa.reports.adjustments import adjustments_section
 from moqa.reports.allocation import Allocation, allocations
 from moqa.reports.bits import bits_section
-from moqa.reports.blocks import number, signed
+from moqa.reports.blocks import Section, number, signed
 from moqa.reports.gather import Artifacts
 from moqa.reports.mixtures import mixtures_section
 from moqa.reports.quality import size_section, table_section
@@ -40,15 +40,28 @@ def render(found: Artifacts) -> str:
         account_section(made),
         provenance_section(found, made, rows),
     ]
-    model = _model(found, rows)
+    return write_page(_model(found, rows), judged, _figures(judged, rows), [section for section in sections if section])
+
+
+def write_page(
+    model: str, judged: Verdict, figures: Sequence[tuple[str, str, str]], sections: Sequence[Section]
+) -> str:
+    """HTML of sections under a headline.
+
+    Args:
+        model: what the page is about.
+        judged: the headline.
+        figures: value, label and role of the numbers at the top.
+        sections: that have content.
+    """
     environment = Environment(
         loader=PackageLoader("moqa.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=tied,
     )  # fmt: skip
     environment.filters["embedded"] = embedded
     return environment.get_template("report.html.j2").render(
-        model=model, verdict=judged, figures=_figures(judged, rows), sections=[s for s in sections if s],
-        version=__version__, scales=palette.SCALES, palette=palette,
+        model=model, verdict=judged, figures=figures, sections=sections, version=__version__, scales=palette.SCALES,
+        palette=palette,
     )  # fmt: skip
 
 

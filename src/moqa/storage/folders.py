@@ -12,6 +12,8 @@ from moqa.errors import MoqaError
 EXPORT = "moqa-export.json"
 # what may lie beside a result: its work folder, the result that it replaces, and a record that it is in place
 PARTIAL, REPLACED, PLACED = "partial", "replaced", "placed"
+# by which an output of moqa is known
+_RECORDS = ("moqa.json", "profile.json", "adjustment.json", "mixture.json", "federated.json", EXPORT)
 
 
 @contextmanager
@@ -80,9 +82,7 @@ def check_free(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise MoqaError(f"{out} exists", "choose another -o, or give --overwrite")
-    if not out.is_dir() or not any(
-        (out / name).is_file() for name in ("moqa.json", "profile.json", "adjustment.json", "mixture.json", EXPORT)
-    ):
+    if not out.is_dir() or not any((out / name).is_file() for name in _RECORDS):
         raise MoqaError(f"{out} exists and was not written by moqa", "--overwrite does not replace it")
 
 

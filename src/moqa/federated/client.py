@@ -1,0 +1,119 @@
+"""What a Flower app adds on its clients: a mod, a `with` block around its training, and a function that measures."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from moqa.errors import MoqaError
+from moqa.federated.flower import ClientAppCallable, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from moqa.federated.measure import Loss, batch_loss, measure, probe_loss
+from moqa.federated.modes import LocalMode, in_mode
+from moqa.federated.order import ARRAYS, FACTS, ORDER, Order, arrays_of, payload, record_of, state_of
+from moqa.federated.updates import packed_update
+
+_RESIDUAL = "moqa-residual"
+
+
+def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Flower mod: the app sees plain arrays, the wire has packed ones.
+
+    >>> app = ClientApp(mods=[mod])
+
+    What rounding takes from an update is kept in the client's state and added to its next one. Messages of other
+    strategies pass as they are.
+    """
+    order = Order.of(message)
+    if order is None:
+        return call_next(message, context)
+    before = order.download.unpack(payload(message.content, order.download.length))
+    message.content[ARRAYS] = record_of(before)
+    said: dict[str, Any] = {"round": order.round, "nonce": order.nonce}
+    if "partition-id" in context.node_config:
+        said["partition"] = int(context.node_config["partition-id"])
+    own = RecordDict({ORDER: ConfigRecord(said)})
+    try:
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        if message.metadata.message_type.startswith("train"):
+            state = context.state.array_records
+            residual = state_of(state[_RESIDUAL]) if _RESIDUAL in state else {}
+            after = state_of(reply.content.array_records[ARRAYS])
+            data, left = packed_update(order.upload, before, after, residual)
+            context.state[_RESIDUAL] = record_of(left)
+            reply.content[ARRAYS] = arrays_of(data)
+    except MoqaError as error:
+        own.config_records[ORDER]["error"] = str(error)
+        return Message(own, reply_to=message)
+    if FACTS in message.content:
+        reply.content[FACTS] = message.content[FACTS]
+    reply.content[ORDER] = own[ORDER]
+    return reply
+
+
+@contextmanager
+def local(
+    model: nn.Module, message: Message, *, probe: Any = None, loss: Loss | None = None
+) -> Iterator[nn.Module]:  # fmt: skip
+    """Train a model in the mode that the server chose for this client.
+
+    >>> with local(model, message, probe=next(iter(loader))):  # doctest: +SKIP
+    ...     train(model, loader)
+
+    Afterwards the model has its exact weights. Make the optimizer inside the block.
+
+    Args:
+        model: with the weights of the message.
+        message: that the client app was called with.
+        probe: a batch on which the loss of the rounded model is measured before and after training: from it the server
+            learns what a mode brings on this client.
+        loss: of model and batch; by default cross-entropy, or what a transformers model returns.
+
+    Raises:
+        MoqaError: if the model cannot be rounded, naming the module.
+    """
+    order = Order.of(message)
+    if order is None:
+        yield model
+        return
+    facts = dict[str, Any]()
+    used = LocalMode("fp", order.mode.bits) if order.mode.kind == "fp" else LocalMode("ptq", order.mode.bits)
+    if probe is not None:
+        facts["loss-before"] = probe_loss(model, probe, used, order.keep, loss or batch_loss)
+    start = time.perf_counter()
+    with in_mode(model, order.mode, order.keep):
+        yield model
+    facts["seconds"] = time.perf_counter() - start
+    if probe is not None:
+        facts["loss-after"] = probe_loss(model, probe, used, order.keep, loss or batch_loss)
+    message.content[FACTS] = MetricRecord(facts)
+
+
+def measured(message: Message, model: nn.Module, batches: Iterable[Any], *, loss: Loss | None = None) -> Message:
+    """Answer the server's question what this client is like: train a copy of the model for some batches in each mode.
+
+    >>> @app.query("moqa")  # doctest: +SKIP
+    ... def measure(message, context):
+    ...     return measured(message, model, loader)
+
+    Args:
+        message: that the client app was called with.
+        model: with the weights of the message.
+        batches: all data of the client, see `moqa.federated.measure.measure`.
+        loss: of model and batch.
+
+    Raises:
+        MoqaError: if the client has no data, or the model cannot be rounded.
+    """
+    order = Order.of(message)
+    if order is None:
+        raise MoqaError("this message is not from moqa.federated.FedHQ", "use it as the server's strategy")
+    found = measure(model, batches, order.mode.bits, keep=order.keep, loss=loss, epsilon=order.epsilon)
+    facts: dict[str, Any] = {
+        "samples": found.samples, "histogram": found.histogram, "damage": found.damage, "loss": found.loss,
+        "loss-rounded": found.loss_rounded, **{f"seconds.{kind}": value for kind, value in found.per_sample.items()},
+    }  # fmt: skip
+    return Message(RecordDict({FACTS: MetricRecord(facts)}), reply_to=message)

@@ -1,0 +1,366 @@
+"""`moqa.federated.FedHQ`: a Flower strategy that decides which clients round after training, and which during it."""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, get_args
+
+import numpy as np
+
+from moqa.errors import MoqaError
+from moqa.federated.aggregate import combine
+from moqa.federated.allocation import choices_of, features_of, first_choice, options_of
+from moqa.federated.coarse import Limits, ModeOptions
+from moqa.federated.fine import FineAllocator, Observation
+from moqa.federated.flower import (
+    ArrayRecord,
+    ConfigRecord,
+    FedAvg,
+    Grid,
+    Message,
+    MetricRecord,
+    RecordDict,
+    Result,
+    message_bytes,
+)
+from moqa.federated.guard import UpdateGuard, described, liars
+from moqa.federated.modes import BITS, FULL, Allocation, LocalMode
+from moqa.federated.order import ACTION, ARRAYS, FACTS, ORDER, Order, arrays_of, record_of, state_of
+from moqa.federated.records import ClientRecord, RoundRecord
+from moqa.federated.replies import gather
+from moqa.federated.roofline import SimulatedClock
+from moqa.federated.updates import Packing, State, UpdateError
+
+_LOG = logging.getLogger("flwr")
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class FedHQ(FedAvg):
+    """Federated averaging with packed updates, in which every client has the mode that suits it.
+
+    >>> strategy = FedHQ(bits=3)
+    >>> result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=20)  # doctest: +SKIP
+    >>> strategy.rounds[-1].changes  # doctest: +SKIP
+    ['round 20: client 3 ptq -> qat: predicted to bring +12%, after 190 updates (0.81 -> 1.2 s)']
+
+    Clients need `moqa.federated.mod`, `local` and `measured`. The model that is trained is meant to be stored in
+    `bits`; the arrays of the result are its exact weights, see `moqa.federated.modes.rounded`.
+
+    Args:
+        bits: of weights, 8, 4, 3 or 2; inputs of layers have 8, or 4 with weights of 4 and less.
+        allocation: `coarse+fine` decides before the first round and learns from every one, `coarse` decides once,
+            `random-hybrid` by lot; with `ptq`, `qat` and `fp` all clients do the same.
+        round_seconds: deadline of a round; None for the one with the most progress per second.
+        round_bytes: of all messages of a round; None for no limit.
+        upload_bits: of updates, or several to choose from where `round_bytes` is tight; None for `bits`.
+        download_bits: of the model on its way to the clients; `fp` has 32.
+        keep: patterns of module names that are not rounded.
+        trim: share of the clients that may be bad, see `moqa.federated.aggregate.combine`.
+        epsilon: of local differential privacy of histograms of labels; None for exact counts.
+        clock: of a simulation; None for the real one.
+        link: bytes per second that clients are taken to have before the first round; None does not count messages.
+        seed: of the lot, of exploration and of sampling.
+        min_available_nodes: that the first round waits for.
+        options: of Flower's FedAvg, such as `fraction_train` and `fraction_evaluate`.
+
+    Attributes:
+        clients: by node.
+        rounds: finished ones.
+
+    Raises:
+        MoqaError: if a value is not supported.
+
+    After FedHQ (arXiv 2505.11982), of which only the abstract is public: every mechanism is our own, see
+    docs/federated.md.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        *,
+        allocation: Allocation = "coarse+fine",
+        round_seconds: float | None = None,
+        round_bytes: int | None = None,
+        upload_bits: Sequence[int] | None = None,
+        download_bits: int = 8,
+        keep: Sequence[str] = (),
+        trim: float = 0.0,
+        epsilon: float | None = None,
+        clock: SimulatedClock | None = None,
+        link: float | None = None,
+        seed: int = 0,
+        min_available_nodes: int = 2,
+        **options: Any,
+    ) -> None:
+        if allocation not in get_args(Allocation):
+            raise MoqaError(f"allocation {allocation} is unknown", f"known are {', '.join(get_args(Allocation))}")
+        for name, values in (
+            ("bits", (bits,)),
+            ("upload_bits", upload_bits or ()),
+            ("download_bits", (download_bits,)),
+        ):
+            if set(values) - {*BITS, *(() if name == "bits" else (FULL,))}:
+                raise MoqaError(f"{name}={values} is not supported", f"give {', '.join(map(str, BITS))}")
+        if not 0 <= trim < 0.5:
+            raise MoqaError(f"trim={trim} is not a share of bad clients", "give 0 or more, and less than 0.5")
+        super().__init__(min_available_nodes=min_available_nodes, **{"min_train_nodes": 1} | options)
+        self.bits, self.allocation, self.keep, self.trim, self.seed = bits, allocation, tuple(keep), trim, seed
+        self.limits, self.epsilon = Limits(round_seconds, round_bytes), epsilon
+        self.clock, self.link = clock, link
+        self.download_bits = FULL if allocation == "fp" else download_bits
+        self.choices = choices_of(allocation, tuple(upload_bits or (bits,)))
+        self.fine = FineAllocator(tuple(map(str, self.choices)), seed)
+        self.clients, self.rounds = dict[int, ClientRecord](), list[RoundRecord]()
+        self.guard, self._chosen, self._sent = UpdateGuard(), dict[int, int](), dict[int, int]()
+        self._arrived, self._now = dict[int, float](), RoundRecord(round=0)
+
+    def start(  # type: ignore[override]  # Flower's own takes all by position
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        *,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Evaluate | None = None,
+        on_round: Callable[[RoundRecord, ArrayRecord], bool] | None = None,
+    ) -> Result:
+        """Train for some rounds, from the first one that is not finished.
+
+        Args:
+            grid: Flower's way to the clients.
+            initial_arrays: the model's state dict.
+            num_rounds: in all.
+            timeout: seconds after which a round does not wait for updates any more.
+            train_config: sent to clients that train.
+            evaluate_config: sent to clients that evaluate.
+            evaluate_fn: of round and arrays, on the server; called before the first round, too.
+            on_round: called after every round with its record and the arrays; training stops when it returns True.
+
+        Raises:
+            MoqaError: if no client can take part, saying why.
+        """
+        arrays, result = initial_arrays, Result()
+        result.arrays = arrays
+        first = self.rounds[-1].round + 1 if self.rounds else 0
+        for number in range(first, num_rounds + 1):
+            began = time.perf_counter()
+            self._now = RoundRecord(round=number)
+            if number == 0:
+                self._measure(arrays, grid, self._nodes(grid, timeout), timeout)
+            else:
+                config = ConfigRecord() if train_config is None else train_config
+                messages = list(self.configure_train(number, arrays, config, grid))
+                replies, self._arrived = gather(grid, messages, timeout)
+                found, metrics = self.aggregate_train(number, replies)
+                arrays = arrays if found is None else found
+                if metrics is not None:
+                    result.train_metrics_clientapp[number] = metrics
+                self._evaluate_on_clients(number, arrays, evaluate_config, grid, timeout, result)
+            self._now.real_seconds = time.perf_counter() - began
+            if evaluate_fn is not None:
+                evaluated = evaluate_fn(number, arrays)
+                if evaluated is not None:
+                    result.evaluate_metrics_serverapp[number] = evaluated
+                    self._now.metrics = {key: float(value) for key, value in evaluated.items()}  # type: ignore[arg-type]
+            for line in (*self._now.refused, *self._now.changes):
+                _LOG.info("%s", line)
+            self.rounds.append(self._now)
+            result.arrays = arrays
+            if on_round is not None and on_round(self._now, arrays):
+                break
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages to the clients of a round, each with its own order."""
+        if self._now.round != server_round:
+            self._now = RoundRecord(round=server_round)
+        nodes = self._nodes(grid, timeout=3600)
+        self._measure(arrays, grid, [node for node in nodes if node not in self.clients], timeout=3600)
+        able = [node for node in nodes if node in self.clients and not self.clients[node].excluded]
+        if not able:
+            raise MoqaError("no client can take part", "; ".join(self._now.refused) or "all were excluded")
+        began = time.perf_counter()
+        self._allocate(server_round, able, arrays)
+        self._now.allocator_seconds += time.perf_counter() - began
+        count = max(round(len(able) * self.fraction_train), min(self.min_train_nodes, len(able)))
+        generator = np.random.default_rng((self.seed, server_round, 1))
+        chosen = sorted(generator.choice(able, count, replace=False).tolist())
+        config["server-round"] = server_round
+        state = state_of(arrays)
+        download = Packing(state, self.download_bits)
+        packed = arrays_of(download.pack(state))
+        self.guard.issued, messages = {}, []
+        for node in chosen:
+            choice = self.choices[self._chosen[node]]
+            mode = LocalMode(choice.kind, FULL if choice.kind == "fp" else self.bits)
+            order = Order(
+                server_round, secrets.token_hex(8), mode, download, Packing(state, choice.upload), self.keep, None
+            )
+            self.guard.issued[node] = order
+            content = RecordDict({ARRAYS: packed, self.configrecord_key: config, ORDER: order.record()})
+            message = Message(content=content, message_type="train", dst_node_id=node)
+            self._sent[node] = message_bytes(message)
+            self._now.downlink_bytes += self._sent[node]
+            messages.append(message)
+            self._now.modes[self.clients[node].number] = str(choice)
+        self._before = state
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The new model from the updates that were accepted; the others are named in the record of the round."""
+        updates, weights, contents, observed = list[State](), list[float](), list[RecordDict](), list[Observation]()
+        taken, claimed = dict[int, float](), dict[int, float]()
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            size = message_bytes(reply)
+            self._now.uplink_bytes += size
+            client = self.clients.get(node)
+            try:
+                order, update = self.guard.accept(reply)
+            except UpdateError as reason:
+                number = node if client is None else client.number
+                self._now.refused.append(f"round {server_round}: client {number} refused: {reason}")
+                continue
+            if client is None:
+                continue
+            updates.append(update)
+            weights.append(float(client.samples))
+            contents.append(reply.content)
+            facts = dict(reply.content.metric_records.get(FACTS, {}))
+            both = size + self._sent[node]
+            taken[node] = self._seconds(client, order, both, facts)
+            claimed[node] = client.per_sample[order.mode.kind] * client.samples + both / (self.link or np.inf)
+            if {"loss-before", "loss-after"} <= facts.keys():
+                observed.append(self._observation(client, facts, taken[node], claimed[node]))
+        self._now.seconds = max(taken.values(), default=0.0)
+        self._now.changes += liars(self.clients.values(), taken, claimed, self._now.seconds / 2)
+        self.fine.observe(observed)
+        if not updates:
+            return None, None
+        change = combine(updates, weights, self.trim)
+        after = {name: value + change[name].to(value.dtype) for name, value in self._before.items()}
+        counted = [content for content in contents if self._has_metrics(content)]
+        metrics = self.train_metrics_aggr_fn(counted, self.weighted_by_key) if counted else None
+        return record_of(after), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages to clients that evaluate the model, packed as for training."""
+        state = state_of(arrays)
+        download = Packing(state, self.download_bits)
+        packed = arrays_of(download.pack(state))
+        messages = list(super().configure_evaluate(server_round, arrays, config, grid))
+        mode = LocalMode("fp", FULL) if self.allocation == "fp" else LocalMode("ptq", self.bits)
+        order = Order(server_round, secrets.token_hex(8), mode, download, download, self.keep).record()
+        for message in messages:
+            message.content = RecordDict({**message.content, ARRAYS: packed, ORDER: order})
+            self._now.downlink_bytes += message_bytes(message)
+        return messages
+
+    def state(self) -> dict[str, Any]:
+        """All but the model that a later run needs to go on, as JSON."""
+        return {
+            "clients": [client.model_dump() for client in self.clients.values()], "fine": self.fine.state(),
+            "rounds": [one.model_dump() for one in self.rounds], "seen": sorted(self.guard.seen),
+            "chosen": sorted(self._chosen.items()),
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`; give `start` the arrays of then."""
+        clients = [ClientRecord.model_validate(one) for one in state["clients"]]
+        self.clients = {client.node: client for client in clients}
+        self.rounds = [RoundRecord.model_validate(one) for one in state["rounds"]]
+        self.fine.restore(state["fine"])
+        self.guard.seen, self._chosen = set(state["seen"]), dict(state["chosen"])
+
+    def _nodes(self, grid: Grid, timeout: float) -> list[int]:
+        end = time.monotonic() + timeout
+        while len(nodes := sorted(grid.get_node_ids())) < self.min_available_nodes:
+            if time.monotonic() > end:
+                raise MoqaError(f"{len(nodes)} of {self.min_available_nodes} clients are there", "start more nodes")
+            time.sleep(1.0)
+        return nodes
+
+    def _measure(self, arrays: ArrayRecord, grid: Grid, nodes: Sequence[int], timeout: float) -> None:
+        """Ask nodes what they are like."""
+        if not nodes:
+            return
+        state = state_of(arrays)
+        download, mode = Packing(state, self.download_bits), LocalMode("ptq", self.bits)
+        packed = arrays_of(download.pack(state))
+        order = Order(0, secrets.token_hex(8), mode, download, download, self.keep, self.epsilon)
+        content = RecordDict({ARRAYS: packed, ORDER: order.record()})
+        messages = [Message(content=content, message_type=f"query.{ACTION}", dst_node_id=node) for node in nodes]
+        self._now.downlink_bytes += sum(map(message_bytes, messages))
+        replies, _ = gather(grid, messages, timeout)
+        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
+            self._now.uplink_bytes += message_bytes(reply)
+            try:
+                client = described(reply, len(self.clients))
+            except UpdateError as reason:
+                self._now.refused.append(f"client at node {reply.metadata.src_node_id}: {reason}")
+                continue
+            self.clients[client.node] = client
+        if not self.clients:
+            raise MoqaError("no client can take part", "; ".join(self._now.refused) or "none has answered")
+
+    def _allocate(self, server_round: int, able: Sequence[int], arrays: ArrayRecord) -> None:
+        clients = [self.clients[node] for node in able]
+        state = state_of(arrays)
+        down = Packing(state, self.download_bits).length
+        sizes = [down + Packing(state, choice.upload).length for choice in self.choices]
+        options = options_of(clients, self.choices, sizes, self.link)
+        if any(node not in self._chosen for node in able):
+            found = first_choice(self.allocation, options, self.limits, self.seed)
+            for index, node in enumerate(able):
+                self._chosen.setdefault(node, int(found[index]))
+        elif self.allocation == "coarse+fine":
+            self._adjust(server_round, able, options)
+
+    def _adjust(self, server_round: int, able: Sequence[int], options: ModeOptions) -> None:
+        clients = [self.clients[node] for node in able]
+        modes = np.array([self._chosen[node] for node in able])
+        numbers = [client.number for client in clients]
+        found, lines = self.fine.propose(server_round, numbers, modes, features_of(clients), options, self.limits)
+        self._chosen |= {node: int(mode) for node, mode in zip(able, found, strict=True)}
+        self._now.changes += lines
+
+    def _observation(
+        self, client: ClientRecord, facts: dict[str, Any], taken: float, claimed: float
+    ) -> Observation:  # fmt: skip
+        before, after = float(facts["loss-before"]), float(facts["loss-after"])
+        # what a client says is bounded, so that one that lies cannot move the regression far
+        gain = (
+            float(np.clip((before - after) / max(abs(before), 1e-9), -1.0, 1.0)) if np.isfinite(before - after) else 0.0
+        )
+        row = features_of(list(self.clients.values()))[list(self.clients).index(client.node)]
+        return Observation(
+            client.number, tuple(row.tolist()), self._chosen[client.node], gain, taken / max(claimed, 1e-9)
+        )
+
+    def _seconds(self, client: ClientRecord, order: Order, bytes_: int, facts: dict[str, Any]) -> float:
+        if self.clock is not None:
+            return self.clock.seconds(client.number, order.mode.kind, client.samples, bytes_)
+        return self._arrived.get(client.node, float(facts.get("seconds", 0.0)))
+
+    def _has_metrics(self, content: RecordDict) -> bool:
+        return any(self.weighted_by_key in record for record in content.metric_records.values())
+
+    def _evaluate_on_clients(
+        self, number: int, arrays: ArrayRecord, config: ConfigRecord | None, grid: Grid, timeout: float, result: Result
+    ) -> None:
+        if self.fraction_evaluate == 0.0:
+            return
+        messages = list(self.configure_evaluate(number, arrays, config or ConfigRecord(), grid))
+        replies, _ = gather(grid, messages, timeout)
+        metrics = self.aggregate_evaluate(number, replies)
+        if metrics is not None:
+            result.evaluate_metrics_clientapp[number] = metrics
