@@ -85,8 +85,9 @@ def samples_of(experiment: Experiment) -> Samples:
 def dirichlet(labels: NDArray, clients: int, alpha: float, generator: np.random.Generator) -> NDArray[np.int64]:
     """Number of the client of every sample: each class is shared out by a Dirichlet distribution.
 
-    >>> dirichlet(np.zeros(40, int), clients=4, alpha=float("inf"), generator=np.random.default_rng(0))[:4].tolist()
-    [0, 1, 2, 3]
+    >>> found = dirichlet(np.zeros(64, int), clients=4, alpha=float("inf"), generator=np.random.default_rng(0))
+    >>> np.bincount(found).tolist()
+    [16, 16, 16, 16]
 
     Args:
         labels: [samples] classes.
@@ -103,7 +104,7 @@ def dirichlet(labels: NDArray, clients: int, alpha: float, generator: np.random.
         raise MoqaError(
             f"{len(labels)} samples are too few for {clients} clients", f"give {2 * _LEAST * clients} or more"
         )
-    found = np.arange(len(labels)) % clients
+    found = generator.permutation(np.arange(len(labels)) % clients)
     if np.isinf(alpha):
         return found
     for _ in range(_DRAWS):

@@ -57,10 +57,11 @@ def run(
 
 def summarized(experiment: Experiment, rounds: list[RoundRecord]) -> FederatedRecord:
     """The record of finished rounds."""
-    seconds, reached = 0.0, None
+    seconds, reached, above = 0.0, None, False
     for one in rounds:
         seconds += one.seconds
-        if reached is None and experiment.target is not None and one.metrics["accuracy"] >= experiment.target:
+        was, above = above, experiment.target is not None and one.metrics["accuracy"] >= experiment.target
+        if reached is None and was and above:
             reached = seconds
     final = float(np.mean([one.metrics["accuracy"] for one in rounds[-_LAST:]]))
     return FederatedRecord(

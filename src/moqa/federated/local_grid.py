@@ -61,7 +61,7 @@ class LocalGrid(Grid):
         found = []
         for message in messages:
             self._count += 1
-            identifier = f"{self._count}"
+            identifier = f"{self._count:064d}"  # as long as Flower's
             message.metadata.__dict__["_message_id"] = identifier
             self._pending[identifier] = message
             found.append(identifier)

@@ -39,7 +39,9 @@ class FederatedRecord(BaseModel):
     experiment: Experiment
     rounds: list[RoundRecord]
     final_accuracy: float = Field(description="of the stored model on held-out samples, mean of the last five rounds")
-    seconds_to_target: float | None = Field(description="of the simulated clock; None if the target was not reached")
+    seconds_to_target: float | None = Field(
+        description="of the simulated clock, until two rounds in a row reach the target; None if none do"
+    )
     seconds: float = Field(description="of all rounds, of the simulated clock")
     uplink_bytes: int = Field(description="of the messages, everything that they hold")
     downlink_bytes: int

@@ -233,7 +233,8 @@ class FedHQ(FedAvg):
             updates.append(update)
             weights.append(float(client.samples))
             contents.append(reply.content)
-            facts = dict(reply.content.metric_records.get(FACTS, {}))
+            # Flower averages all other metrics
+            facts = dict(reply.content.pop(FACTS)) if FACTS in reply.content else {}
             both = size + self._sent[node]
             taken[node] = self._seconds(client, order, both, facts)
             claimed[node] = client.per_sample[order.mode.kind] * client.samples + both / (self.link or np.inf)
@@ -244,7 +245,11 @@ class FedHQ(FedAvg):
         self.fine.observe(observed)
         if not updates:
             return None, None
-        change = combine(updates, weights, self.trim)
+        try:
+            change = combine(updates, weights, self.trim)
+        except MoqaError as error:
+            self._now.refused.append(f"round {server_round}: the model stays as it was: {error}")
+            return None, None
         after = {name: value + change[name].to(value.dtype) for name, value in self._before.items()}
         counted = [content for content in contents if self._has_metrics(content)]
         metrics = self.train_metrics_aggr_fn(counted, self.weighted_by_key) if counted else None

@@ -1,0 +1,1 @@
+"""A Flower app with FedHQ as its strategy."""
