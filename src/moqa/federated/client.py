@@ -10,7 +10,7 @@ from torch import nn
 from moqa.errors import MoqaError
 from moqa.federated.flower import ClientAppCallable, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from moqa.federated.measure import Loss, batch_loss, measure, probe_loss
-from moqa.federated.modes import LocalMode, in_mode
+from moqa.federated.modes import FULL, LocalMode, in_mode
 from moqa.federated.order import ARRAYS, FACTS, ORDER, Order, arrays_of, payload, record_of, state_of
 from moqa.federated.updates import packed_update
 
@@ -68,8 +68,8 @@ def local(
     Args:
         model: with the weights of the message.
         message: that the client app was called with.
-        probe: a batch on which the loss of the rounded model is measured before and after training: from it the server
-            learns what a mode brings on this client.
+        probe: a batch on which the trained model is measured, as it is and rounded: from what rounding costs the server
+            learns what each mode brings on this client.
         loss: of model and batch; by default cross-entropy, or what a transformers model returns.
 
     Raises:
@@ -80,15 +80,15 @@ def local(
         yield model
         return
     facts = dict[str, Any]()
-    used = LocalMode("fp", order.mode.bits) if order.mode.kind == "fp" else LocalMode("ptq", order.mode.bits)
-    if probe is not None:
-        facts["loss-before"] = probe_loss(model, probe, used, order.keep, loss or batch_loss)
     start = time.perf_counter()
     with in_mode(model, order.mode, order.keep):
         yield model
     facts["seconds"] = time.perf_counter() - start
-    if probe is not None:
-        facts["loss-after"] = probe_loss(model, probe, used, order.keep, loss or batch_loss)
+    if probe is not None and order.mode.kind != "fp":
+        few, exact = LocalMode("ptq", order.mode.bits), LocalMode("fp", FULL)
+        facts["loss"], facts["loss-rounded"] = (
+            probe_loss(model, probe, mode, order.keep, loss or batch_loss) for mode in (exact, few)
+        )
     message.content[FACTS] = MetricRecord(facts)
 
 

@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 
 from moqa.federated.coarse import Limits, ModeOptions
 
-_LEAST_SEEN = 2  # rounds of each mode, of any client, before anything is predicted
+_LEAST_SEEN = 10  # updates before times are predicted, and of each mode before gains are
 _STRENGTH = 1.0  # of the ridge: features are of the order of 1
 _FADES = 20.0  # rounds after which exploration has fallen to half
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a client did in a round: its number, features, mode as an index, gain, and seconds over those predicted."""
+    """What a client did in a round: its number, features, mode, gain as a share, and seconds over those predicted."""
 
     client: int
     features: tuple[float, ...]
@@ -67,12 +67,10 @@ class FineAllocator:
 
     def observe(self, observations: list[Observation]) -> None:
         """Remember a round."""
-        # progress falls from round to round for everyone: only differences within a round tell modes apart
+        # rounding costs more or less from round to round for everyone: differences within a round tell modes apart
         mean = np.mean([one.gain for one in observations]) if observations else 0.0
-        size = np.mean([abs(one.gain) for one in observations]) if observations else 0.0
         for one in observations:
-            relative = float((one.gain - mean) / max(size, 1e-12)) if len(observations) > 1 else 0.0
-            self.seen.append(Observation(one.client, one.features, one.mode, relative, one.slowness))
+            self.seen.append(Observation(one.client, one.features, one.mode, float(one.gain - mean), one.slowness))
 
     def propose(
         self, round_: int, clients: list[int], modes: NDArray[np.int64], features: NDArray[np.float64],
@@ -121,9 +119,8 @@ class FineAllocator:
         return now, lines
 
     def _learned(self, features: NDArray[np.float64], options: ModeOptions) -> ModeOptions:
-        """ModeOptions with gains and seconds as a ridge regression of what was seen predicts them."""
-        counts = Counter(one.mode for one in self.seen)
-        if min((counts[mode] for mode in range(len(self.names))), default=0) < _LEAST_SEEN:
+        """Options with gains and seconds as a ridge regression of what was seen predicts them."""
+        if len(self.seen) < _LEAST_SEEN:
             return options
         from sklearn.linear_model import Ridge
 
@@ -133,7 +130,9 @@ class FineAllocator:
         asked = [[self._row(own, mode) for mode in range(len(self.names))] for own in features]
         found = model.predict(np.array(asked).reshape(-1, rows.shape[1])).reshape(len(features), len(self.names), 2)
         # the regression speaks of differences within a round: they move the first guess, they do not replace it
-        gains = options.gains * np.clip(1 + found[..., 0] - found[..., 0].mean(), 0.1, 10.0)
+        counts = Counter(one.mode for one in self.seen)
+        known = all(counts[mode] >= _LEAST_SEEN for mode in range(len(self.names)))
+        gains = options.gains * (np.clip(1 + found[..., 0] - found[..., 0].mean(), 0.1, 10.0) if known else 1.0)
         return ModeOptions(gains, options.seconds * np.exp(np.clip(found[..., 1], -3, 3)), options.sizes)
 
     def _row(self, features: NDArray[np.float64], mode: int) -> NDArray[np.float64]:

@@ -217,6 +217,11 @@ class FedHQ(FedAvg):
         """The new model from the updates that were accepted; the others are named in the record of the round."""
         updates, weights, contents, observed = list[State](), list[float](), list[RecordDict](), list[Observation]()
         taken, claimed = dict[int, float](), dict[int, float]()
+        began = time.perf_counter()
+        features = (
+            dict(zip(self.clients, features_of(list(self.clients.values())), strict=True)) if self.clients else {}
+        )
+        self._now.allocator_seconds += time.perf_counter() - began
         for reply in replies:
             node = reply.metadata.src_node_id
             size = message_bytes(reply)
@@ -238,8 +243,10 @@ class FedHQ(FedAvg):
             both = size + self._sent[node]
             taken[node] = self._seconds(client, order, both, facts)
             claimed[node] = client.per_sample[order.mode.kind] * client.samples + both / (self.link or np.inf)
-            if {"loss-before", "loss-after"} <= facts.keys():
-                observed.append(self._observation(client, facts, taken[node], claimed[node]))
+            if {"loss", "loss-rounded"} <= facts.keys():
+                slowness = taken[node] / max(claimed[node], 1e-9)
+                chosen = self._chosen[node]
+                observed.append(Observation(client.number, tuple(features[node]), chosen, _gain(facts), slowness))
         self._now.seconds = max(taken.values(), default=0.0)
         self._now.changes += liars(self.clients.values(), taken, claimed, self._now.seconds / 2)
         self.fine.observe(observed)
@@ -338,19 +345,6 @@ class FedHQ(FedAvg):
         self._chosen |= {node: int(mode) for node, mode in zip(able, found, strict=True)}
         self._now.changes += lines
 
-    def _observation(
-        self, client: ClientRecord, facts: dict[str, Any], taken: float, claimed: float
-    ) -> Observation:  # fmt: skip
-        before, after = float(facts["loss-before"]), float(facts["loss-after"])
-        # what a client says is bounded, so that one that lies cannot move the regression far
-        gain = (
-            float(np.clip((before - after) / max(abs(before), 1e-9), -1.0, 1.0)) if np.isfinite(before - after) else 0.0
-        )
-        row = features_of(list(self.clients.values()))[list(self.clients).index(client.node)]
-        return Observation(
-            client.number, tuple(row.tolist()), self._chosen[client.node], gain, taken / max(claimed, 1e-9)
-        )
-
     def _seconds(self, client: ClientRecord, order: Order, bytes_: int, facts: dict[str, Any]) -> float:
         if self.clock is not None:
             return self.clock.seconds(client.number, order.mode.kind, client.samples, bytes_)
@@ -369,3 +363,10 @@ class FedHQ(FedAvg):
         metrics = self.aggregate_evaluate(number, replies)
         if metrics is not None:
             result.evaluate_metrics_clientapp[number] = metrics
+
+
+def _gain(facts: dict[str, Any]) -> float:
+    """What rounding costs a trained model: 0 if its loss on the probe batch stays, -1 if it doubles, or worse."""
+    exact, few = float(facts["loss"]), float(facts["loss-rounded"])
+    # what a client says is bounded, so that one that lies cannot move the regression far
+    return float(np.clip((exact - few) / max(abs(exact), 1e-9), -1.0, 1.0)) if np.isfinite(exact - few) else 0.0
