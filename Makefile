@@ -9,6 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits engines-study trained-study scale-study adjust-study robustness results clean
+.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits trained-study scale-study adjust-study robustness federated-study results clean
 
 setup: $(VENV)/.ready
 
@@ -71,6 +72,12 @@ wheel: setup
 	$(BIN)/pip wheel --disable-pip-version-check -q --no-deps --no-build-isolation -C build-dir=build/wheel -w build/dist .
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair -w dist build/dist/*.whl
 	$(BIN)/python tests/wheel/check.py dist/*.whl torch==2.13.0
+
+# federated training with six allocations: runs/federated/summary.json; Fashion-MNIST is a package of Debian
+federated-study: setup
+	test -d /usr/share/datasets/fashion-mnist || apt-get install -y dataset-fashion-mnist
+	test -f runs/cifar10/train.safetensors || $(BIN)/python recipes/cifar10.py -o runs/cifar10
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/federated_study.py
 
 # kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python
 sanitize: setup

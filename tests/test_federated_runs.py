@@ -68,7 +68,10 @@ def app_with(change=None, said=None, network=network, data=lambda client: 192, m
                 optimizer.zero_grad()
                 cross_entropy(model(inputs), labels).backward()
                 optimizer.step()
-        content = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord({"num-examples": 192})}
+        content = {
+            "arrays": ArrayRecord(model.state_dict()),
+            "metrics": MetricRecord({"num-examples": 192, "right": 0.5}),
+        }
         return Message(RecordDict(content), reply_to=message)
 
     @app.query("moqa")
@@ -139,9 +142,9 @@ class TestFedHQ:
         assert strategy.rounds[1].seconds == pytest.approx(192 * 8e-3, rel=0.05)
 
     def test_evaluates_on_clients_with_packed_arrays(self):
-        _, result = trained(app_with(), rounds=2, fraction_evaluate=1.0, min_evaluate_nodes=2)
+        _, result = trained(app_with(), rounds=2, fraction_evaluate=1.0, min_evaluate_nodes=2, clock=clock())
         assert result.evaluate_metrics_clientapp[2]["right"] > 0.3
-        assert result.train_metrics_clientapp[2]["num-examples"] == 192
+        assert result.train_metrics_clientapp[2]["right"] > 0.3  # the facts that moqa adds are not averaged
 
     def test_goes_on_from_a_state_to_the_same_numbers(self):
         whole, result = trained(app_with(), rounds=4, clock=clock(), link=1e6)

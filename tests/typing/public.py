@@ -6,6 +6,7 @@ from typing import reveal_type
 from torch.nn import Linear
 
 import moqa
+from moqa.federated import Experiment, FedHQ, LocalMode, in_mode, run
 from moqa.format.scheme import Scheme
 from moqa.qat import Inputs, prepare
 
@@ -33,6 +34,12 @@ recovered: moqa.Recovered = moqa.recover("out", "better", length="15m", profile=
 trained = prepare(Linear(64, 32), Scheme(width=2), inputs=Inputs(8), keep=["head"])
 reveal_type(trained.stored())  # dict[str, torch._tensor.Tensor]
 reveal_type(trained.pack())  # torch.nn.modules.module.Module
+
+mode = LocalMode("qat", 3)
+with in_mode(Linear(64, 32), mode) as layer:
+    reveal_type(layer)  # torch.nn.modules.module.Module
+reveal_type(run(Experiment(data="text"), Path("out")))  # moqa.federated.records.FederatedRecord
+reveal_type(FedHQ(bits=3).rounds)  # list[moqa.federated.records.RoundRecord]
 
 options = moqa.CompressOptions(strategy="uniform", widths=(2, 4), objective="minimax")
 reveal_type(options.profile)  # pathlib.Path | None

@@ -20,7 +20,7 @@ _RESIDUAL = "moqa-residual"
 def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Flower mod: the app sees plain arrays, the wire has packed ones.
 
-    >>> app = ClientApp(mods=[mod])
+    >>> app = ClientApp(mods=[mod])  # doctest: +SKIP
 
     What rounding takes from an update is kept in the client's state and added to its next one. Messages of other
     strategies pass as they are.

@@ -116,7 +116,7 @@ class SimulatedClock:
 
     >>> work = {"fp": Work((1e6,), (1e5,)), "ptq": Work((1e6,), (1e5,)), "qat": Work((1e6,), (4e6,))}
     >>> clock = SimulatedClock([Machine(flops=1e9, bandwidth=1e9, link=1e6)], work)
-    >>> clock.seconds(0, "qat", samples=100, bytes_=10_000)
+    >>> round(clock.seconds(0, "qat", samples=100, bytes_=10_000), 3)
     0.41
 
     Attributes:
