@@ -40,7 +40,12 @@ def experiments() -> Iterator[tuple[str, Experiment]]:
         for share in (0.0, 0.2):
             attack = {"split": 0.5, "rounds": 12, "allocation": "qat", "bits": 2, "attackers": share, "trim": trim}
             yield f"attack-{share}-trim-{trim}", Experiment(**{**FASHION, **attack})
-    yield from _each("fashion-slow-link", FASHION, 0, heterogeneity=8, link=5e4)
+    for allocation in ("fp", "coarse+fine", "qat"):
+        slow = {**FASHION, "bits": 2, "heterogeneity": 8, "link": 5e4, "allocation": allocation}
+        yield f"fashion-slow-link-{allocation}", Experiment(**slow)
+    for allocation in ("fp", "qat", "ptq"):  # is one rate fair to all?
+        calm = {**FASHION, "bits": 2, "heterogeneity": 8, "rate": 0.02, "allocation": allocation}
+        yield f"fashion-calm-{allocation}", Experiment(**calm)
     yield from _each("text", TEXT, 0, heterogeneity=8)
     yield from _each("fashion", FASHION, 2, heterogeneity=8)
     for seed in range(3):
@@ -65,7 +70,7 @@ def row(record: FederatedRecord) -> dict:
         "uplink_bytes": record.uplink_bytes, "downlink_bytes": record.downlink_bytes,
         "allocator_seconds": record.allocator_seconds, "seconds": record.seconds, "link": one.link,
         "target": one.target, "rounds": one.rounds, "samples": one.samples, "attackers": one.attackers,
-        "trim": one.trim, "exact_accuracy": record.rounds[-1].metrics["accuracy-exact"],
+        "trim": one.trim, "rate": one.rate, "exact_accuracy": record.rounds[-1].metrics["accuracy-exact"],
         "wall_seconds": sum(each.real_seconds for each in record.rounds),
         "qat_share": _qat_share(record),
     }  # fmt: skip
@@ -80,15 +85,15 @@ def table(rows: list[dict]) -> str:
     """Mean and spread over seeds, as Markdown."""
     groups = defaultdict(list)
     for one in rows:
-        key = ("data", "clients", "heterogeneity", "link", "attackers", "trim")
+        key = ("data", "clients", "heterogeneity", "link", "attackers", "trim", "rate")
         groups[tuple(one[name] for name in key)].append(one)
     text = []
-    for (data, clients, heterogeneity, link, attackers, trim), group in groups.items():
+    for (data, clients, heterogeneity, link, attackers, trim, rate), group in groups.items():
         extra = f", {attackers:.0%} attackers, trim {trim}" if len({one["allocation"] for one in group}) == 1 else ""
         first = group[0]
         text += [
             f"**{data}, split {first['split']}, {clients} clients, {heterogeneity:g}x, {link / 1e6:g} MB/s{extra}** "
-            f"({first['samples']} samples, {first['rounds']} rounds, target {first['target']:.0%})", "",
+            f"({first['samples']} samples, {first['rounds']} rounds, rate {rate}, target {first['target']:.0%})", "",
             "| allocation | seeds | accuracy | s to target | s in all | QAT | MiB up | MiB down | allocator s |",
             "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]  # fmt: skip
