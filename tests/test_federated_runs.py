@@ -281,6 +281,15 @@ class TestAttacks:
         assert "says what cannot be" in strategy.rounds[0].refused[0]
         assert 0 not in strategy.rounds[1].modes
 
+    def test_two_clients_that_say_they_have_the_same_data_are_told_apart(self):
+        def same(message, context, call_next):
+            reply = call_next(message, context)
+            reply.content[ORDER]["partition"] = 7
+            return reply
+
+        strategy, _ = trained(app_with(mods=[same, mod]), rounds=1)
+        assert sorted(strategy.rounds[1].modes) == [0, 1, 2, 3, 7]
+
 
 class TestBadInput:
     def test_a_client_without_data_is_named_and_the_others_train(self):

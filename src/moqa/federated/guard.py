@@ -1,8 +1,9 @@
 """Updates that are not taken, each with its reason, and clients that are left out for what they do."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -85,12 +86,12 @@ def liars(
     return lines
 
 
-def described(reply: Message, number: int) -> ClientRecord:
+def described(reply: Message, taken: Collection[int]) -> ClientRecord:
     """What a client says of itself.
 
     Args:
         reply: to the query before its first round.
-        number: by which it is named if its node has none.
+        taken: numbers of other clients: two that say they have the same data are told apart.
 
     Raises:
         UpdateError: if it failed, or says what cannot be.
@@ -101,11 +102,14 @@ def described(reply: Message, number: int) -> ClientRecord:
     if "error" in said:
         raise UpdateError(str(said["error"]))
     facts: Any = reply.content.metric_records.get(FACTS, {})
+    number = said.get("partition")
+    if not isinstance(number, int) or number in taken:
+        number = next(free for free in count() if free not in taken)
     try:
         times = {kind: float(facts[f"seconds.{kind}"]) for kind in ("fp", "ptq", "qat")}
         histogram = [float(count) for count in facts["histogram"]]
         record = ClientRecord(
-            number=int(said.get("partition", number)), node=reply.metadata.src_node_id, samples=int(facts["samples"]),
+            number=number, node=reply.metadata.src_node_id, samples=int(facts["samples"]),
             per_sample=times, histogram=histogram, damage=float(facts["damage"]),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:

@@ -316,7 +316,7 @@ class FedHQ(FedAvg):
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
             self._now.uplink_bytes += message_bytes(reply)
             try:
-                client = described(reply, len(self.clients))
+                client = described(reply, {known.number for known in self.clients.values()})
             except UpdateError as reason:
                 self._now.refused.append(f"client at node {reply.metadata.src_node_id}: {reason}")
                 continue
