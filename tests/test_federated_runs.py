@@ -275,6 +275,24 @@ class TestAttacks:
         assert 4 not in strategy.rounds[3].modes
         assert strategy.rounds[3].seconds < strategy.rounds[2].seconds
 
+    @pytest.mark.parametrize(
+        "metrics",
+        [{"num-examples": 0}, {"num-examples": -192}, {"num-examples": [1, 2]}, {"num-examples": 192, "x": 1}],
+    )
+    def test_metrics_that_do_not_add_up_do_not_stop_the_round(self, metrics):
+        def attack(reply, client, round_):
+            if client == 0:
+                reply.content["metrics"] = MetricRecord(metrics)
+                reply.content[FACTS] = MetricRecord({"loss": [1.0, 2.0], "loss-rounded": float("nan")})
+
+        _, result = trained(app_with(attack), rounds=2, clock=clock())
+        assert right(result.arrays) > 0.4
+
+    def test_a_client_that_says_it_has_all_samples_of_the_world(self):
+        app = app_with(said=lambda facts, client: facts.update({"samples": 10**15} if client == 0 else {}))
+        strategy, _ = trained(app, rounds=1)
+        assert "too many samples" in strategy.rounds[0].refused[0]
+
     def test_a_client_that_says_what_cannot_be(self):
         app = app_with(said=lambda facts, client: facts.update({"samples": -5} if client == 0 else {}))
         strategy, _ = trained(app, rounds=1)

@@ -16,6 +16,8 @@ from moqa.federated.updates import State, UpdateError
 
 # a client that takes three times as long as it said, in two rounds, is left out
 _SLOWER, _STRIKES = 3.0, 2
+# what no client has: seconds of a sample, samples, classes
+_LONGEST, _MOST, _CLASSES = 1e6, 10**12, 2**17
 
 
 @dataclass
@@ -112,9 +114,29 @@ def described(reply: Message, taken: Collection[int]) -> ClientRecord:
             number=number, node=reply.metadata.src_node_id, samples=int(facts["samples"]),
             per_sample=times, histogram=histogram, damage=float(facts["damage"]),
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UpdateError(f"does not say what it is like ({error}): does its app answer `query.{ACTION}`?") from None
     numbers = torch.tensor([*times.values(), *histogram, record.damage])
     if not numbers.isfinite().all() or (numbers < 0).any() or min(times.values()) == 0 or record.samples < 1:
         raise UpdateError("says what cannot be: times, counts and samples must be positive")
+    if max(times.values()) > _LONGEST or record.samples > _MOST or len(histogram) > _CLASSES:
+        raise UpdateError("says what cannot be: too long a time, too many samples or too many classes")
     return record
+
+
+def gain_of(facts: Any) -> float | None:
+    """What rounding costs a trained model: 0 if its loss on the probe batch stays, -1 if it doubles, or worse.
+
+    >>> gain_of({"loss": 1.0, "loss-rounded": 1.5})
+    -0.5
+
+    Args:
+        facts: that a client sent; None, or whatever else, if it measured nothing.
+    """
+    try:
+        exact, few = float(facts["loss"]), float(facts["loss-rounded"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    # bounded, so that a client that lies cannot move the regression far
+    share = (exact - few) / max(abs(exact), 1e-9)
+    return float(np.clip(share, -1.0, 1.0)) if np.isfinite(share) else None

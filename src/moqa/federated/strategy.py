@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from moqa.errors import MoqaError
+from moqa.errors import MoqaError, one_line
 from moqa.federated.aggregate import combine
 from moqa.federated.allocation import choices_of, features_of, first_choice, options_of
 from moqa.federated.coarse import Limits, ModeOptions
@@ -24,7 +24,7 @@ from moqa.federated.flower import (
     Result,
     message_bytes,
 )
-from moqa.federated.guard import UpdateGuard, described, liars
+from moqa.federated.guard import UpdateGuard, described, gain_of, liars
 from moqa.federated.modes import BITS, FULL, Allocation, LocalMode
 from moqa.federated.order import ACTION, ARRAYS, FACTS, ORDER, Order, arrays_of, record_of, state_of
 from moqa.federated.records import ClientRecord, RoundRecord
@@ -114,6 +114,7 @@ class FedHQ(FedAvg):
         self.clients, self.rounds = dict[int, ClientRecord](), list[RoundRecord]()
         self.guard, self._chosen, self._sent = UpdateGuard(), dict[int, int](), dict[int, int]()
         self._arrived, self._now = dict[int, float](), RoundRecord(round=0)
+        self._before, self._unfit = State(), set[int]()
 
     def start(  # type: ignore[override]  # Flower's own takes all by position
         self,
@@ -180,7 +181,9 @@ class FedHQ(FedAvg):
         if self._now.round != server_round:
             self._now = RoundRecord(round=server_round)
         nodes = self._nodes(grid, timeout=3600)
-        self._measure(arrays, grid, [node for node in nodes if node not in self.clients], timeout=3600)
+        self._measure(
+            arrays, grid, [node for node in nodes if node not in self.clients.keys() | self._unfit], timeout=3600
+        )
         able = [node for node in nodes if node in self.clients and not self.clients[node].excluded]
         if not able:
             raise MoqaError("no client can take part", "; ".join(self._now.refused) or "all were excluded")
@@ -239,14 +242,16 @@ class FedHQ(FedAvg):
             weights.append(float(client.samples))
             contents.append(reply.content)
             # Flower averages all other metrics
-            facts = dict(reply.content.pop(FACTS)) if FACTS in reply.content else {}
+            gain = gain_of(reply.content.pop(FACTS, None))
             both = size + self._sent[node]
-            taken[node] = self._seconds(client, order, both, facts)
+            seconds = self._seconds(client, order, both)
+            if seconds is None:
+                continue
+            taken[node] = seconds
             claimed[node] = client.per_sample[order.mode.kind] * client.samples + both / (self.link or np.inf)
-            if {"loss", "loss-rounded"} <= facts.keys():
-                slowness = taken[node] / max(claimed[node], 1e-9)
-                chosen = self._chosen[node]
-                observed.append(Observation(client.number, tuple(features[node]), chosen, _gain(facts), slowness))
+            if gain is not None:
+                slowness = seconds / max(claimed[node], 1e-9)
+                observed.append(Observation(client.number, tuple(features[node]), self._chosen[node], gain, slowness))
         self._now.seconds = max(taken.values(), default=0.0)
         self._now.changes += liars(self.clients.values(), taken, claimed, self._now.seconds / 2)
         self.fine.observe(observed)
@@ -258,9 +263,7 @@ class FedHQ(FedAvg):
             self._now.refused.append(f"round {server_round}: the model stays as it was: {error}")
             return None, None
         after = {name: value + change[name].to(value.dtype) for name, value in self._before.items()}
-        counted = [content for content in contents if self._has_metrics(content)]
-        metrics = self.train_metrics_aggr_fn(counted, self.weighted_by_key) if counted else None
-        return record_of(after), metrics
+        return record_of(after), self._averaged(server_round, contents)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -319,6 +322,7 @@ class FedHQ(FedAvg):
                 client = described(reply, {known.number for known in self.clients.values()})
             except UpdateError as reason:
                 self._now.refused.append(f"client at node {reply.metadata.src_node_id}: {reason}")
+                self._unfit.add(reply.metadata.src_node_id)
                 continue
             self.clients[client.node] = client
         if not self.clients:
@@ -345,13 +349,22 @@ class FedHQ(FedAvg):
         self._chosen |= {node: int(mode) for node, mode in zip(able, found, strict=True)}
         self._now.changes += lines
 
-    def _seconds(self, client: ClientRecord, order: Order, bytes_: int, facts: dict[str, Any]) -> float:
+    def _seconds(self, client: ClientRecord, order: Order, bytes_: int) -> float | None:
         if self.clock is not None:
             return self.clock.seconds(client.number, order.mode.kind, client.samples, bytes_)
-        return self._arrived.get(client.node, float(facts.get("seconds", 0.0)))
+        return self._arrived.get(client.node)
 
-    def _has_metrics(self, content: RecordDict) -> bool:
-        return any(self.weighted_by_key in record for record in content.metric_records.values())
+    def _averaged(self, server_round: int, contents: Sequence[RecordDict]) -> MetricRecord | None:
+        counted = [
+            content
+            for content in contents
+            if any(self.weighted_by_key in one for one in content.metric_records.values())
+        ]
+        try:
+            return self.train_metrics_aggr_fn(counted, self.weighted_by_key) if counted else None
+        except Exception as error:  # clients send what they like, and Flower adds it up as it is
+            self._now.refused.append(f"round {server_round}: metrics are not averaged: {one_line(error)}")
+            return None
 
     def _evaluate_on_clients(
         self, number: int, arrays: ArrayRecord, config: ConfigRecord | None, grid: Grid, timeout: float, result: Result
@@ -363,10 +376,3 @@ class FedHQ(FedAvg):
         metrics = self.aggregate_evaluate(number, replies)
         if metrics is not None:
             result.evaluate_metrics_clientapp[number] = metrics
-
-
-def _gain(facts: dict[str, Any]) -> float:
-    """What rounding costs a trained model: 0 if its loss on the probe batch stays, -1 if it doubles, or worse."""
-    exact, few = float(facts["loss"]), float(facts["loss-rounded"])
-    # what a client says is bounded, so that one that lies cannot move the regression far
-    return float(np.clip((exact - few) / max(abs(exact), 1e-9), -1.0, 1.0)) if np.isfinite(exact - few) else 0.0
