@@ -6,8 +6,8 @@ from pathlib import Path
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "engines.md"
 TEXT = """# Engines
 
-Made by `make engines-study` (`benchmarks/engines_study.py`) on the reference model. Bits are stored bits of all matrices
-of the layers; embedding and head keep 16 bits everywhere. Fitted on windows of wiki and novels, measured on held-out
+Made by `make engines-study` (`benchmarks/engines_study.py`) on the reference model. Bits are stored bits of the layers'
+matrices; embedding and head keep 16 bits everywhere. Fitted on windows of wiki and novels, measured on held-out
 windows of these (known) and of python, math, german and french (novel): KL divergence from the original in nats, of the
 weights in the files.
 
@@ -16,9 +16,9 @@ At the bytes of one of llama-quantize's own mixes each: default plans for moqa's
 gptq), which differ in their ties alone, and plans for llama.cpp and vLLM with the schemes that these run.
 
 {ties}
-A plan with coarser ties is solved with them, and never a finer one rounded. In ggml's types `layer_projection` costs
-more than the ties alone: they are rounded without the feedback of errors that gptq has. The row of vLLM is of the exported
-folder; vLLM itself was not run.
+A plan with coarser ties is solved with them, and never a finer one rounded. In ggml's types, `layer_projection`
+costs more than the ties alone: they are rounded without the feedback of errors that gptq has. The row of vLLM is of
+the exported folder; vLLM itself was not run.
 
 ## llama.cpp
 llama-quantize's own mixes, with the importance matrix that moqa exports from the same windows (`--to imatrix`), and

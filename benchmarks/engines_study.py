@@ -1,10 +1,10 @@
 """What each engine's ties cost: KL divergence at equal bytes on the reference model, and llama.cpp's own mixes beside.
 
 At the bytes of llama-quantize's own mixes, with the importance that moqa exports from the same windows: moqa's plans
-with ties unit, expert, layer_projection and layer in its own runtime; a plan for llama.cpp, exported and read again
-from the file; and, where 4 bits fit, a plan for vLLM from its exported folder. Files for llama.cpp are also opened by it:
-largest difference between its logits and those of the weights in the file, and tokens per second on one thread. Writes
-runs/engines/summary.json and docs/results/engines.md.
+with ties unit, expert, layer_projection and layer in its own runtime; a plan for llama.cpp, exported and read
+again from the file; and, where 4 bits fit, a plan for vLLM from its exported folder. Files for llama.cpp are also
+opened by it: largest difference between its logits and those of the weights in the file, and tokens per second on
+one thread. Writes runs/engines/summary.json and docs/results/engines.md.
 """
 
 import argparse

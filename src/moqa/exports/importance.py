@@ -47,10 +47,7 @@ class ImportanceSamples:
 
     @torch.no_grad()
     def of_layer(self, layer: int) -> dict[str, Importance]:
-        """Unit name -> importance, and the samples moved past the layer.
-
-        Experts that no token reached have the mean of the others of their layer.
-        """
+        """Unit name -> importance of units that tokens reached, and the samples moved past the layer."""
         inputs = self._samples.inputs(layer, with_slopes=False)
         units = self._view.block_units(layer)
         found = self._of_spaces(inputs, sorted({unit.expert for unit in units if unit.expert is not None}))
@@ -78,18 +75,18 @@ def _of(statistics: InputStatistics) -> Importance:
     return Importance(statistics.energy.clone(), statistics.tokens)
 
 
-def filled(importance: Mapping[str, Importance], names: list[str], features: int) -> dict[str, Tensor]:
-    """[in] importance of some units that share a shape; those that no token reached have the mean of the others.
+def weights_of(importance: Mapping[str, Importance], names: list[str], features: int) -> dict[str, Tensor]:
+    """[in] mean squared inputs of some units that share a shape; those that no token reached have that of the others.
 
     >>> seen = {"a": Importance(torch.tensor([1.0, 3.0]), 4)}
-    >>> filled(seen, ["a", "b"], 2)["b"]
-    tensor([1., 3.])
+    >>> weights_of(seen, ["a", "b"], 2)["b"]
+    tensor([0.2500, 0.7500])
 
     Args:
         importance: of units that tokens reached.
         names: of the units.
         features: inputs of each.
     """
-    there = {name: importance[name].squares for name in names if name in importance and importance[name].tokens}
+    there = {name: seen.squares / seen.tokens for name in names if (seen := importance.get(name)) and seen.tokens}
     mean = torch.stack(list(there.values())).mean(0) if there else torch.ones(features)
     return {name: there.get(name, mean) for name in names}

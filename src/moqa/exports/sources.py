@@ -19,7 +19,14 @@ def planned(job: ExportJob, engine: str) -> tuple[Plan, Profile]:
         MoqaError: if it is none, is for another engine, or its profile is missing or another one's.
     """
     path = Path(job.source)
-    plan = read_plan(path / PLAN if path.is_dir() and is_checkpoint(path) else path)
+    if is_checkpoint(path):
+        path /= PLAN
+        if not path.is_file():
+            raise MoqaError(
+                f"{job.source} has no {PLAN}, and its schemes are not those of {engine}",
+                f"plan for it: moqa plan PROFILE --engine {engine} --bpw BITS -o plan.json",
+            )
+    plan = read_plan(path)
     if plan.engine != engine:
         budget = plan.budget or "--bpw BITS"
         raise MoqaError(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moqa import __version__
 from moqa.errors import MoqaError
-from moqa.exports.importance import Importance, ImportanceSamples, filled
+from moqa.exports.importance import Importance, ImportanceSamples, weights_of
 from moqa.exports.registry import ExportJob, exports
 from moqa.exports.sources import opened, planned
 from moqa.exports.work import file_of_work
@@ -69,7 +69,7 @@ def _encoded(view: ModelView, layer: int, plan: Plan, seen: Mapping[str, Importa
     found = {}
     for name, units in stacks.items():
         scheme = plan.units[units[0].name]
-        importance = filled(seen, [unit.name for unit in units], units[0].shape[1])
+        importance = weights_of(seen, [unit.name for unit in units], units[0].shape[1])
         rows = [
             _rows(family.ordered(name, view.weight(unit).float(), config), scheme, _plain(view, unit),
                   importance[unit.name])
@@ -82,9 +82,7 @@ def _encoded(view: ModelView, layer: int, plan: Plan, seen: Mapping[str, Importa
 def _rows(weights: Tensor, scheme: Scheme, plain: torch.dtype, importance: Tensor) -> Tensor:
     if scheme.is_unquantized:
         return weights.to(plain)
-    # an encoder divides by sums of importances: none may be zero
-    weighted = importance / importance.mean().clamp_min(1e-30) if importance.any() else torch.ones_like(importance)
-    return encode(weights, scheme.encoding, weighted)
+    return encode(weights, scheme.encoding, importance)
 
 
 def _plain(view: ModelView, unit: Unit) -> torch.dtype:

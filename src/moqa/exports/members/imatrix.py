@@ -3,7 +3,7 @@
 import torch
 
 from moqa import __version__
-from moqa.exports.importance import ImportanceSamples, filled
+from moqa.exports.importance import Importance, ImportanceSamples
 from moqa.exports.registry import ExportJob, exports
 from moqa.exports.sources import opened
 from moqa.exports.work import file_of_work
@@ -39,10 +39,10 @@ def imatrix(job: ExportJob) -> list[str]:
                 tensors = {}
                 for theirs, names in stacks.items():
                     features = view.units[names[0]].shape[1]
-                    squares = filled(seen, names, features)
-                    tokens = [seen[name].tokens if name in seen else 0 for name in names]
-                    tensors[f"{theirs}.in_sum2"] = torch.stack([squares[name] for name in names])
-                    tensors[f"{theirs}.counts"] = torch.tensor(tokens).float()[:, None]
+                    none = Importance(torch.zeros(features), 0)
+                    found = [seen.get(name, none) for name in names]
+                    tensors[f"{theirs}.in_sum2"] = torch.stack([one.squares for one in found])
+                    tensors[f"{theirs}.counts"] = torch.tensor([one.tokens for one in found]).float()[:, None]
                 work.save(f"layer-{layer}", tensors)
                 work.mark_done(f"layer-{layer}", {})
                 samples.forget(layer)
