@@ -8,8 +8,8 @@ TEXT = """# Engines
 
 Made by `make engines-study` (`benchmarks/engines_study.py`) on the reference model. Bits are stored bits of the layers'
 matrices; embedding and head keep 16 bits everywhere. Fitted on windows of wiki and novels, measured on held-out
-windows of these (known) and of python, math, german and french (novel): KL divergence from the original in nats, of the
-weights in the files.
+windows of these (known) and of python, math, german and french (novel), {windows} of 256 tokens per text: KL divergence
+from the original in nats, of the weights in the files.
 
 ## What ties cost
 At the bytes of one of llama-quantize's own mixes each: default plans for moqa's own runtime (integers and trellis, by
@@ -34,7 +34,7 @@ _ENGINES = {"unit": "moqa, `unit`", "expert": "moqa, `expert`", "layer_projectio
 
 def write(rows: Sequence[dict]) -> None:
     """Write the page."""
-    PAGE.write_text(TEXT.format(ties=_ties(rows), llama=_llama(rows)))
+    PAGE.write_text(TEXT.format(ties=_ties(rows), llama=_llama(rows), windows=rows[0]["windows"]))
 
 
 def _by_setting(rows: Sequence[dict]) -> dict[tuple[str, str], dict]:

@@ -19,7 +19,8 @@ from moqa.models.view import open_model
 from moqa.originals.words import unpack_words
 from moqa.planning import for_file, plan
 from moqa.profiling import profile
-from moqa.storage.artifact import write_sealed
+from moqa.reports.rows import Row
+from moqa.storage.artifact import write_json, write_sealed
 
 GROUP = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -211,6 +212,16 @@ class TestGguf:
         assert 0 < found.distributions["wiki"].kl_divergence < 0.1
         assert found.bytes == file.stat().st_size
         assert found.bits_per_weight == pytest.approx(5, abs=0.1)
+
+    def test_a_report_does_not_take_it_for_an_original(self, model, file, texts, tmp_path):
+        for name, against in {"original": None, "theirs": model}.items():
+            found = moqa.evaluate(file if against else model, [texts["wiki"]], against=against, context=32, windows=1)
+            assert found.format == ("gguf" if against else None)
+            write_json(found, tmp_path / f"{name}.json")
+        moqa.report([tmp_path / "original.json", tmp_path / "theirs.json"], tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text()
+        assert "gguf x.gguf" in page
+        assert not Row(found, {"known": (), "novel": ("wiki",)}).original
 
     def test_it_needs_its_original(self, file, texts):
         message = refusal(lambda: moqa.evaluate(file, [texts["wiki"]]))

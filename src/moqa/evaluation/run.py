@@ -18,7 +18,7 @@ from moqa.format.reader import Checkpoint, is_checkpoint, open_checkpoint
 from moqa.integrations.lora import add_lora
 from moqa.models.gguf_reader import GgufReader
 from moqa.models.load import read_config
-from moqa.models.stored import is_imported, open_stored, stored_files
+from moqa.models.stored import imported_format, open_stored, stored_files
 from moqa.models.view import ModelView, open_model
 from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part
@@ -39,6 +39,7 @@ class Evaluation(BaseModel, frozen=True):
     strategy: Annotated[str, AfterValidator(STRATEGIES.current)] | None = Field(
         None, description="of the checkpoint; None for an original model"
     )
+    format: str | None = Field(None, description="in which another tool has quantized the model; None for moqa's")
     method: str | None = None
     hedge: float | None = None
     fitted_on: tuple[str, ...] = Field((), description="distributions that the checkpoint was fitted on")
@@ -131,7 +132,7 @@ def _evaluated(
     if adjusted:
         _refuse_fitted(str(adjusted.folder), adjusted.record.fitted, distributions, cut)
     view = None if packed else open_model(folder, imported=True)
-    foreign = packed is None and is_imported(folder)
+    foreign = None if packed else imported_format(folder)
     if foreign and against is not None:
         _check_same_words(model, config, against)
     module: Any = load_packed(packed, kernels=kernels) if packed else view.model  # type: ignore[union-attr]
@@ -147,7 +148,8 @@ def _evaluated(
     name = str(against) if against is not None else (packed.manifest.model if packed else str(model))
     return Evaluation(
         model=str(model), against=name if reference else None, **size, context=task.context(context),
-        adjustment=None if adjustment is None else str(adjustment), lora=None if lora is None else str(lora),
+        format=foreign, adjustment=None if adjustment is None else str(adjustment),
+        lora=None if lora is None else str(lora),
         adjustment_bytes=adjusted.record.extra_bytes if adjusted else 0,
         distributions={name: _rounded(quality) for name, quality in result.items()},
     )  # fmt: skip

@@ -51,8 +51,11 @@ class Family:
     def write_settings(self, writer: "GGUFWriter", config: "PretrainedConfig") -> None:
         """Add what llama.cpp has to know of the model.
 
-        >>> family = find_family(view.model.config)
-        >>> family.write_settings(writer, view.model.config)
+        >>> from gguf import GGUFWriter
+        >>> writer = GGUFWriter(None, "qwen3moe")
+        >>> find_family(view.model.config).write_settings(writer, view.model.config)
+        >>> writer.kv_data[0]["qwen3moe.expert_count"].value
+        16
         """
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads

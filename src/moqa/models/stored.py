@@ -47,11 +47,12 @@ def stored_files(folder: Path) -> list[Path]:
     return weight_files(folder) if path is None else [path]
 
 
-def is_imported(folder: Path) -> bool:
-    """Whether another tool has quantized the model of a folder.
+def imported_format(folder: Path) -> str | None:
+    """The format in which another tool has quantized the model of a folder; None if none has.
 
-    >>> is_imported(Path("reference/model"))
-    False
+    >>> imported_format(Path("reference/model")) is None
+    True
     """
     options = read_object(folder / "config.json").get("quantization_config")
-    return gguf_file(folder) is not None or (isinstance(options, dict) and options.get("quant_method") in IMPORTED)
+    method = options.get("quant_method") if isinstance(options, dict) else None
+    return "gguf" if gguf_file(folder) is not None else str(method) if method in IMPORTED else None

@@ -111,9 +111,9 @@ def _line(row: Row, beside: _Beside, known: bool = False, novel: bool = False) -
     e = row.evaluation
     bits = (Cell(number(e.bits_per_weight)), Cell(number(e.model_bits_per_weight)))
     return QualityRow(
-        name=e.strategy or "original", made=row.made, known=_cells(row, "known", beside, known),
+        name=row.kind, made=row.made, known=_cells(row, "known", beside, known),
         novel=_cells(row, "novel", beside, novel), sizes=(Cell(f"{row.mebibytes:.2f}", beside.share(row)), *bits),
-        colour=strategy_colour(e.strategy or "original"), tip=f"{row.name}: {e.bytes:,} bytes",
+        colour=strategy_colour(row.kind), tip=f"{row.name}: {e.bytes:,} bytes",
     )  # fmt: skip
 
 
@@ -154,11 +154,12 @@ def _against_uniform(pairs: Sequence[Comparison]) -> Table:
 def _key(lines: Sequence[tuple[str, list[Row]]]) -> tuple[KeyEntry, ...]:
     """Marker of each line: the colour shows the strategy, a hollow marker plain rounding, the shape the hedge."""
     first = [(name, group[0].evaluation) for name, group in lines]
+    kinds = {name: group[0].kind for name, group in lines}
     usual = STRATEGIES[OURS].hedge
     defaults = {usual(e.bits_per_weight) for _, e in first if usual is not None}
     hedges = sorted({e.hedge for _, e in first if e.hedge is not None}, key=lambda h: (h not in defaults, h))
     return tuple(
-        KeyEntry(name, strategy_colour(e.strategy or ""), e.method == "rtn",
+        KeyEntry(name, strategy_colour(kinds[name]), e.method == "rtn",
                  _SHAPES[hedges.index(e.hedge) % len(_SHAPES)] if e.hedge is not None else _SHAPES[0])
         for name, e in first
     )  # fmt: skip

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Literal
 
 from moqa.evaluation import Evaluation, Quality
@@ -37,14 +38,20 @@ class Row:
     @property
     def original(self) -> bool:
         """Whether it is an original model."""
-        return self.evaluation.strategy is None
+        return self.evaluation.strategy is None and self.evaluation.format is None
+
+    @property
+    def kind(self) -> str:
+        """Strategy of a checkpoint, or format and name of a model that another tool has quantized."""
+        e = self.evaluation
+        return e.strategy or (f"{e.format} {Path(e.model).name}" if e.format else "original")
 
     @property
     def name(self) -> str:
         """Strategy, method and share of the model's own text."""
         e = self.evaluation
         hedge = "" if e.hedge is None else f" hedge {e.hedge:g}"
-        return "original" if self.original else f"{e.strategy}{hedge} {e.method}"
+        return f"{self.kind}{hedge} {e.method}" if e.strategy else self.kind
 
     @property
     def made(self) -> str:

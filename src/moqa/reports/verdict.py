@@ -138,7 +138,7 @@ def _still_better(ours: Row, rows: Sequence[Row]) -> str:
         for peer in peers:
             its = peer.divergence(role)
             if peer.evaluation.strategy != BASELINE and mine and its is not None and its < mine * (1 - EQUAL):
-                found.setdefault(peer.evaluation.strategy or "", []).append(role)
+                found.setdefault(peer.kind, []).append(role)
     return " ".join(f"At this size {name} is better on {' and '.join(roles)} texts." for name, roles in found.items())
 
 

@@ -13,7 +13,7 @@ from moqa.format.reader import is_checkpoint, open_checkpoint
 from moqa.generation import Sampling, tokens
 from moqa.memory.process import used
 from moqa.models.load import load_original, read_config
-from moqa.models.stored import is_imported, open_stored, stored_files
+from moqa.models.stored import imported_format, open_stored, stored_files
 from moqa.originals.folder import check_finite
 from moqa.runtime.load import choose_kernels, load_packed
 from moqa.tasks import check_language_model
@@ -33,7 +33,7 @@ def measure(
         model = load_packed(open_checkpoint(folder), kernels=kernels)
     else:
         files = stored_files(folder)
-        foreign = is_imported(folder)
+        foreign = imported_format(folder) is not None
         if not foreign:
             check_finite(folder)
         started = time.perf_counter()
