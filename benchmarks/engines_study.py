@@ -72,8 +72,10 @@ class Study:
         """The row of a setting, measured if it is not there."""
         found = next((row for row in self.rows() if row["setting"] == setting), None)
         if found is None:
-            found = {"setting": setting, "windows": self._model.windows, "parallel": "1", "decode_tokens_per_second": None,
-                     "max_logit_difference": None} | make()  # fmt: skip
+            found = {
+                "setting": setting, "windows": self._model.windows, "parallel": "1", "decode_tokens_per_second": None,
+                "max_logit_difference": None,
+            } | make()  # fmt: skip
             print(json.dumps(found), flush=True)
             SUMMARY.write_text(json.dumps({"rows": [*self.rows(), found]}, indent=1) + "\n")
             write(self.rows())
