@@ -197,6 +197,17 @@ class TestRefusals:
         message = refusal(lambda: moqa.export("nothing.json", tmp_path / "x", to="gguf"))
         assert "libgguf: pip install 'moqa[gguf]'" in message
 
+    def test_a_family_is_refused_before_its_weights_are_read(self, measured, monkeypatch):
+        monkeypatch.setattr("moqa.planning.run.with_errors_of", None)
+        monkeypatch.delitem(FAMILIES, "qwen3_moe")
+        message = refusal(lambda: plan(measured, "5bpw", engine="llama.cpp"))
+        assert message.startswith("qwen3_moe cannot be exported for llama.cpp: there are qwen2_moe, olmoe")
+
+    def test_planning_names_a_missing_package(self, measured, monkeypatch):
+        monkeypatch.setitem(sys.modules, "gguf", None)
+        message = refusal(lambda: plan(measured, "5bpw", engine="llama.cpp"))
+        assert "need the package gguf: pip install 'moqa[gguf]'" in message
+
     @pytest.mark.parametrize(
         ("kind", "changes", "message"),
         [

@@ -8,6 +8,7 @@ import torch
 from moqa.format.layout import Entry, entry_bytes, shards
 from moqa.format.scheme import Scheme
 from moqa.gguf.file import ALIGNMENT
+from moqa.methods.ggml import encoders
 from moqa.originals import folder as original
 from moqa.planning.engines import ENGINES, OWN
 from moqa.planning.gguf_layout import file_of
@@ -54,6 +55,7 @@ def kept_entries(profile: Profile) -> dict[str, Entry]:
 
 def _in_gguf(profile: Profile, schemes: Mapping[str, Scheme], folder: Path) -> Account:
     """Settings, tokenizer and names, and the padding between tensors, are counted as headers."""
+    encoders()  # names the packages if they are missing
     kept = kept_entries(profile)
     units = {
         unit.name: (unit.shape, schemes[unit.name], torch.bfloat16)

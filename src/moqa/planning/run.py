@@ -103,6 +103,7 @@ def plan(
     lowest = smallest_widths(floors, member.floor, any(unit.role == "expert" for unit in profile.record.units))
     tied = tie_groups(profile.record.units, ties)
     chosen_widths = fixed_widths(profile, tied, fixed or {})
+    fixed_size = fixed_bytes(profile, engine)  # refuses a model that the engine does not run, before weights are read
     if runs.schemes is not None:
         named = None if usual else encodings
         widths = _widths_of(runs, given, profile)
@@ -120,7 +121,7 @@ def plan(
         )  # fmt: skip
     problem = make_problem(
         profile, known, groups=tied, schemes=schemes, widths=widths, floors=lowest, fixed=chosen_widths, budget=budget,
-        options=options, fixed_bytes=fixed_bytes(profile, engine), engine=engine,
+        options=options, fixed_bytes=fixed_size, engine=engine,
     )  # fmt: skip
     _check_reachable(problem, budget)
     check_budget(member, budget, "give --bpw or --size")
