@@ -13,7 +13,8 @@ from the original in nats, of the weights in the files.
 
 ## What ties cost
 At the bytes of one of llama-quantize's own mixes each: default plans for moqa's own runtime (integers and trellis, by
-gptq), which differ in their ties alone, and plans for llama.cpp and vLLM with the schemes that these run.
+gptq), which differ in their ties alone, and plans for llama.cpp and vLLM with the schemes that these run. A dash is
+not measured; vLLM has nothing below 4 bits.
 
 {ties}
 A plan with coarser ties is solved with them, and never a finer one rounded. In ggml's types, `layer_projection`
