@@ -14,6 +14,7 @@ from moqa.data import Distribution
 from moqa.errors import MoqaError
 from moqa.format.reader import open_checkpoint
 from moqa.mixture.evaluate import evaluate_mixture
+from moqa.mixture.features import read
 from moqa.mixture.generate import continued, route_of
 from moqa.mixture.load import RoutedPrompt
 from moqa.mixture.measure import continuation
@@ -434,3 +435,12 @@ def test_without_a_readable_variant_nothing_is_answered(changed):
     with pytest.raises(MoqaError, match="no variant can be read"):
         mixture.checked(RoutedPrompt("python"))
     assert mixture.choose([1, 2]).problem.startswith("the router reads base, which has a model-00002")
+
+
+def test_routing_is_read_of_each_token(mix):
+    model = moqa.load(mix)[0].mixture.use("base")
+    ids = torch.randint(8192, (9, 200), generator=torch.Generator().manual_seed(0))  # more than one batch
+    shares = read(model, ids, "routing")
+    assert shares.shape == (9, 200, 2 * 6)
+    assert torch.allclose(shares.sum(-1), torch.tensor(2.0))
+    assert torch.allclose(read(model, ids[3:4, :50], "routing"), shares[3:4, :50])

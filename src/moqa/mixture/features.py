@@ -3,19 +3,18 @@
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from moqa.data import Windows
+from moqa.calibration.hidden import HiddenStates
 from moqa.errors import MoqaError
-from moqa.evaluation.measure import final_hidden
 from moqa.mixture.router import LONGEST, Reads
 from moqa.models.experts import ExpertRun, observed
-from moqa.progress import quiet
-from moqa.runtime.packed import PackedExperts
+from moqa.models.layerwise import LayerwiseModel
+from moqa.runtime.packed import PackedExperts, unpacked
 from moqa.runtime.routing import uncounted
+from moqa.storage.in_memory import InMemoryRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,11 +65,14 @@ def _routing(model: "PreTrainedModel", ids: Tensor) -> Tensor:
     experts = [m for m in model.modules() if isinstance(getattr(m, "moqa_weights", None), PackedExperts)]
     if not experts:
         raise MoqaError("--router histogram needs a model with routed experts", "choose encoder or linear")
-    seen = [_TokenRoutes() for _ in experts]
+    seen, stages = [_TokenRoutes() for _ in experts], LayerwiseModel(model)
+    hidden = HiddenStates(stages, InMemoryRun(), "prompts", stages.task.batches(ids.to(model.device)))
     with ExitStack() as stack, uncounted(model):
         for module, routes in zip(experts, seen, strict=True):
             stack.enter_context(observed(cast(Any, module), routes))
-        final_hidden(model, [Windows("prompts", ids.to(model.device), 0, np.zeros(0, np.uint64))], quiet)
+        for layer, block in enumerate(stages.blocks):
+            with unpacked(block):
+                hidden.advance(layer, keep=False)
     counts = [cast(PackedExperts, module.moqa_weights).count for module in experts]
     shares = [routes.shares(count, ids.shape) for routes, count in zip(seen, counts, strict=True)]
     return torch.cat(shares, -1)
