@@ -10,6 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits engines-study trained-study scale-study adjust-study robustness results clean
 .PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits trained-study scale-study adjust-study robustness federated-study results clean
+.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits trained-study scale-study adjust-study mixture-study robustness results clean
 
 setup: $(VENV)/.ready
 
@@ -143,6 +144,10 @@ adjust-study: setup
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/adjust_speed.py # alone, as a user's command runs
 	$(BIN)/python benchmarks/adjust_ablation.py
 	$(BIN)/python benchmarks/drift_detector.py
+
+# variants of one model and routers that choose among them
+mixture-study: setup
+	$(BIN)/python benchmarks/mixture_study.py
 
 # kills at every call that changes the disk, and damaged unfinished work: hours
 robustness: setup
