@@ -92,8 +92,7 @@ class _TokenRoutes:
 
     def shares(self, experts: int, shape: torch.Size) -> Tensor:
         """[texts, tokens, experts] 1 / k for each of a token's k experts."""
-        # first comes what finds out how the model is run block by block
-        index = torch.cat(self._seen)[-shape.numel() :]
+        index = torch.cat(self._seen)
         # an index past the last expert stands for none
         found = one_hot(index, experts + 1).sum(1)[:, :experts].float() / index.shape[1]
         return found.reshape(*shape, experts)
