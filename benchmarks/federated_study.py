@@ -43,7 +43,7 @@ def experiments() -> Iterator[tuple[str, Experiment]]:
     for allocation in ("fp", "coarse+fine", "qat"):
         slow = {**FASHION, "bits": 2, "heterogeneity": 8, "link": 5e4, "allocation": allocation}
         yield f"fashion-slow-link-{allocation}", Experiment(**slow)
-    for allocation in ("fp", "qat", "ptq"):  # is one rate fair to all?
+    for allocation in ("fp", "qat", "ptq", "coarse+fine"):  # is one rate fair to all?
         calm = {**FASHION, "bits": 2, "heterogeneity": 8, "rate": 0.02, "allocation": allocation}
         yield f"fashion-calm-{allocation}", Experiment(**calm)
     yield from _each("text", TEXT, 0, heterogeneity=8)
