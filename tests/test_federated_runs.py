@@ -112,7 +112,7 @@ def right(arrays: ArrayRecord) -> float:
 
 
 def trained(app: ClientApp, rounds: int = 4, start=None, **options):
-    strategy = FedHQ(**{"bits": 3, "fraction_evaluate": 0.0, "seed": 1, **options})
+    strategy = FedHQ(**{"bits": 3, "fraction_evaluate": 0.0, "seed": 1, "clock": clock(), "link": 1e6, **options})
     result = strategy.start(LocalGrid(app, CLIENTS), ArrayRecord((start or network)().state_dict()), num_rounds=rounds)
     return strategy, result
 
@@ -241,6 +241,19 @@ class TestAttacks:
         assert strategy.rounds[2].refused == ["round 2: client 2 refused: failed (RuntimeError: killed)"]
         assert not strategy.rounds[3].refused
 
+    def test_a_client_that_fails_when_it_is_asked_is_asked_again(self):
+        asked = []
+
+        def fails_once(facts, client):
+            if client == 2:
+                asked.append(client)
+                if len(asked) == 1:
+                    raise RuntimeError("killed")
+
+        strategy, _ = trained(app_with(said=fails_once), rounds=1)
+        assert strategy.rounds[0].refused == ["client at node 2: failed (RuntimeError: killed)"]
+        assert sorted(strategy.rounds[1].modes) == [0, 1, 2, 3, 4]
+
     def test_scaled_garbage(self):
         def attack(reply, client, round_):
             if client == 1:
@@ -305,7 +318,7 @@ class TestAttacks:
             reply.content[ORDER]["partition"] = 7
             return reply
 
-        strategy, _ = trained(app_with(mods=[same, mod]), rounds=1)
+        strategy, _ = trained(app_with(mods=[same, mod]), rounds=1, clock=None)
         assert sorted(strategy.rounds[1].modes) == [0, 1, 2, 3, 7]
 
 

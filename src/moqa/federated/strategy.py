@@ -322,7 +322,8 @@ class FedHQ(FedAvg):
                 client = described(reply, {known.number for known in self.clients.values()})
             except UpdateError as reason:
                 self._now.refused.append(f"client at node {reply.metadata.src_node_id}: {reason}")
-                self._unfit.add(reply.metadata.src_node_id)
+                if not reply.has_error():  # one that failed is asked again
+                    self._unfit.add(reply.metadata.src_node_id)
                 continue
             self.clients[client.node] = client
         if not self.clients:
