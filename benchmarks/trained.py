@@ -155,7 +155,7 @@ def write_page() -> None:
             size=SIZES[0],
             rows="\n".join(lines),
             more="\n".join(more),
-            blocks="\n".join(blocks),
+            blocks="\n".join([*_BLOCKS, *blocks, "", ""]) if blocks else "",
             large="" if large is None else of_large(large),
         )
     )
@@ -169,6 +169,8 @@ def of_large(found: dict) -> str:
         values |= {f"{name}_seconds": some(seconds), f"{name}_memory": some(peaks)}
     return fill(_LARGE.format(**values), 120) + "\n"
 
+
+_BLOCKS = ("| plan | bits per weight | trained | known / novel KL | minutes |", "|---|---:|---|---|---:|")
 
 _LARGE = """The random model of 441 M parameters ({blocks} blocks; `python benchmarks/blockwise.py`) does not fit
 `--max-memory {limit}` as a whole. {steps} steps of each block on one core took {least_seconds:.0f} to
@@ -194,11 +196,7 @@ of 64 have, and gptq has left little to find.
 ## Block by block
 Where the whole model does not fit the memory, each block is trained to give the original's hidden states.
 
-| plan | bits per weight | trained | known / novel KL | minutes |
-|---|---:|---|---|---:|
-{blocks}
-
-{large}
+{blocks}{large}
 ## More samples
 The default plan at {size} bits without training, by the windows of each text that profile and gptq see (`--samples`; 64
 is the default), and the seconds that quantizing takes on one core.
