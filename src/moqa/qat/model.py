@@ -135,7 +135,7 @@ def prepare(
     >>> trained = prepare(model, Scheme(width=3), keep=["2"])
     >>> model(torch.ones(1, 64)).sum().backward()
     >>> trained.bytes
-    1152
+    864
 
     Weights are those of linear layers, convolutions, embeddings and stacks of experts. In every forward pass they have
     the values that `stored` would hold, bit for bit; gradients pass through the rounding, and train scales and
