@@ -61,6 +61,14 @@ def recovered(packed, measured, tmp_path_factory):
     return recover(packed, tmp_path_factory.mktemp("recover") / "new", length="12", profile=measured)
 
 
+def packed_classifier(folder):
+    """A random classifier with 2 bits, and its profile."""
+    model = save_classifier("resnet", folder / "model")
+    known = profile(model, {"a": save_images(folder / "images", each=8, seed=0)}, folder / "profile", samples=32)
+    made = plan(known, None, strategy="uniform", widths=(2,))
+    return quantize(model, made, folder / "out", profile=known), known
+
+
 def stopping(times):
     """A report that stops the training when it is called so often."""
     heard = 0
@@ -188,10 +196,7 @@ class TestRecover:
     def test_images(self, tmp_path, monkeypatch):
         # answers of a random classifier hardly differ: smaller steps
         monkeypatch.setattr("moqa.training.run._RATE", 1e-4)
-        model = save_classifier("resnet", tmp_path / "model")
-        data = {"a": save_images(tmp_path / "images", each=8, seed=0)}
-        known = profile(model, data, tmp_path / "profile", samples=32)
-        packed = quantize(model, plan(known, None, strategy="uniform", widths=(2,)), tmp_path / "out", profile=known)
+        packed, known = packed_classifier(tmp_path)
         found = recover(packed, tmp_path / "new", length="12", profile=known)
         assert found.recovery.after < found.recovery.before
         assert found.recovery.routing_after is None
@@ -266,10 +271,7 @@ class TestBlockwise:
 
     def test_images(self, tmp_path, monkeypatch):
         monkeypatch.setattr("moqa.training.run._RATE", 5e-4)
-        model = save_classifier("resnet", tmp_path / "model")
-        data = {"a": save_images(tmp_path / "images", each=8, seed=0)}
-        known = profile(model, data, tmp_path / "profile", samples=32)
-        packed = quantize(model, plan(known, None, strategy="uniform", widths=(2,)), tmp_path / "out", profile=known)
+        packed, known = packed_classifier(tmp_path)
         found = recover(packed, tmp_path / "new", length="12", profile=known)
         assert found.recovery.after < found.recovery.before
 

@@ -128,9 +128,9 @@ def _evaluated(
     if [w.name for w in cut] != [d.name for d in distributions]:
         raise ValueError("the reference was made for other distributions")
     if packed:
-        _refuse_fitted(str(packed.folder), packed.manifest.fitted, distributions, cut)
+        refuse_fitted(str(packed.folder), packed.manifest.fitted, distributions, cut)
     if adjusted:
-        _refuse_fitted(str(adjusted.folder), adjusted.record.fitted, distributions, cut)
+        refuse_fitted(str(adjusted.folder), adjusted.record.fitted, distributions, cut)
     view = None if packed else open_model(folder, imported=True)
     foreign = None if packed else imported_format(folder)
     if foreign and against is not None:
@@ -173,9 +173,20 @@ def evaluate_original(model: str, view: ModelView, reference: Reference, context
     )  # fmt: skip
 
 
-def _refuse_fitted(
+def refuse_fitted(
     what: str, fitted: Mapping[str, Fitted], distributions: Sequence[Source], cut: Sequence[Samples]
 ) -> None:
+    """Refuse held-out texts that something was fitted on, as a whole or in passages.
+
+    Args:
+        what: was fitted, for the message.
+        fitted: the texts that it was fitted on.
+        distributions: the held-out texts.
+        cut: the samples of each that are measured.
+
+    Raises:
+        MoqaError: naming the text.
+    """
     for distribution, windows in zip(distributions, cut, strict=True):
         same = [name for name, text in fitted.items() if text.digest == distribution.digest]
         if same:

@@ -8,10 +8,10 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from moqa.data import Data, Distribution, Windows, as_text, cut_windows, refuse_overlap
+from moqa.data import Data, Windows, as_text, cut_windows
 from moqa.errors import MoqaError
 from moqa.evaluation.measure import Reference
-from moqa.evaluation.run import DEFAULT_WINDOWS
+from moqa.evaluation.run import DEFAULT_WINDOWS, refuse_fitted
 from moqa.format.adjustment import read_adjustment
 from moqa.format.manifest import Fitted
 from moqa.format.reader import read_checkpoint
@@ -116,7 +116,8 @@ def evaluate_mixture(
     if not texts:
         raise MoqaError("no distribution to evaluate on", "give at least one --data NAME=FILE")
     cut = [cut_windows(text, reader, CONTEXT, windows) for text in texts]
-    _refuse_fitted(folder, record, texts, cut)
+    for what, fitted in fitted_texts(folder, record).items():
+        refuse_fitted(f"{folder}, {what},", fitted, texts, cut)
     reference, wanted = _reference(folder, record, against, cut, report)
     losses = {name: token_losses(loaded.use(name), cut, reference, report) for name in record.router.choices}
     return summarized(loaded, str(mixture), wanted, cut, losses, prompt)
@@ -208,18 +209,6 @@ def fitted_texts(folder: Path, record: MixtureRecord) -> dict[str, dict[str, Fit
             else read_checkpoint(folder / name).manifest.fitted
         )
     return fitted
-
-
-def _refuse_fitted(folder: Path, record: MixtureRecord, texts: Sequence[Distribution], cut: Sequence[Windows]) -> None:
-    for what, fitted in fitted_texts(folder, record).items():
-        for text, windows in zip(texts, cut, strict=True):
-            same = [name for name, one in fitted.items() if one.digest == text.digest]
-            if same:
-                raise MoqaError(
-                    f"{text.name}={text.origin} is the text that {folder}, {what}, was fitted on ({same[0]})",
-                    "evaluate on held-out text",
-                )
-            refuse_overlap(windows.name, windows.hashes, {name: one.hashes() for name, one in fitted.items()})
 
 
 def _reference(
