@@ -8,9 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits engines-study trained-study scale-study adjust-study robustness results clean
-.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits trained-study scale-study adjust-study robustness federated-study results clean
-.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits trained-study scale-study adjust-study mixture-study robustness results clean
+.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits trained-study engines-study mixture-study federated-study scale-study adjust-study robustness results clean
 
 setup: $(VENV)/.ready
 
