@@ -1,4 +1,4 @@
-"""Speed of the kernels: against the memory's read bandwidth, torch's bf16, ONNX Runtime and transformers' experts.
+"""Speed of the kernels: against read bandwidth, torch's bf16, ONNX Runtime, llama.cpp and transformers' experts.
 
 Writes runs/bench/kernels.json; every ratio is from one run in which the contenders took turns.
 """
@@ -6,12 +6,14 @@ Writes runs/bench/kernels.json; every ratio is from one run in which the contend
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
+from ggml_product import ggml_calls
 from onnx import TensorProto, helper
 from rich.console import Console
 from rich.table import Table
@@ -25,12 +27,14 @@ from moqa.format.levels import LevelGrid
 from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
 from moqa.kernels import ExpertStack, PackedMatrix, find_kernels
-from moqa.kernels.native import read
+from moqa.kernels.native import paths, read, use_path
 
 OUT = Path(__file__).parents[1] / "runs" / "bench" / "kernels.json"
 IN, FEATURES, BATCH = 2048, 5632, 256
 FORMS = [*(f"int {w}" for w in range(2, 9)), "table 2", "table 3", "table 4", "trellis 1", "trellis 2", "trellis 3"]
 ONNX_FORMS = ("int 2", "int 4", "int 8")
+# types of llama.cpp with as many bits as a trellis
+LLAMA_FORMS = {"trellis 2": "IQ2_XS", "trellis 3": "IQ3_S"}
 BEYOND_CACHE = 160 * 2**20
 # much more for the yardstick: part of what it reads again and again would be found in a large shared cache
 YARDSTICK = 2**30
@@ -127,6 +131,8 @@ def linear_rows(threads: int) -> list[dict]:
                 contenders |= readers(memory)
             if form in ONNX_FORMS:
                 contenders["onnxruntime"] = onnx_calls(x, width, len(packed), threads)
+            if form in LLAMA_FORMS and rows == threads == 1:
+                contenders["llama.cpp"] = ggml_calls(LLAMA_FORMS[form], x[0].numpy(), FEATURES, len(packed))
             times = take_turns(contenders, seconds=0.05 if rows < BATCH else 0.1)
             size = packed[0].scheme.stored_bytes((FEATURES, IN))
             bandwidth = memory.nbytes / min(times[name] for name in READERS) if rows == 1 else None
@@ -137,7 +143,31 @@ def linear_rows(threads: int) -> list[dict]:
                 "read_gigabytes_per_second": bandwidth / 1e3 if bandwidth else None,
                 "vs_bf16": times["bf16"] / times["moqa"],
                 "vs_onnxruntime": times["onnxruntime"] / times["moqa"] if "onnxruntime" in times else None,
+                "vs_llama_cpp": times["llama.cpp"] / times["moqa"] if "llama.cpp" in times else None,
             })  # fmt: skip
+    return found
+
+
+def path_rows() -> list[dict]:
+    """One row on one thread, by the code for each set of instructions that this processor has."""
+    found = []
+    memory, x = torch.ones(YARDSTICK, dtype=torch.uint8), torch.randn(1, IN)
+    for form in FORMS:
+        packed = copies_of(random_matrix(FEATURES, IN, int(form.split()[1]), form.split()[0]))
+
+        def run(number: int, path: str, packed: list[PackedMatrix] = packed) -> object:
+            use_path(path)
+            return native.linear(packed[number % len(packed)], x)
+
+        times = take_turns({path: partial(run, path=path) for path in paths()} | readers(memory))
+        size = packed[0].scheme.stored_bytes((FEATURES, IN))
+        bandwidth = memory.nbytes / min(times[name] for name in READERS)
+        found += [
+            {"op": "path", "width": form, "path": path, "rows": 1, "threads": 1, "microseconds": times[path],
+             "bandwidth_fraction": size / times[path] / bandwidth}
+            for path in paths()
+        ]  # fmt: skip
+    use_path(paths()[0])
     return found
 
 
@@ -214,7 +244,7 @@ def show(rows: list[dict]) -> None:
     table = Table(title="kernels: theirs / ours, above 1 is faster")
     for name in ("op", "rows", "width", "threads", "us", "of bandwidth", "vs bf16", "vs ORT", "vs separate"):
         table.add_column(name, justify="right")
-    for row in rows:
+    for row in (row for row in rows if row["op"] != "path"):
         ratios = [row.get(key) for key in ("bandwidth_fraction", "vs_bf16", "vs_onnxruntime", "vs_separate")]
         table.add_row(
             *(str(row[key]) for key in ("op", "rows", "width", "threads")), f"{row['microseconds']:.0f}",
@@ -232,6 +262,8 @@ def main() -> None:
         torch.set_num_threads(threads)
         print(f"moqa: kernels on {threads} threads", file=sys.stderr, flush=True)
         rows += linear_rows(threads) + experts_rows(threads, stack, dense)
+    torch.set_num_threads(1)
+    rows += path_rows()
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(rows, indent=1) + "\n")
     show(rows)

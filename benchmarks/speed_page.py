@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from kernel_speed import LLAMA_FORMS
+
 ROOT = Path(__file__).parents[1]
 RUNS, PAGE = ROOT / "runs" / "bench", ROOT / "docs" / "results" / "speed.md"
 
@@ -34,6 +36,25 @@ def linear_table(rows: list[dict], threads: int, count: int) -> str:
             for r in chosen
         ],
     )  # fmt: skip
+
+
+def llama_table(rows: list[dict]) -> str:
+    return table(
+        ["encoding, width", "type of llama.cpp", "theirs / ours"],
+        [
+            [r["width"], LLAMA_FORMS[r["width"]], ratio(r["vs_llama_cpp"])]
+            for r in rows if r.get("vs_llama_cpp")
+        ],
+    )  # fmt: skip
+
+
+def path_table(rows: list[dict]) -> str:
+    found = [r for r in rows if r["op"] == "path"]
+    paths, forms = (list(dict.fromkeys(r[key] for r in found)) for key in ("path", "width"))
+    cells = {
+        (r["width"], r["path"]): f"{r['microseconds']:.0f} ({ratio(r['bandwidth_fraction'])})" for r in found
+    }  # fmt: skip
+    return table(["encoding, width", *paths], [[form, *(cells[form, path] for path in paths)] for form in forms])
 
 
 def experts_table(rows: list[dict]) -> str:
@@ -90,6 +111,14 @@ One row, one thread:
 One row, two threads:
 
 {linear_table(kernels, 2, 1)}
+
+llama.cpp's kernels for its types with as many bits, one row, one thread (random codes; `benchmarks/ggml_product.py`):
+
+{llama_table(kernels)}
+
+The code for each set of instructions, one row, one thread, in us (and of the read bandwidth):
+
+{path_table(kernels)}
 
 Four rows, one thread:
 

@@ -169,7 +169,7 @@ def paths() -> list[str]:
     """Instruction sets that the kernels have code for and this processor runs, the fastest first.
 
     >>> paths()
-    ['avx512', 'avx2', 'portable']
+    ['avx512vbmi', 'avx512', 'avx2', 'portable']
     """
     return _native.paths()
 

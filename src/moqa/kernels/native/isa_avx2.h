@@ -17,7 +17,9 @@ struct Avx2 {
         __m256 a, b;
     };
     static constexpr bool PLANE_BY_PLANE = false;
+    static constexpr bool WINDOWS = false;
     static constexpr int FEW = 2;
+    static constexpr int STRIP = 1;
     static constexpr int TILES = 1;
     static constexpr int TOKENS = 4;
 

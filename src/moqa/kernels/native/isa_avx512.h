@@ -7,14 +7,18 @@
 #include <cstring>
 
 namespace moqa {
+// two paths include this, each compiled with its own instructions: the linker must not mix them
+namespace {
 
 struct Avx512 {
     using Words = __m512i;
     using Sums = __m512i;
     using Floats = __m512;
     static constexpr bool PLANE_BY_PLANE = true;  // whether a single row is multiplied so
-    static constexpr int FEW = 4;     // rows that the few-rows kernel takes at once
-    static constexpr int TILES = 4;   // tiles and rows of the register block of the many-rows kernel
+    static constexpr bool WINDOWS = false;        // whether levels are looked up in windows (windows.h)
+    static constexpr int FEW = 4;    // rows that the few-rows kernel takes at once
+    static constexpr int STRIP = 4;  // tiles of codes that it takes at once with a single row
+    static constexpr int TILES = 4;  // tiles and rows of the register block of the many-rows kernel
     static constexpr int TOKENS = 6;
 
     static Words load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -68,7 +72,8 @@ struct Avx512 {
     }
     static Floats bytes(const uint8_t* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-    }    // Six bits for each row: eight bytes with two low fours, then four bytes with four high twos.
+    }
+    // Six bits for each row: eight bytes with two low fours, then four bytes with four high twos.
     static Floats factors(const uint8_t* p) {
         const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
         int32_t top;
@@ -81,4 +86,5 @@ struct Avx512 {
     }
 };
 
+}  // namespace
 }  // namespace moqa

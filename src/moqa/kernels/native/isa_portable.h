@@ -17,7 +17,9 @@ struct Portable {
         float v[16];
     };
     static constexpr bool PLANE_BY_PLANE = false;
+    static constexpr bool WINDOWS = false;
     static constexpr int FEW = 1;
+    static constexpr int STRIP = 1;
     static constexpr int TILES = 1;
     static constexpr int TOKENS = 2;
 

@@ -38,7 +38,7 @@ struct Path {
     void (*pack)(const Packing& packing, int tile);
 };
 
-extern const Path avx512_path, avx2_path, portable_path;
+extern const Path avx512vbmi_path, avx512_path, avx2_path, portable_path;
 
 // The paths that this processor runs, the fastest first.
 std::vector<const Path*> supported_paths();

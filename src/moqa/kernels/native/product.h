@@ -8,15 +8,20 @@
 
 #include "floats.h"
 #include "scratch.h"
-#include "unpack.h"
+#include "windows.h"
 
 namespace moqa {
 namespace {
 
-template <int Width>
-MOQA_INLINE void prefetch(const Place& place) {
+// Asks for weights that one of Tiles tiles will need: of the tiles after these, into the second cache, or some bytes on.
+template <int Width, int Tiles = 1>
+MOQA_INLINE void prefetch(const Matrix& m, const Place& place) {
     times<plane_count(Width)>([&](auto n) {
-        times<PLANES[Width][n]>([&](auto v) { __builtin_prefetch(place.planes[n] + VECTOR * v + AHEAD); });
+        constexpr int bytes = VECTOR * PLANES[Width][n];
+        const size_t ahead = Tiles == 1 ? AHEAD : size_t(m.stride) * bytes * Tiles;
+        times<PLANES[Width][n]>([&](auto v) {
+            __builtin_prefetch(place.planes[n] + VECTOR * v + ahead, 0, Tiles == 1 ? 3 : 2);
+        });
     });
 }
 
@@ -29,7 +34,7 @@ MOQA_INLINE typename Isa::Sums row_sums(const Matrix& m, int tile, int begin, in
     times<plane_count(Width)>([&](auto n) { times<4>([&](auto k) { sums[n][k] = Isa::no_sums(); }); });
     for (int block = begin; block < end; ++block, q += BLOCK) {
         const Place place = place_of<Width>(m, tile, block);
-        prefetch<Width>(place);
+        prefetch<Width>(m, place);
         times<plane_count(Width)>([&](auto n) {
             constexpr int bits = PLANES[Width][n], fields = 8 / bits;
             times<8>([&](auto i) {
@@ -66,42 +71,63 @@ void one_row(const Matrix& m, const Rows& x, int first, int last, float* y) {
     }
 }
 
-template <class Isa, Code code, int Width, int Count>
-void few_rows(const Matrix& m, const Rows& x, int first, int last, float* y, size_t stride) {
+// Count rows and Tiles tiles that follow each other.
+template <class Isa, Code code, int Width, int Count, int Tiles>
+MOQA_INLINE void few_rows_of_tiles(const Matrix& m, const Rows& x, int tile, float* y, size_t stride) {
     const int per_group = m.group / BLOCK;
-    // two chains of sums, because with few rows the multiplier would wait for its own result
-    constexpr int chains = Count < 4 ? 2 : 1;
-    for (int tile = first; tile < last; ++tile) {
-        const Unpacked<Isa, code, Width> unpacked(m, tile);
-        typename Isa::Floats total[Count];
-        times<Count>([&](auto t) { total[t] = Isa::all(0); });
-        for (int group = 0; group < m.groups(); ++group) {
-            typename Isa::Sums sums[Count][chains];
-            times<Count>([&](auto t) { times<chains>([&](auto c) { sums[t][c] = Isa::no_sums(); }); });
-            const size_t at = size_t(group) * Count;
-            const int8_t* q = x.q + at * x.group;
-            const int end = std::min(m.blocks(), (group + 1) * per_group);
-            for (int block = group * per_group; block < end; ++block, q += BLOCK) {
-                const Place place = place_of<Width>(m, tile, block);
-                if constexpr (Count == 1) prefetch<Width>(place);
-                times<8>([&](auto i) {
-                    const auto words = unpacked.template vector<i>(place);
-                    times<Count>([&](auto t) {
-                        auto& sum = sums[t][i % chains];
-                        sum = Isa::template dot<unpacked_bits(code, Width)>(sum, words, quad_at(q + t * x.group + 4 * i));
+    // two chains of sums, because with few sums the multiplier would wait for its own result
+    constexpr int chains = Count * Tiles < 4 ? 2 : 1;
+    const Unpacked<Isa, code, Width> unpacked(m, tile);
+    typename Isa::Floats total[Count][Tiles];
+    times<Count>([&](auto t) { times<Tiles>([&](auto n) { total[t][n] = Isa::all(0); }); });
+    for (int group = 0; group < m.groups(); ++group) {
+        typename Isa::Sums sums[Count][Tiles][chains];
+        times<Count>([&](auto t) {
+            times<Tiles>([&](auto n) { times<chains>([&](auto c) { sums[t][n][c] = Isa::no_sums(); }); });
+        });
+        const size_t at = size_t(group) * Count;
+        const int8_t* q = x.q + at * x.group;
+        const int end = std::min(m.blocks(), (group + 1) * per_group);
+        for (int block = group * per_group; block < end; ++block, q += BLOCK) {
+            Place places[Tiles];
+            times<Tiles>([&](auto n) {
+                places[n] = place_of<Width>(m, tile + n, block);
+                if constexpr (Count == 1) prefetch<Width, Tiles>(m, places[n]);
+            });
+            times<8>([&](auto i) {
+                typename Isa::Words words[Tiles];
+                vectors<i>(unpacked, places, words);
+                times<Count>([&](auto t) {
+                    const int32_t quad = quad_at(q + t * x.group + 4 * i);
+                    times<Tiles>([&](auto n) {
+                        auto& sum = sums[t][n][i % chains];
+                        sum = Isa::template dot<unpacked_bits(code, Width)>(sum, words[n], quad);
                     });
                 });
-            }
-            const Grid<Isa> grid(m, tile, group);
-            times<Count>([&](auto t) {
-                const auto sum = chains == 2 ? Isa::add(sums[t][0], sums[t][chains - 1]) : sums[t][0];
-                total[t] = grid.add(total[t], sum, x.scale[at + t], x.sum[at + t]);
             });
         }
-        times<Count>([&](auto t) {
-            store_rows<Isa>(m, tile, y + t * stride + size_t(tile - first) * TILE, total[t]);
+        times<Tiles>([&](auto n) {
+            const Grid<Isa> grid(m, tile + n, group);
+            times<Count>([&](auto t) {
+                const auto& sum = sums[t][n];
+                const auto dot = chains == 2 ? Isa::add(sum[0], sum[chains - 1]) : sum[0];
+                total[t][n] = grid.add(total[t][n], dot, x.scale[at + t], x.sum[at + t]);
+            });
         });
     }
+    times<Count>([&](auto t) {
+        times<Tiles>([&](auto n) { store_rows<Isa>(m, tile + n, y + t * stride + n * TILE, total[t][n]); });
+    });
+}
+
+template <class Isa, Code code, int Width, int Count>
+void few_rows(const Matrix& m, const Rows& x, int first, int last, float* y, size_t stride) {
+    constexpr int tiles = Count == 1 && code != Code::integers ? Isa::STRIP : 1;
+    int tile = first;
+    for (; tile + tiles <= last; tile += tiles)
+        few_rows_of_tiles<Isa, code, Width, Count, tiles>(m, x, tile, y + size_t(tile - first) * TILE, stride);
+    for (; tile < last; ++tile)
+        few_rows_of_tiles<Isa, code, Width, Count, 1>(m, x, tile, y + size_t(tile - first) * TILE, stride);
 }
 
 constexpr int CHUNK = 128;  // rows whose sums stay in the nearest cache
@@ -144,12 +170,12 @@ void many_rows(const Matrix& m, const Rows& x, int row, int count, int tile, flo
             grids[n] = Grid<Isa>(m, tile + n, group);
             const Unpacked<Isa, code, Width> unpacked(m, tile + n);
             for (int block = begin; block < end; ++block) {
-                const Place place = place_of<Width>(m, tile + n, block);
+                const Place place[] = {place_of<Width>(m, tile + n, block)};
                 uint8_t* to = weights + size_t(block - begin) * block_bytes + n * VECTOR;
                 // all are unpacked before the first is stored: for all the compiler knows, a store changes the planes
-                typename Isa::Words words[8];
-                times<8>([&](auto i) { words[i] = unpacked.template vector<i>(place); });
-                times<8>([&](auto i) { Isa::store(to + i * Tiles * VECTOR, words[i]); });
+                typename Isa::Words words[8][1];
+                times<8>([&](auto i) { vectors<i>(unpacked, place, words[i]); });
+                times<8>([&](auto i) { Isa::store(to + i * Tiles * VECTOR, words[i][0]); });
             }
         }
         const int quads = (end - begin) * 8;

@@ -15,9 +15,12 @@ target_link_libraries(moqa_kernels PUBLIC Threads::Threads)
 target_compile_options(moqa_kernels PRIVATE -O3 -Wall -Wextra -fno-math-errno -fno-trapping-math -Wno-psabi
   $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  target_sources(moqa_kernels PRIVATE ${CMAKE_CURRENT_LIST_DIR}/path_avx512.cpp ${CMAKE_CURRENT_LIST_DIR}/path_avx2.cpp)
+  target_sources(moqa_kernels PRIVATE ${CMAKE_CURRENT_LIST_DIR}/path_avx512vbmi.cpp
+                 ${CMAKE_CURRENT_LIST_DIR}/path_avx512.cpp ${CMAKE_CURRENT_LIST_DIR}/path_avx2.cpp)
   target_compile_definitions(moqa_kernels PRIVATE MOQA_X86)
-  set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/path_avx512.cpp PROPERTIES COMPILE_OPTIONS
-    "-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx512vnni;-mfma;-mf16c;-mprefer-vector-width=512")
+  set(AVX512 "-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx512vnni;-mfma;-mf16c;-mprefer-vector-width=512")
+  set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/path_avx512vbmi.cpp PROPERTIES COMPILE_OPTIONS
+                              "${AVX512};-mavx512vbmi")
+  set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/path_avx512.cpp PROPERTIES COMPILE_OPTIONS "${AVX512}")
   set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/path_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
 endif()

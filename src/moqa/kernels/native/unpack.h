@@ -61,62 +61,70 @@ MOQA_INLINE typename Isa::Words vector_of(const Place& place) {
     return total;
 }
 
-// What a tile's planes hold, as vectors of bytes: integers of a grid, or levels of codes.
-template <class Isa, Code code, int Width>
-struct Unpacked {
-    typename Isa::Words table;
-    // of a trellis: from the last plane to that of the tile before, and of the one before that; the first tiles follow
-    // the last ones
+// From a tile's last plane to that of the tile before, and of the one before that; the first tiles follow the last.
+template <int Width>
+struct TilesBefore {
     ptrdiff_t before[2];
 
-    MOQA_INLINE Unpacked(const Matrix& m, int tile) {
+    MOQA_INLINE TilesBefore(const Matrix& m, int tile) {
+        const ptrdiff_t size = ptrdiff_t(m.stride) * VECTOR * PLANES[Width][plane_count(Width) - 1];
+        const int tiles = m.tiles();
+        for (int n = 0; n < 2; ++n) before[n] = ((tile + 2 * tiles - 1 - n) % tiles - tile) * size;
+    }
+};
+
+// What a tile's planes hold, as vectors of bytes: integers of a grid, or levels of codes.
+template <class Isa, Code code, int Width, bool windows = Isa::WINDOWS && code != Code::integers>
+struct Unpacked : TilesBefore<Width> {
+    using Words = typename Isa::Words;
+    Words table;
+
+    MOQA_INLINE Unpacked(const Matrix& m, int tile) : TilesBefore<Width>(m, tile) {
         constexpr const int8_t* upper = code == Code::trellis ? TRELLIS[Width] : TABLE[Width];
         constexpr int half = code == Code::trellis ? 1 << Width : 1 << (Width - 1);
         alignas(16) uint8_t bytes[16] = {};
         for (int i = 0; i < 2 * half; ++i) bytes[i] = uint8_t(LEVEL_ZERO + level_at(upper, half, i));
         table = Isa::repeated(bytes);
-        const ptrdiff_t size = ptrdiff_t(m.stride) * VECTOR * PLANES[Width][plane_count(Width) - 1];
-        const int tiles = m.tiles();
-        for (int n = 0; n < 2; ++n) before[n] = ((tile + 2 * tiles - 1 - n) % tiles - tile) * size;
     }
 
     // Vector I (of 8) of a tile and block, with levels in its bytes.
     template <int I>
-    MOQA_INLINE typename Isa::Words vector(const Place& place) const {
-        if constexpr (code == Code::table) return Isa::lookup(table, vector_of<Isa, Width, I>(place));
-        constexpr int last = plane_count(Width) - 1;
-        const uint8_t* at = place.planes[last];
+    MOQA_INLINE Words vector(const Place& place) const {
+        return Isa::lookup(table, vector_of<Isa, Width, I>(place));
+    }
+
+    // The same of a trellis, from words of the last plane: of this tile, the one before it, and the one before that.
+    template <int I>
+    MOQA_INLINE Words vector(const Place& place, Words now, Words newest, Words earlier) const {
         if constexpr (Width == 2) {
             // a field of two bits has the free bit and, below it, the coded one
-            constexpr int stored = VECTOR * (I / 4), field = I % 4;
-            const auto now = Isa::load(at + stored), c1 = Isa::load(at + stored + before[0]);
-            const auto parity = Isa::difference(now, Isa::mask(Isa::load(at + stored + before[1]), 0x55));
+            constexpr int field = I % 4;
+            const Words parity = Isa::difference(now, Isa::mask(earlier, 0x55));
             if constexpr (field == 0 || field == 2) {
                 // four bits with room for three: free, parity, newest
-                const auto pairs = Isa::template shift<-1>(Isa::mask(parity, 0x33));
-                const auto found = Isa::merge(pairs, c1, 0x11);
+                const Words pairs = Isa::template shift<-1>(Isa::mask(parity, 0x33));
+                const Words found = Isa::merge(pairs, newest, 0x11);
                 return Isa::lookup(table, Isa::mask(Isa::template shift<2 * field>(found), 7));
             } else {
-                const auto pairs = Isa::mask(Isa::template shift<1>(parity), 0x66);
-                const auto found = Isa::merge(pairs, Isa::template shift<2>(c1), 0x11);
+                const Words pairs = Isa::mask(Isa::template shift<1>(parity), 0x66);
+                const Words found = Isa::merge(pairs, Isa::template shift<2>(newest), 0x11);
                 return Isa::lookup(table, Isa::mask(Isa::template shift<2 * field - 2>(found), 7));
             }
         } else {
             // a plane of coded bits: parity and newest bit of every second field lie in pairs
-            const auto now = Isa::load(at), c1 = Isa::load(at + before[0]);
-            const auto parity = Isa::difference(now, Isa::load(at + before[1]));
-            const auto pairs = I % 2 ? Isa::merge(Isa::mask(parity, 0xAA), Isa::template shift<1>(c1), 0x55)
-                                     : Isa::merge(Isa::mask(Isa::template shift<-1>(parity), 0xAA), c1, 0x55);
-            const auto low = Isa::mask(Isa::template shift<I / 2 * 2>(pairs), 3);
+            const Words parity = Isa::difference(now, earlier);
+            const Words pairs = I % 2 ? Isa::merge(Isa::mask(parity, 0xAA), Isa::template shift<1>(newest), 0x55)
+                                      : Isa::merge(Isa::mask(Isa::template shift<-1>(parity), 0xAA), newest, 0x55);
+            const Words low = Isa::mask(Isa::template shift<I / 2 * 2>(pairs), 3);
             if constexpr (Width == 1) return Isa::lookup(table, low);
-            const auto free = Isa::load(place.planes[0] + VECTOR * (I / 4));
+            const Words free = Isa::load(place.planes[0] + VECTOR * (I / 4));
             return Isa::lookup(table, Isa::merge(low, Isa::template shift<I % 4 * 2 - 2>(free), 12));
         }
     }
 };
 
 template <class Isa, int Width>
-struct Unpacked<Isa, Code::integers, Width> {
+struct Unpacked<Isa, Code::integers, Width, false> {
     MOQA_INLINE Unpacked(const Matrix&, int) {}
 
     template <int I>
@@ -124,6 +132,24 @@ struct Unpacked<Isa, Code::integers, Width> {
         return vector_of<Isa, Width, I>(place);
     }
 };
+
+// Vector I of each of some tiles that follow each other. Of a trellis, every tile's words are loaded once, though the
+// levels of three tiles depend on them.
+template <int I, class Isa, Code code, int Width, int Tiles>
+MOQA_INLINE void vectors(const Unpacked<Isa, code, Width>& unpacked, const Place (&places)[Tiles],
+                         typename Isa::Words (&found)[Tiles]) {
+    if constexpr (code == Code::trellis) {
+        constexpr int last = plane_count(Width) - 1, offset = Width == 2 ? VECTOR * (I / 4) : 0;
+        typename Isa::Words coded[Tiles + 2];
+        times<2>([&](auto n) { coded[n] = Isa::load(places[0].planes[last] + offset + unpacked.before[1 - n]); });
+        times<Tiles>([&](auto n) {
+            coded[n + 2] = Isa::load(places[n].planes[last] + offset);
+            found[n] = unpacked.template vector<I>(places[n], coded[n + 2], coded[n + 1], coded[n]);
+        });
+    } else {
+        times<Tiles>([&](auto n) { found[n] = unpacked.template vector<I>(places[n]); });
+    }
+}
 
 // Bits of these integers.
 constexpr int unpacked_bits(Code code, int width) { return code == Code::integers ? width : 7; }
