@@ -39,6 +39,9 @@ from moqa.quantization.trial import TrialLayer, trial_batches, try_quantization
 from moqa.storage.resumable import resumable
 from moqa.storage.temporary import temporary_folder
 
+# how much longer than on another text it takes to compare units on the model's own, of which twice as much is measured
+_OWN_MORE = 1.5
+
 
 class Estimate(BaseModel, frozen=True):
     """Estimated cost of a run."""
@@ -185,8 +188,11 @@ class Trial:
         return [entry.tokens for entry in self.profile.record.distributions.values()]
 
     def compared_counts(self) -> list[int]:
-        """Tokens of each distribution by which units are compared."""
-        return [entry.tokens // compared_every(entry.samples) for entry in self.profile.record.distributions.values()]
+        """Tokens of each distribution by which units are compared, weighed by the time that they take."""
+        return [
+            round(entry.tokens / compared_every(entry.samples) * (_OWN_MORE if name == SELF else 1))
+            for name, entry in self.profile.record.distributions.items()
+        ]
 
     def steps(self) -> int:
         """Steps in which the model writes its own text, each one token of every window of a batch."""

@@ -17,6 +17,7 @@ from moqa.models.precision import in_stored_precision
 from moqa.models.units import Unit
 from moqa.models.view import ModelView
 from moqa.models.watch import watching
+from moqa.profiling.record import SELF
 from moqa.profiling.selfsample import draw
 from moqa.profiling.sensitivity import ErrorSettings, Sensitivity, compared_errors, relative_errors
 from moqa.profiling.significance import LayerStatistics, layer_similarity
@@ -51,20 +52,23 @@ class BlockPass:
         return ProfiledSamples.of(workspace, self.name, torch.zeros(self.shape, dtype=self.dtype))
 
 
-def parts(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def parts(tokens: Tensor, *, own: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Samples that errors are fitted on, samples that they are measured on, and those that only significance needs.
 
     >>> [part.tolist() for part in parts(torch.arange(8))]
     [[0, 2, 4, 6], [1, 5], [3, 7]]
+    >>> [part.tolist() for part in parts(torch.arange(8), own=True)]
+    [[0, 2, 4, 6], [1, 3, 5, 7], []]
 
     A method leaves less error on the samples that it is fitted on than on others. A backward pass and the effects of
-    all errors take most of a profile's time, and a quarter of 64 samples orders the units as well as half of them
-    (docs/results/cost.md); more samples than 64 are for quantizing, which gains from them.
+    all errors take most of a profile's time, and a quarter of 64 samples orders the units of a text as well as half of
+    them (docs/results/cost.md). The model's own text is as varied as all that it was trained for: there a quarter may
+    lack what an expert is for. More samples than 64 are for quantizing, which gains from them.
     """
     if len(tokens) == 1:
         return tokens, tokens, tokens[1:]
     number, step = torch.arange(len(tokens)), compared_every(len(tokens))
-    fitted, measured = number % (2 * step) == 0, number % (4 * step) == step
+    fitted, measured = number % (2 * step) == 0, number % ((2 if own else 4) * step) == step
     return tokens[fitted], tokens[measured], tokens[~(fitted | measured)]
 
 
@@ -82,7 +86,7 @@ class ProfiledSamples:
 
     def __init__(self, name: str, tokens: Tensor, stages: LayerwiseModel, work: ResumableRun) -> None:
         task = stages.task
-        cut = parts(tokens)
+        cut = parts(tokens, own=name == SELF)
         fitted, measured, others = (task.batches(part) if len(part) else () for part in cut)
         self._name, self._work, self.predictions = name, work, task.count(cut[1])
         self.batches = [*fitted, *measured, *others]
