@@ -1,0 +1,220 @@
+"""Checkpoints served by vLLM itself, on the CPU: `make test-vllm` runs these in its environment."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from long_work import contents
+
+import moqa
+from moqa.adjustment import adjust
+from moqa.format.manifest import MANIFEST, Manifest
+from moqa.format.scheme import Scheme
+from moqa.storage.artifact import checksum
+
+TESTS = Path(__file__).parent
+BENCHMARKS = TESTS.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from mixed_checkpoint import SCHEMES, mixed_checkpoint  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"),
+]
+PROMPTS = ["The history of the", "Once upon a time there was a", "3 + 4 ="]
+TOKENS = 8
+GENERATE = ["generate", PROMPTS, TOKENS]
+PLAIN = {"dtype": "float32", "enforce_eager": True}
+# of logits in 32 bits: activations are rounded to 8 bits, and the two engines' attention differs in the last bits
+CLOSE = 0.05
+
+
+def started(tmp_path, model, steps=(), **options):
+    """An engine's process, and where its result will be."""
+    job, result = tmp_path / "job.json", tmp_path / "result.pt"
+    job.write_text(json.dumps({"model": str(model), "options": PLAIN | options, "steps": list(steps)}))
+    command = [sys.executable, "-m", "vllm_engine", str(job), str(result)]
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path), result
+
+
+def served(tmp_path, model, steps=(GENERATE,), **options):
+    done, result = started(tmp_path, model, steps, **options)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return torch.load(result)
+
+
+def refused(tmp_path, model, **options):
+    done, result = started(tmp_path, model, **options)
+    assert done.returncode and not result.exists()
+    said = re.findall(r"MoqaError: (.*)", done.stdout + done.stderr)
+    assert said, done.stdout[-4000:] + done.stderr[-4000:]
+    return said[0]
+
+
+def check_same(answers, folder, adjustment=None, close=CLOSE):
+    """Greedy tokens are those of moqa's own runtime, and so are the logits."""
+    model, _ = moqa.load(folder)
+    if adjustment is not None:
+        model.apply(adjustment)
+    for answer in answers:
+        start, ids = len(answer["prompt"]), torch.tensor([answer["prompt"] + answer["ids"]])
+        with torch.no_grad():
+            own = model.generate(ids[:, :start], max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+            logits = model(ids).logits[0, start - 1 : -1]
+        assert own[0, start:].tolist() == answer["ids"]
+        assert (logits - answer["logits"]).abs().max() < close
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """The reference model with every width and encoding."""
+    return mixed_checkpoint(TESTS.parent / "reference" / "model", tmp_path_factory.mktemp("mixed") / "out")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """OLMoE's kind of model, random, with widths 1 to 8 mixed among the projections of experts."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    folder = tmp_path_factory.mktemp("olmoe")
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=8192, hidden_size=256, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, num_experts=64, num_experts_per_tok=8, initializer_range=0.1, bos_token_id=None,
+        eos_token_id=0, pad_token_id=0, max_position_embeddings=256,
+    )  # fmt: skip
+    OlmoeForCausalLM(config).bfloat16().save_pretrained(folder / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TESTS.parent / "reference" / "model" / name, folder / "model" / name)
+    return mixed_checkpoint(folder / "model", folder / "out", tuple(Scheme(width=width) for width in range(1, 9)))
+
+
+@pytest.fixture(scope="module")
+def adjustment(mixed, texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("adjusted") / "python"
+    return adjust(mixed, texts["python"], out, samples=4, context=32).folder
+
+
+def changed(folder, tmp_path, change):
+    """A copy of a checkpoint whose manifest says something else, and is signed as if it were so."""
+    copy = Path(shutil.copytree(folder, tmp_path / "changed"))
+    manifest = json.loads((copy / MANIFEST).read_text())
+    change(manifest, copy)
+    manifest.pop("checksum")
+    manifest["checksum"] = checksum(manifest)
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    return copy
+
+
+class TestTokens:
+    @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+    def test_of_every_width_and_encoding(self, mixed, tmp_path, eager):
+        used = {unit.scheme for unit in moqa.open_checkpoint(mixed).manifest.units.values()}
+        assert used == set(SCHEMES)
+        check_same(served(tmp_path, mixed, enforce_eager=eager)[0], mixed)
+
+    @pytest.mark.parametrize("experts", [False, True], ids=["tensor", "expert"])
+    def test_of_two_processes(self, mixed, tmp_path, experts):
+        options = {"tensor_parallel_size": 2, "enable_expert_parallel": experts}
+        check_same(served(tmp_path, mixed, **options)[0], mixed)
+
+    def test_of_another_family(self, wide, tmp_path):
+        check_same(served(tmp_path, wide)[0], wide)
+
+    def test_while_an_adjustment_comes_and_goes(self, mixed, adjustment, tmp_path):
+        before = contents(mixed)
+        steps = [GENERATE, ["call", "apply_adjustment", str(adjustment)], GENERATE, ["call", "current_adjustment"],
+                 ["call", "apply_adjustment", str(adjustment)], ["call", "revert_adjustment"], GENERATE]  # fmt: skip
+        extension = "moqa.integrations.vllm.worker.AdjustedWorker"
+        plain, name, adjusted, current, twice, _, reverted = served(
+            tmp_path, mixed, steps, worker_extension_cls=extension
+        )
+        check_same(plain, mixed)
+        check_same(adjusted, mixed, adjustment)
+        assert name == current == ["python"]
+        assert "already applied" in twice
+        assert any(not torch.equal(a["logits"], b["logits"]) for a, b in zip(plain, adjusted, strict=True))
+        assert all(torch.equal(a["logits"], b["logits"]) for a, b in zip(plain, reverted, strict=True))
+        assert contents(mixed) == before
+
+
+class TestNeverServes:
+    def test_a_checkpoint_whose_file_lacks_a_tensor(self, mixed, tmp_path):
+        copy = Path(shutil.copytree(mixed, tmp_path / "copy"))
+        from safetensors.torch import load_file, save_file
+
+        file = copy / "model-00002-of-00007.safetensors"
+        tensors = load_file(file)
+        del tensors["model.layers.0.mlp.experts.3.up_proj.scale"]
+        save_file(tensors, file)
+        assert "model-00002-of-00007.safetensors" in refused(tmp_path, copy)
+
+    def test_a_checkpoint_that_never_had_a_unit(self, mixed, tmp_path):
+        def change(manifest, copy):
+            del manifest["units"]["model.layers.0.self_attn.q_proj"]
+            _rewritten(manifest, copy)
+
+        assert "model.layers.0.self_attn.q_proj" in refused(tmp_path, changed(mixed, tmp_path, change))
+
+    def test_a_checkpoint_that_never_had_a_norm(self, mixed, tmp_path):
+        def change(manifest, copy):
+            del manifest["kept"]["model.norm.weight"]
+            _rewritten(manifest, copy)
+
+        assert "model.norm.weight" in refused(tmp_path, changed(mixed, tmp_path, change))
+
+
+def _rewritten(manifest, copy):
+    """Weight files that have what a manifest says."""
+    from moqa.format.reader import Checkpoint
+    from moqa.format.writer import write_shard
+
+    before = moqa.open_checkpoint(copy)
+    tensors = {name: tensor.clone() for layer in (None, 0) for name, tensor in before.layer(layer).items()}
+    after = Checkpoint(copy, Manifest.model_validate(manifest))
+    for shard in after.shards[:2]:
+        file = write_shard(copy, shard, {name: tensors[name] for name in shard.entries})
+        manifest["files"][shard.file] = file.model_dump(mode="json")
+
+
+class TestRefused:
+    def test_what_cannot_work_with_packed_experts(self, mixed, tmp_path):
+        said = refused(tmp_path, mixed, tensor_parallel_size=2, enable_expert_parallel=True, enable_eplb=True)
+        assert said.startswith("--enable-eplb")
+
+    def test_a_lora_on_experts(self, mixed, tmp_path):
+        assert "--lora-target-modules" in refused(tmp_path, mixed, enable_lora=True)
+
+    def test_sizes_that_do_not_divide(self, tmp_path):
+        schemes = (Scheme(width=3, group_size=256),)
+        out = mixed_checkpoint(TESTS.parent / "reference" / "model", tmp_path / "out", schemes)
+        said = refused(tmp_path, out, tensor_parallel_size=2)
+        assert said.startswith("--tensor-parallel-size 2 does not divide the 256 inputs of model.layers.0.")
+        assert said.endswith("in groups of 256: what does: 1")
+
+    def test_another_version(self, mixed, tmp_path):
+        # vLLM says its version in one place
+        (tmp_path / "sitecustomize.py").write_text(
+            "import importlib.abc, sys\n"
+            "class Older(importlib.abc.MetaPathFinder):\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name == 'moqa.integrations.vllm.checkpoint':\n"
+            "            import vllm; vllm.__version__ = '0.31.0'\n"
+            "sys.meta_path.insert(0, Older())\n"
+        )
+        job, result = tmp_path / "job.json", tmp_path / "result.pt"
+        job.write_text(json.dumps({"model": str(mixed), "options": PLAIN, "steps": []}))
+        done = subprocess.run(
+            [sys.executable, "-m", "vllm_engine", str(job), str(result)], capture_output=True, text=True, cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": f"{tmp_path}:{TESTS}"},
+        )  # fmt: skip
+        assert done.returncode
+        assert "vLLM 0.31.0 was not tested with this version of moqa" in done.stdout + done.stderr
