@@ -204,6 +204,29 @@ class TestOperators:
         assert torch.equal(found, torch.ops.moqa.experts(x, weights, local, gates, None))
         assert not found[2].any()
 
+    @pytest.mark.parametrize("encoding", ["int", "table", "trellis"])
+    def test_parts_of_experts_add_up_to_them(self, encoding):
+        kernels, x = find_kernels(), torch.randn(6, 64)
+        index, gates = torch.randint(0, 2, (6, 2)), torch.rand(6, 2)
+        shapes = {"gate": (128, 64), "up": (128, 64), "down": (64, 128)}
+        # another encoding in the second expert, which has no rows above that count
+        schemes = (Scheme(width=3, encoding=encoding), Scheme(width=4))
+        whole = {n: [(scheme, any_bytes(scheme, shape)) for scheme in schemes] for n, shape in shapes.items()}
+
+        def layer(count, at):
+            silent = HALO if count > 1 and encoding == "trellis" else 0
+            stack = []
+            for name, shape in shapes.items():
+                by, more = (
+                    ("inputs", {"silent_inputs": silent}) if name == "down" else ("rows", {"silent_rows": silent})
+                )
+                parts = [(UnitPart(scheme, shape, count, at, by, **more), stored) for scheme, stored in whole[name]]
+                stack.append([PackedMatrix(part.scheme, part.shape, part.cut(stored)) for part, stored in parts])
+            return kernels.experts(ExpertStack(*stack, "silu"), x, index, gates)
+
+        expected = layer(1, 0)
+        assert (layer(2, 0) + layer(2, 1) - expected).abs().max() < 1e-5 * expected.abs().max()
+
     def test_variants_are_looked_up_at_every_call(self):
         weights, layer = self.experts()
         x, index, gates = torch.randn(4, 64), torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
