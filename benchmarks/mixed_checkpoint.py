@@ -24,7 +24,13 @@ def mixed_checkpoint(model: Path, out: Path, schemes: tuple[Scheme, ...] = SCHEM
     """Quantize a model with such a plan; nothing is measured but how its units are named."""
     with TemporaryDirectory() as folder:
         profile = moqa.profile(
-            model, texts("calib", ("wiki",)), Path(folder) / "profile", samples=2, context=32, self_samples=0
+            model,
+            texts("calib", ("wiki",)),
+            Path(folder) / "profile",
+            samples=2,
+            context=32,
+            self_samples=0,
+            method="rtn",
         )
         plan = moqa.plan(profile, strategy="uniform", widths=(4,))
         units = dict(zip(plan.units, itertools.cycle(schemes), strict=False))

@@ -1,0 +1,76 @@
+"""vLLM in a process of its own, for tests and measurements: one engine, the steps of a job one after the other.
+
+    benchmarks/vllm_engine.py JOB.json RESULT.pt
+
+A step is `["generate", prompts, tokens]`, `["call", method, arguments of a worker's method]`, after which vLLM's prefix
+cache is reset, or `["speed", requests, tokens of each prompt, tokens to write, tries]`. The result is a list with an
+entry for each step: for `generate`, by prompt, its ids and those written, and their logits; for `call` what each worker
+returned; for `speed` the tokens per second that all requests together wrote, prefill included, in the best try.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from random import Random
+from time import perf_counter
+
+import torch
+
+# one thread and 1 GiB for keys and values, of a machine that others use, too
+QUIET = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+}  # fmt: skip
+SMALL = {"max_model_len": 256, "max_num_seqs": 8}
+
+
+def main(job: dict) -> list:
+    """Start an engine, and run the steps of a job."""
+    from vllm import LLM
+
+    llm = LLM(job["model"], max_logprobs=-1, logprobs_mode="raw_logits", **SMALL | job.get("options", {}))
+    steps = {"generate": _generate, "call": _call, "speed": _speed}
+    return [steps[kind](llm, *rest) for kind, *rest in job["steps"]]
+
+
+def _generate(llm: object, prompts: list[str], tokens: int) -> list[dict]:
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, logprobs=-1, ignore_eos=True)
+    found = []
+    for answer in llm.generate(prompts, greedy, use_tqdm=False):
+        written = answer.outputs[0]
+        rows = [[step[token].logprob for token in range(len(step))] for step in written.logprobs]
+        ids = list(written.token_ids)
+        found.append({"prompt": list(answer.prompt_token_ids), "ids": ids, "logits": torch.tensor(rows)})
+    return found
+
+
+def _call(llm: object, method: str, *arguments: object) -> object:
+    try:
+        answers = llm.collective_rpc(method, args=tuple(arguments))
+    except Exception as error:  # of a worker; the caller looks at what it says
+        return f"refused: {error}"
+    llm.reset_prefix_cache()
+    return answers
+
+
+def _speed(llm: object, requests: int, before: int, tokens: int, tries: int) -> float:
+    from vllm import SamplingParams, TokensPrompt
+
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    random, seconds = Random(0), []
+    for _ in range(tries + 1):
+        # other tokens in each try: the prefix cache would have them
+        prompts = [TokensPrompt(prompt_token_ids=random.choices(range(1000), k=before)) for _ in range(requests)]
+        start = perf_counter()
+        llm.generate(prompts, greedy, use_tqdm=False)
+        seconds.append(perf_counter() - start)
+    return requests * tokens / min(seconds[1:])
+
+
+if __name__ == "__main__":
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    torch.save(main(json.loads(Path(sys.argv[1]).read_text())), sys.argv[2])
