@@ -85,7 +85,8 @@ _layers: WeakValueDictionary[int, Any] = WeakValueDictionary()
 def serve(weights: Tensor, layer: ServedLinear | ServedExperts) -> None:
     """Let the operators compute with a layer wherever they are given its buffer; the caller keeps both alive.
 
-    >>> serve(weights, ServedLinear([matrix], [matrix.shape[0]], find_kernels()))
+    >>> from moqa.kernels import find_kernels
+    >>> serve(torch.zeros(1, dtype=torch.uint8), ServedLinear([matrix], [matrix.shape[0]], find_kernels()))
     """
     _layers[weights.data_ptr()] = layer
 
