@@ -32,8 +32,8 @@ tokens per second of decoding on one thread, as one run had it.
 ## vLLM with moqa's plug-in
 The checkpoint with ties `unit` at the most bits above, served by vLLM {vllm} on the CPU in bfloat16, not compiled: the
 largest difference between its logits after a prompt of 128 tokens and those of the file's weights in 32 bits, and
-tokens per second of decoding, with one thread for each process. Where vLLM computes in 32 bits, greedy tokens equal those of
-moqa's own runtime, compiled and not compiled, in one process and two (`make test-vllm`).
+tokens per second of decoding, with one thread for each process. Where vLLM computes in 32 bits, greedy tokens are those
+of moqa's own runtime, compiled and not compiled, in one process and two (`make test-vllm`).
 
 {served}
 

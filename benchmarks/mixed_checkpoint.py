@@ -20,8 +20,8 @@ CODES = (("trellis", 2), ("table", 3), ("trellis", 1), ("table", 4), ("trellis",
 SCHEMES = (*(Scheme(width=w) for w in WIDTHS), *(Scheme(width=w, encoding=name) for name, w in CODES), Scheme(width=16))
 
 
-def mixed_checkpoint(model: Path, out: Path, schemes: tuple[Scheme, ...] = SCHEMES) -> Path:
-    """Quantize a model with such a plan; nothing is measured but how its units are named."""
+def mixed_checkpoint(model: Path, out: Path, schemes: tuple[Scheme, ...] = SCHEMES, **options: str) -> Path:
+    """Quantize a model with such a plan; of a profile, only the names of units are used."""
     with TemporaryDirectory() as folder:
         profile = moqa.profile(
             model,
@@ -35,7 +35,7 @@ def mixed_checkpoint(model: Path, out: Path, schemes: tuple[Scheme, ...] = SCHEM
         plan = moqa.plan(profile, strategy="uniform", widths=(4,))
         units = dict(zip(plan.units, itertools.cycle(schemes), strict=False))
         plan = plan.model_copy(update={"units": units, "account": account_of(profile, units)})
-        moqa.quantize(model, plan, out, method="rtn", profile=profile, overwrite=True, restart=True)
+        moqa.quantize(model, plan, out, method="rtn", profile=profile, overwrite=True, restart=True, **options)
     return out
 
 

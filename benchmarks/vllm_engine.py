@@ -5,7 +5,7 @@
 A step is `["generate", prompts, tokens]`, `["call", method, arguments of a worker's method]`, after which vLLM's prefix
 cache is reset, or `["speed", requests, tokens of each prompt, tokens to write, tries]`. The result is a list with an
 entry for each step: for `generate`, by prompt, its ids and those written, and their logits; for `call` what each worker
-returned; for `speed` the tokens per second that all requests together wrote after their first, in the best of the tries.
+returned; for `speed` the tokens per second that all requests together wrote after their first, in the best try.
 """
 
 import json

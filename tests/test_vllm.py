@@ -6,9 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from socket import socket
+from time import monotonic, sleep
 
+import httpx
 import pytest
 import torch
 from long_work import contents
@@ -23,6 +28,7 @@ TESTS = Path(__file__).parent
 BENCHMARKS = TESTS.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from mixed_checkpoint import SCHEMES, mixed_checkpoint  # noqa: E402
+from vllm_engine import QUIET  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,6 +36,7 @@ pytestmark = [
 ]
 PROMPTS = ["The history of the", "Once upon a time there was a", "3 + 4 ="]
 TOKENS = 8
+PATIENCE = 600  # seconds, of a machine that does other things, too
 GENERATE = ["generate", PROMPTS, TOKENS]
 PLAIN = {"dtype": "float32", "enforce_eager": True}
 # of logits in 32 bits: activations are rounded to 8 bits, so the last bits of attention, in which the engines differ,
@@ -41,9 +48,9 @@ def started(tmp_path, model, steps=(), **options):
     """An engine's process, and where its result will be."""
     job, result = tmp_path / "job.json", tmp_path / "result.pt"
     job.write_text(json.dumps({"model": str(model), "options": PLAIN | options, "steps": list(steps)}))
-    command = [sys.executable, "-m", "vllm_engine", str(job), str(result)]
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path), result
+    command = [sys.executable, str(BENCHMARKS / "vllm_engine.py"), str(job), str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, env=QUIET | os.environ, cwd=tmp_path)
+    return done, result
 
 
 def served(tmp_path, model, steps=(GENERATE,), **options):
@@ -78,7 +85,8 @@ def check_same(answers, folder, adjustment=None, close=CLOSE):
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """The reference model with every width and encoding."""
-    return mixed_checkpoint(TESTS.parent / "reference" / "model", tmp_path_factory.mktemp("mixed") / "out")
+    out = tmp_path_factory.mktemp("mixed") / "out"
+    return mixed_checkpoint(TESTS.parent / "reference" / "model", out, cache="full")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +110,8 @@ def wide(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adjustment(mixed, texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("adjusted") / "python"
-    return adjust(mixed, texts["python"], out, samples=4, context=32).folder
+    adjust(mixed, texts["python"], out, samples=4)
+    return out
 
 
 def changed(folder, tmp_path, change):
@@ -202,7 +211,7 @@ class TestRefused:
         assert said.startswith("--tensor-parallel-size 2 does not divide the 256 inputs of model.layers.0.")
         assert said.endswith("in groups of 256: what does: 1")
 
-    def test_another_version(self, mixed, tmp_path):
+    def test_another_version(self, mixed, tmp_path, monkeypatch):
         # vLLM says its version in one place
         (tmp_path / "sitecustomize.py").write_text(
             "import importlib.abc, sys\n"
@@ -212,11 +221,79 @@ class TestRefused:
             "            import vllm; vllm.__version__ = '0.31.0'\n"
             "sys.meta_path.insert(0, Older())\n"
         )
-        job, result = tmp_path / "job.json", tmp_path / "result.pt"
-        job.write_text(json.dumps({"model": str(mixed), "options": PLAIN, "steps": []}))
-        done = subprocess.run(
-            [sys.executable, "-m", "vllm_engine", str(job), str(result)], capture_output=True, text=True, cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": f"{tmp_path}:{TESTS}"},
-        )  # fmt: skip
-        assert done.returncode
-        assert "vLLM 0.31.0 was not tested with this version of moqa" in done.stdout + done.stderr
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        assert "vLLM 0.31.0 was not tested with this version of moqa" in refused(tmp_path, mixed)
+
+
+class TestServer:
+    """The commands of docs/serving.md as they stand there, and many clients."""
+
+    COMMANDS = re.findall(r"\$ (.*(?:vllm serve|curl) .*)", (TESTS.parent / "docs" / "serving.md").read_text())
+
+    @pytest.fixture(scope="class")
+    def place(self, mixed, adjustment, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("server")
+        (folder / "runs").mkdir()
+        (folder / "runs" / "out").symlink_to(mixed)
+        (folder / "runs" / "german").symlink_to(adjustment)
+        with socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        command = next(command for command in self.COMMANDS if "--worker-extension-cls" in command)
+        options = f"--port {port} --enforce-eager --max-model-len 256 --max-num-seqs 64"
+        environment = QUIET | os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        with (folder / "log").open("w") as log:
+            server = subprocess.Popen(
+                f"exec env {command} {options}", shell=True, cwd=folder, env=environment, stdout=log, stderr=log
+            )
+        try:
+            until = monotonic() + PATIENCE
+            while monotonic() < until and server.poll() is None:
+                with suppress(httpx.HTTPError):
+                    if httpx.get(f"http://localhost:{port}/health").status_code == 200:
+                        break
+                sleep(1)
+            assert server.poll() is None, (folder / "log").read_text()[-4000:]
+            yield folder, port
+        finally:
+            server.terminate()
+            server.wait()
+
+    def test_adjusts_while_it_serves(self, place):
+        folder, port = place
+        assert len(self.COMMANDS) == 5  # three servers and two calls
+        before = [answer_to(port, prompt) for prompt in PROMPTS]
+        for command in self.COMMANDS:
+            if command.startswith("curl"):
+                done = subprocess.run(
+                    command.replace("localhost:8000", f"localhost:{port}") + " --fail", shell=True, cwd=folder,
+                    capture_output=True, text=True,
+                )  # fmt: skip
+                assert done.returncode == 0, done.stderr
+        assert [answer_to(port, prompt) for prompt in PROMPTS] != before
+        for path, body in (("collective_rpc", {"method": "revert_adjustment"}), ("reset_prefix_cache", None)):
+            assert httpx.post(f"http://localhost:{port}/{path}", json=body, timeout=PATIENCE).is_success
+        assert [answer_to(port, prompt) for prompt in PROMPTS] == before
+
+    def test_loses_no_client(self, place):
+        _, port = place
+        until = monotonic() + float(os.environ.get("MOQA_CLIENT_SECONDS", "30"))
+
+        def client(number):
+            answers = []
+            while monotonic() < until:
+                answers.append(answer_to(port, PROMPTS[number % len(PROMPTS)]))
+            return answers
+
+        with ThreadPoolExecutor(64) as clients:
+            found = list(clients.map(client, range(64)))
+        print(f"{sum(map(len, found))} answers to 64 clients")
+        assert all(found)
+        assert all(len(answer) > 0 for answers in found for answer in answers)
+
+
+def answer_to(port, prompt):
+    body = {"model": "runs/out", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"http://localhost:{port}/v1/completions", json=body, timeout=PATIENCE)
+    answer.raise_for_status()
+    return answer.json()["choices"][0]["text"]
