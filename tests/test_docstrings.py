@@ -30,7 +30,7 @@ SOURCE = ROOT / "src" / "moqa"
 # compiled when they are used, on a machine with a GPU
 NOT_IMPORTED = {"moqa.kernels.triton_ops", "moqa.kernels.triton_weights", "moqa.__main__"}
 # classes of vLLM, which has an environment of its own
-NOT_IMPORTED |= {f"moqa.integrations.vllm.{name}" for name in ("checkpoint", "experts", "linear")}
+NOT_IMPORTED |= {f"moqa.integrations.vllm.{name}" for name in ("checkpoint", "experts", "linear", "untested")}
 # share of docstrings with examples that are executed, of all that have some
 LEAST = 0.6
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -110,7 +110,7 @@ def wide(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adjustment(mixed, texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("adjusted") / "python"
-    adjust(mixed, texts["python"], out, samples=4)
+    adjust(mixed, [texts["python"]], out, samples=4)
     return out
 
 
@@ -217,7 +217,7 @@ class TestRefused:
             "import importlib.abc, sys\n"
             "class Older(importlib.abc.MetaPathFinder):\n"
             "    def find_spec(self, name, path=None, target=None):\n"
-            "        if name == 'moqa.integrations.vllm.checkpoint':\n"
+            "        if name == 'moqa.integrations.vllm.version':\n"
             "            import vllm; vllm.__version__ = '0.31.0'\n"
             "sys.meta_path.insert(0, Older())\n"
         )

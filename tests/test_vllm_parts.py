@@ -1,5 +1,9 @@
 """What the plug-in for vLLM does without vLLM: places in a buffer, parts of units, names, the operators."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import stored_tensors
@@ -242,6 +246,24 @@ class TestOperators:
     def test_moved_weights_are_noticed(self):
         with pytest.raises(RuntimeError, match="were moved"):
             torch.ops.moqa.linear(torch.randn(1, 64), torch.zeros(1, dtype=torch.uint8), None, 64)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core only")
+def test_threads_of_the_kernels_run_on_all_cores_of_a_process():
+    code = """if True:
+        import os, torch
+        from moqa.integrations.vllm.threads import use_all_cores
+        torch.set_num_threads(2)
+        both = sorted(os.sched_getaffinity(0))[:2]
+        os.sched_setaffinity(0, both[:1])  # as OpenMP does with the thread that calls it
+        os.environ["GOMP_CPU_AFFINITY"] = " ".join(map(str, both))
+        before = set(os.listdir("/proc/self/task"))
+        use_all_cores(torch.device("cpu"))
+        new = set(os.listdir("/proc/self/task")) - before
+        print([sorted(os.sched_getaffinity(int(task))) == both for task in new], len(os.sched_getaffinity(0)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[True] 1\n"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,17 @@ def register() -> None:
 
     >>> register()  # doctest: +SKIP
     """
+    import vllm
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from moqa.integrations.vllm.checkpoint import METHOD, ServedCheckpoint
+    from moqa.integrations.vllm.version import is_tested
 
-    register_quantization_config(METHOD)(ServedCheckpoint)
+    select = register_quantization_config("moqa")
+    if is_tested(vllm.__version__):
+        from moqa.integrations.vllm.checkpoint import ServedCheckpoint
+
+        select(ServedCheckpoint)
+    else:
+        from moqa.integrations.vllm.untested import UntestedEngine
+
+        select(UntestedEngine)

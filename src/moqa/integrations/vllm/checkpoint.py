@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import vllm
 from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
@@ -16,9 +15,7 @@ from moqa.integrations.vllm.experts import PackedExpertsMethod
 from moqa.integrations.vllm.linear import PackedLinearMethod
 from moqa.integrations.vllm.source import UnitSource
 from moqa.integrations.vllm.units import place_of
-from moqa.integrations.vllm.version import check_version
 
-METHOD = "moqa"
 _EXPERT_PARTS = {"gate_proj", "up_proj", "down_proj", "experts"}
 
 
@@ -33,17 +30,12 @@ class ServedCheckpoint(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ServedCheckpoint":  # noqa: ARG003
-        """The entry `quantization_config`, which only names the method: `moqa.json` has all else.
-
-        Raises:
-            MoqaError: if this vLLM was not tested.
-        """
-        check_version(vllm.__version__)
+        """The entry `quantization_config`, which only names the method: `moqa.json` has all else."""
         return cls()
 
     def get_name(self) -> str:
         """See `QuantizationConfig`."""
-        return METHOD
+        return "moqa"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Activations are bfloat16 or float32."""

@@ -8,6 +8,16 @@ from moqa.errors import MoqaError
 FIRST, NEXT = (0, 32), (0, 33)
 
 
+def is_tested(version: str) -> bool:
+    """Whether a version of vLLM was tested.
+
+    >>> is_tested("0.32.1"), is_tested("0.33.0")
+    (True, False)
+    """
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return FIRST <= numbers < NEXT
+
+
 def check_version(found: str) -> None:
     """Refuse a vLLM that was not tested.
 
@@ -18,8 +28,7 @@ def check_version(found: str) -> None:
     Raises:
         MoqaError: if it was not.
     """
-    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
-    if not FIRST <= numbers < NEXT:
+    if not is_tested(found):
         first, after = (".".join(map(str, version)) for version in (FIRST, NEXT))
         raise MoqaError(
             f"vLLM {found} was not tested with this version of moqa", f"it serves with vLLM >={first},<{after}"
