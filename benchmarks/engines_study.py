@@ -70,7 +70,7 @@ def main() -> None:
         study.row(f"plan at {mix}", partial(study.llama, budgets[mix]))
     study.row(f"vllm at {MIXES[-1]}", partial(study.vllm, budgets[MIXES[-1]]))
     for parallel in PARALLEL:
-        study.row(f"served {parallel} at {MIXES[-1]}", partial(study.served, MIXES[-1], budgets[MIXES[-1]], parallel))
+        study.row(f"served {parallel} at {MIXES[-1]}", partial(study.served, budgets[MIXES[-1]], parallel))
     for kind in ("bfloat16", "packed"):
         study.row(f"requests {kind}", partial(study.requests, kind))
     for mix, ties in product(reversed(MIXES), TIES):
@@ -112,19 +112,26 @@ class Study:
         named = {"engine": "moqa", "version": moqa.__version__, "format": "checkpoint", "ties": ties}
         return named | sizes | self._quality(self._out)
 
-    def served(self, mix: str, budget: str, parallel: str) -> dict:
-        """The checkpoint of a row with the finest ties, served by vLLM."""
-        found, folder = self.row(f"unit at {mix}", partial(self.own, budget, "unit")), RUNS / "served"
+    def served(self, budget: str, parallel: str) -> dict:
+        """A checkpoint with the finest ties, served by vLLM."""
+        folder, sizes = RUNS / "served", {"ties": "unit", "format": "checkpoint"}
         if not folder.exists():
-            moqa.quantize(MODEL, moqa.plan(self.profile, budget), folder, profile=self.profile)
+            # two processes share the 256 inputs of down projections: groups must divide half of them
+            plan = moqa.plan(self.profile, budget, groups=(64, 128))
+            moqa.quantize(MODEL, plan, folder, profile=self.profile)
+        packed = moqa.open_checkpoint(folder)
+        units = packed.manifest.units.values()
+        sizes |= {"bytes": sum(unit.scheme.stored_bytes(unit.shape) for unit in units)}
+        others = [row for row in self.rows() if row["setting"].startswith("served")]
+        quality = {key: others[0][key] for key in ("kl_known", "kl_novel")} if others else self._quality(folder)
         window = self._window(folder)
         steps = [["generate", [{"prompt_token_ids": window.tolist()}], 1], ["speed", 1, PROMPT, 32, 3]]
         (answer,), speed = in_vllm(RUNS, folder, steps, enforce_eager=True, **PARALLEL[parallel])
         model, _ = moqa.load(folder, kernels="reference")
         with torch.no_grad():
             ours = model(window[None]).logits[0, -1]
-        kept = ("format", "ties", "bytes", "bits_per_weight", "kl_known", "kl_novel")
-        return {key: found[key] for key in kept} | {
+        return sizes | quality | {
+            "bits_per_weight": packed.bits_per_weight,
             "engine": "vllm", "version": VLLM, "parallel": parallel, "decode_tokens_per_second": speed,
             "max_logit_difference": float((answer["logits"][0] - ours).abs().max()),
         }  # fmt: skip
