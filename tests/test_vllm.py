@@ -207,7 +207,7 @@ class TestRefused:
         monkeypatch.setattr(checkpoint, "get_current_vllm_config", lambda: SimpleNamespace(lora_config=None))
         parallel = SimpleNamespace(enable_eplb=True)
         layer = SimpleNamespace(moe_config=SimpleNamespace(moe_parallel_config=parallel))
-        with pytest.raises(moqa.MoqaError, match="^--enable-eplb"):
+        with pytest.raises(moqa.MoqaError, match=r"^--enable-eplb"):
             checkpoint._check_options(layer)
 
     def test_a_lora_on_experts(self, mixed, tmp_path):
