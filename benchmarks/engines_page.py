@@ -30,11 +30,11 @@ tokens per second of decoding on one thread, as one run had it.
 {llama}
 
 ## vLLM with moqa's plug-in
-A checkpoint with ties `unit` at the most bits above, in groups of 64 and 128 so that two processes can divide it, served
-by vLLM {vllm} on the CPU in bfloat16, not compiled: the
-largest difference between its logits after a prompt of 128 tokens and those of the file's weights in 32 bits, and
-tokens per second of decoding, with one thread for each process. Where vLLM computes in 32 bits, greedy tokens are those
-of moqa's own runtime, compiled and not compiled, in one process and two (`make test-vllm`).
+A checkpoint with ties `unit` at the most bits above, in groups of 64 and 128 that two processes can divide, served by
+vLLM {vllm} on the CPU in bfloat16, not compiled: the largest difference between its logits after a prompt of 128 tokens
+and those of the file's weights in 32 bits, and tokens per second of decoding, with one thread for each process. Where
+vLLM computes in 32 bits, greedy tokens are those of moqa's own runtime up to ties, compiled and not compiled, in one
+process and two (`make test-vllm`).
 
 {served}
 
