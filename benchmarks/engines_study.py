@@ -126,7 +126,7 @@ class Study:
         quality = {key: others[0][key] for key in ("kl_known", "kl_novel")} if others else self._quality(folder)
         window = self._window(folder)
         steps = [["generate", [{"prompt_token_ids": window.tolist()}], 1], ["speed", 1, PROMPT, 32, 3]]
-        (answer,), speed = in_vllm(RUNS, folder, steps, enforce_eager=True, **PARALLEL[parallel])
+        (answer,), (speed, _) = in_vllm(RUNS, folder, steps, enforce_eager=True, **PARALLEL[parallel])
         model, _ = moqa.load(folder, kernels="reference")
         with torch.no_grad():
             ours = model(window[None]).logits[0, -1]
@@ -142,12 +142,15 @@ class Study:
         folder = MODEL_OF_SPEED if kind == "bfloat16" else RUNS / "random-packed"
         if kind == "packed" and not folder.exists():
             mixed_checkpoint(MODEL_OF_SPEED, folder, TURNS)
-        (speed,) = in_vllm(RUNS, folder, [["speed", REQUESTS, PROMPT // 4, 64, 3]], enforce_eager=True)
+        ((wall, processor),) = in_vllm(RUNS, folder, [["speed", REQUESTS, PROMPT // 4, 64, 3]], enforce_eager=True)
         sizes = {"bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")), "bits_per_weight": 16.0}
         if kind == "packed":
             sizes["bits_per_weight"] = moqa.open_checkpoint(folder).bits_per_weight
         named = {"engine": "vllm", "version": VLLM, "format": kind, "ties": "unit", "requests": REQUESTS}
-        return named | sizes | {"kl_known": None, "kl_novel": None, "decode_tokens_per_second": speed}
+        return named | sizes | {
+            "kl_known": None, "kl_novel": None, "decode_tokens_per_second": wall,
+            "tokens_per_processor_second": processor,
+        }  # fmt: skip
 
     def _window(self, folder: Path) -> torch.Tensor:
         reader = open_model(MODEL).task.reader(folder)

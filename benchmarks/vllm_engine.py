@@ -5,7 +5,8 @@
 A step is `["generate", prompts, tokens]`, `["call", method, arguments of a worker's method]`, after which vLLM's prefix
 cache is reset, or `["speed", requests, tokens of each prompt, tokens to write, tries]`. The result is a list with an
 entry for each step: for `generate`, by prompt, its ids and those written, and their logits; for `call` what each worker
-returned; for `speed` the tokens per second that all requests together wrote after their first, in the best try.
+returned; for `speed`, the tokens per second that all requests together wrote after their first in the best try, and per
+second of the processor in the engine's processes, whatever else the machine did.
 """
 
 import json
@@ -68,17 +69,25 @@ def _call(llm: object, method: str, *arguments: object) -> object:
     return answers
 
 
-def _speed(llm: object, requests: int, before: int, tokens: int, tries: int) -> float:
+def _speed(llm: object, requests: int, before: int, tokens: int, tries: int) -> tuple[float, float]:
+    import psutil
     from vllm import SamplingParams, TokensPrompt
+
+    engine = psutil.Process().children(recursive=True)
+
+    def now() -> tuple[float, float]:
+        return perf_counter(), sum(sum(process.cpu_times()[:2]) for process in engine)
 
     random, seconds = Random(0), {1: [], tokens: []}
     for _, count in product(range(tries + 1), seconds):
         # other tokens in each try: the prefix cache would have them
         prompts = [TokensPrompt(prompt_token_ids=random.choices(range(1000), k=before)) for _ in range(requests)]
-        start = perf_counter()
+        start = now()
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True), use_tqdm=False)
-        seconds[count].append(perf_counter() - start)
-    return requests * (tokens - 1) / (min(seconds[tokens][1:]) - min(seconds[1][1:]))
+        seconds[count].append([after - before for before, after in zip(start, now(), strict=True)])
+    least = {count: [min(clock) for clock in zip(*found[1:], strict=True)] for count, found in seconds.items()}
+    wall, processor = (requests * (tokens - 1) / (least[tokens][clock] - least[1][clock]) for clock in range(2))
+    return wall, processor
 
 
 if __name__ == "__main__":
