@@ -38,7 +38,7 @@ process and two (`make test-vllm`).
 
 {served}
 
-{requests} requests at once, of 32 tokens each with 64 to write, on a random model of 441 M parameters, one thread:
+{requests} requests at once, of 32 tokens each with 32 to write, on a random model of 441 M parameters, one thread:
 tokens after the first of each, per second and per second of the processor in vLLM's processes. Other work shared the
 machine while all of this page was measured, so seconds on the clock are rough.
 

@@ -69,10 +69,10 @@ def main() -> None:
         budgets[mix] = f"{theirs['bits_per_weight']}bpw"
         study.row(f"plan at {mix}", partial(study.llama, budgets[mix]))
     study.row(f"vllm at {MIXES[-1]}", partial(study.vllm, budgets[MIXES[-1]]))
-    for parallel in PARALLEL:
-        study.row(f"served {parallel} at {MIXES[-1]}", partial(study.served, budgets[MIXES[-1]], parallel))
     for kind in ("bfloat16", "packed"):
         study.row(f"requests {kind}", partial(study.requests, kind))
+    for parallel in PARALLEL:
+        study.row(f"served {parallel} at {MIXES[-1]}", partial(study.served, budgets[MIXES[-1]], parallel))
     for mix, ties in product(reversed(MIXES), TIES):
         study.row(f"{ties} at {mix}", partial(study.own, budgets[mix], ties))
     write(study.rows())
@@ -125,7 +125,7 @@ class Study:
         others = [row for row in self.rows() if row["setting"].startswith("served")]
         quality = {key: others[0][key] for key in ("kl_known", "kl_novel")} if others else self._quality(folder)
         window = self._window(folder)
-        steps = [["generate", [{"prompt_token_ids": window.tolist()}], 1], ["speed", 1, PROMPT, 32, 3]]
+        steps = [["generate", [{"prompt_token_ids": window.tolist()}], 1], ["speed", 1, PROMPT, 16, 2]]
         (answer,), (speed, _) = in_vllm(RUNS, folder, steps, enforce_eager=True, **PARALLEL[parallel])
         model, _ = moqa.load(folder, kernels="reference")
         with torch.no_grad():
@@ -142,7 +142,7 @@ class Study:
         folder = MODEL_OF_SPEED if kind == "bfloat16" else RUNS / "random-packed"
         if kind == "packed" and not folder.exists():
             mixed_checkpoint(MODEL_OF_SPEED, folder, TURNS)
-        ((wall, processor),) = in_vllm(RUNS, folder, [["speed", REQUESTS, PROMPT // 4, 64, 3]], enforce_eager=True)
+        ((wall, processor),) = in_vllm(RUNS, folder, [["speed", REQUESTS, PROMPT // 4, 32, 2]], enforce_eager=True)
         sizes = {"bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")), "bits_per_weight": 16.0}
         if kind == "packed":
             sizes["bits_per_weight"] = moqa.open_checkpoint(folder).bits_per_weight
