@@ -94,8 +94,12 @@ def make_profile(folder: Path, moe: bool = True) -> Profile:
             tensors[f"layer.{layer}.coactivation"] = torch.diag((share * 128).round())
         heat = torch.tensor([1.0 if u.expert is None else float(load[u.layer, u.expert]) for u in units])
         tensors["sensitivity"] = (heat * torch.rand(len(units), generator=generator))[:, None] * decay * jitter
+        # what strategies measure on the original, which this profile does not have
+        tensors["divergence"] = torch.rand(len(units), generator=generator)[:, None] * decay
+        tensors["similarity"] = torch.rand(3, 2, generator=generator)
         statistics[name] = tensors
-    weights = {"rounding": decay * jitter}
+    weights = {"rounding": decay * jitter, "outliers": 1 + torch.rand(len(units), generator=generator)}
+    weights["spectrum"] = 2 + torch.rand(len(units), 2, generator=generator)
     for layer in range(3 if moe else 0):
         mixed = torch.nn.functional.normalize(torch.randn(experts, 6, generator=generator))
         weights[f"layer.{layer}.similarity"] = mixed @ mixed.T

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moqa.compression.run import compress
     from moqa.data import Distribution
     from moqa.evaluation import Evaluation, evaluate
+    from moqa.evaluation.compare import PlanComparison, compare_plans
     from moqa.execution import find_executor
     from moqa.exports import Exported, export
     from moqa.format.reader import open_checkpoint
@@ -49,12 +50,12 @@ if TYPE_CHECKING:
     __version__: str  # from pyproject.toml, read at the first access
 
 __all__ = [  # noqa: RUF022  (functions first, in the order of the work)
-    "compress", "profile", "plan", "quantize", "recover", "evaluate", "report", "export", "load", "generate", "adjust",
-    "build_mixture", "evaluate_mixture", "bench", "memory_budget", "read_plan", "read_profile", "open_checkpoint",
-    "find_executor",
-    "Adjusted", "Budget", "BuiltMixture", "CompressOptions", "CompressResult", "Distribution", "Evaluation", "Exported",
-    "MemoryBudget", "MemoryLimit", "MixtureEvaluation", "MoqaError", "Plan", "Profile", "Recovered", "Sampling",
-    "Speed",
+    "compress", "profile", "plan", "compare_plans", "quantize", "recover", "evaluate", "report", "export", "load",
+    "generate", "adjust", "build_mixture", "evaluate_mixture", "bench", "memory_budget", "read_plan", "read_profile",
+    "open_checkpoint", "find_executor",
+    "Adjusted", "Budget", "BuiltMixture", "CompressOptions", "CompressResult", "Distribution",
+    "Evaluation", "Exported", "MemoryBudget", "MemoryLimit", "MixtureEvaluation", "MoqaError", "Plan", "PlanComparison",
+    "Profile", "Recovered", "Sampling", "Speed",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:

@@ -23,6 +23,9 @@ reveal_type(plan)  # moqa.planning.record.Plan
 reveal_type(plan.account.bits_per_weight)  # float
 reveal_type(moqa.read_plan("plan.json"))  # moqa.planning.record.Plan
 
+comparison: moqa.PlanComparison = moqa.compare_plans(profile, "3bpw", data={"notes": "notes.txt"})
+reveal_type(comparison.plans[0].over_uniform)  # moqa.planning.record.Gain | None
+
 executor = moqa.find_executor("local")
 reveal_type(executor)  # moqa.execution.local.Executor
 memory = moqa.MemoryLimit.parse("4GiB")

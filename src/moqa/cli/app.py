@@ -106,7 +106,7 @@ def _help_of(option: str) -> str | None:
         return f"where the work is done: {one_of(kinds)}"
     if option == "no_sensitivity":
         unmeasured = [name for name, member in STRATEGIES.items() if not member.needs_sensitivity]
-        return f"do not measure sensitivities; {' and '.join(unmeasured)} do not need them"
+        return f"do not measure sensitivities; {', '.join(unmeasured)} do not need them"
     return help_of(option)
 
 

@@ -11,6 +11,10 @@ EXAMPLES = {
         "moqa plan PROFILE --bpw 3.4 --engine llama.cpp -o plan.json",
         "moqa plan PROFILE --fit 8GiB --ignore '*.layers.0.*' --set '*.self_attn.*=8' -o plan.json",
     ),
+    "compare-plans": (
+        "moqa compare-plans PROFILE --bpw 3",
+        "moqa compare-plans PROFILE --bpw 3 --data novels=novels.txt --json ranking.json",
+    ),
     "recover": ("moqa recover OUT --for 15m -o NEW",),
     "evaluate": ("moqa evaluate OUT --data novels=novels.txt",),
     "report": ("moqa report PROFILE OUT -o report.html",),

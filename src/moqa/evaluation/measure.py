@@ -98,6 +98,31 @@ def scores(model: nn.Module, windows: list[Samples], reference: Reference | None
     return {w.name: quality(w, hidden[w.name], stages, answers[w.name], own) for w in windows}
 
 
+@torch.no_grad()
+def divergences(model: nn.Module, reference: Reference, report: Report) -> dict[str, Tensor]:
+    """KL divergence from the original of every window by itself: distribution -> [windows], nats per prediction.
+
+    >>> divergences(view.model, reference, quiet)["wiki"].abs().max() < 1e-6  # doctest: +SKIP
+    tensor(True)
+
+    Args:
+        model: original or packed.
+        reference: the original's outputs.
+        report: called per layer.
+    """
+    stages, own = LayerwiseModel(model), LayerwiseModel(reference.model)
+    hidden, found = final_hidden(model, reference.windows, report), {}
+    for window in reference.windows:
+        parts, states = [], hidden[window.name]
+        for number in range(len(states)):
+            state = states.at(stages.depth, number)
+            true = _log_probabilities(own, reference.hidden[window.name].at(own.depth, number))
+            each = (true.exp() * (true - _log_probabilities(stages, state))).sum(1)
+            parts.append(each.reshape(len(state), -1).mean(1))
+        found[window.name] = torch.cat(parts)
+    return found
+
+
 def quality(
     window: Samples,
     hidden: HiddenStates,

@@ -26,23 +26,31 @@ def expected_gains(profile: Profile, units: Mapping[str, Scheme], names: Iterabl
         units: unit name -> scheme.
         names: distributions.
     """
+    share = over_uniform(profile, units)
+    folds = {name: used_folds(profile, name) for name in names}
+    # a model that no error changes has none
+    return {} if share is None else {name: jackknifed([some], share) for name, some in folds.items() if len(some)}
+
+
+def over_uniform(profile: Profile, units: Mapping[str, Scheme]) -> Callable[[NDArray], NDArray] | None:
+    """Function of [..., units, widths] sensitivities that gives the share of a uniform plan's divergence that is saved.
+
+    None for a size that no uniform plan of the profile's own scheme has; see `expected_gains`.
+    """
     record = profile.record
     size = sum(units[unit.name].stored_bytes(unit.shape) for unit in record.units)
     uniform = [record.settings.scheme(width) for width in record.widths]
     sizes = np.array([sum(scheme.stored_bytes(unit.shape) for unit in record.units) for scheme in uniform])
     after = int(np.searchsorted(sizes, size))
     if not 0 < after < len(sizes):
-        return {}
+        return None
     between = (size - sizes[after - 1]) / (sizes[after] - sizes[after - 1])
 
     def share(tables: NDArray) -> NDArray:
-        """[...] gains for [..., units, widths] sensitivities."""
         narrow, wide = tables[..., after - 1].sum(-1), tables[..., after].sum(-1)
         return 1 - total_errors(profile, tables, units) / (narrow ** (1 - between) * wide**between)
 
-    folds = {name: used_folds(profile, name) for name in names}
-    # a model that no error changes has none
-    return {name: jackknifed([some], share) for name, some in folds.items() if len(some)}
+    return share
 
 
 def used_folds(profile: Profile, name: str) -> NDArray[np.float64]:

@@ -39,7 +39,8 @@ class Strategy:
         options: other options that change its plans.
         floor: smallest width of units that are no experts, in models with experts, if the user gives none.
         mixes: whether it chooses among encodings and group sizes, too; else a plan has one of each per width.
-        is_control: whether it is only a control for comparisons.
+        is_control: whether it is only for comparisons: a control, or a rule of the literature.
+        measures: statistics that it needs and profiles do not hold (`moqa.profiling.further`).
     """
 
     name: str
@@ -53,6 +54,7 @@ class Strategy:
     floor: int = 0
     mixes: bool = False
     is_control: bool = False
+    measures: tuple[str, ...] = ()
 
     @property
     def help(self) -> str:

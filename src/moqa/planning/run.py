@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -28,6 +29,7 @@ from moqa.planning.registry import DEFAULT_ENCODINGS, DEFAULT_STRATEGY, STRATEGI
 from moqa.planning.solver import Solution
 from moqa.planning.ties import tie_groups
 from moqa.profiling import SELF, Profile
+from moqa.profiling.further import with_further
 from moqa.profiling.others import with_errors_of
 from moqa.registry import check_known
 from moqa.storage.artifact import check_format, check_seal, read_json
@@ -130,6 +132,8 @@ def plan(
             f"--strategy {strategy} ranks experts, but {profile.record.model} ({profile.record.model_type}) has none",
             f"use {' or '.join(for_dense_models())}",
         )
+    if member.measures:
+        problem = replace(problem, profile=with_further(profile, member.measures, known, f"--strategy {strategy}"))
     chosen = member.choose(problem)
     made = chosen if isinstance(chosen, Solution) else Solution(chosen, gap=None)
     choice = made.choice

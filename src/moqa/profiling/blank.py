@@ -34,13 +34,16 @@ def blank_profile(view: ModelView, model: str, names: Sequence[str], settings: S
     sensitivity = rounding * torch.tensor([float(unit.weights) for unit in units])[:, None]
     windows = dict.fromkeys(names, settings.samples) | ({SELF: own} if own else {})
     others = other_schemes(settings) if settings.sensitivity else ()
-    statistics, records, weights = {}, {}, {"rounding": rounding}
+    statistics, records = {}, {}
+    # also what strategies would measure themselves
+    weights = {"rounding": rounding, "outliers": torch.ones(len(units)), "spectrum": torch.ones(len(units), 2)}
     if others:
         # a code of levels leaves less error than a grid, a large group more than a small one
         ratio = [(0.6 if s.encoding == "trellis" else 1.0) * s.group_size**0.1 for s in others]
         weights["compared"] = torch.tensor(ratio).expand(len(units), -1).contiguous()
     for name, count in windows.items():
         tables = {"sensitivity": sensitivity, "samples": torch.zeros(count, settings.context, dtype=torch.int32)}
+        tables |= {"divergence": sensitivity, "similarity": torch.ones(len(view.blocks), 2)}
         for layer in range(len(view.blocks)):
             down = [u for u in view.block_units(layer) if u.role == "expert" and u.projection == "down_proj"]
             if down:

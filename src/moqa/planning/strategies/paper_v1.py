@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moqa.planning.placement import filled, neighbours, raised
 from moqa.planning.registry import ALWAYS_USED, strategy
 from moqa.planning.strategies.paper import joint_significance
 
@@ -39,26 +40,8 @@ def paper_v1(problem: Problem) -> Choice:
         mean = np.array([significance[layers == layer].mean() for layer in layers])
         low, high, chosen = problem.at_width(2), problem.at_width(4), order[(significance >= mean)[order]]
     else:
-        low, high = _neighbours(problem)
+        low, high = neighbours(problem)
         chosen = order
-    choice, rows = low.copy(), list(experts.values())
-    for index in chosen:
-        raised = choice.copy()
-        raised[rows[index]] = high[rows[index]]
-        if not problem.fits(raised):
-            break
-        choice = raised
-    choice = problem.fill(choice, [row for index in order for row in rows[index]])
-    # bytes that no expert can use go to the other units
-    return problem.fill(choice, range(len(problem.groups)))
-
-
-def _neighbours(problem: Problem) -> tuple[Choice, Choice]:
-    """Uniform plans below and above the budget; if one nearly equals the budget, its two neighbours."""
-    plans = [problem.at_width(width) for width in problem.widths]
-    limit = problem.needed_limit
-    above = next((i for i, plan in enumerate(plans) if problem.bytes(plan) > limit), len(plans) - 1)
-    below = max(above - 1, 0)
-    if below > 0 and problem.bytes(plans[below]) > 0.98 * limit:
-        below -= 1
-    return plans[below], plans[above]
+    rows = list(experts.values())
+    choice = raised(problem, low, high, [rows[index] for index in chosen])
+    return filled(problem, choice, [rows[index] for index in order])
