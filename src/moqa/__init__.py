@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from moqa.planning import Budget, MemoryBudget, Plan, memory_budget, plan, read_plan
     from moqa.profiling import Profile, profile, read_profile
     from moqa.quantization import quantize
+    from moqa.reduction import reduce
     from moqa.reports import report
     from moqa.speed import Speed, bench
     from moqa.training import Recovered, recover
@@ -50,12 +51,12 @@ if TYPE_CHECKING:
     __version__: str  # from pyproject.toml, read at the first access
 
 __all__ = [  # noqa: RUF022  (functions first, in the order of the work)
-    "compress", "profile", "plan", "compare_plans", "quantize", "recover", "evaluate", "report", "export", "load",
-    "generate", "adjust", "build_mixture", "evaluate_mixture", "bench", "memory_budget", "read_plan", "read_profile",
-    "open_checkpoint", "find_executor",
-    "Adjusted", "Budget", "BuiltMixture", "CompressOptions", "CompressResult", "Distribution",
-    "Evaluation", "Exported", "MemoryBudget", "MemoryLimit", "MixtureEvaluation", "MoqaError", "Plan", "PlanComparison",
-    "Profile", "Recovered", "Sampling", "Speed",
+    "compress", "profile", "plan", "compare_plans", "quantize", "recover", "reduce", "evaluate", "report", "export",
+    "load", "generate", "adjust", "build_mixture", "evaluate_mixture", "bench", "memory_budget", "read_plan",
+    "read_profile", "open_checkpoint", "find_executor",
+    "Adjusted", "Budget", "BuiltMixture", "CompressOptions", "CompressResult", "Distribution", "Evaluation", "Exported",
+    "MemoryBudget", "MemoryLimit", "MixtureEvaluation", "MoqaError", "Plan", "PlanComparison", "Profile", "Recovered",
+    "Sampling", "Speed",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:

@@ -34,6 +34,8 @@ reveal_type(moqa.quantize("model", plan, "out", memory=memory, engine=executor))
 exported: moqa.Exported = moqa.export("plan.json", "model.gguf", to="gguf", profile=profile)
 recovered: moqa.Recovered = moqa.recover("out", "better", length="15m", profile=profile)
 
+reveal_type(moqa.reduce("model", 8, [texts], "smaller", by="uncurl"))  # pathlib.Path
+
 trained = prepare(Linear(64, 32), Scheme(width=2), inputs=Inputs(8), keep=["head"])
 reveal_type(trained.stored())  # dict[str, torch._tensor.Tensor]
 reveal_type(trained.pack())  # torch.nn.modules.module.Module

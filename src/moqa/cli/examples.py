@@ -16,6 +16,7 @@ EXAMPLES = {
         "moqa compare-plans PROFILE --bpw 3 --data novels=novels.txt --json ranking.json",
     ),
     "recover": ("moqa recover OUT --for 15m -o NEW",),
+    "reduce": ("moqa reduce MODEL --experts 8 --data wiki=wiki.txt -o SMALLER",),
     "evaluate": ("moqa evaluate OUT --data novels=novels.txt",),
     "report": ("moqa report PROFILE OUT -o report.html",),
     "export": (

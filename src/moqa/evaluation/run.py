@@ -24,6 +24,7 @@ from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part
 from moqa.planning.registry import STRATEGIES
 from moqa.progress import Report, quiet
+from moqa.reduction.record import read_reduction
 from moqa.runtime.load import load_packed
 from moqa.storage.paths import found
 from moqa.tasks import Samples, task_of
@@ -129,6 +130,8 @@ def _evaluated(
         raise ValueError("the reference was made for other distributions")
     if packed:
         refuse_fitted(str(packed.folder), packed.manifest.fitted, distributions, cut)
+    elif reduced := read_reduction(folder):
+        refuse_fitted(str(model), reduced.fitted, distributions, cut)
     if adjusted:
         refuse_fitted(str(adjusted.folder), adjusted.record.fitted, distributions, cut)
     view = None if packed else open_model(folder, imported=True)

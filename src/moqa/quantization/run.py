@@ -1,8 +1,7 @@
 """`moqa.quantize`: apply a plan, block by block, and write the checkpoint."""
 
 import hashlib
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from moqa.methods import Method
 from moqa.methods.registry import METHODS
 from moqa.models.view import ModelView, open_model
 from moqa.originals import folder as original
+from moqa.originals.companions import companions_of, copy_companions
 from moqa.originals.fingerprint import differing_part, fingerprint
-from moqa.originals.hub import INDEX
 from moqa.planning import ENGINES, Plan, check_profile
 from moqa.planning.account import kept_entries
 from moqa.profiling import Profile, read_profile
@@ -33,15 +32,9 @@ from moqa.quantization.checkpoint import CheckpointWriter
 from moqa.quantization.layer import QuantizedUnit
 from moqa.quantization.pieces import BlockWork, quantized_layers
 from moqa.quantization.samples import CalibrationSamples, tokens_of
-from moqa.storage.files import check_inside
 from moqa.storage.folders import check_free
 from moqa.storage.paths import recorded
 from moqa.storage.resumable import as_json, check_space, resumable, tidy
-
-# small files of the original: what a transformers model needs in addition to its weights, and the licence
-_COMPANIONS = (
-    "*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "LICENCE*", "NOTICE*",
-)  # fmt: skip
 
 
 def quantize(
@@ -90,7 +83,7 @@ def quantize(
     share = None if cache is None else parse_cache(cache)
     check_free(out, overwrite)
     folder = original.locate(model)
-    companions = _companions(folder)
+    companions = companions_of(folder)
     other = differing_part(folder, plan.fingerprint)
     if other:
         raise MoqaError(
@@ -119,7 +112,7 @@ def quantize(
         if missing and room.ahead and executor.name == "local":
             view.read_ahead(missing[0])
         if work.done("start") is None:
-            _copy_companions(folder, companions, work.result)
+            copy_companions(folder, companions, work.result)
             introduce(work.result, _recipe(plan, how))
             hashed = dict[str, str]()
             if cache is not None:
@@ -160,25 +153,6 @@ def _check_engine(plan: Plan) -> None:
             f"the plan is for {plan.engine}: {foreign} is stored as {plan.units[foreign].encoding}",
             f"moqa export PLAN --to {ENGINES[plan.engine].export} -o FILE writes it",
         )
-
-
-def _companions(folder: Path) -> list[Path]:
-    """The small files of the original."""
-    found = {path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.name != INDEX}
-    for path in sorted(found):
-        try:
-            check_inside(path, folder)
-        except OSError as error:
-            raise MoqaError(f"{path} cannot be copied", error.strerror or str(error)) from None
-    return sorted(found)
-
-
-def _copy_companions(folder: Path, companions: Iterable[Path], target: Path) -> None:
-    """Copy them."""
-    for path in companions:
-        copy = target / path.relative_to(folder)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
 
 
 def _recipe(plan: Plan, method: Method) -> dict[str, object]:

@@ -13,6 +13,9 @@ EXPERTS_PER_TOKEN = (
     "num_experts_per_tok", "num_experts_per_token", "experts_per_tok", "experts_per_token", "top_k_experts", "moe_topk",
     "moe_top_k", "moe_k", "moe_router_topk",
 )  # fmt: skip
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+# experts of a block are chosen within groups of them
+_GROUPS = ("n_group", "num_expert_group", "topk_group")
 _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 _MTP = re.compile(r"(^|[._])mtp[._]")
 
@@ -43,6 +46,30 @@ def experts_per_token(config: "PretrainedConfig") -> int:
         )
     # some families give one number per layer
     return max(found) if isinstance(found, list | tuple) else int(found)
+
+
+def with_experts(data: Any, before: int, after: int) -> Any:
+    """What a `config.json` holds, with another number of routed experts.
+
+    >>> with_experts({"text_config": {"num_experts": 16}}, 16, 8)
+    {'text_config': {'num_experts': 8}}
+    """
+    if not isinstance(data, dict):
+        return data
+    return {
+        key: after if key in _EXPERTS and value == before else with_experts(value, before, after)
+        for key, value in data.items()
+    }
+
+
+def routes_in_groups(config: "PretrainedConfig") -> bool:
+    """Whether a token first chooses groups of experts, whose sizes are equal.
+
+    >>> routes_in_groups(view.model.config)
+    False
+    """
+    text = config.get_text_config()
+    return any((getattr(text, name, None) or 1) > 1 for name in _GROUPS)
 
 
 def residual_streams(config: "PretrainedConfig") -> int:

@@ -1,0 +1,1 @@
+"""Ways to reduce experts, one per file."""
