@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from moqa.mixture.evaluate import MixtureEvaluation, evaluate_mixture
     from moqa.mixture.generate import generate
     from moqa.mixture.load import load
+    from moqa.mixture.merge import merge
     from moqa.planning import Budget, MemoryBudget, Plan, memory_budget, plan, read_plan
     from moqa.profiling import Profile, profile, read_profile
     from moqa.quantization import quantize
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
 
 __all__ = [  # noqa: RUF022  (functions first, in the order of the work)
     "compress", "profile", "plan", "compare_plans", "quantize", "recover", "reduce", "evaluate", "report", "export",
-    "load", "generate", "adjust", "build_mixture", "evaluate_mixture", "bench", "memory_budget", "read_plan",
-    "read_profile", "open_checkpoint", "find_executor",
+    "load", "generate", "adjust", "build_mixture", "evaluate_mixture", "merge", "bench", "memory_budget",
+    "read_plan", "read_profile", "open_checkpoint", "find_executor",
     "Adjusted", "Budget", "BuiltMixture", "CompressOptions", "CompressResult", "Distribution", "Evaluation", "Exported",
     "MemoryBudget", "MemoryLimit", "MixtureEvaluation", "MoqaError", "Plan", "PlanComparison", "Profile", "Recovered",
     "Sampling", "Speed",

@@ -61,6 +61,7 @@ model, tokenizer = moqa.load("out")
 for piece in moqa.generate(model, tokenizer, "The", moqa.Sampling(max_tokens=8)):
     reveal_type(piece)  # moqa.generation.run.Piece
 reveal_type(moqa.adjust("out", {"german": "german.txt"}, "german"))  # moqa.adjustment.run.Adjusted
+reveal_type(moqa.merge("base", {"math": "math", "code": Path("code")}, "merged"))  # pathlib.Path
 mixture = moqa.build_mixture("model", [texts], "mix", budget="3bpw")
 reveal_type(mixture)  # moqa.mixture.build.BuiltMixture
 built: moqa.BuiltMixture = mixture

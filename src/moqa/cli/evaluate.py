@@ -42,8 +42,11 @@ def evaluate(
     """Measure perplexity, bits per byte, KL divergence and top-1 agreement of the files on disk."""
     from moqa.evaluation import evaluate as run
     from moqa.mixture.evaluate import DEFAULT_PROMPT, evaluate_mixture
+    from moqa.mixture.merged import is_merged
     from moqa.mixture.record import is_mixture
 
+    if is_merged(model):
+        raise MoqaError(f"{model} holds merged variants", "it has no router: evaluate the models themselves")
     if is_mixture(model):
         given = {"--context": context != 256, "--adjustment": adjustment is not None, "--lora": lora is not None}
         for option in (name for name, typed in given.items() if typed):

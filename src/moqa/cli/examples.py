@@ -31,6 +31,7 @@ EXAMPLES = {
         "moqa mixture build MODEL --budget 3bpw --data wiki=wiki.txt --data code=code.txt -o MIX",
         "moqa mixture build MODEL --variants variants.yaml --data wiki=wiki.txt --data code=code.txt -o MIX",
     ),
+    "merge": ("moqa merge BASE --variant math=MATH --variant code=CODE -o MERGED",),
     "generate": ("moqa generate OUT 'Once upon a time' --max-tokens 64",),
     "chat": ("moqa chat OUT --adjustment ADJ",),
     "serve": ("moqa serve OUT --port 8000",),

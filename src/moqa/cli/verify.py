@@ -11,9 +11,14 @@ from moqa.cli.common import say
 @app.command()
 def verify(out: Annotated[str, typer.Argument(metavar="OUT", help="checkpoint (folder or Hub id) or mixture")]) -> None:
     """Check every byte of a checkpoint that loading uses; exit 0 if it is sound, 2 with a line for each fault."""
+    from moqa.mixture.merged import is_merged, read_merged
     from moqa.mixture.record import is_mixture
     from moqa.runtime.verify import verify as run
 
+    if is_merged(out):
+        merged = read_merged(out, verify=True)
+        say(f"{out}: sound, a base and {len(merged.variants)} merged variants, {merged.account.total} bytes")
+        return
     if is_mixture(out):
         _verify_mixture(out)
         return

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from moqa.errors import MoqaError
 from moqa.generation import Piece, PromptCache, Sampling, encode
 from moqa.generation import generate as with_model
-from moqa.mixture.load import Mixture, RoutedPrompt
+from moqa.mixture.load import Mixture
+from moqa.mixture.route import RoutedPrompt
 from moqa.registry import check_known
 
 if TYPE_CHECKING:

@@ -15,7 +15,9 @@ from moqa.format.reader import open_checkpoint
 from moqa.generation import load_any as load_one
 from moqa.memory.mapped import drop
 from moqa.mixture.features import prompt_end, read
+from moqa.mixture.merged import is_merged, load_merged
 from moqa.mixture.record import ROUTER, MixtureRecord, check_router, is_mixture, read_mixture
+from moqa.mixture.route import RoutedPrompt
 from moqa.mixture.router import Router, restored
 from moqa.registry import check_known
 from moqa.runtime.growing import round_cache
@@ -27,23 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class RoutedPrompt:
-    """Which variant continues a prompt.
-
-    Attributes:
-        variant: its name.
-        confidence: of the router, in the variant that it likes best; None if the variant was asked for.
-        likeliest: that variant; another one than `variant` if the confidence is below the threshold.
-        problem: why another variant than the chosen one is used; None if it is not.
-    """
-
-    variant: str
-    confidence: float | None = None
-    likeliest: str | None = None
-    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +177,7 @@ class Mixture:
 
 
 def load(folder: str | Path, **options: Any) -> "tuple[PreTrainedModel, Any]":
-    """Load a checkpoint or a mixture.
+    """Load a checkpoint, a mixture, or merged variants.
 
     >>> model, tokenizer = moqa.load("runs/out")
     >>> output = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=8)
@@ -203,8 +188,8 @@ def load(folder: str | Path, **options: Any) -> "tuple[PreTrainedModel, Any]":
     chooses among them for each prompt, and `model.mixture.use(name)` returns the model of one of them.
 
     Args:
-        folder: of the checkpoint or mixture, or the Hub id of a checkpoint.
-        options: of `moqa.runtime.load.load`: `verify`, `dtype`, `kernels`, `device`.
+        folder: of the checkpoint, mixture or merged variants, or the Hub id of a checkpoint.
+        options: of `moqa.runtime.load.load`: `verify`, `dtype`, `kernels`, `device`; of merged variants, `verify`.
 
     Returns:
         A transformers model whose units are packed, and its tokenizer or image processor.
@@ -212,6 +197,8 @@ def load(folder: str | Path, **options: Any) -> "tuple[PreTrainedModel, Any]":
     Raises:
         MoqaError: if a file is damaged or does not fit the others, or the kernels do not run here.
     """
+    if is_merged(folder):
+        return load_merged(folder, **options)
     if not is_mixture(folder):
         return load_checkpoint(folder, **options)
     mixture = open_mixture(folder, **options)
@@ -229,7 +216,7 @@ def load_any(
     Raises:
         MoqaError: as there, or if a mixture is to compute with an adjustment or a LoRA.
     """
-    if not is_mixture(model):
+    if not is_mixture(model) and not is_merged(model):
         return load_one(model, adjustment, lora, kv_bits)
     for what, given in (("an adjustment", adjustment), ("a LoRA", lora)):
         if given is not None:

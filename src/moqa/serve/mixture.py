@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moqa.generation import Piece
-from moqa.mixture.load import Mixture, RoutedPrompt
+from moqa.mixture.load import Mixture
+from moqa.mixture.route import RoutedPrompt
 from moqa.serve.adjusting import Adjusting, before_each
 from moqa.serve.metrics import Metrics
 from moqa.serve.refusal import RefusalError

@@ -16,6 +16,7 @@ import uvicorn
 
 from moqa.errors import MoqaError
 from moqa.mixture.load import load_any
+from moqa.mixture.merged import is_merged
 from moqa.mixture.record import is_mixture
 from moqa.serve.adjusting import Adjusting
 from moqa.serve.app import build_app
@@ -115,11 +116,11 @@ def serve(
             use.
     """
     check_origins(cors)
-    if is_mixture(model) and adjust:
+    if (is_mixture(model) or is_merged(model)) and adjust:
         raise MoqaError(f"{model} is a mixture, which takes no --adjust {adjust[0]}", "its adjustments are variants")
     with _bound(host, port) as listener:
         loaded, tokenizer = load_any(model, lora=lora, kv_bits=kv_bits)
-        if is_mixture(model):
+        if is_mixture(model) or is_merged(model):
             adjusting: Callable[[Metrics], Adjusting] = partial(RoutedVariants, loaded.mixture)
         elif list(adjust) == [AUTO]:
             adjusting = partial(AutoAdjusting, loaded, tokenizer, model, shared=adjust_shared)

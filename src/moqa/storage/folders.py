@@ -13,7 +13,16 @@ EXPORT = "moqa-export.json"
 # what may lie beside a result: its work folder, the result that it replaces, and a record that it is in place
 PARTIAL, REPLACED, PLACED = "partial", "replaced", "placed"
 # by which an output of moqa is known
-_RECORDS = ("moqa.json", "profile.json", "adjustment.json", "mixture.json", "federated.json", EXPORT)
+_RECORDS = (
+    "moqa.json",
+    "profile.json",
+    "adjustment.json",
+    "mixture.json",
+    "federated.json",
+    "reduction.json",
+    "merged.json",
+    EXPORT,
+)
 
 
 @contextmanager
