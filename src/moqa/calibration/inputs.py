@@ -216,13 +216,15 @@ class BlockInputs:
         work: where the calls of the experts are saved until `drop`.
         name: of what is saved; unique among those that share `work`.
         with_slopes: whether to sum up slopes of the activation, too.
+        affinity: power of the gate weights by which inputs of experts are multiplied (`Method.affinity`).
     """
 
     def __init__(
         self, view: ModelView, stages: LayerwiseModel, layer: int, parts: Iterable[CalibrationBatch],
-        work: ResumableRun, name: str = "experts", *, with_slopes: bool = False,
+        work: ResumableRun, name: str = "experts", *, with_slopes: bool = False, affinity: float = 1.0,
     ) -> None:  # fmt: skip
         self._open(view, layer, work, name, with_slopes)
+        self._affinity = affinity
         later = False
         # inputs of the current batch with their layout, and the space that counts them: q, k and v mostly share one
         shared: list[tuple[Tensor, Convolution | None, str]] = []
@@ -263,7 +265,7 @@ class BlockInputs:
     @classmethod
     def recorded(
         cls, view: ModelView, layer: int, parts: Sequence[CalibrationBatch], work: ResumableRun, name: str = "experts",
-        *, with_slopes: bool = False,
+        *, with_slopes: bool = False, affinity: float = 1.0,
     ) -> "BlockInputs":  # fmt: skip
         """Input statistics of experts whose calls are already saved in `work`, by any process; no other units.
 
@@ -274,6 +276,7 @@ class BlockInputs:
         """
         inputs = cls.__new__(cls)
         inputs._open(view, layer, work, name, with_slopes)
+        inputs._affinity = affinity
         inputs._parts += parts
         return inputs
 
@@ -297,7 +300,7 @@ class BlockInputs:
     def experts(self, which: Sequence[int]) -> dict[str, InputStatistics]:
         """Statistics of some experts by input space; experts without tokens are left out.
 
-        Each input is weighted by the gate weight of its output.
+        Each input is weighted by the gate weight of its output, to the power `affinity`.
         """
         found: dict[str, InputStatistics] = {}
         rows = {} if self._path is None else projection_rows(self._module)
@@ -312,7 +315,7 @@ class BlockInputs:
                 if expert % 16 == 0 and not check:
                     give_back()
                 chosen = [(part.share, call) for part, call in calls if part.check == check]
-                for x, gate, tokens in routed(expert, chosen):
+                for x, gate, tokens in routed(expert, chosen, self._affinity):
                     gate_up = with_bias(self._module, "gate_up_proj", expert, weights.gate_up(expert, x))
                     inner = self._module._apply_gate(gate_up)
                     for space, seen in (("in", x), ("inner", inner)):

@@ -36,7 +36,7 @@ def compare_plans(
     ] = None,
     windows: Annotated[int, typer.Option("--windows", min=0, help="windows per held-out text, 0 for all")] = 64,
     method: Annotated[
-        str | None, typer.Option("--method", help="of the measured plans: gptq or rtn [default: the profile's]")
+        str | None, typer.Option("--method", help="quantization method of the measured plans [default: the profile's]")
     ] = None,
     seed: int = DEFAULTS.seed,
     json: options.Json = None,

@@ -26,6 +26,9 @@ def profile(
     samples: options.Samples = DEFAULTS.samples,
     context: options.Context = DEFAULTS.context,
     self_samples: options.SelfSamples = DEFAULTS.self_samples,
+    own_text: Annotated[
+        str, typer.Option("--own-text", help="how the model writes its own text: drawn, or balanced over its experts")
+    ] = "drawn",
     group_size: options.GroupSize = DEFAULTS.group_size,
     symmetric: options.Symmetric = DEFAULTS.symmetric,
     method: options.Method = DEFAULTS.method,
@@ -47,7 +50,7 @@ def profile(
     executor = find_executor(engine, address=ray_address)
     with progress(log_json) as report:
         result = run(
-            model, data, out, samples=samples, context=context, self_samples=self_samples,
+            model, data, out, samples=samples, context=context, self_samples=self_samples, own_text=own_text,
             group_size=group_size, symmetric=symmetric, method=method, seed=seed,
             report=time_limited(report, time_limit), memory=MemoryLimit.parse(max_memory) if max_memory else None,
             restart=restart, engine=executor, sensitivity=not no_sensitivity,

@@ -49,11 +49,14 @@ class Method:
         run: the function.
         store: only of methods that use no inputs: the same for one matrix, directly to what is stored; weights
             [out, in] and their scheme -> tensors by suffix, see `Scheme.tensors`.
+        affinity: power of the gate weight by which an expert's inputs are multiplied: 1 for the error of the block's
+            output, 0 for inputs as they are.
     """
 
     name: str
     run: Callable[[SolveBatch], SolveResult]
     store: Callable[[Tensor, Scheme], dict[str, Tensor]] | None = None
+    affinity: float = 1.0
 
     @property
     def needs_data(self) -> bool:
@@ -62,5 +65,9 @@ class Method:
 
 
 # to add a method, add a module of its name, and its name here
-METHODS: Registry[Method] = Registry("--method", {"gptq": "moqa.methods.gptq", "rtn": "moqa.methods.rtn"})
+_MODULES = {
+    "gptq": "moqa.methods.gptq", "rtn": "moqa.methods.rtn", "gptq-affinity": "moqa.methods.gptq_affinity",
+    "gptq-plain": "moqa.methods.gptq_plain",
+}  # fmt: skip
+METHODS: Registry[Method] = Registry("--method", _MODULES)
 method = METHODS.decorator(Method)

@@ -157,7 +157,10 @@ def go_back(workspace: Workspace, given: BlockPass) -> None:
     inputs = None
     if how.method.needs_data:
         name = f"experts-{given.name}{workspace.mark}"
-        inputs = BlockInputs(view, workspace.stages, layer, flow.calibration(layer), workspace.work, name)
+        inputs = BlockInputs(
+            view, workspace.stages, layer, flow.calibration(layer), workspace.work, name,
+            affinity=how.method.affinity,
+        )  # fmt: skip
     sums: dict[str, Tensor] = {}
     for number, some in enumerate(slices):
         mine = [u for u in units if u.expert in some or (u.expert is None and number == 0)]

@@ -16,6 +16,7 @@ CAUSAL_LM = "causal_lm"
 
 _MOST_LAYERS = 2**10  # as for a `config.json`: what is counted by layer takes as much memory
 StoredDtype = Literal["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
+OwnText = Literal["drawn", "balanced"]
 Width = Annotated[int, Field(ge=WIDTHS[0], le=WIDTHS[-1])]
 
 
@@ -62,6 +63,9 @@ class Settings(BaseModel, frozen=True):
     symmetric: bool = Field(False, description="whether that rounding has no zero-point")
     method: str = Field("gptq", description="quantization method whose errors the sensitivity is measured with")
     sensitivity: bool = Field(True, description="whether sensitivity is measured: not all strategies need it")
+    own_text: OwnText = Field(
+        "drawn", description="how the model writes its own text", exclude_if=lambda how: how == "drawn"
+    )
 
     def scheme(self, width: int) -> Scheme:
         """The profile's own scheme, with which those of other encodings and groups are compared, at some width."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from torch import Tensor
 
@@ -21,12 +22,14 @@ from moqa.models.view import ModelView, open_model
 from moqa.originals import OriginalReader
 from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part, fingerprint
+from moqa.profiling.balanced import balanced_sample
 from moqa.profiling.measure import Measurement
-from moqa.profiling.record import SELF, DistributionRecord, ProfileRecord, Settings, UnitRecord
+from moqa.profiling.record import SELF, DistributionRecord, OwnText, ProfileRecord, Settings, UnitRecord
 from moqa.profiling.selfsample import self_sample
 from moqa.profiling.sensitivity import PROBES, ErrorSettings
 from moqa.profiling.store import RECORD, Profile, read_profile, stored_samples, write_profile
 from moqa.progress import Report, quiet
+from moqa.registry import check_known
 from moqa.storage.folders import is_taken
 from moqa.storage.paths import recorded, relative
 from moqa.storage.resumable import ResumableRun, check_space, resumable, tidy
@@ -44,6 +47,7 @@ def profile(
     samples: int = DEFAULT_SAMPLES,
     context: int = DEFAULT_CONTEXT,
     self_samples: int | None = None,
+    own_text: str = "drawn",
     group_size: int = 64,
     symmetric: bool = False,
     method: str = "gptq",
@@ -70,6 +74,8 @@ def profile(
         samples: windows per distribution.
         context: tokens in a window.
         self_samples: windows that the model writes itself, for a plan's hedge; None means as many as `samples`.
+        own_text: how it writes them: `drawn` from its distribution, or `balanced` over its experts by a beam search
+            (`moqa.profiling.balanced`).
         group_size: weights that share a scale in the rounding whose errors are measured.
         symmetric: whether that rounding has no zero-point.
         method: quantization method whose errors are measured: the one that will be used.
@@ -88,6 +94,7 @@ def profile(
     out = Path(out)
     how = METHODS.find(method)
     check_group_size(group_size)
+    check_known("--own-text", own_text, get_args(OwnText))
     folder = original.locate(model)
     task = task_of(read_config(folder))
     reader = task.reader(folder)
@@ -103,7 +110,7 @@ def profile(
     settings = Settings(
         context=task.context(context), samples=samples, seed=seed, group_size=group_size, symmetric=symmetric,
         method=method,
-        sensitivity=sensitivity,
+        sensitivity=sensitivity, own_text=own_text,
     )  # fmt: skip
     cut = {d.name: task.cut(d, reader, context, samples, seed) for d in distributions}
     records = {
@@ -131,6 +138,8 @@ def profile(
     engine = engine or LocalExecutor()
     limits = engine.memory(memory)
     view = view or open_model(folder, keep=limits.holds(OriginalReader(folder).values))
+    if own_text == "balanced" and not view.has_experts:
+        raise MoqaError(f"--own-text balanced: {model} has no experts to balance", "leave the option out")
     identity = fingerprint(folder)
     job = {"moqa": __version__, "model": identity, **settings.model_dump(mode="json"),
            "texts": {name: records[name].model_dump(mode="json") for name in missing}}  # fmt: skip
@@ -170,7 +179,8 @@ def _own_text(
     """[windows, context] text of the model itself, written now or before a kill."""
     if work.done("self") is None:
         report("self-sampling", 0, 1)
-        work.save("self", {"tokens": self_sample(view, windows, settings.context, settings.seed, start)})
+        sample = balanced_sample if settings.own_text == "balanced" else self_sample
+        work.save("self", {"tokens": sample(view, windows, settings.context, settings.seed, start)})
         report("self-sampling", 1, 1)
         work.mark_done("self", {})
     return work.load("self")["tokens"]

@@ -140,8 +140,9 @@ def quantize_piece(workspace: Workspace, piece: BlockPiece) -> dict[str, Quantiz
     gradients = None if piece.gradients is None else OutputGradients(view, piece.layer, piece.gradients)
     if piece.parts:
         recorded = BlockInputs.recorded(
-            view, piece.layer, piece.parts, workspace.work, with_slopes=gradients is not None
-        )
+            view, piece.layer, piece.parts, workspace.work, with_slopes=gradients is not None,
+            affinity=method.affinity,
+        )  # fmt: skip
         inputs = recorded.experts(piece.experts)
     done, narrow = {}, list[Unit]()
     for unit in (unit for unit in view.block_units(piece.layer) if unit.name in schemes):

@@ -1,0 +1,107 @@
+"""EMR-Merging on the reference model: four variants, each trained on one text, in one folder beside the four models."""
+
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+import moqa
+from moqa.data import cut_windows
+from moqa.evaluation.measure import Reference, divergences, scores
+from moqa.mixture.merge import merge
+from moqa.mixture.merged import read_merged
+from moqa.models.view import open_model
+from moqa.progress import quiet
+from moqa.tasks.causal_lm import load_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from demo import MODEL, NOVEL, ROOT, texts
+from related_rows import Rows, say
+
+RUNS = ROOT / "runs" / "related"
+TUNED = NOVEL  # one variant for each
+STEPS, BATCH, RATE, CONTEXT, WINDOWS = 40, 8, 2e-4, 256, 8
+
+
+def tuned(text: str, seed: int) -> Path:
+    """The reference model after a short training on one text, written as transformers writes it; made once."""
+    from transformers import AutoModelForCausalLM
+
+    out = RUNS / "tuned" / f"{text}-{seed}"
+    if (out / "config.json").is_file():
+        return out
+    say(f"train on {text}")
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, experts_implementation="eager")
+    windows = cut_windows(texts("calib", (text,))[0], load_tokenizer(MODEL), CONTEXT, STEPS * BATCH, seed).inputs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    for step in range(STEPS):
+        batch = windows[order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(order)]]
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / 5) * (1 - step / STEPS)
+        logits = model(batch).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    fresh = out.with_name(f".{out.name}")
+    model.bfloat16().save_pretrained(fresh)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MODEL / name, fresh / name)
+    fresh.rename(out)
+    return out
+
+
+def measured(folder: Path, seed: int) -> dict[str, Any]:
+    """On each variant's own held-out text: divergence from that variant, and perplexity of the three models."""
+    found: dict[str, Any] = {}
+    base, mixed = open_model(MODEL).model, moqa.load(folder)[0]
+    tokenizer = load_tokenizer(MODEL)
+    for text in TUNED:
+        cut = [cut_windows(texts("test", (text,))[0], tokenizer, CONTEXT, WINDOWS)]
+        own = open_model(tuned(text, seed)).model
+        reference = Reference.of(own, list(cut), quiet)
+        for name, model in (("merged", mixed.mixture.use(text)), ("base", base)):
+            found[f"kl_{text}_{name}"] = float(divergences(model, reference, quiet)[text].mean())
+            found[f"perplexity_{text}_{name}"] = scores(model, list(cut), None, quiet)[text].perplexity
+        found[f"perplexity_{text}_own"] = scores(own, list(cut), None, quiet)[text].perplexity
+    return found
+
+
+def whole(names: tuple[str, ...], seed: int) -> dict[str, Any]:
+    """Merge some variants and measure; what is known is each variant's own text, nothing is novel."""
+    out = RUNS / "tuned" / f"merged-{seed}"
+    merge(MODEL, {name: tuned(name, seed) for name in names}, out, overwrite=True)
+    record = read_merged(out)
+    found = measured(out, seed)
+    weights = record.account.base / 2
+    kl = {kind: sum(found[f"kl_{name}_{kind}"] for name in names) / len(names) for kind in ("merged", "base")}
+    return found | {
+        "kl_known": kl["merged"], "kl_novel": None, "kl_base": kl["base"], "accuracy": None, "bytes": record.account.total,
+        "bytes_apart": record.account.apart, "bits_per_weight": record.account.total * 8 / weights,
+        "variants": json.loads(record.model_dump_json())["variants"],
+    }  # fmt: skip
+
+
+def study(rows: Rows, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The merged variants, beside the base in their place (a control without bytes)."""
+    found = []
+    for seed in seeds:
+        about = {"system": "emr-merging", "model": "reference", "seed": seed}
+        depends = [STEPS, BATCH, RATE, WINDOWS, TUNED]
+        row = rows.row(about | {"setting": "four variants", "control": False}, depends, partial(whole, TUNED, seed))
+        base = {key: row[key] for key in row if not key.endswith("_merged")}
+        size = read_merged(RUNS / "tuned" / f"merged-{seed}").account.base
+        control = {"setting": "the base for all", "control": True, "kl_known": row["kl_base"], "bytes": size}
+        found += [row, base | control | {"bits_per_weight": 16.0}]
+    return found
+
+
+if __name__ == "__main__":
+    study(Rows(RUNS / "rows"), (0,))
