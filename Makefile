@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow test-next test-vllm families lint hooks sanitize wheel bench peers low-bits trained-study engines-study mixture-study federated-study scale-study adjust-study robustness results clean
+.PHONY: setup demo test test-slow test-next test-vllm families lint hooks sanitize wheel bench peers low-bits trained-study engines-study mixture-study federated-study related-study proof scale-study adjust-study robustness results clean
 
 setup: $(VENV)/.ready
 
@@ -160,6 +160,16 @@ adjust-study: setup
 # variants of one model and routers that choose among them
 mixture-study: setup
 	$(BIN)/python benchmarks/mixture_study.py
+
+# methods of five related papers on the reference model, three seeds; or SEEDS=0
+SEEDS ?= 0 1 2
+
+related-study: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/related_study.py $(SEEDS)
+
+# every study that a results page depends on, unless nothing has changed since, and the index of claims: days
+proof: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/proof.py
 
 # kills at every call that changes the disk, and damaged unfinished work: hours
 robustness: setup

@@ -1,4 +1,4 @@
-"""UNCURL on the reference model: fewer experts for one text, beside frequency, chance, and fewer bits at equal bytes."""
+"""UNCURL on the reference model: fewer experts for one text, beside frequency, chance, and fewer bits."""
 
 import sys
 from functools import partial

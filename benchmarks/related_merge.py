@@ -83,8 +83,9 @@ def whole(names: tuple[str, ...], seed: int) -> dict[str, Any]:
     weights = record.account.base / 2
     kl = {kind: sum(found[f"kl_{name}_{kind}"] for name in names) / len(names) for kind in ("merged", "base")}
     return found | {
-        "kl_known": kl["merged"], "kl_novel": None, "kl_base": kl["base"], "accuracy": None, "bytes": record.account.total,
-        "bytes_apart": record.account.apart, "bits_per_weight": record.account.total * 8 / weights,
+        "kl_known": kl["merged"], "kl_novel": None, "kl_base": kl["base"], "accuracy": None,
+        "bytes": record.account.total, "bytes_apart": record.account.apart,
+        "bits_per_weight": record.account.total * 8 / weights,
         "variants": json.loads(record.model_dump_json())["variants"],
     }  # fmt: skip
 

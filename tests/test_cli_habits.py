@@ -44,7 +44,7 @@ class TestHelp:
     def test_commands_are_in_the_order_of_the_work(self, moqa_command):
         text = moqa_command("--help")[1].partition("Commands:")[2]
         assert [line.split()[0] for line in text.splitlines() if line.strip()] == list(EXAMPLES)
-        assert list(EXAMPLES)[:4] == ["quantize", "profile", "plan", "recover"]
+        assert list(EXAMPLES)[:4] == ["quantize", "profile", "plan", "compare-plans"]
 
     @pytest.mark.parametrize("name", COMMANDS)
     def test_every_command_shows_examples_that_it_understands(self, moqa_command, name):

@@ -83,8 +83,8 @@ class TestCompress:
             ("6", {}, "--size 6|below"),
             ("0.5bpw", {}, "--bpw 0.5 is below the smallest plan"),
             (None, {}, "--strategy auto needs a budget: give --bpw, --size or --fit"),
-            ("6bpw", {"strategy": "magic"}, "--strategy magic is unknown: there are auto, budget, frequency, paper, "),
-            ("6bpw", {"method": "awq"}, "--method awq is unknown: there are gptq, rtn"),
+            ("6bpw", {"strategy": "magic"}, "--strategy magic is unknown: there are alphaq, attention-first, auto, "),
+            ("6bpw", {"method": "awq"}, "--method awq is unknown: there are gptq, rtn, gptq-affinity, gptq-plain"),
             ("6bpw", {"cache": "3x"}, "--cache 3x"),
             ("6bpw", {"ties": "all"}, "--ties all is unknown"),
         ],
@@ -198,8 +198,8 @@ def test_help_of_every_registry_loads_nothing_heavy():
 def test_a_new_method_is_in_the_help():
     METHODS["made-up"] = METHODS["rtn"]
     try:
-        assert help_of("method") == "gptq, rtn or made-up"
-        with pytest.raises(MoqaError, match="--method awq is unknown: there are gptq, rtn, made-up"):
+        assert help_of("method") == "gptq, rtn, gptq-affinity, gptq-plain or made-up"
+        with pytest.raises(MoqaError, match="--method awq is unknown: there are gptq, rtn, .*made-up"):
             METHODS.find("awq")
     finally:
         del METHODS["made-up"]

@@ -1,10 +1,15 @@
 """Two widths and an order: what hand rules have in common."""
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moqa.planning.problem import Choice, Problem
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from moqa.planning.problem import Choice, Problem
 
 # bits between the two widths of the rules of QuantMoE-Bench: 2 and 4
 APART = 2

@@ -1,13 +1,17 @@
 """Ways to reduce the experts of a block: which experts become one, and which are dropped."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from moqa.registry import Registry, modules_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT_REDUCTION = "uncurl"
 DROPPED = -1
@@ -27,7 +31,7 @@ class Routed:
 
 
 # [experts] index of the new expert of each expert, or DROPPED, for what was seen, a number of experts, and a seed
-Rule = Callable[[Routed, int, int], Tensor]
+Rule = Callable[[Routed, int, int], "Tensor"]
 
 
 @dataclass(frozen=True)

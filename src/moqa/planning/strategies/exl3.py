@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moqa.planning.problem import summed
 from moqa.planning.registry import strategy
 from moqa.planning.solver import solve
-from moqa.planning.ties import Group
 
 if TYPE_CHECKING:
     from moqa.planning.problem import Choice, Problem
@@ -34,15 +32,11 @@ def exl3(problem: Problem) -> Choice:
         part = swapped_part(unit.role, unit.projection)
         # units with other allowed widths, such as those that the user has fixed, are parts of their own
         parts.setdefault((unit.layer, part, tuple(problem.allowed[index])), []).append(index)
-    together = [Group(tuple(rows), ()) for rows in parts.values()]
-    whole = [_sum(together, table) for table in (np.where(problem.allowed, errors, 0.0), problem.sizes)]
-    allowed = np.array([problem.allowed[group.members[0]] for group in together])
-    found = solve(np.where(allowed, whole[0], np.inf)[None], whole[1], problem.needed_limit)
+    together = list(parts.values())
+    sizes = np.stack([problem.sizes[rows].sum(0) for rows in together])
+    costs = np.stack([np.where(problem.allowed[rows[0]], errors[rows].sum(0), np.inf) for rows in together])
+    found = solve(costs[None], sizes, problem.needed_limit)
     choice = np.zeros(len(problem.groups), np.int64)
-    for group, picked in zip(together, found.choice, strict=True):
-        choice[list(group.members)] = picked
+    for rows, picked in zip(together, found.choice, strict=True):
+        choice[rows] = picked
     return problem.fill(choice, np.argsort(-errors[np.arange(len(choice)), choice], kind="stable").tolist())
-
-
-def _sum(groups: list[Group], table: np.ndarray) -> np.ndarray:
-    return summed(groups, table) if len(groups) < len(table) else table[[group.members[0] for group in groups]]

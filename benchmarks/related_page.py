@@ -1,0 +1,311 @@
+"""A page in docs/results for each related method, from the rows of `related_study.py`; run it to write them."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+ROWS = RESULTS / "related.json"
+Row = dict[str, Any]
+MERGED = ("variant", "change", "rescaler", "signs kept", "base ppl", "merged ppl", "own ppl", "base KL", "merged KL")
+COMMAND = "Command: `make related-study` (`benchmarks/related_{}.py`; rows in [related.json](related.json))."
+
+
+def read_rows() -> list[Row]:
+    return json.loads(ROWS.read_text(encoding="utf-8"))["rows"]
+
+
+def of(rows: Sequence[Row], system: str) -> list[Row]:
+    return [row for row in rows if row["system"] == system]
+
+
+def one(rows: Sequence[Row], setting: str) -> Row | None:
+    """The row of a setting, mean over seeds."""
+    found = [row for row in rows if row["setting"] == setting]
+    if not found:
+        return None
+    keys = [key for key, value in found[0].items() if isinstance(value, float)]
+    return found[0] | {key: sum(row[key] for row in found) / len(found) for key in keys}
+
+
+def seeds(rows: Sequence[Row]) -> str:
+    count = len({row["seed"] for row in rows})
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def verdict(holds: bool, text: str) -> str:
+    return f"- {'holds' if holds else 'MISS '}  {text}"
+
+
+def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    text = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    return "\n".join([*text, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def kl(row: Row, role: str) -> str:
+    """A divergence with half of its interval over windows."""
+    return f"{row[f'kl_{role}']:.4f} ± {row.get(f'kl_{role}_interval', 0.0):.4f}"
+
+
+def below(ours: float, theirs: float) -> str:
+    return f"{100 * (1 - ours / theirs):.0f} % below" if ours <= theirs else f"{100 * (ours / theirs - 1):.0f} % above"
+
+
+def placement(rows: Sequence[Row]) -> str:
+    """QuantMoE-Bench."""
+    mine = of(rows, "quantmoe-bench")
+    budgets = sorted({row["budget"] for row in mine})
+    names = list(dict.fromkeys(row["strategy"] for row in mine))
+    lines, verdicts, parts = [], [], []
+    for budget in budgets:
+        at = {name: row for name in names if (row := one(mine, f"{name} at {budget:g}"))}
+        alike = {name: row for name, row in at.items() if name != "budget, all encodings"}
+        lines = [
+            [
+                f"**{name}**" if row is min(alike.values(), key=lambda r: r["kl_known"] + r["kl_novel"]) else name,
+                f"{row['bits_per_weight']:.3f}", kl(row, "known"), kl(row, "novel"),
+            ]
+            for name, row in sorted(at.items(), key=lambda pair: pair[1]["kl_known"] + pair[1]["kl_novel"])
+        ]  # fmt: skip
+        parts.append(f"## {budget:g} bits\n{table(['strategy', 'bits/weight', 'known KL', 'novel KL'], lines)}\n")
+        for role in ("known", "novel"):
+            best = min(alike, key=lambda name: (alike[name][f"kl_{role}"], name != "auto"))
+            found = at["auto"][f"kl_{role}"]
+            verdicts.append(verdict(
+                found <= alike[best][f"kl_{role}"],
+                f"{budget:g} bits: the default's {role} KL is the least of all placements: {found:.4f}"
+                + ("" if best in ("auto", "budget") else f"; {best} has {alike[best][f'kl_{role}']:.4f}"),
+            ))  # fmt: skip
+        if {"frequent-first", "random"} <= at.keys():
+            ours, chance = at["frequent-first"]["kl_known"], at["random"]["kl_known"]
+            verdicts.append(verdict(ours < chance, (
+                f"{budget:g} bits: more bits for the most frequent experts beat chance on known text: {ours:.4f}, "
+                f"chance {chance:.4f} (arXiv 2406.08155: 54.2 % accuracy beside 49.1 % at 2.54 bits)"
+            )))  # fmt: skip
+        if {"frequent-first", "uniform"} <= at.keys():
+            ours, plain = at["frequent-first"]["kl_novel"], at["uniform"]["kl_novel"]
+            verdicts.append(verdict(ours < plain, (
+                f"{budget:g} bits: they beat a uniform plan, which has no more bytes, on novel text, too: {ours:.4f}, "
+                f"uniform {plain:.4f} (arXiv 2406.08155)"
+            )))  # fmt: skip
+    missing = sorted({2.1, 2.5, 3.0, 3.5} - set(budgets))
+    left = f" Not measured yet: {', '.join(f'{b:g}' for b in missing)} bits." if missing else ""
+    return f"""# Where the bits of a budget should go
+
+{COMMAND.format("placement")} The reference model, {seeds(mine)}; fitted on wiki and novels, gptq, 8 held-out windows
+of 256 tokens per text: these (known), and python, math, german and french (novel). All strategies place integers in
+groups of 64, so that nothing but the place differs; `budget, all encodings` is the default with what it may choose
+besides. `uniform` leaves the rest of a budget unused: its bits are fewer.{left}
+
+QuantMoE-Bench (arXiv 2406.08155) asks this of rules for Mixtral and DeepSeek-MoE by accuracy, with 2 and 4 bits:
+attention and shared experts first, frequent experts first, first blocks first, and two scores, of weights and of
+blocks. What each rule is here, and what is ours in it: [methods](../methods/moqa.md#strategies-moqa-plan---strategy).
+The same question for any profile: [`moqa compare-plans`](../commands/compare-plans.md).
+
+{chr(10).join(verdicts)}
+
+{chr(10).join(parts).rstrip()}
+"""
+
+
+def calibration(rows: Sequence[Row]) -> str:
+    """MoEQuant."""
+    mine = of(rows, "moequant")
+    names = list(dict.fromkeys(row["setting"] for row in mine))
+    at = {name: row for name in names if (row := one(mine, name))}
+    lines = [[n, f"{row['balance']:.4f}", kl(row, "known"), kl(row, "novel")] for n, row in at.items()]
+    plain, drawn, even = (at[name] for name in ("plain text", "drawn own text", "balanced own text"))
+    off, on = at["plain text, gates off"], at["plain text, gates on"]
+    ratio = plain["balance"] / even["balance"]
+    verdicts = [
+        verdict(ratio >= 5, f"balanced text uses experts more evenly than plain text: spread {ratio:.1f} times lower; "
+                "wanted 5 (arXiv 2505.03804: 8.2 times lower than wikitext2)"),
+        verdict(even["kl_novel"] < plain["kl_novel"], f"balanced text gives a lower novel KL than plain text: "
+                f"{even['kl_novel']:.4f} ± {even['kl_novel_interval']:.4f}, plain {plain['kl_novel']:.4f} "
+                "(arXiv 2505.03804)"),
+        verdict(even["kl_known"] > plain["kl_known"], f"and known KL is above: {even['kl_known']:.4f} ± "
+                f"{even['kl_known_interval']:.4f}, plain {plain['kl_known']:.4f} (arXiv 2505.03804: so is WikiText2)"),
+        verdict(even["kl_novel"] < drawn["kl_novel"], "balanced text gives a lower novel KL than text that is drawn: "
+                f"{even['kl_novel']:.4f}, drawn {drawn['kl_novel']:.4f} (arXiv 2505.03804)"),
+        verdict(on["kl_known"] < off["kl_known"], f"gate-weighted Gram matrices lower known KL: {on['kl_known']:.4f} "
+                f"± {on['kl_known_interval']:.4f}, off {off['kl_known']:.4f} (arXiv 2505.03804)"),
+        verdict(plain["kl_known"] <= on["kl_known"], "weighting by the squared gate, as gptq does here, is no worse: "
+                f"known KL {plain['kl_known']:.4f}, by the gate {on['kl_known']:.4f}"),
+    ]  # fmt: skip
+    return f"""# Calibration that is fair to experts
+
+{COMMAND.format("calibration")} The reference model, {seeds(mine)}; uniform 3 bits (integers, groups of 64), 32
+windows of 256 tokens per text, gptq without gradients at outputs; known and novel texts as on [this
+page](quantmoe-bench.md). Spread: standard deviation of the shares of a block's experts on the text that is calibrated
+on, mean over blocks.
+
+MoEQuant (arXiv 2505.03804) calibrates on text that the model writes itself by a beam search for likely text which
+uses its experts evenly (beam of 4, tau 1.2), and weights each token of an expert by its gate in GPTQ's Gram matrix.
+On DeepSeek-MoE the spread falls from 0.0427 on wikitext2 to 0.0052, and the mean accuracy rises from 39.01 to 39.87.
+Ours are how candidates are found (the four likeliest next tokens of each, all of them read) and the mean of the
+imbalance over blocks; [`moqa profile --own-text balanced`](../commands/profile.md), `--method gptq-affinity`,
+`gptq-plain`.
+
+{chr(10).join(verdicts)}
+
+{table(["calibrated on", "spread", "known KL", "novel KL"], lines)}
+
+`gates on` is the paper's weighting, `gates off` none; all other rows weight by the square of the gate, which is the
+error of the block's output.
+"""
+
+
+def components(rows: Sequence[Row]) -> str:
+    """MoQE (2023)."""
+    mine = of(rows, "moqe-2023")
+    names = list(dict.fromkeys(row["setting"] for row in mine))
+    at = {name: row for name in names if (row := one(mine, name))}
+    lines = [
+        [name, f"{row['weights'] / 1e6:.2f} M", f"{row['bytes']:,}", kl(row, "known"), kl(row, "novel")]
+        for name, row in at.items()
+    ]
+    verdicts = []
+    for width in (3, 2):
+        experts, attention, table_ = (at[f"{part} at {width} bits"] for part in ("experts", "attention", "embedding"))
+        for other, name in ((attention, "attention"), (table_, "the embedding and head")):
+            verdicts.append(verdict(
+                experts["kl_known"] < other["kl_known"],
+                f"{width} bits: experts alone cost less than {name} alone: known KL {experts['kl_known']:.4f}, {name} "
+                f"{other['kl_known']:.4f}, at {experts['weights'] / other['weights']:.1f} times the weights "
+                "(arXiv 2310.02410)",
+            ))  # fmt: skip
+    trained = next((row for name, row in at.items() if "trained" in name), None)
+    if trained is not None:
+        plain = at["experts at 2 bits"]
+        verdicts.append(verdict(trained["kl_known"] < plain["kl_known"], (
+            f"a short training rescues experts at 2 bits: known KL {trained['kl_known']:.4f}, "
+            f"{below(trained['kl_known'], plain['kl_known'])} (arXiv 2310.02410: 45.90 BLEU beside 46.35)"
+        )))  # fmt: skip
+        verdicts.append(verdict(trained["kl_novel"] < plain["kl_novel"], (
+            f"on novel text, too: novel KL {trained['kl_novel']:.4f}, {below(trained['kl_novel'], plain['kl_novel'])}"
+        )))  # fmt: skip
+    return f"""# Which part of the model takes few bits
+
+{COMMAND.format("components")} The reference model, {seeds(mine)}; one
+part is rounded to nearest (integers, groups of 64), all else stays in 16 bits; known and novel texts as on
+[this page](quantmoe-bench.md).
+
+MoQE (arXiv 2310.02410) rounds the experts of a translation model and nothing else, by channel and symmetric: 46.35
+BLEU in 16 bits, 46.18 at 4, 46.01 at 3, and 45.90 at 2 after training with rounding in the loop, which it needs
+there. Ours: divergence in place of BLEU, groups of 64 in place of channels, and [`moqa
+recover`](../commands/recover.md), which trains scales, zero-points, norms and routers of the finished checkpoint, no
+integers. The model has no dense feed-forward layers.
+
+{chr(10).join(verdicts)}
+
+{table(["rounded", "weights", "bytes of the model", "known KL", "novel KL"], lines)}
+"""
+
+
+def experts(rows: Sequence[Row]) -> str:
+    """UNCURL."""
+    mine = of(rows, "uncurl")
+    names = list(dict.fromkeys(row["setting"] for row in mine))
+    at = {name: row for name in names if (row := one(mine, name))}
+    lines = [
+        [name, f"{row['bits_per_weight']:.2f}", f"{row['bytes']:,}", kl(row, "known"), kl(row, "novel")]
+        for name, row in at.items()
+    ]
+    verdicts = []
+    for count in (12, 8):
+        ours = at.get(f"{count} experts by uncurl")
+        for by in ("frequency", "random"):
+            other = at.get(f"{count} experts by {by}")
+            if ours and other:
+                verdicts.append(verdict(ours["kl_known"] < other["kl_known"], (
+                    f"16 to {count} experts: merging loses less on the task than {by}: KL {ours['kl_known']:.4f} ± "
+                    f"{ours['kl_known_interval']:.4f}, {by} {other['kl_known']:.4f} (arXiv 2409.01483)"
+                )))  # fmt: skip
+        fewer, small = (
+            at.get(f"16 experts, the bytes of {count} at 4.3 bits"),
+            at.get(f"{count} experts by uncurl, 4.3 bits"),
+        )
+        if fewer and small:
+            for role, text in (("known", "on the task"), ("novel", "on other texts")):
+                verdicts.append(verdict(fewer[f"kl_{role}"] < small[f"kl_{role}"], (
+                    f"the bytes of {count} experts at 4.3 bits are better spent on all 16 at fewer bits {text}: KL "
+                    f"{fewer[f'kl_{role}']:.4f}, {count} experts {small[f'kl_{role}']:.4f}"
+                )))  # fmt: skip
+    return f"""# Fewer experts, or fewer bits
+
+{COMMAND.format("experts")} The reference model, {seeds(mine)}; the task is wiki (known): 64 windows of its
+calibration text decide what becomes one expert, 8 windows of its test text are measured, and 8 of each of the five
+other texts (novel). KL is from the original with all of its 16 experts. Rows with bits are quantized by the default
+plan for the task.
+
+UNCURL (arXiv 2409.01483) merges experts by their router logits, then trains a little on the task; it finds that
+pruning by frequency hurts, and that half of the experts, sometimes a quarter, can do as well as a model that was
+trained that small. Here nothing is trained afterwards ([method](../methods/reduce.md), [`moqa
+reduce`](../commands/reduce.md)).
+
+{chr(10).join(verdicts)}
+
+{table(["", "bits/weight", "bytes", "task KL", "KL on other texts"], lines)}
+"""
+
+
+def merging(rows: Sequence[Row]) -> str:
+    """EMR-Merging."""
+    mine = of(rows, "emr-merging")
+    row = one(mine, "four variants")
+    assert row is not None
+    names = list(row["variants"])
+    lines, gains = [], []
+    for name in names:
+        own, merged, base = (row[f"perplexity_{name}_{kind}"] for kind in ("own", "merged", "base"))
+        gains.append((base - merged) / (base - own))
+        lines.append([
+            name, f"{row['variants'][name]['distance']:.4f}", f"{row['variants'][name]['rescaler']:.3f}",
+            f"{row['variants'][name]['agreement']:.3f}", f"{base:.3f}", f"{merged:.3f}", f"{own:.3f}",
+            f"{row[f'kl_{name}_base']:.5f}", f"{row[f'kl_{name}_merged']:.5f}",
+        ])  # fmt: skip
+    share, apart = sum(gains) / len(gains), row["bytes"] / row["bytes_apart"]
+    verdicts = [
+        verdict(apart < 0.6, f"four variants take {apart:.1%} of the bytes of four checkpoints: {row['bytes']:,} of "
+                f"{row['bytes_apart']:,}; wanted 60 %"),
+        verdict(share >= 0.9, f"merged variants keep {share:.1%} of what training gained in perplexity, mean of four; "
+                "wanted 90 % (arXiv 2405.17461: 88.74 % beside about 90.5 % accuracy)"),
+        verdict(row["kl_known"] < row["kl_base"], f"a merged variant is nearer to its own model than the base is: KL "
+                f"{row['kl_known']:.5f}, base {row['kl_base']:.5f} (arXiv 2405.17461)"),
+    ]  # fmt: skip
+    return f"""# Four fine-tuned variants in one folder
+
+{COMMAND.format("merge")} The reference model trained on each of python, math, german and french for 40 steps of 8
+windows of 256 tokens (AdamW, rate 2e-4 falling to 0), {seeds(mine)}; measured on 8 held-out windows of the variant's
+own text. KL is from the variant itself.
+
+EMR-Merging (arXiv 2405.17461) stores one vector for all variants, a bit per weight and variant and a number per
+variant, without data or training; on eight image tasks ViT-B/32 reaches 88.74 % on average. What is ours:
+[method](../methods/merge.md).
+
+{chr(10).join(verdicts)}
+
+{table(MERGED, lines)}
+
+Bytes: {row["bytes"]:,} = base and vector of 16 bits per weight each, and four masks of one bit,
+{row["bits_per_weight"]:.2f} bits per weight; four checkpoints have {row["bytes_apart"]:,}.
+"""
+
+
+PAGES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "quantmoe-bench": placement, "moequant": calibration, "moqe-2023": components, "uncurl": experts,
+    "emr-merging": merging,
+}  # fmt: skip
+
+
+def write_pages(rows: Sequence[Row]) -> None:
+    """Write the page of every system that has rows."""
+    for system, page in PAGES.items():
+        if of(rows, system):
+            (RESULTS / f"{system}.md").write_text(page(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_pages(read_rows())
