@@ -20,7 +20,7 @@ from demo import KNOWN, MODEL, NOVEL, ROOT, texts
 from related_rows import Rows, Scores
 
 RUNS = ROOT / "runs" / "related"
-WIDTH, SAMPLES, WINDOWS = 3, 32, 8
+WIDTH, SAMPLES, WINDOWS = 3, 16, 4
 TEXT = {name: 1 / len(KNOWN) for name in KNOWN}
 # the text that units are quantized on, and the method
 CASES = {
@@ -48,7 +48,7 @@ def measured(
         found = scores.of(load_packed(open_checkpoint(folder / "out"), kernels="reference"))
     return found | {
         "bits_per_weight": plan.account.bits_per_weight, "bytes": plan.account.checkpoint, "accuracy": None,
-        "balance": spread(view, profile, mixture),
+        "balance": spread(view, profile, mixture), "samples": SAMPLES, "windows": WINDOWS,
     }  # fmt: skip
 
 

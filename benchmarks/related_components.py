@@ -24,7 +24,7 @@ from demo import KNOWN, MODEL, NOVEL, ROOT, texts
 from related_rows import Rows, Scores
 
 RUNS = ROOT / "runs" / "related"
-WIDTHS, WINDOWS, STEPS = (8, 4, 3, 2), 8, 100
+WIDTHS, WINDOWS, STEPS = (8, 4, 3, 2), 4, 40
 # what stays in 16 bits while a component is rounded
 KEPT = {"experts": "*.self_attn.*", "attention": "*.experts.*"}
 
@@ -48,6 +48,7 @@ def rounded(
         found = scores.of(load_packed(open_checkpoint(out), kernels="reference"))
     return found | {
         "bits_per_weight": plan.account.model_bits_per_weight, "bytes": plan.account.checkpoint, "accuracy": None,
+        "windows": WINDOWS, "steps": steps,
         "weights": sum(u.weights for u in profile.record.units if (u.role == "expert") == (component == "experts")),
     }  # fmt: skip
 
@@ -66,6 +67,7 @@ def embedding(view: ModelView, profile: Profile, width: int, scores: Scores) -> 
     weights = plan.account.weights + plan.account.kept_weights
     return found | {
         "bits_per_weight": size * 8 / weights, "bytes": size, "accuracy": None, "weights": before.numel(),
+        "windows": WINDOWS, "steps": 0,
     }  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def study(rows: Rows, seeds: Iterable[int]) -> list[dict[str, Any]]:
     scores = Scores(open_model(MODEL), texts("test", (*KNOWN, *NOVEL)), 256, WINDOWS, KNOWN)
     for seed in seeds:
         profile = moqa.profile(
-            MODEL, texts("calib", KNOWN), RUNS / f"drawn-{seed}", seed=seed, samples=32, sensitivity=False, view=view
+            MODEL, texts("calib", KNOWN), RUNS / f"drawn-{seed}", seed=seed, samples=16, sensitivity=False, view=view
         )
         for component in ("experts", "attention", "embedding"):
             for width in WIDTHS:

@@ -25,7 +25,7 @@ from related_rows import Rows, say
 
 RUNS = ROOT / "runs" / "related"
 TUNED = NOVEL  # one variant for each
-STEPS, BATCH, RATE, CONTEXT, WINDOWS = 40, 8, 2e-4, 256, 8
+STEPS, BATCH, RATE, CONTEXT, WINDOWS = 24, 8, 3e-4, 256, 4
 
 
 def tuned(text: str, seed: int) -> Path:
@@ -86,6 +86,7 @@ def whole(names: tuple[str, ...], seed: int) -> dict[str, Any]:
         "kl_known": kl["merged"], "kl_novel": None, "kl_base": kl["base"], "accuracy": None,
         "bytes": record.account.total, "bytes_apart": record.account.apart,
         "bits_per_weight": record.account.total * 8 / weights,
+        "steps": STEPS, "batch": BATCH, "rate": RATE, "windows": WINDOWS,
         "variants": json.loads(record.model_dump_json())["variants"],
     }  # fmt: skip
 

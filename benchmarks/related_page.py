@@ -136,10 +136,10 @@ def calibration(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     return f"""# Calibration that is fair to experts
 
-{COMMAND.format("calibration")} The reference model, {seeds(mine)}; uniform 3 bits (integers, groups of 64), 32
-windows of 256 tokens per text, gptq without gradients at outputs; known and novel texts as on [this
-page](quantmoe-bench.md). Spread: standard deviation of the shares of a block's experts on the text that is calibrated
-on, mean over blocks.
+{COMMAND.format("calibration")} The reference model, {seeds(mine)}; uniform 3 bits (integers, groups of 64),
+{plain["samples"]} windows of 256 tokens per text, gptq without gradients at outputs; {plain["windows"]} held-out
+windows per text, known and novel ones as on [this page](quantmoe-bench.md). Spread: standard deviation of the shares of
+a block's experts on the text that is calibrated on, mean over blocks.
 
 MoEQuant (arXiv 2505.03804) calibrates on text that the model writes itself by a beam search for likely text which
 uses its experts evenly (beam of 4, tau 1.2), and weights each token of an expert by its gate in GPTQ's Gram matrix.
@@ -189,8 +189,8 @@ def components(rows: Sequence[Row]) -> str:
     return f"""# Which part of the model takes few bits
 
 {COMMAND.format("components")} The reference model, {seeds(mine)}; one
-part is rounded to nearest (integers, groups of 64), all else stays in 16 bits; known and novel texts as on
-[this page](quantmoe-bench.md).
+part is rounded to nearest (integers, groups of 64), all else stays in 16 bits; {mine[0]["windows"]} held-out windows
+of 256 tokens per text, known and novel ones as on [this page](quantmoe-bench.md).
 
 MoQE (arXiv 2310.02410) rounds the experts of a translation model and nothing else, by channel and symmetric: 46.35
 BLEU in 16 bits, 46.18 at 4, 46.01 at 3, and 45.90 at 2 after training with rounding in the loop, which it needs
@@ -277,9 +277,9 @@ def merging(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     return f"""# Four fine-tuned variants in one folder
 
-{COMMAND.format("merge")} The reference model trained on each of python, math, german and french for 40 steps of 8
-windows of 256 tokens (AdamW, rate 2e-4 falling to 0), {seeds(mine)}; measured on 8 held-out windows of the variant's
-own text. KL is from the variant itself.
+{COMMAND.format("merge")} The reference model trained on each of python, math, german and french for {row["steps"]}
+steps of {row["batch"]} windows of 256 tokens (AdamW, rate {row["rate"]:g} falling to 0), {seeds(mine)}; measured on
+{row["windows"]} held-out windows of the variant's own text. KL is from the variant itself.
 
 EMR-Merging (arXiv 2405.17461) stores one vector for all variants, a bit per weight and variant and a number per
 variant, without data or training; on eight image tasks ViT-B/32 reaches 88.74 % on average. What is ours:

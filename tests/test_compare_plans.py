@@ -8,11 +8,15 @@ import torch
 
 import moqa
 from moqa.errors import MoqaError
+from moqa.evaluation.measure import Reference, divergences
+from moqa.format.reader import open_checkpoint
 from moqa.models.view import open_model
 from moqa.planning import STRATEGIES
 from moqa.profiling.further import with_further
 from moqa.profiling.swapped import swapped_divergence
 from moqa.profiling.weights import outlier_scores, tail_exponent
+from moqa.progress import quiet
+from moqa.runtime.load import load_packed
 
 
 def without(profile, *names):
@@ -68,6 +72,17 @@ class TestMeasured:
     def test_a_text_that_the_profile_has_seen_is_refused(self, sharded_profile, texts):
         with pytest.raises(MoqaError, match="wiki"):
             moqa.compare_plans(sharded_profile, "4bpw", strategies=["uniform"], data=[texts["wiki"]], windows=2)
+
+
+def test_the_divergence_of_windows_is_that_of_an_evaluation(sharded_plan, sharded_profile, texts, tmp_path):
+    out = moqa.quantize(sharded_profile.original, sharded_plan, tmp_path / "out", profile=sharded_profile, method="rtn")
+    whole = moqa.evaluate(out, [texts["python"]], against=sharded_profile.original, context=32, windows=5)
+    view = open_model(sharded_profile.original)
+    cut = view.task.cut(texts["python"], view.task.reader(view.folder), 32, 5)
+    packed = load_packed(open_checkpoint(out), kernels="reference")
+    found = divergences(packed, Reference.of(view.model, [cut], quiet), quiet)["python"]
+    assert found.shape == (5,)
+    assert float(found.mean()) == pytest.approx(whole.distributions["python"].kl_divergence, rel=1e-5)
 
 
 class TestStatistics:

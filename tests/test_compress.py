@@ -199,7 +199,7 @@ def test_a_new_method_is_in_the_help():
     METHODS["made-up"] = METHODS["rtn"]
     try:
         assert help_of("method") == "gptq, rtn, gptq-affinity, gptq-plain or made-up"
-        with pytest.raises(MoqaError, match="--method awq is unknown: there are gptq, rtn, .*made-up"):
+        with pytest.raises(MoqaError, match=r"--method awq is unknown: there are gptq, rtn, .*made-up"):
             METHODS.find("awq")
     finally:
         del METHODS["made-up"]

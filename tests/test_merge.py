@@ -181,6 +181,14 @@ class TestRefused:
         assert (code, stderr.count("\n")) == (2, 1)
         assert "is not a new NAME=MODEL" in stderr
 
+    def test_a_record_that_names_files_elsewhere(self, folder, tmp_path):
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        record = json.loads((copy / "merged.json").read_text())
+        record["files"]["../other.safetensors"] = next(iter(record["files"].values()))
+        (copy / "merged.json").write_text(json.dumps(record))
+        with pytest.raises(MoqaError, match=r"merged\.json"):
+            moqa.load(copy)
+
     def test_no_router_to_evaluate(self, folder, moqa_command, tmp_path):
         (tmp_path / "a.txt").write_text("word " * 500)
         code, _, stderr = moqa_command("evaluate", folder, "--data", f"a={tmp_path / 'a.txt'}")

@@ -1,11 +1,12 @@
 """Merged variants on disk and loaded: a base, one vector for all variants, and a bit per weight of each."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -62,6 +63,13 @@ class MergedRecord(BaseModel, frozen=True):
     variants: dict[str, MergedVariant] = Field(min_length=1)
     files: dict[str, StoredFile]
     account: MergedAccount
+
+    @model_validator(mode="after")
+    def _are_names(self) -> Self:
+        other = next((name for name in self.files if not re.fullmatch(r"merged-\d+-of-\d+\.safetensors", name)), None)
+        if other is not None:
+            raise ValueError(f"{other} is no name of a file of merged variants")
+        return self
 
 
 def is_merged(folder: str | Path) -> bool:
