@@ -10,7 +10,7 @@ from moqa.format.reader import open_checkpoint
 from moqa.models.view import ModelView, open_model
 from moqa.profiling import Profile
 from moqa.quantization import quantize
-from moqa.reduction import REDUCTIONS, reduce
+from moqa.reduction import reduce
 from moqa.runtime.load import load_packed
 from moqa.storage.temporary import temporary_folder
 
@@ -68,7 +68,7 @@ def study(rows: Rows, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
         for count in COUNTS:
             for by in ("uncurl", "frequency", "random"):
                 about = {
-                    "system": "uncurl", "setting": f"{count} experts by {by}", "control": REDUCTIONS[by].is_control,
+                    "system": "uncurl", "setting": f"{count} experts by {by}", "control": by != "uncurl",
                     "model": "reference", "seed": seed,
                 }  # fmt: skip
                 found.append(rows.row(about, [WINDOWS, TASK], partial(plain, by, count, seed, scores)))

@@ -25,7 +25,7 @@ from related_rows import Rows, say
 
 RUNS = ROOT / "runs" / "related"
 TUNED = NOVEL  # one variant for each
-STEPS, BATCH, RATE, CONTEXT, WINDOWS = 24, 8, 3e-4, 256, 4
+STEPS, BATCH, RATE, CONTEXT, WINDOWS = 16, 4, 3e-4, 256, 4
 
 
 def tuned(text: str, seed: int) -> Path:

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 ROWS = RESULTS / "related.json"
 Row = dict[str, Any]
+BUDGETS = (2.1, 2.5, 3.0, 3.5)
 MERGED = ("variant", "change", "rescaler", "signs kept", "base ppl", "merged ppl", "own ppl", "base KL", "merged KL")
 COMMAND = "Command: `make related-study` (`benchmarks/related_{}.py`; rows in [related.json](related.json))."
 
@@ -56,8 +57,10 @@ def below(ours: float, theirs: float) -> str:
 def placement(rows: Sequence[Row]) -> str:
     """QuantMoE-Bench."""
     mine = of(rows, "quantmoe-bench")
-    budgets = sorted({row["budget"] for row in mine})
     names = list(dict.fromkeys(row["strategy"] for row in mine))
+    # a budget counts when all strategies are measured there
+    every = {budget: {row["strategy"] for row in mine if row["budget"] == budget} for budget in BUDGETS}
+    budgets = [budget for budget, there in every.items() if there == set(names)]
     lines, verdicts, parts = [], [], []
     for budget in budgets:
         at = {name: row for name in names if (row := one(mine, f"{name} at {budget:g}"))}
@@ -90,11 +93,12 @@ def placement(rows: Sequence[Row]) -> str:
                 f"{budget:g} bits: they beat a uniform plan, which has no more bytes, on novel text, too: {ours:.4f}, "
                 f"uniform {plain:.4f} (arXiv 2406.08155)"
             )))  # fmt: skip
-    missing = sorted({2.1, 2.5, 3.0, 3.5} - set(budgets))
+    missing = [budget for budget in BUDGETS if budget not in budgets]
     left = f" Not measured yet: {', '.join(f'{b:g}' for b in missing)} bits." if missing else ""
     return f"""# Where the bits of a budget should go
 
-{COMMAND.format("placement")} The reference model, {seeds(mine)}; fitted on wiki and novels, gptq, 8 held-out windows
+{COMMAND.format("placement")}
+The reference model, {seeds(mine)}; fitted on wiki and novels, gptq, 8 held-out windows
 of 256 tokens per text: these (known), and python, math, german and french (novel). All strategies place integers in
 groups of 64, so that nothing but the place differs; `budget, all encodings` is the default with what it may choose
 besides. `uniform` leaves the rest of a budget unused: its bits are fewer.{left}
@@ -116,8 +120,7 @@ def calibration(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row["setting"] for row in mine))
     at = {name: row for name in names if (row := one(mine, name))}
     lines = [[n, f"{row['balance']:.4f}", kl(row, "known"), kl(row, "novel")] for n, row in at.items()]
-    plain, drawn, even = (at[name] for name in ("plain text", "drawn own text", "balanced own text"))
-    off, on = at["plain text, gates off"], at["plain text, gates on"]
+    plain, even = at["plain text"], at["balanced own text"]
     ratio = plain["balance"] / even["balance"]
     verdicts = [
         verdict(ratio >= 5, f"balanced text uses experts more evenly than plain text: spread {ratio:.1f} times lower; "
@@ -125,18 +128,26 @@ def calibration(rows: Sequence[Row]) -> str:
         verdict(even["kl_novel"] < plain["kl_novel"], f"balanced text gives a lower novel KL than plain text: "
                 f"{even['kl_novel']:.4f} ± {even['kl_novel_interval']:.4f}, plain {plain['kl_novel']:.4f} "
                 "(arXiv 2505.03804)"),
-        verdict(even["kl_known"] > plain["kl_known"], f"and known KL is above: {even['kl_known']:.4f} ± "
+        verdict(even["kl_known"] > plain["kl_known"], f"and a higher known KL: {even['kl_known']:.4f} ± "
                 f"{even['kl_known_interval']:.4f}, plain {plain['kl_known']:.4f} (arXiv 2505.03804: so is WikiText2)"),
-        verdict(even["kl_novel"] < drawn["kl_novel"], "balanced text gives a lower novel KL than text that is drawn: "
-                f"{even['kl_novel']:.4f}, drawn {drawn['kl_novel']:.4f} (arXiv 2505.03804)"),
-        verdict(on["kl_known"] < off["kl_known"], f"gate-weighted Gram matrices lower known KL: {on['kl_known']:.4f} "
-                f"± {on['kl_known_interval']:.4f}, off {off['kl_known']:.4f} (arXiv 2505.03804)"),
-        verdict(plain["kl_known"] <= on["kl_known"], "weighting by the squared gate, as gptq does here, is no worse: "
-                f"known KL {plain['kl_known']:.4f}, by the gate {on['kl_known']:.4f}"),
     ]  # fmt: skip
+    if drawn := at.get("drawn own text"):
+        verdicts.append(verdict(even["kl_novel"] < drawn["kl_novel"], (
+            f"balanced text gives a lower novel KL than text that is drawn: {even['kl_novel']:.4f}, drawn "
+            f"{drawn['kl_novel']:.4f} (arXiv 2505.03804)"
+        )))  # fmt: skip
+    off, on = at.get("plain text, gates off"), at.get("plain text, gates on")
+    if off and on:
+        verdicts += [
+            verdict(on["kl_known"] < off["kl_known"], "gate-weighted Gram matrices lower known KL: "
+                    f"{on['kl_known']:.4f} ± {on['kl_known_interval']:.4f}, off {off['kl_known']:.4f} (arXiv 2505.03804)"),
+            verdict(plain["kl_known"] <= on["kl_known"], "weighting by the squared gate, as gptq does, is no worse: "
+                    f"known KL {plain['kl_known']:.4f}, by the gate {on['kl_known']:.4f}"),
+        ]  # fmt: skip
     return f"""# Calibration that is fair to experts
 
-{COMMAND.format("calibration")} The reference model, {seeds(mine)}; uniform 3 bits (integers, groups of 64),
+{COMMAND.format("calibration")}
+The reference model, {seeds(mine)}; uniform 3 bits (integers, groups of 64),
 {plain["samples"]} windows of 256 tokens per text, gptq without gradients at outputs; {plain["windows"]} held-out
 windows per text, known and novel ones as on [this page](quantmoe-bench.md). Spread: standard deviation of the shares of
 a block's experts on the text that is calibrated on, mean over blocks.
@@ -160,7 +171,7 @@ error of the block's output.
 def components(rows: Sequence[Row]) -> str:
     """MoQE (2023)."""
     mine = of(rows, "moqe-2023")
-    names = list(dict.fromkeys(row["setting"] for row in mine))
+    names = sorted({row["setting"] for row in mine}, key=lambda name: (name.split()[0] != "experts", name))
     at = {name: row for name in names if (row := one(mine, name))}
     lines = [
         [name, f"{row['weights'] / 1e6:.2f} M", f"{row['bytes']:,}", kl(row, "known"), kl(row, "novel")]
@@ -188,7 +199,8 @@ def components(rows: Sequence[Row]) -> str:
         )))  # fmt: skip
     return f"""# Which part of the model takes few bits
 
-{COMMAND.format("components")} The reference model, {seeds(mine)}; one
+{COMMAND.format("components")}
+The reference model, {seeds(mine)}; one
 part is rounded to nearest (integers, groups of 64), all else stays in 16 bits; {mine[0]["windows"]} held-out windows
 of 256 tokens per text, known and novel ones as on [this page](quantmoe-bench.md).
 
@@ -207,7 +219,7 @@ integers. The model has no dense feed-forward layers.
 def experts(rows: Sequence[Row]) -> str:
     """UNCURL."""
     mine = of(rows, "uncurl")
-    names = list(dict.fromkeys(row["setting"] for row in mine))
+    names = sorted({row["setting"] for row in mine}, key=lambda name: ("bits" in name, name))
     at = {name: row for name in names if (row := one(mine, name))}
     lines = [
         [name, f"{row['bits_per_weight']:.2f}", f"{row['bytes']:,}", kl(row, "known"), kl(row, "novel")]
@@ -235,7 +247,8 @@ def experts(rows: Sequence[Row]) -> str:
                 )))  # fmt: skip
     return f"""# Fewer experts, or fewer bits
 
-{COMMAND.format("experts")} The reference model, {seeds(mine)}; the task is wiki (known): 64 windows of its
+{COMMAND.format("experts")}
+The reference model, {seeds(mine)}; the task is wiki (known): 64 windows of its
 calibration text decide what becomes one expert, 8 windows of its test text are measured, and 8 of each of the five
 other texts (novel). KL is from the original with all of its 16 experts. Rows with bits are quantized by the default
 plan for the task.
@@ -277,7 +290,8 @@ def merging(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     return f"""# Four fine-tuned variants in one folder
 
-{COMMAND.format("merge")} The reference model trained on each of python, math, german and french for {row["steps"]}
+{COMMAND.format("merge")}
+The reference model trained on each of python, math, german and french for {row["steps"]}
 steps of {row["batch"]} windows of 256 tokens (AdamW, rate {row["rate"]:g} falling to 0), {seeds(mine)}; measured on
 {row["windows"]} held-out windows of the variant's own text. KL is from the variant itself.
 

@@ -64,7 +64,7 @@ def finished(rows: Path) -> list[dict[str, Any]]:
         for row in found
         if row["system"] == "emr-merging"
     ]
-    return sorted([*found, *base], key=lambda row: (row["system"], row.get("budget", 0), row["seed"]))
+    return sorted([*found, *base], key=lambda row: (row["system"], row.get("budget", 0), row["seed"], row["setting"]))
 
 
 def main() -> None:

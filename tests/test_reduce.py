@@ -13,7 +13,7 @@ from moqa.reduction.merge import ExpertMatrices, alignment, merged
 from moqa.reduction.record import read_reduction
 from moqa.reduction.run import merged_rows
 
-SMALL = {"samples": 4, "context": 32}
+SMALL = {"samples": 4, "context": 32, "by": "uncurl"}
 
 
 def expert(seed, width=8, features=5):
@@ -86,7 +86,7 @@ class TestReduced:
             moqa.evaluate(reduced, [texts["wiki"]], context=32, windows=2)
 
     def test_frequency_keeps_experts_as_they_are(self, tiny_model, texts, tmp_path):
-        out = moqa.reduce(tiny_model, 4, [texts["wiki"]], tmp_path / "four", by="frequency", **SMALL)
+        out = moqa.reduce(tiny_model, 4, [texts["wiki"]], tmp_path / "four", **SMALL | {"by": "frequency"})
         groups = read_reduction(out).groups[0]
         before, after = open_model(tiny_model), open_model(out)
         for old, new in enumerate(groups):
@@ -135,6 +135,6 @@ class TestRefused:
         code, _, stderr = moqa_command(*given, "--experts", 1)
         assert code == 2
         assert stderr.splitlines()[-1].startswith("moqa: --experts 1 is fewer than")
-        code, stdout, _ = moqa_command(*given, "--experts", 3, "--samples", 2, "--context", 32)
+        code, stdout, _ = moqa_command(*given, "--experts", 3, "--samples", 2, "--context", 32, "--by", "uncurl")
         assert code == 0
         assert "6 experts of each block by uncurl to 3" in stdout

@@ -118,8 +118,8 @@ def check_known(option: str, name: str, names: Iterable[str]) -> None:
 def modules_in(package: str, folder: Path) -> dict[str, str]:
     """Members that have a module each in a package: name -> module; none is imported.
 
-    >>> list(modules_in("moqa.methods", Path(moqa.__file__).parent / "methods"))[:3]
-    ['ggml', 'gptq', 'grid']
+    >>> list(modules_in("moqa.reduction.members", Path(moqa.__file__).parent / "reduction/members"))
+    ['frequency', 'random', 'uncurl']
     """
     names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
     return {name.replace("_", "-"): f"{package}.{name}" for name in names}

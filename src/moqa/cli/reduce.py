@@ -24,7 +24,7 @@ def reduce(
     data: options.Data,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="model folder to make")],
     by: Annotated[
-        str, typer.Option("--by", help="what becomes one expert: uncurl merges; frequency and random drop the others",
+        str, typer.Option("--by", help="frequency keeps the most used experts, random some; uncurl merges them",
                           autocompletion=lambda incomplete: [n for n in REDUCTIONS if n.startswith(incomplete)])
     ] = DEFAULT_REDUCTION,
     samples: options.Samples = DEFAULTS.samples,
@@ -35,7 +35,7 @@ def reduce(
     json: options.Json = None,
     log_json: LogOption = None,
 ) -> None:  # fmt: skip
-    """Merge the experts that a router treats alike on a task's texts: a smaller plain model."""
+    """Keep the experts that a task's texts use, or merge those that a router treats alike: a smaller plain model."""
     from moqa.reduction.record import read_reduction
     from moqa.reduction.run import reduce as run
 

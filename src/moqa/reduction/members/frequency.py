@@ -6,7 +6,7 @@ from torch import Tensor
 from moqa.reduction.registry import DROPPED, Routed, reduction
 
 
-@reduction("frequency", is_control=True)
+@reduction("frequency")
 def frequency(seen: Routed, count: int, seed: int) -> Tensor:  # noqa: ARG001
     """Keep the experts that get most tokens, drop the others; UNCURL's baseline."""
     return kept(seen.tokens.argsort(descending=True, stable=True)[:count], len(seen.tokens))
