@@ -140,7 +140,8 @@ def calibration(rows: Sequence[Row]) -> str:
     if off and on:
         verdicts += [
             verdict(on["kl_known"] < off["kl_known"], "gate-weighted Gram matrices lower known KL: "
-                    f"{on['kl_known']:.4f} ± {on['kl_known_interval']:.4f}, off {off['kl_known']:.4f} (arXiv 2505.03804)"),
+                    f"{on['kl_known']:.4f} ± {on['kl_known_interval']:.4f}, off {off['kl_known']:.4f} "
+                    "(arXiv 2505.03804)"),
             verdict(plain["kl_known"] <= on["kl_known"], "weighting by the squared gate, as gptq does, is no worse: "
                     f"known KL {plain['kl_known']:.4f}, by the gate {on['kl_known']:.4f}"),
         ]  # fmt: skip
