@@ -10,6 +10,7 @@ RESULTS = ROOT / "docs" / "results"
 ROWS = RESULTS / "related.json"
 Row = dict[str, Any]
 BUDGETS = (2.1, 2.5, 3.0, 3.5)
+MEASURABLE = 0.01  # share of a perplexity by which training must lower it before one can say what is kept of that
 MERGED = ("variant", "change", "rescaler", "signs kept", "base ppl", "merged ppl", "own ppl", "base KL", "merged KL")
 COMMAND = "Command: `make related-study` (`benchmarks/related_{}.py`; rows in [related.json](related.json))."
 
@@ -271,24 +272,33 @@ def merging(rows: Sequence[Row]) -> str:
     row = one(mine, "four variants")
     assert row is not None
     names = list(row["variants"])
-    lines, gains = [], []
+    lines, gains, learned = [], [], []
     for name in names:
         own, merged, base = (row[f"perplexity_{name}_{kind}"] for kind in ("own", "merged", "base"))
+        learned.append(1 - own / base)
         gains.append((base - merged) / (base - own))
         lines.append([
             name, f"{row['variants'][name]['distance']:.4f}", f"{row['variants'][name]['rescaler']:.3f}",
             f"{row['variants'][name]['agreement']:.3f}", f"{base:.3f}", f"{merged:.3f}", f"{own:.3f}",
             f"{row[f'kl_{name}_base']:.5f}", f"{row[f'kl_{name}_merged']:.5f}",
         ])  # fmt: skip
-    share, apart = sum(gains) / len(gains), row["bytes"] / row["bytes_apart"]
+    apart = row["bytes"] / row["bytes_apart"]
     verdicts = [
         verdict(apart < 0.6, f"four variants take {apart:.1%} of the bytes of four checkpoints: {row['bytes']:,} of "
                 f"{row['bytes_apart']:,}; wanted 60 %"),
-        verdict(share >= 0.9, f"merged variants keep {share:.1%} of what training gained in perplexity, mean of four; "
-                "wanted 90 % (arXiv 2405.17461: 88.74 % beside about 90.5 % accuracy)"),
         verdict(row["kl_known"] < row["kl_base"], f"a merged variant is nearer to its own model than the base is: KL "
-                f"{row['kl_known']:.5f}, base {row['kl_base']:.5f} (arXiv 2405.17461)"),
+                f"{row['kl_known']:.5f}, {below(row['kl_known'], row['kl_base'])} the base's (arXiv 2405.17461)"),
     ]  # fmt: skip
+    kept = (
+        "Not measured: what is kept of a gain in perplexity, which the paper's 88.74 % beside about 90.5 % are about.\n"
+        f"So short a training gains 1 % on {sum(gain >= MEASURABLE for gain in learned)} of {len(learned)} texts."
+    )
+    if min(learned) >= MEASURABLE:
+        share, kept = sum(gains) / len(gains), ""
+        verdicts.append(verdict(share >= 0.9, (
+            f"merged variants keep {share:.1%} of what training gained in perplexity, mean of four; wanted 90 % "
+            "(arXiv 2405.17461: 88.74 % beside about 90.5 % accuracy)"
+        )))  # fmt: skip
     return f"""# Four fine-tuned variants in one folder
 
 {COMMAND.format("merge")}
@@ -303,6 +313,8 @@ variant, without data or training; on eight image tasks ViT-B/32 reaches 88.74 %
 {chr(10).join(verdicts)}
 
 {table(MERGED, lines)}
+
+{kept}
 
 Bytes: {row["bytes"]:,} = base and vector of 16 bits per weight each, and four masks of one bit,
 {row["bits_per_weight"]:.2f} bits per weight; four checkpoints have {row["bytes_apart"]:,}.
