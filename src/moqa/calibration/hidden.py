@@ -62,13 +62,17 @@ class HiddenStates:
             keep: whether the states at the block's input stay saved.
             numbers: of the batches to run; None means all.
         """
+        if not self._stages.task.is_chain:
+            return
         for number in range(self._count) if numbers is None else numbers:
             self.put(layer + 1, number, self._stages.run_block(layer, self.at(layer, number)).float())
             if not keep:
                 self._work.remove(self._file(layer, number))
 
     def forget(self, layer: int) -> None:
-        """Remove the states at the input of a block."""
+        """Remove the states at the input of a block; those of a model whose blocks are no chain serve them all."""
+        if not self._stages.task.is_chain:
+            return
         for number in range(self._count):
             self._work.remove(self._file(layer, number))
 
@@ -77,6 +81,7 @@ class HiddenStates:
         self._work.save(self._file(layer, number), {"x": hidden})
 
     def _file(self, layer: int, number: int) -> str:
+        layer = layer if self._stages.task.is_chain else 0
         return f"hidden-{layer}-{self._name}-{number}"
 
 

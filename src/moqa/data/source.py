@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moqa.data.chat import chat_text
+from moqa.data.demonstrations import Demonstrations
 from moqa.data.images import Images, is_image, name_and_source
 from moqa.data.records import RECORD_SUFFIXES, decoded, file_records, hub_field, hub_records
 from moqa.errors import MoqaError, one_line
@@ -44,7 +45,7 @@ class Distribution:
         return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
 
 
-Source = Distribution | Images
+Source = Distribution | Images | Demonstrations
 Data = Sequence[Source] | Sequence[str] | Mapping[str, str | Path | Sequence[str]]
 
 
@@ -109,11 +110,39 @@ def as_text(source: Source) -> Distribution:
     """The same distribution, checked to be text.
 
     Raises:
-        MoqaError: if it holds images.
+        MoqaError: if it holds images or demonstrations.
     """
     if isinstance(source, Images):
         raise MoqaError(f"{source.name}={source.origin} holds images", "a causal language model reads text")
+    if isinstance(source, Demonstrations):
+        raise MoqaError(f"{source.name}={source.origin} holds demonstrations", "a causal language model reads text")
     return source
+
+
+def as_sources(data: Data, read: Callable[[str], Source]) -> list[Source]:
+    """Sources from NAME=SOURCE specs or name -> source; ready ones are returned as they are.
+
+    >>> from moqa.data import read_images
+    >>> [source.name for source in as_sources({"test": "reference/image/test"}, read_images)]
+    ['test']
+
+    Args:
+        data: as functions of moqa accept it.
+        read: reads one spec.
+
+    Raises:
+        MoqaError: if two have the same name, or one cannot be read.
+    """
+    if isinstance(data, Mapping):
+        specs: list[Any] = [f"{name}={value}" for name, value in data.items()]
+    else:
+        specs = [data] if isinstance(data, str) else list(data)
+    found = [read(item) if isinstance(item, str) else item for item in specs]
+    names = [source.name for source in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise MoqaError(f"two distributions are named '{twice}'", "give each its own name")
+    return found
 
 
 def read_distributions(specs: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None) -> list[Distribution]:

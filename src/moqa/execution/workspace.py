@@ -16,6 +16,7 @@ from moqa.kernels import find_kernels
 from moqa.memory.process import return_large_blocks
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.view import ModelView, open_model
+from moqa.models.whole import stages_of
 from moqa.originals.fingerprint import differing_part, file_times, fingerprint
 from moqa.storage.resumable import ResumableRun
 
@@ -44,7 +45,7 @@ class Workspace:
     @cached_property
     def stages(self) -> LayerwiseModel:
         """The model, block by block."""
-        return LayerwiseModel(self.view.model)
+        return stages_of(self.view.model)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """The object with a key, made at the first call."""

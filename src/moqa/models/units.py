@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Role = Literal["expert", "shared", "attention", "mlp", "convolution"]
+Role = Literal[
+    "expert", "shared", "attention", "mlp", "convolution", "vision", "projector", "language", "action"
+]  # fmt: skip
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
@@ -19,7 +21,8 @@ class Unit:
         name: path in the model; experts of a stacked parameter get their index in the path.
         layer: index of the block, a decoder layer in most models.
         role: `expert` (routed), `shared` (an expert that sees every token), `attention` (whatever mixes tokens),
-            `mlp` (the feed-forward part of a dense layer), or `convolution`.
+            `mlp` (the feed-forward part of a dense layer), `convolution`, or in a policy the part of it: `vision`,
+            `projector`, `language` or `action`.
         projection: last word of the name.
         expert: index of the routed expert, None for other roles.
         shape: (out, in) of the matrix as it multiplies a column of activations; of a convolution, (out, patch).

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,8 @@ class ModelView:
         if self.task.predicts_each:
             width = self.model.get_input_embeddings().weight.shape[1]
             return int(width) * residual_streams(self.model.config)
+        if not self.task.is_chain:
+            return self.task.probe(self.model).shape[1]
         return largest_stream(self.model, self.task)
 
     @property
@@ -268,17 +270,19 @@ class ModelView:
         routers = router_paths(self.model, self.blocks)
         for index, (root, layer) in enumerate(zip(self._paths, self.blocks, strict=True)):
             kept = [*(routers if has_experts(layer) else ()), *kept_paths(self.model, layer)]
-            units = list(_layer_units(root, index, layer, kept))
+            units = list(_layer_units(root, index, layer, kept, self.task.role(self.model, root)))
             covered = {unit.parameter.removeprefix(f"{root}.") for unit in units}
             check_nothing_skipped(root, layer, covered, kept)
             yield from units
 
 
-def _layer_units(root: str, index: int, layer: nn.Module, kept: list[str]) -> Iterator[Unit]:
+def _layer_units(
+    root: str, index: int, layer: nn.Module, kept: list[str], of_block: str | None
+) -> Iterator[Unit]:  # fmt: skip
     stacks = [path for path, module in layer.named_modules() if is_experts(module)]
     paths = {id(parameter): f"{root}.{name}" for name, parameter in layer.named_parameters()}
     for path, module in layer.named_modules():
-        full = f"{root}.{path}"
+        full = f"{root}.{path}" if path else root
         if is_experts(module):
             check_supported(full, module)
             places = [(name, paths[id(getattr(module, parameter_of(name)))]) for name in PROJECTIONS]
@@ -291,7 +295,8 @@ def _layer_units(root: str, index: int, layer: nn.Module, kept: list[str]) -> It
         elif is_matrix(module) and not within(path, kept) and min(module.weight.flatten(1).shape) >= SMALLEST_SIDE:
             parameter = paths[id(module.owner.weight if isinstance(module, LinearPart) else module.weight)]
             projection = parameter.split(".")[-2]
-            role: Role = "convolution" if isinstance(module, nn.Conv2d) else _role(path, stacks)
+            own: Role = "convolution" if isinstance(module, nn.Conv2d) else _role(path, stacks)
+            role = own if of_block is None else cast(Role, of_block)
             shape = _sides(module.weight.flatten(1))
             yield Unit(full, index, role, projection, None, shape, full, parameter)
 

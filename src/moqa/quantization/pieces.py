@@ -86,11 +86,15 @@ def quantized_layers(
                 yield _collected(work, some, results)
         return
     for layer in layers:
-        inputs = flow.inputs(layer)
+        units = work.workspace.view.block_units(layer)
+        # what keeps its precision needs no inputs
+        kept = all(work.schemes[unit.name].is_unquantized for unit in units)
+        inputs = None if kept else flow.inputs(layer)
         pieces_of_layer = cut(work, layer, inputs, flow.gradients(layer))
         with closing(work.executor.map(quantize_piece, work.workspace, pieces_of_layer)) as results:
             done = _collected(work, pieces_of_layer, results)
-        inputs.drop()
+        if inputs is not None:
+            inputs.drop()
         yield done
 
 

@@ -9,8 +9,8 @@ from moqa.calibration.hidden import HiddenStates
 from moqa.calibration.inputs import HELD_OUT_EVERY, BlockInputs, CalibrationBatch
 from moqa.calibration.outputs import Gradients
 from moqa.format.scheme import Scheme
-from moqa.models.layerwise import LayerwiseModel
 from moqa.models.view import ModelView
+from moqa.models.whole import stages_of
 from moqa.planning import Plan
 from moqa.profiling import Profile
 from moqa.quantization.layer import QuantizedUnit, quantized
@@ -28,7 +28,7 @@ class CalibrationSamples:
     """
 
     def __init__(self, view: ModelView, mixture: Mapping[str, float], profile: Profile, work: ResumableRun) -> None:
-        self._view, self._work, self._stages = view, work, LayerwiseModel(view.model)
+        self._view, self._work, self._stages = view, work, stages_of(view.model)
         self._mixture, self._profile = mixture, profile
         self._parts: list[tuple[float, bool]] = []  # of each batch: share, whether it is held out
         batches: list[Tensor] = []

@@ -110,7 +110,8 @@ def _check_runs(model: "PreTrainedModel", folder: Path) -> None:
     """Refuse a configuration that fits all tensors and fails all the same when the model computes."""
     try:
         with torch.no_grad():
-            model(task_of(model.config).probe(model).to(model.device))
+            task = task_of(model.config)
+            task.call(model, task.probe(model).to(model.device))
     except Exception as error:  # whatever a forward pass raises
         raise MoqaError(f"{folder} does not run as its config.json says", one_line(error)) from None
 

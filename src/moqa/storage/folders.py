@@ -21,6 +21,7 @@ _RECORDS = (
     "federated.json",
     "reduction.json",
     "merged.json",
+    "rollout.json",
     EXPORT,
 )
 

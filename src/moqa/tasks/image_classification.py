@@ -1,7 +1,7 @@
 """Image classifiers: images, each with one class."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moqa.data import Data, Images, ImageSamples, Source, cut_images, read_images, split_images
+from moqa.data.source import as_sources
 from moqa.errors import MoqaError, one_line
 from moqa.storage.files import values_in
 from moqa.tasks.configuration import read_configuration
@@ -157,16 +158,7 @@ class ImageClassification(Task):
 
     def sources(self, data: Data, reader: Any) -> list[Source]:  # noqa: ARG002
         """Folders of images by class, see `moqa.data.read_images`."""
-        if isinstance(data, Mapping):
-            specs: list[Any] = [f"{name}={value}" for name, value in data.items()]
-        else:
-            specs = [data] if isinstance(data, str) else list(data)
-        found = [read_images(item) if isinstance(item, str) else item for item in specs]
-        names = [source.name for source in found]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice:
-            raise MoqaError(f"two distributions are named '{twice}'", "give each its own name")
-        return found
+        return as_sources(data, read_images)
 
     def split(self, source: Source) -> tuple[Source, Source]:
         """See `moqa.data.split_images`."""

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from moqa.data import Data, ImageSamples, Source, Windows
+from moqa.data import Data, ImageSamples, ObservationSamples, Source, Windows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
 # samples of one distribution as a model reads them
-Samples = Windows | ImageSamples
+Samples = Windows | ImageSamples | ObservationSamples
 
 
 class Task(Protocol):
@@ -30,6 +30,7 @@ class Task(Protocol):
         batch_dims: number of leading dimensions that hidden states share with their batch.
         predicts_each: whether each position has its own prediction and label; else each sample has one.
         writes_samples: whether a model can write samples itself, for a plan's hedge.
+        is_chain: whether each block reads what the one before it returns; else blocks are run by running the model.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task(Protocol):
     batch_dims: int
     predicts_each: bool
     writes_samples: bool
+    is_chain: bool = True
 
     def accepts(self, config: "PretrainedConfig") -> bool:
         """Whether transformers has a model of this task for a configuration."""
@@ -54,6 +56,10 @@ class Task(Protocol):
 
     def ends(self, model: "PreTrainedModel") -> list[Any]:
         """Modules outside the blocks that are read only when they are used; all others are read at once."""
+
+    def role(self, model: nn.Module, block: str) -> str | None:  # noqa: ARG002
+        """Role of all units of a block; None if it depends on the unit."""
+        return None
 
     def depth(self, config: "PretrainedConfig") -> int:
         """Number of blocks of a model with this configuration."""
