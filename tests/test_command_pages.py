@@ -12,14 +12,20 @@ from moqa.cli.main import application
 PAGES = Path(__file__).parents[1] / "docs" / "commands"
 ROOT = typer.main.get_command(application())
 COMMANDS = dict(ROOT.commands)
-# options of `moqa mixture` and `moqa federated` are those of their one command
-COMMANDS |= {"mixture": COMMANDS["mixture"].commands["build"], "federated": COMMANDS["federated"].commands["run"]}
+# pages of groups have the options of their commands, one after the other
+GROUPS = {"mixture": ("build",), "federated": ("run",), "vla": ("profile", "plan", "quantize", "rollout")}
 TABLE = re.compile(r"\| option \| meaning \| default \|\n(?:\|.*\n)+")
 
 
-def options(name: str) -> str:
+def tables(name: str) -> list[str]:
+    """The options of a command, or of each command of a group."""
+    if name not in GROUPS:
+        return [options(name, COMMANDS[name])]
+    return [options(name, COMMANDS[name].commands[one]) for one in GROUPS[name]]
+
+
+def options(name: str, command: click.Command) -> str:
     """A command's options as a table, from what --help prints about each."""
-    command = COMMANDS[name]
     # fills in what comes from the library
     command.get_help(click.Context(command, parent=click.Context(ROOT.commands[name], parent=click.Context(ROOT))))
     lines = ["| option | meaning | default |", "|---|---|---|"]
@@ -37,16 +43,16 @@ def options(name: str) -> str:
 
 
 def with_options() -> list[str]:
-    return sorted(name for name in COMMANDS if len(options(name).splitlines()) > 2)
+    return sorted(name for name in COMMANDS if len(tables(name)[0].splitlines()) > 2)
 
 
 @pytest.mark.parametrize("name", with_options())
 def test_the_page_has_the_options_of_the_help(name):
-    assert TABLE.findall((PAGES / f"{name}.md").read_text()) == [options(name)]
+    assert TABLE.findall((PAGES / f"{name}.md").read_text()) == tables(name)
 
 
 def test_the_table_says_what_users_can_type():
-    text = options("quantize")
+    (text,) = tables("quantize")
     assert "| `--proof / --no-proof` | compare with baselines on held-out text | --proof |" in text
     assert "| `--seed` | seed of samples, labels, self-written text and random plans | 0 |" in text
     assert "| `--out, -o OUT` | checkpoint folder to make | required |" in text
@@ -56,4 +62,5 @@ def test_the_table_says_what_users_can_type():
 if __name__ == "__main__":
     for command in with_options():
         page = PAGES / f"{command}.md"
-        page.write_text(TABLE.sub(lambda _, name=command: options(name), page.read_text()))
+        of_page = iter(tables(command))
+        page.write_text(TABLE.sub(lambda _, found=of_page: next(found), page.read_text()))

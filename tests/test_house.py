@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "moqa"
 # top to bottom; a folder may import from itself and from what comes later
 FLOORS = [
-    "cli", "serve", "speed", "compression", "federated", "reports", "exports", "mixture", "adjustment", "training",
-    "qat", "evaluation", "quantization", "reduction", "planning", "profiling", "execution", "forecast", "methods",
-    "calibration", "generation", "integrations", "runtime", "kernels", "format", "models", "originals", "gguf", "tasks",
-    "storage", "memory", "data",
+    "cli", "serve", "speed", "compression", "federated", "vla", "reports", "exports", "mixture", "adjustment",
+    "training", "qat", "evaluation", "quantization", "reduction", "planning", "profiling", "execution", "forecast",
+    "methods", "calibration", "generation", "integrations", "runtime", "kernels", "format", "models", "originals",
+    "gguf", "tasks", "policies", "storage", "memory", "data",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}

@@ -9,6 +9,7 @@ import moqa
 from moqa.federated import Experiment, FedHQ, LocalMode, in_mode, run
 from moqa.format.scheme import Scheme
 from moqa.qat import Inputs, prepare
+from moqa.vla import plan_policy, profile_policy, quantize_policy, rollout
 
 texts = moqa.Distribution("notes", ("a text",), "notes.txt")
 profile = moqa.profile("model", {"wiki": "wiki.txt", "notes": ["a text"]}, "out.profile", samples=8)
@@ -79,3 +80,10 @@ moqa.CompressOptions(nonsense=1)  # error
 moqa.CompressOptions(samples="many")  # error
 moqa.compress("model", [texts])  # error
 moqa.nonsense()  # error
+
+shifts = profile_policy("policy", "demos=demonstrations", "out.profile", samples=8)
+reveal_type(shifts)  # moqa.profiling.store.Profile
+of_policy = plan_policy(shifts, "3bpw", by="aligned", floors={"projector": 8})
+reveal_type(of_policy)  # moqa.planning.record.Plan
+reveal_type(quantize_policy("policy", of_policy, "out", profile=shifts))  # pathlib.Path
+reveal_type(rollout("out", "played", tasks=["reach"], episodes=2).tasks)  # dict[str, moqa.vla.records.TaskRecord]

@@ -35,6 +35,12 @@ EXAMPLES = {
     "generate": ("moqa generate OUT 'Once upon a time' --max-tokens 64",),
     "chat": ("moqa chat OUT --adjustment ADJ",),
     "serve": ("moqa serve OUT --port 8000",),
+    "vla": (
+        "moqa vla profile POLICY --data demos=DEMONSTRATIONS -o PROFILE",
+        "moqa vla plan PROFILE --bpw 3 --floor projector=4 -o plan.json",
+        "moqa vla quantize POLICY --plan plan.json -o OUT",
+        "moqa vla rollout OUT --episodes 20 -o ROLLOUT",
+    ),
     "federated": ("moqa federated run experiment.toml -o runs/federated/one",),
     "bench": ("moqa bench OUT --threads 8",),
 }

@@ -121,6 +121,8 @@ def _evaluated(
     folder = folder if packed else original.locate(folder)
     config = read_config(folder, packed=packed is not None, imported=True)
     task = task_of(config)
+    if not task.is_chain:
+        raise MoqaError(f"{model} is a {task.kind}", "moqa vla rollout shows what it does")
     reader = task.reader(folder)
     distributions = task.sources(data, reader)
     if not distributions:

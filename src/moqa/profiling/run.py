@@ -97,6 +97,8 @@ def profile(
     check_known("--own-text", own_text, get_args(OwnText))
     folder = original.locate(model)
     task = task_of(read_config(folder))
+    if not task.is_chain:
+        raise MoqaError(f"{model} is a {task.kind}", "moqa vla profile measures it")
     reader = task.reader(folder)
     distributions = task.sources(data, reader)
     if not distributions:

@@ -56,6 +56,13 @@ def read_configuration(folder: Path) -> "PretrainedConfig":
 def _as_transformers(data: dict[str, Any]) -> "PretrainedConfig":
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    from moqa.policies.lerobot import lerobot_config
+    from moqa.policies.small import MODEL_TYPE, SmallPolicyConfig
+
+    of_lerobot = lerobot_config(data)
+    if of_lerobot is not None:
+        return of_lerobot
+    AutoConfig.register(MODEL_TYPE, SmallPolicyConfig, exist_ok=True)
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise MoqaError(

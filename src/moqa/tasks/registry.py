@@ -7,12 +7,13 @@ from moqa.errors import MoqaError
 from moqa.registry import check_known
 from moqa.tasks.causal_lm import CausalLM
 from moqa.tasks.image_classification import ImageClassification
+from moqa.tasks.policy import Policy
 from moqa.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-TASKS: dict[str, Task] = {task.name: task for task in (CausalLM(), ImageClassification())}
+TASKS: dict[str, Task] = {task.name: task for task in (Policy(), CausalLM(), ImageClassification())}
 
 
 def find_task(name: str) -> Task:
@@ -42,7 +43,7 @@ def task_of(config: "PretrainedConfig", folder: Path | None = None) -> Task:
     named = [task for task in fitting if set(config.architectures or ()) & _class_names(task, config)]
     found = named or fitting
     if not found:
-        kinds = " and ".join(f"{task.kind}s" for task in TASKS.values())
+        kinds = ", ".join(f"{task.kind}s" for task in TASKS.values())
         raise MoqaError(f"{folder or 'the model'} is a {config.model_type}", f"moqa works on {kinds} of transformers")
     return found[0]
 
@@ -59,7 +60,8 @@ def check_language_model(config: "PretrainedConfig", what: str | Path) -> Task:
     """
     task = task_of(config)
     if not task.writes_samples:
-        raise MoqaError(f"{what} is an {task.kind}", "give a causal language model")
+        article = "an" if task.kind[0] in "aeiou" else "a"
+        raise MoqaError(f"{what} is {article} {task.kind}", "give a causal language model")
     return task
 
 
