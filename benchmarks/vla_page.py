@@ -1,0 +1,187 @@
+"""The page of the study of policies: tables, pictures and one short video for each plan."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from vla_pictures import error_curves, sensitivities, success_bars
+from vla_rows import PARTS, SIZES
+from vla_verdicts import verdicts
+
+from moqa.profiling import Profile
+from moqa.vla.records import wilson
+from moqa.vla.shifts import PART_WIDTHS
+
+PAGE = Path("docs/results/vla.md")
+ROLLOUTS = Path("runs/vla/rollouts")
+FILMED = "button-press-topdown"
+ORDER = ("uniform", "output-error", "aligned", "random")
+
+_INTRO = """# Policies
+
+The reference's policy (`reference/policy`: {values:,} values; ten tasks of MetaWorld, one camera) in mixed precision;
+`python benchmarks/vla_study.py`. The profile is fitted on {samples} observations of the demonstrations' calibration
+split; errors are measured on 200 observations of held-out episodes; no demonstration has the seeds of the rollouts.
+All plans of a size have at most the bytes of its uniform plan (2 bits in groups of 64, and 3, 4 and 6 bits in groups
+of up to 256), all are quantized by GPTQ with observations as calibration, and all run packed. `aligned` costs a unit
+by alignment and action error, half each; `output-error` by action error alone: the same solver, candidates and profile.
+EaqVLA's authors asked for its retraction, so its claims are hypotheses here; the formulas are ours
+([method](../methods/vla.md)).
+"""
+
+
+def write_page(looped: Sequence[dict], rows: Sequence[dict], fast: dict, profile: Profile) -> None:
+    original = next(row for row in rows if row["plan"] == "original")
+    settings = profile.record.settings
+    parts = [
+        _INTRO.format(values=original["weights"], samples=settings.samples),
+        _looks(original["looks"]), "## By action error\n", _errors(rows),
+        "\n![Action error against bits](vla-error.svg)\n",
+        _modules(rows), "\n## What the robot does\n", _success(looped), _videos(),
+        "\n## Where it is sensitive\n", _parts(profile), _sensitivity_text(),
+        "![Shifts by unit](vla-sensitivity.svg)\n",
+        "\n## Hypotheses\n", verdicts(rows, profile), "\n## Speed\n", _speed(fast, rows),
+    ]  # fmt: skip
+    PAGE.with_name("vla-error.svg").write_text(error_curves(rows))
+    PAGE.with_name("vla-sensitivity.svg").write_text(sensitivities(profile))
+    if looped:
+        PAGE.with_name("vla-success.svg").write_text(success_bars(totals(looped)))
+    PAGE.write_text("\n".join(parts))
+
+
+def _looks(looks: dict[str, float]) -> str:
+    """Whether the policy uses what it sees: else nothing follows for alignment."""
+    shown = ", ".join(f"{value:.4f} for {kind}" for kind, value in looks.items())
+    text = f"Change of the original's actions if one kind of input is that of another observation: {shown}.\n"
+    if looks["pictures"] < 0.05 * looks["state"]:
+        text += (
+            "\n**This policy does not look at its pictures**: it acts by words and the place of its hand. So plans can "
+            "take nearly all bits from vision, and nothing below tells whether alignment matters for one that sees.\n"
+        )
+    return text
+
+
+def totals(looped: Sequence[dict]) -> dict[tuple[str, float], tuple[int, int]]:
+    """(plan, size) -> successes and episodes of all tasks and seeds."""
+    found: dict[tuple[str, float], tuple[int, int]] = {}
+    for row in looped:
+        before = found.get((row["plan"], row["size"]), (0, 0))
+        more = [sum(one[n] for one in row["success"].values()) for n in range(2)]
+        found[row["plan"], row["size"]] = before[0] + more[0], before[1] + more[1]
+    return found
+
+
+def _errors(rows: Sequence[dict]) -> str:
+    ratios: list[float] = []
+    lines = [
+        "Root mean square length of the change of an action (an action has 4 numbers between -1 and 1).\n",
+        "| size | bytes | bits | uniform | output-error | aligned | random | aligned / output-error |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for size in sorted({row["size"] for row in rows if row["plan"] == "uniform"}):
+        some = {plan: [r for r in rows if r["plan"] == plan and r["size"] == size] for plan in ORDER}
+        if not all(some.values()):
+            continue
+        errors = {plan: np.mean([row["action_error"] for row in found]) for plan, found in some.items()}
+        cells = " | ".join(f"{errors[plan]:.4f}" for plan in ORDER)
+        uniform = some["uniform"][0]
+        ratio = errors["aligned"] / errors["output-error"]
+        ratios.append(ratio)
+        lines.append(f"| {size:g} | {uniform['bytes']:,} | {uniform['bits']:.2f} | {cells} | {ratio:.2f} |")
+    if len(ratios) < len(SIZES):
+        lines.append(f"\n{len(ratios)} of {len(SIZES)} sizes so far.")
+    if ratios and min(ratios) > 1:
+        lines.append(
+            "\nAlignment adds nothing over the error of the actions here: at every size, the plan that is fitted to "
+            "actions alone changes them less."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _modules(rows: Sequence[dict]) -> str:
+    lines = [
+        "Stored bits per weight of each part:\n", "| plan | size | vision | projector | language | action |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for row in rows:
+        if row["plan"] in ORDER[:3] and row["size"] in (2.5, 3.0):
+            bits = " | ".join(f"{value:.2f}" for value in map(row["module_bits"].get, PARTS))
+            lines.append(f"| {row['plan']} | {row['size']:g} | {bits} |")
+    return "\n".join(lines) + "\n"
+
+
+def _success(looped: Sequence[dict]) -> str:
+    if not looped:
+        return "Not run yet.\n"
+    tasks = list(looped[0]["success"])
+    lines = [
+        "![Success rates](vla-success.svg)\n",
+        "Successes of all tasks, with 95 % intervals (Wilson), and by task:\n",
+        f"| plan | size | all | 95 % | {' | '.join(tasks)} |", f"|---|---:|---:|---|{'---:|' * len(tasks)}",
+    ]  # fmt: skip
+    for (plan, size), (successes, episodes) in totals(looped).items():
+        some = [row for row in looped if (row["plan"], row["size"]) == (plan, size)]
+        cells = [
+            f"{sum(r['success'][task][0] for r in some)}/{sum(r['success'][task][1] for r in some)}" for task in tasks
+        ]
+        low, high = wilson(successes, episodes)
+        share = f"{successes / episodes:.1%} ({successes}/{episodes})"
+        lines.append(f"| {plan} | {size:g} | {share} | {low:.1%} to {high:.1%} | {' | '.join(cells)} |")
+    seeds = sorted({row["seed"] for row in looped})
+    crashed = sum(row.get("crashed", 0) for row in looped)
+    lines.append(f"\nSeeds {', '.join(map(str, seeds))}; {crashed} episodes ended in a crash of the environment.\n")
+    return "\n".join(lines)
+
+
+def _videos() -> str:
+    lines = []
+    for plan in ("original", "uniform-2.5", "output-error-2.5", "aligned-2.5"):
+        film = ROLLOUTS / f"{plan}-0" / f"{FILMED}.gif"
+        if film.exists():
+            shutil.copyfile(film, PAGE.with_name(f"vla-{plan}.gif"))
+            lines.append(f"| {plan} | ![{plan}](vla-{plan}.gif) |")
+    if not lines:
+        return ""
+    return "\n".join([f"The first episode of {FILMED}:\n", "| plan | |", "|---|---|", *lines]) + "\n"
+
+
+def _parts(profile: Profile) -> str:
+    """What whole parts cost, from the profile."""
+    tables, parts = profile.statistics[profile.names[0]], list(dict.fromkeys(u.role for u in profile.record.units))
+    lines = [
+        "Whole parts by plain rounding, all others exact, on the profile's observations: 1 - CKA of the projected "
+        "tokens / action error.\n",
+        f"| part | {' | '.join(f'{width} bits' for width in PART_WIDTHS)} |", f"|---|{'---:|' * len(PART_WIDTHS)}",
+    ]  # fmt: skip
+    for number, part in enumerate(parts):
+        pairs = zip(tables["part.module"][number].tolist(), tables["part.action"][number].sqrt().tolist(), strict=True)
+        lines.append(f"| {part} | {' | '.join(f'{module:.4f} / {action:.4f}' for module, action in pairs)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sensitivity_text() -> str:
+    return (
+        "Each bar is a unit at 3 bits, in the order in which an observation passes them, as a share of the largest.\n"
+    )
+
+
+def _speed(fast: dict, rows: Sequence[dict]) -> str:
+    if not fast:
+        return "Not measured yet.\n"
+    lines = [
+        "One call of the policy: one observation in, eight actions out. The fastest of 5 rounds of 20 calls, each "
+        "policy in a process of its own; other work ran on the machine.\n",
+        "| policy | bytes | ms, 1 thread | ms, 2 threads | peak memory, MiB | of that above the start, MiB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    sizes = {f"{row['plan']}-{row['size']:g}": row["bytes"] for row in rows} | {
+        row["plan"]: row["bytes"] for row in rows if row["plan"] == "original"
+    }
+    for name, (one, two) in fast.items():
+        peak, above = one["peak_bytes"] / 2**20, one["above_start_bytes"] / 2**20
+        lines.append(
+            f"| {name} | {sizes[name]:,} | {one['milliseconds']:.1f} | {two['milliseconds']:.1f} "
+            f"| {peak:.0f} | {above:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
