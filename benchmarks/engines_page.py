@@ -98,7 +98,7 @@ def _llama(rows: Sequence[dict]) -> str:
 
 def _served(rows: Sequence[dict]) -> str:
     lines = ["| processes | bits | KL known / novel | logits | tokens/s |", "|---|" + "---:|" * 4]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: list(_PARALLEL).index(row["parallel"])):
         numbers = f"{row['max_logit_difference']:.2f} | {row['decode_tokens_per_second']:.0f}"
         lines.append(f"| {_PARALLEL[row['parallel']]} | {row['bits_per_weight']:.3f} | {_kl(row)} | {numbers} |")
     return "\n".join(lines)
