@@ -16,9 +16,9 @@ from moqa.format.reader import open_checkpoint
 from moqa.mixture.evaluate import evaluate_mixture
 from moqa.mixture.features import read
 from moqa.mixture.generate import continued, route_of
-from moqa.mixture.load import RoutedPrompt
 from moqa.mixture.measure import continuation
 from moqa.mixture.record import MIXTURE, ROUTER, read_mixture
+from moqa.mixture.route import RoutedPrompt
 from moqa.mixture.router import ROUTERS
 from moqa.mixture.train import RouterSamples, chosen, soft_targets, train
 from moqa.mixture.variants import AdjustmentVariant, CheckpointVariant, MadeVariant, proposed, read_variants
