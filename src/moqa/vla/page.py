@@ -41,12 +41,14 @@ def _units(record: ProfileRecord, tables: dict[str, Tensor]) -> Section:
         charts.append(
             heat_map(
                 f"{shift}, square root", values, [record.widths[column] for column in columns],
-                "{x} at {y} bits: {z:.4f}", (0.0, upper(values)), axes=("unit", "bits"),
-                x=[unit.name for unit in record.units], height=180,
+                "unit {x} at {y} bits: {z:.4f}", (0.0, upper(values)), axes=("unit", "bits"), height=180,
             )
         )  # fmt: skip
     reading = "Each column is one unit, in the order in which an observation passes them; all others are exact."
-    return Section("Units", "Sensitivity of each unit", reading, charts)
+    # a name is too long for a column
+    names = tuple((str(number), unit.name) for number, unit in enumerate(record.units))
+    key = Table("", ("unit", "name"), names, words=(0, 1))
+    return Section("Units", "Sensitivity of each unit", reading, [*charts, key])
 
 
 def _parts(parts: list[str], tables: dict[str, Tensor]) -> Section:
