@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
@@ -124,7 +125,10 @@ def hung(mark, wanted=None):
 
         return slow
 
-    return {name: Method(name, hang(found.run), found.store and hang(found.store)) for name, found in METHODS.items()}
+    return {
+        name: replace(found, run=hang(found.run), store=found.store and hang(found.store))
+        for name, found in METHODS.items()
+    }
 
 
 def when_at_work(mark, act):

@@ -103,7 +103,7 @@ class TestConfigurations:
 
     def test_of_another_kind_of_model(self, folder):
         (folder / "config.json").write_text('{"model_type": "t5"}')
-        works_on = "causal language models and image classifiers of transformers"
+        works_on = "policy models, causal language models and image classifiers of transformers"
         assert refusal(folder) == f"MODEL is a t5: moqa works on {works_on}"
 
     def test_wrong_type(self, folder):

@@ -75,7 +75,7 @@ def help_of(name: str) -> str | None:
     """Help text of a field, with the registered strategies and methods filled in; None if there is no such field.
 
     >>> help_of("method")
-    'gptq or rtn'
+    'gptq, rtn, gptq-affinity or gptq-plain'
     """
     text = _HELP.get(name, "")
     words = {

@@ -111,7 +111,9 @@ def _check_runs(model: "PreTrainedModel", folder: Path) -> None:
     try:
         with torch.no_grad():
             task = task_of(model.config)
-            task.call(model, task.probe(model).to(model.device))
+            probe = task.probe(model).to(model.device)
+            # a chain as its users call it: with its cache
+            model(probe) if task.is_chain else task.call(model, probe)
     except Exception as error:  # whatever a forward pass raises
         raise MoqaError(f"{folder} does not run as its config.json says", one_line(error)) from None
 

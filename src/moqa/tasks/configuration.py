@@ -56,7 +56,7 @@ def read_configuration(folder: Path) -> "PretrainedConfig":
 def _as_transformers(data: dict[str, Any]) -> "PretrainedConfig":
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    from moqa.policies.lerobot import lerobot_config
+    from moqa.policies.lerobot_model import lerobot_config
     from moqa.policies.small import MODEL_TYPE, SmallPolicyConfig
 
     of_lerobot = lerobot_config(data)

@@ -43,7 +43,8 @@ def task_of(config: "PretrainedConfig", folder: Path | None = None) -> Task:
     named = [task for task in fitting if set(config.architectures or ()) & _class_names(task, config)]
     found = named or fitting
     if not found:
-        kinds = ", ".join(f"{task.kind}s" for task in TASKS.values())
+        *others, last = (f"{task.kind}s" for task in TASKS.values())
+        kinds = f"{', '.join(others)} and {last}"
         raise MoqaError(f"{folder or 'the model'} is a {config.model_type}", f"moqa works on {kinds} of transformers")
     return found[0]
 

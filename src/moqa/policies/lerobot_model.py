@@ -1,0 +1,98 @@
+"""Policies of lerobot from a local folder: lerobot's own classes and processors, inside a model of transformers.
+
+lerobot is imported when one is built (`pip install lerobot`, which needs torchvision).
+"""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from moqa.errors import MoqaError, one_line
+
+MODEL_TYPE = "lerobot"
+IMAGE, STATE = "observation.image", "observation.state"
+KINDS = ("smolvla", "act", "diffusion")
+# what a checkpoint of moqa adds to the file
+_OURS = ("quantization_config", "transformers_weights")
+
+
+class LerobotConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is not followed
+    """The `config.json` of a folder that lerobot wrote.
+
+    >>> LerobotConfig({"type": "act", "input_features": {}, "output_features": {}}).kind
+    'act'
+
+    Args:
+        settings: what the file holds.
+        others: of every configuration of transformers.
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, settings: dict[str, Any] | None = None, **others: Any) -> None:
+        self.settings = settings or {}
+        self.kind = str(self.settings.get("type", ""))
+        super().__init__(**others)
+
+    def shape(self, start: str, of: str = "input_features") -> list[int]:
+        """Shape of the first feature whose name begins so; of no numbers if there is none."""
+        return next((f["shape"] for name, f in (self.settings.get(of) or {}).items() if name.startswith(start)), [0])
+
+
+class LerobotPolicy(PreTrainedModel):  # type: ignore[misc]
+    """A policy of lerobot: its modules have the names that they have there."""
+
+    config_class = LerobotConfig
+
+    def __init__(self, config: LerobotConfig) -> None:
+        super().__init__(config)
+        policy, self._processors = _built(json.dumps(config.settings), str(config.name_or_path))
+        for name, module in policy.named_children():
+            self.add_module(name, module)
+        self._policy = (policy,)  # in a tuple: its modules are registered above
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: lerobot's classes have done it."""
+
+    def forward(self, images: Tensor, state: Tensor, instructions: list[str]) -> Tensor:
+        """[batch, chunk, action] in the robot's units, from images of 0 to 1, states and texts."""
+        before, after = self._processors
+        settings = self.config.settings
+        names = [name for name in settings["input_features"] if name.startswith(IMAGE)]
+        batch = before({**dict.fromkeys(names, images), STATE: state, "task": instructions})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # policies that begin with noise begin with the same each time
+            found: Tensor = after(self._policy[0].predict_action_chunk(batch))
+        return found
+
+
+def lerobot_config(data: dict[str, Any]) -> LerobotConfig | None:
+    """The configuration of a folder that lerobot wrote; None if another program did.
+
+    >>> lerobot_config({"model_type": "llama"}) is None
+    True
+    """
+    if "model_type" in data or data.get("type") not in KINDS or not isinstance(data.get("input_features"), dict):
+        return None
+    return LerobotConfig({key: value for key, value in data.items() if key not in _OURS})
+
+
+def _built(settings: str, folder: str) -> tuple[Any, tuple[Any, Any]]:
+    """A policy with random weights, and what prepares its inputs and its outputs."""
+    try:
+        from lerobot.configs.policies import PreTrainedConfig
+        from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+    except ImportError as error:
+        raise MoqaError(f"lerobot cannot be imported ({one_line(error)})", "pip install lerobot torchvision") from None
+    with TemporaryDirectory(prefix="moqa-lerobot-") as clean:
+        (Path(clean) / "config.json").write_text(settings, encoding="utf-8")
+        config = PreTrainedConfig.from_pretrained(clean)
+    config.device = "cpu"
+    policy = get_policy_class(config.type)(config).eval()
+    return policy, make_pre_post_processors(config, folder)
