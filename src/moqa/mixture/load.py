@@ -19,6 +19,7 @@ from moqa.mixture.merged import is_merged, load_merged
 from moqa.mixture.record import ROUTER, MixtureRecord, check_router, is_mixture, read_mixture
 from moqa.mixture.route import RoutedPrompt
 from moqa.mixture.router import Router, restored
+from moqa.mixture.steps import steps_with
 from moqa.registry import check_known
 from moqa.runtime.growing import round_cache
 from moqa.runtime.load import load as load_checkpoint
@@ -159,14 +160,7 @@ class Mixture:
 
     def steps(self, name: str, make: "Callable[[PreTrainedModel], Iterator[_T]]") -> Iterator[_T]:
         """What a model yields step by step, with a variant in use in each; others may be used between them."""
-        made = make(self.use(name))
-        while True:
-            self.use(name)
-            try:
-                piece = next(made)
-            except StopIteration:
-                return
-            yield piece
+        return steps_with(self.use, name, make)
 
     def rest(self, names: Sequence[str]) -> None:
         """Give back the memory of all checkpoints but those of some variants; their next use reads them again."""

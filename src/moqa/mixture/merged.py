@@ -14,6 +14,7 @@ from moqa.errors import MoqaError
 from moqa.format.manifest import StoredFile
 from moqa.mixture.elect import restored_weights, unpacked_mask
 from moqa.mixture.route import RoutedPrompt
+from moqa.mixture.steps import steps_with
 from moqa.models.building import empty_model
 from moqa.models.load import read_config, read_generation_config
 from moqa.models.view import ModelView
@@ -164,14 +165,7 @@ class MergedVariants:
 
     def steps(self, name: str, make: "Callable[[PreTrainedModel], Iterator[_T]]") -> Iterator[_T]:
         """What the model yields step by step, with a variant in use in each; others may be used between them."""
-        made = make(self.use(name))
-        while True:
-            self.use(name)
-            try:
-                piece = next(made)
-            except StopIteration:
-                return
-            yield piece
+        return steps_with(self.use, name, make)
 
     def rest(self, names: Sequence[str]) -> None:
         """Nothing: there is one model for all variants."""
