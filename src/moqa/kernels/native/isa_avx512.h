@@ -17,7 +17,7 @@ struct Avx512 {
     static constexpr bool PLANE_BY_PLANE = true;  // whether a single row is multiplied so
     static constexpr bool WINDOWS = false;        // whether levels are looked up in windows (windows.h)
     static constexpr int FEW = 4;    // rows that the few-rows kernel takes at once
-    static constexpr int STRIP = 4;  // tiles of codes that it takes at once with a single row
+    static constexpr int STRIP = 4;  // tiles of a trellis that it takes at once with a single row
     static constexpr int TILES = 4;  // tiles and rows of the register block of the many-rows kernel
     static constexpr int TOKENS = 6;
 

@@ -75,8 +75,8 @@ void one_row(const Matrix& m, const Rows& x, int first, int last, float* y) {
 template <class Isa, Code code, int Width, int Count, int Tiles>
 MOQA_INLINE void few_rows_of_tiles(const Matrix& m, const Rows& x, int tile, float* y, size_t stride) {
     const int per_group = m.group / BLOCK;
-    // two chains of sums, because with few sums the multiplier would wait for its own result
-    constexpr int chains = Count * Tiles < 4 ? 2 : 1;
+    // at least four sums in all: with fewer, the multiplier would wait for its own result
+    constexpr int chains = (3 + Count * Tiles) / (Count * Tiles);
     const Unpacked<Isa, code, Width> unpacked(m, tile);
     typename Isa::Floats total[Count][Tiles];
     times<Count>([&](auto t) { times<Tiles>([&](auto n) { total[t][n] = Isa::all(0); }); });
@@ -109,8 +109,8 @@ MOQA_INLINE void few_rows_of_tiles(const Matrix& m, const Rows& x, int tile, flo
         times<Tiles>([&](auto n) {
             const Grid<Isa> grid(m, tile + n, group);
             times<Count>([&](auto t) {
-                const auto& sum = sums[t][n];
-                const auto dot = chains == 2 ? Isa::add(sum[0], sum[chains - 1]) : sum[0];
+                auto dot = sums[t][n][0];
+                times<chains - 1>([&](auto c) { dot = Isa::add(dot, sums[t][n][c + 1]); });
                 total[t][n] = grid.add(total[t][n], dot, x.scale[at + t], x.sum[at + t]);
             });
         });
@@ -122,7 +122,8 @@ MOQA_INLINE void few_rows_of_tiles(const Matrix& m, const Rows& x, int tile, flo
 
 template <class Isa, Code code, int Width, int Count>
 void few_rows(const Matrix& m, const Rows& x, int first, int last, float* y, size_t stride) {
-    constexpr int tiles = Count == 1 && code != Code::integers ? Isa::STRIP : 1;
+    // levels of a trellis take longer than reading them; others come as fast as memory is read from one end to the other
+    constexpr int tiles = Count == 1 && code == Code::trellis ? Isa::STRIP : 1;
     int tile = first;
     for (; tile + tiles <= last; tile += tiles)
         few_rows_of_tiles<Isa, code, Width, Count, tiles>(m, x, tile, y + size_t(tile - first) * TILE, stride);
