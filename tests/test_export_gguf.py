@@ -1,7 +1,9 @@
 """Files for llama.cpp: planned bytes are bytes on disk, they hold what the plan says, and llama.cpp reads them."""
 
+import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from gguf_models import MODELS, LlamaCpp, make_model
 from long_work import refusal
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 import moqa
 from moqa.errors import MoqaError, Stopped
@@ -290,3 +293,65 @@ class TestLlamaCpp:
 
         text = "The river's 12 bridges,\n\n  über Straße; don't <|endoftext stop.\tx=y**2"
         assert LlamaCpp(written).tokens(text) == AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+
+    @pytest.mark.parametrize("spaces", ["prepended", "metaspace", "kept"])
+    def test_it_cuts_text_as_a_tokenizer_that_falls_back_to_bytes(self, spaces, texts, tmp_path):
+        from transformers import AutoTokenizer
+
+        folder = make_model(tmp_path / "model", "mixtral")
+        sentencepiece_like(folder, texts["wiki"].texts, spaces)
+        file = whole_file(folder, texts, tmp_path)
+        fields = GGUFReader(file).fields
+        assert fields["tokenizer.ggml.model"].contents() == "llama"
+        assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+        assert fields["tokenizer.ggml.unknown_token_id"].contents() == 0
+        assert fields["tokenizer.ggml.add_space_prefix"].contents() is (spaces != "kept")
+        theirs, ours = LlamaCpp(file), AutoTokenizer.from_pretrained(folder)
+        tried = [texts["python"].texts[0][:3000], "über  Straße;\n\n\t12 <s \U0001f600 don't", ""]
+        # a metaspace adds no space to one that is there; SentencePiece and llama.cpp do
+        for text in tried if spaces == "metaspace" else [*tried, " a"]:
+            assert theirs.tokens(text) == ours(text, add_special_tokens=False)["input_ids"]
+
+    def test_it_cuts_digits_one_by_one(self, texts, tmp_path):
+        from transformers import AutoTokenizer
+
+        folder = make_model(tmp_path / "model", "llama")
+        data = json.loads((folder / "tokenizer.json").read_text())
+        digits = {"type": "Digits", "individual_digits": True}
+        data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, data["pre_tokenizer"]]}
+        (folder / "tokenizer.json").write_text(json.dumps(data))
+        file = whole_file(folder, texts, tmp_path)
+        text = "In 1997 he won 23,450.75 of them; x2=y10"
+        assert LlamaCpp(file).tokens(text) == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+
+
+def whole_file(folder: Path, texts, out: Path) -> Path:
+    """A model exported in 16 bits."""
+    made = profile(folder, [texts["wiki"]], out / "profile", samples=2, context=16, sensitivity=False, self_samples=0)
+    whole = plan(made, strategy="uniform", engine="llama.cpp", widths=(16,))
+    moqa.export(saved(whole, out), out / "x.gguf", to="gguf")
+    return out / "x.gguf"
+
+
+def sentencepiece_like(folder: Path, texts: Sequence[str], spaces: str) -> None:
+    """Give a model a tokenizer as Llama 2 and Mixtral have it: spaces are parts of tokens, unknown characters bytes."""
+    first = ["<unk>", "<s>", "</s>"]
+    every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
+    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=first + every_byte, show_progress=False)
+    made.train_from_iterator(texts, trainer)
+    made.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    data = json.loads(made.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in first]
+    prepend, replace = {"type": "Prepend", "prepend": "▁"}, {
+        "type": "Replace", "pattern": {"String": " "}, "content": "▁"
+    }  # fmt: skip
+    data["normalizer"], data["pre_tokenizer"] = {
+        "prepended": ({"type": "Sequence", "normalizers": [prepend, replace]}, None),
+        "metaspace": (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}),
+        "kept": (replace, None),
+    }[spaces]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
