@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader, GGUFWriter
 from gguf_models import MODELS, make_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -232,6 +233,35 @@ class TestGguf:
         message = refusal(lambda: moqa.evaluate(tmp_path / "x.gguf", [texts["wiki"]], against=model))
         assert "x.gguf is no sound GGUF file" in message
 
+    @pytest.fixture(scope="class")
+    def parts(self, file):
+        """The file in three, as `llama-gguf-split` cuts it."""
+        return divided(file, file.parent / "parts", 3)
+
+    def test_a_model_in_parts_is_evaluated_as_the_whole(self, model, file, parts, texts):
+        whole, found = (
+            moqa.evaluate(path, [texts["wiki"]], against=model, context=32, windows=1) for path in (file, parts[1])
+        )
+        assert found.distributions == whole.distributions
+        assert found.bits_per_weight == whole.bits_per_weight
+        assert found.bytes == sum(part.stat().st_size for part in parts)
+
+    def test_a_missing_part_is_named(self, model, parts, texts, tmp_path):
+        shutil.copy(parts[0], tmp_path)
+        message = refusal(lambda: moqa.evaluate(tmp_path / parts[0].name, [texts["wiki"]], against=model))
+        assert "x-00002-of-00003.gguf is missing: the model has 3 files" in message
+
+    def test_parts_under_wrong_names_are_refused(self, model, parts, texts, tmp_path):
+        for number, part in enumerate((parts[0], parts[2], parts[1]), start=1):
+            shutil.copy(part, tmp_path / f"x-{number:05}-of-00003.gguf")
+        message = refusal(lambda: moqa.evaluate(tmp_path / parts[0].name, [texts["wiki"]], against=model))
+        assert "x-00002-of-00003.gguf is part 3 of 3: name parts as llama-gguf-split does" in message
+
+    def test_a_part_that_lost_its_name_is_refused(self, model, parts, texts, tmp_path):
+        shutil.copy(parts[1], tmp_path / "x.gguf")
+        message = refusal(lambda: moqa.evaluate(tmp_path / "x.gguf", [texts["wiki"]], against=model))
+        assert "x.gguf is part 2 of 3: name parts as llama-gguf-split does" in message
+
     def test_a_file_of_another_family_is_refused(self, file, texts, tmp_path):
         other = make_model(tmp_path / "llama", "llama")
         message = refusal(lambda: moqa.evaluate(file, [texts["wiki"]], against=other))
@@ -251,3 +281,22 @@ class TestGguf:
         ours, theirs = open_model(folder), open_model(beside, imported=True)
         for name, tensor in ours.model.state_dict().items():
             assert torch.equal(theirs.model.state_dict()[name], tensor), name
+
+
+def divided(file: Path, folder: Path, count: int) -> list[Path]:
+    """A GGUF file in parts: settings in the first, tensors in all."""
+    folder.mkdir()
+    whole = GGUFReader(file)
+    parts = [folder / f"x-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+    for number, part in enumerate(parts):
+        writer = GGUFWriter(part, whole.fields["general.architecture"].contents())
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(whole.tensors))
+        for tensor in whole.tensors[number::count]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return parts

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moqa.errors import MoqaError
+from moqa.gguf.parts import parts_of
 from moqa.originals import folder as original
 from moqa.originals.hub import on_disk
 from moqa.storage.files import check_inside
@@ -25,11 +26,11 @@ def folder_of(model: str | Path, against: str | Path | None) -> Iterator[Path]:
     PosixPath('reference/model')
 
     Args:
-        model: folder, Hub id, or path of a GGUF file.
+        model: folder, Hub id, or path of a GGUF file or of one of its parts.
         against: the original, if it is known: its configuration and tokenizer are those of the file.
 
     Raises:
-        MoqaError: if it is missing, or a GGUF file comes without its original.
+        MoqaError: if it or a part is missing, or a GGUF file comes without its original.
     """
     path = Path(model)
     if path.suffix != _SUFFIX or not path.is_file():
@@ -37,7 +38,7 @@ def folder_of(model: str | Path, against: str | Path | None) -> Iterator[Path]:
         return
     if against is None:
         raise MoqaError(f"{model} has no config.json of transformers", "give the original with --against MODEL")
-    folder = original.locate(against)
+    folder, parts = original.locate(against), parts_of(path)
     with temporary_folder() as temporary:
         for companion in {file for pattern in _COMPANIONS for file in folder.glob(pattern)}:
             try:
@@ -45,5 +46,6 @@ def folder_of(model: str | Path, against: str | Path | None) -> Iterator[Path]:
             except OSError as error:
                 raise MoqaError(f"{companion} cannot be copied", error.strerror or str(error)) from None
             shutil.copyfile(companion, temporary / companion.name)
-        (temporary / path.name).symlink_to(path.resolve())
+        for part in parts:
+            (temporary / part.name).symlink_to(part.resolve())
         yield temporary

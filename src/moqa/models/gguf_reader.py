@@ -1,6 +1,6 @@
 """A model in a GGUF file, with the configuration and tokenizer of its original beside it, as if it were plain."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moqa.errors import MoqaError, one_line
 from moqa.gguf.families import find_family, is_full
+from moqa.gguf.parts import parts_of
 from moqa.models.load import stored_shapes
 from moqa.originals import OriginalReader
 from moqa.originals.blocks import Blocks, Part
@@ -18,28 +19,29 @@ from moqa.storage.files import check_file
 from moqa.tasks.names import depth
 
 if TYPE_CHECKING:
-    from gguf import ReaderTensor
+    from gguf import GGUFReader, ReaderTensor
     from transformers import PretrainedConfig
 
 # what a file may have that is no weight of the model
 _COMPUTED = ("rope_freqs.weight",)
 
 
-def gguf_file(folder: Path) -> Path | None:
-    """The GGUF file of a folder that holds no safetensors; None if there is none.
+def gguf_files(folder: Path) -> list[Path]:
+    """The GGUF files of a folder that holds no safetensors: one, or the parts of one model.
 
-    >>> gguf_file(Path("reference/model")) is None
-    True
+    >>> gguf_files(Path("reference/model"))
+    []
 
     Raises:
-        MoqaError: if there are several.
+        MoqaError: if they are those of several models, or a part is missing.
     """
     files = sorted(folder.glob("*.gguf"))
     if not files or any(folder.glob("*.safetensors")):
-        return None
-    if len(files) > 1:
-        raise MoqaError(f"{folder} holds {len(files)} GGUF files", "merge a split model with llama-gguf-split --merge")
-    return files[0]
+        return []
+    parts = parts_of(files[0])
+    if files != parts:
+        raise MoqaError(f"{folder} holds {len(files)} GGUF files", "leave those of one model")
+    return parts
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,17 @@ class GgufReader(OriginalReader):
 
     Args:
         folder: with the file, `config.json` and the tokenizer.
-        path: of the file.
+        paths: of the file, or of its parts.
         config: of the model.
 
     Raises:
-        MoqaError: if the file is damaged, belongs to another model, or moqa does not read its family or a type.
+        MoqaError: if a file is damaged, belongs to another model, or moqa does not read its family or a type.
     """
 
-    def __init__(self, folder: Path, path: Path, config: "PretrainedConfig") -> None:
+    def __init__(self, folder: Path, paths: Sequence[Path], config: "PretrainedConfig") -> None:
         self.folder = folder
         self._raw, self._files = {}, {}
-        matrices = _matrices(path, config)
+        matrices = _matrices(paths, config)
         self._blocks: dict[str, Blocks] = dict(matrices)
         self._stored = {matrix.stored.name: matrix.stored for matrix in matrices.values()}
         self.headers = {name: {"dtype": "F32", "shape": [*blocks.shape]} for name, blocks in self._blocks.items()}
@@ -102,10 +104,9 @@ class GgufReader(OriginalReader):
         )
 
 
-def _matrices(path: Path, config: "PretrainedConfig") -> Mapping[str, GgufMatrix]:
-    family, layers = find_family(config), depth(config)
-    fields, stored = _opened(path)
-    architecture = fields.get("general.architecture")
+def _matrices(paths: Sequence[Path], config: "PretrainedConfig") -> Mapping[str, GgufMatrix]:
+    family, layers, path = find_family(config), depth(config), paths[0]
+    architecture, stored = _opened(paths)
     if architecture != family.architecture:
         raise MoqaError(f"{path} is a {architecture}", f"config.json beside it says {family.architecture}")
     found, unused = {}, dict(stored)
@@ -126,19 +127,42 @@ def _matrices(path: Path, config: "PretrainedConfig") -> Mapping[str, GgufMatrix
     return found
 
 
-def _opened(path: Path) -> tuple[dict[str, Any], "dict[str, ReaderTensor]"]:
-    """Fields that are short, and tensors, of a file."""
+def _opened(paths: Sequence[Path]) -> tuple[str | None, "dict[str, ReaderTensor]"]:
+    """Architecture and tensors of a model."""
+    found: dict[str, ReaderTensor] = {}
+    readers = [_reader(path) for path in paths]
+    for number, (path, reader) in enumerate(zip(paths, readers, strict=True)):
+        part, count = _field(path, reader, "split.no") or 0, _field(path, reader, "split.count") or 1
+        if (part, count) != (number, len(paths)):
+            raise MoqaError(f"{path} is part {part + 1} of {count}", "name parts as llama-gguf-split does")
+        for tensor in reader.tensors:
+            if tensor.name in found:
+                raise MoqaError(f"{path} holds {tensor.name}", "an earlier part does, too")
+            found[tensor.name] = tensor
+    total = _field(paths[0], readers[0], "split.tensors.count")
+    if total is not None and total != len(found):
+        raise MoqaError(f"{paths[0]} says that the model has {total} tensors", f"its parts hold {len(found)}")
+    return _field(paths[0], readers[0], "general.architecture"), found
+
+
+def _reader(path: Path) -> "GGUFReader":
     try:
         from gguf import GGUFReader
     except ImportError:
         raise MoqaError(f"{path} needs the package gguf", "pip install 'moqa[gguf]'") from None
     try:
         check_file(path)
-        reader = GGUFReader(path)
-        field = reader.fields.get("general.architecture")
-        fields = {} if field is None else {"general.architecture": field.contents()}
+        return GGUFReader(path)
     except OSError as error:
         raise MoqaError(f"{path} cannot be read", error.strerror or str(error)) from None
     except Exception as error:  # it raises many kinds of errors for what it does not expect
         raise MoqaError(f"{path} is no sound GGUF file", one_line(error)) from None
-    return fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _field(path: Path, reader: "GGUFReader", name: str) -> Any:
+    """A field that is no list; None if the file has none of this name."""
+    field = reader.fields.get(name)
+    try:
+        return None if field is None else field.contents()
+    except Exception as error:  # as above
+        raise MoqaError(f"{path} is no sound GGUF file", one_line(error)) from None

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moqa.models.gguf_reader import GgufReader, gguf_file
+from moqa.models.gguf_reader import GgufReader, gguf_files
 from moqa.models.load import read_config
 from moqa.originals import OriginalReader
 from moqa.originals.folder import weight_files
@@ -24,14 +24,14 @@ def open_stored(folder: Path, imported: bool = False) -> tuple["PretrainedConfig
     Args:
         folder: of the model.
         imported: whether models that another tool has quantized are read, too: GPTQ, AWQ and compressed-tensors, and a
-            GGUF file with the original's `config.json` and tokenizer beside it.
+            GGUF model with the original's `config.json` and tokenizer beside it.
 
     Raises:
         MoqaError: see `read_config`, `OriginalReader` and `GgufReader`.
     """
     config = read_config(folder, imported=imported)
-    path = gguf_file(folder) if imported else None
-    return config, OriginalReader(folder, imported) if path is None else GgufReader(folder, path, config)
+    paths = gguf_files(folder) if imported else []
+    return config, GgufReader(folder, paths, config) if paths else OriginalReader(folder, imported)
 
 
 def stored_files(folder: Path) -> list[Path]:
@@ -43,8 +43,7 @@ def stored_files(folder: Path) -> list[Path]:
     Raises:
         MoqaError: if there are none.
     """
-    path = gguf_file(folder)
-    return weight_files(folder) if path is None else [path]
+    return gguf_files(folder) or weight_files(folder)
 
 
 def imported_format(folder: Path) -> str | None:
@@ -55,4 +54,4 @@ def imported_format(folder: Path) -> str | None:
     """
     options = read_object(folder / "config.json").get("quantization_config")
     method = options.get("quant_method") if isinstance(options, dict) else None
-    return "gguf" if gguf_file(folder) is not None else str(method) if method in IMPORTED else None
+    return "gguf" if gguf_files(folder) else str(method) if method in IMPORTED else None
