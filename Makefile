@@ -123,14 +123,14 @@ test-vllm: .peers/vllm/.ready
 peers: setup .peers/llmcompressor/.ready .peers/gptqmodel/.ready
 	$(BIN)/python benchmarks/peers.py --llmcompressor .peers/llmcompressor/bin/python --gptqmodel .peers/gptqmodel/bin/python
 
-# llama.cpp's own tool, from the source that its Python package brings: 15 minutes, once
+# llama.cpp's own tools, from the source that its Python package brings: 15 minutes, once
 .peers/llama.cpp/.ready: $(VENV)/.ready
 	mkdir -p $(@D)
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt gguf
 	$(BIN)/pip download --disable-pip-version-check -q --no-deps --no-binary :all: -c constraints.txt -d $(@D) llama-cpp-python
 	tar -xzf $(@D)/llama_cpp_python-*.tar.gz -C $(@D) --strip-components=1
 	cmake -S $(@D)/vendor/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DBUILD_SHARED_LIBS=OFF
-	cmake --build $(@D)/build --target llama-quantize -j2
+	cmake --build $(@D)/build --target llama-quantize llama-imatrix -j2
 	touch $@
 
 # quality from 1.4 to 4.3 bits beside llama.cpp's, a second model, and AutoRound: hours

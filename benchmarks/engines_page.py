@@ -29,6 +29,10 @@ tokens per second of decoding on one thread, as one run had it.
 
 {llama}
 
+The same mixes with the importance matrix that `llama-imatrix` makes of the text of the same windows:
+
+{importance}
+
 ## vLLM with moqa's plug-in
 A checkpoint with ties `unit` at the most bits above, in groups of 64 and 128 that two processes can divide, served by
 vLLM {vllm} on the CPU in bfloat16, not compiled: the largest difference between its logits after a prompt of 128 tokens
@@ -58,8 +62,8 @@ def write(rows: Sequence[dict]) -> None:
     text = TEXT if served and len(speed) == len(_FORMATS) else TEXT[: TEXT.index("\n## vLLM")]
     any_row, first = next(iter(speed.values()), {}), next(iter(served), {})
     PAGE.write_text(text.format(
-        ties=_ties(rows), llama=_llama(rows), windows=rows[0]["windows"], vllm=first.get("version"),
-        served=_served(served), requests=any_row.get("requests"), speed=_speed(speed),
+        ties=_ties(rows), llama=_llama(rows), importance=_importance(rows), windows=rows[0]["windows"],
+        vllm=first.get("version"), served=_served(served), requests=any_row.get("requests"), speed=_speed(speed),
     ))  # fmt: skip
 
 
@@ -93,6 +97,15 @@ def _llama(rows: Sequence[dict]) -> str:
                 *(f"{row['decode_tokens_per_second']:.0f}" for row in (theirs, ours)),
             ]  # fmt: skip
             lines.append(f"| {mix} | {' | '.join(pairs)} |")
+    return "\n".join(lines)
+
+
+def _importance(rows: Sequence[dict]) -> str:
+    found = _by_setting(rows)
+    lines = ["| mix | of `moqa export --to imatrix`, KL known / novel | of `llama-imatrix` |", "|---|---:|---:|"]
+    for kind, mix in found:
+        if kind == "llama-imatrix":
+            lines.append(f"| {mix} | {_kl(found['llama-quantize', mix])} | {_kl(found[kind, mix])} |")
     return "\n".join(lines)
 
 

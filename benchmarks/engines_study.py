@@ -1,6 +1,7 @@
 """What each engine's ties cost: KL divergence at equal bytes on the reference model, and llama.cpp's own mixes beside.
 
-At the bytes of llama-quantize's own mixes, with the importance that moqa exports from the same windows: moqa's plans
+At the bytes of llama-quantize's own mixes, with the importance that moqa exports from the same windows, and with what
+llama-imatrix makes of their text: moqa's plans
 with ties unit, expert, layer_projection and layer in its own runtime; a plan for llama.cpp, exported and read
 again from the file; and, where 4 bits fit, a plan for vLLM from its exported folder. Files for llama.cpp are also
 opened by it, and checkpoints by vLLM, in one and in two processes: largest difference between their logits and those of
@@ -38,7 +39,7 @@ from moqa.storage.artifact import write_sealed
 
 RUNS = ROOT / "runs" / "engines"
 SUMMARY = RUNS / "summary.json"
-QUANTIZE = ROOT / ".peers" / "llama.cpp" / "build" / "bin" / "llama-quantize"
+TOOLS = ROOT / ".peers" / "llama.cpp" / "build" / "bin"
 # 2.6, 3.4 and 4.5 bits per weight
 MIXES = ("IQ2_M", "Q3_K_S", "Q4_K_S")
 TIES = ("unit", "expert", "layer_projection", "layer")
@@ -59,15 +60,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 256 tokens per text")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows per known text")
-    parser.add_argument("--quantize", type=Path, default=QUANTIZE, help="llama-quantize")
+    parser.add_argument("--tools", type=Path, default=TOOLS, help="folder of llama-quantize and llama-imatrix")
     options = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
-    study = Study(Model("reference", MODEL, RUNS, options.samples, options.windows), options.quantize)
+    study = Study(Model("reference", MODEL, RUNS, options.samples, options.windows), options.tools)
     budgets = {}
     for mix in MIXES:
-        theirs = study.row(f"llama-quantize {mix}", partial(study.mixed, mix))
+        theirs = study.row(f"llama-quantize {mix}", partial(study.mixed, mix, study.importance))
         budgets[mix] = f"{theirs['bits_per_weight']}bpw"
         study.row(f"plan at {mix}", partial(study.llama, budgets[mix]))
+        study.row(f"llama-imatrix {mix}", partial(study.mixed, mix, study.their_importance))
     study.row(f"vllm at {MIXES[-1]}", partial(study.vllm, budgets[MIXES[-1]]))
     for kind in ("bfloat16", "packed"):
         study.row(f"requests {kind}", partial(study.requests, kind))
@@ -81,8 +83,8 @@ def main() -> None:
 class Study:
     """Measurements on one model."""
 
-    def __init__(self, model: Model, quantize: Path) -> None:
-        self._model, self._quantize, self._out = model, quantize, model.runs / "out"
+    def __init__(self, model: Model, tools: Path) -> None:
+        self._model, self._tools, self._out = model, tools, model.runs / "out"
 
     def rows(self) -> list[dict]:
         return json.loads(SUMMARY.read_text())["rows"] if SUMMARY.exists() else []
@@ -161,18 +163,38 @@ class Study:
         """A plan for llama.cpp."""
         return self._in_llama_cpp(self._exported("llama", budget=budget), "moqa")
 
-    def mixed(self, kind: str) -> dict:
+    def mixed(self, kind: str, importance: Callable[[], Path]) -> dict:
         """llama.cpp's own mix of a file type."""
-        importance, plain = RUNS / "imatrix.gguf", RUNS / "plain.gguf"
-        if not importance.exists():
-            moqa.export(self.profile.folder, importance, to="imatrix")
-        if not plain.exists():
-            self._exported("plain", strategy="uniform", widths=(16,))
         made = RUNS / "mixed.gguf"
-        command = [self._quantize, "--imatrix", importance, "--token-embedding-type", "bf16"]
-        command += ["--output-tensor-type", "bf16", plain, made, kind, "1"]
-        subprocess.run(command, check=True, capture_output=True)
+        command = ["--imatrix", importance(), "--token-embedding-type", "bf16", "--output-tensor-type", "bf16"]
+        self._run("llama-quantize", *command, self._plain(), made, kind, "1")
         return self._in_llama_cpp(made, "llama-quantize")
+
+    def importance(self) -> Path:
+        """The importance matrix that moqa exports."""
+        path = RUNS / "imatrix.gguf"
+        if not path.exists():
+            moqa.export(self.profile.folder, path, to="imatrix")
+        return path
+
+    def their_importance(self) -> Path:
+        """The one that llama-imatrix makes of the text of all samples, the model's own among them."""
+        path, text = RUNS / "llama-imatrix.gguf", RUNS / "samples.txt"
+        if not path.exists():
+            windows = torch.cat([self.profile.samples(name) for name in self.profile.names])
+            reader = open_model(MODEL).task.reader(MODEL)
+            text.write_text("".join(reader.decode(window) for window in windows))
+            command = ["-f", text, "-c", str(CONTEXT), "-b", str(CONTEXT), "--no-ppl", "-t", "1"]
+            self._run("llama-imatrix", "-m", self._plain(), *command, "-o", path)
+        return path
+
+    def _plain(self) -> Path:
+        """The original in 16 bits."""
+        path = RUNS / "plain.gguf"
+        return path if path.exists() else self._exported("plain", strategy="uniform", widths=(16,))
+
+    def _run(self, tool: str, *arguments: object) -> None:
+        subprocess.run([self._tools / tool, *arguments], check=True, capture_output=True)
 
     def vllm(self, budget: str) -> dict:
         """A plan for vLLM, measured from the folder that it would load."""
