@@ -18,6 +18,7 @@ from moqa.methods.registry import METHODS
 from moqa.planning.engines import ENGINES
 from moqa.planning.registry import STRATEGIES, strategy
 from moqa.planning.run import read_plan
+from moqa.training.optimizers import OPTIMIZERS
 
 SMALL = moqa.CompressOptions(samples=4, context=32, self_samples=2, method="rtn")
 
@@ -85,6 +86,8 @@ class TestCompress:
             (None, {}, "--strategy auto needs a budget: give --bpw, --size or --fit"),
             ("6bpw", {"strategy": "magic"}, "--strategy magic is unknown: there are alphaq, attention-first, auto, "),
             ("6bpw", {"method": "awq"}, "--method awq is unknown: there are gptq, rtn, gptq-affinity, gptq-plain"),
+            ("6bpw", {"recover": "3", "optimizer": "adam"}, "--optimizer adam is unknown: there are adamw, muon, sgd"),
+            ("6bpw", {"optimizer": "muon"}, "--optimizer muon has nothing to train: give --recover 15m"),
             ("6bpw", {"cache": "3x"}, "--cache 3x"),
             ("6bpw", {"ties": "all"}, "--ties all is unknown"),
         ],
@@ -191,7 +194,7 @@ def test_help_of_every_registry_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "light"
     text = " ".join(done.stdout.split())
-    assert all(name in text for name in (*STRATEGIES, *METHODS, *EXECUTORS))
+    assert all(name in text for name in (*STRATEGIES, *METHODS, *EXECUTORS, *OPTIMIZERS))
     assert all(member.help and f"{name} {member.help}"[:40] in text for name, member in STRATEGIES.items())
 
 

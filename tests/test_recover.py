@@ -34,6 +34,7 @@ from moqa.training import recover, trains_whole
 from moqa.training.length import TrainingLength
 from moqa.training.loop import scheduled
 from moqa.training.routing import Routes
+from moqa.training.run import check_training
 from moqa.training.student import Student
 from moqa.training.units import trained_unit
 from moqa.training.write import write_trained
@@ -170,6 +171,19 @@ class TestRecover:
         assert min(steps) == 11
         assert contents(out) == contents(Path(recovered.checkpoint))
         assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+    def test_another_optimizer_is_recorded_and_goes_on_after_a_kill(self, packed, measured, recovered, out, tmp_path):
+        whole = recover(packed, tmp_path / "whole", length="12", profile=measured, optimizer="muon")
+        assert whole.recovery.kept
+        assert whole.recovery.optimizer == "muon"
+        with pytest.raises(Stopped):
+            recover(packed, out, length="12", profile=measured, optimizer="muon", report=stopping(11))
+        said = refusal(recover, packed, out, length="12", profile=measured, optimizer="sgd")
+        assert 'has an unfinished run with optimizer "muon", this one has "sgd"' in said
+        recover(packed, out, length="12", profile=measured, optimizer="muon")
+        assert contents(out) == contents(Path(whole.checkpoint))
+        assert contents(out) != contents(Path(recovered.checkpoint))
+        assert " --recover 12 --optimizer muon --data wiki=FILE" in (out / "README.md").read_text()
 
     def test_in_place(self, packed, measured, recovered, tmp_path):
         shutil.copytree(packed, tmp_path / "out")
@@ -333,6 +347,12 @@ class TestRefusals:
         said = refusal(recover, packed, out, profile=measured, memory=MemoryLimit(2**30, "1GiB"), length="12")
         problem = "--max-memory 1GiB is too small to go on with a training of the whole model"
         assert said == f"{problem}: give as much as before, or --restart"
+
+    def test_an_optimizer(self, packed, measured, tmp_path):
+        said = refusal(recover, packed, tmp_path / "new", profile=measured, length="1", optimizer="adam")
+        assert said == "--optimizer adam is unknown: there are adamw, muon, sgd, soap"
+        said = refusal(check_training, None, "muon")
+        assert said == "--optimizer muon has nothing to train: give --recover 15m, or leave it out"
 
     @pytest.mark.parametrize("text", ["", "0", "0m", "-3", "15 days", "1.5", "nan", "9" * 40])
     def test_length(self, text):

@@ -12,6 +12,7 @@ from moqa.exports.registry import FORMATS
 from moqa.methods.registry import METHODS
 from moqa.planning.engines import ENGINES
 from moqa.planning.registry import STRATEGIES
+from moqa.training.optimizers import OPTIMIZERS
 
 
 def _among(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -40,6 +41,7 @@ Symmetric = Annotated[bool, typer.Option("--symmetric")]
 
 Strategy = Annotated[str, typer.Option("--strategy", autocompletion=_among(lambda: STRATEGIES))]
 Method = Annotated[str, typer.Option("--method", autocompletion=_among(lambda: METHODS))]
+Optimizer = Annotated[str, typer.Option("--optimizer", autocompletion=_among(lambda: OPTIMIZERS))]
 To = Annotated[str, typer.Option("--to", metavar="FORMAT", help="see Formats", autocompletion=_among(lambda: FORMATS))]
 Ties = Annotated[str, typer.Option("--ties", autocompletion=_among(_literals("Ties")))]
 EngineTies = Annotated[

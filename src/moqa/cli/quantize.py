@@ -70,6 +70,7 @@ def quantize(
     symmetric: options.Symmetric = DEFAULTS.symmetric,
     cache: Annotated[str | None, typer.Option("--cache", metavar="SHARE")] = DEFAULTS.cache,
     recover: Annotated[str | None, typer.Option("--recover", metavar="LENGTH")] = DEFAULTS.recover,
+    optimizer: options.Optimizer = DEFAULTS.optimizer,
     proof: Annotated[bool, typer.Option("--proof/--no-proof")] = DEFAULTS.proof,
     overwrite: options.Overwrite = DEFAULTS.overwrite,
     seed: int = DEFAULTS.seed,
@@ -101,7 +102,7 @@ def quantize(
         from moqa.storage.folders import check_free
         from moqa.training import recover as train
         from moqa.training import trains_whole
-        from moqa.training.length import TrainingLength
+        from moqa.training.run import check_training
 
         if data or held_out or ignore or set_width or any(option is not None for option in (bpw, size, fit, batch)):
             raise MoqaError(
@@ -109,6 +110,7 @@ def quantize(
                 "leave out --data, --held-out, --bpw, --size, --fit, --batch, --ignore, --set",
             )
         check_free(out, overwrite)
+        check_training(recover, optimizer)
         chosen = read_plan(plan)
         if dry_run:
             measured = read_profile(profile or chosen.profile)
@@ -125,7 +127,6 @@ def quantize(
             return
         view = None
         if recover is not None:
-            TrainingLength.parse(recover)
             view = open_model(locate(model), keep=False)
             trains_whole(view, executor.memory(memory))  # refuses if it cannot train even one block
         with progress(log_json) as report:
@@ -139,7 +140,7 @@ def quantize(
             if recover is not None:
                 train(
                     out, out, length=recover, profile=measured, model=model, overwrite=True, restart=restart, seed=seed,
-                    report=limited, memory=executor.memory(memory),
+                    optimizer=optimizer, report=limited, memory=executor.memory(memory),
                 )  # fmt: skip
         warn_starved(measured)
         print_checkpoint(out, json)
@@ -156,7 +157,7 @@ def quantize(
         strategy=strategy, ties=ties, hedge=hedge,  # type: ignore[arg-type]
         objective=objective, scope=scope, method=method, profile=profile, samples=samples,  # type: ignore[arg-type]
         context=window, self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
-        overwrite=overwrite, restart=restart, seed=seed, recover=recover,
+        overwrite=overwrite, restart=restart, seed=seed, recover=recover, optimizer=optimizer,
         **candidates_of(widths, encodings, groups, floor, ignore, set_width),
     )  # fmt: skip
     budget = memory_budget(model, fit, context=context, batch=batch or 1) if fit else Budget.parse(bpw, size)

@@ -10,6 +10,7 @@ from moqa.cli.app import app
 from moqa.cli.common import print_table, say, write_result
 from moqa.cli.progress import LogOption, logged, progress
 from moqa.cli.progress.limits import time_limited
+from moqa.training.optimizers import DEFAULT_OPTIMIZER
 
 if TYPE_CHECKING:
     from moqa.training import Recovered
@@ -29,6 +30,7 @@ def recover(
     model: Annotated[
         str | None, typer.Option("--model", help="the original [default: where the checkpoint was made from]")
     ] = None,
+    optimizer: options.Optimizer = DEFAULT_OPTIMIZER,
     seed: int = 0,
     max_memory: options.MaxMemory = None,
     time_limit: options.TimeLimit = None,
@@ -45,8 +47,8 @@ def recover(
     with progress(log_json) as report:
         result = run(
             checkpoint, out, length=length, profile=read_profile(profile) if profile else None, model=model, seed=seed,
-            memory=MemoryLimit.parse(max_memory) if max_memory else None, overwrite=overwrite, restart=restart,
-            report=time_limited(report, time_limit),
+            optimizer=optimizer, memory=MemoryLimit.parse(max_memory) if max_memory else None, overwrite=overwrite,
+            restart=restart, report=time_limited(report, time_limit),
         )  # fmt: skip
     print_recovered(result)
     write_result({"checkpoint": result.checkpoint, **result.recovery.model_dump()}, json)

@@ -25,7 +25,7 @@ from moqa.profiling.store import RECORD
 from moqa.quantization.cache import parse_cache
 from moqa.storage.folders import check_free
 from moqa.tasks import task_of
-from moqa.training.length import TrainingLength
+from moqa.training.run import check_training
 
 
 class CompressJob:
@@ -62,8 +62,7 @@ class CompressJob:
         check_group_size(options.group_size)
         if options.cache is not None:
             parse_cache(options.cache)
-        if options.recover is not None:
-            TrainingLength.parse(options.recover)
+        check_training(options.recover, options.optimizer)
         if not is_unfinished(self.out, options.proof):
             check_free(self.out, options.overwrite)
         self.budget = Budget.of(budget) if isinstance(budget, str) else budget

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from moqa.methods.registry import DEFAULT_METHOD, METHODS
 from moqa.planning.registry import DEFAULT_ENCODINGS, DEFAULT_STRATEGY, STRATEGIES
+from moqa.training.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 
 if TYPE_CHECKING:
     from moqa.planning.engines import Ties
@@ -61,6 +62,7 @@ class CompressOptions:
     recover: str | None = _option(
         None, "then train scales and small tensors, at no bytes: a time such as 15m, or steps such as 300"
     )
+    optimizer: str = _option(DEFAULT_OPTIMIZER, "of the training: {optimizers}")
     proof: bool = _option(True, "compare with baselines on held-out text")
     overwrite: bool = _option(False, "replace an existing output of moqa")
     restart: bool = _option(False, "start again, discarding what an interrupted run has finished")
@@ -72,7 +74,7 @@ _HELP: dict[str, str] = {option.name: option.metadata.get("help", "") for option
 
 
 def help_of(name: str) -> str | None:
-    """Help text of a field, with the registered strategies and methods filled in; None if there is no such field.
+    """Help text of a field, with the names of registered members filled in; None if there is no such field.
 
     >>> help_of("method")
     'gptq, rtn, gptq-affinity or gptq-plain'
@@ -84,6 +86,7 @@ def help_of(name: str) -> str | None:
         "{users}": lambda: one_of([n for n, member in STRATEGIES.items() if name in member.options]),
         "{mixing}": lambda: one_of([n for n, member in STRATEGIES.items() if member.mixes]),
         "{methods}": lambda: one_of(list(METHODS)),
+        "{optimizers}": lambda: one_of(list(OPTIMIZERS)),
     }
     for word, names in words.items():
         if word in text:

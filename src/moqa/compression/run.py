@@ -148,6 +148,6 @@ def _quantized(job: CompressJob, view: ModelView, report: Report) -> CompressRes
     if options.recover is not None and read_checkpoint(job.out).manifest.recovery is None:
         recover(
             job.out, job.out, length=options.recover, profile=measured, model=job.folder, overwrite=True,
-            restart=options.restart, seed=options.seed, report=report, memory=job.memory,
+            restart=options.restart, seed=options.seed, optimizer=options.optimizer, report=report, memory=job.memory,
         )  # fmt: skip
     return CompressResult(job.out, chosen, measured, job.budget)

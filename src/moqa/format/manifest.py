@@ -80,6 +80,9 @@ class Recovery(BaseModel, frozen=True):
     before: float = Field(description="KL divergence from the original on samples that were held out from the training")
     after: float = Field(description="the same at its end")
     kept: bool = Field(description="whether its result is stored; else it was not better")
+    optimizer: str = Field(
+        "adamw", description="that took the steps, if not the usual one", exclude_if=lambda name: name == "adamw"
+    )
     routing_before: float | None = Field(
         None, description="share of the experts of a token, on these samples, that are its experts in the original, too"
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from moqa.format.manifest import CARD, Manifest
+from moqa.format.manifest import CARD, Manifest, Recovery
 from moqa.format.reader import Checkpoint
 from moqa.storage.artifact import write_whole
 from moqa.storage.files import read_text
@@ -87,7 +87,7 @@ def write_card(folder: Path, manifest: Manifest, original: Path) -> None:
         widths=", ".join(f"{count} of {width} bits" for width, count in widths.items()),
         groups=", ".join(map(str, groups)) or "-",
         mixture=", ".join(f"{share:.0%} {name}" for name, share in manifest.mixture.items()),
-        data=("" if recovery is None else f" --recover {recovery.steps}")
+        data=_recovered(recovery)
         + "".join(f" --data {name}=FILE" for name in manifest.fitted),
         trained="no" if recovery is None
         else f"{recovery.steps} steps{' of each block' if recovery.blockwise else ''}, on the same texts",
@@ -104,6 +104,14 @@ def add_results(folder: Path, table: str) -> None:
     if card.is_file():
         above, loading, below = card.read_text(encoding="utf-8").partition(_LOADING)
         write_whole(card, f"{above.partition(_RESULTS)[0]}{_RESULTS}{table}{loading}{below}")
+
+
+def _recovered(recovery: Recovery | None) -> str:
+    """Options of a training."""
+    if recovery is None:
+        return ""
+    usual = recovery.optimizer == Recovery.model_fields["optimizer"].default
+    return f" --recover {recovery.steps}" + ("" if usual else f" --optimizer {recovery.optimizer}")
 
 
 def _hub_id(folder: Path) -> str | None:

@@ -19,6 +19,7 @@ from moqa.storage.resumable import ResumableRun
 from moqa.training.divergence import divergence, log_probabilities
 from moqa.training.length import TrainingLength
 from moqa.training.loop import NotFiniteError, Training, step_seconds
+from moqa.training.optimizers import DEFAULT_OPTIMIZER
 from moqa.training.routing import Routes
 from moqa.training.samples import batched, seeded
 from moqa.training.student import Student
@@ -45,12 +46,15 @@ class BlockwiseTraining:
         work: where finished blocks and hidden states are.
         seed: of the order of the samples.
         report: called per step.
+        optimizer: name of a registered one.
     """
 
     def __init__(
-        self, view: ModelView, packed: Checkpoint, profile: Profile, work: ResumableRun, *, seed: int, report: Report
-    ) -> None:
+        self, view: ModelView, packed: Checkpoint, profile: Profile, work: ResumableRun, *, seed: int, report: Report,
+        optimizer: str = DEFAULT_OPTIMIZER,
+    ) -> None:  # fmt: skip
         self._view, self._packed, self._profile, self._work = view, packed, profile, work
+        self._optimizer = optimizer
         self._seed, self._report, self._stages = seed, report, LayerwiseModel(view.model)
         mixture = packed.manifest.mixture
         batches = list(batched(self._stages.task, {name: profile.samples(name) for name in mixture}, mixture))
@@ -78,7 +82,7 @@ class BlockwiseTraining:
         notes = [self._work.done(_note(block)) or {} for block in range(depth)]
         return Recovery(
             steps=(self._work.done("length") or {"steps": 0})["steps"], before=before, after=after,
-            kept=after < before, blockwise=True,
+            kept=after < before, blockwise=True, optimizer=self._optimizer,
             routing_before=_mean(note["routing_before"] for note in notes),
             routing_after=_mean(note["routing_after"] for note in notes),
         )  # fmt: skip
@@ -132,7 +136,7 @@ class BlockwiseTraining:
             begun = {"steps": wanted.count(seconds)}
             self._work.mark_done("length", begun)
         before = held_out()
-        training = Training(student.parameters(), loss_of_step, begun["steps"], rate, _training(block))
+        training = Training(student.parameters(), loss_of_step, begun["steps"], rate, _training(block), self._optimizer)
         try:
             training.run(self._work, partial(self._reported, block))
         except NotFiniteError as error:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from moqa.progress import Report
 from moqa.storage.resumable import ResumableRun
+from moqa.training.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
+from moqa.training.optimizers.state import put_together, taken_apart
 
 # share of the steps in which the rate rises; then it falls by half a cosine
 _WARM_UP = 0.05
-_BETAS = (0.9, 0.95)
 _SAVE_EVERY = 10
 # steps by which the time of one is measured
 _TIMED = 3
@@ -30,9 +32,10 @@ class Training:
     Attributes:
         parameters: all of about the same size.
         loss: of a step, with gradients.
-        steps: of the optimizer, AdamW.
+        steps: of the optimizer.
         rate: largest learning rate.
         name: of what is saved.
+        optimizer: name of a registered one.
     """
 
     parameters: list[nn.Parameter]
@@ -40,6 +43,7 @@ class Training:
     steps: int
     rate: float
     name: str = "training"
+    optimizer: str = DEFAULT_OPTIMIZER
 
     def run(self, work: ResumableRun, report: Report) -> None:
         """Train, going on after the last saved step.
@@ -47,37 +51,38 @@ class Training:
         Raises:
             NotFiniteError: if a loss is not a number; the parameters are those of the last step that was saved.
         """
-        optimizer = torch.optim.AdamW(self.parameters, lr=self.rate, betas=_BETAS, weight_decay=0.0)
-        done = self._restored(work, optimizer)
+        optimizers = OPTIMIZERS.find(self.optimizer).make(self.parameters, self.rate)
+        done = self._restored(work, optimizers)
         mean = None
         for step in range(done, self.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = self.rate * scheduled(step, self.steps)
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+                for group in optimizer.param_groups:
+                    group["lr"] = self.rate * scheduled(step, self.steps)
             loss = self.loss(step)
             value = float(loss.detach())
             if not math.isfinite(value):
-                self._restored(work, optimizer)
+                self._restored(work, optimizers)
                 raise NotFiniteError(f"step {step + 1} of {self.steps}")
             loss.backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             mean = value if mean is None else 0.9 * mean + 0.1 * value
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == self.steps:
-                self._save(work, optimizer, step + 1)
+                self._save(work, optimizers, step + 1)
             report("recover", step + 1, self.steps, loss=mean)
 
-    def _save(self, work: ResumableRun, optimizer: torch.optim.Optimizer, step: int) -> None:
-        state = {f"parameter-{number}": parameter.detach() for number, parameter in enumerate(self.parameters)}
-        for number, moments in optimizer.state_dict()["state"].items():
-            state |= {f"{key}-{number}": value for key, value in moments.items()}
-        work.save(f"{self.name}-{step}", state)
+    def _save(self, work: ResumableRun, optimizers: list[Optimizer], step: int) -> None:
+        trained = {f"parameter-{number}": parameter.detach() for number, parameter in enumerate(self.parameters)}
+        tensors, rest = taken_apart(optimizers)
+        work.save(f"{self.name}-{step}", trained | tensors)
         before = work.done(self.name)
-        work.mark_done(self.name, {"step": step})
+        work.mark_done(self.name, {"step": step, "optimizers": rest})
         if before is not None and before["step"] != step:
             work.remove(f"{self.name}-{before['step']}")
 
     @torch.no_grad()
-    def _restored(self, work: ResumableRun, optimizer: torch.optim.Optimizer) -> int:
+    def _restored(self, work: ResumableRun, optimizers: list[Optimizer]) -> int:
         """Load the last saved step, or the beginning; returns its number."""
         done = work.done(self.name)
         if done is None:
@@ -85,14 +90,9 @@ class Training:
                 parameter.zero_()
             return 0
         saved = work.load(f"{self.name}-{done['step']}")
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in saved.items():
-            kind, _, number = key.rpartition("-")
-            if kind == "parameter":
-                self.parameters[int(number)].copy_(value)
-            else:
-                moments.setdefault(int(number), {})[kind] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        for number, parameter in enumerate(self.parameters):
+            parameter.copy_(saved[f"parameter-{number}"])
+        put_together(optimizers, saved, done["optimizers"])
         return int(done["step"])
 
 

@@ -26,6 +26,7 @@ from moqa.training.blockwise import BlockwiseTraining
 from moqa.training.length import TrainingLength
 from moqa.training.loop import NotFiniteError, Training
 from moqa.training.memory import trains_whole
+from moqa.training.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from moqa.training.samples import TrainingSamples
 from moqa.training.student import Student
 from moqa.training.teaching import Teaching
@@ -63,6 +64,7 @@ def recover(
     overwrite: bool = False,
     restart: bool = False,
     seed: int = 0,
+    optimizer: str = DEFAULT_OPTIMIZER,
     report: Report = quiet,
     memory: MemoryLimit | None = None,
 ) -> Recovered:
@@ -86,17 +88,21 @@ def recover(
         overwrite: replace a checkpoint that exists at `out`.
         restart: start again from the beginning and discard what an earlier run has finished.
         seed: of the order of the samples.
+        optimizer: name of a registered one: adamw, muon, sgd or soap.
         report: called with the progress, see `moqa.progress.Report`.
         memory: memory that the process may take; None means all free memory.
 
     Raises:
         MoqaError: if the checkpoint, the original or the profile is missing, damaged or another one's, a sample is not
-            enough to hold one out, the memory is too small for one block, or `out` exists.
+            enough to hold one out, the optimizer is unknown or its package missing, the memory is too small for one
+            block, or `out` exists.
 
     Training of scales by the original's predictions is part of SiLQ (arXiv 2507.16933), and of EfficientQAT (arXiv
     2407.11062), which also freezes the integers.
     """
-    out, wanted, began = Path(out), TrainingLength.parse(length), time.perf_counter()
+    out, began = Path(out), time.perf_counter()
+    check_training(length, optimizer)
+    wanted = TrainingLength.parse(length)
     packed = open_checkpoint(on_disk(checkpoint))
     manifest = packed.manifest
     folder = _original(packed) if model is None else original.locate(model)
@@ -105,7 +111,7 @@ def recover(
         raise MoqaError(f"{folder} is not the model that {checkpoint} was made from", f"it has other {other}")
     known = _checked(profile or _profile_of(packed), packed)
     job = as_json({
-        "moqa": __version__, "checkpoint": manifest.checksum, "length": length, "seed": seed,
+        "moqa": __version__, "checkpoint": manifest.checksum, "length": length, "seed": seed, "optimizer": optimizer,
         "samples": known.digest(manifest.mixture),
     })  # fmt: skip
     if tidy(out) == job and (done := open_checkpoint(out).manifest.recovery) is not None:
@@ -124,17 +130,41 @@ def recover(
         work.mark_done("begun", {"whole": begun})
         trained: Trained
         if begun:
-            trained, recovery = _train_whole(view, packed, known, work, wanted, seed=seed, report=report)
+            trained, recovery = _train_whole(
+                view, packed, known, work, wanted, seed=seed, report=report, optimizer=optimizer
+            )  # fmt: skip
         else:
-            trained = BlockwiseTraining(view, packed, known, work, seed=seed, report=report)
+            trained = BlockwiseTraining(view, packed, known, work, seed=seed, report=report, optimizer=optimizer)
             recovery = trained.run(wanted, _RATE)
         write_trained(packed, trained if recovery.kept else None, work.result, recovery, folder)
     return Recovered(str(out), recovery, time.perf_counter() - began)
 
 
+def check_training(length: str | None, optimizer: str) -> None:
+    """Refuse a training that could not begin, before anything else is done.
+
+    >>> check_training("15m", "adam")
+    Traceback (most recent call last):
+    moqa.errors.MoqaError: --optimizer adam is unknown: there are adamw, muon, sgd, soap
+
+    Args:
+        length: as users type it; None if nothing is to be trained.
+        optimizer: as users type it.
+
+    Raises:
+        MoqaError: if it is no length, the optimizer is unknown or its package is missing, or there is nothing for it to
+            train.
+    """
+    OPTIMIZERS.find(optimizer)
+    if length is not None:
+        TrainingLength.parse(length)
+    elif optimizer != DEFAULT_OPTIMIZER:
+        raise MoqaError(f"--optimizer {optimizer} has nothing to train", "give --recover 15m, or leave it out")
+
+
 def _train_whole(
     view: ModelView, packed: Checkpoint, known: Profile, work: ResumableRun, wanted: TrainingLength, *, seed: int,
-    report: Report,
+    report: Report, optimizer: str,
 ) -> tuple[Student, Recovery]:  # fmt: skip
     stages, mixture = LayerwiseModel(view.model), packed.manifest.mixture
     samples = TrainingSamples(
@@ -144,7 +174,9 @@ def _train_whole(
     with teaching.student.in_place():
         begun = work.done("length") or teaching.begin(wanted)
         work.mark_done("length", begun)
-        training = Training(teaching.student.parameters(), teaching.loss, begun["steps"], _RATE)
+        training = Training(
+            teaching.student.parameters(), teaching.loss, begun["steps"], _RATE, optimizer=optimizer
+        )  # fmt: skip
         try:
             training.run(work, report)
         except NotFiniteError as error:
@@ -154,7 +186,7 @@ def _train_whole(
     # fewer steps than were meant, if a loss was not a number
     steps = (work.done("training") or {"step": 0})["step"]
     ended = {"steps": steps, "after": after, "routing_after": routing, "kept": after < begun["before"]}
-    return teaching.student, Recovery(**(begun | ended))
+    return teaching.student, Recovery(**(begun | ended), optimizer=optimizer)
 
 
 def _original(packed: Checkpoint) -> Path:
