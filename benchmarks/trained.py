@@ -14,6 +14,8 @@ from statistics import mean
 from textwrap import fill
 
 from demo import KNOWN, MODEL, NOVEL, texts
+from trained_rows import RUNS, add
+from trained_rows import known as known_of
 
 import moqa
 from moqa.errors import LittleMemoryError
@@ -23,8 +25,7 @@ from moqa.profiling import Profile, read_profile
 from moqa.training import trains_whole
 
 ROOT = Path(__file__).parents[1]
-RUNS = ROOT / "runs" / "trained"
-SUMMARY, LARGE, PAGE = RUNS / "summary.json", RUNS / "blockwise.json", ROOT / "docs" / "results" / "recover.md"
+LARGE, PAGE = RUNS / "blockwise.json", ROOT / "docs" / "results" / "recover.md"
 SIZES = (2.56, 3.06, 2.1, 2.3, 3.44)
 # two of them would have the same uniform plan
 UNIFORM_SIZES = (2.56, 3.44)
@@ -42,26 +43,22 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 256 tokens per text")
     options = parser.parse_args()
-    RUNS.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         pairs = ((kind, bits) for bits in SIZES for kind in KINDS if kind != "uniform" or bits in UNIFORM_SIZES)
         for kind, bits in pairs:
             if len(known(seed=seed, kind=kind, budget=bits)) < 2:
-                SUMMARY.write_text(json.dumps({"rows": [*known(), *rows(kind, bits, seed, options.windows)]}, indent=1))
+                add(rows(kind, bits, seed, options.windows))
             if bits == SIZES[0] and not known(seed=seed, kind=kind + BY_BLOCKS):
-                found = rows(kind + BY_BLOCKS, bits, seed, options.windows, lengths=(0, BLOCK_STEPS))[1:]
-                SUMMARY.write_text(json.dumps({"rows": [*known(), *found]}, indent=1))
+                add(rows(kind + BY_BLOCKS, bits, seed, options.windows, lengths=(0, BLOCK_STEPS))[1:])
             write_page()
         if not known(seed=seed, kind=FEW):
-            few = rows(FEW, SIZES[0], seed, options.windows, lengths=(0,))
-            SUMMARY.write_text(json.dumps({"rows": [*known(), *few]}, indent=1))
+            add(rows(FEW, SIZES[0], seed, options.windows, lengths=(0,)))
         write_page()
 
 
 def known(**wanted: object) -> list[dict]:
     """Rows with some values."""
-    found = json.loads(SUMMARY.read_text())["rows"] if SUMMARY.exists() else []
-    return [row for row in found if all(row[key] == value for key, value in wanted.items())]
+    return known_of("recover", **wanted)
 
 
 @cache
