@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from images import save_classifier, save_images
 from long_work import contents, refusal
 
 import moqa
+from moqa.cli.main import main
 from moqa.errors import LittleMemoryError, Stopped
 from moqa.format.manifest import MANIFEST, Recovery
 from moqa.format.reader import open_checkpoint
@@ -184,6 +186,15 @@ class TestRecover:
         assert contents(out) == contents(Path(whole.checkpoint))
         assert contents(out) != contents(Path(recovered.checkpoint))
         assert " --recover 12 --optimizer muon --data wiki=FILE" in (out / "README.md").read_text()
+
+    def test_the_command_takes_an_optimizer(self, packed, measured, tmp_path, monkeypatch):
+        new = tmp_path / "new"
+        options = ("--for", "2", "--optimizer", "soap", "--profile", measured.folder, "-o", new)
+        monkeypatch.setattr(sys, "argv", ["moqa", "recover", *map(str, (packed, *options))])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        assert open_checkpoint(new).manifest.recovery.optimizer == "soap"
 
     def test_in_place(self, packed, measured, recovered, tmp_path):
         shutil.copytree(packed, tmp_path / "out")
