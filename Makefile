@@ -146,6 +146,7 @@ trained-study: demo $(VENV)/.bench
 	$(BIN)/python recipes/cifar10.py -o runs/cifar10
 	$(BIN)/python benchmarks/qat_study.py
 	$(BIN)/python benchmarks/optimizers_study.py
+	$(BIN)/python benchmarks/mpq_dm.py
 	$(BIN)/python benchmarks/model_speed.py
 	$(BIN)/python benchmarks/cache_study.py
 
