@@ -361,6 +361,17 @@ class TestLiars:
             liars(those, taken, claimed, deadline=1.0)
         assert those[2].excluded
 
+    def test_a_machine_that_answers_slowly_from_the_start_is_no_liar(self):
+        those = clients(4)
+        those[3].latency = 60.0  # it starts Flower's process slowly, as it had for its first answer
+        claimed = {client.node: 0.1 for client in those}
+        for _ in range(5):
+            liars(those, {c.node: 10.0 if c.node < 103 else 55.0 for c in those}, claimed, deadline=55.0)
+        assert not any(client.excluded for client in those)
+        for _ in range(2):  # a quick one is not taken for slow by it
+            liars(those, {client.node: 0.1 for client in those}, claimed, deadline=1.0)
+        assert not any(client.excluded for client in those)
+
     def test_messages_that_take_long_with_everyone_are_nobodys_lie(self):
         those = clients(4)
         for _ in range(5):

@@ -1,12 +1,9 @@
 """Federated training from start to end: Flower's messages, strategy and client mod in one process, and real ones."""
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +156,32 @@ class TestFedHQ:
         assert [one.modes for one in second.rounds] == [one.modes for one in whole.rounds]
         for name, tensor in rest.arrays.to_torch_state_dict().items():
             assert torch.equal(tensor, result.arrays.to_torch_state_dict()[name])
+
+    def test_goes_on_from_its_file_with_nodes_that_have_other_numbers(self, tmp_path):
+        class Moved(LocalGrid):
+            """Clients that come back as other nodes."""
+
+            def __init__(self, app, clients):
+                super().__init__(app, clients)
+                self._contexts = {100 + number: context for number, context in self._contexts.items()}
+
+        kept, options = tmp_path / "rounds.safetensors", {"seed": 1, "clock": clock(), "link": 1e6}
+        first = FedHQ(3, fraction_evaluate=0.0, allocation="coarse", **options)
+        first.start(LocalGrid(app_with(), CLIENTS), ArrayRecord(network().state_dict()), num_rounds=2, kept=kept)
+        second = FedHQ(3, fraction_evaluate=0.0, allocation="coarse", **options)
+        result = second.start(
+            Moved(app_with(), CLIENTS), ArrayRecord(network().state_dict()), num_rounds=4, kept=kept
+        )  # fmt: skip
+        assert [one.round for one in second.rounds] == [0, 1, 2, 3, 4]
+        assert {client.node for client in second.clients.values()} == {100, 101, 102, 103, 104}
+        # they keep their numbers, and so their modes
+        assert [one.modes for one in second.rounds[1:]] == [second.rounds[1].modes] * 4
+        assert right(result.arrays) > 0.6
+
+    def test_a_file_of_something_else(self, tmp_path):
+        (tmp_path / "kept").write_text("x")
+        with pytest.raises(MoqaError, match=r"has no finished rounds .*: remove it to begin anew"):
+            FedHQ(3).start(LocalGrid(app_with(), 2), ArrayRecord(network().state_dict()), kept=tmp_path / "kept")
 
     def test_counts_are_noisy_if_asked_for(self):
         exact, _ = trained(app_with(), rounds=0)
@@ -413,52 +436,18 @@ class TestRun:
                 run(Experiment(data=data, folder=tmp_path), tmp_path / "out")
 
 
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-APP = Path(__file__).parent / "federated_app"
-
-
 @pytest.mark.slow
-def test_real_processes(tmp_path):
+def test_real_processes(tmp_path, monkeypatch):
     """One SuperLink and two SuperNodes with a Flower app that has the five lines of docs/federated.md."""
-    scripts, link = Path(sys.executable).parent, port()
-    environment = os.environ | {
-        "FLWR_HOME": str(tmp_path / "home"), "FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1",
-        "PATH": f"{scripts}:{os.environ['PATH']}",
-    }  # fmt: skip
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "config.toml").write_text(
-        f'[superlink]\ndefault = "loop"\n\n[superlink.loop]\naddress = "127.0.0.1:{link}"\ninsecure = true\n'
-    )
-    started = list[subprocess.Popen]()
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    from federated_processes import Federation, rounds_in
 
-    def start(*command: str) -> None:
-        with (tmp_path / f"{len(started)}.log").open("w") as log:
-            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path))
-
-    try:
-        start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link))
-        time.sleep(8)
-        for number in range(2):
-            start(
-                "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}", "--host", "127.0.0.1",
-                "--port", str(port()), "--node-config", f"partition-id={number} num-partitions=2",
-            )  # fmt: skip
-        done = subprocess.run(
-            ["flwr", "run", str(APP), "loop", "--stream", "--run-config", f'out="{tmp_path / "rounds.json"}"'],
-            env=environment, capture_output=True, text=True, timeout=400, check=False,
-        )  # fmt: skip
-    finally:
-        for process in reversed(started):
-            process.terminate()
-        for process in started:
-            process.wait(30)
-    assert (tmp_path / "rounds.json").is_file(), done.stdout[-3000:] + done.stderr[-3000:]
-    rounds = json.loads((tmp_path / "rounds.json").read_text())
+    out = tmp_path / "rounds.json"
+    with Federation(tmp_path / "processes", nodes=2) as federation:
+        run = federation.run(out=str(out))
+        run.wait(400)
+        rounds = rounds_in(out)
+        assert rounds, federation.logs()
     assert [one["round"] for one in rounds] == [0, 1, 2, 3]
     assert all(len(one["modes"]) == 2 and not one["refused"] for one in rounds[1:])
     assert rounds[-1]["metrics"]["accuracy"] > rounds[0]["metrics"]["accuracy"] + 0.2

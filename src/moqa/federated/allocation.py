@@ -68,12 +68,13 @@ def options_of(
     samples = np.array([client.samples for client in clients], float)
     skew = skews(_table(clients))
     damage = np.array([min(max(client.damage, 0.0), 1.0) for client in clients])
+    latency = np.array([client.latency for client in clients])
     gains, seconds = [], []
     for choice, size in zip(choices, sizes, strict=True):
         kept = (1 - damage) * (1 - skew / 2) if choice.kind == "ptq" else np.ones(len(clients))
         gains.append(samples / samples.sum() * kept * (1 - 4.0 ** (1 - choice.upload)))
         each = np.array([client.per_sample[choice.kind] for client in clients])
-        seconds.append(each * samples + (size / link if link else 0.0))
+        seconds.append(each * samples + latency + (size / link if link else 0.0))
     return ModeOptions(np.stack(gains, 1), np.stack(seconds, 1), np.tile(np.array(sizes, np.int64), (len(clients), 1)))
 
 

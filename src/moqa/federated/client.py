@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from moqa.errors import MoqaError
+from moqa.federated import secure_client
+from moqa.federated.common_grid import CommonGrid, masked_update
 from moqa.federated.flower import ClientAppCallable, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from moqa.federated.measure import Loss, batch_loss, measure, probe_loss
 from moqa.federated.modes import FULL, LocalMode, in_mode
 from moqa.federated.order import ARRAYS, FACTS, ORDER, Order, arrays_of, payload, record_of, state_of
-from moqa.federated.updates import packed_update
+from moqa.federated.updates import State, packed_update
 
 _RESIDUAL = "moqa-residual"
 
@@ -25,6 +27,11 @@ def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Mes
     What rounding takes from an update is kept in the client's state and added to its next one. Messages of other
     strategies pass as they are.
     """
+    if secure_client.step_of(message) not in (None, "train"):
+        try:
+            return secure_client.answered(message, context)
+        except MoqaError as error:
+            return _failed(message, {}, error)
     order = Order.of(message)
     if order is None:
         return call_next(message, context)
@@ -33,25 +40,36 @@ def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Mes
     said: dict[str, Any] = {"round": order.round, "nonce": order.nonce}
     if "partition-id" in context.node_config:
         said["partition"] = int(context.node_config["partition-id"])
-    own = RecordDict({ORDER: ConfigRecord(said)})
     try:
         reply = call_next(message, context)
         if reply.has_error():
             return reply
         if message.metadata.message_type.startswith("train"):
-            state = context.state.array_records
-            residual = state_of(state[_RESIDUAL]) if _RESIDUAL in state else {}
             after = state_of(reply.content.array_records[ARRAYS])
-            data, left = packed_update(order.upload, before, after, residual)
-            context.state[_RESIDUAL] = record_of(left)
-            reply.content[ARRAYS] = arrays_of(data)
+            reply.content[ARRAYS] = arrays_of(_upload(order, before, after, message, context))
     except MoqaError as error:
-        own.config_records[ORDER]["error"] = str(error)
-        return Message(own, reply_to=message)
+        return _failed(message, said, error)
     if FACTS in message.content:
         reply.content[FACTS] = message.content[FACTS]
-    reply.content[ORDER] = own[ORDER]
+    reply.content[ORDER] = ConfigRecord(said)
     return reply
+
+
+def _upload(order: Order, before: State, after: State, message: Message, context: Context) -> bytes:
+    """The update as bytes; what they do not say is kept for the next one."""
+    records = context.state.array_records
+    residual = state_of(records[_RESIDUAL]) if _RESIDUAL in records else {}
+    if isinstance(order.upload, CommonGrid):
+        numbers, left = masked_update(order.upload, before, after, residual)
+        data = order.upload.pack(secure_client.mask(numbers, message, context))
+    else:
+        data, left = packed_update(order.upload, before, after, residual)
+    context.state[_RESIDUAL] = record_of(left)
+    return data
+
+
+def _failed(message: Message, said: dict[str, Any], error: MoqaError) -> Message:
+    return Message(RecordDict({ORDER: ConfigRecord({**said, "error": str(error)})}), reply_to=message)
 
 
 @contextmanager

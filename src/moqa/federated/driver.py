@@ -77,8 +77,9 @@ def strategy_of(experiment: Experiment) -> FedHQ:
     return FedHQ(
         experiment.bits, allocation=experiment.allocation, round_seconds=experiment.round_seconds,
         round_bytes=experiment.round_bytes, download_bits=experiment.download_bits, keep=experiment.keep,
-        trim=experiment.trim, epsilon=experiment.epsilon, clock=clock_of(experiment), link=experiment.link,
-        seed=experiment.seed, min_available_nodes=experiment.clients, fraction_evaluate=0.0,
+        trim=experiment.trim, epsilon=experiment.epsilon, secure=experiment.secure,
+        clock=clock_of(experiment), link=experiment.link, seed=experiment.seed,
+        min_available_nodes=experiment.clients, fraction_evaluate=0.0,
     )  # fmt: skip
 
 

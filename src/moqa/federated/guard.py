@@ -72,14 +72,16 @@ def liars(
     Returns:
         A line for every client that is excluded.
     """
-    # messages take their time, and about the same with everyone
-    common = float(np.median([taken[node] - claimed[node] for node in taken])) if taken else 0.0
+    those = [client for client in clients if client.node in taken]
+    # messages take their time: as much as with the first answer, and about the same with everyone
+    over = {client.node: taken[client.node] - claimed[client.node] - client.latency for client in those}
+    common = max(float(np.median([*over.values()])), 0.0) if over else 0.0
     lines = []
-    for client in clients:
-        if client.node not in taken or client.excluded:
+    for client in those:
+        if client.excluded:
             continue
         seconds, said = taken[client.node], claimed[client.node]
-        excess = seconds - max(common, 0.0) - said
+        excess = over[client.node] - common
         slower = excess > (_SLOWER - 1) * said and excess > deadline / 2
         client.strikes += slower or seconds * _SLOWER < said
         if client.strikes >= _STRIKES:

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from moqa.federated.common_grid import CommonGrid
 from moqa.federated.flower import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from moqa.federated.modes import Kind, LocalMode
 from moqa.federated.updates import Packing, State, UpdateError
 
 # records of a message, and the name of its one array
 ARRAYS, METRICS, ORDER, FACTS, PAYLOAD = "arrays", "metrics", "moqa", "moqa-facts", "moqa"
+SECURE = "moqa-secure"  # record of a step of secure aggregation
 ACTION = "moqa"  # of the query that measures a client
 
 
@@ -26,7 +28,7 @@ class Order:
         nonce: that the reply must repeat, so that a reply of another round is known.
         mode: in which the client trains.
         download: how the model travels to the client.
-        upload: how the update travels back.
+        upload: how the update travels back: packed, or as numbers of a common grid under masks.
         keep: patterns of module names that are not rounded.
         epsilon: of local differential privacy of the histogram; None for none.
     """
@@ -35,7 +37,7 @@ class Order:
     nonce: str
     mode: LocalMode
     download: Packing
-    upload: Packing
+    upload: Packing | CommonGrid
     keep: tuple[str, ...] = ()
     epsilon: float | None = None
 
@@ -49,7 +51,12 @@ class Order:
             "download": self.download.bits, "upload": self.upload.bits, "keep": json.dumps(self.keep),
             "layout": json.dumps(layout, separators=(",", ":")),
         }  # fmt: skip
-        return ConfigRecord(fields if self.epsilon is None else fields | {"epsilon": self.epsilon})
+        if self.epsilon is not None:
+            fields["epsilon"] = self.epsilon
+        if isinstance(self.upload, CommonGrid):
+            grid = {"clients": self.upload.clients, "steps": dict(self.upload.steps), "share": self.upload.share}
+            fields["grid"] = json.dumps(grid)
+        return ConfigRecord(fields)
 
     @classmethod
     def of(cls, message: Message) -> "Order | None":
@@ -62,9 +69,12 @@ class Order:
             for name, (dtype, *shape) in json.loads(str(fields["layout"])).items()
         }
         mode, epsilon = LocalMode(_kind(fields), int(fields["bits"])), fields.get("epsilon")  # type: ignore[arg-type]
+        bits = int(fields["upload"])  # type: ignore[arg-type]
+        upload: Packing | CommonGrid = Packing(like, bits)
+        if "grid" in fields:
+            upload = CommonGrid(like, bits, **json.loads(str(fields["grid"])))
         return cls(
-            int(fields["round"]), str(fields["nonce"]), mode, Packing(like, int(fields["download"])),  # type: ignore[arg-type]
-            Packing(like, int(fields["upload"])),   # type: ignore[arg-type]
+            int(fields["round"]), str(fields["nonce"]), mode, Packing(like, int(fields["download"])), upload,  # type: ignore[arg-type]
             tuple(json.loads(str(fields["keep"]))),
             None if epsilon is None else float(epsilon),  # type: ignore[arg-type]
         )  # fmt: skip

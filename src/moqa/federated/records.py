@@ -14,6 +14,7 @@ class ClientRecord(BaseModel):
     per_sample: dict[str, float] = Field(description="seconds of training on one sample, by kind of mode, as it says")
     histogram: list[float]
     damage: float
+    latency: float = Field(0.0, description="seconds until it had answered the first question, of the server's clock")
     strikes: int = 0
     excluded: str = Field("", description="why it takes part no more")
 

@@ -46,6 +46,7 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     attackers: float = Field(0.0, ge=0, lt=1, description="share of clients that send scaled noise")
     trim: float = Field(0.0, ge=0, lt=0.5, description="share of bad clients that aggregation resists")
     epsilon: float | None = Field(None, gt=0, description="of differential privacy of the histograms")
+    secure: bool = Field(False, description="the server sees the sum of the updates and none of them")
     engine: Literal["local", "ray"] = Field("local", description="this process, or Flower's simulation on Ray")
     seed: int = 0
 

@@ -4,6 +4,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -25,13 +26,16 @@ from moqa.federated.flower import (
     message_bytes,
 )
 from moqa.federated.guard import UpdateGuard, described, gain_of, liars
+from moqa.federated.kept import read_rounds, write_rounds
 from moqa.federated.modes import BITS, FULL, Allocation, LocalMode
 from moqa.federated.order import ACTION, ARRAYS, FACTS, ORDER, Order, arrays_of, record_of, state_of
 from moqa.federated.records import ClientRecord, RoundRecord
 from moqa.federated.replies import gather
 from moqa.federated.roofline import SimulatedClock
+from moqa.federated.secure import SecureSums
 from moqa.federated.updates import Packing, State, UpdateError
 
+_TIMEOUT = 3600.0
 _LOG = logging.getLogger("flwr")
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -58,6 +62,7 @@ class FedHQ(FedAvg):
         keep: patterns of module names that are not rounded.
         trim: share of the clients that may be bad, see `moqa.federated.aggregate.combine`.
         epsilon: of local differential privacy of histograms of labels; None for exact counts.
+        secure: the server sees the sum of the updates and none of them, see docs/federated.md.
         clock: of a simulation; None for the real one.
         link: bytes per second that clients are taken to have before the first round; None does not count messages.
         seed: of the lot, of exploration and of sampling.
@@ -87,6 +92,7 @@ class FedHQ(FedAvg):
         keep: Sequence[str] = (),
         trim: float = 0.0,
         epsilon: float | None = None,
+        secure: bool = False,
         clock: SimulatedClock | None = None,
         link: float | None = None,
         seed: int = 0,
@@ -110,11 +116,13 @@ class FedHQ(FedAvg):
         self.clock, self.link = clock, link
         self.download_bits = FULL if allocation == "fp" else download_bits
         self.choices = choices_of(allocation, tuple(upload_bits or (bits,)))
+        uploads = [choice.upload for choice in self.choices]
+        self.sums = SecureSums(uploads, trim, min_available_nodes) if secure else None
         self.fine = FineAllocator(tuple(map(str, self.choices)), seed)
         self.clients, self.rounds = dict[int, ClientRecord](), list[RoundRecord]()
         self.guard, self._chosen, self._sent = UpdateGuard(), dict[int, int](), dict[int, int]()
         self._arrived, self._now = dict[int, float](), RoundRecord(round=0)
-        self._before, self._unfit = State(), set[int]()
+        self._before, self._unfit, self._timeout = State(), set[int](), _TIMEOUT
 
     def start(  # type: ignore[override]  # Flower's own takes all by position
         self,
@@ -122,11 +130,12 @@ class FedHQ(FedAvg):
         initial_arrays: ArrayRecord,
         num_rounds: int = 3,
         *,
-        timeout: float = 3600,
+        timeout: float = _TIMEOUT,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Evaluate | None = None,
         on_round: Callable[[RoundRecord, ArrayRecord], bool] | None = None,
+        kept: Path | None = None,
     ) -> Result:
         """Train for some rounds, from the first one that is not finished.
 
@@ -139,23 +148,33 @@ class FedHQ(FedAvg):
             evaluate_config: sent to clients that evaluate.
             evaluate_fn: of round and arrays, on the server; called before the first round, too.
             on_round: called after every round with its record and the arrays; training stops when it returns True.
+            kept: file of finished rounds. If it exists, training goes on from there, with clients that may have left
+                and come back.
 
         Raises:
             MoqaError: if no client can take part, saying why.
         """
-        arrays, result = initial_arrays, Result()
+        arrays, result, self._timeout = initial_arrays, Result(), timeout
+        if kept is not None and kept.is_file():
+            state, tensors = read_rounds(kept)
+            self.restore(state)
+            arrays = record_of(tensors)
         result.arrays = arrays
         first = self.rounds[-1].round + 1 if self.rounds else 0
         for number in range(first, num_rounds + 1):
             began = time.perf_counter()
             self._now = RoundRecord(round=number)
             if number == 0:
-                self._measure(arrays, grid, self._nodes(grid, timeout), timeout)
+                nodes = self._nodes(grid, timeout)
+                self._measure(arrays, grid, nodes, nodes, timeout)
             else:
                 config = ConfigRecord() if train_config is None else train_config
-                messages = list(self.configure_train(number, arrays, config, grid))
+                messages = self._agreed(list(self.configure_train(number, arrays, config, grid)), grid, timeout)
                 replies, self._arrived = gather(grid, messages, timeout)
                 found, metrics = self.aggregate_train(number, replies)
+                if self.sums is not None:
+                    self._now.uplink_bytes += self.sums.round.up.total()
+                    self._now.downlink_bytes += self.sums.round.down.total()
                 arrays = arrays if found is None else found
                 if metrics is not None:
                     result.train_metrics_clientapp[number] = metrics
@@ -170,6 +189,8 @@ class FedHQ(FedAvg):
                 _LOG.info("%s", line)
             self.rounds.append(self._now)
             result.arrays = arrays
+            if kept is not None:
+                write_rounds(kept, self.state(), state_of(arrays))
             if on_round is not None and on_round(self._now, arrays):
                 break
         return result
@@ -180,10 +201,9 @@ class FedHQ(FedAvg):
         """Messages to the clients of a round, each with its own order."""
         if self._now.round != server_round:
             self._now = RoundRecord(round=server_round)
-        nodes = self._nodes(grid, timeout=3600)
-        self._measure(
-            arrays, grid, [node for node in nodes if node not in self.clients.keys() | self._unfit], timeout=3600
-        )
+        nodes = self._nodes(grid, _TIMEOUT)
+        fresh = [node for node in nodes if node not in self.clients.keys() | self._unfit]
+        self._measure(arrays, grid, fresh, nodes, self._timeout)
         able = [node for node in nodes if node in self.clients and not self.clients[node].excluded]
         if not able:
             raise MoqaError("no client can take part", "; ".join(self._now.refused) or "all were excluded")
@@ -198,18 +218,15 @@ class FedHQ(FedAvg):
         download = Packing(state, self.download_bits)
         packed = arrays_of(download.pack(state))
         self.guard.issued, messages = {}, []
+        masked = self.sums.uploads(state, {node: self.clients[node].samples for node in chosen}) if self.sums else {}
         for node in chosen:
             choice = self.choices[self._chosen[node]]
             mode = LocalMode(choice.kind, FULL if choice.kind == "fp" else self.bits)
-            order = Order(
-                server_round, secrets.token_hex(8), mode, download, Packing(state, choice.upload), self.keep, None
-            )
+            upload = masked.get(node) or Packing(state, choice.upload)
+            order = Order(server_round, secrets.token_hex(8), mode, download, upload, self.keep, None)
             self.guard.issued[node] = order
             content = RecordDict({ARRAYS: packed, self.configrecord_key: config, ORDER: order.record()})
-            message = Message(content=content, message_type="train", dst_node_id=node)
-            self._sent[node] = message_bytes(message)
-            self._now.downlink_bytes += self._sent[node]
-            messages.append(message)
+            messages.append(Message(content=content, message_type="train", dst_node_id=node))
             self._now.modes[self.clients[node].number] = str(choice)
         self._before = state
         return messages
@@ -218,7 +235,7 @@ class FedHQ(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The new model from the updates that were accepted; the others are named in the record of the round."""
-        updates, weights, contents, observed = list[State](), list[float](), list[RecordDict](), list[Observation]()
+        updates, contents, observed = dict[int, State](), list[RecordDict](), list[Observation]()
         taken, claimed = dict[int, float](), dict[int, float]()
         began = time.perf_counter()
         features = (
@@ -238,8 +255,7 @@ class FedHQ(FedAvg):
                 continue
             if client is None:
                 continue
-            updates.append(update)
-            weights.append(float(client.samples))
+            updates[node] = update
             contents.append(reply.content)
             # Flower averages all other metrics
             gain = gain_of(reply.content.pop(FACTS, None))
@@ -250,7 +266,7 @@ class FedHQ(FedAvg):
             taken[node] = seconds
             claimed[node] = client.per_sample[order.mode.kind] * client.samples + both / (self.link or np.inf)
             if gain is not None:
-                slowness = seconds / max(claimed[node], 1e-9)
+                slowness = seconds / max(claimed[node] + client.latency, 1e-9)
                 observed.append(Observation(client.number, tuple(features[node]), self._chosen[node], gain, slowness))
         self._now.seconds = max(taken.values(), default=0.0)
         self._now.changes += liars(self.clients.values(), taken, claimed, self._now.seconds / 2)
@@ -258,12 +274,41 @@ class FedHQ(FedAvg):
         if not updates:
             return None, None
         try:
-            change = combine(updates, weights, self.trim)
+            change = self._combined(updates)
         except MoqaError as error:
             self._now.refused.append(f"round {server_round}: the model stays as it was: {error}")
             return None, None
         after = {name: value + change[name].to(value.dtype) for name, value in self._before.items()}
         return record_of(after), self._averaged(server_round, contents)
+
+    def _agreed(self, messages: list[Message], grid: Grid, timeout: float) -> list[Message]:
+        """Orders as they are sent: with secure aggregation, to those that have agreed on masks."""
+        number = self._now.round
+        self._sent = {}
+        if self.sums is not None:
+            masks = self.sums.begin(grid, number, timeout)
+            try:
+                messages = self.sums.agree(messages)
+            except UpdateError as reason:
+                self._now.refused.append(f"round {number}: nobody trains: {reason}")
+                messages = []
+            for node, why in masks.dropped.items():
+                self._now.refused.append(f"round {number}: client {self.clients[node].number} refused: {why}")
+            self._sent = dict(masks.down + masks.up)
+            there = {message.metadata.dst_node_id for message in messages}
+            self._now.modes = {c.number: self._now.modes[c.number] for n, c in self.clients.items() if n in there}
+        for message in messages:
+            node, size = message.metadata.dst_node_id, message_bytes(message)
+            self._now.downlink_bytes += size
+            self._sent[node] = self._sent.get(node, 0) + size
+        return messages
+
+    def _combined(self, updates: dict[int, State]) -> State:
+        """One update of all."""
+        if self.sums is None:
+            weights = [float(self.clients[node].samples) for node in updates]
+            return combine(list(updates.values()), weights, self.trim)
+        return self.sums.mean(updates)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -285,7 +330,7 @@ class FedHQ(FedAvg):
         return {
             "clients": [client.model_dump() for client in self.clients.values()], "fine": self.fine.state(),
             "rounds": [one.model_dump() for one in self.rounds], "seen": sorted(self.guard.seen),
-            "chosen": sorted(self._chosen.items()),
+            "chosen": sorted(self._chosen.items()), "steps": self.sums.steps if self.sums else {},
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -295,6 +340,8 @@ class FedHQ(FedAvg):
         self.rounds = [RoundRecord.model_validate(one) for one in state["rounds"]]
         self.fine.restore(state["fine"])
         self.guard.seen, self._chosen = set(state["seen"]), dict(state["chosen"])
+        if self.sums is not None:
+            self.sums.steps = dict(state["steps"])
 
     def _nodes(self, grid: Grid, timeout: float) -> list[int]:
         end = time.monotonic() + timeout
@@ -304,8 +351,10 @@ class FedHQ(FedAvg):
             time.sleep(1.0)
         return nodes
 
-    def _measure(self, arrays: ArrayRecord, grid: Grid, nodes: Sequence[int], timeout: float) -> None:
-        """Ask nodes what they are like."""
+    def _measure(
+        self, arrays: ArrayRecord, grid: Grid, nodes: Sequence[int], present: Sequence[int], timeout: float
+    ) -> None:
+        """Ask nodes of those that are present what they are like."""
         if not nodes:
             return
         state = state_of(arrays)
@@ -315,19 +364,28 @@ class FedHQ(FedAvg):
         content = RecordDict({ARRAYS: packed, ORDER: order.record()})
         messages = [Message(content=content, message_type=f"query.{ACTION}", dst_node_id=node) for node in nodes]
         self._now.downlink_bytes += sum(map(message_bytes, messages))
-        replies, _ = gather(grid, messages, timeout)
+        replies, arrived = gather(grid, messages, timeout)
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
             self._now.uplink_bytes += message_bytes(reply)
             try:
-                client = described(reply, {known.number for known in self.clients.values()})
+                client = described(reply, {self.clients[node].number for node in present if node in self.clients})
             except UpdateError as reason:
                 self._now.refused.append(f"client at node {reply.metadata.src_node_id}: {reason}")
                 if not reply.has_error():  # one that failed is asked again
                     self._unfit.add(reply.metadata.src_node_id)
                 continue
+            if self.clock is None:
+                client.latency = arrived[client.node]
+            self._forget(client.number)
             self.clients[client.node] = client
         if not self.clients:
             raise MoqaError("no client can take part", "; ".join(self._now.refused) or "none has answered")
+
+    def _forget(self, number: int) -> None:
+        """Drop the node that a client had before: one that was killed comes back as another."""
+        for node in [node for node, known in self.clients.items() if known.number == number]:
+            del self.clients[node]
+            self._chosen.pop(node, None)
 
     def _allocate(self, server_round: int, able: Sequence[int], arrays: ArrayRecord) -> None:
         clients = [self.clients[node] for node in able]

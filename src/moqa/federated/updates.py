@@ -150,18 +150,27 @@ def packed_update(
     Raises:
         MoqaError: if training left a number that is not finite.
     """
-    values = State()
-    for name, new in after.items():
-        if new.is_floating_point():
-            values[name] = new.detach() - before[name] + residual.get(name, 0.0)
-        else:
-            values[name] = new.detach() - before[name]
-        if not values[name].isfinite().all():
-            raise MoqaError(f"training left {name} with numbers that are not finite", "lower the learning rate")
+    values = differences(before, after, residual)
     data = packing.pack(values)
     sent = packing.unpack(data)
     left = {name: value - sent[name] for name, value in values.items() if packing.is_packed(name)}
     return data, left
+
+
+def differences(before: Mapping[str, Tensor], after: Mapping[str, Tensor], residual: Mapping[str, Tensor]) -> State:
+    """What training has changed, and what was left of earlier updates; see `packed_update`.
+
+    >>> differences({"b": torch.zeros(1)}, {"b": torch.ones(1)}, {"b": torch.ones(1)})
+    {'b': tensor([2.])}
+    """
+    values = State()
+    for name, new in after.items():
+        values[name] = new.detach() - before[name]
+        if new.is_floating_point():
+            values[name] = values[name] + residual.get(name, 0.0)
+        if not values[name].isfinite().all():
+            raise MoqaError(f"training left {name} with numbers that are not finite", "lower the learning rate")
+    return values
 
 
 def _described(dtype: torch.dtype, shape: tuple[int, ...]) -> str:

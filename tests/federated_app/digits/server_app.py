@@ -16,7 +16,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     strategy = FedHQ(
-        bits=3, fraction_evaluate=0.0, min_available_nodes=int(context.run_config["min-nodes"])
+        bits=3, fraction_evaluate=0.0, min_available_nodes=int(context.run_config["min-nodes"]),
+        secure=bool(context.run_config["secure"]),
     )  # fmt: skip
     everything = load_data(0, 1)
 
@@ -26,10 +27,15 @@ def main(grid: Grid, context: Context) -> None:
         with rounded(model, LocalMode("ptq", strategy.bits)):
             return MetricRecord({"accuracy": accuracy(model, everything)})
 
+    def write(_: object, arrays: ArrayRecord) -> bool:
+        if context.run_config["out"]:
+            rounds = [one.model_dump(mode="json") for one in strategy.rounds]
+            Path(str(context.run_config["out"])).write_text(json.dumps(rounds))
+        return False
+
     strategy.start(
         grid=grid, initial_arrays=ArrayRecord(Net().state_dict()),
         num_rounds=int(context.run_config["num-server-rounds"]), evaluate_fn=evaluate,
+        timeout=float(context.run_config["timeout"]), on_round=write,
+        kept=Path(str(context.run_config["kept"])) if context.run_config["kept"] else None,
     )  # fmt: skip
-    if context.run_config["out"]:
-        rounds = [one.model_dump(mode="json") for one in strategy.rounds]
-        Path(str(context.run_config["out"])).write_text(json.dumps(rounds))
