@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow test-next test-vllm families lint hooks sanitize wheel bench peers low-bits trained-study engines-study mixture-study federated-study vla-study related-study proof scale-study adjust-study robustness results clean
+.PHONY: setup demo test test-slow test-next test-vllm families lint hooks sanitize wheel bench peers low-bits trained-study engines-study mixture-study federated-study federated-processes vla-study related-study proof scale-study adjust-study robustness results clean
 
 setup: $(VENV)/.ready
 
@@ -77,6 +77,10 @@ federated-study: setup
 	test -d /usr/share/datasets/fashion-mnist || apt-get install -y dataset-fashion-mnist
 	test -f runs/cifar10/train.safetensors || $(BIN)/python recipes/cifar10.py -o runs/cifar10
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/federated_study.py
+
+# one SuperLink and four SuperNodes, two of them throttled, one killed, the SuperLink restarted: a quarter of an hour
+federated-processes: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/federated_processes.py
 
 # a policy in mixed precision, by alignment and by what the robot does: runs/vla/summary.json; needs a renderer
 # (apt-get install libosmesa6 libgl1); demonstrations are made first, 10 minutes, then hours

@@ -25,39 +25,51 @@ from moqa.federated.records import FederatedRecord
 from moqa.storage.artifact import read_json, write_json
 
 OUT = Path("runs/federated")
+PAGE, ROWS = Path("docs/results/federated.md"), "## All rows\n"
 ALLOCATIONS = ("qat", "ptq", "coarse+fine", "random-hybrid", "coarse", "fp")
 FASHION = {"data": "fashion-mnist", "split": 0.1, "samples": 4000, "test_samples": 1000, "rounds": 30, "target": 0.65}
-TEXT = {"data": "text", "samples": 1200, "test_samples": 300, "rounds": 12, "rate": 0.3, "batch": 16, "target": 0.25}
-CIFAR = {"data": "cifar10", "split": 0.1, "samples": 4000, "test_samples": 1000, "rounds": 20, "target": 0.3}
-MANY = {**FASHION, "clients": 100, "samples": 6000, "rounds": 15, "target": 0.5}
+CALM = {**FASHION, "rate": 0.02}  # clients of this split drift apart at the rate of 0.05
+TEXT = {"data": "text", "samples": 1200, "test_samples": 300, "rounds": 12, "rate": 0.3, "batch": 16, "target": 0.18}
+CIFAR = {**CALM, "data": "cifar10", "samples": 2500, "rounds": 15, "target": 0.25}
+MANY = {**CALM, "clients": 100, "samples": 6000, "rounds": 10, "target": 0.5}
+SLOW = {"bits": 2, "heterogeneity": 8}
+# of the grid: experiment, heterogeneity, seeds
+PARTS = {
+    "fashion-calm": (CALM, 8, 3), "cifar10": (CIFAR, 8, 3), "text": (TEXT, 8, 3), "fashion-100": (MANY, 8, 3),
+    "fashion": (FASHION, 8, 3), "fashion-calm-equal": (CALM, 1, 3), "cifar10-equal": (CIFAR, 1, 3),
+    "text-equal": (TEXT, 1, 3), "fashion-100-equal": (MANY, 1, 3),
+}  # fmt: skip
 
 
 def experiments() -> Iterator[tuple[str, Experiment]]:
     """Name and experiment, what matters most first."""
+    yield from _part("fashion-calm", 0)
+    for allocation in ("qat", "coarse+fine"):
+        yield f"fashion-calm-secure-{allocation}", Experiment(**CALM, **SLOW, allocation=allocation, secure=True)
+    yield from _part("fashion-calm", 1)
+    yield from _part("fashion-calm", 2)
+    for name in ("text", "cifar10", "fashion-100"):
+        yield from _part(name, 0)
     for seed in (0, 1):
-        yield from _each("fashion", FASHION, seed, heterogeneity=8)
+        yield from _part("fashion", seed)
     for trim in (0.0, 0.2):
         for share in (0.0, 0.2):
             attack = {"split": 0.5, "rounds": 12, "allocation": "qat", "bits": 2, "attackers": share, "trim": trim}
             yield f"attack-{share}-trim-{trim}", Experiment(**{**FASHION, **attack})
     for allocation in ("fp", "coarse+fine", "qat"):
-        slow = {**FASHION, "bits": 2, "heterogeneity": 8, "link": 5e4, "allocation": allocation}
+        slow = {**FASHION, **SLOW, "link": 5e4, "allocation": allocation}
         yield f"fashion-slow-link-{allocation}", Experiment(**slow)
-    for allocation in ("fp", "qat", "ptq", "coarse+fine"):  # is one rate fair to all?
-        calm = {**FASHION, "bits": 2, "heterogeneity": 8, "rate": 0.02, "allocation": allocation}
-        yield f"fashion-calm-{allocation}", Experiment(**calm)
-    yield from _each("text", TEXT, 0, heterogeneity=8)
-    yield from _each("fashion", FASHION, 2, heterogeneity=8)
-    for seed in range(3):
-        yield from _each("fashion", FASHION, seed, heterogeneity=1)
-    yield from _each("cifar10", CIFAR, 0, heterogeneity=8)
-    yield from _each("fashion-100", MANY, 0, heterogeneity=8)
+    for name, (_, _, seeds) in PARTS.items():
+        for seed in range(seeds):
+            yield from _part(name, seed)
 
 
-def _each(name: str, fields: dict, seed: int, **more: float) -> Iterator[tuple[str, Experiment]]:
+def _part(name: str, seed: int) -> Iterator[tuple[str, Experiment]]:
+    """One seed of a part of the grid."""
+    fields, heterogeneity, _ = PARTS[name]
     for allocation in ALLOCATIONS:
-        experiment = Experiment(**{**fields, "bits": 2, **more, "allocation": allocation, "seed": seed})
-        yield f"{name}-{more['heterogeneity']}x-{allocation}-{seed}", experiment
+        more = {"bits": 2, "heterogeneity": heterogeneity, "allocation": allocation, "seed": seed}
+        yield f"{name}-{heterogeneity}x-{allocation}-{seed}", Experiment(**{**fields, **more})
 
 
 def row(record: FederatedRecord) -> dict:
@@ -70,7 +82,8 @@ def row(record: FederatedRecord) -> dict:
         "uplink_bytes": record.uplink_bytes, "downlink_bytes": record.downlink_bytes,
         "allocator_seconds": record.allocator_seconds, "seconds": record.seconds, "link": one.link,
         "target": one.target, "rounds": one.rounds, "samples": one.samples, "attackers": one.attackers,
-        "trim": one.trim, "rate": one.rate, "exact_accuracy": record.rounds[-1].metrics["accuracy-exact"],
+        "trim": one.trim, "rate": one.rate, "secure": one.secure,
+        "exact_accuracy": record.rounds[-1].metrics["accuracy-exact"],
         "wall_seconds": sum(each.real_seconds for each in record.rounds),
         "qat_share": _qat_share(record),
     }  # fmt: skip
@@ -85,11 +98,12 @@ def table(rows: list[dict]) -> str:
     """Mean and spread over seeds, as Markdown."""
     groups = defaultdict(list)
     for one in rows:
-        key = ("data", "clients", "heterogeneity", "link", "attackers", "trim", "rate")
+        key = ("data", "clients", "heterogeneity", "link", "attackers", "trim", "rate", "secure")
         groups[tuple(one[name] for name in key)].append(one)
     text = []
-    for (data, clients, heterogeneity, link, attackers, trim, rate), group in groups.items():
+    for (data, clients, heterogeneity, link, attackers, trim, rate, secure), group in groups.items():
         extra = f", {attackers:.0%} attackers, trim {trim}" if len({one["allocation"] for one in group}) == 1 else ""
+        extra += ", secure aggregation" if secure else ""
         first = group[0]
         text += [
             f"**{data}, split {first['split']}, {clients} clients, {heterogeneity:g}x, {link / 1e6:g} MB/s{extra}** "
@@ -103,6 +117,46 @@ def table(rows: list[dict]) -> str:
                 text.append(f"| {allocation} | {_cells(own)} |")
         text.append("")
     return "\n".join(text)
+
+
+def missing(records: list[FederatedRecord]) -> str:
+    """A line for each part of the grid: how many of its runs are there."""
+    there = {record.experiment.model_dump_json() for record in records}
+    lines = ["| part of the grid | runs | of |", "|---|---:|---:|"]
+    for name, (_, heterogeneity, seeds) in PARTS.items():
+        runs = [experiment for seed in range(seeds) for _, experiment in _part(name, seed)]
+        done = sum(one.model_dump_json() in there for one in runs)
+        lines.append(f"| {name}, {heterogeneity}x | {done} | {len(runs)} |")
+    return "\n".join([*lines, ""])
+
+
+def processes() -> str:
+    """Rounds of `federated_processes.py`, as Markdown."""
+    path = OUT / "processes.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    text = []
+    for name, title in (("rounds", "Four SuperNodes, two throttled"), ("secure", "The same with secure aggregation")):
+        if rounds := found.get(name):
+            text += [
+                f"**{title}**",
+                "",
+                "| round | seconds | modes | accuracy | KiB up | said |",
+                "|---:|---:|---|---:|---:|---|",
+            ]
+        for one in rounds or ():
+            modes = " ".join(f"{client}:{mode}" for client, mode in sorted(one["modes"].items()))
+            text.append(
+                f"| {one['round']} | {one['real_seconds']:.1f} | {modes} | {one['metrics']['accuracy']:.1%} | "
+                f"{one['uplink_bytes'] / 1024:.1f} | {'; '.join([*one['refused'], *one['changes']])} |"
+            )
+        text.append("")
+    return "\n".join(text)
+
+
+def write_page(parts: list[str]) -> None:
+    """Replace the tables of the page; the text above them is written by hand."""
+    text = PAGE.read_text(encoding="utf-8").partition(ROWS)[0]
+    PAGE.write_text("\n".join([text + ROWS, *parts]).rstrip() + "\n", encoding="utf-8")
 
 
 def _cells(own: list[dict]) -> str:
@@ -128,9 +182,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     began, records = time.monotonic(), []
-    for name, experiment in experiments():
+    for name, experiment in dict(experiments()).items():
         folder = OUT / "study" / name
         record = read_json(FederatedRecord, folder / RECORD) if (folder / RECORD).is_file() else None
+        if record is not None and record.experiment != experiment:
+            raise SystemExit(f"{folder} is of another experiment: remove it")
         late = time.monotonic() - began > 60 * options.minutes
         if record is None and not options.summary and not late:
             try:
@@ -138,11 +194,18 @@ def main() -> None:
             except MoqaError as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 continue
-            print(name, f"{record.final_accuracy:.3f}", record.seconds_to_target, f"{record.seconds:.1f}", flush=True)
+            print(
+                time.strftime("%H:%M:%S"),
+                name,
+                f"{record.final_accuracy:.3f}",
+                record.seconds_to_target,
+                f"{record.seconds:.1f}",
+                flush=True,
+            )
         if record is not None:
             records.append(record)
             write_json({"rows": [row(one) for one in records]}, OUT / "summary.json")
-    print(table(json.loads((OUT / "summary.json").read_text())["rows"]))
+    write_page([missing(records), table([row(one) for one in records]), processes()])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
 """Mixtures on the reference model: adjustments of one base, and whole checkpoints of 8, 4 and 3 bits, as variants.
 
-Writes runs/mixture/summary.json and docs/results/mixture.md. What is finished in runs/mixture is used again.
+    python benchmarks/mixture_study.py           # all parts that are missing
+    python benchmarks/mixture_study.py whole-3   # one of them
+
+Writes runs/mixture/summary.json and docs/results/mixture.md. What is finished in runs/mixture is used again; to measure
+a part anew, remove its file in runs/mixture/rows.
 """
 
+import argparse
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +53,7 @@ ALL = (*KNOWN, *NOVEL)
 ADJUSTED = (2.5, 3)  # bits per weight of the base
 # whole checkpoints differ in the texts that they are fitted on, or are fitted on none
 FITTED = ("wiki", "python", "german")
-BITS = (4, 3, 8)
+BITS = (3, 4, 8)
 CONTROLLED = 2.5  # bits of the base beside whose mixture stand single checkpoints of as many bytes
 
 
@@ -111,14 +117,29 @@ class Study:
         self.view: ModelView = open_model(MODEL)
         self.tokenizer = load_tokenizer(MODEL)
         self.test = [cut_windows(text, self.tokenizer, CONTEXT, windows) for text in texts("test", ALL)]
-        self.reference = Reference.of(self.view.model, list(self.test), quiet)
         self.rows: list[dict[str, Any]] = []
         self.spent: dict[str, Any] = {}  # see `latency`
 
-    def case(self, folder: Path, known: Sequence[str], samples: int) -> Case:
-        """Measure a mixture on the held-out windows."""
+    @cached_property
+    def reference(self) -> Reference:
+        """The original's outputs on the held-out windows."""
+        return Reference.of(self.view.model, list(self.test), quiet)
+
+    def part(self, name: str, measure: Callable[["Study"], None], wanted: bool) -> None:
+        """Rows of a part of the study: those that are there, else measured if they are wanted."""
+        path, before = RUNS / "rows" / f"{name}.json", len(self.rows)
+        if path.is_file():
+            self.rows += json.loads(path.read_text())
+        elif wanted:
+            say(name)
+            measure(self)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(self.rows[before:]) + "\n")
+            self.store(f"{name} is measured")
+
+    def case(self, folder: Path, names: list[str], known: Sequence[str], samples: int) -> Case:
+        """Measure a mixture on the held-out windows, with variants that its own router does not choose."""
         mixture = open_mixture(folder, kernels="reference")
-        names = list(mixture.record.router.choices)
         parts = [self.view.task.split(text)[1] for text in texts("calib", tuple(known))]
         windows = [cut_windows(part, self.tokenizer, CONTEXT, samples) for part in parts]
         of = {n: v.of or n for n, v in mixture.record.variants.items()}
@@ -155,7 +176,6 @@ class Study:
         self.add(
             about, "same-bytes", f"one checkpoint fitted on {'wiki and novels' if known == KNOWN else 'all'}", found
         )
-        self.store(f"a single checkpoint of {packed.bytes} bytes is measured")
 
     def measured(self, mixture: Mixture, names: Sequence[str]) -> tuple[dict, dict]:
         """Losses of all choices on the held-out windows, and of ensembles of the first ones; kept on disk."""
@@ -308,14 +328,19 @@ def sizes_of(folder: Path) -> dict[str, Any]:
     return {"bytes_total": account.total, "bytes_resident": account.resident, "router_bytes": account.router}
 
 
-def adjustments(study: Study, bits: float) -> None:
-    """All rows of adjustments of one base."""
-    out = built(f"adjusted-{bits:g}", adjusted(bits), ALL, "linear", "divergence", 64)
-    case = study.case(out, ALL, 64)
-    about = {
+def adjusted_case(study: Study, bits: float) -> tuple[Case, dict[str, Any]]:
+    """Adjustments of one base, measured, and what all their rows say."""
+    specs = adjusted(bits)
+    out = built(f"adjusted-{bits:g}", specs, ALL, "linear", "divergence", 64)
+    return study.case(out, list(specs), ALL, 64), {
         "model": "reference MoE, adjustments", "bits": bits, **sizes_of(out), "roles": dict.fromkeys(ALL, "known"),
         "base_bytes": open_mixture(out, verify=False).record.variants["base"].bytes,
     }  # fmt: skip
+
+
+def adjustments(study: Study, bits: float) -> None:
+    """All ways to answer with adjustments of one base, and all routers among them."""
+    case, about = adjusted_case(study, bits)
     own = LayerwiseModel(study.view.model)
     originals = {
         cut.name: compared(cut, {"": (own, study.reference.hidden[cut.name])}, study.reference)[""]
@@ -324,19 +349,23 @@ def adjustments(study: Study, bits: float) -> None:
     study.add(about | {"variants": 1}, "original", "in 16 bits", originals)
     everything = [(kind, "divergence") for kind in ROUTERS] + [("linear", "likelihood")]
     routers = study.ways(case, about, len(case.names), everything)
-    study.spent = json_kept(RUNS / "latency.json", lambda: latency(out, routers))
-    study.store(f"routers among adjustments of {bits:g} bits are measured")
+    study.spent = json_kept(RUNS / "latency.json", lambda: latency(case.folder, routers))
+
+
+def fewer_adjustments(study: Study, bits: float) -> None:
+    """Two to four adjustments, and texts that are left out."""
+    case, about = adjusted_case(study, bits)
     for count in range(2, len(case.names)):
         study.ways(case, about, count, [("linear", "divergence")])
     for name in NOVEL:
         study.ways(case, about | {"roles": {name: "novel"}}, 4, [("linear", "divergence")], without=name)
-    study.store(f"adjustments of {bits:g} bits are measured")
 
 
 def checkpoints(study: Study, bits: int) -> None:
     """All rows of whole checkpoints of a width."""
-    out = built(f"whole-{bits}", whole(bits), FITTED, "linear", "divergence", 32)
-    case = study.case(out, FITTED, 32)
+    specs = whole(bits)
+    out = built(f"whole-{bits}", specs, FITTED, "linear", "divergence", 32)
+    case = study.case(out, list(specs), FITTED, 32)
     about = {
         "model": "reference MoE, checkpoints", "bits": bits, **sizes_of(out),
         "roles": {name: "known" if name in FITTED else "novel" for name in ALL},
@@ -344,21 +373,32 @@ def checkpoints(study: Study, bits: int) -> None:
     for count in range(2, len(case.names) + 1):
         kinds = ["linear"] if count < len(case.names) else list(ROUTERS)
         study.ways(case, about, count, [(kind, "divergence") for kind in kinds])
-    study.store(f"checkpoints of {bits} bits are measured")
+
+
+PARTS: dict[str, Callable[[Study], None]] = {
+    f"adjusted-{CONTROLLED:g}": partial(adjustments, bits=CONTROLLED),
+    f"fewer-{CONTROLLED:g}": partial(fewer_adjustments, bits=CONTROLLED),
+    **{f"whole-{bits}": partial(checkpoints, bits=bits) for bits in BITS},
+    "single-known": partial(Study.control, known=KNOWN), "single-all": partial(Study.control, known=ALL),
+    **{f"{name}-{bits:g}": partial(make, bits=bits) for bits in ADJUSTED if bits != CONTROLLED
+       for name, make in (("adjusted", adjustments), ("fewer", fewer_adjustments))},
+}  # fmt: skip
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Mixtures on the reference model.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"to measure, of {', '.join(PARTS)}; all by default")
+    wanted = parser.parse_args().parts or list(PARTS)
+    if unknown := set(wanted) - PARTS.keys():
+        parser.error(f"{min(unknown)} is no part: known are {', '.join(PARTS)}")
     torch.manual_seed(0)
     RUNS.mkdir(parents=True, exist_ok=True)
     study = Study(windows=24)
-    adjustments(study, CONTROLLED)
-    for bits in BITS:
-        checkpoints(study, bits)
-    for fitted in (KNOWN, ALL):
-        study.control(fitted)
-    for bits in ADJUSTED:
-        if bits != CONTROLLED:
-            adjustments(study, bits)
+    if (RUNS / "latency.json").is_file():
+        study.spent = json.loads((RUNS / "latency.json").read_text())
+    for name, measure in PARTS.items():
+        study.part(name, measure, name in wanted)
+    study.store("the page is written")
 
 
 if __name__ == "__main__":
