@@ -2,8 +2,8 @@
 
     python benchmarks/federated_processes.py
 
-Two nodes are throttled to a quarter of their time. One is killed in a round and comes back later; the SuperLink is
-killed in another, and the run goes on with a new one. Then a few rounds with secure aggregation.
+Two nodes are throttled to half of their time. One is killed in a round and comes back later; the SuperLink is killed in
+another, and the run goes on with a new one. Then a few rounds with secure aggregation.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "tests" / "federated_app"
 OUT = ROOT / "runs" / "federated"
-NODES, THROTTLED, ON, OFF = 4, (2, 3), 0.1, 0.3  # seconds that a throttled node works, and that it does not
-ROUNDS, NODE_DIES, LINK_DIES, TIMEOUT = 20, 6, 12, 120
+NODES, THROTTLED, HALF = 4, (2, 3), 0.1  # seconds that a throttled node works, and that it does not
+ROUNDS, TIMEOUT = 20, 240
+NODE_DIES, LINK_DIES = 0.3, 0.6  # after these shares of the rounds
 
 
 def free_port() -> int:
@@ -44,7 +45,7 @@ class Federation:
     Args:
         folder: of logs, of the SuperLink's database and of Flower's own files.
         nodes: number of SuperNodes.
-        throttled: numbers of those that get a quarter of their time.
+        throttled: numbers of those that get half of their time.
     """
 
     def __init__(self, folder: Path, nodes: int, throttled: tuple[int, ...] = ()) -> None:
@@ -105,17 +106,17 @@ class Federation:
         with (self.folder / f"{len(self._started):02}-{command[0]}.log").open("w") as log:
             # a group of its own, so that what it starts is killed and throttled with it
             process = subprocess.Popen(
-                command, env=self._environment, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
+                command, env=self._environment, stdout=log, stderr=log, cwd=self.folder, process_group=0
             )
         self._started.append(process)
         return process
 
     def _throttle(self) -> None:
         while not self._over.is_set():
-            for sent, seconds in ((signal.SIGSTOP, OFF), (signal.SIGCONT, ON)):
+            for sent in (signal.SIGSTOP, signal.SIGCONT):
                 for number in self._throttled:
                     signal_group(self.supernodes[number], sent)
-                time.sleep(seconds)
+                time.sleep(HALF)
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -171,13 +172,14 @@ def study(folder: Path, rounds: int, secure_rounds: int) -> dict[str, Any]:
             wait_for(lambda: len(rounds_in(out)) > number or run.poll() is not None, 1200)
             say(f"round {number}, {time.monotonic() - began:.0f} s")
 
-        at(NODE_DIES - 1)
+        dies = round(NODE_DIES * rounds)
+        at(dies - 1)
         time.sleep(4)
         kill(federation.supernodes[1])
         say("a node is killed")
-        at(NODE_DIES)
+        at(dies)
         federation.start_supernode(1)
-        at(LINK_DIES - 1)
+        at(round(LINK_DIES * rounds) - 1)
         kill(federation.superlink)
         kill(run)
         say("the SuperLink is killed")

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -46,10 +46,8 @@ def experiments() -> Iterator[tuple[str, Experiment]]:
     yield from _part("fashion-calm", 0)
     for allocation in ("qat", "coarse+fine"):
         yield f"fashion-calm-secure-{allocation}", Experiment(**CALM, **SLOW, allocation=allocation, secure=True)
-    yield from _part("fashion-calm", 1)
-    yield from _part("fashion-calm", 2)
-    for name in ("text", "cifar10", "fashion-100"):
-        yield from _part(name, 0)
+    for name, seed in (("fashion-calm", 1), ("cifar10", 0), ("text", 0), ("fashion-calm", 2), ("fashion-100", 0)):
+        yield from _part(name, seed, ALLOCATIONS[:3])
     for seed in (0, 1):
         yield from _part("fashion", seed)
     for trim in (0.0, 0.2):
@@ -64,10 +62,10 @@ def experiments() -> Iterator[tuple[str, Experiment]]:
             yield from _part(name, seed)
 
 
-def _part(name: str, seed: int) -> Iterator[tuple[str, Experiment]]:
+def _part(name: str, seed: int, allocations: Sequence[str] = ALLOCATIONS) -> Iterator[tuple[str, Experiment]]:
     """One seed of a part of the grid."""
     fields, heterogeneity, _ = PARTS[name]
-    for allocation in ALLOCATIONS:
+    for allocation in allocations:
         more = {"bits": 2, "heterogeneity": heterogeneity, "allocation": allocation, "seed": seed}
         yield f"{name}-{heterogeneity}x-{allocation}-{seed}", Experiment(**{**fields, **more})
 

@@ -22,6 +22,7 @@ from moqa.federated.roofline import Machine, SimulatedClock, Work
 from moqa.federated.settings import read_experiment
 
 CLIENTS = 5
+NODES = (17, 2**63 + 5, 3 * 2**61, 2**64 - 1, 99)  # numbers as Flower draws them
 INPUTS = torch.randn(CLIENTS, 192, 64, generator=torch.manual_seed(0))
 LABELS = (INPUTS @ torch.randn(64, 4, generator=torch.manual_seed(1))).argmax(-1)
 
@@ -163,7 +164,7 @@ class TestFedHQ:
 
             def __init__(self, app, clients):
                 super().__init__(app, clients)
-                self._contexts = {100 + number: context for number, context in self._contexts.items()}
+                self._contexts = {NODES[number]: context for number, context in self._contexts.items()}
 
         kept, options = tmp_path / "rounds.safetensors", {"seed": 1, "clock": clock(), "link": 1e6}
         first = FedHQ(3, fraction_evaluate=0.0, allocation="coarse", **options)
@@ -173,7 +174,7 @@ class TestFedHQ:
             Moved(app_with(), CLIENTS), ArrayRecord(network().state_dict()), num_rounds=4, kept=kept
         )  # fmt: skip
         assert [one.round for one in second.rounds] == [0, 1, 2, 3, 4]
-        assert {client.node for client in second.clients.values()} == {100, 101, 102, 103, 104}
+        assert {client.node for client in second.clients.values()} == set(NODES)
         # they keep their numbers, and so their modes
         assert [one.modes for one in second.rounds[1:]] == [second.rounds[1].modes] * 4
         assert right(result.arrays) > 0.6
@@ -263,6 +264,19 @@ class TestAttacks:
         strategy, _ = trained(app_with(attack), rounds=3)
         assert strategy.rounds[2].refused == ["round 2: client 2 refused: failed (RuntimeError: killed)"]
         assert not strategy.rounds[3].refused
+
+    def test_a_client_that_does_not_answer_is_not_waited_for(self):
+        class Silent(LocalGrid):
+            def pull_messages(self, message_ids):
+                replies = super().pull_messages(message_ids)
+                return [r for r in replies if r.metadata.src_node_id != 2 or r.metadata.message_type != "train"]
+
+        strategy = FedHQ(3, seed=1, clock=clock(), link=1e6, fraction_evaluate=0.0)
+        strategy.start(
+            Silent(app_with(), CLIENTS), ArrayRecord(network().state_dict()), num_rounds=1, timeout=0.5
+        )  # fmt: skip
+        assert strategy.rounds[1].refused == ["round 1: client 2 has sent nothing in 0.5 s"]
+        assert sorted(strategy.rounds[1].modes) == [0, 1, 2, 3, 4]
 
     def test_a_client_that_fails_when_it_is_asked_is_asked_again(self):
         asked = []

@@ -171,6 +171,9 @@ class FedHQ(FedAvg):
                 config = ConfigRecord() if train_config is None else train_config
                 messages = self._agreed(list(self.configure_train(number, arrays, config, grid)), grid, timeout)
                 replies, self._arrived = gather(grid, messages, timeout)
+                for node in {message.metadata.dst_node_id for message in messages} - self._arrived.keys():
+                    who = f"round {number}: client {self.clients[node].number}"
+                    self._now.refused.append(f"{who} has sent nothing in {timeout:g} s")
                 found, metrics = self.aggregate_train(number, replies)
                 if self.sums is not None:
                     self._now.uplink_bytes += self.sums.round.up.total()
@@ -212,7 +215,8 @@ class FedHQ(FedAvg):
         self._now.allocator_seconds += time.perf_counter() - began
         count = max(round(len(able) * self.fraction_train), min(self.min_train_nodes, len(able)))
         generator = np.random.default_rng((self.seed, server_round, 1))
-        chosen = sorted(generator.choice(able, count, replace=False).tolist())
+        # by position: numbers of nodes have 64 bits, which numpy takes for floats where it finds small and large ones
+        chosen = sorted(able[at] for at in generator.choice(len(able), count, replace=False).tolist())
         config["server-round"] = server_round
         state = state_of(arrays)
         download = Packing(state, self.download_bits)
