@@ -272,6 +272,28 @@ class TestServersThatAskForMore:
         assert not strategy.rounds[1].refused
 
 
+@pytest.mark.parametrize("secure", [False, True])
+def test_flowers_local_differential_privacy_works_on_what_is_packed_afterwards(secure):
+    from flwr.clientapp.mod import LocalDpMod
+
+    dp = LocalDpMod(clipping_norm=0.05, sensitivity=0.05, epsilon=1e6, delta=1e-5)
+
+    def on_training(message, context, call_next):  # as `@app.train(mods=[dp])` does
+        return (
+            dp(message, context, call_next) if message.metadata.message_type == "train" else call_next(message, context)
+        )
+
+    strategy, result = (
+        secured(app_with(mods=[mod, on_training]), rounds=1, allocation="fp")
+        if secure
+        else trained(app_with(mods=[mod, on_training]), rounds=1, allocation="fp")
+    )
+    assert not strategy.rounds[1].refused
+    before, after = network().state_dict(), result.arrays.to_torch_state_dict()
+    moved = sum((after[name] - before[name]).square().sum() for name in before).sqrt()
+    assert 0.01 < moved < 0.06
+
+
 def test_pairs_have_one_key_each():
     secrets = [Secrets.fresh() for _ in range(4)]
     assert len({key for one in secrets for key in one.public}) == 8
