@@ -82,6 +82,24 @@ def usage(rows: Sequence[Row], name: str) -> str:
     )
 
 
+def all_routers(rows: Sequence[Row], latency: dict[str, Any]) -> str:
+    """Routers among the same variants: what each takes, and what it recovers."""
+    times, base, lines = latency["64"], pick(rows, kind="variant", name="base"), []
+    for name in (name for name in routers(rows) if "likelihood" not in name):
+        some, spent = pick(rows, kind="router", name=name), times.get(name)
+        lines.append([
+            name, f"{some[0]['router_bytes']:,}", "-" if spent is None else f"{spent / 1000:.2f}",
+            "-" if spent is None else f"{spent / times['answer']:.1%}", f"{1 - mean(some) / mean(base):.1%}",
+            f"{share(rows, name):.0%}",
+        ])  # fmt: skip
+    heads = ["router", "bytes", "ms of a route", "of reading 64 and writing 32", "below the base", "recovered"]
+    return (
+        "All three choose alike where it matters; which variant a wiki or a novel gets makes little difference.\n"
+        "`histogram` reads the prompt once more and counts the experts of each block on the way: small, and not free."
+        f"\n\n{table(heads, lines)}"
+    )
+
+
 def counts(rows: Sequence[Row], role: str) -> str:
     """Means over the texts of a role, by bits and number of variants."""
     lines = []
@@ -231,7 +249,8 @@ def write_page(summary: dict[str, Any]) -> None:
     rows = summary["rows"]
     some, whole = adjustments(rows), checkpoints(rows)
     tables = [
-        f"Base of {b:g} bits:\n\n{ways(all_of(some, b))}\n{usage(all_of(some, b), routers(all_of(some, b))[0])}"
+        f"Base of {b:g} bits:\n\n{ways(all_of(some, b))}\n{usage(all_of(some, b), routers(all_of(some, b))[0])}\n"
+        f"{all_routers(all_of(some, b), summary['latency'])}"
         for b in all_bits(some)
     ]
     parts = [
