@@ -451,20 +451,21 @@ class TestRun:
 
 
 @pytest.mark.slow
-def test_real_processes(tmp_path, monkeypatch):
-    """One SuperLink and two SuperNodes with a Flower app that has the five lines of docs/federated.md."""
+@pytest.mark.parametrize(("nodes", "rounds", "secure"), [(2, 3, False), (3, 1, True)])
+def test_real_processes(tmp_path, monkeypatch, nodes, rounds, secure):
+    """A SuperLink and SuperNodes with a Flower app that has the five lines of docs/federated.md."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
     from federated_processes import Federation, rounds_in
 
     out = tmp_path / "rounds.json"
-    with Federation(tmp_path / "processes", nodes=2) as federation:
-        run = federation.run(out=str(out))
-        run.wait(400)
-        rounds = rounds_in(out)
-        assert rounds, federation.logs()
-    assert [one["round"] for one in rounds] == [0, 1, 2, 3]
-    assert all(len(one["modes"]) == 2 and not one["refused"] for one in rounds[1:])
-    assert rounds[-1]["metrics"]["accuracy"] > rounds[0]["metrics"]["accuracy"] + 0.2
+    config = {"num-server-rounds": rounds, "min-nodes": nodes, "secure": secure, "out": str(out)}
+    with Federation(tmp_path / "processes", nodes) as federation:
+        federation.run(**config).wait(600)
+        found = rounds_in(out)
+        assert found, federation.logs()
+    assert [one["round"] for one in found] == list(range(rounds + 1))
+    assert all(len(one["modes"]) == nodes and not one["refused"] for one in found[1:])
+    assert found[-1]["metrics"]["accuracy"] > found[0]["metrics"]["accuracy"] + 0.2
 
 
 @pytest.mark.slow
