@@ -126,6 +126,9 @@ class TestLoading:
         theirs = AutoModelForImageClassification.from_pretrained(folders / f"{name}-8", dtype=torch.float32)
         with torch.no_grad():
             assert torch.equal(theirs(x).logits, ours(x).logits)
+        card = (folders / f"{name}-8" / "README.md").read_text()
+        assert 'AutoModelForImageClassification.from_pretrained("FOLDER_OR_ID")' in card
+        assert "CausalLM" not in card
 
     def test_stages_are_the_model(self, made, folders):
         name, _ = made

@@ -267,10 +267,10 @@ class ModelView:
         return {k: v for k, v in self.model.state_dict().items() if k not in covered and k not in tied}
 
     def _find_units(self) -> Iterator[Unit]:
-        routers = router_paths(self.model, self.blocks)
+        routers, roles = router_paths(self.model, self.blocks), self.task.roles(self.model)
         for index, (root, layer) in enumerate(zip(self._paths, self.blocks, strict=True)):
             kept = [*(routers if has_experts(layer) else ()), *kept_paths(self.model, layer)]
-            units = list(_layer_units(root, index, layer, kept, self.task.role(self.model, root)))
+            units = list(_layer_units(root, index, layer, kept, roles.get(root)))
             covered = {unit.parameter.removeprefix(f"{root}.") for unit in units}
             check_nothing_skipped(root, layer, covered, kept)
             yield from units

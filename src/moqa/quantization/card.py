@@ -9,6 +9,8 @@ from moqa.format.manifest import CARD, Manifest, Recovery
 from moqa.format.reader import Checkpoint
 from moqa.storage.artifact import write_whole
 from moqa.storage.files import read_text
+from moqa.tasks import task_of
+from moqa.tasks.configuration import read_configuration
 
 # the licence is that of the original, as its own card says
 _LICENCE = ("license", "license_name", "license_link")
@@ -33,26 +35,12 @@ _PAGE = """
 | seed | {seed} |
 
 ```console
-$ moqa quantize {typed} {budget_option}--strategy {strategy} --method {method} --ties {ties} --seed {seed}{data} -o OUT
+{commands}
 ```
 {loading}
 `pip install moqa`, then, with this folder or its id on the Hub:
 
-```python
-import moqa
-
-model, tokenizer = moqa.load("FOLDER_OR_ID")
-```
-
-or by transformers alone:
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER_OR_ID")
-```
-
-`moqa serve FOLDER_OR_ID` answers OpenAI-style requests, `moqa verify FOLDER_OR_ID` checks every byte.
+{used_by}
 
 ## Licence
 {licence}
@@ -78,17 +66,22 @@ def write_card(folder: Path, manifest: Manifest, original: Path) -> None:
     name = (base or manifest.model).rpartition("/")[2]
     copied = sorted(path.name for path in folder.iterdir() if path.name.startswith(("LICEN", "NOTICE")))
     named = str(stated.get("license_name", stated.get("license", "")))
+    task = task_of(read_configuration(folder))
     recovery = manifest.recovery if manifest.recovery and manifest.recovery.kept else None
+    how = {"strategy": manifest.strategy, "method": manifest.method, "ties": manifest.ties, "seed": manifest.seed}
+    data = "".join(f" --data {name}={'FILE' if task.writes_samples else 'FOLDER'}" for name in manifest.fitted)
+    commands = task.made_by.format(
+        typed=base or name, budget=f"{manifest.budget} " if manifest.budget else "",
+        data=_recovered(recovery) + data, **how,
+    )  # fmt: skip
     page = _PAGE.format(
         name=name, bits=checkpoint.bits_per_weight, moqa=manifest.moqa, size=checkpoint.bytes / 2**20,
-        base=f"[{base}](https://huggingface.co/{base})" if base else name, typed=base or name,
-        strategy=manifest.strategy, method=manifest.method, ties=manifest.ties, seed=manifest.seed,
-        budget=manifest.budget or "none", budget_option=f"{manifest.budget} " if manifest.budget else "",
+        base=f"[{base}](https://huggingface.co/{base})" if base else name, **how,
+        budget=manifest.budget or "none", used_by=task.used_by,
+        commands="\n".join(f"$ {line}" for line in commands.splitlines()),
         widths=", ".join(f"{count} of {width} bits" for width, count in widths.items()),
         groups=", ".join(map(str, groups)) or "-",
         mixture=", ".join(f"{share:.0%} {name}" for name, share in manifest.mixture.items()),
-        data=_recovered(recovery)
-        + "".join(f" --data {name}=FILE" for name in manifest.fitted),
         trained="no" if recovery is None
         else f"{recovery.steps} steps{' of each block' if recovery.blockwise else ''}, on the same texts",
         loading=_LOADING,

@@ -19,7 +19,7 @@ from moqa.data import (
 from moqa.errors import MoqaError, one_line
 from moqa.tasks.configuration import CONFIG, read_configuration
 from moqa.tasks.names import depth
-from moqa.tasks.task import Samples, Task, paths_in
+from moqa.tasks.task import Samples, Task, paths_in, used_through
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +52,7 @@ class CausalLM(Task):
     name, kind = "causal_lm", "causal language model"
     batch_size, batch_dims = 1024, 2
     predicts_each, writes_samples = True, True
+    used_by = used_through("AutoModelForCausalLM", "`moqa serve FOLDER_OR_ID` answers OpenAI-style requests")
 
     def accepts(self, config: "PretrainedConfig") -> bool:
         """See `Task`."""

@@ -14,7 +14,7 @@ from moqa.data.source import as_sources
 from moqa.errors import MoqaError, one_line
 from moqa.storage.files import values_in
 from moqa.tasks.configuration import read_configuration
-from moqa.tasks.task import Samples, Task, paths_in
+from moqa.tasks.task import Samples, Task, paths_in, used_through
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -85,6 +85,9 @@ class ImageClassification(Task):
     name, kind = "image_classification", "image classifier"
     batch_size, batch_dims = 32, 1
     predicts_each, writes_samples = False, False
+    used_by = used_through(
+        "AutoModelForImageClassification", "`moqa evaluate FOLDER_OR_ID --data NAME=FOLDER` scores it"
+    )
 
     def accepts(self, config: "PretrainedConfig") -> bool:
         """See `Task`."""

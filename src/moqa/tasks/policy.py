@@ -1,6 +1,6 @@
 """Policies: what a robot sees and is told, and the actions that follow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,17 @@ class Policy(Task):
     name, kind = "policy", "policy model"
     batch_size, batch_dims = 32, 1
     predicts_each, writes_samples, is_chain = False, False, False
+    made_by = """moqa vla profile {typed}{data} --seed {seed} -o PROFILE
+moqa vla plan PROFILE {budget}--by {strategy} -o PLAN
+moqa vla quantize {typed} --plan PLAN --method {method} -o OUT"""
+    used_by = """```python
+from moqa.vla.actor import Actor
+
+actor = Actor("FOLDER_OR_ID")
+actions = actor.act(image, state, instruction)
+```
+
+`moqa vla rollout FOLDER_OR_ID -o OUT` lets it move the robot, `moqa verify FOLDER_OR_ID` checks every byte."""
 
     def accepts(self, config: "PretrainedConfig") -> bool:
         """See `Task`."""
@@ -102,18 +113,14 @@ class Policy(Task):
         """See `Task`."""
         return adapter_of(config).auto_class(config)
 
-    def parts(self, model: nn.Module) -> dict[Part, list[str]]:
-        """Paths of the blocks of each part."""
-        found = parts_of(adapter_of(_config(model)), model)
-        return {part: blocks_of(model, path) for part, path in found.items()}
-
     def blocks(self, model: nn.Module) -> list[str]:
         """Blocks of vision encoder, projector, language model and action head."""
-        return [path for paths in self.parts(model).values() for path in paths]
+        return list(self.roles(model))
 
-    def role(self, model: nn.Module, block: str) -> str | None:
-        """The part that a block belongs to."""
-        return next(part for part, paths in self.parts(model).items() if block in paths)
+    def roles(self, model: nn.Module) -> Mapping[str, Part]:
+        """The part that each block belongs to."""
+        parts = parts_of(adapter_of(_config(model)), model)
+        return {block: part for part, path in parts.items() for block in blocks_of(model, path)}
 
     def ends(self, model: "PreTrainedModel") -> list[Any]:  # noqa: ARG002
         """None: policies are in memory as a whole."""

@@ -1,6 +1,6 @@
 """The interface of tasks: the one place where text and images differ."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +31,8 @@ class Task(Protocol):
         predicts_each: whether each position has its own prediction and label; else each sample has one.
         writes_samples: whether a model can write samples itself, for a plan's hedge.
         is_chain: whether each block reads what the one before it returns; else blocks are run by running the model.
+        made_by: commands that make a checkpoint, for its card, which fills in what stands in braces.
+        used_by: how a checkpoint is loaded and used, in Markdown, for its card.
     """
 
     name: str
@@ -40,6 +42,10 @@ class Task(Protocol):
     predicts_each: bool
     writes_samples: bool
     is_chain: bool = True
+    made_by: str = (
+        "moqa quantize {typed} {budget}--strategy {strategy} --method {method} --ties {ties} --seed {seed}{data} -o OUT"
+    )
+    used_by: str
 
     def accepts(self, config: "PretrainedConfig") -> bool:
         """Whether transformers has a model of this task for a configuration."""
@@ -57,9 +63,9 @@ class Task(Protocol):
     def ends(self, model: "PreTrainedModel") -> list[Any]:
         """Modules outside the blocks that are read only when they are used; all others are read at once."""
 
-    def role(self, model: nn.Module, block: str) -> str | None:  # noqa: ARG002
-        """Role of all units of a block; None if it depends on the unit."""
-        return None
+    def roles(self, model: nn.Module) -> Mapping[str, str]:  # noqa: ARG002
+        """Path of a block -> role of all its units, for blocks whose role does not depend on the unit."""
+        return {}
 
     def depth(self, config: "PretrainedConfig") -> int:
         """Number of blocks of a model with this configuration."""
@@ -131,6 +137,33 @@ class Task(Protocol):
     def count(self, inputs: Tensor) -> int:
         """Number of predictions for some inputs."""
         return inputs.shape[: self.batch_dims].numel()
+
+
+def used_through(auto_class: str, command: str) -> str:
+    """What a card says about using a checkpoint that transformers can load itself.
+
+    >>> used_through("AutoModel", "`moqa serve FOLDER_OR_ID` answers").splitlines()[-1]
+    '`moqa serve FOLDER_OR_ID` answers, `moqa verify FOLDER_OR_ID` checks every byte.'
+
+    Args:
+        auto_class: of transformers.
+        command: what moqa can do with it, a half-sentence.
+    """
+    return f"""```python
+import moqa
+
+model, processor = moqa.load("FOLDER_OR_ID")
+```
+
+or by transformers alone:
+
+```python
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("FOLDER_OR_ID")
+```
+
+{command}, `moqa verify FOLDER_OR_ID` checks every byte."""
 
 
 def paths_in(model: nn.Module, blocks: nn.ModuleList) -> list[str]:
