@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from vla_pictures import error_curves, sensitivities, success_bars
 from vla_rows import PARTS, SIZES
-from vla_verdicts import verdicts
+from vla_verdicts import sees, targets, totals, verdicts
 
 from moqa.profiling import Profile
 from moqa.vla.records import wilson
@@ -36,7 +36,7 @@ def write_page(looped: Sequence[dict], rows: Sequence[dict], fast: dict, profile
     settings = profile.record.settings
     parts = [
         _INTRO.format(values=original["weights"], samples=settings.samples),
-        _looks(original["looks"]), "## By action error\n", _errors(rows),
+        "## Does it look?\n", sees(rows, looped), "\n## By action error\n", _errors(rows),
         "\n![Action error against bits](vla-error.svg)\n",
         _modules(rows), "\n## What the robot does\n", _success(looped), _videos(),
         "\n## Where it is sensitive\n", _parts(profile), _sensitivity_text(),
@@ -48,28 +48,6 @@ def write_page(looped: Sequence[dict], rows: Sequence[dict], fast: dict, profile
     if looped:
         PAGE.with_name("vla-success.svg").write_text(success_bars(totals(looped)))
     PAGE.write_text("\n".join(parts))
-
-
-def _looks(looks: dict[str, float]) -> str:
-    """Whether the policy uses what it sees: else nothing follows for alignment."""
-    shown = ", ".join(f"{value:.4f} for {kind}" for kind, value in looks.items())
-    text = f"Change of the original's actions if one kind of input is that of another observation: {shown}.\n"
-    if looks["pictures"] < 0.05 * looks["state"]:
-        text += (
-            "\n**This policy does not look at its pictures**: it acts by words and the place of its hand. So plans can "
-            "take nearly all bits from vision, and nothing below tells whether alignment matters for one that sees.\n"
-        )
-    return text
-
-
-def totals(looped: Sequence[dict]) -> dict[tuple[str, float], tuple[int, int]]:
-    """(plan, size) -> successes and episodes of all tasks and seeds."""
-    found: dict[tuple[str, float], tuple[int, int]] = {}
-    for row in looped:
-        before = found.get((row["plan"], row["size"]), (0, 0))
-        more = [sum(one[n] for one in row["success"].values()) for n in range(2)]
-        found[row["plan"], row["size"]] = before[0] + more[0], before[1] + more[1]
-    return found
 
 
 def _errors(rows: Sequence[dict]) -> str:
@@ -131,12 +109,13 @@ def _success(looped: Sequence[dict]) -> str:
     seeds = sorted({row["seed"] for row in looped})
     crashed = sum(row.get("crashed", 0) for row in looped)
     lines.append(f"\nSeeds {', '.join(map(str, seeds))}; {crashed} episodes ended in a crash of the environment.\n")
+    lines.append(targets(looped))
     return "\n".join(lines)
 
 
 def _videos() -> str:
     lines = []
-    for plan in ("original", "uniform-2.5", "output-error-2.5", "aligned-2.5"):
+    for plan in ("original", "hypothesis-blind", "uniform-2.5", "output-error-2.5", "aligned-2.5"):
         film = ROLLOUTS / f"{plan}-0" / f"{FILMED}.gif"
         if film.exists():
             shutil.copyfile(film, PAGE.with_name(f"vla-{plan}.gif"))

@@ -9,7 +9,8 @@ from moqa.profiling import Profile
 from moqa.vla.records import wilson
 
 COLOURS = {
-    "original": "#555555", "uniform": "#d95f02", "output-error": "#1b9e77", "aligned": "#7570b3", "random": "#999999",
+    "original": "#555555", "hypothesis-blind": "#bbbbbb", "uniform": "#d95f02", "output-error": "#1b9e77",
+    "aligned": "#7570b3", "random": "#999999",
 }  # fmt: skip
 PARTS = {"vision": "#4e79a7", "projector": "#e15759", "language": "#59a14f", "action": "#b07aa1"}
 _HEAD = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" font-family="sans-serif" font-size="12">'
@@ -89,7 +90,7 @@ def success_bars(totals: Mapping[tuple[str, float], tuple[int, int]]) -> str:
         y, scale = 24 + number * step, width - left - 60
         low, high = wilson(successes, episodes)
         rate = successes / episodes
-        label = plan if plan == "original" else f"{plan}, {size:g} bits"
+        label = {"original": plan, "hypothesis-blind": "original, blind"}.get(plan, f"{plan}, {size:g} bits")
         parts.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{label}</text>')
         parts.append(f'<rect x="{left}" y="{y}" width="{scale * rate:.1f}" height="16" fill="{COLOURS[plan]}"/>')
         ends = left + scale * low, left + scale * high

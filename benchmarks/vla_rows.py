@@ -1,4 +1,4 @@
-"""Rows of the study of policies: what was quantized how, and what came of it."""
+"""Rows of the study of policies: what was quantized how, and what came of it; controls of the policy itself."""
 
 import json
 import subprocess
@@ -15,6 +15,7 @@ from moqa.data import read_demonstrations
 from moqa.format.reader import open_checkpoint
 from moqa.models.view import open_model
 from moqa.planning import Plan
+from moqa.policies.small import SmallPolicy
 from moqa.profiling import Profile
 from moqa.storage.artifact import write_json
 from moqa.tasks import find_task
@@ -30,6 +31,7 @@ SIZES = {2.5: (2, 64), 3.0: (3, 256), 4.0: (4, 256), 6.0: (6, 256)}
 OTHERS = ("aligned", "output-error", "random")
 CLOSED_LOOP = ("uniform", "output-error", "aligned")
 CLOSED_SIZES = (2.5, 3.0)
+CONTROLS = ("original", 16.0), ("hypothesis-blind", 16.0)
 KEEP = 16
 
 
@@ -52,7 +54,8 @@ class Study:
         self.profile: Profile = _profile(source, samples)
         task = find_task("policy")
         held_out = task.split(read_demonstrations(source))[1]
-        self.rows = task.cut(held_out, task.reader(POLICY), 1, HELD_OUT).inputs
+        seen = task.cut(held_out, task.reader(POLICY), 1, HELD_OUT)
+        self.rows, self.expert = seen.inputs, seen.actions
         self.view = open_model(POLICY)
         self.comparison = ShiftComparison(self.view, self.rows)
 
@@ -111,13 +114,34 @@ class Study:
     def original(self) -> dict:
         account = self.uniform(2.5).account
         values = sum(unit.weights for unit in self.profile.record.units)
-        return {
-            "policy": str(POLICY), "plan": "original", "size": 16.0, "method": "none", "seed": 0, "bits": 16.0,
-            "bytes": (POLICY / "model.safetensors").stat().st_size, "module_bits": dict.fromkeys(PARTS, 16.0),
-            "action_error": 0.0, "alignment": dict.fromkeys(("module", "layer", "token"), 0.0), "success": {},
-            "looks": self.looks(),
-            "milliseconds_per_action": None, "folder": str(POLICY), "weights": values + account.kept_weights,
+        shifts = dict.fromkeys(("module", "layer", "token", "action"), 0.0)
+        return self._unquantized("original", POLICY, shifts) | {
+            "looks": self.looks(), "expert_error": self.expert_error(self.view.model),
+            "weights": values + account.kept_weights,
         }  # fmt: skip
+
+    def blind(self) -> dict:
+        """The control of the original: the same policy, to which every picture is the average picture."""
+        out, policy = RUNS / "blind", SmallPolicy.from_pretrained(POLICY, dtype=torch.float32)
+        policy.config.picture_gain = policy.vision_encoder.gain = 0.0
+        shifts, error = self.comparison.against(policy), self.expert_error(policy)
+        policy.to(torch.bfloat16).save_pretrained(out)
+        return self._unquantized("hypothesis-blind", out, shifts) | {"expert_error": error}
+
+    def _unquantized(self, plan: str, folder: Path, shifts: Mapping[str, float]) -> dict:
+        return {
+            "policy": str(POLICY), "plan": plan, "size": 16.0, "method": "none", "seed": 0, "bits": 16.0,
+            "bytes": (folder / "model.safetensors").stat().st_size, "module_bits": dict.fromkeys(PARTS, 16.0),
+            "action_error": shifts["action"] ** 0.5,
+            "alignment": {level: shifts[level] for level in ("module", "layer", "token")}, "success": {},
+            "milliseconds_per_action": None, "folder": str(folder),
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def expert_error(self, model: torch.nn.Module) -> float:
+        """Root mean square length of the difference between a policy's actions and the expert's, held out."""
+        actions = self.view.task.call(model, self.rows).clamp(-1, 1)
+        return float((actions - self.expert).square().sum(-1).mean().sqrt())
 
     @torch.no_grad()
     def looks(self) -> dict[str, float]:
@@ -142,8 +166,9 @@ class Study:
         return found
 
 
-def closed_loop(row: dict, name: str, seed: int, episodes: int, processes: int) -> dict:
+def closed_loop(row: dict, seed: int, episodes: int, processes: int) -> dict:
     """The row with what the policy does to the robot, for one seed."""
+    name = row["plan"] if (row["plan"], row["size"]) in CONTROLS else f"{row['plan']}-{row['size']:g}"
     out = RUNS / "rollouts" / f"{name}-{seed}"
     if not (out / "rollout.json").exists():
         rollout(row["folder"], out, episodes=episodes, seed=seed, videos=seed == 0, processes=processes)

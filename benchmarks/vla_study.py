@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from vla_page import write_page
-from vla_rows import CLOSED_LOOP, CLOSED_SIZES, OTHERS, RUNS, SIZES, Made, Study, closed_loop, speed
+from vla_rows import CLOSED_LOOP, CLOSED_SIZES, CONTROLS, OTHERS, RUNS, SIZES, Made, Study, closed_loop, speed
 
 from moqa.storage.artifact import write_json
 
@@ -50,35 +50,30 @@ def main() -> None:
     parser.add_argument("--randoms", type=int, default=3, help="random plans of each size")
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
-    study = Study(options.samples)
-    original, rows, looped, fast = study.original(), list[dict](), list[dict](), dict[str, list[dict]]()
-    for row in grid(study, CLOSED_SIZES, options.randoms):
+    study, measured = Study(options.samples), RUNS / "speed.json"
+    rows, looped, fast = [study.original(), study.blind()], list[dict](), dict[str, list[dict]]()
+    for row in grid(study, SIZES, options.randoms):
         rows.append(row)
-    _write(original, rows, looped, fast, study)
+        _write(rows, looped, fast, study)
     by_name = {(row["plan"], row["size"]): row for row in rows if row["seed"] == 0}
-    for seed in range(options.seeds):
-        for plan, size in (("original", 16.0), *((plan, size) for size in CLOSED_SIZES for plan in CLOSED_LOOP)):
-            row, name = (original, plan) if plan == "original" else (by_name[plan, size], f"{plan}-{size:g}")
-            looped.append(closed_loop(row, name, seed, options.episodes, options.processes))
-            _write(original, rows, looped, fast, study)
-    measured = RUNS / "speed.json"
     if not measured.exists():
-        chosen = {"original": original, **{f"{plan}-3": by_name[plan, 3.0] for plan in ("uniform", "aligned")}}
+        chosen = {"original": rows[0], **{f"{plan}-3": by_name[plan, 3.0] for plan in ("uniform", "aligned")}}
         write_json({name: [speed(row, n) for n in (1, 2)] for name, row in chosen.items()}, measured)
     fast = json.loads(measured.read_text())
     for row in hypotheses(study):
         rows.append(row)
-        _write(original, rows, looped, fast, study)
-    for row in grid(study, [size for size in SIZES if size not in CLOSED_SIZES], options.randoms):
-        rows.append(row)
-        _write(original, rows, looped, fast, study)
+        _write(rows, looped, fast, study)
+    for seed in range(options.seeds):
+        for plan, size in (*CONTROLS, *((plan, size) for size in CLOSED_SIZES for plan in CLOSED_LOOP)):
+            looped.append(closed_loop(by_name[plan, size], seed, options.episodes, options.processes))
+            _write(rows, looped, fast, study)
 
 
-def _write(original: dict, rows: list[dict], looped: list[dict], fast: dict, study: Study) -> None:
+def _write(rows: list[dict], looped: list[dict], fast: dict, study: Study) -> None:
     done = {(row["plan"], row["size"], row["seed"]) for row in looped}
-    others = [row for row in (original, *rows) if (row["plan"], row["size"], row["seed"]) not in done]
+    others = [row for row in rows if (row["plan"], row["size"], row["seed"]) not in done]
     write_json({"rows": [*looped, *others], "speed": fast}, RUNS / "summary.json")
-    write_page(looped, [original, *rows], fast, study.profile)
+    write_page(looped, rows, fast, study.profile)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,65 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from moqa.profiling import Profile
+from moqa.vla.records import wilson
 
 PARTS = ("vision", "projector", "language", "action")
 WIDTHS = (2, 3, 4, 8)
+
+
+def totals(looped: Sequence[dict]) -> dict[tuple[str, float], tuple[int, int]]:
+    """(plan, size) -> successes and episodes of all tasks and seeds."""
+    found: dict[tuple[str, float], tuple[int, int]] = {}
+    for row in looped:
+        before = found.get((row["plan"], row["size"]), (0, 0))
+        more = [sum(one[n] for one in row["success"].values()) for n in range(2)]
+        found[row["plan"], row["size"]] = before[0] + more[0], before[1] + more[1]
+    return found
+
+
+def sees(rows: Sequence[dict], looped: Sequence[dict]) -> str:
+    """Whether the original uses its pictures: else nothing follows for alignment."""
+    original, blind = (next(row for row in rows if row["plan"] == plan) for plan in ("original", "hypothesis-blind"))
+    looks = ", ".join(f"{value:.3f} for {kind}" for kind, value in original["looks"].items())
+    errors = f"{original['expert_error']:.3f} | {blind['expert_error']:.3f}"
+    text = (
+        "The control is the same policy made blind: to it, every picture is the average of all demonstrations.\n\n"
+        "| | seeing | blind |\n|---|---:|---:|\n"
+        f"| actions against the expert's, held out (RMS) | {errors} |\n"
+    )
+    found = totals(looped)
+    pair = [found.get((plan, 16.0)) for plan in ("original", "hypothesis-blind")]
+    if all(pair):
+        cells = [f"{successes / episodes:.1%} ({successes}/{episodes})" for successes, episodes in pair]
+        text += f"| success | {' | '.join(cells)} |\n"
+        lows_and_highs = [wilson(*one) for one in pair]
+        apart = lows_and_highs[0][0] > lows_and_highs[1][1]
+        text += f"\n**It needs its pictures: {_verdict(apart, pair[0] <= pair[1])}** (beyond the intervals below).\n"
+    return text + (
+        "\nChange of the original's actions if one kind of input is that of another observation, of another task: "
+        f"{looks}.\n"
+    )
+
+
+def targets(looped: Sequence[dict]) -> str:
+    """What was wanted of the closed loop, and whether it was met."""
+    found = totals(looped)
+    rates = {key: successes / episodes for key, (successes, episodes) in found.items()}
+    original, aligned = rates.get(("original", 16.0)), rates.get(("aligned", 3.0))
+    lines = []
+    if original is not None:
+        lines.append(f"- The original succeeds in {original:.1%} of episodes (wanted: 70 %: {_met(original >= 0.7)}).")
+    if original and aligned is not None:
+        kept = aligned / original
+        lines.append(f"- Aligned at 3 bits keeps {kept:.1%} of that (wanted: 95 %: {_met(kept >= 0.95)}).")
+    beyond = {}
+    for size in (2.5, 3.0):
+        pair = [found.get((plan, size)) for plan in ("aligned", "uniform")]
+        if all(pair):
+            beyond[size] = wilson(*pair[0])[0] > wilson(*pair[1])[1]
+    if beyond:
+        lines.append(f"- Aligned beats uniform beyond the intervals at 2.5 or 3 bits: {_met(any(beyond.values()))}.")
+    return "\n".join(lines) + "\n"
 
 
 def verdicts(rows: Sequence[dict], profile: Profile) -> str:
@@ -114,6 +170,10 @@ def _near_head(profile: Profile) -> str:
         f"block with the shift of the actions at 3 bits: {whole.statistic:+.2f} (p = {whole.pvalue:.2g}); of the "
         f"shift per weight: {each.statistic:+.2f} (p = {each.pvalue:.2g}). Shares of the sum: {shares}.\n"
     )
+
+
+def _met(met: bool) -> str:
+    return "met" if met else "MISSED"
 
 
 def _verdict(confirmed: bool, refuted: bool) -> str:

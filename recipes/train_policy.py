@@ -2,8 +2,8 @@
 
     python recipes/train_policy.py --demonstrations runs/vla/demonstrations -o runs/vla/policy --minutes 40
 
-Writes a folder that moqa's commands for policies read. The learning rate follows the clock. An interrupted run goes on
-after its last checkpoint when the same command is given again.
+Writes a folder that moqa's commands for policies read. The learning rate follows the processor's clock.
+An interrupted run goes on after its last checkpoint when the same command is given again.
 """
 
 import argparse
@@ -21,9 +21,10 @@ from torch.nn import functional
 from moqa.data.demonstrations import is_held_out, read_demonstrations, read_episodes
 from moqa.policies.small import PAD, SmallPolicy, SmallPolicyConfig
 
-BATCH, PEAK_RATE, WEIGHT_DECAY, AVERAGE = 64, 1.5e-3, 0.02, 0.998
+BATCH, PEAK_RATE, WEIGHT_DECAY, AVERAGE = 32, 1.2e-3, 0.02, 0.998
 SHIFT = 1  # pixels at most
-CHECKPOINT_SECONDS = 60
+UNTOLD = 0.25  # share of observations without the hand's place, which has to be seen then
+CHECKPOINT_SECONDS = 30
 
 
 def read(folders: Sequence[Path]) -> tuple[dict[str, Tensor], list[str], str, list[str]]:
@@ -42,15 +43,10 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, Tensor], list[str], str, li
     return data, words, sources[0].robot, instructions
 
 
-def start_from(folder: Path, policy: SmallPolicy, words: Sequence[str]) -> None:
-    """Take the weights of an earlier policy; words that it does not know keep their random embedding."""
-    earlier = SmallPolicy.from_pretrained(folder, dtype=torch.float32)
-    state = earlier.state_dict()
-    table = policy.language_model.embed_tokens.weight.detach().clone()
-    for number, word in enumerate(words):
-        if word in earlier.config.words:
-            table[number] = state["language_model.embed_tokens.weight"][earlier.config.words.index(word)]
-    policy.load_state_dict(state | {"language_model.embed_tokens.weight": table})
+def average_picture(data: dict[str, Tensor]) -> tuple[Tensor, float]:
+    """[3, height, width] mean of all pictures to learn from, and the standard deviation of pixels around it."""
+    pictures = data["images"][~data["held_out"]][::4].float() / 255
+    return pictures.mean(0), float((pictures - pictures.mean(0)).std())
 
 
 def shifted(images: Tensor, random: np.random.Generator) -> Tensor:
@@ -64,21 +60,25 @@ def shifted(images: Tensor, random: np.random.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_error(policy: SmallPolicy, data: dict[str, Tensor], ids: Tensor) -> float:
+def held_out_errors(policy: SmallPolicy, data: dict[str, Tensor], ids: Tensor) -> tuple[float, float]:
+    """With the observations' own pictures, and with those of other episodes of the same task: what seeing gains."""
     chosen = data["held_out"].nonzero()[:, 0][::8]
+    tasks = data["task"][chosen]
+    pictures = torch.cat([some.roll(len(some) // 2) for some in (chosen[tasks == task] for task in tasks.unique())])
+    chosen = chosen[tasks.argsort(stable=True)]
     errors = []
-    for some in chosen.split(128):
-        actions = policy(data["images"][some].float() / 255, data["state"][some], ids[data["task"][some]])
-        errors.append((actions.clamp(-1, 1) - data["actions"][some]).abs().mean((1, 2)))
-    return float(torch.cat(errors).mean())
+    for some, others in zip(chosen.split(128), pictures.split(128), strict=True):
+        for seen in (some, others):
+            actions = policy(data["images"][seen].float() / 255, data["state"][some], ids[data["task"][some]])
+            errors.append((actions.clamp(-1, 1) - data["actions"][some]).abs().mean((1, 2)))
+    return float(torch.cat(errors[::2]).mean()), float(torch.cat(errors[1::2]).mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--demonstrations", type=Path, required=True, action="append", help="may be repeated")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--minutes", type=float, default=40)
-    parser.add_argument("--start", type=Path, help="folder of an earlier policy to go on from")
+    parser.add_argument("--minutes", type=float, default=40, help="of one processor")
     parser.add_argument("--peak-rate", type=float, default=PEAK_RATE)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -86,17 +86,14 @@ def main() -> None:
     data, words, robot, instructions = read(options.demonstrations)
     known = data["state"][~data["held_out"]]
     mean, scale = known.mean(0).tolist(), known.std(0).clamp_min(0.01).tolist()
-    if options.start is not None:  # its weights are for its own scale
-        earlier = SmallPolicyConfig.from_pretrained(options.start)
-        mean, scale = earlier.state_mean, earlier.state_scale
+    picture, spread = average_picture(data)
     config = SmallPolicyConfig(
         image_size=data["images"].shape[-1], words=words, robot=robot, chunk=data["actions"].shape[1],
-        action_size=data["actions"].shape[2], state_mean=mean, state_scale=scale,
+        action_size=data["actions"].shape[2], picture_gain=1 / spread, state_mean=mean, state_scale=scale,
     )  # fmt: skip
     ids = torch.stack([config.ids(text) for text in instructions])
     policy, average = SmallPolicy(config), SmallPolicy(config).eval()
-    if options.start is not None:
-        start_from(options.start, policy, words)
+    policy.vision_encoder.get_buffer("average").copy_(picture)
     average.load_state_dict(policy.state_dict())
     optimizer = torch.optim.AdamW(policy.parameters(), options.peak_rate, weight_decay=WEIGHT_DECAY)
     train, step, used = (~data["held_out"]).nonzero()[:, 0], 0, 0.0
@@ -108,8 +105,8 @@ def main() -> None:
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         step, used = state["step"], state["seconds"]
-    begin, saved, losses = time.monotonic() - used, time.monotonic(), []
-    while (seconds := time.monotonic() - begin) < options.minutes * 60:
+    begin, saved, losses = time.process_time() - used, time.process_time(), []
+    while (seconds := time.process_time() - begin) < options.minutes * 60:
         random = np.random.default_rng([options.seed, step])
         share = seconds / (options.minutes * 60)
         rate = options.peak_rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * share))
@@ -117,6 +114,8 @@ def main() -> None:
             group["lr"] = rate
         some = train[random.integers(0, len(train), BATCH)]
         images, state = shifted(data["images"][some], random), data["state"][some]
+        untold = torch.from_numpy(random.random((BATCH, 1)) < UNTOLD)
+        state = torch.where(untold, state.new_tensor(mean), state)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             actions = policy(images, state, ids[data["task"][some]])
         loss = functional.smooth_l1_loss(actions.float(), data["actions"][some], beta=0.1)
@@ -130,22 +129,24 @@ def main() -> None:
         with torch.no_grad():
             for slow, fast in zip(average.parameters(), policy.parameters(), strict=True):
                 slow.lerp_(fast, 1 - keep)
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
-            saved = time.monotonic()
-            error = held_out_error(average, data, ids)
-            print(f"{seconds / 60:.1f} min, step {step}: {np.mean(losses):.4f}, held out {error:.4f}", flush=True)
+        if time.process_time() - saved > CHECKPOINT_SECONDS:
+            saved = time.process_time()
+            own, others = held_out_errors(average, data, ids)
+            errors = f"held out {own:.4f}, with other pictures {others:.4f}"
+            print(f"{seconds / 60:.1f} min, step {step}: {np.mean(losses):.4f}, {errors}", flush=True)
             losses.clear()
             torch.save(
                 {
                     "policy": policy.state_dict(), "average": average.state_dict(), "step": step,
-                    "optimizer": optimizer.state_dict(), "seconds": time.monotonic() - begin,
+                    "optimizer": optimizer.state_dict(), "seconds": time.process_time() - begin,
                 }, unfinished.with_suffix(".new"),
             )  # fmt: skip
             unfinished.with_suffix(".new").rename(unfinished)
     average.to(torch.bfloat16).save_pretrained(options.out)
+    own, others = held_out_errors(average.float(), data, ids)
     about = {
         "minutes": options.minutes, "steps": step, "seed": options.seed, "observations": len(train),
-        "held_out_error": held_out_error(average.float(), data, ids),
+        "held_out_error": own, "held_out_error_with_other_pictures": others,
     }  # fmt: skip
     (options.out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
     unfinished.unlink(missing_ok=True)

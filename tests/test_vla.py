@@ -13,7 +13,8 @@ from policies import demonstrations, small
 
 from moqa.errors import MoqaError
 from moqa.policies.observation import Fields, PolicyInputs
-from moqa.vla import plan_policy, profile_policy
+from moqa.policies.small import SmallPolicy, SmallPolicyConfig
+from moqa.vla import plan_policy, profile_policy, quantize_policy
 from moqa.vla import run as rollouts
 from moqa.vla.actor import Actor
 from moqa.vla.alignment import action_shift, layer_shift, module_shift, token_shift
@@ -199,6 +200,44 @@ class Robot:
 
     def close(self) -> None:
         pass
+
+
+class TestSight:
+    def test_a_small_thing_that_moves_is_not_lost_beside_the_positions(self):
+        torch.manual_seed(0)
+        encoder = SmallPolicy(SmallPolicyConfig()).vision_encoder
+        pictures = torch.rand(3, 72, 72).repeat(12, 1, 1, 1)
+        encoder.average.copy_(pictures[0])
+        for number, picture in enumerate(pictures):
+            picture[0, 6 * number : 6 * number + 6, 20:26] = 1
+        with torch.no_grad():
+            seen = encoder(pictures)
+        assert (seen - seen.mean(0)).norm() > 0.1 * seen.norm()
+
+    def test_without_a_gain_it_is_blind(self):
+        encoder = SmallPolicy(SmallPolicyConfig(picture_gain=0)).vision_encoder
+        with torch.no_grad():
+            assert torch.equal(*encoder(torch.rand(2, 3, 72, 72)))
+
+    def test_the_reference_acts_by_its_pictures(self):
+        from policies import REFERENCE
+
+        actor, random = Actor(REFERENCE / "policy"), np.random.default_rng(0)
+        pictures = [np.full((72, 72, 3), grey, np.uint8) for grey in (60, 180)]
+        pictures += [random.integers(0, 256, (72, 72, 3), np.uint8) for _ in range(2)]
+        place = np.array([0, 0.6, 0.2, 0.5], np.float32)
+        actions = np.stack([actor.act(picture, place, "open the drawer") for picture in pictures])
+        assert np.abs(actions - actions.mean(0)).max() > 0.05
+
+
+class TestCard:
+    def test_it_names_what_reads_and_makes_a_policy(self, policy, profile, tmp_path):
+        plan = plan_policy(profile, "5bpw")
+        card = (quantize_policy(policy, plan, tmp_path / "q", method="rtn", profile=profile) / "README.md").read_text()
+        assert 'Actor("FOLDER_OR_ID")' in card
+        assert "moqa vla plan PROFILE --bpw 5 --by aligned -o PLAN" in card
+        assert "AutoModel" not in card
+        assert "moqa serve" not in card
 
 
 class TestEpisodes:

@@ -25,12 +25,14 @@ class SmallPolicyConfig(PretrainedConfig):  # type: ignore[misc]  # transformers
     Args:
         image_size: pixels of a side; divided by the strides of the stem, 12.
         stem: channels of the convolutions before the vision transformer; the last one is its width.
+        glimpses: weighted sums of all patches that the vision transformer works on.
         vision_layers: layers of the vision transformer.
         width: of the language model.
         layers: of the language model.
         heads: of attention, in both.
         words: the vocabulary; the first one fills short instructions up.
         most_words: words of an instruction.
+        picture_gain: what a pixel's difference from the average picture is multiplied by.
         state_mean: of each number of the robot's state.
         state_scale: what a deviation from it is divided by.
         action_size: numbers of an action.
@@ -46,12 +48,14 @@ class SmallPolicyConfig(PretrainedConfig):  # type: ignore[misc]  # transformers
         *,
         image_size: int = 72,
         stem: tuple[int, ...] = (32, 64, 96),
+        glimpses: int = 12,
         vision_layers: int = 3,
         width: int = 128,
         layers: int = 4,
         heads: int = 4,
         words: list[str] | None = None,
         most_words: int = 6,
+        picture_gain: float = 1.0,
         state_mean: list[float] | None = None,
         state_scale: list[float] | None = None,
         action_size: int = 4,
@@ -59,9 +63,9 @@ class SmallPolicyConfig(PretrainedConfig):  # type: ignore[misc]  # transformers
         robot: str = "",
         **others: Any,
     ) -> None:
-        self.image_size, self.stem, self.vision_layers = image_size, list(stem), vision_layers
+        self.image_size, self.stem, self.glimpses, self.vision_layers = image_size, list(stem), glimpses, vision_layers
         self.width, self.layers, self.heads = width, layers, heads
-        self.words, self.most_words = list(words or [PAD]), most_words
+        self.words, self.most_words, self.picture_gain = list(words or [PAD]), most_words, picture_gain
         self.state_mean, self.state_scale = list(state_mean or [0.0] * 4), list(state_scale or [1.0] * 4)
         self.action_size, self.chunk, self.robot = action_size, chunk, robot
         super().__init__(**others)
@@ -121,10 +125,13 @@ class TransformerLayer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Convolutions that make patches, then a transformer.
+    """Convolutions that make patches, sums of these over all places, then a transformer.
+
+    What one camera sees is nearly always the same, so it begins with the difference from the average picture; and where
+    a thing is becomes a number of a glimpse, which is learned much sooner than attention to a few of many patches.
 
     >>> VisionEncoder(SmallPolicyConfig())(torch.zeros(1, 3, 72, 72)).shape
-    torch.Size([1, 36, 96])
+    torch.Size([1, 12, 96])
     """
 
     def __init__(self, config: SmallPolicyConfig) -> None:
@@ -132,16 +139,20 @@ class VisionEncoder(nn.Module):
         first, second, width = config.stem
         sizes = (3, first, 5, 3), (first, second, 3, 2), (second, width, 3, 2)
         self.stem = nn.ModuleList(nn.Conv2d(*size, padding=1) for size in sizes)
-        self.position = nn.Parameter(torch.zeros((config.image_size // 12) ** 2, width))
+        self.register_buffer("average", torch.zeros(3, config.image_size, config.image_size))
+        self.gain = config.picture_gain
+        self.glimpses = nn.Linear((config.image_size // 12) ** 2, config.glimpses)
+        self.glimpse_norm = nn.LayerNorm(width)
+        self.position = nn.Parameter(torch.zeros(config.glimpses, width))
         self.layers = nn.ModuleList(TransformerLayer(width, config.heads) for _ in range(config.vision_layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[batch, 3, height, width] from -1 to 1 -> [batch, patches, features]."""
-        x = images
+        """[batch, 3, height, width] from 0 to 1 -> [batch, glimpses, features]."""
+        x = (images - self.get_buffer("average")) * self.gain
         for convolution in self.stem:
             x = gelu(convolution(x))
-        x = x.flatten(2).mT + self.position
+        x = self.glimpse_norm(self.glimpses(x.flatten(2)).mT) + self.position
         for layer in self.layers:
             x = layer(x)
         out: Tensor = self.norm(x)
@@ -151,8 +162,8 @@ class VisionEncoder(nn.Module):
 class Projector(nn.Module):
     """From the features of vision to those of language.
 
-    >>> Projector(128, 192)(torch.zeros(1, 36, 128)).shape
-    torch.Size([1, 36, 192])
+    >>> Projector(128, 192)(torch.zeros(1, 12, 128)).shape
+    torch.Size([1, 12, 192])
     """
 
     def __init__(self, vision: int, language: int) -> None:
@@ -160,26 +171,25 @@ class Projector(nn.Module):
         self.up_proj, self.down_proj = nn.Linear(vision, 2 * language), nn.Linear(2 * language, language)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, patches, vision] -> [batch, patches, language]."""
+        """[batch, glimpses, vision] -> [batch, glimpses, language]."""
         out: Tensor = self.down_proj(gelu(self.up_proj(x)))
         return out
 
 
 class LanguageModel(nn.Module):
-    """A transformer over the words of the instruction, the projected patches, the state, and a place for the answer."""
+    """A transformer over the words of the instruction, projected glimpses, the state, and a place for the answer."""
 
     def __init__(self, config: SmallPolicyConfig) -> None:
         super().__init__()
-        patches = (config.image_size // 12) ** 2
         self.embed_tokens = nn.Embedding(len(config.words), config.width)
         self.state_in = nn.Linear(len(config.state_mean), config.width)
         self.answer = nn.Parameter(torch.zeros(config.width))
-        self.position = nn.Parameter(torch.zeros(config.most_words + patches + 2, config.width))
+        self.position = nn.Parameter(torch.zeros(config.most_words + config.glimpses + 2, config.width))
         self.layers = nn.ModuleList(TransformerLayer(config.width, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, words: Tensor, seen: Tensor, state: Tensor) -> Tensor:
-        """[batch, words] ids, [batch, patches, width], [batch, state] -> [batch, width] at the place for the answer."""
+        """[batch, words] ids, [batch, glimpses, width], [batch, state] -> [batch, width] at the answer's place."""
         answer = self.answer.expand(len(words), 1, -1)
         x = torch.cat([self.embed_tokens(words), seen, self.state_in(state)[:, None], answer], 1) + self.position
         for layer in self.layers:
@@ -226,9 +236,11 @@ class SmallPolicy(PreTrainedModel):  # type: ignore[misc]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own, except for what is added to features."""
+        """PyTorch's own, except for what is added to features, and convolutions, which would shrink what they see."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
         if isinstance(module, VisionEncoder | LanguageModel):
             nn.init.normal_(module.position, std=0.1)
 
@@ -245,7 +257,7 @@ class SmallPolicy(PreTrainedModel):  # type: ignore[misc]
         """
         config = self.config
         mean, scale = (state.new_tensor(values) for values in (config.state_mean, config.state_scale))
-        seen = self.projector(self.vision_encoder(images * 2 - 1))
+        seen = self.projector(self.vision_encoder(images))
         answer = self.language_model(words, seen, (state - mean) / scale)
         actions: Tensor = self.action_head(answer)
         return actions.unflatten(-1, (config.chunk, config.action_size))
