@@ -109,7 +109,11 @@ def _success(looped: Sequence[dict]) -> str:
         lines.append(f"| {plan} | {size:g} | {share} | {low:.1%} to {high:.1%} | {' | '.join(cells)} |")
     seeds = sorted({row["seed"] for row in looped})
     crashed = sum(row.get("crashed", 0) for row in looped)
-    lines.append(f"\nSeeds {', '.join(map(str, seeds))}; {crashed} episodes ended in a crash of the environment.\n")
+    each = totals(looped)["original", 16.0][1] // len(tasks) // len(seeds)
+    lines.append(
+        f"\nSeeds {', '.join(map(str, seeds))}; {each} episodes of each task and seed (the study's default is 20, with "
+        f"three seeds); {crashed} episodes ended in a crash of the environment.\n"
+    )
     lines.append(targets(looped))
     return "\n".join(lines)
 

@@ -72,7 +72,11 @@ def targets(looped: Sequence[dict]) -> str:
         if all(pair):
             beyond[size] = wilson(*pair[0])[0] > wilson(*pair[1])[1]
     if beyond:
-        lines.append(f"- Aligned beats uniform beyond the intervals at 2.5 or 3 bits: {_met(any(beyond.values()))}.")
+        own = " and ".join(f"{rates['uniform', size]:.1%} at {size:g}" for size in beyond)
+        lines.append(
+            f"- Aligned beats uniform beyond the intervals at 2.5 or 3 bits: {_met(any(beyond.values()))}; uniform "
+            f"itself succeeds in {own}."
+        )
     return "\n".join(lines) + "\n"
 
 
