@@ -143,7 +143,9 @@ Random Qwen3 Mixture-of-Experts, 441 M parameters: 8 layers, 32 experts of which
 A prompt of 128 tokens, then 64 more. moqa's mixed checkpoint has 2.5 stored bits per weight, experts of 1 to 4 bits
 side by side; `trellis-2` has 2 bits of a trellis everywhere. llama.cpp is compiled for this machine; it reorders
 weights when it loads (repacked) or not: one is better for decoding, the other for prefill. Embedding and head stay
-16-bit in all. Peak memory of moqa and transformers includes Python with torch (about 450 MB).
+16-bit in all. Peak memory of moqa and transformers includes Python with torch (about 450 MB). moqa decodes about as
+fast as the memory is read, so its speed follows that of the memory, which on a shared machine changes by the hour; that
+of llama.cpp's kernels follows the processor.
 
 One thread:
 
