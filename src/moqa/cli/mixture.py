@@ -31,7 +31,7 @@ def build(
     budget: Annotated[
         str | None, typer.Option("--budget", help="of each checkpoint that has none of its own, e.g. 3bpw or 12MiB")
     ] = None,
-    router: Annotated[str, typer.Option("--router", help="encoder, linear or histogram")] = "encoder",
+    router: Annotated[str, typer.Option("--router", help="encoder, linear or histogram")] = "linear",
     labels: Annotated[
         str, typer.Option("--labels", help="loss of continuations: divergence from the original, or likelihood")
     ] = "divergence",
