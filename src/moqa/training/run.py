@@ -100,9 +100,8 @@ def recover(
     Training of scales by the original's predictions is part of SiLQ (arXiv 2507.16933), and of EfficientQAT (arXiv
     2407.11062), which also freezes the integers.
     """
-    out, began = Path(out), time.perf_counter()
-    check_training(length, optimizer)
-    wanted = TrainingLength.parse(length)
+    out, wanted, began = Path(out), TrainingLength.parse(length), time.perf_counter()
+    OPTIMIZERS.find(optimizer)
     packed = open_checkpoint(on_disk(checkpoint))
     manifest = packed.manifest
     folder = _original(packed) if model is None else original.locate(model)
