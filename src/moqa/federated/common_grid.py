@@ -83,9 +83,9 @@ class CommonGrid:
         logs = np.clip(np.round(np.log2(sizes) / _LOG), -most, most) + most
         return np.concatenate([*parts, logs]).astype(np.uint32)
 
-    def sent(self, values: Mapping[str, Tensor]) -> State:
-        """What of an update the numbers say."""
-        return self._values(self.integers(values).astype(np.int64), 1)
+    def sent(self, numbers: NDArray[np.uint32]) -> State:
+        """What the numbers of an update say of it."""
+        return self._values(numbers.astype(np.int64), 1)
 
     def mean(self, total: NDArray[np.uint32], clients: int, weight: float) -> State:
         """The mean update from a sum.
@@ -140,7 +140,7 @@ class CommonGrid:
         return np.concatenate([part & (2**width - 1) for part, width in zip(parts, self.widths, strict=True)])
 
     def _numbers(self, name: str, value: Tensor) -> NDArray[np.float64]:
-        most = _most(self.bits if self.is_packed(name) else _FINE)
+        most = self._limit(name)
         return np.clip(np.round(value.detach().double().flatten().numpy() / self._step(name)), -most, most) + most
 
     def _values(self, numbers: NDArray[np.int64], clients: int) -> State:
@@ -149,9 +149,13 @@ class CommonGrid:
             like = self.like[name]
             own = numbers[start : start + like.numel()]
             start += like.numel()
-            most = _most(self.bits if self.is_packed(name) else _FINE)
-            found[name] = torch.from_numpy((own - clients * most) * self._step(name)).float().reshape(like.shape)
+            zero = clients * self._limit(name)
+            found[name] = torch.from_numpy((own - zero) * self._step(name)).float().reshape(like.shape)
         return found
+
+    def _limit(self, name: str) -> int:
+        """Steps to either side of zero."""
+        return _most(self.bits if self.is_packed(name) else _FINE)
 
     def _step(self, name: str) -> float:
         if not self.like[name].is_floating_point():
@@ -173,11 +177,12 @@ def masked_update(
         MoqaError: if training left a number that is not finite.
     """
     values = {name: value * grid.share for name, value in differences(before, after, residual).items()}
-    sent = grid.sent(values)
+    numbers = grid.integers(values)
+    sent = grid.sent(numbers)
     left = {
         name: (value - sent[name]) / grid.share for name, value in values.items() if grid.like[name].is_floating_point()
     }
-    return grid.integers(values), left
+    return numbers, left
 
 
 def _most(bits: int) -> int:
