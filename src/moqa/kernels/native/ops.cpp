@@ -11,7 +11,10 @@ namespace moqa {
 namespace {
 
 constexpr int ITEM_TILES = 8;           // smallest number of tiles of a work item
-constexpr size_t WAKE_BYTES = 1 << 17;  // smaller products are done before another thread has woken up
+// Smaller work is done before another thread has woken up. Between two products of one call threads hardly fall asleep;
+// between two calls they do, and it takes 10 us to wake one.
+constexpr size_t WAKE_BYTES = 1 << 17;
+constexpr size_t CALL_BYTES = 1 << 19, CALL_PRODUCTS = 1 << 22;
 
 // Tiles of a work item of a single product: eight per thread balance the load; larger items profit from prefetching.
 int item_tiles(int tiles, int threads) { return std::max(ITEM_TILES, tiles / (8 * threads)); }
@@ -57,7 +60,7 @@ void linear(const Path& path, const Matrix& m, Array x, int rows, const float* b
     const float* values = floats(x, size_t(rows) * m.in, copied);
     quantized.shape(rows, m.in, m.group);
     for (int row = 0; row < rows; ++row) quantized.values[row] = values + size_t(row) * m.in;
-    if (m.row_bytes() * m.out < WAKE_BYTES && rows < 16) threads = 1;
+    if (m.row_bytes() * m.out < CALL_BYTES && size_t(rows) * m.in * m.out < CALL_PRODUCTS) threads = 1;
     // thread-local variables would be those of other threads inside the work items
     const Rows& input = quantized;
     if (m.width != 16) {
