@@ -172,7 +172,7 @@ def read_plan(path: str | Path) -> Plan:
         MoqaError: if the file is not a plan or was changed, or its format is newer than this moqa.
     """
     path = Path(path)
-    stored = read_json(Plan, path)
+    stored = read_json(Plan, path, "moqa plan")
     check_format(f"{path} has plan", stored.format, FORMAT)
     check_seal(path)
     folder = os.path.normpath(path.parent / stored.profile)

@@ -174,7 +174,7 @@ def read_profile(folder: str | Path) -> Profile:
         MoqaError: if it is not a profile, has a newer format, or one of its files is missing or was changed.
     """
     folder = Path(folder)
-    record = read_json(ProfileRecord, folder / RECORD)
+    record = read_json(ProfileRecord, folder / RECORD, "moqa profile")
     check_format(f"{folder} has profile", record.format, FORMAT)
     data = check_seal(folder / RECORD)
     loaded: dict[str, dict[str, Tensor]] = {}

@@ -50,28 +50,34 @@ def write_whole(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def read_json(kind: type[Record], path: Path) -> Record:
+def read_json(kind: type[Record], path: Path, made_by: str = "") -> Record:
     """Read and validate a record.
 
     >>> write_json(plan, Path("plan.json"))
     >>> read_json(type(plan), Path("plan.json")) == plan
     True
 
+    Args:
+        kind: of record.
+        path: of the file.
+        made_by: the command that makes such files, for messages.
+
     Raises:
         MoqaError: if the file is missing, not JSON, or not such a record; names the first wrong field.
     """
-    name = kind.__name__.removesuffix("Record").lower()
+    name, remedy = kind.__name__.removesuffix("Record").lower(), f"; {made_by} makes one" if made_by else ""
     try:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise MoqaError(f"no {name} at {path}", reason) from None
+        raise MoqaError(f"no {name} at {path}", f"{reason}{remedy}") from None
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise MoqaError(f"{path} is not a {name}", f"{where + ': ' if where else ''}{first['msg']}") from None
+        reason = f"{where}: {first['msg']}" if where else first["msg"]
+        raise MoqaError(f"{path} is not a {name}", f"{reason}{remedy}") from None
 
 
 def check_format(what: str, found: int, known: int) -> None:
