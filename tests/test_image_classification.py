@@ -148,7 +148,7 @@ def test_a_convolution_is_a_product_of_rows(options):
     rows = input_rows(module, x) @ module.weight.flatten(1).T
     out = module(x)
     torch.testing.assert_close(rows + module.bias, output_rows(module, out), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(Convolution.of(module).as_image(rows + module.bias, x), out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(Convolution.of(module).outputs(rows + module.bias, x), out, rtol=1e-4, atol=1e-5)
 
 
 class TestRefusals:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 
 from moqa.models.experts import run_experts
 from moqa.models.parts import ExpertsOf, LinearPart, gated
@@ -87,9 +88,51 @@ def _run_groups(module: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([part(x[..., group, :]) for group, part in enumerate(module.children())], -2)
 
 
+def _adapt_attention(module: nn.MultiheadAttention) -> None:
+    """PyTorch's own attention, which has the matrices of queries, keys and values in one parameter."""
+    if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+        return  # three parameters, or keys that come from no input: not adapted, so refused where a unit is looked for
+    for number, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        rows = slice(number * module.embed_dim, (number + 1) * module.embed_dim)
+        module.add_module(name, LinearPart(module, rows, "in_proj_weight"))
+    module._qkv_same_embed_dim = False  # or layers of PyTorch take the parameter past `forward`
+    module.forward = partial(_run_attention, module)  # type: ignore[method-assign]
+
+
+def _run_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = None,
+    need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+    is_causal: bool = False,  # noqa: ARG001  # a promise about attn_mask
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What `nn.MultiheadAttention.forward` computes."""
+    is_batch, first = query.dim() == 3, module.batch_first
+    heads, size = module.num_heads, module.head_dim
+    biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+
+    def split(part: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """-> [batch, heads, length, size]."""
+        out = part(x) if bias is None else part(x) + bias
+        out = out[None] if not is_batch else out if first else out.transpose(0, 1)
+        return out.unflatten(-1, (heads, size)).transpose(1, 2)
+
+    parts = (module.q_proj, module.k_proj, module.v_proj)
+    q, k, v = (split(*each) for each in zip(parts, (query, key, value), biases, strict=True))
+    scores = q @ k.mT * size**-0.5
+    for mask in (attn_mask, None if key_padding_mask is None else key_padding_mask.view(-1, 1, 1, k.shape[2])):
+        if mask is not None:
+            mask = mask.unflatten(0, (-1, heads)) if mask.dim() == 3 else mask
+            scores = scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = dropout(scores.softmax(-1), module.dropout, module.training)
+    out = module.out_proj((weights @ v).transpose(1, 2).flatten(2))
+    out = out[0] if not is_batch else out if first else out.transpose(0, 1)
+    shown = weights.mean(1) if average_attn_weights else weights
+    return out, None if not need_weights else shown if is_batch else shown[0]
+
+
 _ADAPTERS: dict[str, Callable[[Any], None]] = {
     "Llama4TextMoe": _adapt_llama4,
     "DeepseekV4GroupedLinear": _adapt_groups,
     "JetMoeMoE": _adapt_jetmoe,
     "JetMoeMoA": _adapt_jetmoe_attention,
+    "MultiheadAttention": _adapt_attention,
 }

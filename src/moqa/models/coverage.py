@@ -14,7 +14,7 @@ from moqa.models.parts import LinearPart
 SMALLEST_SIDE = 16
 
 
-def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d | LinearPart]:
+def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d | nn.Conv2d | LinearPart]:
     """Whether a module only multiplies with its weight; also true of subclasses with an unchanged forward."""
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return plain or isinstance(module, LinearPart) or is_convolution(module)
@@ -64,8 +64,9 @@ def within(path: str, roots: list[str]) -> bool:
 def check_nothing_skipped(root: str, layer: nn.Module, covered: set[str], kept: list[str]) -> None:
     """Refuse a block with a matrix that is neither in a unit nor kept on purpose.
 
-    Kept on purpose are vectors, routers, biases of experts, what a family keeps in float32, and what has fewer than
-    two sides above SMALLEST_SIDE: gates, the kernels of depthwise convolutions, the states of state-space layers.
+    Kept on purpose are vectors, routers, biases of experts, what a family keeps in float32, transposed convolutions,
+    and what has fewer than two sides above SMALLEST_SIDE: gates, the kernels of depthwise convolutions, the states of
+    state-space layers.
 
     Args:
         root: path of the block.
@@ -87,12 +88,14 @@ def check_nothing_skipped(root: str, layer: nn.Module, covered: set[str], kept: 
         kinds = sorted({kind for kind, _ in skipped.values()})
         raise MoqaError(
             f"{root}.{name} ({kind}, {list(parameter.shape)}) holds weights that moqa cannot quantize",
-            "units are nn.Linear, nn.Conv2d without groups, and experts behind transformers' experts interface; "
+            "units are nn.Linear, convolutions without groups, and experts behind transformers' experts interface; "
             f"looked at {', '.join(kinds)}",
         )
 
 
 def _holds_matrix(module: nn.Module, parameter: Tensor) -> bool:
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d):
+        return False  # an output is a sum over places: it is no product with a row of one matrix
     smallest = SMALLEST_SIDE if isinstance(module, nn.Linear) else SMALLEST_SIDE + 1
     return sum(side >= smallest for side in parameter.shape) >= 2
 

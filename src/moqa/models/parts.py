@@ -8,31 +8,33 @@ from torch.nn.functional import linear
 
 
 class LinearPart(nn.Module):
-    """One matrix of a module whose `weight` holds several, each multiplied with its own inputs.
+    """One matrix of a module one of whose parameters holds several, each multiplied with its own inputs.
 
     >>> LinearPart(nn.Linear(16, 8), slice(4, 8))(torch.ones(3, 16)).shape
     torch.Size([3, 4])
 
     Args:
         whole: the module; it stays the owner of the parameter.
-        place: of the matrix in its weight.
+        place: of the matrix in the parameter.
+        name: of the parameter.
     """
 
     bias = None
 
-    def __init__(self, whole: nn.Module, place: slice | int) -> None:
+    def __init__(self, whole: nn.Module, place: slice | int, name: str = "weight") -> None:
         super().__init__()
         self._whole, self.place = (whole,), place  # in a tuple: a part must not register its whole as a submodule
+        self._name = name
 
     @property
     def weight(self) -> Tensor:
         """[out, in] view of the matrix."""
-        return self.owner.get_parameter("weight")[self.place]
+        return self.parameter[self.place]
 
     @property
-    def owner(self) -> nn.Module:
-        """The module whose parameter it is."""
-        return self._whole[0]
+    def parameter(self) -> nn.Parameter:
+        """The parameter that it is a part of."""
+        return self._whole[0].get_parameter(self._name)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -33,6 +33,7 @@ from moqa.models.experts import (
     parameter_of,
 )
 from moqa.models.layerwise import largest_stream
+from moqa.models.layout import is_convolution
 from moqa.models.loader import ENDS, BlockLoader
 from moqa.models.parts import LinearPart
 from moqa.models.stored import open_stored
@@ -293,9 +294,9 @@ def _layer_units(
                         f"{full}.{expert}.{projection}", index, "expert", projection, expert, shape, full, parameter
                     )
         elif is_matrix(module) and not within(path, kept) and min(module.weight.flatten(1).shape) >= SMALLEST_SIDE:
-            parameter = paths[id(module.owner.weight if isinstance(module, LinearPart) else module.weight)]
+            parameter = paths[id(module.parameter if isinstance(module, LinearPart) else module.weight)]
             projection = parameter.split(".")[-2]
-            own: Role = "convolution" if isinstance(module, nn.Conv2d) else _role(path, stacks)
+            own: Role = "convolution" if is_convolution(module) else _role(path, stacks)
             role = own if of_block is None else cast(Role, of_block)
             shape = _sides(module.weight.flatten(1))
             yield Unit(full, index, role, projection, None, shape, full, parameter)

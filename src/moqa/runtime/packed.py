@@ -104,7 +104,7 @@ class PackedLinear(nn.Linear):
 
 
 class PackedConvolution(PackedLinear):
-    """A convolution of images whose weight is packed: a product with patches of its input.
+    """A convolution whose weight is packed: a product with patches of its input.
 
     >>> from moqa.kernels import find_kernels
     >>> module = nn.Conv2d(8, 64, 3, padding=1)
@@ -126,8 +126,8 @@ class PackedConvolution(PackedLinear):
         self.convolution = convolution
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, channels, height, width] -> [batch, out, height, width]."""
-        return self.convolution.as_image(super().forward(self.convolution.patches(x)), x)
+        """[batch, channels, (height,) width] -> [batch, out, (height,) width]."""
+        return self.convolution.outputs(super().forward(self.convolution.patches(x)), x)
 
 
 def packed_like(module: nn.Module, matrix: PackedMatrix, kernels: ProductKernels) -> PackedLinear:
