@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 68719476736
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow test-next test-vllm families lint hooks sanitize wheel bench peers low-bits trained-study engines-study mixture-study federated-study federated-processes vla-study related-study proof scale-study adjust-study robustness results clean
+.PHONY: setup demo test test-slow test-next test-vllm test-lerobot families lint hooks sanitize wheel bench peers low-bits trained-study engines-study mixture-study federated-study federated-processes vla-study related-study proof scale-study adjust-study robustness results clean
 
 setup: $(VENV)/.ready
 
@@ -123,6 +123,20 @@ bench: $(VENV)/.bench
 # checkpoints served by vLLM itself: half an hour
 test-vllm: .peers/vllm/.ready
 	$(<D)/bin/pytest tests/test_vllm.py
+
+# policies of lerobot itself, which needs Python 3.12, torchvision and a torch below 2.12: 15 minutes, of which 2 test
+PYTHON312 ?= python3.12
+
+.peers/lerobot/.ready: pyproject.toml constraints.txt $(NATIVE)
+	$(PYTHON312) -m venv $(@D)
+	$(@D)/bin/pip install --disable-pip-version-check -q torch==2.10.0 torchvision==0.25.0
+	$(@D)/bin/pip install --disable-pip-version-check -q 'lerobot==0.6.1' accelerate diffusers num2words 'transformers==5.19.*'
+	$(@D)/bin/pip install --disable-pip-version-check -q cmake hypothesis nanobind ninja pytest scikit-build-core
+	$(@D)/bin/pip install --disable-pip-version-check -q --no-build-isolation -C build-dir=build/lerobot -e .
+	touch $@
+
+test-lerobot: .peers/lerobot/.ready
+	$(<D)/bin/pytest tests/contracts/test_policies.py
 
 peers: setup .peers/llmcompressor/.ready .peers/gptqmodel/.ready
 	$(BIN)/python benchmarks/peers.py --llmcompressor .peers/llmcompressor/bin/python --gptqmodel .peers/gptqmodel/bin/python

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -50,8 +51,8 @@ def openvla(folder: Path) -> Path:
     return folder
 
 
-def lerobot(folder: Path) -> Path:
-    """A stand-in for lerobot, whose policy has the modules of SmolVLA."""
+def lerobot_stand_in(folder: Path) -> Path:
+    """A policy whose modules have the names that they have in SmolVLA, for where lerobot is not installed."""
     _stand_in()
     shape = {"type": "VISUAL", "shape": [3, SIZE, SIZE]}
     settings = {
@@ -70,9 +71,14 @@ def lerobot(folder: Path) -> Path:
 class _Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        # of the kinds that ACT's and the diffusion policy's layers have
+        self.self_attn = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.conv = nn.Conv1d(64, 64, 3, padding=1)
         self.up_proj, self.down_proj = nn.Linear(64, 128), nn.Linear(128, 64)
 
     def forward(self, x):
+        x = x + self.self_attn(x, x, x)[0]
+        x = x + self.conv(x.mT).mT
         return x + self.down_proj(torch.relu(self.up_proj(x)))
 
 
@@ -129,11 +135,18 @@ def _stand_in() -> None:
     factory.make_pre_post_processors = lambda config, folder: (before, lambda actions: actions)
 
 
-MAKERS: dict[str, Callable[[Path], Path]] = {"small": small, "openvla": openvla, "lerobot": lerobot}
+# `make test-lerobot` has lerobot itself
+MAKERS: dict[str, Callable[[Path], Path]] = {"small": small, "openvla": openvla}
+if find_spec("lerobot") is None:
+    MAKERS["lerobot"] = lerobot_stand_in
+else:
+    from lerobot_policies import KINDS
+
+    MAKERS |= {f"lerobot {kind}": make for kind, make in KINDS.items()}
 
 
 def demonstrations(folder: Path, robot: str = ROBOT, action: int = 4, size: int = SIZE) -> Path:
-    """Ten random episodes of five observations for each of two tasks."""
+    """Ten random episodes of five observations, with pictures of some size, for each of two tasks."""
     folder.mkdir()
     random = torch.Generator().manual_seed(1)
     for task, instruction in INSTRUCTIONS.items():

@@ -10,6 +10,7 @@ from moqa.storage.files import check_inside
 
 _PATTERNS = (
     "*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "LICENCE*", "NOTICE*",
+    "policy_*processor*.safetensors",  # by how much a policy of lerobot scales what it sees and does
 )  # fmt: skip
 
 

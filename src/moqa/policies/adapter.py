@@ -1,5 +1,6 @@
 """How the parts of a policy are found and how it is run: one adapter for each kind of policies."""
 
+import fnmatch
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -41,7 +42,8 @@ class PolicyAdapter(Protocol):
 
     Attributes:
         name: of the kind.
-        places: part -> paths at which it is looked for; the first that there is counts.
+        places: part -> paths at which it is looked for; the first that there is counts, and all that fit it if it is a
+            pattern with `*`.
     """
 
     name: str
@@ -76,18 +78,15 @@ class PolicyAdapter(Protocol):
         """[batch, chunk, action]."""
 
 
-def parts_of(adapter: PolicyAdapter, model: nn.Module) -> dict[Part, str]:
-    """Path of each part that a policy has.
+def parts_of(adapter: PolicyAdapter, model: nn.Module) -> dict[Part, list[str]]:
+    """Paths of each part that a policy has: one, or one for each of its cameras.
 
     Raises:
         MoqaError: if there is no vision encoder or no action head; lists what was looked at.
     """
-    modules = dict(model.named_modules())
-    found = {
-        part: next(path for path in paths if path in modules)
-        for part, paths in adapter.places.items()
-        if any(path in modules for path in paths)
-    }
+    modules = [name for name, _ in model.named_modules()]
+    fitting = {part: [fnmatch.filter(modules, path) for path in paths] for part, paths in adapter.places.items()}
+    found = {part: next(filter(None, paths)) for part, paths in fitting.items() if any(paths)}
     lack = next((part for part in ("vision", "action") if part not in found), None)
     if lack is not None:
         looked = ", ".join(path for paths in adapter.places.values() for path in paths)

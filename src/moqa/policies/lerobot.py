@@ -1,4 +1,4 @@
-"""Where lerobot's policies have their parts, by the names that modules have in lerobot 0.4."""
+"""Where lerobot's policies have their parts, by the names that modules have in lerobot 0.6."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moqa.errors import MoqaError
-from moqa.policies.adapter import Meeting, Part, PolicyAdapter
+from moqa.policies.adapter import Meeting, Part, PolicyAdapter, parts_of
 from moqa.policies.builder import Builder
 from moqa.policies.observation import Fields, PolicyInputs
 
@@ -23,10 +23,11 @@ class Lerobot(PolicyAdapter):
     places: dict[Part, tuple[str, ...]] = {  # noqa: RUF012
         "vision": (
             "model.vlm_with_expert.vlm.model.vision_model", "model.backbone", "diffusion.rgb_encoder.backbone",
+            "diffusion.rgb_encoder.*.backbone",
         ),
         "projector": (
             "model.vlm_with_expert.vlm.model.connector", "model.encoder_img_feat_input_proj",
-            "diffusion.rgb_encoder.out",
+            "diffusion.rgb_encoder.out", "diffusion.rgb_encoder.*.out",
         ),
         # ACT has no language: its encoder is where pictures and the state meet
         "language": ("model.vlm_with_expert.vlm.model.text_model", "model.encoder"),
@@ -64,10 +65,8 @@ class Lerobot(PolicyAdapter):
 
     def meeting(self, model: nn.Module) -> Meeting:
         """See `PolicyAdapter`."""
-        modules = dict(model.named_modules())
-        projector = next(path for path in self.places["projector"] if path in modules)
         words = f"{self.places['language'][0]}.embed_tokens"
-        return Meeting(projector, words if words in modules else "")
+        return Meeting(parts_of(self, model)["projector"][0], words if words in dict(model.named_modules()) else "")
 
     def ids(self, config: "PretrainedConfig", instruction: str) -> Tensor:  # noqa: ARG002
         """Bytes of the text, which lerobot's own processor makes tokens of."""

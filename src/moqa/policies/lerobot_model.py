@@ -1,9 +1,12 @@
 """Policies of lerobot from a local folder: lerobot's own classes and processors, inside a model of transformers.
 
-lerobot is imported when one is built (`pip install lerobot`, which needs torchvision).
+lerobot, which needs Python 3.12, torchvision and a torch below 2.12, is imported when one is built.
 """
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +20,8 @@ from moqa.errors import MoqaError, one_line
 MODEL_TYPE = "lerobot"
 IMAGE, STATE = "observation.image", "observation.state"
 KINDS = ("smolvla", "act", "diffusion")
+COMPUTING = ("diffusion",)  # while they are built, to know the shapes of their own outputs
+WITH_HISTORY = ("diffusion",)  # see the observations of several steps
 # what a checkpoint of moqa adds to the file
 _OURS = ("quantization_config", "transformers_weights")
 
@@ -66,6 +71,8 @@ class LerobotPolicy(PreTrainedModel):  # type: ignore[misc]
         settings = self.config.settings
         names = [name for name in settings["input_features"] if name.startswith(IMAGE)]
         batch = before({**dict.fromkeys(names, images), STATE: state, "task": instructions})
+        if self.config.kind in WITH_HISTORY:  # as for a robot that stood still so far
+            batch |= {name: torch.stack([batch[name]] * settings["n_obs_steps"], 1) for name in (*names, STATE)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # policies that begin with noise begin with the same each time
             found: Tensor = after(self._policy[0].predict_action_chunk(batch))
@@ -83,16 +90,28 @@ def lerobot_config(data: dict[str, Any]) -> LerobotConfig | None:
     return LerobotConfig({key: value for key, value in data.items() if key not in _OURS})
 
 
+def _with_values(build: Callable[[], nn.Module]) -> nn.Module:
+    """A policy that needs the values of its parameters while it is built: moqa gives them no memory in this thread."""
+    with ThreadPoolExecutor(1) as other:
+        policy = other.submit(build).result()
+    for module in policy.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            module.register_parameter(name, parameter)  # what this thread does with parameters is done when they come
+    return policy
+
+
 def _built(settings: str, folder: str) -> tuple[Any, tuple[Any, Any]]:
     """A policy with random weights, and what prepares its inputs and its outputs."""
     try:
         from lerobot.configs.policies import PreTrainedConfig
         from lerobot.policies.factory import get_policy_class, make_pre_post_processors
     except ImportError as error:
-        raise MoqaError(f"lerobot cannot be imported ({one_line(error)})", "pip install lerobot torchvision") from None
+        remedy = "pip install 'lerobot>=0.6', which needs Python 3.12 and torchvision"
+        raise MoqaError(f"lerobot cannot be imported ({one_line(error)})", remedy) from None
     with TemporaryDirectory(prefix="moqa-lerobot-") as clean:
         (Path(clean) / "config.json").write_text(settings, encoding="utf-8")
         config = PreTrainedConfig.from_pretrained(clean)
     config.device = "cpu"
-    policy = get_policy_class(config.type)(config).eval()
+    build = partial(get_policy_class(config.type), config)
+    policy = (_with_values(build) if config.type in COMPUTING else build()).eval()
     return policy, make_pre_post_processors(config, folder)

@@ -120,7 +120,7 @@ actions = actor.act(image, state, instruction)
     def roles(self, model: nn.Module) -> Mapping[str, Part]:
         """The part that each block belongs to."""
         parts = parts_of(adapter_of(_config(model)), model)
-        return {block: part for part, path in parts.items() for block in blocks_of(model, path)}
+        return {block: part for part, paths in parts.items() for path in paths for block in blocks_of(model, path)}
 
     def ends(self, model: "PreTrainedModel") -> list[Any]:  # noqa: ARG002
         """None: policies are in memory as a whole."""

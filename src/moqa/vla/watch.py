@@ -47,6 +47,7 @@ class PolicyWatch:
         self._model, self._task = model, task_of(model.config)
         self.meeting: Meeting = adapter_of(model.config).meeting(model)
         self.paths = self._task.blocks(model)
+        self._outputs: dict[str, str] = {}  # path of a block -> of the module whose output is the block's
 
     @torch.no_grad()
     def run(self, rows: Tensor, blocks: list[str], projected: bool = True) -> Seen:
@@ -57,13 +58,32 @@ class PolicyWatch:
             blocks: paths of the blocks whose outputs are kept.
             projected: whether projected tokens are kept.
         """
-        places = {*blocks, *([self.meeting.projected] if projected else [])}
+        self._outputs = self._outputs or self._find_outputs(rows[:1])
+        outputs = {path: self._outputs[path] for path in blocks}
+        places = {*outputs.values(), *([self.meeting.projected] if projected else [])}
         kept: dict[str, list[Tensor]] = {path: [] for path in places}
         with self._kept(kept):
             actions = [self._task.call(self._model, batch).float() for batch in self._task.batches(rows)]
         found = {path: torch.cat(outputs) for path, outputs in kept.items()}
         tokens = found[self.meeting.projected] if projected else torch.empty(0, 0)
-        return Seen(tokens, {path: found[path] for path in blocks}, torch.cat(actions))
+        return Seen(tokens, {path: found[place] for path, place in outputs.items()}, torch.cat(actions))
+
+    def _find_outputs(self, rows: Tensor) -> dict[str, str]:
+        """A block itself, or the module in it that is called last where a policy calls the modules of its blocks."""
+        called: list[str] = []
+        hooks = [
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+            for name, module in self._model.named_modules()
+        ]
+        try:
+            self._task.call(self._model, rows)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {
+            path: path if path in called else [name for name in called if name.startswith(f"{path}.")][-1]
+            for path in self.paths
+        }
 
     @torch.no_grad()
     def words(self, rows: Tensor) -> Tensor:
@@ -85,7 +105,8 @@ class PolicyWatch:
     def _kept(self, kept: dict[str, list[Tensor]]) -> Iterator[None]:
         def keeps(path: str) -> Any:
             def hook(_: nn.Module, __: Any, out: Any) -> None:
-                first = out[0] if isinstance(out, tuple) else out
+                # of a backbone whose layers are asked for by name, the last one
+                first = out[0] if isinstance(out, tuple) else [*out.values()][-1] if isinstance(out, dict) else out
                 # convolutions have their features second
                 first = first.movedim(1, -1) if first.dim() == 4 else first
                 kept[path].append(first.detach().float().flatten(0, -2))
