@@ -7,7 +7,7 @@ from functools import partial
 import httpx
 import pytest
 import torch
-from conftest import make_tiny_model
+from conftest import REFERENCE, make_tiny_model
 from safetensors.torch import load_file, save_file
 from serving import PATIENCE, running
 
@@ -19,6 +19,15 @@ from moqa.mixture.merge import merge
 from moqa.mixture.merged import read_merged
 from moqa.models.view import open_model
 from moqa.serve.mixture import RoutedVariants
+
+TEXT = REFERENCE / "text" / "wiki.test.txt"
+
+
+def refused(moqa_command, *words):
+    code, _, stderr = moqa_command(*words)
+    assert code == 2
+    assert stderr.count("\n") == 1
+    return stderr
 
 
 def published(base, variants):
@@ -113,6 +122,30 @@ class TestMerged:
             before, after = (sum(float((one[k] - wanted[k]).square().sum()) for k in wanted) for one in (base, state))
             assert after < before
 
+    def test_each_is_measured_from_its_own_model(self, folder, moqa_command, tmp_path):
+        asked = ("--data", f"wiki={TEXT}", "--context", 64, "--windows", 4, "--json", tmp_path / "found.json")
+        code, stdout, _ = moqa_command("evaluate", folder, *asked)
+        assert code == 0
+        assert "KL of the base" in stdout
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert [row["variant"] for row in found["rows"]] == ["code", "law", "math"]
+        for row in found["rows"]:
+            assert abs(row["own"]["kl_divergence"]) < 1e-6
+            assert 0 < row["merged"]["kl_divergence"] < row["base"]["kl_divergence"]
+
+    def test_a_variant_whose_own_model_is_another_now(self, tiny_model, variants, moqa_command, tmp_path):
+        mine = {name: shutil.copytree(path, tmp_path / name) for name, path in variants.items() if name != "law"}
+        folder = merge(tiny_model, mine, tmp_path / "merged")
+        shutil.rmtree(mine["math"])
+        finetuned(tiny_model, mine["math"], 9)
+        said = refused(moqa_command, "evaluate", folder, "--data", f"wiki={TEXT}", "--context", 64, "--windows", 2)
+        assert "is not the model that became variant math" in said
+
+    @pytest.mark.parametrize("option", [("--against", "x"), ("--adjustment", "x"), ("--prompt", "8")])
+    def test_an_option_of_other_models(self, folder, moqa_command, option):
+        said = refused(moqa_command, "evaluate", folder, "--data", f"wiki={TEXT}", *option)
+        assert f"holds merged variants, which take no {option[0]}: leave it out" in said
+
     def test_each_prompt_gets_the_variant_that_it_names(self, folder, moqa_command):
         texts = {}
         for name in ("base", "math", "law"):
@@ -188,8 +221,3 @@ class TestRefused:
         (copy / "merged.json").write_text(json.dumps(record))
         with pytest.raises(MoqaError, match=r"merged\.json"):
             moqa.load(copy)
-
-    def test_no_router_to_evaluate(self, folder, moqa_command, tmp_path):
-        (tmp_path / "a.txt").write_text("word " * 500)
-        code, _, stderr = moqa_command("evaluate", folder, "--data", f"a={tmp_path / 'a.txt'}")
-        assert (code, "holds merged variants" in stderr) == (2, True)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from moqa.memory.limit import MemoryLimit
     from moqa.mixture.build import BuiltMixture, build_mixture
     from moqa.mixture.evaluate import MixtureEvaluation, evaluate_mixture
+    from moqa.mixture.evaluate_merged import MergedEvaluation, evaluate_merged
     from moqa.mixture.generate import generate
     from moqa.mixture.load import load
     from moqa.mixture.merge import merge
@@ -53,11 +54,11 @@ if TYPE_CHECKING:
 
 __all__ = [  # noqa: RUF022  (functions first, in the order of the work)
     "compress", "profile", "plan", "compare_plans", "quantize", "recover", "reduce", "evaluate", "report", "export",
-    "load", "generate", "adjust", "build_mixture", "evaluate_mixture", "merge", "bench", "memory_budget",
-    "read_plan", "read_profile", "open_checkpoint", "find_executor",
+    "load", "generate", "adjust", "build_mixture", "evaluate_mixture", "merge", "evaluate_merged", "bench",
+    "memory_budget", "read_plan", "read_profile", "open_checkpoint", "find_executor",
     "Adjusted", "Budget", "BuiltMixture", "CompressOptions", "CompressResult", "Distribution", "Evaluation", "Exported",
-    "MemoryBudget", "MemoryLimit", "MixtureEvaluation", "MoqaError", "Plan", "PlanComparison", "Profile", "Recovered",
-    "Sampling", "Speed",
+    "MemoryBudget", "MemoryLimit", "MergedEvaluation", "MixtureEvaluation", "MoqaError", "Plan", "PlanComparison",
+    "Profile", "Recovered", "Sampling", "Speed",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:

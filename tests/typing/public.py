@@ -67,6 +67,7 @@ mixture = moqa.build_mixture("model", [texts], "mix", budget="3bpw")
 reveal_type(mixture)  # moqa.mixture.build.BuiltMixture
 built: moqa.BuiltMixture = mixture
 measured: moqa.MixtureEvaluation = moqa.evaluate_mixture("mix", [texts])
+variants: moqa.MergedEvaluation = moqa.evaluate_merged("merged", [texts])
 reveal_type(moqa.bench("out"))  # moqa.speed.run.Speed
 reveal_type(moqa.open_checkpoint("out"))  # moqa.format.reader.Checkpoint
 records: tuple[type[moqa.Adjusted], type[moqa.Evaluation], type[moqa.Speed]]

@@ -7,6 +7,7 @@ import typer
 from moqa.cli import options
 from moqa.cli.app import app
 from moqa.cli.common import mib, print_table, say, write_result
+from moqa.cli.merge import print_merged_evaluation
 from moqa.cli.mixture import print_mixture_evaluation
 from moqa.cli.progress import LogOption, logged, progress
 from moqa.errors import MoqaError
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 @logged
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_OUT", help="original model, checkpoint, mixture, or GGUF file")
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_OUT", help="original model, checkpoint, mixture, merged variants, or GGUF file"
+        ),
     ],
     data: options.Data,
     against: Annotated[
@@ -42,15 +46,21 @@ def evaluate(
     """Measure perplexity, bits per byte, KL divergence and top-1 agreement of the files on disk."""
     from moqa.evaluation import evaluate as run
     from moqa.mixture.evaluate import DEFAULT_PROMPT, evaluate_mixture
+    from moqa.mixture.evaluate_merged import evaluate_merged
     from moqa.mixture.merged import is_merged
     from moqa.mixture.record import is_mixture
 
+    given = {"--adjustment": adjustment is not None, "--lora": lora is not None}
     if is_merged(model):
-        raise MoqaError(f"{model} holds merged variants", "it has no router: evaluate the models themselves")
+        more = {"--against": against is not None, "--kernels": kernels != "reference", "--prompt": prompt is not None}
+        _refuse_options(f"{model} holds merged variants, which take", given | more)
+        with progress(log_json) as report:
+            variants = evaluate_merged(model, data, context=context, windows=windows or None, report=report)
+        print_merged_evaluation(variants)
+        write_result(variants, json)
+        return
     if is_mixture(model):
-        given = {"--context": context != 256, "--adjustment": adjustment is not None, "--lora": lora is not None}
-        for option in (name for name, typed in given.items() if typed):
-            raise MoqaError(f"{model} is a mixture, which takes no {option}", "leave it out")
+        _refuse_options(f"{model} is a mixture, which takes", given | {"--context": context != 256})
         with progress(log_json) as report:
             measured = evaluate_mixture(
                 model, data, against=against, prompt=prompt or DEFAULT_PROMPT, windows=windows or None, report=report,
@@ -75,6 +85,11 @@ def evaluate(
         )
     print_evaluation(result)
     write_result(result, json)
+
+
+def _refuse_options(what: str, given: dict[str, bool]) -> None:
+    for option in (name for name, typed in given.items() if typed):
+        raise MoqaError(f"{what} no {option}", "leave it out")
 
 
 def print_evaluation(result: "Evaluation") -> None:

@@ -12,6 +12,7 @@ from moqa.cli.progress import LogOption, logged, progress
 from moqa.errors import MoqaError
 
 if TYPE_CHECKING:
+    from moqa.mixture.evaluate_merged import MergedEvaluation
     from moqa.mixture.merged import MergedRecord
 
 
@@ -57,3 +58,17 @@ def print_merged(name: str, record: "MergedRecord") -> None:
         f"{name}: {mib(of.total)} ({mib(of.base)} base, {mib(of.unified)} unified, {mib(of.masks)} masks), "
         f"{of.total / of.apart:.0%} of the variants apart ({mib(of.apart)})"
     )
+
+
+def print_merged_evaluation(result: "MergedEvaluation") -> None:
+    """Print a row per variant and distribution."""
+    rows = [
+        [
+            row.variant, row.distribution, f"{row.merged.kl_divergence:.5f}", f"{row.base.kl_divergence:.5f}",
+            *(f"{quality.perplexity:.3f}" for quality in (row.own, row.merged, row.base)),
+        ]
+        for row in result.rows
+    ]  # fmt: skip
+    title = f"{result.merged}: {mib(result.bytes)}, {result.bytes / result.apart:.0%} of the variants apart"
+    headings = ["KL", "KL of the base", "perplexity of its own model", "perplexity", "of the base"]
+    print_table(["variant", "distribution", *headings], rows, title)
