@@ -25,6 +25,8 @@ QUIET = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
 }  # fmt: skip
+# for a job with `avx2`: torch's own code, and vLLM's engine in this process, where its choices can be changed
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # `make .peers/vllm/.ready`
 PYTHON = Path(__file__).parents[1] / ".peers" / "vllm" / "bin" / "python"
 SMALL = {"max_model_len": 256, "max_num_seqs": 8}
@@ -40,11 +42,25 @@ def in_vllm(work: Path, model: Path, steps: list, **options: object) -> list:
 
 def main(job: dict) -> list:
     """Start an engine, and run the steps of a job."""
+    if job.get("avx2"):
+        _without_avx512()
     from vllm import LLM
 
     llm = LLM(job["model"], max_logprobs=-1, logprobs_mode="raw_logits", **SMALL | job.get("options", {}))
+    assert not job.get("avx2") or "vllm/_C_AVX2." in Path("/proc/self/maps").read_text()
     steps = {"generate": _generate, "call": _call, "speed": _speed}
     return [steps[kind](llm, *rest) for kind, *rest in job["steps"]]
+
+
+def _without_avx512() -> None:
+    """Let torch, vLLM and moqa run the code that they have for processors with AVX2 alone: `AVX2` is set, too."""
+    from moqa.kernels.native import use_path
+
+    for name in ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_vnni_supported", "_is_amx_tile_supported"):
+        assert hasattr(torch.cpu, name)
+        setattr(torch.cpu, name, lambda: False)
+    assert torch.backends.cpu.get_cpu_capability() == "AVX2"
+    use_path("avx2")
 
 
 def _generate(llm: object, prompts: list[str | dict], tokens: int) -> list[dict]:

@@ -29,7 +29,7 @@ TESTS = Path(__file__).parent
 BENCHMARKS = TESTS.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from mixed_checkpoint import SCHEMES, mixed_checkpoint  # noqa: E402
-from vllm_engine import QUIET  # noqa: E402
+from vllm_engine import AVX2, QUIET  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,13 +47,13 @@ PLAIN = {"dtype": "float32", "enforce_eager": True}
 CLOSE = 0.15
 
 
-def started(tmp_path, model, steps=(), **options):
+def started(tmp_path, model, steps=(), avx2=False, **options):
     """An engine's process, and where its result will be."""
     job, result = tmp_path / "job.json", tmp_path / "result.pt"
-    job.write_text(json.dumps({"model": str(model), "options": PLAIN | options, "steps": list(steps)}))
+    job.write_text(json.dumps({"model": str(model), "options": PLAIN | options, "steps": list(steps), "avx2": avx2}))
     command = [sys.executable, str(BENCHMARKS / "vllm_engine.py"), str(job), str(result)]
-    done = subprocess.run(command, capture_output=True, text=True, env=QUIET | os.environ, cwd=tmp_path)
-    return done, result
+    env = QUIET | os.environ | (AVX2 if avx2 else {})
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path), result
 
 
 def served(tmp_path, model, steps=(GENERATE,), **options):
@@ -133,6 +133,10 @@ class TestTokens:
         used = {unit.scheme for unit in moqa.open_checkpoint(mixed).manifest.units.values()}
         assert used == set(SCHEMES)
         check_same(served(tmp_path, mixed, enforce_eager=eager)[0], mixed)
+
+    def test_on_a_processor_without_avx512(self, mixed, tmp_path):
+        (answers,) = served(tmp_path, mixed, avx2=True)
+        check_same(answers, mixed)
 
     @pytest.mark.parametrize("experts", [False, True], ids=["tensor", "expert"])
     def test_of_two_processes(self, mixed, tmp_path, experts):
