@@ -12,6 +12,7 @@ from moqa.models.load import read_config
 from moqa.models.view import open_model
 from moqa.policies.adapter import PARTS
 from moqa.policies.members import ADAPTERS, adapter_of
+from moqa.runtime.verify import verify
 from moqa.vla import plan_policy, profile_policy, quantize_policy
 from moqa.vla.shifts import SHIFTS, ShiftComparison
 
@@ -83,6 +84,7 @@ class TestEveryPolicy:
         plan = plan_policy(profile, "4bpw", floors={"projector": KEEP_WIDTH})
         out = quantize_policy(folder, plan, tmp_path / "out", method="rtn", profile=profile)
         files = open_checkpoint(out).manifest.files
+        assert not verify(out).faults
         assert sum((out / file).stat().st_size for file in files) == plan.account.checkpoint
         packed, view = moqa.load(out)[0], open_model(folder)
         comparison = ShiftComparison(view, profile.samples("demos"))

@@ -50,11 +50,12 @@ def stored_file(path: Path) -> StoredFile:
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write a checkpoint's manifest last: with hashes of all other files beside it, and its own checksum."""
+    others = {path, path.with_name(CARD), *(path.with_name(name) for name in manifest.files)}
     companions = {
         file.relative_to(path.parent).as_posix(): stored_file(file)
         for file in sorted(path.parent.rglob("*"))
         # the cache has a record of its files of its own
-        if file.is_file() and file.suffix != ".safetensors" and file not in (path, path.with_name(CARD))
+        if file.is_file() and file not in others and (file.suffix != ".safetensors" or file.parent == path.parent)
     }
     config = companions[CONFIG].sha256 if CONFIG in companions else ""
     write_json(signed(manifest.model_copy(update={"config": config, "companions": companions})), path)
