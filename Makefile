@@ -130,13 +130,13 @@ PYTHON312 ?= python3.12
 .peers/lerobot/.ready: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON312) -m venv $(@D)
 	$(@D)/bin/pip install --disable-pip-version-check -q torch==2.10.0 torchvision==0.25.0
-	$(@D)/bin/pip install --disable-pip-version-check -q 'lerobot==0.6.1' accelerate diffusers num2words 'transformers==5.19.*'
+	$(@D)/bin/pip install --disable-pip-version-check -q 'lerobot[dataset]==0.6.1' accelerate diffusers num2words 'transformers==5.19.*'
 	$(@D)/bin/pip install --disable-pip-version-check -q cmake hypothesis nanobind ninja pytest scikit-build-core
 	$(@D)/bin/pip install --disable-pip-version-check -q --no-build-isolation -C build-dir=build/lerobot -e .
 	touch $@
 
 test-lerobot: .peers/lerobot/.ready
-	$(<D)/bin/pytest tests/contracts/test_policies.py
+	$(<D)/bin/pytest tests/contracts/test_policies.py tests/test_recipe_lerobot.py
 
 peers: setup .peers/llmcompressor/.ready .peers/gptqmodel/.ready
 	$(BIN)/python benchmarks/peers.py --llmcompressor .peers/llmcompressor/bin/python --gptqmodel .peers/gptqmodel/bin/python
