@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +27,21 @@ def opened(folder: Path) -> LeRobotDataset:
     return LeRobotDataset(folder.name, root=folder, delta_timestamps={ACTION: steps})
 
 
-def camera_of(dataset: LeRobotDataset, wanted: str | None) -> str:
-    """The camera that is asked for, or the first."""
+def cameras_of(dataset: LeRobotDataset, wanted: list[str] | None) -> list[str]:
+    """The cameras that are asked for, or all, in the order in which a policy has them."""
     there = dataset.meta.camera_keys
-    if not there or wanted not in (None, *there):
-        sys.exit(f"--camera {wanted} is not in the dataset: it has {', '.join(there) or 'no camera'}")
-    return wanted or there[0]
+    for camera in wanted or ():
+        if camera not in there:
+            sys.exit(f"--camera {camera} is not in the dataset: it has {', '.join(there) or 'no camera'}")
+    return sorted(wanted or there)
 
 
-def write(dataset: LeRobotDataset, camera: str, frames: int, out: Path) -> None:
+def pictures(frame: dict[str, Any], cameras: list[str]) -> torch.Tensor:
+    """[height, width, channels of all cameras] uint8."""
+    return (torch.cat([frame[camera] for camera in cameras]) * 255).round().byte().movedim(0, -1)
+
+
+def write(dataset: LeRobotDataset, cameras: list[str], frames: int, out: Path) -> None:
     """One file for each task, of evenly spaced frames."""
     tasks = np.array(dataset.hf_dataset.with_format("numpy")["task_index"])
     for number in np.unique(tasks):
@@ -43,7 +50,7 @@ def write(dataset: LeRobotDataset, camera: str, frames: int, out: Path) -> None:
         seen = [dataset[int(index)] for index in chosen]
         name = re.sub(r"\W+", "-", seen[0]["task"]).strip("-").lower() or f"task-{number}"
         tensors = {
-            "images": torch.stack([(frame[camera] * 255).round().byte().movedim(0, -1) for frame in seen]).contiguous(),
+            "images": torch.stack([pictures(frame, cameras) for frame in seen]).contiguous(),
             "state": torch.stack([frame[STATE].float() for frame in seen]),
             "actions": torch.stack([frame[ACTION].float() for frame in seen]),
             "episodes": torch.stack([frame["episode_index"] for frame in seen]),
@@ -58,14 +65,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("dataset", type=Path, help="its folder, with meta, data and videos")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--camera", help="key of the camera; the first if it is not given")
+    parser.add_argument("--camera", action="append", help="key of a camera that the policy sees; all if none is given")
     parser.add_argument("--frames", type=int, default=400, help="at most, of each task")
     options = parser.parse_args()
     if not (options.dataset / "meta" / "info.json").is_file():
         sys.exit(f"{options.dataset} is no dataset of lerobot: it has no meta/info.json")
     dataset = opened(options.dataset)
     options.out.mkdir(parents=True, exist_ok=True)
-    write(dataset, camera_of(dataset, options.camera), options.frames, options.out)
+    write(dataset, cameras_of(dataset, options.camera), options.frames, options.out)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from transformers import AutoTokenizer, SmolVLMConfig, SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
 
+CAMERAS = ("observation.images.wrist", "observation.images.top")
 SIZE = 48  # pixels of a side; a ResNet makes one of 32
 REFERENCE = Path(__file__).parents[1] / "reference"
 
@@ -48,7 +49,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {"act": act, "diffusion": diffusion, 
 def _saved(folder: Path, configuration: Callable[[dict[str, Any]], Any]) -> Path:
     config = configuration({
         "input_features": {
-            "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE)),
+            **{name: PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE)) for name in CAMERAS},
             "observation.state": PolicyFeature(FeatureType.STATE, (4,)),
         },
         "output_features": {"action": PolicyFeature(FeatureType.ACTION, (4,))},
@@ -58,7 +59,7 @@ def _saved(folder: Path, configuration: Callable[[dict[str, Any]], Any]) -> Path
     policy = get_policy_class(config.type)(config)
     policy.save_pretrained(folder)
     statistics = {
-        "observation.images.top": {"mean": torch.full((3, 1, 1), 0.5), "std": torch.full((3, 1, 1), 0.3)},
+        **{name: {"mean": torch.full((3, 1, 1), 0.5), "std": torch.full((3, 1, 1), 0.3)} for name in CAMERAS},
         "observation.state": {name: value.expand(4) for name, value in _STATISTICS.items()},
         "action": {name: value.expand(4) for name, value in _STATISTICS.items()},
     }

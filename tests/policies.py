@@ -145,14 +145,16 @@ else:
     MAKERS |= {f"lerobot {kind}": make for kind, make in KINDS.items()}
 
 
-def demonstrations(folder: Path, robot: str = ROBOT, action: int = 4, size: int = SIZE) -> Path:
+def demonstrations(
+    folder: Path, robot: str = ROBOT, action: int = 4, size: int = SIZE, channels: int = 3
+) -> Path:  # fmt: skip
     """Ten random episodes of five observations, with pictures of some size, for each of two tasks."""
     folder.mkdir()
     random = torch.Generator().manual_seed(1)
     for task, instruction in INSTRUCTIONS.items():
         count = 50
         tensors = {
-            "images": torch.randint(0, 256, (count, size, size, 3), generator=random, dtype=torch.uint8),
+            "images": torch.randint(0, 256, (count, size, size, channels), generator=random, dtype=torch.uint8),
             "state": torch.rand(count, 4, generator=random),
             "actions": torch.rand(count, 4, action, generator=random) * 2 - 1,
             "episodes": torch.arange(count) // 5,

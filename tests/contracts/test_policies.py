@@ -30,8 +30,8 @@ def policy(request, tmp_path_factory):
     base = tmp_path_factory.mktemp(request.param)
     folder = MAKERS[request.param](base / "policy")
     config = read_config(folder)
-    size = adapter_of(config).fields(config).image[-1]
-    source = f"demos={demonstrations(base / 'demonstrations', size=size)}"
+    channels, _, size = adapter_of(config).fields(config).image
+    source = f"demos={demonstrations(base / 'demonstrations', size=size, channels=channels)}"
     return folder, profile_policy(folder, source, base / "profile", samples=6), request.param
 
 

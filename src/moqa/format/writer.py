@@ -11,7 +11,7 @@ from torch import Tensor
 from moqa.format.layout import Shard
 from moqa.format.manifest import CARD, CONFIG, Manifest, StoredFile
 from moqa.originals.hub import INDEX
-from moqa.storage.artifact import file_hash, signed, write_json
+from moqa.storage.artifact import file_hash, signed, write_json, write_whole
 
 NOT_A_FILE = "made-by-moqa--pip-install-moqa-to-load-it.safetensors"
 
@@ -70,9 +70,9 @@ def introduce(folder: Path, recipe: Mapping[str, object]) -> None:
     """
     path = folder / CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    write_json(
-        config | {"quantization_config": {"quant_method": "moqa", **recipe}, "transformers_weights": NOT_A_FILE}, path
-    )
+    config |= {"quantization_config": {"quant_method": "moqa", **recipe}, "transformers_weights": NOT_A_FILE}
+    # in the original's order: a policy of lerobot has its cameras in the order in which they are written
+    write_whole(path, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_index(manifest: Manifest, folder: Path) -> None:

@@ -48,10 +48,14 @@ class Lerobot(PolicyAdapter):
 
     def fields(self, config: "PretrainedConfig") -> Fields:
         """See `PolicyAdapter`."""
-        from moqa.policies.lerobot_model import IMAGE, STATE
+        from moqa.policies.lerobot_model import STATE
 
-        channels, height, width = config.shape(IMAGE)
-        return Fields((channels, height, width), config.shape(STATE)[0], _MOST_BYTES)
+        shapes = {name: tuple(config.settings["input_features"][name]["shape"]) for name in config.cameras}
+        if len(set(shapes.values())) != 1:
+            seen = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "no camera"
+            raise MoqaError(f"a policy of lerobot sees {seen}", "its cameras must have pictures of one size")
+        channels, height, width = next(iter(shapes.values()))
+        return Fields((channels * len(shapes), height, width), config.shape(STATE)[0], _MOST_BYTES)
 
     def robot(self, config: "PretrainedConfig") -> str:  # noqa: ARG002
         """Its folders do not say."""

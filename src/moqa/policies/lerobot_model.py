@@ -44,6 +44,11 @@ class LerobotConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
         self.kind = str(self.settings.get("type", ""))
         super().__init__(**others)
 
+    @property
+    def cameras(self) -> list[str]:
+        """Names of the pictures that it sees, sorted: the channels of one follow those of the other."""
+        return sorted(name for name in self.settings.get("input_features") or {} if name.startswith(IMAGE))
+
     def shape(self, start: str, of: str = "input_features") -> list[int]:
         """Shape of the first feature whose name begins so; of no numbers if there is none."""
         return next((f["shape"] for name, f in (self.settings.get(of) or {}).items() if name.startswith(start)), [0])
@@ -66,11 +71,11 @@ class LerobotPolicy(PreTrainedModel):  # type: ignore[misc]
         """Nothing: lerobot's classes have done it."""
 
     def forward(self, images: Tensor, state: Tensor, instructions: list[str]) -> Tensor:
-        """[batch, chunk, action] in the robot's units, from images of 0 to 1, states and texts."""
+        """[batch, chunk, action] in the robot's units, from images of 0 to 1 of all cameras, states and texts."""
         before, after = self._processors
-        settings = self.config.settings
-        names = [name for name in settings["input_features"] if name.startswith(IMAGE)]
-        batch = before({**dict.fromkeys(names, images), STATE: state, "task": instructions})
+        settings, names = self.config.settings, self.config.cameras
+        pictures = dict(zip(names, images.chunk(len(names), 1), strict=True))
+        batch = before({**pictures, STATE: state, "task": instructions})
         if self.config.kind in WITH_HISTORY:  # as for a robot that stood still so far
             batch |= {name: torch.stack([batch[name]] * settings["n_obs_steps"], 1) for name in (*names, STATE)}
         with torch.random.fork_rng(devices=[]):
