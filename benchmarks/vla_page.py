@@ -24,9 +24,10 @@ _INTRO = """# Policies
 The reference's policy (`reference/policy`: {values:,} values; ten tasks of MetaWorld, one camera) in mixed precision;
 `python benchmarks/vla_study.py`. The profile is fitted on {samples} observations of the demonstrations' calibration
 split; errors are measured on 200 observations of held-out episodes; no demonstration has the seeds of the rollouts.
-All plans of a size have at most the bytes of its uniform plan (2 bits in groups of 64, and 3, 4 and 6 bits in groups
-of up to 256), all are quantized by GPTQ with observations as calibration, and all run packed. `aligned` costs a unit
-by alignment and action error, half each; `output-error` by action error alone: the same solver, candidates and profile.
+All plans of a size have at most the bytes of its uniform plan (1 and 2 bits in groups of 64, and 3, 4 and 6 bits in
+groups of up to 256), all are quantized by GPTQ with observations as calibration, and all run packed. `aligned` costs a
+unit by alignment and action error, half each; `output-error` by action error alone: the same solver, candidates and
+profile.
 EaqVLA's authors asked for its retraction, so its claims are hypotheses here; the formulas are ours
 ([method](../methods/vla.md)).
 """
@@ -112,7 +113,7 @@ def _success(looped: Sequence[dict]) -> str:
     each = totals(looped)["original", 16.0][1] // len(tasks) // len(seeds)
     lines.append(
         f"\nSeeds {', '.join(map(str, seeds))}; {each} episodes of each task and seed (the study's default is 20, with "
-        f"three seeds); {crashed} episodes ended in a crash of the environment.\n"
+        f"three seeds), one seed where a plan has fewer; {crashed} episodes ended in a crash of the environment.\n"
     )
     lines.append(targets(looped))
     return "\n".join(lines)

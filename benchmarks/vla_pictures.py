@@ -15,6 +15,8 @@ COLOURS = {
 PARTS = {"vision": "#4e79a7", "projector": "#e15759", "language": "#59a14f", "action": "#b07aa1"}
 _HEAD = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" font-family="sans-serif" font-size="12">'
 
+BITS = (1, 2, 3, 4, 6, 8)  # on the axis of bits per weight
+
 
 def error_curves(rows: Sequence[dict]) -> str:
     """Action error against bits per weight, both logarithmic."""
@@ -31,17 +33,17 @@ def error_curves(rows: Sequence[dict]) -> str:
     low, high = (end(error for _, error in points) for end in (min, max))
 
     def place(bits: float, error: float) -> tuple[float, float]:
-        x = left + (width - left - 120) * (math.log(bits) - math.log(2)) / (math.log(8) - math.log(2))
+        x = left + (width - left - 120) * math.log(bits / BITS[0]) / math.log(BITS[-1] / BITS[0])
         y = bottom - (bottom - top) * (math.log(error) - math.log(low / 1.2)) / math.log(high / low * 1.44)
         return x, y
 
     parts = []
-    for bits in (2, 3, 4, 6, 8):
+    for bits in BITS:
         x, _ = place(bits, low)
         parts.append(f'<line x1="{x:.0f}" x2="{x:.0f}" y1="{top}" y2="{bottom}" stroke="#dddddd"/>')
         parts.append(f'<text x="{x:.0f}" y="{bottom + 18}" text-anchor="middle">{bits}</text>')
     for tick in _decades(low / 1.2, high * 1.2):
-        _, y = place(2, tick)
+        _, y = place(BITS[0], tick)
         parts.append(f'<line x1="{left}" x2="{width - 120}" y1="{y:.0f}" y2="{y:.0f}" stroke="#dddddd"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{tick:g}</text>')
     for number, (plan, line) in enumerate(lines.items()):

@@ -27,10 +27,11 @@ POLICY, DEMONSTRATIONS, ROWS = Path("reference/policy"), RUNS / "demonstrations"
 PARTS = ("vision", "projector", "language", "action")
 HELD_OUT = 200  # observations
 # label -> width and group size of the uniform plan whose bytes all plans of the label have
-SIZES = {2.5: (2, 64), 3.0: (3, 256), 4.0: (4, 256), 6.0: (6, 256)}
+SIZES = {1.5: (1, 64), 2.5: (2, 64), 3.0: (3, 256), 4.0: (4, 256), 6.0: (6, 256)}
 OTHERS = ("aligned", "output-error", "random")
 CLOSED_LOOP = ("uniform", "output-error", "aligned")
-CLOSED_SIZES = (2.5, 3.0)
+WANTED_SIZES = (2.5, 3.0)
+CLOSED_SIZES = (*WANTED_SIZES, 1.5)  # and one at which the robot fails more often
 CONTROLS = ("original", 16.0), ("hypothesis-blind", 16.0)
 KEEP = 16
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import spearmanr
+from vla_rows import WANTED_SIZES
 
 from moqa.profiling import Profile
 from moqa.vla.records import wilson
@@ -66,16 +67,22 @@ def targets(looped: Sequence[dict]) -> str:
     if original and aligned is not None:
         kept = aligned / original
         lines.append(f"- Aligned at 3 bits keeps {kept:.1%} of that (wanted: 95 %: {_met(kept >= 0.95)}).")
-    beyond = {}
-    for size in (2.5, 3.0):
-        pair = [found.get((plan, size)) for plan in ("aligned", "uniform")]
-        if all(pair):
-            beyond[size] = wilson(*pair[0])[0] > wilson(*pair[1])[1]
+    pairs = {size: (found["aligned", size], found["uniform", size]) for _, size in found if ("aligned", size) in found}
+    beats = {size: wilson(*aligned)[0] > wilson(*uniform)[1] for size, (aligned, uniform) in sorted(pairs.items())}
+    beyond = {size: beats[size] for size in WANTED_SIZES if size in beats}
     if beyond:
         own = " and ".join(f"{rates['uniform', size]:.1%} at {size:g}" for size in beyond)
         lines.append(
             f"- Aligned beats uniform beyond the intervals at 2.5 or 3 bits: {_met(any(beyond.values()))}; uniform "
             f"itself succeeds in {own}."
+        )
+    for size in sorted(beats.keys() - set(WANTED_SIZES)):
+        own = ", ".join(f"{plan} {rates[plan, size]:.1%}" for plan in ("output-error", "aligned", "uniform"))
+        how = {True: "beyond", False: "within"}
+        simpler = wilson(*found["output-error", size])[0] > wilson(*found["aligned", size])[1]
+        lines.append(
+            f"- At {size:g}, where the robot fails more often: {own}. Aligned beats uniform {how[beats[size]]} the "
+            f"intervals, and output-error is above aligned {how[simpler]} them: it is the default of `moqa vla plan`."
         )
     return "\n".join(lines) + "\n"
 
