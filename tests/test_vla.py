@@ -84,7 +84,7 @@ def test_a_row_holds_an_observation(count, state, words):
 
 class TestPlans:
     def test_the_share_of_alignment_moves_bits(self, profile):
-        plans = [plan_policy(profile, "3bpw", alignment=share) for share in (0.0, 1.0)]
+        plans = [plan_policy(profile, "3bpw", by="aligned", alignment=share) for share in (0.0, 1.0)]
         assert plans[0].units != plans[1].units
         assert plans[0].units == plan_policy(profile, "3bpw", by="output-error").units
 
@@ -149,8 +149,9 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (("--by", "luck"), "aligned, output-error"), (("--floor", "wheels=4"), "names no role"),
-            (("--by", "uniform", "--alignment", "0.5"), "does not apply"), (("--alignment", "2"), "not a share"),
+            (("--by", "luck"), "output-error, "), (("--floor", "wheels=4"), "names no role"),
+            (("--by", "uniform", "--alignment", "0.5"), "does not apply"),
+            (("--by", "aligned", "--alignment", "2"), "not a share"),
         ],
     )  # fmt: skip
     def test_a_wrong_option(self, moqa_command, profile, tmp_path, words, said):
@@ -235,7 +236,7 @@ class TestCard:
         plan = plan_policy(profile, "5bpw")
         card = (quantize_policy(policy, plan, tmp_path / "q", method="rtn", profile=profile) / "README.md").read_text()
         assert 'Actor("FOLDER_OR_ID")' in card
-        assert "moqa vla plan PROFILE --bpw 5 --by aligned -o PLAN" in card
+        assert "moqa vla plan PROFILE --bpw 5 --by output-error -o PLAN" in card
         assert "AutoModel" not in card
         assert "moqa serve" not in card
 

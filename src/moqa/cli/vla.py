@@ -56,8 +56,8 @@ def plan(
     bpw: options.Bpw = None,
     size: options.Size = None,
     by: Annotated[
-        str, typer.Option("--by", help="aligned (alignment and actions), output-error (actions), random or uniform")
-    ] = "aligned",
+        str, typer.Option("--by", help="output-error (of the actions), aligned (and alignment), random or uniform")
+    ] = "output-error",
     alignment: Annotated[
         float | None, typer.Option("--alignment", help="share of alignment in the cost of aligned [default: 0.5]")
     ] = None,

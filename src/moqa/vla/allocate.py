@@ -12,8 +12,8 @@ from moqa.vla.measure import DEFAULT_ALIGNMENT, combined
 
 # what a plan is made by -> strategy of `moqa.plan`, and share of alignment in its cost (None: it has no cost)
 WAYS: dict[str, tuple[str, float | None]] = {
-    "aligned": ("budget", DEFAULT_ALIGNMENT),
     "output-error": ("budget", 0.0),
+    "aligned": ("budget", DEFAULT_ALIGNMENT),
     "random": ("random", None),
     "uniform": ("uniform", None),
 }
@@ -23,7 +23,7 @@ def plan_policy(
     profile: Profile,
     budget: Budget | str | None,
     *,
-    by: str = "aligned",
+    by: str = "output-error",
     alignment: float | None = None,
     floors: Mapping[str, int] | None = None,
     fixed: Mapping[str, int] | None = None,
@@ -39,7 +39,7 @@ def plan_policy(
     Args:
         profile: by `moqa vla profile`.
         budget: limit in bytes, e.g. "2.5bpw" (of the units) or "2MiB" (all weight files); `uniform` can do without.
-        by: `aligned` (alignment and actions), `output-error` (actions alone), `random`, or `uniform`.
+        by: `output-error` (of the actions), `aligned` (alignment and actions), `random`, or `uniform`.
         alignment: share of alignment in the cost of `aligned`; None means half.
         floors: part -> smallest width of its units: `vision`, `projector`, `language` and `action`.
         fixed: pattern of unit names -> width, 16 for no quantization.
