@@ -21,9 +21,10 @@ ORDER = ("uniform", "output-error", "aligned", "random")
 
 _INTRO = """# Policies
 
-The reference's policy (`reference/policy`: {values:,} values; ten tasks of MetaWorld, one camera) in mixed precision;
-`python benchmarks/vla_study.py`. The profile is fitted on {samples} observations of the demonstrations' calibration
-split; errors are measured on 200 observations of held-out episodes; no demonstration has the seeds of the rollouts.
+Command: `make vla-study` (`benchmarks/vla_study.py`). The reference's policy (`reference/policy`: {values:,} values;
+ten tasks of MetaWorld, one camera) in mixed precision. The profile is fitted on {samples} observations of the
+demonstrations' calibration split; errors are measured on 200 observations of held-out episodes; no demonstration has
+the seeds of the rollouts.
 All plans of a size have at most the bytes of its uniform plan (1 and 2 bits in groups of 64, and 3, 4 and 6 bits in
 groups of up to 256), all are quantized by GPTQ with observations as calibration, and all run packed. `aligned` costs a
 unit by alignment and action error, half each; `output-error` by action error alone: the same solver, candidates and

@@ -1,5 +1,6 @@
 """What the study says of each hypothesis, by numbers of its rows."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,27 +64,28 @@ def targets(looped: Sequence[dict]) -> str:
     original, aligned = rates.get(("original", 16.0)), rates.get(("aligned", 3.0))
     lines = []
     if original is not None:
-        lines.append(f"- The original succeeds in {original:.1%} of episodes (wanted: 70 %: {_met(original >= 0.7)}).")
+        lines.append(claim(original >= 0.7, f"the original succeeds in its episodes: {original:.1%}; wanted 70 %"))
     if original and aligned is not None:
         kept = aligned / original
-        lines.append(f"- Aligned at 3 bits keeps {kept:.1%} of that (wanted: 95 %: {_met(kept >= 0.95)}).")
+        lines.append(
+            claim(kept >= 0.95, f"aligned at 3 bits keeps of the original's successes: {kept:.1%}; wanted 95 %")
+        )
     pairs = {size: (found["aligned", size], found["uniform", size]) for _, size in found if ("aligned", size) in found}
     beats = {size: wilson(*aligned)[0] > wilson(*uniform)[1] for size, (aligned, uniform) in sorted(pairs.items())}
     beyond = {size: beats[size] for size in WANTED_SIZES if size in beats}
     if beyond:
-        own = " and ".join(f"{rates['uniform', size]:.1%} at {size:g}" for size in beyond)
-        lines.append(
-            f"- Aligned beats uniform beyond the intervals at 2.5 or 3 bits: {_met(any(beyond.values()))}; uniform "
-            f"itself succeeds in {own}."
+        own = " and ".join(
+            f"{rates['aligned', size]:.1%} beside uniform's {rates['uniform', size]:.1%} at {size:g}" for size in beyond
         )
+        lines.append(claim(any(beyond.values()), f"aligned beats uniform beyond the intervals: {own}"))
     for size in sorted(beats.keys() - set(WANTED_SIZES)):
-        own = ", ".join(f"{plan} {rates[plan, size]:.1%}" for plan in ("output-error", "aligned", "uniform"))
-        how = {True: "beyond", False: "within"}
+        own = [f"{plan} {rates[plan, size]:.1%}" for plan in ("output-error", "aligned", "uniform")]
         simpler = wilson(*found["output-error", size])[0] > wilson(*found["aligned", size])[1]
-        lines.append(
-            f"- At {size:g}, where the robot fails more often: {own}. Aligned beats uniform {how[beats[size]]} the "
-            f"intervals, and output-error is above aligned {how[simpler]} them: it is the default of `moqa vla plan`."
-        )
+        where = f"at {size:g}, where the robot fails more often"
+        lines += [
+            claim(beats[size], f"{where}, aligned beats uniform beyond the intervals: {own[1]}, {own[2]}"),
+            claim(simpler, f"{where}, plans by actions alone beat aligned beyond the intervals: {own[0]}, {own[1]}"),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -92,9 +94,10 @@ def verdicts(rows: Sequence[dict], profile: Profile) -> str:
     errors = {row["plan"]: row["action_error"] for row in rows if row["plan"].startswith("hypothesis-")}
     if not errors:
         return "Not run yet.\n"
-    return "\n".join([
+    section = "\n".join([
         _parts(errors), _language(errors, profile), _projector(errors), _sixteen(errors, rows), _near_head(profile),
     ])  # fmt: skip
+    return f"{of_eaqvla(section)}\n\n{section}"
 
 
 def _parts(errors: dict[str, float]) -> str:
@@ -192,12 +195,22 @@ def _near_head(profile: Profile) -> str:
     )
 
 
-def _met(met: bool) -> str:
-    return "met" if met else "MISSED"
+def claim(holds: bool, text: str) -> str:
+    """A line that the index of claims takes up."""
+    return f"- {'holds' if holds else 'MISS'} {text}"
 
 
 def _verdict(confirmed: bool, refuted: bool) -> str:
     return "confirmed" if confirmed else "not confirmed" if refuted else "undecided"
+
+
+def of_eaqvla(section: str) -> str:
+    """The claims of EaqVLA, as the bold beginnings of a section's paragraphs say them, each with its first number."""
+    form = r"^\*\*(.+?): (confirmed|not confirmed|undecided)(.*?)\.?\*\*.*?(-?\d+\.\d\d+)"
+    return "\n".join(
+        claim(word == "confirmed", f"{text} ({word}{more}): {number} (arXiv 2505.21567)")
+        for text, word, more, number in re.findall(form, section, re.MULTILINE)
+    )
 
 
 def _shown(errors: dict[str, float], name: str) -> str:
