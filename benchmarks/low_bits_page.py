@@ -103,6 +103,7 @@ def _table(rows: Sequence[dict], tool: str) -> str:
         f"| bits | {TITLES[tool]} | its known / novel KL | moqa known / novel KL | known ratio | novel ratio |",
         "|---:|---|---|---|---:|---:|",
     ]
+    judgements: dict[tuple[bool, str], list[bool]] = {}
     if judged:
         lines = [lines[0] + " as wanted |", lines[1] + "---|"]
     for row, ours in _settings(rows, tool):
@@ -117,10 +118,25 @@ def _table(rows: Sequence[dict], tool: str) -> str:
             f"| {_number(found[0])} / {_number(found[1])} | {ratios[0]:.2f} | {ratios[1]:.2f} |"
         )
         if judged:
-            met = ["yes" if ratio <= most else "no" for ratio, most in zip(ratios, WANTED[bits >= 3], strict=True)]
-            line += f" {', '.join(met)} |"
+            met = [ratio <= most for ratio, most in zip(ratios, WANTED[bits >= 3], strict=True)]
+            line += f" {', '.join('yes' if one else 'no' for one in met)} |"
+            for key, one in zip(keys, met, strict=True):
+                judgements.setdefault((bits >= 3, key), []).append(one)
         lines.append(line)
-    return "\n".join(lines) + f"\n\nRatios are to {TITLES[tool]}'s best row of that size or less.\n"
+    text = "\n".join(lines) + f"\n\nRatios are to {TITLES[tool]}'s best row of that size or less.\n"
+    return (
+        text
+        + "".join(f"\n{_claim(rows[0]['model'], *about, met)}" for about, met in judgements.items())
+        + "\n" * bool(judgements)
+    )
+
+
+def _claim(model: str, is_large: bool, key: str, met: Sequence[bool]) -> str:
+    """A line that the index of claims takes up."""
+    most = WANTED[is_large][key == "kl_novel"]
+    sizes = "from 3 bits up" if is_large else "below 3 bits"
+    text = f"{model}, {sizes}: {key.removeprefix('kl_')} KL at most {most:g} of llama.cpp's best"
+    return f"- {'holds' if all(met) else 'MISS'} in {sum(met)} of {len(met)}: {text}"
 
 
 def _number(values: Sequence[float]) -> str:
