@@ -29,6 +29,10 @@ class TestWriteWhole:
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
 
+    def test_bytes_stay_as_they_are(self, tmp_path):
+        write_whole(tmp_path / "x", b"\r\n\xff")
+        assert (tmp_path / "x").read_bytes() == b"\r\n\xff"
+
     def test_a_link_stays_a_link(self, tmp_path):
         (tmp_path / "link").symlink_to(tmp_path / "target")
         write_whole(tmp_path / "link", "text")

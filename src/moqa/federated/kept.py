@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from moqa.errors import MoqaError
 from moqa.federated.updates import State
-from moqa.storage.folders import sync
+from moqa.storage.artifact import write_whole
 
 _STATE = "moqa-federated"
 
@@ -24,12 +24,8 @@ def write_rounds(path: Path, state: Mapping[str, Any], model: Mapping[str, Tenso
     ({'rounds': []}, {'w': tensor([1., 1.])})
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
     tensors = {name: tensor.contiguous() for name, tensor in model.items()}
-    save_file(tensors, fresh, metadata={_STATE: json.dumps(state)})
-    sync(fresh)
-    fresh.rename(path)
-    sync(path.parent)
+    write_whole(path, save(tensors, metadata={_STATE: json.dumps(state)}))
 
 
 def read_rounds(path: Path) -> tuple[dict[str, Any], State]:

@@ -25,22 +25,23 @@ def write_json(record: BaseModel | dict, path: Path) -> None:
     write_whole(path, json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a kill or a loss of power leaves the earlier file or the new one, never a part.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a kill or a loss of power leaves the earlier file or the new one, never a part.
 
     >>> write_whole(Path("note.txt"), "done")
     >>> Path("note.txt").read_text()
     'done'
     """
+    data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
         return
     path = path.resolve()  # a link stays a link
     # one name for all tries: what a killed one left is overwritten by the next
     fresh = path.with_name(f".{path.name}.new")
     try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with fresh.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         fresh.rename(path)
