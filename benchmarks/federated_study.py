@@ -12,66 +12,140 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
+import numpy as np
 import torch
 
 from moqa.errors import MoqaError
 from moqa.federated import Experiment, run
-from moqa.federated.driver import RECORD
+from moqa.federated.clients import samples_of
+from moqa.federated.driver import RECORD, summarized
+from moqa.federated.measure import batch_loss, train_steps
+from moqa.federated.modes import FULL, LocalMode, in_mode
 from moqa.federated.records import FederatedRecord
+from moqa.federated.simulation import clock_of, model_of, optimizers_of
 from moqa.storage.artifact import read_json, write_json
 
 OUT = Path("runs/federated")
 PAGE, ROWS = Path("docs/results/federated.md"), "## All rows\n"
 ALLOCATIONS = ("qat", "ptq", "coarse+fine", "random-hybrid", "coarse", "fp")
-FASHION = {"data": "fashion-mnist", "split": 0.1, "samples": 4000, "test_samples": 1000, "rounds": 30, "target": 0.65}
-CALM = {**FASHION, "rate": 0.02}  # clients of this split drift apart at the rate of 0.05
-TEXT = {"data": "text", "samples": 1200, "test_samples": 300, "rounds": 12, "rate": 0.3, "batch": 16, "target": 0.18}
-CIFAR = {**CALM, "data": "cifar10", "samples": 2500, "rounds": 15, "target": 0.25}
+SEEDS = range(3)
+# what alone the simulated clock depends on: where all clients do the same, it changes no step of training
+CLOCK = ("heterogeneity", "link", "flops", "bandwidth", "qat_cost", "target")
+SHALLOW = {
+    "data": "fashion-mnist", "split": 0.1, "samples": 4000, "test_samples": 1000, "rounds": 30, "rate": 0.02,
+    "target": 0.65,
+}  # fmt: skip
+FASHION = {**SHALLOW, "depth": 2, "rounds": 20}
+CIFAR = {**FASHION, "data": "cifar10", "samples": 2500, "rounds": 15, "target": 0.25}
+TEXT = {
+    "data": "text", "samples": 1200, "test_samples": 300, "rounds": 12, "batch": 16, "optimizer": "adamw",
+    "rate": 0.005, "target": 0.25,
+}  # fmt: skip
 # with 0.1 every draw leaves some of 100 clients without data
-MANY = {**CALM, "clients": 100, "split": 0.5, "samples": 6000, "rounds": 10, "target": 0.5}
+MANY = {"clients": 100, "split": 0.5, "samples": 6000, "rounds": 10}
 SLOW = {"bits": 2, "heterogeneity": 8}
-# of the grid: experiment, heterogeneity, seeds
+# seconds of a step with rounding over one without, as `--costs` measures them
+COSTS = {"fashion-mnist": 2.0, "cifar10": 1.85, "text": 1.8}
+# of the grid, each with equal clients, too
 PARTS = {
-    "fashion-calm": (CALM, 8, 3), "cifar10": (CIFAR, 8, 3), "text": (TEXT, 8, 3), "fashion-100": (MANY, 8, 3),
-    "fashion": (FASHION, 8, 3), "fashion-calm-equal": (CALM, 1, 3), "cifar10-equal": (CIFAR, 1, 3),
-    "text-equal": (TEXT, 1, 3), "fashion-100-equal": (MANY, 1, 3),
+    "fashion": FASHION, "cifar10": CIFAR, "text": TEXT, "fashion-100": {**FASHION, **MANY, "target": 0.5},
+    "cifar10-100": {**CIFAR, **MANY}, "text-100": {**TEXT, **MANY, "split": float("inf")},
 }  # fmt: skip
 
 
 def experiments() -> Iterator[tuple[str, Experiment]]:
-    """Name and experiment, what matters most first."""
-    yield from _part("fashion-calm", 0)
-    # the hybrid and all-QAT on all data first, then more seeds and allocations
-    for name in ("cifar10", "fashion-100"):
-        yield from _part(name, 0, ("qat", "coarse+fine"))
-    for allocation in ("coarse+fine", "qat"):
-        yield f"fashion-calm-secure-{allocation}", Experiment(**CALM, **SLOW, allocation=allocation, secure=True)
-    for name, seed in (("cifar10", 0), ("fashion-calm", 1), ("fashion-100", 0), ("fashion-calm", 2), ("text", 0)):
-        yield from _part(name, seed, ("qat", "ptq", "coarse+fine"))
+    """Name and experiment, what tells most first."""
+    yield from _part("fashion", 8, 0)
+    for seed in (1, 2):
+        yield from _part("fashion", 8, seed, ("qat", "ptq", "coarse+fine"))
+    yield from _part("text", 8, 0)
+    for seed in (1, 2):
+        yield from _part("fashion", 8, seed)
+    yield from _part("cifar10", 8, 0)
+    yield from _part("fashion-100", 8, 0)
+    yield from _beside()
+    for heterogeneity in (8, 1):
+        for seed in SEEDS:
+            for name in PARTS:
+                yield from _part(name, heterogeneity, seed)
+
+
+def _beside() -> Iterator[tuple[str, Experiment]]:
+    """Single questions beside the grid, with the model of three convolutions and a clock that counts operations."""
+    for allocation in ALLOCATIONS:
+        yield f"fashion-roofline-{allocation}", Experiment(**SHALLOW, **SLOW, allocation=allocation)
+    cifar = {**SHALLOW, "data": "cifar10", "samples": 2500, "rounds": 15, "target": 0.25}
+    for allocation in ("qat", "coarse+fine"):
+        yield f"cifar10-roofline-{allocation}", Experiment(**cifar, **SLOW, allocation=allocation)
+        many = {**SHALLOW, **MANY, **SLOW, "target": 0.5}
+        yield f"fashion-100-roofline-{allocation}", Experiment(**many, allocation=allocation)
+        yield f"fashion-secure-{allocation}", Experiment(**SHALLOW, **SLOW, allocation=allocation, secure=True)
+    fast = {**SHALLOW, "rate": 0.05}  # clients of this split drift apart
     for seed in (0, 1):
-        yield from _part("fashion", seed)
+        for allocation in ALLOCATIONS:
+            yield f"fashion-fast-{allocation}-{seed}", Experiment(**fast, **SLOW, allocation=allocation, seed=seed)
     for trim in (0.0, 0.2):
         for share in (0.0, 0.2):
             attack = {"split": 0.5, "rounds": 12, "allocation": "qat", "bits": 2, "attackers": share, "trim": trim}
-            yield f"attack-{share}-trim-{trim}", Experiment(**{**FASHION, **attack})
+            yield f"attack-{share}-trim-{trim}", Experiment(**{**fast, **attack})
     for allocation in ("fp", "coarse+fine", "qat"):
-        slow = {**FASHION, **SLOW, "link": 5e4, "allocation": allocation}
+        slow = {**fast, **SLOW, "link": 5e4, "allocation": allocation}
         yield f"fashion-slow-link-{allocation}", Experiment(**slow)
-    for name, (_, _, seeds) in PARTS.items():
-        for seed in range(seeds):
-            yield from _part(name, seed)
+    plain = {**TEXT, "optimizer": None, "rate": 0.3, "target": 0.18}
+    yield "text-sgd-qat", Experiment(**plain, **SLOW, allocation="qat")
 
 
-def _part(name: str, seed: int, allocations: Sequence[str] = ALLOCATIONS) -> Iterator[tuple[str, Experiment]]:
+def _part(
+    name: str, heterogeneity: int, seed: int, allocations: Sequence[str] = ALLOCATIONS
+) -> Iterator[tuple[str, Experiment]]:
     """One seed of a part of the grid."""
-    fields, heterogeneity, _ = PARTS[name]
+    fields = PARTS[name] | {"bits": 2, "heterogeneity": heterogeneity, "seed": seed}
+    fields["qat_cost"] = COSTS[fields["data"]]
     for allocation in allocations:
-        more = {"bits": 2, "heterogeneity": heterogeneity, "allocation": allocation, "seed": seed}
-        yield f"{name}-{heterogeneity}x-{allocation}-{seed}", Experiment(**{**fields, **more})
+        yield f"{name}-{heterogeneity}x-{allocation}-{seed}", Experiment(**fields, allocation=allocation)
+
+
+def reclocked(experiment: Experiment, records: Iterable[FederatedRecord]) -> FederatedRecord | None:
+    """The record of an experiment from one that differs in its clock alone; None if there is none, or it matters."""
+    if experiment.allocation not in ("fp", "ptq", "qat"):
+        return None
+    same = experiment.model_dump(exclude=set(CLOCK))
+    record = next((one for one in records if one.experiment.model_dump(exclude=set(CLOCK)) == same), None)
+    if record is None:
+        return None
+    clock, counts = clock_of(experiment), np.bincount(samples_of(experiment).clients).tolist()
+    rounds = []
+    for one in record.rounds:
+        each = (one.uplink_bytes + one.downlink_bytes) / max(len(one.modes), 1)  # all clients have equal messages
+        seconds = [clock.seconds(client, kind, counts[client], each) for client, kind in one.modes.items()]
+        rounds.append(one.model_copy(update={"seconds": max(seconds, default=0.0)}))
+    return summarized(experiment, rounds)
+
+
+def costs() -> dict[str, float]:
+    """Seconds of this processor that a step with rounding takes over one without, medians of alternating steps."""
+    found = {}
+    for data, fields in {"fashion-mnist": FASHION, "cifar10": CIFAR, "text": TEXT}.items():
+        experiment = Experiment(**fields, bits=2)
+        batch, times = samples_of(experiment).test(experiment.batch)[0], defaultdict(list)
+        with ExitStack() as stack:
+            steps = {}
+            for kind, mode in (("fp", LocalMode("fp", FULL)), ("qat", LocalMode("qat", 2))):
+                model = stack.enter_context(in_mode(model_of(experiment), mode))
+                steps[kind] = partial(train_steps, model, [batch], batch_loss, optimizers_of(experiment, model))
+            for _ in range(50):
+                for kind, step in steps.items():
+                    began = time.thread_time()
+                    step()
+                    times[kind].append(time.thread_time() - began)
+        found[data] = round(median(times["qat"][5:]) / median(times["fp"][5:]), 2)
+    return found
 
 
 def row(record: FederatedRecord) -> dict:
@@ -84,7 +158,8 @@ def row(record: FederatedRecord) -> dict:
         "uplink_bytes": record.uplink_bytes, "downlink_bytes": record.downlink_bytes,
         "allocator_seconds": record.allocator_seconds, "seconds": record.seconds, "link": one.link,
         "target": one.target, "rounds": one.rounds, "samples": one.samples, "attackers": one.attackers,
-        "trim": one.trim, "rate": one.rate, "secure": one.secure,
+        "trim": one.trim, "rate": one.rate, "secure": one.secure, "optimizer": one.optimizer,
+        "qat_cost": one.qat_cost, "depth": one.depth,
         "exact_accuracy": record.rounds[-1].metrics["accuracy-exact"],
         "wall_seconds": sum(each.real_seconds for each in record.rounds),
         "qat_share": _qat_share(record),
@@ -100,12 +175,39 @@ def table(rows: list[dict]) -> str:
     """Mean and spread over seeds, as Markdown."""
     groups = defaultdict(list)
     for one in rows:
-        key = ("data", "clients", "heterogeneity", "link", "attackers", "trim", "rate", "secure")
+        key = (
+            "data",
+            "clients",
+            "heterogeneity",
+            "link",
+            "attackers",
+            "trim",
+            "rate",
+            "secure",
+            "optimizer",
+            "qat_cost",
+        )
         groups[tuple(one[name] for name in key)].append(one)
     text = []
-    for (data, clients, heterogeneity, link, attackers, trim, rate, secure), group in groups.items():
-        extra = f", {attackers:.0%} attackers, trim {trim}" if len({one["allocation"] for one in group}) == 1 else ""
+    for (
+        data,
+        clients,
+        heterogeneity,
+        link,
+        attackers,
+        trim,
+        rate,
+        secure,
+        optimizer,
+        cost,
+        depth,
+    ), group in groups.items():
+        attack = data != "text" and len({one["allocation"] for one in group}) == 1
+        extra = f", {attackers:.0%} attackers, trim {trim}" if attack else ""
         extra += ", secure aggregation" if secure else ""
+        extra += f", {optimizer}" if optimizer else ""
+        extra += f", depth {depth}" if data != "text" else ""
+        extra += f", QAT {cost} times as long" if cost else ", operations counted"
         first = group[0]
         text += [
             f"**{data}, split {first['split']}, {clients} clients, {heterogeneity:g}x, {link / 1e6:g} MB/s{extra}** "
@@ -125,10 +227,11 @@ def missing(records: list[FederatedRecord]) -> str:
     """A line for each part of the grid: how many of its runs are there."""
     there = {record.experiment.model_dump_json() for record in records}
     lines = ["| part of the grid | runs | of |", "|---|---:|---:|"]
-    for name, (_, heterogeneity, seeds) in PARTS.items():
-        runs = [experiment for seed in range(seeds) for _, experiment in _part(name, seed)]
-        done = sum(one.model_dump_json() in there for one in runs)
-        lines.append(f"| {name}, {heterogeneity}x | {done} | {len(runs)} |")
+    for heterogeneity in (8, 1):
+        for name in PARTS:
+            runs = [experiment for seed in SEEDS for _, experiment in _part(name, heterogeneity, seed)]
+            done = sum(one.model_dump_json() in there for one in runs)
+            lines.append(f"| {name}, {heterogeneity}x | {done} | {len(runs)} |")
     return "\n".join([*lines, ""])
 
 
@@ -181,32 +284,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Federated training with six allocations.")
     parser.add_argument("--summary", action="store_true", help="only sum up what is there")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    parser.add_argument("--costs", action="store_true", help="only measure what rounding costs on this processor")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    began, records = time.monotonic(), []
-    for name, experiment in dict(experiments()).items():
-        folder = OUT / "study" / name
-        record = read_json(FederatedRecord, folder / RECORD) if (folder / RECORD).is_file() else None
-        if record is not None and record.experiment != experiment:
-            raise SystemExit(f"{folder} is of another experiment: remove it")
-        late = time.monotonic() - began > 60 * options.minutes
-        if record is None and not options.summary and not late:
+    if options.costs:
+        print(json.dumps(costs()))
+        return
+    began, there = time.monotonic(), dict[str, FederatedRecord]()
+    wanted = dict(experiments())
+    for name, experiment in wanted.items():
+        path = OUT / "study" / name / RECORD
+        if path.is_file():
+            there[name] = read_json(FederatedRecord, path)
+            if there[name].experiment != experiment:
+                raise SystemExit(f"{path.parent} is of another experiment: remove it")
+    for name, experiment in wanted.items():
+        found = there.get(name) or reclocked(experiment, there.values())
+        if found is None and not options.summary and time.monotonic() - began < 60 * options.minutes:
             try:
-                record = run(experiment, folder)
+                found = run(experiment, OUT / "study" / name)
             except MoqaError as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 continue
-            print(
-                time.strftime("%H:%M:%S"),
-                name,
-                f"{record.final_accuracy:.3f}",
-                record.seconds_to_target,
-                f"{record.seconds:.1f}",
-                flush=True,
-            )
-        if record is not None:
-            records.append(record)
-            write_json({"rows": [row(one) for one in records]}, OUT / "summary.json")
+            said = f"{found.final_accuracy:.3f} {found.seconds_to_target} {found.seconds:.1f}"
+            print(time.strftime("%H:%M:%S"), name, said, flush=True)
+        if found is not None:
+            there[name] = found
+    records = [there[name] for name in wanted if name in there]
+    write_json({"rows": [row(one) for one in records]}, OUT / "summary.json")
     write_page([missing(records), table([row(one) for one in records]), processes()])
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
 from moqa.errors import MoqaError
 from moqa.federated.modes import Kind, LocalMode, in_mode, rounded
@@ -132,24 +133,26 @@ def probe_outputs(model: nn.Module, batch: Any, mode: LocalMode, keep: Collectio
     return found.float()
 
 
-def train_steps(model: nn.Module, batches: Iterable[Any], loss: Loss, rate: float, momentum: float = 0.0) -> int:
-    """Plain SGD over batches; returns the number of samples."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
+def train_steps(model: nn.Module, batches: Iterable[Any], loss: Loss, optimizers: Sequence[Optimizer]) -> int:
+    """One step for each batch; returns the number of samples."""
     samples = 0
     model.train()
     for batch in batches:
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss(model, batch).backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         samples += len(labels_of(batch))
     return samples
 
 
 def _per_sample(model: nn.Module, batches: list[Any], mode: LocalMode, keep: Collection[str], loss: Loss) -> float:
     with in_mode(model, mode, keep):
-        train_steps(model, islice(batches, 1), loss, rate=0.0)
+        still = [torch.optim.SGD(model.parameters(), lr=0.0)]
+        train_steps(model, islice(batches, 1), loss, still)
         start = time.perf_counter()
-        samples = train_steps(model, batches[1:] or batches, loss, rate=0.0)
+        samples = train_steps(model, batches[1:] or batches, loss, still)
         return (time.perf_counter() - start) / samples
 
 

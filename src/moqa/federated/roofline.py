@@ -50,6 +50,10 @@ class Work:
     flops: tuple[float, ...]
     bytes: tuple[float, ...]
 
+    def times(self, factor: float) -> "Work":
+        """So many times as much of everything."""
+        return Work(tuple(x * factor for x in self.flops), tuple(x * factor for x in self.bytes))
+
     def seconds(self, machine: Machine) -> float:
         """Time per sample: every operation takes as long as its computing or its memory traffic, whichever is longer.
 

@@ -5,11 +5,12 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from moqa.errors import MoqaError
 from moqa.federated.modes import Allocation
 from moqa.storage.files import read_text
+from moqa.training.optimizers import OPTIMIZERS
 
 
 class Experiment(BaseModel, frozen=True, extra="forbid"):
@@ -29,6 +30,12 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     link: float = Field(1e6, gt=0, description="bytes per second of every client")
     flops: float = Field(2e10, gt=0, description="floating-point operations per second of the fastest client")
     bandwidth: float = Field(1e10, gt=0, description="of its memory, bytes per second")
+    qat_cost: float | None = Field(
+        None,
+        ge=1,
+        description="seconds of a training step with rounding over those without; None counts its operations",
+    )
+    depth: int = Field(1, ge=1, description="of the model for images: convolutions at each of its three sizes")
     bits: Literal[8, 4, 3, 2] = 3
     allocation: Allocation = "coarse+fine"
     round_seconds: float | None = Field(None, gt=0)
@@ -43,12 +50,22 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     batch: int = Field(32, ge=1)
     rate: float = Field(0.05, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
+    optimizer: str | None = Field(
+        None, description="of clients: adamw, muon, sgd or soap of `moqa.training`; None is plain SGD with `momentum`"
+    )
     attackers: float = Field(0.0, ge=0, lt=1, description="share of clients that send scaled noise")
     trim: float = Field(0.0, ge=0, lt=0.5, description="share of bad clients that aggregation resists")
     epsilon: float | None = Field(None, gt=0, description="of differential privacy of the histograms")
     secure: bool = Field(False, description="the server sees the sum of the updates and none of them")
     engine: Literal["local", "ray"] = Field("local", description="this process, or Flower's simulation on Ray")
     seed: int = 0
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in OPTIMIZERS:
+            raise ValueError(f"{name} is unknown: there are {', '.join(OPTIMIZERS)}")
+        return name
 
 
 def read_experiment(path: Path) -> Experiment:

@@ -1,11 +1,12 @@
 """Simulated clients: their models, their machines, and the Flower app that they run."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from moqa.federated.client import local, measured, mod
 from moqa.federated.clients import CONTEXT, samples_of
@@ -22,13 +23,14 @@ from moqa.federated.modes import FULL, Kind, LocalMode, in_mode, rounded
 from moqa.federated.order import ARRAYS, FACTS, METRICS, state_of
 from moqa.federated.roofline import Machine, SimulatedClock, work_of
 from moqa.federated.settings import Experiment
+from moqa.training.optimizers import OPTIMIZERS
 
 _CHANNELS = {"fashion-mnist": 1, "cifar10": 3}
 _NOISE = 100.0  # of attackers, in units of the weights' own size
 
 
 def model_of(experiment: Experiment) -> nn.Module:
-    """The model that is trained: three convolutions and a linear layer, or a Llama of two layers that reads bytes.
+    """The model that is trained: convolutions of three sizes and a linear layer, or a small Llama that reads bytes.
 
     >>> sum(weight.numel() for weight in model_of(Experiment(data="fashion-mnist")).parameters())
     33770
@@ -46,6 +48,8 @@ def model_of(experiment: Experiment) -> nn.Module:
     widths, layers = (_CHANNELS[experiment.data], 16, 32, 64), list[nn.Module]()
     for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(4, after), nn.ReLU()]
+        for _ in range(experiment.depth - 1):
+            layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(4, after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 16, 10))
 
 
@@ -61,16 +65,20 @@ def clock_of(experiment: Experiment) -> SimulatedClock:
     for kind, mode in modes.items():
         model = model_of(experiment)
         with in_mode(model, mode, experiment.keep):
-            optimizer = torch.optim.SGD(model.parameters(), experiment.rate, experiment.momentum)
-
-            def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
-                optimizer.zero_grad()
-                batch_loss(model, batch).backward()
-                optimizer.step()
-
+            step = partial(train_steps, model, [batch], batch_loss, optimizers_of(experiment, model))
             step()  # the first one makes the optimizer's state
-            work[kind] = work_of(step, experiment.batch)
+            work[kind] = work_of(step, experiment.batch).times(experiment.epochs)
+    if experiment.qat_cost is not None:
+        work["qat"] = work["fp"].times(experiment.qat_cost)
     return SimulatedClock(machines, {**work, "ptq": work["fp"]})
+
+
+def optimizers_of(experiment: Experiment, model: nn.Module) -> list[Optimizer]:
+    """What a client trains with, anew in every round."""
+    parameters = list(model.parameters())
+    if experiment.optimizer is None:
+        return [torch.optim.SGD(parameters, experiment.rate, experiment.momentum)]
+    return OPTIMIZERS.find(experiment.optimizer).make(parameters, experiment.rate)
 
 
 def attackers_of(experiment: Experiment) -> set[int]:
@@ -101,7 +109,7 @@ def app_of(experiment: Experiment) -> ClientApp:
                     client, experiment.batch, (experiment.seed, number, client, epoch)
                 )
             ]
-            count = train_steps(model, batches, batch_loss, experiment.rate, experiment.momentum)
+            count = train_steps(model, batches, batch_loss, optimizers_of(experiment, model))
         if client in attackers_of(experiment):
             noise = torch.Generator().manual_seed(1000 * number + client)
             for weight in model.parameters():
