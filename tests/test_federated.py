@@ -17,12 +17,12 @@ from moqa.federated.allocation import choices_of, first_choice, options_of
 from moqa.federated.clients import dirichlet
 from moqa.federated.coarse import Limits, ModeOptions
 from moqa.federated.fine import FineAllocator, Observation
-from moqa.federated.guard import liars
 from moqa.federated.measure import batch_loss, measure
 from moqa.federated.modes import LocalMode, in_mode, rounded
 from moqa.federated.records import ClientRecord
 from moqa.federated.roofline import Machine, SimulatedClock, work_of
 from moqa.federated.settings import Experiment, read_experiment
+from moqa.federated.simulation import clock_of, optimizers_of
 from moqa.federated.skew import jensen_shannon, private, skews
 from moqa.federated.updates import Packing, UpdateError, packed_update
 
@@ -342,43 +342,6 @@ class TestAggregate:
             combine([{"w": torch.ones(1)}] * 2, [1, 1], trim=0.4)
 
 
-class TestLiars:
-    def test_a_client_that_says_it_is_fast_is_left_out_after_two_rounds(self):
-        those = clients(4)
-        claimed = {client.node: 1.0 for client in those}
-        taken = {client.node: 1.1 for client in those} | {103: 8.0}
-        assert liars(those, taken, claimed, deadline=1.0) == []
-        lines = liars(those, taken, claimed, deadline=1.0)
-        assert lines == ["client 3 excluded: it said 1 s, and took 8 s, in 2 rounds"]
-        assert [bool(client.excluded) for client in those] == [False, False, False, True]
-        assert liars(those, taken, claimed, deadline=1.0) == []
-
-    def test_a_client_that_says_it_is_slow(self):
-        those = clients(4)
-        claimed = {client.node: 1.0 for client in those} | {102: 20.0}
-        taken = {client.node: 1.1 for client in those}
-        for _ in range(2):
-            liars(those, taken, claimed, deadline=1.0)
-        assert those[2].excluded
-
-    def test_a_machine_that_answers_slowly_from_the_start_is_no_liar(self):
-        those = clients(4)
-        those[3].latency = 60.0  # it starts Flower's process slowly, as it had for its first answer
-        claimed = {client.node: 0.1 for client in those}
-        for _ in range(5):
-            liars(those, {c.node: 10.0 if c.node < 103 else 55.0 for c in those}, claimed, deadline=55.0)
-        assert not any(client.excluded for client in those)
-        for _ in range(2):  # a quick one is not taken for slow by it
-            liars(those, {client.node: 0.1 for client in those}, claimed, deadline=1.0)
-        assert not any(client.excluded for client in those)
-
-    def test_messages_that_take_long_with_everyone_are_nobodys_lie(self):
-        those = clients(4)
-        for _ in range(5):
-            liars(those, {c.node: 9.0 for c in those}, {c.node: 0.1 for c in those}, deadline=9.0)
-        assert not any(client.excluded for client in those)
-
-
 class TestRoofline:
     def test_work_is_counted_operation_by_operation(self):
         weight = torch.ones(32, 64, requires_grad=True)
@@ -398,6 +361,24 @@ class TestRoofline:
         assert clock.per_sample(0, "qat") > clock.per_sample(0, "fp")
         assert clock.per_sample(1, "fp") == pytest.approx(8 * clock.per_sample(0, "fp"))
         assert clock.seconds(0, "fp", 0, bytes_=2_000_000) == 2.0
+
+
+class TestSimulatedWork:
+    def experiment(self, **fields) -> Experiment:
+        folder = Path(__file__).resolve().parents[1] / "reference" / "text"
+        return Experiment(data="text", folder=folder, samples=320, test_samples=4, batch=4, **fields)
+
+    def test_a_measured_cost_of_rounding_and_epochs_are_counted(self):
+        counted, told = clock_of(self.experiment()), clock_of(self.experiment(qat_cost=3.0, epochs=2))
+        assert 1 < counted.per_sample(0, "qat") / counted.per_sample(0, "fp") < 3
+        assert told.per_sample(0, "qat") == pytest.approx(6 * counted.per_sample(0, "fp"))
+        assert told.per_sample(0, "ptq") == pytest.approx(2 * counted.per_sample(0, "fp"))
+
+    def test_clients_have_the_optimizer_of_the_file(self):
+        kinds = {
+            name: type(optimizers_of(self.experiment(optimizer=name), nn.Linear(4, 4))[0]) for name in (None, "adamw")
+        }
+        assert kinds == {None: torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 
 class TestSplit:
@@ -432,6 +413,8 @@ class TestSettings:
             ('data = "imagenet"', "data: input should be 'fashion-mnist', 'cifar10' or 'text'"),
             ('data = "text"\nbits = 5', "bits: input should be 8, 4, 3 or 2"),
             ('data = "text"\nclients = 1', "clients: input should be greater than or equal to 2"),
+            ('data = "text"\noptimizer = "adam"', "optimizer: .*adam is unknown: there are adamw, muon, sgd, soap"),
+            ('data = "text"\nqat_cost = 0.5', "qat_cost: input should be greater than or equal to 1"),
             ("data = ", "is not TOML"),
             ("", "data: field required"),
         ],

@@ -1,7 +1,6 @@
 """Federated training from start to end: Flower's messages, strategy and client mod in one process, and real ones."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from moqa.errors import MoqaError
 from moqa.federated import Experiment, FedHQ, local, measured, mod, run
 from moqa.federated.flower import ArrayRecord, ClientApp, Message, MetricRecord, RecordDict
 from moqa.federated.local_grid import LocalGrid
-from moqa.federated.order import ARRAYS, FACTS, ORDER, arrays_of, payload
+from moqa.federated.order import FACTS
 from moqa.federated.roofline import Machine, SimulatedClock, Work
 from moqa.federated.settings import read_experiment
 
@@ -206,157 +205,6 @@ class TestFedHQ:
     def test_mistakes_are_named(self, options, said):
         with pytest.raises(MoqaError, match=said):
             FedHQ(**options)
-
-
-def resent(reply, first={}):  # noqa: B006
-    return first.setdefault("data", payload(reply.content, 10**9))
-
-
-ATTACKS = {
-    "nan": (lambda reply, _: put(reply, spoil(reply, float("nan"))), "numbers that are not finite"),
-    "oversized": (lambda reply, _: put(reply, bytes(10**6)), "oversized"),
-    "malformed": (lambda reply, _: put(reply, bytes(len(payload(reply.content, 10**9)))), "not safetensors"),
-    "short": (lambda reply, _: put(reply, b"x"), "1 bytes instead of"),
-    "pickled": (lambda reply, _: pickled(reply), "not an array|an array of"),
-    "no update": (lambda reply, _: reply.content.pop(ARRAYS), "no packed update"),
-    "another order": (lambda reply, _: reply.content[ORDER].update({"nonce": "0"}), "replayed: it answers another"),
-    "same bytes": (lambda reply, _: put(reply, resent(reply)), "replayed: the same bytes"),
-}  # fmt: skip
-
-
-def put(reply, data: bytes) -> None:
-    reply.content[ARRAYS] = arrays_of(data)
-
-
-def spoil(reply, value: float) -> bytes:
-    from safetensors.torch import load, save
-
-    stored = load(payload(reply.content, 10**9))
-    return save({name: t * value if t.is_floating_point() else t for name, t in stored.items()})
-
-
-def pickled(reply) -> None:
-    array = next(iter(reply.content[ARRAYS].values()))
-    array.data = b"\x80\x04K\x01."
-
-
-class TestAttacks:
-    @pytest.mark.parametrize("kind", ATTACKS)
-    def test_are_refused_and_named_and_the_round_goes_on(self, kind):
-        change, said = ATTACKS[kind]
-
-        def attack(reply, client, round_):
-            if client == 3:
-                change(reply, round_)
-
-        strategy, result = trained(app_with(attack), rounds=3, allocation="ptq")
-        refused = [line for one in strategy.rounds for line in one.refused]
-        # the first of equal bytes is an honest update
-        assert len(refused) == (2 if kind == "same bytes" else 3)
-        assert all(re.search(f"client 3 refused: .*({said})", line) for line in refused)
-        assert right(result.arrays) > 0.6
-
-    def test_a_client_that_fails_loses_only_its_update(self):
-        def attack(reply, client, round_):
-            if client == 2 and round_ == 2:
-                raise RuntimeError("killed")
-
-        strategy, _ = trained(app_with(attack), rounds=3)
-        assert strategy.rounds[2].refused == ["round 2: client 2 refused: failed (RuntimeError: killed)"]
-        assert not strategy.rounds[3].refused
-
-    def test_a_client_that_does_not_answer_is_not_waited_for(self):
-        class Silent(LocalGrid):
-            def pull_messages(self, message_ids):
-                replies = super().pull_messages(message_ids)
-                return [r for r in replies if r.metadata.src_node_id != 2 or r.metadata.message_type != "train"]
-
-        strategy = FedHQ(3, seed=1, clock=clock(), link=1e6, fraction_evaluate=0.0)
-        strategy.start(
-            Silent(app_with(), CLIENTS), ArrayRecord(network().state_dict()), num_rounds=1, timeout=0.5
-        )  # fmt: skip
-        assert strategy.rounds[1].refused == ["round 1: client 2 has sent nothing in 0.5 s"]
-        assert sorted(strategy.rounds[1].modes) == [0, 1, 2, 3, 4]
-
-    def test_a_client_that_fails_when_it_is_asked_is_asked_again(self):
-        asked = []
-
-        def fails_once(facts, client):
-            if client == 2:
-                asked.append(client)
-                if len(asked) == 1:
-                    raise RuntimeError("killed")
-
-        strategy, _ = trained(app_with(said=fails_once), rounds=1)
-        assert strategy.rounds[0].refused == ["client at node 2: failed (RuntimeError: killed)"]
-        assert sorted(strategy.rounds[1].modes) == [0, 1, 2, 3, 4]
-
-    def test_scaled_garbage(self):
-        def attack(reply, client, round_):
-            if client == 1:
-                put(reply, spoil(reply, 1000.0 * (-1) ** round_))
-
-        open_, resisting = (
-            trained(app_with(attack), allocation="qat", trim=trim, clock=clock())[1] for trim in (0.0, 0.2)
-        )
-        assert right(resisting.arrays) > 0.6
-        assert right(open_.arrays) < right(resisting.arrays) - 0.2
-
-    def test_too_few_updates_to_trim_leave_the_model(self):
-        def attack(reply, client, round_):
-            if round_ == 2 and client > 1:
-                put(reply, b"x")
-
-        strategy, _ = trained(app_with(attack), rounds=3, trim=0.4, clock=clock())
-        assert (
-            strategy.rounds[2].refused[-1].startswith("round 2: the model stays as it was: trim=0.4 leaves none of 2")
-        )
-        assert not strategy.rounds[3].refused
-
-    def test_a_client_that_lies_about_its_speed_is_left_out(self):
-        def lies(facts, client):
-            for kind in ("fp", "ptq", "qat"):
-                facts[f"seconds.{kind}"] /= 20 if client == 4 else 1
-
-        app = app_with(said=lies)
-        strategy, _ = trained(app, rounds=4, clock=clock(), link=1e6, allocation="coarse")
-        assert any("client 4 excluded: it said" in line for line in strategy.rounds[2].changes)
-        assert 4 in strategy.rounds[2].modes
-        assert 4 not in strategy.rounds[3].modes
-        assert strategy.rounds[3].seconds < strategy.rounds[2].seconds
-
-    @pytest.mark.parametrize(
-        "metrics",
-        [{"num-examples": 0}, {"num-examples": -192}, {"num-examples": [1, 2]}, {"num-examples": 192, "x": 1}],
-    )
-    def test_metrics_that_do_not_add_up_do_not_stop_the_round(self, metrics):
-        def attack(reply, client, round_):
-            if client == 0:
-                reply.content["metrics"] = MetricRecord(metrics)
-                reply.content[FACTS] = MetricRecord({"loss": [1.0, 2.0], "loss-rounded": float("nan")})
-
-        _, result = trained(app_with(attack), rounds=2, clock=clock())
-        assert right(result.arrays) > 0.4
-
-    def test_a_client_that_says_it_has_all_samples_of_the_world(self):
-        app = app_with(said=lambda facts, client: facts.update({"samples": 10**15} if client == 0 else {}))
-        strategy, _ = trained(app, rounds=1)
-        assert "too many samples" in strategy.rounds[0].refused[0]
-
-    def test_a_client_that_says_what_cannot_be(self):
-        app = app_with(said=lambda facts, client: facts.update({"samples": -5} if client == 0 else {}))
-        strategy, _ = trained(app, rounds=1)
-        assert "says what cannot be" in strategy.rounds[0].refused[0]
-        assert 0 not in strategy.rounds[1].modes
-
-    def test_two_clients_that_say_they_have_the_same_data_are_told_apart(self):
-        def same(message, context, call_next):
-            reply = call_next(message, context)
-            reply.content[ORDER]["partition"] = 7
-            return reply
-
-        strategy, _ = trained(app_with(mods=[same, mod]), rounds=1, clock=None)
-        assert sorted(strategy.rounds[1].modes) == [0, 1, 2, 3, 7]
 
 
 class TestBadInput:

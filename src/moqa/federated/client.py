@@ -13,7 +13,7 @@ from moqa.federated.common_grid import CommonGrid, masked_update
 from moqa.federated.flower import ClientAppCallable, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from moqa.federated.measure import Loss, batch_loss, measure, probe_loss
 from moqa.federated.modes import FULL, LocalMode, in_mode
-from moqa.federated.order import ARRAYS, FACTS, ORDER, Order, arrays_of, payload, record_of, state_of
+from moqa.federated.order import ARRAYS, EMPTY, FACTS, ORDER, Order, arrays_of, payload, record_of, state_of
 from moqa.federated.updates import State, packed_update
 
 _RESIDUAL = "moqa-residual"
@@ -27,6 +27,8 @@ def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Mes
     What rounding takes from an update is kept in the client's state and added to its next one. Messages of other
     strategies pass as they are.
     """
+    if EMPTY in message.content:
+        return Message(RecordDict({}), reply_to=message)
     if secure_client.step_of(message) not in (None, "train"):
         try:
             return secure_client.answered(message, context)

@@ -124,17 +124,18 @@ class FineAllocator:
             return options
         from sklearn.linear_model import Ridge
 
-        rows = np.stack([self._row(np.array(one.features), one.mode) for one in self.seen])
+        modes = np.arange(len(self.names))
+        rows = self._rows(np.array([one.features for one in self.seen]), np.array([one.mode for one in self.seen]))
         targets = np.array([[one.gain, np.log(max(one.slowness, 1e-6))] for one in self.seen])
         model = Ridge(alpha=_STRENGTH).fit(rows, targets)
-        asked = [[self._row(own, mode) for mode in range(len(self.names))] for own in features]
-        found = model.predict(np.array(asked).reshape(-1, rows.shape[1])).reshape(len(features), len(self.names), 2)
+        asked = self._rows(np.repeat(features, len(modes), 0), np.tile(modes, len(features)))
+        found = model.predict(asked).reshape(len(features), len(modes), 2)
         # the regression speaks of differences within a round: they move the first guess, they do not replace it
         counts = Counter(one.mode for one in self.seen)
         known = all(counts[mode] >= _LEAST_SEEN for mode in range(len(self.names)))
         gains = options.gains * (np.clip(1 + found[..., 0] - found[..., 0].mean(), 0.1, 10.0) if known else 1.0)
         return ModeOptions(gains, options.seconds * np.exp(np.clip(found[..., 1], -3, 3)), options.sizes)
 
-    def _row(self, features: NDArray[np.float64], mode: int) -> NDArray[np.float64]:
-        chosen = np.eye(len(self.names))[mode]
-        return np.concatenate([features, chosen, np.outer(chosen, features).ravel()])
+    def _rows(self, features: NDArray[np.float64], modes: NDArray[np.int64]) -> NDArray[np.float64]:
+        chosen = np.eye(len(self.names))[modes]
+        return np.concatenate([features, chosen, np.einsum("rm,rf->rmf", chosen, features).reshape(len(modes), -1)], 1)

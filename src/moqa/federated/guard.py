@@ -1,7 +1,7 @@
 """Updates that are not taken, each with its reason, and clients that are left out for what they do."""
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -14,8 +14,9 @@ from moqa.federated.order import ACTION, FACTS, ORDER, Order, payload
 from moqa.federated.records import ClientRecord
 from moqa.federated.updates import State, UpdateError
 
-# a client that takes three times as long as it said, in two rounds, is left out
-_SLOWER, _STRIKES = 3.0, 2
+# a client that takes three times as long as it says, or a third of it, in two rounds in a row is left out; so is one
+# that says it has trained for more seconds than there were, by clocks that differ by less than a tenth
+_FACTOR, _DRIFT, _STRIKES = 3.0, 1.1, 2
 # what no client has: seconds of a sample, samples, classes
 _LONGEST, _MOST, _CLASSES = 1e6, 10**12, 2**17
 
@@ -58,34 +59,76 @@ class UpdateGuard:
         return order, update
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How long a client took for a round, and what it says of it.
+
+    Attributes:
+        taken: seconds from order to update, of the server's clock.
+        claimed: seconds of training and of the link, as the client had said before its first round.
+        reported: seconds that it says it has trained in this round; None if it says nothing.
+    """
+
+    taken: float
+    claimed: float
+    reported: float | None = None
+
+    @property
+    def own(self) -> float:
+        """The most that it says of its training: several epochs take longer than it had said before."""
+        return max(self.claimed, self.reported or 0.0)
+
+    @property
+    def is_too_long(self) -> bool:
+        """Whether it says that it needs more than it took."""
+        return self.claimed > _FACTOR * self.taken or (self.reported or 0.0) > _DRIFT * self.taken
+
+    @property
+    def beyond(self) -> float:
+        """Seconds in which it did not train, if that is true."""
+        return self.taken - self.own
+
+
 def liars(
-    clients: Iterable[ClientRecord], taken: Mapping[int, float], claimed: Mapping[int, float], deadline: float
+    clients: Iterable[ClientRecord], timings: Mapping[int, Timing], empty: Callable[[int, float], float]
 ) -> list[str]:
-    """Count rounds in which clients took much longer, or much less, than they had said; the second one excludes them.
+    """Count rounds in a row in which clients said what cannot be; the second one excludes them.
+
+    A client may start slowly, and train slowly if it says so. It cannot have trained for longer than the round took,
+    and what it did not train, a message that asks for nothing must take, too. Between the two rounds it is to be asked
+    again what it is like: what it had said may have been measured in a bad moment.
 
     Args:
         clients: that may have answered.
-        taken: seconds from order to update, by node.
-        claimed: seconds of training and of the link as the client has said, by node.
-        deadline: seconds of a round; less than half of it is never much longer.
+        timings: of the round, by node.
+        empty: sends a node a message that asks for nothing, and waits for some seconds; returns those until the answer,
+            or all of them. It is called for clients whose time nothing else explains.
 
     Returns:
         A line for every client that is excluded.
     """
-    those = [client for client in clients if client.node in taken]
-    # messages take their time: as much as with the first answer, and about the same with everyone
-    over = {client.node: taken[client.node] - claimed[client.node] - client.latency for client in those}
+    those = [client for client in clients if client.node in timings]
+    # what messages take beyond the first answer with most clients is nobody's lie
+    over = {client.node: timings[client.node].beyond - client.latency for client in those}
     common = max(float(np.median([*over.values()])), 0.0) if over else 0.0
+    least = max((timing.taken for timing in timings.values()), default=0.0) / 4  # less is no matter
     lines = []
     for client in those:
         if client.excluded:
             continue
-        seconds, said = taken[client.node], claimed[client.node]
-        excess = over[client.node] - common
-        slower = excess > (_SLOWER - 1) * said and excess > deadline / 2
-        client.strikes += slower or seconds * _SLOWER < said
+        timing, why = timings[client.node], ""
+        if timing.is_too_long and timing.own - timing.taken > least:
+            why = f"it said {timing.own:.3g} s, and took {timing.taken:.3g} s"
+        elif over[client.node] - common > max((_FACTOR - 1) * timing.own, least):
+            enough = (timing.taken - common - _FACTOR * timing.own) / _FACTOR
+            start = empty(client.node, enough)
+            if start < enough:
+                why = f"it said {timing.own:.3g} s, and took {timing.taken:.3g} s; an empty message takes {start:.3g} s"
+            else:
+                client.latency = max(client.latency, timing.beyond)
+        client.strikes = client.strikes + 1 if why else 0
         if client.strikes >= _STRIKES:
-            client.excluded = f"it said {said:.3g} s, and took {seconds:.3g} s, in {client.strikes} rounds"
+            client.excluded = f"{why}, {client.strikes} rounds in a row"
             lines.append(f"client {client.number} excluded: {client.excluded}")
     return lines
 
@@ -124,6 +167,19 @@ def described(reply: Message, taken: Collection[int]) -> ClientRecord:
     if max(times.values()) > _LONGEST or record.samples > _MOST or len(histogram) > _CLASSES:
         raise UpdateError("says what cannot be: too long a time, too many samples or too many classes")
     return record
+
+
+def seconds_of(facts: Any) -> float | None:
+    """Seconds of training that a client says a round has taken; None if it says none, or what cannot be.
+
+    >>> seconds_of({"seconds": 2})
+    2.0
+    """
+    try:
+        found = float(facts["seconds"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return found if 0 <= found < np.inf else None
 
 
 def gain_of(facts: Any) -> float | None:

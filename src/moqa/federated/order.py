@@ -16,6 +16,7 @@ from moqa.federated.updates import Packing, State, UpdateError
 # records of a message, and the name of its one array
 ARRAYS, METRICS, ORDER, FACTS, PAYLOAD = "arrays", "metrics", "moqa", "moqa-facts", "moqa"
 SECURE = "moqa-secure"  # record of a step of secure aggregation
+EMPTY = "moqa-empty"  # record of a question that the mod answers with nothing
 ACTION = "moqa"  # of the query that measures a client
 
 

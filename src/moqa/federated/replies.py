@@ -20,13 +20,16 @@ def gather(grid: Grid, messages: Sequence[Message], timeout: float) -> tuple[lis
         The replies, and seconds until each came, by node: of the server's clock, so no client can change them.
     """
     began = time.monotonic()
-    waiting = {identifier for identifier in grid.push_messages(messages) if identifier}
+    nodes = (message.metadata.dst_node_id for message in messages)
+    waiting = {name: node for name, node in zip(grid.push_messages(messages), nodes, strict=True) if name}
     replies, arrived = list[Message](), dict[int, float]()
     while waiting:
         for reply in grid.pull_messages(sorted(waiting)):
+            node = waiting.pop(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+            if reply.has_error():  # for a node that is gone, the SuperLink answers in its own name
+                reply.metadata.__dict__["_src_node_id"] = node
             replies.append(reply)
             arrived[reply.metadata.src_node_id] = time.monotonic() - began
-            waiting.discard(reply.metadata.reply_to_message_id)
         if waiting and time.monotonic() - began > timeout:
             break
         if waiting:

@@ -4,6 +4,8 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,10 +27,10 @@ from moqa.federated.flower import (
     Result,
     message_bytes,
 )
-from moqa.federated.guard import UpdateGuard, described, gain_of, liars
+from moqa.federated.guard import Timing, UpdateGuard, described, gain_of, liars, seconds_of
 from moqa.federated.kept import read_rounds, write_rounds
 from moqa.federated.modes import BITS, FULL, Allocation, LocalMode
-from moqa.federated.order import ACTION, ARRAYS, FACTS, ORDER, Order, arrays_of, record_of, state_of
+from moqa.federated.order import ACTION, ARRAYS, EMPTY, FACTS, ORDER, Order, arrays_of, record_of, state_of
 from moqa.federated.records import ClientRecord, RoundRecord
 from moqa.federated.replies import gather
 from moqa.federated.roofline import SimulatedClock
@@ -118,10 +120,12 @@ class FedHQ(FedAvg):
         self.choices = choices_of(allocation, tuple(upload_bits or (bits,)))
         uploads = [choice.upload for choice in self.choices]
         self.sums = SecureSums(uploads, trim, min_available_nodes) if secure else None
+        if allocation == "coarse+fine":
+            import_module("sklearn.linear_model")  # it takes a second, for which no round is to wait
         self.fine = FineAllocator(tuple(map(str, self.choices)), seed)
         self.clients, self.rounds = dict[int, ClientRecord](), list[RoundRecord]()
         self.guard, self._chosen, self._sent = UpdateGuard(), dict[int, int](), dict[int, int]()
-        self._arrived, self._now = dict[int, float](), RoundRecord(round=0)
+        self._arrived, self._timings, self._now = dict[int, float](), dict[int, Timing](), RoundRecord(round=0)
         self._before, self._unfit, self._timeout = State(), set[int](), _TIMEOUT
 
     def start(  # type: ignore[override]  # Flower's own takes all by position
@@ -175,6 +179,7 @@ class FedHQ(FedAvg):
                     who = f"round {number}: client {self.clients[node].number}"
                     self._now.refused.append(f"{who} has sent nothing in {timeout:g} s")
                 found, metrics = self.aggregate_train(number, replies)
+                self._now.changes += liars(self.clients.values(), self._timings, partial(self._empty, grid))
                 if self.sums is not None:
                     self._now.uplink_bytes += self.sums.round.up.total()
                     self._now.downlink_bytes += self.sums.round.down.total()
@@ -205,8 +210,9 @@ class FedHQ(FedAvg):
         if self._now.round != server_round:
             self._now = RoundRecord(round=server_round)
         nodes = self._nodes(grid, _TIMEOUT)
-        fresh = [node for node in nodes if node not in self.clients.keys() | self._unfit]
-        self._measure(arrays, grid, fresh, nodes, self._timeout)
+        unknown = [node for node in nodes if node not in self.clients.keys() | self._unfit]
+        doubted = [node for node, client in self.clients.items() if client.strikes and not client.excluded]
+        self._measure(arrays, grid, [*unknown, *(node for node in nodes if node in doubted)], nodes, self._timeout)
         able = [node for node in nodes if node in self.clients and not self.clients[node].excluded]
         if not able:
             raise MoqaError("no client can take part", "; ".join(self._now.refused) or "all were excluded")
@@ -240,7 +246,7 @@ class FedHQ(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The new model from the updates that were accepted; the others are named in the record of the round."""
         updates, contents, observed = dict[int, State](), list[RecordDict](), list[Observation]()
-        taken, claimed = dict[int, float](), dict[int, float]()
+        self._timings = {}
         began = time.perf_counter()
         features = (
             dict(zip(self.clients, features_of(list(self.clients.values())), strict=True)) if self.clients else {}
@@ -262,18 +268,19 @@ class FedHQ(FedAvg):
             updates[node] = update
             contents.append(reply.content)
             # Flower averages all other metrics
-            gain = gain_of(reply.content.pop(FACTS, None))
+            facts = reply.content.pop(FACTS, None)
+            gain = gain_of(facts)
             both = size + self._sent[node]
             seconds = self._seconds(client, order, both)
             if seconds is None:
                 continue
-            taken[node] = seconds
-            claimed[node] = client.per_sample[order.mode.kind] * client.samples + both / (self.link or np.inf)
+            claimed = client.per_sample[order.mode.kind] * client.samples + both / (self.link or np.inf)
+            # seconds that a simulated client has measured are not those of the simulated clock
+            self._timings[node] = Timing(seconds, claimed, None if self.clock else seconds_of(facts))
             if gain is not None:
-                slowness = seconds / max(claimed[node] + client.latency, 1e-9)
+                slowness = seconds / max(claimed + client.latency, 1e-9)
                 observed.append(Observation(client.number, tuple(features[node]), self._chosen[node], gain, slowness))
-        self._now.seconds = max(taken.values(), default=0.0)
-        self._now.changes += liars(self.clients.values(), taken, claimed, self._now.seconds / 2)
+        self._now.seconds = max((timing.taken for timing in self._timings.values()), default=0.0)
         self.fine.observe(observed)
         if not updates:
             return None, None
@@ -371,23 +378,28 @@ class FedHQ(FedAvg):
         replies, arrived = gather(grid, messages, timeout)
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
             self._now.uplink_bytes += message_bytes(reply)
+            node = reply.metadata.src_node_id
+            before = self.clients.get(node)
+            others = {self.clients[other].number for other in present if other in self.clients and other != node}
             try:
-                client = described(reply, {self.clients[node].number for node in present if node in self.clients})
+                client = described(reply, others)
             except UpdateError as reason:
-                self._now.refused.append(f"client at node {reply.metadata.src_node_id}: {reason}")
+                self._now.refused.append(f"client at node {node}: {reason}")
                 if not reply.has_error():  # one that failed is asked again
-                    self._unfit.add(reply.metadata.src_node_id)
+                    self._unfit.add(node)
                 continue
-            if self.clock is None:
-                client.latency = arrived[client.node]
-            self._forget(client.number)
+            if before is not None:
+                client.latency, client.strikes = before.latency, before.strikes
+            elif self.clock is None:
+                client.latency = arrived[node]
+            self._forget(client.number, node)
             self.clients[client.node] = client
         if not self.clients:
             raise MoqaError("no client can take part", "; ".join(self._now.refused) or "none has answered")
 
-    def _forget(self, number: int) -> None:
+    def _forget(self, number: int, now: int) -> None:
         """Drop the node that a client had before: one that was killed comes back as another."""
-        for node in [node for node, known in self.clients.items() if known.number == number]:
+        for node in [node for node, known in self.clients.items() if known.number == number and node != now]:
             del self.clients[node]
             self._chosen.pop(node, None)
 
@@ -416,6 +428,13 @@ class FedHQ(FedAvg):
         if self.clock is not None:
             return self.clock.seconds(client.number, order.mode.kind, client.samples, bytes_)
         return self._arrived.get(client.node)
+
+    def _empty(self, grid: Grid, node: int, most: float) -> float:
+        if self.clock is not None:
+            return 0.0
+        content = RecordDict({EMPTY: ConfigRecord()})
+        message = Message(content=content, message_type=f"query.{ACTION}", dst_node_id=node)
+        return gather(grid, [message], most)[1].get(node, most)
 
     def _averaged(self, server_round: int, contents: Sequence[RecordDict]) -> MetricRecord | None:
         counted = [
