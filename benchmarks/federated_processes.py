@@ -26,6 +26,7 @@ APP = ROOT / "tests" / "federated_app"
 OUT = ROOT / "runs" / "federated"
 NODES, THROTTLED, HALF = 4, (2, 3), 0.1  # seconds that a throttled node works, and that it does not
 ROUNDS, TIMEOUT = 20, 240
+PATIENCE = 3600  # seconds for what may take long on a busy machine
 NODE_DIES, LINK_DIES = 0.3, 0.6  # after these shares of the rounds
 
 
@@ -159,17 +160,17 @@ def rounds_in(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def study(folder: Path, rounds: int, secure_rounds: int) -> dict[str, Any]:
+def study(folder: Path, rounds: int) -> dict[str, Any]:
     """Train, kill, go on, and say what came of it."""
-    out, kept, secure = folder / "rounds.json", folder / "kept.safetensors", folder / "secure.json"
+    out = folder / "rounds.json"
     began = time.monotonic()
     with Federation(folder, NODES, THROTTLED) as federation:
-        config = {"num-server-rounds": rounds, "min-nodes": NODES - 1, "out": str(out), "kept": str(kept)}
-        config |= {"timeout": TIMEOUT}
+        config = {"num-server-rounds": rounds, "min-nodes": NODES - 1, "out": str(out), "timeout": TIMEOUT}
+        config |= {"kept": str(folder / "kept.safetensors")}
         run = federation.run(**config)
 
         def at(number: int) -> None:
-            wait_for(lambda: len(rounds_in(out)) > number or run.poll() is not None, 1200)
+            wait_for(lambda: len(rounds_in(out)) > number or run.poll() is not None, PATIENCE)
             say(f"round {number}, {time.monotonic() - began:.0f} s")
 
         dies = round(NODE_DIES * rounds)
@@ -186,16 +187,22 @@ def study(folder: Path, rounds: int, secure_rounds: int) -> dict[str, Any]:
         federation.start_superlink()
         run = federation.run(**config)
         at(rounds)
-        found: dict[str, Any] = {"rounds": rounds_in(out), "seconds": time.monotonic() - began}
-        run.wait(120)
-        if secure_rounds:
-            hidden = {"num-server-rounds": secure_rounds, "out": str(secure), "secure": True}
-            run = federation.run(**config | hidden | {"kept": ""})
-            wait_for(lambda: len(rounds_in(secure)) > secure_rounds or run.poll() is not None, 900)
-            found["secure"] = rounds_in(secure)
-        if len(found["rounds"]) <= rounds:
+        found = rounds_in(out)
+        if len(found) <= rounds:
             print(federation.logs(), file=sys.stderr)
-    return found
+    return {"rounds": found, "seconds": time.monotonic() - began}
+
+
+def hidden(folder: Path, rounds: int) -> dict[str, Any]:
+    """Train with secure aggregation."""
+    out = folder / "rounds.json"
+    with Federation(folder, NODES, THROTTLED) as federation:
+        config = {"num-server-rounds": rounds, "min-nodes": NODES, "out": str(out), "timeout": TIMEOUT}
+        run = federation.run(**config, secure=True)
+        wait_for(lambda: len(rounds_in(out)) > rounds or run.poll() is not None, PATIENCE)
+        if len(found := rounds_in(out)) <= rounds:
+            print(federation.logs(), file=sys.stderr)
+    return {"secure": found}
 
 
 def say(text: str) -> None:
@@ -204,14 +211,17 @@ def say(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Federated training in real processes.")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--secure-rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="0 keeps those that were measured before")
+    parser.add_argument("--secure-rounds", type=int, default=3, help="0 keeps those that were measured before")
     options = parser.parse_args()
-    folder = OUT / "processes"
-    shutil.rmtree(folder, ignore_errors=True)
-    found = study(folder, options.rounds, options.secure_rounds)
-    (OUT / "processes.json").write_text(json.dumps(found, indent=1) + "\n")
-    for one in (*found["rounds"], *found.get("secure", ())):
+    folder, summary = OUT / "processes", OUT / "processes.json"
+    for part, rounds in ((study, options.rounds), (hidden, options.secure_rounds)):
+        if rounds:
+            shutil.rmtree(folder, ignore_errors=True)
+            known = json.loads(summary.read_text()) if summary.is_file() else {}
+            summary.write_text(json.dumps(known | part(folder, rounds), indent=1) + "\n")
+    found = json.loads(summary.read_text())
+    for one in (*found.get("rounds", ()), *found.get("secure", ())):
         say(f"{one['round']:3} {one['real_seconds']:6.1f} s {one['modes']} {one['metrics']} {one['refused']}")
 
 
