@@ -1,6 +1,8 @@
 """Federated training, part by part: packing, refusals, allocation, aggregation, skew, roofline, settings."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -422,3 +424,9 @@ class TestSettings:
     def test_mistakes_are_one_line(self, tmp_path, text, said):
         with pytest.raises(MoqaError, match=said):
             read_experiment(self.write(tmp_path, text))
+
+
+def test_a_client_starts_without_transformers():
+    """Flower starts a process for every message, and that import takes longer than all others together."""
+    code = "import sys; from moqa.federated import local, measured, mod; print('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

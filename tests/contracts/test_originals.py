@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import moqa
 from moqa.errors import MoqaError
 from moqa.generation import load_any
-from moqa.models.experts import IMPLEMENTATION
+from moqa.models.experts import IMPLEMENTATION, register_experts
 from moqa.models.view import open_model
 from moqa.originals.folder import INDEX, locate
 
@@ -75,6 +75,7 @@ def make(family, folder, kind, dtype=torch.bfloat16, fused=False):
 
 def check_same(folder, tokens, keep=True, exact=True):
     """The view of a folder has the values of transformers, bit for bit, and computes the same."""
+    register_experts()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation=IMPLEMENTATION)
     ours = open_model(folder, keep=keep).model
     with torch.no_grad():

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moqa.errors import MoqaError
 from moqa.models.attributes import having
@@ -219,5 +218,10 @@ def run_experts(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor)
     return sums.sum(1).to(hidden.dtype)
 
 
-_run: Callable = run_experts
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _run)
+def register_experts() -> None:
+    """Let models of transformers run their experts by `run_experts`, as the implementation `moqa`."""
+    # late: rounding a plain torch module, as every message to a federated client does anew, needs no transformers
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    run: Callable = run_experts
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run)

@@ -31,6 +31,7 @@ from moqa.models.experts import (
     expert_matrix,
     is_experts,
     parameter_of,
+    register_experts,
 )
 from moqa.models.layerwise import largest_stream
 from moqa.models.layout import is_convolution
@@ -80,6 +81,7 @@ class ModelView:
             looked_at = sorted({type(module).__name__ for module in self.blocks[0].modules()})
             raise MoqaError(f"no units found in {type(model).__name__}", f"looked at {', '.join(looked_at)}")
         if self.has_experts:
+            register_experts()
             model.set_experts_implementation(IMPLEMENTATION)
         self.top_k = experts_per_token(model.config) if self.has_experts else 0
 
