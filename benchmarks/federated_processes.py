@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "tests" / "federated_app"
 OUT = ROOT / "runs" / "federated"
 NODES, THROTTLED, HALF = 4, (2, 3), 0.1  # seconds that a throttled node works, and that it does not
-ROUNDS, TIMEOUT = 20, 240
+ROUNDS, TIMEOUT = 20, 600
 PATIENCE = 3600  # seconds for what may take long on a busy machine
 NODE_DIES, LINK_DIES = 0.3, 0.6  # after these shares of the rounds
 
