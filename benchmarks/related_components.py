@@ -43,7 +43,7 @@ def rounded(
         plan = checkpoint(view, profile, component, width, folder / "out")
         out = folder / "out"
         if steps:
-            recover(out, folder / "better", length=str(steps), profile=profile)
+            recover(out, folder / "better", length=str(steps), profile=profile, model=MODEL)
             out = folder / "better"
         found = scores.of(load_packed(open_checkpoint(out), kernels="reference"))
     return found | {
