@@ -180,7 +180,8 @@ def run_experts(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor)
     torch.Size([5, 256])
 
     Args:
-        module: a stack of experts; its `moqa_observer` watches, its `moqa_weights` replaces what it multiplies with.
+        module: a stack of experts; its `moqa_observer` watches, its `moqa_weights` replaces what it multiplies with,
+            or its `moqa_weights_of` makes that for each call.
         hidden: [tokens, features] inputs.
         index: [tokens, top_k] expert of each token, int64; an index past the last expert means none.
         weights: [tokens, top_k] gate weights.
@@ -189,7 +190,8 @@ def run_experts(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor)
         [tokens, features] gate-weighted sum over the experts of each token.
     """
     observer: ExpertsObserver | None = getattr(module, "moqa_observer", None)
-    source: ExpertWeights = getattr(module, "moqa_weights", None) or ParameterWeights(module)
+    made: Callable[[Experts], ExpertWeights] = getattr(module, "moqa_weights_of", ParameterWeights)
+    source: ExpertWeights = getattr(module, "moqa_weights", None) or made(module)
     if observer is None:
         whole = source.run(module, hidden, index, weights)
         if whole is not None:

@@ -53,24 +53,27 @@ class ExpertsOf(nn.Module):
         gate_up: owner of [experts, 2 * width, features], gates first.
         down: owner of [experts, features, width].
         activation: function that is applied to the gates.
+
+    Attributes:
+        owners: of the parameters, by their names here.
     """
 
     is_transposed, is_concatenated, has_gate, has_bias = False, True, True, False
 
     def __init__(self, gate_up: nn.Module, down: nn.Module, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self._owners = {"gate_up_proj": gate_up, "down_proj": down}  # in a dict: they belong to another module
+        self.owners = {"gate_up_proj": gate_up, "down_proj": down}  # in a dict: they belong to another module
         self.num_experts, self._activation = len(self.gate_up_proj), (activation,)
 
     @property
     def gate_up_proj(self) -> Any:
         """[experts, 2 * width, features] parameter."""
-        return self._owners["gate_up_proj"].weight
+        return self.owners["gate_up_proj"].weight
 
     @property
     def down_proj(self) -> Any:
         """[experts, features, width] parameter."""
-        return self._owners["down_proj"].weight
+        return self.owners["down_proj"].weight
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return gated(self._activation[0], gate_up)

@@ -11,6 +11,10 @@ from moqa.qat.straight import on_grid, through
 
 # percentiles of the first batch's values that a trained range begins with, by bits (SiLQ, arXiv 2507.16933)
 _BEGINS = {4: 0.999, 8: 0.9999}
+# to which kernels round inputs, every group of a row with its own range, and the steps of the largest value there
+KERNEL_BITS, _STEPS = 8, 127.0
+# steps below it are zero there
+_SMALLEST = 1e-36
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,14 @@ class Inputs:
 
 
 class OwnRange(nn.Module):
-    """Rounds values to whole steps of the largest among them, as kernels round the inputs of packed weights.
+    """Rounds values to 127ths of the largest among them, as kernels round the inputs of packed weights.
+
+    With 4 bits only 15 of the 255 values are left, those next to equal distances: kernels round them to themselves.
 
     >>> OwnRange(8, group_size=32)(torch.tensor([[1.0, 0.5]])) * 127
     tensor([[127.,  64.]])
+    >>> OwnRange(4, group_size=32)(torch.tensor([[1.0, 0.5]])) * 127
+    tensor([[127.,  73.]])
 
     Args:
         bits: of a value, with its sign.
@@ -61,8 +69,10 @@ class OwnRange(nn.Module):
         """The same, rounded: [..., features], of a convolution [batch, ...]; gradients pass through."""
         values = x.detach()
         groups = values.flatten(1)[:, None] if self.group_size is None else to_groups(values, self.group_size)
-        step = groups.abs().amax(-1, keepdim=True) / self.top
-        rounded = torch.where(step > 0, (groups / step).round() * step, 0.0)
+        step = groups.abs().amax(-1, keepdim=True) / _STEPS
+        inverse = torch.where(step >= _SMALLEST, 1 / step, 0.0)
+        each = _STEPS / self.top
+        rounded = ((groups * inverse / each).round() * each).round() * step
         flat = rounded[:, 0] if self.group_size is None else from_groups(rounded, x.shape[-1])
         return through(x, flat.reshape(x.shape))
 

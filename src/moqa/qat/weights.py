@@ -50,7 +50,11 @@ class WeightGrid(nn.Module):
     @torch.no_grad()
     def begin(self, weight: Tensor) -> None:
         """Take the grid on which rounding to nearest would store a weight, and forget what was learned."""
-        grid = fit_grid(weight.detach().float().reshape(self._rows, -1), self.scheme).grid
+        self.take(fit_grid(weight.detach().float().reshape(self._rows, -1), self.scheme).grid)
+
+    @torch.no_grad()
+    def take(self, grid: Grid) -> None:
+        """Take a grid, and forget what was learned."""
         self.get_buffer("_scale").copy_(grid.scale)
         self.growth.zero_()
         if grid.zero is not None and self.shift is not None:

@@ -159,6 +159,26 @@ class GrowingCache(Cache):  # type: ignore[misc]
             layer.length = length
 
 
+def check_cache(model: "PreTrainedModel", kv_bits: int) -> None:
+    """Refuse bits that keys and values of a model cannot have.
+
+    >>> check_cache(model, 4)
+    Traceback (most recent call last):
+    moqa.errors.MoqaError: keys and values of 4 bits are not supported: give 8, or nothing
+
+    Raises:
+        MoqaError: if it has other layers than those of full attention, or the bits are not 8.
+    """
+    if kv_bits != _BITS:
+        raise MoqaError(f"keys and values of {kv_bits} bits are not supported", f"give {_BITS}, or nothing")
+    kinds = {type(layer) for layer in DynamicCache(config=model.config.get_text_config()).layers} or {DynamicLayer}
+    if kinds != {DynamicLayer}:
+        name = min(kind.__name__ for kind in kinds - {DynamicLayer})
+        raise MoqaError(
+            f"a {model.config.model_type} model has a {name}, which cannot be rounded", "leave out --kv-bits"
+        )
+
+
 def round_cache(model: "PreTrainedModel", kv_bits: int | None) -> None:
     """Let the texts of a model have key-value caches of 8 bits.
 
@@ -171,18 +191,11 @@ def round_cache(model: "PreTrainedModel", kv_bits: int | None) -> None:
         kv_bits: 8; None leaves keys and values as they are computed.
 
     Raises:
-        MoqaError: if it has other layers, or the bits are others.
+        MoqaError: see `check_cache`.
     """
     if kv_bits is None:
         return
-    if kv_bits != _BITS:
-        raise MoqaError(f"keys and values of {kv_bits} bits are not supported", f"give {_BITS}, or nothing")
-    kinds = {type(layer) for layer in DynamicCache(config=model.config.get_text_config()).layers} or {DynamicLayer}
-    if kinds != {DynamicLayer}:
-        name = min(kind.__name__ for kind in kinds - {DynamicLayer})
-        raise MoqaError(
-            f"a {model.config.model_type} model has a {name}, which cannot be rounded", "leave out --kv-bits"
-        )
+    check_cache(model, kv_bits)
     model.moqa_rounds_cache = True
 
 
