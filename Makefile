@@ -167,6 +167,7 @@ trained-study: demo $(VENV)/.bench
 	$(BIN)/python benchmarks/mpq_dm.py
 	$(BIN)/python benchmarks/model_speed.py
 	$(BIN)/python benchmarks/cache_study.py
+	$(BIN)/python benchmarks/qat_language.py
 
 # what the ties of other engines cost, llama.cpp's own mixes beside (compiles it once), and vLLM with moqa's plug-in
 engines-study: .peers/llama.cpp/.ready .peers/vllm/.ready $(VENV)/.bench

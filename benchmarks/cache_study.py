@@ -29,13 +29,13 @@ WINDOWS, CONTEXT, LONG, STEPS = 32, 256, 3800, 32
 
 @torch.inference_mode()
 def divergences(
-    rows: dict[str, tuple[torch.nn.Module, bool]], original: torch.nn.Module
+    rows: dict[str, tuple[torch.nn.Module, bool]], original: torch.nn.Module, count: int = WINDOWS
 ) -> dict[str, dict[str, float]]:
     """Mean divergence from the original by row and text; a row is a model, and whether its cache is rounded."""
     found: dict[str, dict[str, float]] = {name: {} for name in rows}
     tokenizer = load_tokenizer(MODEL)
     for text in texts("test", (*KNOWN, *NOVEL)):
-        windows = cut_windows(text, tokenizer, CONTEXT, WINDOWS)
+        windows = cut_windows(text, tokenizer, CONTEXT, count)
         total = dict.fromkeys(rows, 0.0)
         for ids in windows.inputs.split(8):
             truth = original(ids).logits.log_softmax(-1)

@@ -30,6 +30,7 @@ from moqa.planning import plan
 from moqa.planning.account import account_of
 from moqa.profiling import profile
 from moqa.quantization import quantize
+from moqa.runtime.growing import cache_for, round_cache
 from moqa.runtime.verify import verify
 from moqa.storage.artifact import checksum
 from moqa.training import recover, trains_whole
@@ -37,11 +38,16 @@ from moqa.training.length import TrainingLength
 from moqa.training.loop import scheduled
 from moqa.training.routing import Routes
 from moqa.training.run import check_training
-from moqa.training.student import Student
+from moqa.training.student import InTheLoop, Student
 from moqa.training.units import trained_unit
 from moqa.training.write import write_trained
 
 SCHEMES = (*CODED, Scheme(width=2), Scheme(width=3, group_size=32, symmetric=True), Scheme(width=5, group_size=128))
+
+
+INTEGERS = [scheme for scheme in SCHEMES if not scheme.is_coded]
+DONE = Recovery(steps=1, before=1, after=0, kept=True)
+LOOP = {"weights": True, "input_bits": 8, "kv_bits": 8, "rate": 0.003}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,13 @@ def packed_classifier(folder):
     known = profile(model, {"a": save_images(folder / "images", each=8, seed=0)}, folder / "profile", samples=32)
     made = plan(known, None, strategy="uniform", widths=(2,))
     return quantize(model, made, folder / "out", profile=known), known
+
+
+def assert_alike(found, trained):
+    """Native kernels sum groups in another order, see docs/qat.md."""
+    errors = (found - trained).norm(dim=-1) / trained.norm(dim=-1)
+    assert float(errors.median()) < 1e-4
+    assert float(errors.mean()) < 0.02
 
 
 def stopping(times):
@@ -117,6 +130,25 @@ class TestUnits:
             optimizer.step()
         assert loss < 0.99 * before
 
+    @given(st.sampled_from(INTEGERS), st.integers(1, 40), st.integers(1, 300), st.integers(0, 2**31))
+    def test_trained_integers_are_the_stored_ones_bit_for_bit(self, scheme, out, features, seed):
+        torch.manual_seed(seed)
+        weights = torch.randn(out, features) * torch.rand(out, 1)
+        # as a method that moves weights far from where they were
+        matrix = PackedMatrix(scheme, (out, features), METHODS["rtn"].store(weights * 0.8 + 0.1, scheme))
+        unit = trained_unit(matrix, weights)
+        assert torch.equal(unit(), matrix.dense())
+        assert all(torch.equal(found, dict(matrix.named_buffers())[name]) for name, found in unit.stored().items())
+        for parameter in unit.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.5
+        trained = PackedMatrix(scheme, (out, features), unit.stored())
+        assert torch.equal(unit(), trained.dense())
+        assert out * features < 100 or any(
+            not torch.equal(a, b) for a, b in zip(trained.planes, matrix.planes, strict=True)
+        )
+        unit().square().sum().backward()
+        assert all(bool(parameter.grad.isfinite().all()) for parameter in unit.parameters())
+
     def test_what_is_not_quantized_is_not_trained(self):
         weights = torch.randn(4, 32, dtype=torch.bfloat16)
         assert trained_unit(PackedMatrix(Scheme(width=16), (4, 32), {"weight": weights})) is None
@@ -147,8 +179,7 @@ class TestRecover:
         embedded = view.model.get_input_embeddings()(tokens).detach().requires_grad_()
         with student.in_place(), student.computing():
             trained = view.model(inputs_embeds=embedded).logits
-        done = Recovery(steps=1, before=1, after=0, kept=True)
-        write_trained(open_checkpoint(packed), student, tmp_path, done, tiny_model)
+        write_trained(open_checkpoint(packed), student, tmp_path, DONE, tiny_model)
         stored, _ = moqa.load(tmp_path, kernels="reference")
         assert torch.equal(stored(inputs_embeds=embedded).logits, trained)
         assert not torch.allclose(moqa.load(packed)[0](tokens).logits, trained, atol=1e-3)
@@ -218,6 +249,47 @@ class TestRecover:
         assert found.recovery.steps == 0
         assert not verify(tmp_path / "new").faults
 
+    def test_native_kernels_and_a_rounded_cache_answer_as_the_trained_model(
+        self, tiny_model, packed, measured, tmp_path
+    ):
+        view, tokens = open_model(tiny_model), measured.samples("wiki")[:2]
+        student = Student(view, open_checkpoint(packed), loop=InTheLoop(**LOOP))
+        for number, parameter in enumerate(student.parameters()):
+            torch.manual_seed(number)
+            parameter.data = torch.randn_like(parameter) * 0.1
+        with student.in_place(), student.computing(), torch.no_grad():
+            trained = view.model(tokens, use_cache=False).logits
+        write_trained(open_checkpoint(packed), student, tmp_path, DONE, tiny_model)
+        stored, _ = moqa.load(tmp_path, kernels="native")
+        round_cache(stored, 8)
+        with torch.no_grad():
+            found = stored(tokens, past_key_values=cache_for(stored)).logits
+            exact = moqa.load(tmp_path, kernels="reference")[0](tokens).logits
+        assert_alike(found, trained)
+        assert float(((exact - trained).norm(dim=-1) / trained.norm(dim=-1)).median()) > 1e-3
+
+    def test_integers_and_what_runs_are_trained_and_go_on_after_a_kill(self, packed, measured, out, tmp_path):
+        whole = recover(packed, tmp_path / "whole", length="12", profile=measured, **LOOP)
+        assert whole.recovery.kept
+        before, after = open_checkpoint(packed), open_checkpoint(whole.checkpoint)
+        moved = {
+            name.rpartition(".")[0]
+            for name, tensor in after.layer(1).items()
+            if name.rpartition(".")[2].startswith("p") and not torch.equal(tensor, before.layer(1)[name])
+        }
+        assert moved
+        assert not [name for name in moved if before.manifest.units[name].scheme.is_coded]
+        assert after.manifest.recovery.model_dump().items() >= LOOP.items()
+        card = (Path(whole.checkpoint) / "README.md").read_text()
+        assert "moqa recover OUT --for 12 --weights --input-bits 8 --kv-bits 8 --rate 0.003 -o OUT --overwrite" in card
+        assert " --recover 12" not in card
+        with pytest.raises(Stopped):
+            recover(packed, out, length="12", profile=measured, report=stopping(11), **LOOP)
+        said = refusal(recover, packed, out, length="12", profile=measured)
+        assert "has an unfinished run with" in said
+        recover(packed, out, length="12", profile=measured, **LOOP)
+        assert contents(out) == contents(Path(whole.checkpoint))
+
     def test_images(self, tmp_path, monkeypatch):
         # answers of a random classifier hardly differ: smaller steps
         monkeypatch.setattr("moqa.training.run._RATE", 1e-4)
@@ -225,6 +297,21 @@ class TestRecover:
         found = recover(packed, tmp_path / "new", length="12", profile=known)
         assert found.recovery.after < found.recovery.before
         assert found.recovery.routing_after is None
+
+    def test_images_on_native_kernels_answer_as_the_trained_model(self, tmp_path):
+        packed, known = packed_classifier(tmp_path)
+        view, images = open_model(tmp_path / "model"), known.samples("a")[:4]
+        student = Student(view, open_checkpoint(packed), loop=InTheLoop(weights=True, input_bits=8))
+        for number, parameter in enumerate(student.parameters()):
+            torch.manual_seed(number)
+            parameter.data = torch.randn_like(parameter) * 0.1
+        with student.in_place(), student.computing(), torch.no_grad():
+            trained = view.task.call(view.model, images)
+        write_trained(open_checkpoint(packed), student, tmp_path / "new", DONE, tmp_path / "model")
+        with torch.no_grad():
+            assert_alike(view.task.call(moqa.load(tmp_path / "new", kernels="native")[0], images), trained)
+        said = refusal(recover, packed, tmp_path / "other", profile=known, length="1", kv_bits=8)
+        assert said == "--kv-bits 8 is for language models: leave it out"
 
 
 @pytest.fixture
@@ -275,7 +362,7 @@ class TestBlockwise:
             def __init__(self, *args):
                 students.append(self)
                 super().__init__(*args)
-                assert {unit.layer for name, unit in self.view.units.items() if name in self.units} == {args[-1]}
+                assert {unit.layer for name, unit in self.view.units.items() if name in self.units} == {args[2]}
 
         monkeypatch.setattr("moqa.training.blockwise.Student", Watched)
         recover(packed, tmp_path / "new", length="1", profile=measured)
@@ -293,6 +380,13 @@ class TestBlockwise:
         with pytest.warns(UserWarning, match=r"of block [01] ended at step \d of 12, whose loss is not a number"):
             found = recover(packed, tmp_path / "new", length="12", profile=measured)
         assert not found.recovery.kept
+
+    def test_what_runs_is_in_the_loop(self, packed, measured, tmp_path):
+        found = recover(packed, tmp_path / "new", length="6", profile=measured, input_bits=8, kv_bits=8)
+        assert found.recovery.kept
+        exact = recover(packed, tmp_path / "exact", length="6", profile=measured)
+        assert exact.recovery.before != found.recovery.before
+        assert open_checkpoint(found.checkpoint).manifest.recovery.kv_bits == 8
 
     def test_images(self, tmp_path, monkeypatch):
         monkeypatch.setattr("moqa.training.run._RATE", 5e-4)
@@ -327,6 +421,18 @@ def test_agreement_of_routing(tiny_model):
 
 
 class TestRefusals:
+    def test_bits_that_nothing_computes_with(self, packed, measured, tmp_path):
+        options = {"profile": measured, "length": "1"}
+        said = refusal(recover, packed, tmp_path / "new", input_bits=4, **options)
+        assert said == "--input-bits 4 is not what kernels round to: give 8"
+        said = refusal(recover, packed, tmp_path / "new", kv_bits=4, **options)
+        assert said == "keys and values of 4 bits are not supported: give 8, or nothing"
+
+    @pytest.mark.parametrize("rate", [0.0, -1.0, 1.0, float("nan")])
+    def test_a_rate(self, packed, measured, tmp_path, rate):
+        said = refusal(recover, packed, tmp_path / "new", profile=measured, length="1", rate=rate)
+        assert said == f"--rate {rate} is not a rate: give one such as 0.002"
+
     def test_other_samples(self, packed, tiny_model, texts, tmp_path):
         novels = replace(texts["novels"], name="wiki")
         other = profile(tiny_model, [novels], tmp_path / "other", samples=3, context=32, self_samples=1)

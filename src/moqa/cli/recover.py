@@ -31,6 +31,16 @@ def recover(
         str | None, typer.Option("--model", help="the original [default: where the checkpoint was made from]")
     ] = None,
     optimizer: options.Optimizer = DEFAULT_OPTIMIZER,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="train integers, too, with the rounding in the loop")
+    ] = False,
+    input_bits: Annotated[
+        int | None, typer.Option("--input-bits", metavar="8", help="round inputs as native kernels do [default: exact]")
+    ] = None,
+    kv_bits: options.KvBits = None,
+    rate: Annotated[
+        float | None, typer.Option("--rate", help="largest relative change of a scale in a step [default: 0.002]")
+    ] = None,
     seed: int = 0,
     max_memory: options.MaxMemory = None,
     time_limit: options.TimeLimit = None,
@@ -47,7 +57,8 @@ def recover(
     with progress(log_json) as report:
         result = run(
             checkpoint, out, length=length, profile=read_profile(profile) if profile else None, model=model, seed=seed,
-            optimizer=optimizer, memory=MemoryLimit.parse(max_memory) if max_memory else None, overwrite=overwrite,
+            optimizer=optimizer, weights=weights, input_bits=input_bits, kv_bits=kv_bits, rate=rate,
+            memory=MemoryLimit.parse(max_memory) if max_memory else None, overwrite=overwrite,
             restart=restart, report=time_limited(report, time_limit),
         )  # fmt: skip
     print_recovered(result)

@@ -83,10 +83,28 @@ class Recovery(BaseModel, frozen=True):
     optimizer: str = Field(
         "adamw", description="that took the steps, if not the usual one", exclude_if=lambda name: name == "adamw"
     )
+    weights: bool = Field(
+        default=False, description="whether integers were trained, too", exclude_if=lambda flag: not flag
+    )
+    input_bits: int | None = Field(
+        None, description="of inputs while it was trained, if they were rounded", exclude_if=lambda bits: bits is None
+    )
+    kv_bits: int | None = Field(
+        None, description="of keys and values while it was trained, if they were rounded",
+        exclude_if=lambda bits: bits is None,
+    )  # fmt: skip
+    rate: float | None = Field(
+        None, description="of learning, if not the usual one", exclude_if=lambda rate: rate is None
+    )
     routing_before: float | None = Field(
         None, description="share of the experts of a token, on these samples, that are its experts in the original, too"
     )
     routing_after: float | None = Field(None, description="the same at the end; null without routed experts")
+
+    @property
+    def is_in_the_loop(self) -> bool:
+        """Whether integers were trained, inputs or the cache rounded, or the rate was another."""
+        return self.weights or any(chosen is not None for chosen in (self.input_bits, self.kv_bits, self.rate))
 
 
 class Candidates(BaseModel, frozen=True):

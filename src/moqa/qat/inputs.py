@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from moqa.errors import MoqaError
 from moqa.format.grid import from_groups, to_groups
+from moqa.kernels import PackedMatrix
+from moqa.kernels.reference import ReferenceKernels
 from moqa.qat.straight import on_grid, through
 
 # percentiles of the first batch's values that a trained range begins with, by bits (SiLQ, arXiv 2507.16933)
@@ -75,6 +77,20 @@ class OwnRange(nn.Module):
         rounded = ((groups * inverse / each).round() * each).round() * step
         flat = rounded[:, 0] if self.group_size is None else from_groups(rounded, x.shape[-1])
         return through(x, flat.reshape(x.shape))
+
+
+class RoundingKernels(ReferenceKernels):
+    """Reference kernels that round inputs as native kernels do; gradients pass through, also to weights that are held.
+
+    >>> RoundingKernels().linear(matrix, torch.randn(3, 256)).shape
+    torch.Size([3, 256])
+    """
+
+    def linear(self, matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `ProductKernels`."""
+        scheme = matrix.scheme
+        rounded = x if scheme.is_unquantized else OwnRange(KERNEL_BITS, scheme.group_size)(x)
+        return super().linear(matrix, rounded, bias)
 
 
 class TrainedRange(nn.Module):

@@ -21,8 +21,9 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 class StackGrid(nn.Module):
     """Rounds every matrix of a stacked parameter to a grid of its own: a parametrization, as `WeightGrid`.
 
-    >>> grid = StackGrid(experts, "down_proj", {(expert, "down_proj"): Scheme(width=3) for expert in range(16)})
-    >>> nn.utils.parametrize.register_parametrization(experts, "down_proj", grid).down_proj.shape
+    >>> schemes = {(expert, "down_proj"): Scheme(width=3) for expert in range(16)}
+    >>> grid = StackGrid(view.experts(0), "down_proj", schemes)
+    >>> grid(view.experts(0).down_proj).shape
     torch.Size([16, 256, 256])
 
     Args:

@@ -73,7 +73,7 @@ def write_card(folder: Path, manifest: Manifest, original: Path) -> None:
     commands = task.made_by.format(
         typed=base or name, budget=f"{manifest.budget} " if manifest.budget else "",
         data=_recovered(recovery) + data, **how,
-    )  # fmt: skip
+    ) + _trained_by(recovery)  # fmt: skip
     page = _PAGE.format(
         name=name, bits=checkpoint.bits_per_weight, moqa=manifest.moqa, size=checkpoint.bytes / 2**20,
         base=f"[{base}](https://huggingface.co/{base})" if base else name, **how,
@@ -100,11 +100,24 @@ def add_results(folder: Path, table: str) -> None:
 
 
 def _recovered(recovery: Recovery | None) -> str:
-    """Options of a training."""
-    if recovery is None:
+    """Options of a training that `moqa quantize` has."""
+    if recovery is None or recovery.is_in_the_loop:
         return ""
+    return f" --recover {recovery.steps}{_by(recovery)}"
+
+
+def _trained_by(recovery: Recovery | None) -> str:
+    """The command of a training that only `moqa recover` has."""
+    if recovery is None or not recovery.is_in_the_loop:
+        return ""
+    bits = {"--input-bits": recovery.input_bits, "--kv-bits": recovery.kv_bits, "--rate": recovery.rate}
+    how = " --weights" * recovery.weights + "".join(f" {name} {value}" for name, value in bits.items() if value)
+    return f"\nmoqa recover OUT --for {recovery.steps}{_by(recovery)}{how} -o OUT --overwrite"
+
+
+def _by(recovery: Recovery) -> str:
     usual = recovery.optimizer == Recovery.model_fields["optimizer"].default
-    return f" --recover {recovery.steps}" + ("" if usual else f" --optimizer {recovery.optimizer}")
+    return "" if usual else f" --optimizer {recovery.optimizer}"
 
 
 def _hub_id(folder: Path) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from moqa.errors import MoqaError
 from moqa.format.scheme import Scheme
@@ -43,11 +43,13 @@ class _PackedProduct(torch.autograd.Function):
 
 def packed_product(kernels: ProductKernels, matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., in] -> [..., out], with a gradient where one is asked for."""
-    if torch.is_grad_enabled():
-        if matrix.is_trained:
-            return linear(x, matrix.dense().to(x.dtype), bias)
-        if x.requires_grad or (bias is not None and bias.requires_grad):
-            return cast(Tensor, _PackedProduct.apply(x, matrix, kernels, bias))
+    # weights that are trained are held for reference kernels, which are torch's own operations
+    if (
+        torch.is_grad_enabled()
+        and not matrix.is_trained
+        and (x.requires_grad or (bias is not None and bias.requires_grad))
+    ):
+        return cast(Tensor, _PackedProduct.apply(x, matrix, kernels, bias))
     return kernels.linear(matrix, x, bias)
 
 

@@ -22,7 +22,7 @@ from moqa.training.loop import NotFiniteError, Training, step_seconds
 from moqa.training.optimizers import DEFAULT_OPTIMIZER
 from moqa.training.routing import Routes
 from moqa.training.samples import batched, seeded
-from moqa.training.student import Student
+from moqa.training.student import IN_THE_LOOP, InTheLoop, Student
 
 
 class BlockwiseTraining:
@@ -47,14 +47,15 @@ class BlockwiseTraining:
         seed: of the order of the samples.
         report: called per step.
         optimizer: name of a registered one.
+        loop: what else is trained or rounded.
     """
 
     def __init__(
         self, view: ModelView, packed: Checkpoint, profile: Profile, work: ResumableRun, *, seed: int, report: Report,
-        optimizer: str = DEFAULT_OPTIMIZER,
+        optimizer: str = DEFAULT_OPTIMIZER, loop: InTheLoop = IN_THE_LOOP,
     ) -> None:  # fmt: skip
         self._view, self._packed, self._profile, self._work = view, packed, profile, work
-        self._optimizer = optimizer
+        self._optimizer, self._loop = optimizer, loop
         self._seed, self._report, self._stages = seed, report, LayerwiseModel(view.model)
         mixture = packed.manifest.mixture
         batches = list(batched(self._stages.task, {name: profile.samples(name) for name in mixture}, mixture))
@@ -82,7 +83,7 @@ class BlockwiseTraining:
         notes = [self._work.done(_note(block)) or {} for block in range(depth)]
         return Recovery(
             steps=(self._work.done("length") or {"steps": 0})["steps"], before=before, after=after,
-            kept=after < before, blockwise=True, optimizer=self._optimizer,
+            kept=after < before, blockwise=True, optimizer=self._optimizer, **self._loop.chosen(),
             routing_before=_mean(note["routing_before"] for note in notes),
             routing_after=_mean(note["routing_after"] for note in notes),
         )  # fmt: skip
@@ -96,7 +97,7 @@ class BlockwiseTraining:
 
     def _train(self, block: int, wanted: TrainingLength, rate: float) -> None:
         work, original = self._work, self._advance(self._original, block, self._fitted)
-        student = Student(self._view, self._packed, block)
+        student = Student(self._view, self._packed, block, self._loop)
         with student.in_place():
             before = self._advance(self._before, block)
             if not self._improve(block, student, wanted, rate):

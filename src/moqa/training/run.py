@@ -28,7 +28,7 @@ from moqa.training.loop import NotFiniteError, Training
 from moqa.training.memory import trains_whole
 from moqa.training.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from moqa.training.samples import TrainingSamples
-from moqa.training.student import Student
+from moqa.training.student import InTheLoop, Student
 from moqa.training.teaching import Teaching
 from moqa.training.write import Trained, write_trained
 
@@ -65,6 +65,10 @@ def recover(
     restart: bool = False,
     seed: int = 0,
     optimizer: str = DEFAULT_OPTIMIZER,
+    weights: bool = False,
+    input_bits: int | None = None,
+    kv_bits: int | None = None,
+    rate: float | None = None,
     report: Report = quiet,
     memory: MemoryLimit | None = None,
 ) -> Recovered:
@@ -89,19 +93,24 @@ def recover(
         restart: start again from the beginning and discard what an earlier run has finished.
         seed: of the order of the samples.
         optimizer: name of a registered one: adamw, muon, sgd or soap.
+        weights: train integers, too, by the straight-through estimator.
+        input_bits: 8: round inputs while it is trained as native kernels do; None leaves them.
+        kv_bits: 8: round keys and values while it is trained as `--kv-bits 8` does; None leaves them.
+        rate: largest relative change of a scale in one step, about; None means 0.002.
         report: called with the progress, see `moqa.progress.Report`.
         memory: memory that the process may take; None means all free memory.
 
     Raises:
         MoqaError: if the checkpoint, the original or the profile is missing, damaged or another one's, a sample is not
             enough to hold one out, the optimizer is unknown or its package missing, the memory is too small for one
-            block, or `out` exists.
+            block, inputs or the cache cannot have such bits, or `out` exists.
 
     Training of scales by the original's predictions is part of SiLQ (arXiv 2507.16933), and of EfficientQAT (arXiv
     2407.11062), which also freezes the integers.
     """
     out, wanted, began = Path(out), TrainingLength.parse(length), time.perf_counter()
     OPTIMIZERS.find(optimizer)
+    loop = InTheLoop(weights, input_bits, kv_bits, rate)
     packed = open_checkpoint(on_disk(checkpoint))
     manifest = packed.manifest
     folder = _original(packed) if model is None else original.locate(model)
@@ -111,14 +120,15 @@ def recover(
     known = _checked(profile or _profile_of(packed), packed)
     job = as_json({
         "moqa": __version__, "checkpoint": manifest.checksum, "length": length, "seed": seed, "optimizer": optimizer,
-        "samples": known.digest(manifest.mixture),
+        "samples": known.digest(manifest.mixture), **loop.chosen(),
     })  # fmt: skip
     if tidy(out) == job and (done := open_checkpoint(out).manifest.recovery) is not None:
         return Recovered(str(out), done, 0.0)
     check_free(out, overwrite)
     view, memory = open_model(folder, keep=False), memory or MemoryLimit.free()
+    loop.check(view)
     settle()
-    whole = trains_whole(view, memory)
+    whole = trains_whole(view, memory, weights)
     samples = sum(len(known.samples(name)) * view.task.count(known.samples(name)[:1]) for name in manifest.mixture)
     check_space(out, 2 * packed.bytes + (0 if whole else _HIDDEN * 4 * samples * view.stream))
     with resumable(out, job, overwrite, restart) as work:
@@ -130,11 +140,13 @@ def recover(
         trained: Trained
         if begun:
             trained, recovery = _train_whole(
-                view, packed, known, work, wanted, seed=seed, report=report, optimizer=optimizer
+                view, packed, known, work, wanted, seed=seed, report=report, optimizer=optimizer, loop=loop
             )  # fmt: skip
         else:
-            trained = BlockwiseTraining(view, packed, known, work, seed=seed, report=report, optimizer=optimizer)
-            recovery = trained.run(wanted, _RATE)
+            trained = BlockwiseTraining(
+                view, packed, known, work, seed=seed, report=report, optimizer=optimizer, loop=loop
+            )  # fmt: skip
+            recovery = trained.run(wanted, loop.rate or _RATE)
         write_trained(packed, trained if recovery.kept else None, work.result, recovery, folder)
     return Recovered(str(out), recovery, time.perf_counter() - began)
 
@@ -163,18 +175,18 @@ def check_training(length: str | None, optimizer: str) -> None:
 
 def _train_whole(
     view: ModelView, packed: Checkpoint, known: Profile, work: ResumableRun, wanted: TrainingLength, *, seed: int,
-    report: Report, optimizer: str,
+    report: Report, optimizer: str, loop: InTheLoop,
 ) -> tuple[Student, Recovery]:  # fmt: skip
     stages, mixture = LayerwiseModel(view.model), packed.manifest.mixture
     samples = TrainingSamples(
         stages, {name: known.samples(name) for name in mixture}, mixture, seed=seed, report=report
     )  # fmt: skip
-    teaching = Teaching(stages, samples, Student(view, packed))
+    teaching = Teaching(stages, samples, Student(view, packed, loop=loop))
     with teaching.student.in_place():
         begun = work.done("length") or teaching.begin(wanted)
         work.mark_done("length", begun)
         training = Training(
-            teaching.student.parameters(), teaching.loss, begun["steps"], _RATE, optimizer=optimizer
+            teaching.student.parameters(), teaching.loss, begun["steps"], loop.rate or _RATE, optimizer=optimizer
         )  # fmt: skip
         try:
             training.run(work, report)
@@ -185,7 +197,7 @@ def _train_whole(
     # fewer steps than were meant, if a loss was not a number
     steps = (work.done("training") or {"step": 0})["step"]
     ended = {"steps": steps, "after": after, "routing_after": routing, "kept": after < begun["before"]}
-    return teaching.student, Recovery(**(begun | ended), optimizer=optimizer)
+    return teaching.student, Recovery(**(begun | ended | loop.chosen()), optimizer=optimizer)
 
 
 def _original(packed: Checkpoint) -> Path:

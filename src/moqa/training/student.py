@@ -2,14 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
+from moqa.errors import MoqaError
 from moqa.format.reader import Checkpoint
-from moqa.kernels import PackedMatrix, find_kernels
+from moqa.kernels import PackedMatrix
+from moqa.kernels.reference import ReferenceKernels
 from moqa.models.view import ModelView
+from moqa.qat.cache import rounded_cache
+from moqa.qat.inputs import KERNEL_BITS, RoundingKernels
 from moqa.qat.straight import through
+from moqa.runtime.growing import check_cache
 from moqa.runtime.packed import computing_with
 from moqa.training.units import TrainedUnit, trained_unit
 
@@ -35,6 +41,47 @@ class KeptTensor:
         return through(exact, exact.detach().to(self.stored.dtype).float())
 
 
+@dataclass(frozen=True)
+class InTheLoop:
+    """How a training differs from the usual one.
+
+    >>> InTheLoop(weights=True, input_bits=8).kv_bits
+
+    Attributes:
+        weights: whether integers are trained, too.
+        input_bits: 8: inputs of products are rounded as native kernels round them; None leaves them.
+        kv_bits: 8: keys and values are rounded as a cache of so many bits does; None leaves them.
+        rate: largest relative change of a scale in one step, about; None means the usual one.
+    """
+
+    weights: bool = False
+    input_bits: int | None = None
+    kv_bits: int | None = None
+    rate: float | None = None
+
+    def chosen(self) -> dict[str, bool | float]:
+        """What differs from the usual, by name."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+    def check(self, view: ModelView) -> None:
+        """Refuse bits that nothing computes with.
+
+        Raises:
+            MoqaError: naming the option.
+        """
+        if self.input_bits not in (None, KERNEL_BITS):
+            raise MoqaError(f"--input-bits {self.input_bits} is not what kernels round to", f"give {KERNEL_BITS}")
+        if self.rate is not None and not 0 < self.rate < 1:
+            raise MoqaError(f"--rate {self.rate} is not a rate", "give one such as 0.002")
+        if self.kv_bits is not None:
+            if not view.task.writes_samples:
+                raise MoqaError(f"--kv-bits {self.kv_bits} is for language models", "leave it out")
+            check_cache(view.model, self.kv_bits)
+
+
+IN_THE_LOOP = InTheLoop()
+
+
 class Student:
     """The units and small tensors of some blocks of a checkpoint, to be trained.
 
@@ -46,14 +93,17 @@ class Student:
         view: the original.
         checkpoint: made from it.
         block: index of the only block that is trained; None means all, and what is between and after them.
+        loop: what else is trained or rounded.
 
     Attributes:
         units: name -> unit that is trained.
         kept: name -> small tensor that is trained: everything but the embedding and the head.
     """
 
-    def __init__(self, view: ModelView, checkpoint: Checkpoint, block: int | None = None) -> None:
-        self.view, self.checkpoint = view, checkpoint
+    def __init__(
+        self, view: ModelView, checkpoint: Checkpoint, block: int | None = None, loop: InTheLoop = IN_THE_LOOP
+    ) -> None:  # fmt: skip
+        self.view, self.checkpoint, self._loop = view, checkpoint, loop
         self.blocks: Sequence[int] = range(len(view.blocks)) if block is None else (block,)
         self.units: dict[str, TrainedUnit] = {}
         self._matrices: dict[int, dict[str, PackedMatrix]] = {}
@@ -62,7 +112,7 @@ class Student:
             for unit in view.block_units(number):
                 scheme = checkpoint.manifest.units[unit.name].scheme
                 found[unit.name] = PackedMatrix(scheme, unit.shape, scheme.among(stored, unit.name, unit.shape))
-                trained = trained_unit(found[unit.name])
+                trained = trained_unit(found[unit.name], view.weight(unit) if loop.weights else None)
                 if trained is not None:
                     self.units[unit.name] = trained
             self._matrices[number] = found
@@ -90,11 +140,13 @@ class Student:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside this context, the model's blocks compute with the checkpoint's units."""
+        kernels = ReferenceKernels() if self._loop.input_bits is None else RoundingKernels()
         with ExitStack() as stack:
             for block in self.blocks:
-                stack.enter_context(
-                    computing_with(self.view, block, self._matrices[block], find_kernels("reference"))
-                )  # fmt: skip
+                stack.enter_context(computing_with(self.view, block, self._matrices[block], kernels))
+            if self._loop.kv_bits is not None:
+                for hook in rounded_cache(self.view.model, self._loop.kv_bits):
+                    stack.callback(hook.remove)
             yield
 
     @contextmanager

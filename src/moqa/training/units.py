@@ -10,10 +10,13 @@ from moqa.format.levels import FACTORS, LevelGrid, unpack_factors
 from moqa.format.planes import unpack, untile_rows
 from moqa.kernels import PackedMatrix
 from moqa.qat.straight import as_stored, whole
+from moqa.qat.weights import WeightGrid
 
 # Steps of the optimizer are about as long as its rate: of a scale relative to its value, of zero-points and factors in
 # their own units, of which there are 255 and 63.
 _ZERO, _FACTOR = 8.0, 16.0
+# share of a step from its middle to where the next one begins, a little less than half
+_INSIDE = 0.49
 
 
 class TrainedUnit(Protocol):
@@ -23,8 +26,8 @@ class TrainedUnit(Protocol):
     >>> torch.equal(unit(), matrix.dense())
     True
 
-    Integers and codes stay as they are. Stored numbers are rounded in every step as they are in a file, and gradients
-    pass through the rounding (straight-through estimator).
+    Codes stay as they are, and integers unless weights are trained, too. Stored numbers are rounded in every step as
+    they are in a file, and gradients pass through the rounding (straight-through estimator).
     """
 
     def __call__(self) -> Tensor:
@@ -37,10 +40,17 @@ class TrainedUnit(Protocol):
         """Tensors by suffix, see `Scheme.tensors`."""
 
 
-def trained_unit(matrix: PackedMatrix) -> "TrainedUnit | None":
-    """What trains a unit; None if it has no scales: it is not quantized."""
+def trained_unit(matrix: PackedMatrix, original: Tensor | None = None) -> "TrainedUnit | None":
+    """What trains a unit; None if it has no scales: it is not quantized.
+
+    Args:
+        matrix: the unit.
+        original: [out, in] its original weights, to train integers, too; None leaves them as they are.
+    """
     if matrix.scheme.is_unquantized:
         return None
+    if original is not None and not matrix.scheme.is_coded:
+        return _WeightUnit(matrix, original)
     return _CodedUnit(matrix) if matrix.scheme.is_coded else _IntegerUnit(matrix)
 
 
@@ -75,6 +85,40 @@ class _IntegerUnit:
         if self._zero is not None and self._shift is not None:
             zero = whole(self._zero.float() + self._shift * _ZERO * ZERO_STEPS / self._top, ZERO_STEPS)
         return Grid(as_stored(self._scale.float() * self._growth.exp(), self._scale.dtype), zero, self._size, self._top)
+
+
+class _WeightUnit:
+    """Of the encoding `int`: weights, scales and zero-points (LSQ, arXiv 1902.08153).
+
+    A weight begins where the original's is, or at the nearest end of the step to which the checkpoint rounds it: the
+    first integers are those of the checkpoint, whatever method chose them.
+    """
+
+    def __init__(self, matrix: PackedMatrix, original: Tensor) -> None:
+        scheme, (out, features) = matrix.scheme, matrix.shape
+        tensors, stored = dict(matrix.named_buffers()), matrix.dense()
+        scale = untile_rows(tensors["scale"], out)
+        zero = None if scheme.symmetric else untile_rows(tensors["zero"], out)
+        top = torch.tensor(2.0**scheme.width - 1).expand(scale.shape)
+        self._grid = WeightGrid(stored, scheme, out)
+        self._grid.take(Grid(scale, zero, scheme.group_size, top))
+        self._step = scale.float().repeat_interleave(scheme.group_size, 1)[:, :features]
+        inside = _INSIDE * self._step
+        self._start = original.float().clamp(stored - inside, stored + inside)
+        self._change = nn.Parameter(torch.zeros(matrix.shape))
+
+    def __call__(self) -> Tensor:
+        found: Tensor = self._grid(self._weights())
+        return found
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self._grid.parameters(), self._change]
+
+    def stored(self) -> dict[str, Tensor]:
+        return self._grid.stored(self._weights())
+
+    def _weights(self) -> Tensor:
+        return self._start + self._change * self._step
 
 
 class _CodedUnit:
