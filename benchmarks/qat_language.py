@@ -8,6 +8,7 @@ with a rounded cache.
 import json
 import time
 from statistics import mean
+from textwrap import fill
 from typing import Any
 
 from cache_study import divergences
@@ -84,7 +85,7 @@ def known_rows() -> dict[str, dict[str, Any]]:
 
 def change(found: dict[str, float], base: dict[str, float]) -> str:
     """Change of known and novel divergence."""
-    return " / ".join(f"{found[text] / base[text] - 1:+.1%}" for text in ("known", "novel"))
+    return " / ".join(f"{found[text] / base[text] - 1:+.2%}" for text in ("known", "novel"))
 
 
 def claim(what: str, found: dict[str, float], base: dict[str, float], limit: float) -> str:
@@ -93,25 +94,44 @@ def claim(what: str, found: dict[str, float], base: dict[str, float], limit: flo
     return f"- {'holds' if holds else 'MISS '} {what}: {change(found, base)} (known / novel); wanted below {limit:.0%}"
 
 
+def training(one: dict[str, Any]) -> str:
+    """What the samples that are held out from a training say of it."""
+    if one["held_out"] is None:
+        return "-"
+    before, after, kept = one["held_out"]
+    return f"{before:.5f} -> {after:.5f}{'' if kept else ', not kept'}"
+
+
 def write_page() -> None:
     """Write docs/results/qat-language.md."""
     rows = known_rows()
     lines = [
-        f"| {name} | " + " | ".join(
+        f"| {name} | {training(one)} | " + " | ".join(
             f"{one['kl'][how]['known']:.5f} / {one['kl'][how]['novel']:.5f}" for how in ("exact", "inputs", "both")
         ) + f" | {change(one['kl']['both'], rows['gptq']['kl']['both'])} |"
         for name, one in rows.items()
     ]  # fmt: skip
-    claims = []
-    if {IN_THE_LOOP, WITHOUT} <= rows.keys():
-        trained, exact = rows[IN_THE_LOOP]["kl"], rows[WITHOUT]["kl"]["exact"]
-        claims = [
-            claim("inputs of 8 bits, trained with them, beside 4-bit weights trained and run with exact inputs",
-                  trained["inputs"], exact, 0.10),
-            claim("a cache of 8 bits, trained with it, beside the same checkpoint without it",
-                  trained["both"], trained["inputs"], 0.01),
-        ]  # fmt: skip
-    PAGE.write_text(_PAGE.format(steps=STEPS, windows=WINDOWS, rows="\n".join(lines), claims="\n".join(claims)))
+    # the best that there is with exact inputs, trained or not
+    exact = min((one["kl"]["exact"] for one in rows.values()), key=lambda kl: kl["known"])
+    found = rows.get(IN_THE_LOOP, rows["gptq"])["kl"]
+    claims = [
+        claim(
+            "8-bit inputs on native kernels beside the best 4-bit row with exact inputs", found["inputs"], exact, 0.1
+        ),
+        claim("an 8-bit cache beside the same checkpoint without it", found["both"], found["inputs"], 0.01),
+    ]
+    left = [name for name in SETTINGS if name not in rows]
+    PAGE.write_text(
+        _PAGE.format(
+            steps=STEPS,
+            windows=WINDOWS,
+            rows="\n".join(lines),
+            claims="\n".join(claims),
+            left=fill(f"Not measured yet, and next if the command is run again: {'; '.join(left)}.", 120) + "\n"
+            if left
+            else "",
+        )
+    )
 
 
 _PAGE = """# A language model with 4-bit weights, 8-bit inputs and an 8-bit cache in the loop
@@ -119,16 +139,21 @@ _PAGE = """# A language model with 4-bit weights, 8-bit inputs and an 8-bit cach
 Made by `python benchmarks/qat_language.py` on the reference model: 4 bits in all units (uniform, 4.4 bits stored), by
 gptq or by rounding to nearest, then [trained](../commands/recover.md#with-the-rounding-in-the-loop) for {steps} steps
 of 8 windows by the divergence from the original. KL divergence from the original in nats, known / novel, on {windows}
-held-out windows of 256 tokens per text. Every row is a packed checkpoint: the first column runs on reference kernels,
-whose inputs are exact, the others on native kernels, which multiply integers of 8 bits. *Rounding in the loop* is
-`--input-bits 8 --kv-bits 8`, *weights* is `--weights`. Seed 0.
+held-out windows of 256 tokens per text. Every row is a packed checkpoint: exact inputs are those of reference kernels;
+native kernels multiply integers of 8 bits. *Rounding in the loop* is `--input-bits 8 --kv-bits 8`, *weights* is
+`--weights`, *held out* the divergence on samples of the profile that are held out from the training; where it does not
+fall, the checkpoint stores what it did before. Seed 0, 64 windows of each text in the profile.
 
-| checkpoint | exact inputs | inputs of 8 bits | and a cache of 8 bits | change of the last |
-|---|---|---|---|---|
+| checkpoint | held out | exact inputs | inputs of 8 bits | and a cache of 8 bits | change of the last |
+|---|---|---|---|---|---|
 {rows}
 
 {claims}
-"""
+
+The cache's limit is close: on 32 windows of a checkpoint from another profile it costs 1.96 % of known and 0.54 % of
+novel divergence ([cache.md](cache.md)).
+
+{left}"""
 
 
 if __name__ == "__main__":
