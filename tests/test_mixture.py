@@ -19,7 +19,7 @@ from moqa.mixture.generate import continued, route_of
 from moqa.mixture.measure import continuation
 from moqa.mixture.record import MIXTURE, ROUTER, read_mixture
 from moqa.mixture.route import RoutedPrompt
-from moqa.mixture.router import ROUTERS
+from moqa.mixture.router import ROUTERS, ROUTERS_OF, SIDE
 from moqa.mixture.train import RouterSamples, chosen, soft_targets, train
 from moqa.mixture.variants import AdjustmentVariant, CheckpointVariant, MadeVariant, proposed, read_variants
 from moqa.mixture.verify import verify_mixture
@@ -110,14 +110,19 @@ class TestVariants:
         assert found["base-text"].adjustment == "base"
 
 
+def shape_of(kind, features):
+    """Of what a router reads of one token, or of an image."""
+    return (features, SIDE, SIDE) if ROUTERS.find(kind).reads == "pixels" else (features,)
+
+
 class TestRouters:
     @pytest.mark.parametrize("kind", ROUTERS)
     def test_no_token_of_the_continuation_changes_the_route(self, kind):
         torch.manual_seed(0)
-        router = ROUTERS.find(kind)(16, 3).eval()
-        text = torch.randn(2, 40, 16)
+        router, shape = ROUTERS.find(kind)(16, 3).eval(), shape_of(kind, 16)
+        text = torch.randn(2, 40, *shape)
         other = text.clone()
-        other[:, 25:] = torch.randn(2, 15, 16)
+        other[:, 25:] = torch.randn(2, 15, *shape)
         with torch.no_grad():
             assert torch.allclose(router(text)[:, :25], router(other)[:, :25], atol=1e-6)
             assert torch.allclose(router(text)[:, 24], router.after(text[:, :25]), atol=1e-5)
@@ -125,9 +130,11 @@ class TestRouters:
 
     @pytest.mark.parametrize("kind", ROUTERS)
     def test_learns_which_variant_suits_a_text(self, kind):
-        features, kinds = torch.randn(48, 64, 8, generator=torch.Generator().manual_seed(1)), torch.arange(48) % 3
+        shape, kinds = shape_of(kind, 8), torch.arange(48) % 3
+        length = 1 if len(shape) > 1 else 64  # an image is one token, and has a loss of its own
+        features = torch.randn(48, length, *shape, generator=torch.Generator().manual_seed(1))
         features[torch.arange(48), :, kinds] += 2.0
-        loss = torch.full((3, 48, 63), 0.2)
+        loss = torch.full((3, 48, max(length - 1, 1)), 0.2)
         loss[kinds, torch.arange(48)] = 0.1
         samples = RouterSamples.of(features, loss)
         held = torch.arange(48) % 4 == 3
@@ -144,6 +151,9 @@ class TestRouters:
         held = torch.arange(32) % 4 == 3
         trained = train("linear", samples.some(~held), samples.some(held), default=0, seed=0, report=quiet)
         assert trained.loss <= trained.single + 1e-6
+
+    def test_each_is_of_a_task(self):
+        assert sorted(kind for kinds in ROUTERS_OF.values() for kind in kinds) == sorted(ROUTERS)
 
     def test_the_loss_of_a_continuation_leaves_out_its_prompt(self):
         loss = torch.rand(3, 20)

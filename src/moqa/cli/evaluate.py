@@ -45,7 +45,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity, bits per byte, KL divergence and top-1 agreement of the files on disk."""
     from moqa.evaluation import evaluate as run
-    from moqa.mixture.evaluate import DEFAULT_PROMPT, evaluate_mixture
+    from moqa.mixture.evaluate import evaluate_mixture
     from moqa.mixture.evaluate_merged import evaluate_merged
     from moqa.mixture.merged import is_merged
     from moqa.mixture.record import is_mixture
@@ -63,7 +63,7 @@ def evaluate(
         _refuse_options(f"{model} is a mixture, which takes", given | {"--context": context != 256})
         with progress(log_json) as report:
             measured = evaluate_mixture(
-                model, data, against=against, prompt=prompt or DEFAULT_PROMPT, windows=windows or None, report=report,
+                model, data, against=against, prompt=prompt, windows=windows or None, report=report,
                 kernels=kernels,
             )  # fmt: skip
         print_mixture_evaluation(measured)

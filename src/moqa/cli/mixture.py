@@ -31,13 +31,21 @@ def build(
     budget: Annotated[
         str | None, typer.Option("--budget", help="of each checkpoint that has none of its own, e.g. 3bpw or 12MiB")
     ] = None,
-    router: Annotated[str, typer.Option("--router", help="encoder, linear or histogram")] = "linear",
+    router: Annotated[
+        str | None,
+        typer.Option(
+            "--router", help="linear, encoder, histogram, or se-resnet [default: linear, of images se-resnet]"
+        ),
+    ] = None,
     labels: Annotated[
-        str, typer.Option("--labels", help="loss of continuations: divergence from the original, or likelihood")
+        str, typer.Option("--labels", help="loss that it learns from: divergence from the original, or likelihood")
     ] = "divergence",
     samples: Annotated[
-        int, typer.Option("--samples", min=2, help="windows of 256 tokens of each text for the router")
-    ] = 64,
+        int | None,
+        typer.Option(
+            "--samples", min=2, help="for the router: windows of 256 tokens, or images, of each [default: 64, or 1024]"
+        ),
+    ] = None,
     measured: Annotated[
         Path | None,
         typer.Option(
@@ -51,7 +59,7 @@ def build(
     json: options.Json = None,
     log_json: LogOption = None,
 ) -> None:
-    """Make a mixture: variants of a model in one folder, and a router that chooses one for each prompt."""
+    """Make a mixture: variants of a model in one folder, and a router that chooses one for each prompt or image."""
     from moqa.memory.limit import MemoryLimit
     from moqa.mixture import build_mixture
 
@@ -75,7 +83,7 @@ def print_mixture(name: str, record: "MixtureRecord") -> None:
         ]
         for variant, of in record.variants.items()
     ]  # fmt: skip
-    print_table(["variant", "of", "size", *router.windows, "used"], rows, f"{name}: {router.labels} of continuations")
+    print_table(["variant", "of", "size", *router.windows, "used"], rows, f"{name}: {router.losses}")
     gain = router.single - router.oracle
     share = f", {(router.single - router.loss) / gain:.0%} of what the best choice would gain" if gain > 0 else ""
     say(
@@ -97,7 +105,7 @@ def print_mixture_evaluation(result: "MixtureEvaluation") -> None:
         for row in result.rows
     ]  # fmt: skip
     sizes = f"{mib(result.bytes_total)}, {mib(result.bytes_resident)} resident"
-    title = f"{result.mixture}: {sizes}; KL after {result.prompt} tokens"
+    title = f"{result.mixture}: {sizes}; KL {f'after {result.prompt} tokens' if result.prompt else 'of images'}"
     print_table(["", *texts, "mean"], rows, title)
     usage = [
         [text, *(f"{share:.0%}" for share in shares.values()), f"{result.confidence[text]:.2f}"]

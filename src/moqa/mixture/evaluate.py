@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from moqa.data import Data, Windows, as_text, cut_windows
+from moqa.data import Data
 from moqa.errors import MoqaError
 from moqa.evaluation.measure import Reference
 from moqa.evaluation.run import DEFAULT_WINDOWS, refuse_fitted
@@ -24,23 +24,23 @@ from moqa.originals import folder as original
 from moqa.originals.fingerprint import differing_part
 from moqa.progress import Report, quiet
 from moqa.storage.paths import found
-from moqa.tasks import task_of
+from moqa.tasks import Samples, task_of
 
 Kind = Literal["variant", "best-single", "uniform-routing", "router", "oracle"]
 DEFAULT_PROMPT, CONTEXT = 64, 256
 
 
 class MixtureQuality(BaseModel, frozen=True):
-    """Quality of one way to answer, on the continuations of one distribution's prompts."""
+    """Quality of one way to answer, on the continuations of one distribution's prompts, or on its images."""
 
-    kl_divergence: float = Field(description="mean of KL(original || answer) per token, nats")
-    interval: float = Field(description="half of the 95 % interval of that mean, over prompts")
-    perplexity: float
-    top1_agreement: float = Field(description="share of tokens where both rank the same token first")
+    kl_divergence: float = Field(description="mean of KL(original || answer) per token or image, nats")
+    interval: float = Field(description="half of the 95 % interval of that mean, over prompts or images")
+    perplexity: float = Field(description="exponential of the mean negative log-likelihood of a token, or of a label")
+    top1_agreement: float = Field(description="share of tokens, or images, where both rank the same first")
 
 
 class MixtureRow(BaseModel, frozen=True):
-    """One way to answer prompts: a variant, or a way to choose among them."""
+    """One way to answer prompts or images: a variant, or a way to choose among them."""
 
     kind: Kind
     name: str
@@ -55,8 +55,8 @@ class MixtureEvaluation(BaseModel, frozen=True):
     bytes_total: int
     bytes_resident: int
     context: int
-    prompt: int = Field(description="tokens that the router sees of each window; those after it are scored")
-    prompts: dict[str, int] = Field(description="by distribution")
+    prompt: int = Field(description="tokens that the router sees of each window; those after it are scored; 0: images")
+    prompts: dict[str, int] = Field(description="by distribution; of images, their number")
     usage: dict[str, dict[str, float]] = Field(description="by distribution: share of its prompts that a variant gets")
     confidence: dict[str, float] = Field(description="by distribution: mean confidence of the router")
     rows: tuple[MixtureRow, ...]
@@ -82,12 +82,13 @@ def evaluate_mixture(
     data: Data,
     *,
     against: str | Path | None = None,
-    prompt: int = DEFAULT_PROMPT,
+    prompt: int | None = None,
     windows: int | None = DEFAULT_WINDOWS,
     report: Report = quiet,
     kernels: str = "reference",
 ) -> MixtureEvaluation:
-    """Measure a mixture on held-out text: the router sees the beginning of each window, and what follows is scored.
+    """Measure a mixture on held-out data: of text the router sees the beginning of each window, and what follows is
+    scored; of images it sees what the variants see.
 
     >>> found = evaluate_mixture("runs/mix", {"wiki": "wiki.test.txt"}, windows=8)  # doctest: +SKIP
     >>> found.mean("router") <= found.mean("uniform-routing")  # doctest: +SKIP
@@ -95,10 +96,10 @@ def evaluate_mixture(
 
     Args:
         mixture: its folder.
-        data: held-out texts; those that a variant or the router was fitted on are refused.
+        data: held-out texts or images; those that a variant or the router was fitted on are refused.
         against: the original; None means where the mixture was made from.
-        prompt: tokens of each window that are the prompt.
-        windows: per distribution; None for all.
+        prompt: tokens of each window that are the prompt; None: 64, or images.
+        windows: per distribution, or images; None for all.
         report: called with the progress.
         kernels: that checkpoints compute with.
 
@@ -107,24 +108,27 @@ def evaluate_mixture(
     """
     loaded = open_mixture(mixture, kernels=kernels)
     folder, record = loaded.folder, loaded.record
-    if not 0 < prompt < CONTEXT - 1:
-        raise MoqaError(f"--prompt {prompt} leaves nothing to read or to score", f"give 1 to {CONTEXT - 2}")
     first = folder / record.router.base
     task = task_of(read_config(first, packed=True))
+    if prompt is not None and not task.predicts_each:
+        raise MoqaError(f"--prompt {prompt} is of texts", f"{mixture} answers images: leave it out")
+    prompt = DEFAULT_PROMPT if prompt is None else prompt
+    if not 0 < prompt < CONTEXT - 1:
+        raise MoqaError(f"--prompt {prompt} leaves nothing to read or to score", f"give 1 to {CONTEXT - 2}")
     reader = task.reader(first)
-    texts = [as_text(source) for source in task.sources(data, reader)]
-    if not texts:
+    sources = task.sources(data, reader)
+    if not sources:
         raise MoqaError("no distribution to evaluate on", "give at least one --data NAME=FILE")
-    cut = [cut_windows(text, reader, CONTEXT, windows) for text in texts]
+    cut = [task.cut(source, reader, CONTEXT, windows) for source in sources]
     for what, fitted in fitted_texts(folder, record).items():
-        refuse_fitted(f"{folder}, {what},", fitted, texts, cut)
+        refuse_fitted(f"{folder}, {what},", fitted, sources, cut)
     reference, wanted = _reference(folder, record, against, cut, report)
     losses = {name: token_losses(loaded.use(name), cut, reference, report) for name in record.router.choices}
-    return summarized(loaded, str(mixture), wanted, cut, losses, prompt)
+    return summarized(loaded, str(mixture), wanted, cut, losses, prompt if task.predicts_each else 0)
 
 
 def summarized(
-    loaded: Mixture, name: str, against: str, cut: Sequence[Windows], losses: dict[str, dict[str, TokenLosses]],
+    loaded: Mixture, name: str, against: str, cut: Sequence[Samples], losses: dict[str, dict[str, TokenLosses]],
     prompt: int,
 ) -> MixtureEvaluation:  # fmt: skip
     """The evaluation that follows from the losses of every choice on some windows.
@@ -135,11 +139,11 @@ def summarized(
         against: the original.
         cut: windows of each distribution.
         losses: choice -> distribution -> losses of its tokens.
-        prompt: tokens of each window that are the prompt.
+        prompt: tokens of each window that are the prompt; 0: images.
     """
     record = loaded.record
-    choices, after = list(record.router.choices), slice(prompt - 1, None)
-    routes = {window.name: [loaded.choose(ids[:prompt].tolist()) for ids in window.inputs] for window in cut}
+    choices, after = list(record.router.choices), slice(max(prompt - 1, 0), None)
+    routes = {w.name: [loaded.choose(one[:prompt] if prompt else one) for one in w.inputs] for w in cut}
     tables = {
         window.name: {
             kind: torch.stack([getattr(losses[c][window.name], kind)[:, after].float().mean(1) for c in choices])
@@ -166,7 +170,7 @@ def summarized(
 
     return MixtureEvaluation(
         mixture=name, against=against, bytes_total=record.account.total, bytes_resident=record.account.resident,
-        context=CONTEXT, prompt=prompt, prompts={window.name: len(window.inputs) for window in cut},
+        context=record.router.context, prompt=prompt, prompts={window.name: len(window.inputs) for window in cut},
         usage={
             n: {c: sum(route.variant == c for route in found) / len(found) for c in choices}
             for n, found in routes.items()
@@ -212,7 +216,7 @@ def fitted_texts(folder: Path, record: MixtureRecord) -> dict[str, dict[str, Fit
 
 
 def _reference(
-    folder: Path, record: MixtureRecord, against: str | Path | None, cut: list[Windows], report: Report
+    folder: Path, record: MixtureRecord, against: str | Path | None, cut: list[Samples], report: Report
 ) -> tuple[Reference, str]:
     wanted = str(against) if against is not None else found(record.model, folder)
     where = original.locate(wanted)

@@ -1,15 +1,16 @@
-"""What a router reads of texts: embedding rows, or the experts that tokens are routed to."""
+"""What a router reads: embedding rows of tokens, the experts that they are routed to, or pixels."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import adaptive_avg_pool2d, one_hot
 
 from moqa.calibration.hidden import HiddenStates
 from moqa.errors import MoqaError
-from moqa.mixture.router import LONGEST, Reads
+from moqa.mixture.router import LONGEST, SIDE, Reads
 from moqa.models.experts import ExpertRun, observed
 from moqa.models.layerwise import LayerwiseModel
 from moqa.runtime.packed import PackedExperts, unpacked
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def read(model: "PreTrainedModel", ids: Tensor, what: Reads) -> Tensor:
-    """[texts, tokens, features] what a router reads of each token, float32.
+def read(model: "PreTrainedModel", inputs: Tensor, what: Reads) -> Tensor:
+    """[texts, tokens, features] what a router reads of each token, or [images, 1, channels, 32, 32] of images, float32.
 
     >>> read(model, torch.tensor([[599, 3523, 298]]), "routing").shape  # 6 layers of 16 experts
     torch.Size([1, 3, 96])
@@ -31,16 +32,32 @@ def read(model: "PreTrainedModel", ids: Tensor, what: Reads) -> Tensor:
 
     Args:
         model: a checkpoint.
-        ids: [texts, tokens] int64.
-        what: of each token.
+        inputs: [texts, tokens] int64, or [images, channels, height, width] pixels.
+        what: of them.
 
     Raises:
         MoqaError: if the routing is asked for, and the model has no routed experts.
     """
-    return _rows(model, ids) if what == "rows" else _routing(model, ids)
+    if what == "pixels":
+        return adaptive_avg_pool2d(inputs.float(), SIDE)[:, None]
+    return _rows(model, inputs) if what == "rows" else _routing(model, inputs)
 
 
-def prompt_end(ids: "list[int] | Tensor") -> Tensor:
+def seen_of(sample: "Sequence[int] | Tensor", what: Reads) -> Tensor:
+    """[1, ...] the part of one prompt, or image, that a router reads.
+
+    Raises:
+        MoqaError: if a prompt has no token, or pixels are not those of one image.
+    """
+    if what != "pixels":
+        return prompt_end(sample)
+    if not isinstance(sample, Tensor) or sample.dim() != 3:
+        shape = list(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
+        raise MoqaError(f"the mixture was given {shape}", "its router reads [channels, height, width] pixels")
+    return sample[None]
+
+
+def prompt_end(ids: "Sequence[int] | Tensor") -> Tensor:
     """[1, tokens] the end of a prompt, which is what routers read.
 
     >>> prompt_end([599, 3523]).shape

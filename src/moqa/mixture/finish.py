@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moqa import __version__
-from moqa.data import Distribution, Windows
+from moqa.data import Source
 from moqa.format.manifest import Fitted
 from moqa.format.reader import open_checkpoint
 from moqa.format.writer import stored_file
@@ -28,6 +28,7 @@ from moqa.mixture.router import ROUTERS, stored
 from moqa.mixture.train import RouterSamples, TrainedRouter, train
 from moqa.progress import Report
 from moqa.runtime.load import load_packed
+from moqa.tasks import Samples
 
 CHECK_EVERY = 4
 
@@ -40,7 +41,7 @@ class MeasuredVariants:
         folder: of the mixture, still being written.
         of: variant -> name of its checkpoint; itself if it is one. The first one is a checkpoint.
         windows: of the router.
-        texts: that they were cut from.
+        sources: that they were cut from.
         losses: on the windows.
         shared: bytes that are stored once instead of several times.
         model: the original, as it is recorded.
@@ -48,8 +49,8 @@ class MeasuredVariants:
 
     folder: Path
     of: Mapping[str, str]
-    windows: Sequence[Windows]
-    texts: Sequence[Distribution]
+    windows: Sequence[Samples]
+    sources: Sequence[Source]
     losses: Losses
     shared: int
     model: str
@@ -85,7 +86,7 @@ class MeasuredVariants:
         record = MixtureRecord(
             moqa=__version__, model=self.model, model_type=manifest.model_type, fingerprint=manifest.fingerprint,
             seed=seed, default=default, variants=self._variants(means, sizes, beaten),
-            router=self._router(trained, kind, labels, choices, samples.features.shape[-1]),
+            router=self._router(trained, kind, labels, choices, samples.features.shape),
             account=self._account(sizes),
         )  # fmt: skip
         write_mixture(record, self.folder)
@@ -103,14 +104,14 @@ class MeasuredVariants:
         }  # fmt: skip
 
     def _router(
-        self, trained: TrainedRouter, kind: str, labels: str, choices: tuple[str, ...], features: int
+        self, trained: TrainedRouter, kind: str, labels: str, choices: tuple[str, ...], shape: torch.Size
     ) -> RouterRecord:
         fitted = {
-            text.name: Fitted.of(text.digest, cut.hashes) for text, cut in zip(self.texts, self.windows, strict=True)
+            one.name: Fitted.of(one.digest, cut.hashes) for one, cut in zip(self.sources, self.windows, strict=True)
         }
         return RouterRecord(
-            kind=kind, base=next(iter(self.of)), features=features, choices=choices, threshold=trained.threshold,
-            labels=labels, context=self.windows[0].inputs.shape[1], fitted=fitted,
+            kind=kind, base=next(iter(self.of)), features=shape[2], choices=choices, threshold=trained.threshold,
+            labels=labels, context=shape[1], fitted=fitted,
             windows={cut.name: len(cut.inputs) for cut in self.windows},
             usage={name: round(share, 6) for name, share in zip(choices, trained.usage, strict=True)},
             loss=_rounded(trained.loss), single=_rounded(trained.single), oracle=_rounded(trained.oracle),

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from moqa.errors import MoqaError
 from moqa.format.adjustment import read_adjustment
 from moqa.format.reader import open_checkpoint
 from moqa.generation import load_any as load_one
 from moqa.memory.mapped import drop
-from moqa.mixture.features import prompt_end, read
+from moqa.mixture.features import read, seen_of
 from moqa.mixture.merged import is_merged, load_merged
 from moqa.mixture.record import ROUTER, MixtureRecord, check_router, is_mixture, read_mixture
 from moqa.mixture.route import RoutedPrompt
@@ -24,7 +25,7 @@ from moqa.registry import check_known
 from moqa.runtime.growing import round_cache
 from moqa.runtime.load import load as load_checkpoint
 from moqa.runtime.load import load_packed
-from moqa.tasks import task_of
+from moqa.tasks import check_language_model, task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,23 +82,28 @@ class Mixture:
         """Names of all variants, also those that the router does not choose."""
         return list(self.record.variants)
 
-    def choose(self, ids: Sequence[int]) -> RoutedPrompt:
-        """The variant for a prompt, from its tokens alone.
+    def choose(self, sample: Sequence[int] | Tensor) -> RoutedPrompt:
+        """The variant for a prompt, from its tokens alone, or for an image.
+
+        >>> pixels = processor(images=image, return_tensors="pt")["pixel_values"]  # doctest: +SKIP
+        >>> route = model.mixture.choose(pixels[0])  # doctest: +SKIP
+        >>> model.mixture.use(route.variant)(pixels).logits.shape  # doctest: +SKIP
+        torch.Size([1, 10])
 
         Args:
-            ids: tokens of the prompt; of more than 128, the last ones count.
+            sample: tokens of the prompt; of more than 128, the last ones count. Or [channels, height, width] pixels.
 
         Raises:
-            MoqaError: if there is no token.
+            MoqaError: if there is no token, or it is no image.
         """
         router, record = self._router, self.record.router
-        damage = self.damage(record.base)
+        what = router.reads
+        damage = None if what == "pixels" else self.damage(record.base)
         if damage is not None and not damage.is_mapped:
             return RoutedPrompt(self.record.default, problem=f"the router reads {record.base}, which {damage.what}")
-        what = router.reads
         base = self.model_of(record.base) if what == "routing" else self._models[record.base]
         with torch.inference_mode():
-            shares = router.after(read(base, prompt_end(list(ids)), what))[0].softmax(-1)
+            shares = router.after(read(base, seen_of(sample, what), what))[0].softmax(-1)
         confidence, index = (float(shares.max()), int(shares.argmax()))
         likeliest = record.choices[index]
         variant = likeliest if confidence >= record.threshold else self.record.default
@@ -216,6 +222,7 @@ def load_any(
         if given is not None:
             raise MoqaError(f"{model} is a mixture", f"{what} such as {given} needs a checkpoint")
     loaded, tokenizer = load(model)
+    check_language_model(loaded.config, model)
     mixture: Any = loaded.mixture
     for one in mixture.models:
         round_cache(one, kv_bits)

@@ -7,7 +7,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moqa.data import Windows
 from moqa.evaluation.measure import Reference
 from moqa.format import adjustment as adjustments
 from moqa.format.adjustment import read_adjustment
@@ -16,6 +15,7 @@ from moqa.mixture.measure import TokenLosses, token_losses
 from moqa.models.view import ModelView
 from moqa.progress import Report
 from moqa.runtime.load import load_packed
+from moqa.tasks import Samples
 
 Losses = dict[str, dict[str, TokenLosses]]  # variant -> distribution -> losses
 
@@ -33,7 +33,7 @@ class LossStore:
         windows: of each distribution.
     """
 
-    def __init__(self, folder: Path, windows: Sequence[Windows]) -> None:
+    def __init__(self, folder: Path, windows: Sequence[Samples]) -> None:
         self._folder, self._windows = folder, list(windows)
         digest = hashlib.sha256()
         for cut in windows:

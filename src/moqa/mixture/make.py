@@ -54,7 +54,7 @@ class MadeFrom:
         if spec.plan is not None:
             return read_plan(Path(spec.plan))
         assert self.profile is not None
-        more = {name: value for name in ("widths", "encodings") if (value := getattr(spec, name)) is not None}
+        more = {name: value for name in ("widths", "encodings", "groups") if (value := getattr(spec, name)) is not None}
         return plan(
             self.profile, spec.budget or self.budget, strategy=spec.strategy, known=spec.known, hedge=spec.hedge, **more
         )
@@ -178,8 +178,9 @@ def _check_same_reader(name: str, packed: Checkpoint, folder: Path, specs: Specs
     first = read_checkpoint(folder / next(n for n in specs if of_checkpoint(n, specs) == n))
     ours, theirs = (one.manifest.companions or {} for one in (packed, first))
     for file in sorted(ours.keys() | theirs.keys()):
-        if file.startswith("tokenizer") and ours.get(file) != theirs.get(file):
-            raise MoqaError(f"variant {name} has another tokenizer", f"its {file} is not that of {first.folder.name}")
+        if file.startswith(("tokenizer", "preprocessor")) and ours.get(file) != theirs.get(file):
+            what = "tokenizer" if file.startswith("tokenizer") else "image processor"
+            raise MoqaError(f"variant {name} has another {what}", f"its {file} is not that of {first.folder.name}")
     if packed.manifest.kept != first.manifest.kept:
         raise MoqaError(
             f"variant {name} keeps other tensors than {first.folder.name}", "they are no variants of one model"

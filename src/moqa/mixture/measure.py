@@ -1,4 +1,4 @@
-"""How well each variant continues each text: its loss at every token, from one pass over the samples."""
+"""How well each variant answers: its loss at every token, or of every image, from one pass over the samples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from moqa.calibration.hidden import HiddenStates
-from moqa.data import Windows
 from moqa.evaluation.measure import Reference, final_hidden
 from moqa.models.layerwise import LayerwiseModel
 from moqa.progress import Report
+from moqa.tasks import Samples
 
 LOSSES = ("divergence", "likelihood")
 
@@ -20,9 +20,10 @@ class TokenLosses:
     """The losses of one model at every predicted token of one distribution's windows.
 
     Attributes:
-        divergence: [windows, context - 1] KL(original || model), nats, float32.
-        likelihood: [windows, context - 1] negative log-likelihood of the text's own token, nats, float32.
-        right: [windows, context - 1] whether the likeliest token is the original's, bool.
+        divergence: [windows, context - 1] KL(original || model), nats, float32; [images, 1] of images, as the others.
+        likelihood: [windows, context - 1] negative log-likelihood of the text's own token or the image's own class,
+            nats, float32.
+        right: [windows, context - 1] whether the likeliest token, or class, is the original's, bool.
     """
 
     divergence: Tensor
@@ -40,7 +41,7 @@ class TokenLosses:
 
 
 def token_losses(
-    model: torch.nn.Module, windows: Sequence[Windows], reference: Reference, report: Report
+    model: torch.nn.Module, windows: Sequence[Samples], reference: Reference, report: Report
 ) -> dict[str, TokenLosses]:
     """Losses of a model on every distribution.
 
@@ -61,7 +62,7 @@ def token_losses(
 
 @torch.no_grad()
 def compared(
-    window: Windows, models: Mapping[str, tuple[LayerwiseModel, HiddenStates]], reference: Reference,
+    window: Samples, models: Mapping[str, tuple[LayerwiseModel, HiddenStates]], reference: Reference,
     means: Mapping[str, Sequence[str]] = {},
 ) -> dict[str, TokenLosses]:  # fmt: skip
     """Losses at every token of one distribution, from outputs of last blocks.

@@ -31,13 +31,13 @@ class VariantRecord(BaseModel, frozen=True):
 class RouterRecord(BaseModel, frozen=True):
     """The router of a mixture."""
 
-    kind: str = Field(description="encoder, linear or histogram")
+    kind: str = Field(description="encoder, linear or histogram; se-resnet of images")
     base: str = Field(description="checkpoint whose embedding, or whose routing, it reads")
-    features: int = Field(ge=1, le=2**20, description="numbers that it reads of each token")
+    features: int = Field(ge=1, le=2**20, description="numbers that it reads of each token; of images, channels")
     choices: tuple[str, ...] = Field(min_length=1, max_length=1024, description="variants, in the order of its outputs")
     threshold: float = Field(ge=0, description="of its confidence; below it, the default variant is used")
     labels: str = Field(description="loss that it was trained by: divergence or likelihood")
-    context: int = Field(description="tokens of a window")
+    context: int = Field(description="tokens of a window; 1: images")
     windows: dict[str, int] = Field(description="by distribution: windows that it was trained on or checked with")
     usage: dict[str, float] = Field(description="share of the prompts of held-out windows that each choice gets")
     loss: float = Field(description="of what it chooses, on held-out windows")
@@ -45,6 +45,11 @@ class RouterRecord(BaseModel, frozen=True):
     oracle: float = Field(description="of the best variant of each prompt")
     fitted: dict[str, Fitted] = Field(description="texts that it was trained on or checked with")
     file: StoredFile
+
+    @property
+    def losses(self) -> str:
+        """What its labels are losses of, in words."""
+        return f"{self.labels} of {'continuations' if self.context > 1 else 'images'}"
 
 
 class MixtureAccount(BaseModel, frozen=True):

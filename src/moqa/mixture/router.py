@@ -1,4 +1,4 @@
-"""Routers: from what the model reads of a prompt to the variant that continues it best."""
+"""Routers: from a prompt, or an image, to the variant that answers it best."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -9,20 +9,24 @@ from torch import Tensor, nn
 
 from moqa.errors import MoqaError
 from moqa.registry import Registry
+from moqa.tasks import Task
 
-# what a router reads of each token: its row of the model's embedding, or the experts that it is routed to
-Reads = Literal["rows", "routing"]
+# what a router reads: of each token its row of the model's embedding, or the experts that it is routed to; or an image
+Reads = Literal["rows", "routing", "pixels"]
 LONGEST = 128  # tokens: of a longer prompt, its end
+SIDE = 32  # pixels: an image of any other size is averaged, or spread, over so many
 
 
 class Router(nn.Module, ABC):
     """A router, for a number of variants. It is causal: what it says after a token depends on no later one.
 
+    For a router an image is a text of one token, whose features are [channels, 32, 32] pixels.
+
     >>> ROUTERS.find("linear")(features=256, variants=5)(torch.randn(2, 40, 256)).shape
     torch.Size([2, 40, 5])
 
     Attributes:
-        reads: what it reads of each token.
+        reads: what it reads.
         rate: learning rate.
     """
 
@@ -56,9 +60,28 @@ class Router(nn.Module, ABC):
 
 ROUTERS: Registry[type[Router]] = Registry("--router", {
     "encoder": "moqa.mixture.encoder", "linear": "moqa.mixture.pooled", "histogram": "moqa.mixture.pooled",
+    "se-resnet": "moqa.mixture.se_resnet",
 })  # fmt: skip
-# as good as the encoder on the reference model, in a fourteenth of its bytes and time (docs/results/mixture.md)
-DEFAULT_ROUTER = "linear"
+# task -> routers of its models, the default one first: on the reference model it is as good as the encoder, in a
+# fourteenth of its bytes and time (docs/results/mixture.md)
+ROUTERS_OF = {"causal_lm": ("linear", "encoder", "histogram"), "image_classification": ("se-resnet",)}
+
+
+def router_of(task: Task, asked: str | None) -> str:
+    """The router of a model: the one that was asked for, or the default one of its task.
+
+    >>> router_of(find_task("image_classification"), None)
+    'se-resnet'
+
+    Raises:
+        MoqaError: if it is unknown, or for other models.
+    """
+    if asked is not None:
+        ROUTERS.find(asked)
+    fitting = ROUTERS_OF[task.name]
+    if asked not in (None, *fitting):
+        raise MoqaError(f"--router {asked} does not read what {task.kind}s read", f"give {' or '.join(fitting)}")
+    return asked or fitting[0]
 
 
 def causal_mean(features: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ class RouterSamples:
     """What a router learns from.
 
     Attributes:
-        features: [windows, context, features] of each token.
-        loss: [variants, windows, context - 1] loss after prompts of 1, 2, ... tokens.
+        features: [windows, context, features] of each token; [images, 1, channels, 32, 32] of images.
+        loss: [variants, windows, context - 1] loss after prompts of 1, 2, ... tokens; [variants, images, 1] of images.
         cuts: of these, the lengths of prompts that count, as positions in `loss`.
     """
 
@@ -35,9 +35,10 @@ class RouterSamples:
 
     @classmethod
     def of(cls, features: Tensor, token_loss: Tensor) -> "RouterSamples":
-        """From [variants, windows, context - 1] losses of each token."""
+        """From [variants, windows, context - 1] losses of each token, or [variants, images, 1] of images."""
         tokens = token_loss.shape[-1]
-        cuts = slice(min(MIN_PROMPT, tokens // 2) - 1, max(tokens - MIN_CONTINUATION, tokens // 2))
+        half = max(tokens // 2, 1)
+        cuts = slice(min(MIN_PROMPT, half) - 1, max(tokens - MIN_CONTINUATION, half))
         return cls(features, continuation(token_loss), cuts)
 
     def some(self, windows: Tensor) -> "RouterSamples":
@@ -94,7 +95,7 @@ def train(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        router = ROUTERS.find(kind)(samples.features.shape[-1], len(samples.loss))
+        router = ROUTERS.find(kind)(samples.features.shape[2], len(samples.loss))
         router.see(samples.features)
         targets, weights = soft_targets(samples.at_cuts)
         steps = _EPOCHS * -(-len(targets) // _BATCH)
@@ -137,7 +138,7 @@ def soft_targets(loss: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def probabilities(router: Router, samples: RouterSamples) -> Tensor:
     """[windows, cuts, variants] what a router says at the cuts."""
-    parts = [router(part)[:, :-1][:, samples.cuts].softmax(-1) for part in samples.features.split(_BATCH)]
+    parts = [router(part)[:, samples.cuts].softmax(-1) for part in samples.features.split(_BATCH)]
     return torch.cat(parts)
 
 

@@ -17,6 +17,7 @@ from moqa.planning.budget import Budget, parse_share
 from moqa.planning.registry import DEFAULT_STRATEGY, STRATEGIES
 from moqa.registry import check_known
 from moqa.storage.files import read_text
+from moqa.tasks import Task
 
 AUTO = "auto"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -31,6 +32,7 @@ class CheckpointVariant(BaseModel, frozen=True, extra="forbid"):
     strategy: str = Field(DEFAULT_STRATEGY, description="of its plan")
     widths: tuple[int, ...] | None = Field(None, min_length=1, description="candidate widths")
     encodings: tuple[str, ...] | None = Field(None, min_length=1, description="candidate encodings")
+    groups: tuple[int, ...] | None = Field(None, min_length=1, description="candidate group sizes")
     hedge: float | None = Field(None, description="share of the model's own text in the objective")
     plan: str | None = Field(None, description="a plan file, in place of all above but the method")
 
@@ -97,15 +99,17 @@ def proposed(names: Sequence[str]) -> dict[str, Spec]:
     return base | {name if name != "base" else "base-text": AdjustmentVariant(adjustment=name) for name in names}
 
 
-def check_variants(specs: Specs, names: Sequence[str], budget: str | None) -> None:
+def check_variants(specs: Specs, names: Sequence[str], budget: str | None, task: Task) -> None:
     """Refuse variants that cannot be made, before anything is.
 
-    >>> check_variants({"base": CheckpointVariant(), "b": AdjustmentVariant(adjustment="wiki")}, ["wiki"], "3bpw")
+    >>> specs = {"base": CheckpointVariant(), "b": AdjustmentVariant(adjustment="wiki")}
+    >>> check_variants(specs, ["wiki"], "3bpw", find_task("causal_lm"))
 
     Args:
         specs: the variants.
         names: distributions that there are.
         budget: of checkpoints that have none of their own.
+        task: of the model.
 
     Raises:
         MoqaError: naming the first variant that is wrong.
@@ -128,6 +132,10 @@ def check_variants(specs: Specs, names: Sequence[str], budget: str | None) -> No
             elif spec.plan is None and STRATEGIES[spec.strategy].needs_budget:
                 raise MoqaError(f"{where} has no budget", "give it one, or --budget for all")
         elif isinstance(spec, AdjustmentVariant):
+            if not task.writes_samples:
+                raise MoqaError(
+                    f"{where} is an adjustment, which no {task.kind} has", "name checkpoints with --variants"
+                )
             check_known(f"{where}: adjustment", spec.adjustment, names)
             check_known(f"{where}: mode", spec.mode, MODES)
             parse_share(spec.bytes)

@@ -6,9 +6,9 @@ from moqa.reports.gather import Artifacts
 from moqa.storage.paths import label
 
 READING = (
-    "A mixture answers each prompt with one of several variants of a model; a small router chooses it from the prompt "
-    "alone. Losses are means over continuations that were held out from the router's training; the best choice knows "
-    "them, and no router can do better."
+    "A mixture answers each prompt, or image, with one of several variants of a model; a small router chooses it from "
+    "that alone. Losses are means over continuations, or images, that were held out from the router's training; the "
+    "best choice knows them, and no router can do better."
 )
 
 
@@ -43,7 +43,7 @@ def _variants(name: str, record: MixtureRecord) -> Table:
         for variant, of in record.variants.items()
     )  # fmt: skip
     return Table(
-        f"{name}: {record.router.labels} of continuations",
+        f"{name}: {record.router.losses}",
         ("variant", "is a", "bytes", *texts, "used"),
         rows,
         words=(0, 1),
@@ -57,7 +57,7 @@ def _router(name: str, record: MixtureRecord) -> Table:
         ("router", f"{router.kind}, {account.router:,} bytes"),
         ("best single variant", f"{record.default}: {number(router.single, 5)}"),
         ("router's choice", number(router.loss, 5)),
-        ("best choice of each prompt", number(router.oracle, 5)),
+        ("best choice of each", number(router.oracle, 5)),
         ("share of that gain", percent((router.single - router.loss) / gain) if gain > 0 else "-"),
         ("bytes in all", f"{account.total:,}, {account.shared:,} of them stored once for several variants"),
         ("bytes resident", f"{account.resident:,}"),
