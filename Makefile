@@ -186,6 +186,7 @@ adjust-study: setup
 
 # variants of one model and routers that choose among them
 mixture-study: setup
+	test -f runs/cifar10/test.safetensors || $(BIN)/python recipes/cifar10.py -o runs/cifar10
 	$(BIN)/python benchmarks/mixture_study.py
 
 # methods of five related papers on the reference model, three seeds; or SEEDS=0
