@@ -39,9 +39,9 @@ MODEL, TEST, CIFAR = (
 )
 FILES, SPENT_ON_IMAGES = RUNS / "images", RUNS / "latency-images.json"
 KNOWN, NOVEL = ("clean", "noise"), ("blur", "dark")
-EACH, SAMPLES, TESTED = 4500, 900, 500  # images of a known kind, of them for the router; of each kind held out
+EACH, SAMPLES, TESTED = 3000, 600, 500  # images of a known kind, of them for the router; of each kind held out
 GROUP = 256  # weights that share a scale, as far as a method fits one to each group
-STEPS, BATCH = 100, 64
+STEPS, BATCH = 100, 32
 PERCENTILE = 0.001
 
 

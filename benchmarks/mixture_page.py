@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from demo import KNOWN, NOVEL, ROOT
+from mixture_texts import ENDING, IMAGES, PLANES, TEXT, WHOLE
 
 PAGE = ROOT / "docs" / "results" / "mixture.md"
 SUMMARY = ROOT / "runs" / "mixture" / "summary.json"
@@ -283,6 +284,25 @@ def planes(rows: Sequence[Row]) -> str:
     return table(["checkpoint", "mean KL", "x that of the width alone", "bytes saved of both"], lines)
 
 
+def ceilings(rows: Sequence[Row]) -> str:
+    """Where there is little to choose: how far below the best single variant the best choice and the ensemble are."""
+    found = []
+    for bits in all_bits(rows):
+        for role in ("known", "novel"):
+            some = pick(rows, bits=bits, variants=5, role=role)
+            single = pick(some, kind="best-single")
+            best, together = (mean(pick(some, kind=kind)) / mean(single) - 1 for kind in ("oracle", "ensemble"))
+            names = " or ".join(dict.fromkeys(row["name"] for row in single))
+            found.append([f"{bits:g} bits, {role}", names, f"{best:+.0%}", f"{together:+.0%}"])
+    heads = [
+        "five checkpoints",
+        "best single",
+        "best choice of each input",
+        "mean of their logits, five times the work",
+    ]
+    return table(heads, found)
+
+
 def images(rows: Sequence[Row]) -> str:
     """The section on images, and its picture."""
     sets = [(b, role, pick(rows, bits=b, variants=5, role=role)) for b in all_bits(rows) for role in ("known", "novel")]
@@ -290,6 +310,7 @@ def images(rows: Sequence[Row]) -> str:
     PAGE.with_name("mixture-images.svg").write_text(bars(groups, "se-resnet"))
     tables = [f"{b:g} bits, {role} images:\n\n{ways(some)}\n{usage(some, 'se-resnet')}" for b, role, some in sets]
     return IMAGES.format(
+        ceilings=ceilings(rows),
         known=counts(rows, "known", "se-resnet"), novel=counts(rows, "novel", "se-resnet"), tables="\n".join(tables),
         bytes=f"{pick(rows, kind='router')[0]['router_bytes']:,}",
     )  # fmt: skip
@@ -328,7 +349,14 @@ def write_page(summary: dict[str, Any]) -> None:
             f"{b:g} bits, 5 variants, {role} texts:\n\n{ways(pick(whole, bits=b, variants=5, role=role))}"
             for b in bits for role in ("known", "novel")
         ]  # fmt: skip
-        parts.append(WHOLE.format(known=counts(whole, "known"), novel=counts(whole, "novel"), tables="\n".join(tables)))
+        parts.append(
+            WHOLE.format(
+                ceilings=ceilings(whole),
+                known=counts(whole, "known"),
+                novel=counts(whole, "novel"),
+                tables="\n".join(tables),
+            )
+        )
     seen = of_images(rows)
     if seen:
         parts.append(images(seen))
@@ -404,74 +432,6 @@ def relative(rows: Sequence[Row]) -> list[Row]:
     """Losses relative to the mean of the best single variant."""
     single = mean(pick(rows, kind="best-single"))
     return [row | {key: row[key] / single for key in ("kl_divergence", "interval")} for row in rows]
-
-
-TEXT = """# Mixtures
-
-Command: `make mixture-study` (`benchmarks/mixture_study.py`; rows in `runs/mixture/summary.json`). Reference model. Of
-each window of 256 held-out tokens the router sees the first 64 and the rest is scored; 24 windows per text. KL
-divergence from the original in nats per token, ± half of a 95 % interval over windows; differences are paired by
-window. Variants are fitted on four fifths of the calibration texts, routers on windows of the last fifth, a quarter of
-them held out, and everything is measured on the test texts. How it works: [methods/mixture.md](../methods/mixture.md).
-
-{claims}
-
-## Adjustments of one base
-The base is fitted on wiki and novels by the default plan; an adjustment of 1.46 % of its bytes, from 192 windows, is
-made for each of the other four. `always-right` knows each text's adjustment, `oracle`
-knows the losses of each prompt. The picture is of 2.5 bits.
-
-![Mean KL by number of variants](mixture-adjustments.svg)
-
-{tables}
-With the first 2 to 5 variants (base, python, math, german, french):
-
-{counts}
-{novel}"""
-WHOLE = """## Whole checkpoints
-Five checkpoints of equal bytes: by gptq on wiki, python and german together (`all`), on each alone, and by rtn, which
-sees no text. Known are these three texts, novel are novels, math and french. Bars are relative to the best single
-variant.
-
-![Known texts](mixture-known.svg)
-
-![Novel texts](mixture-novel.svg)
-
-Known texts:
-
-{known}
-Novel texts:
-
-{novel}
-{tables}"""
-IMAGES = """## Images
-The reference's ResNet on CIFAR-10; 500 held-out images of each kind. Five checkpoints of equal bytes, all with a scale
-per 256 weights: rounded between the ends of each tensor, of each channel, and of each channel without .1 % at either
-end (weights that share an end have equal scales); by gptq; and trained with its rounding for 100 steps (`moqa.qat`) to
-answer as the original. Known are plain and noisy images: of 3,600 of each the training draws and gptq reads 256, 900 of
-each are for the router. Novel are blurred and dark ones. The router is an SE-ResNet of {bytes} bytes that sees the
-image alone. Bars are relative to the best single variant, which is the best on the images that are scored.
-
-![Images](mixture-images.svg)
-
-Known images:
-
-{known}
-Novel images:
-
-{novel}
-{tables}"""
-PLANES = """## Shared planes
-Checkpoints of one width by gptq on wiki, python and german, measured on all six texts. A narrower one can be the upper
-planes of a wider one (its scales and zero-points follow, no integer is stored twice), or the wider one can be built on
-the planes of the narrower one. Why mixtures do neither: [decisions](../decisions.md).
-
-{table}"""
-ENDING = """## The paper's claims
-MoQE (arXiv 2508.09204) routes per token, by a router that sees the token to predict (its released code has no causal
-mask), with up to three experts for each token. Here a prompt gets one variant, from its own tokens alone.
-
-"""
 
 
 if __name__ == "__main__":
