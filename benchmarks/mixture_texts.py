@@ -45,9 +45,10 @@ IMAGES = """## Images
 The reference's ResNet on CIFAR-10; 500 held-out images of each kind. Five checkpoints of equal bytes, all with a scale
 per 256 weights: rounded between the ends of each tensor, of each channel, and of each channel without .1 % at either
 end (weights that share an end have equal scales); by gptq; and trained with its rounding for 100 steps of 32 images
-(`moqa.qat`) to answer as the original. Known are plain and noisy images: the training draws from 2,400 of each, of which
-gptq reads 256, and 600 others of each are for the router. Novel are blurred and dark ones. The router is an SE-ResNet of
-{bytes} bytes that sees the image alone. Bars are relative to the best single variant, which is the best on the images that are scored.
+(`moqa.qat`) to answer as the original. Known are plain and noisy images: the training draws from 2,400 of each, of
+which gptq reads 256, and 600 others of each are for the router. Novel are blurred and dark ones. The router is an
+SE-ResNet of {bytes} bytes that sees the image alone. Bars are relative to the best single variant, which is the best on
+the images that are scored.
 
 ![Images](mixture-images.svg)
 
