@@ -149,7 +149,7 @@ def bars(groups: Sequence[tuple[str, Sequence[Row]]], router: str) -> str:
             place += 15
         parts.append(f'<text x="{(begin + place) / 2}" y="{height + 16}" text-anchor="middle">{title}</text>')
         place += width - 60
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(kind for kind in KINDS if any(pick(rows, kind=kind) for _, rows in groups)):
         x, y = left + 130 * (number % 4), height + 36 + 16 * (number // 4)
         parts.append(f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{COLOURS[kind]}"/>')
         parts.append(f'<text x="{x + 14}" y="{y}">{kind}</text>')
@@ -175,10 +175,11 @@ def claims(summary: dict[str, Any]) -> list[str]:
     rows, found = summary["rows"], list[str]()
     for bits in all_bits(adjustments(rows)):
         found += _claims_of_adjustments(all_of(adjustments(rows), bits), bits)
-    for what, whole, name in (("texts", checkpoints(rows), "linear"), ("images", of_images(rows), "se-resnet")):
+    for what, whole in (("texts", checkpoints(rows)), ("images", of_images(rows))):
         for bits in all_bits(whole):
             for role in ("known", "novel"):
-                found.append(_claim_of_checkpoints(pick(whole, bits=bits, variants=5, role=role), what, name))
+                some = pick(whole, bits=bits, variants=5, role=role)
+                found += [_claim_of_checkpoints(some, what, name) for name in routers(some)]
     for length, times in summary["latency"].items():
         if "se-resnet" in times:
             spent = times["se-resnet"] / times["answer"]
@@ -200,8 +201,8 @@ def _claim_of_checkpoints(rows: Sequence[Row], what: str, name: str) -> str:
     part = share(rows, name)
     gained = "-" if part is None else f"{part:.0%}"
     text = (
-        f"5 checkpoints of {rows[0]['bits']:g} bits, {rows[0]['role']} {what}: {gained} of (oracle - best single); "
-        f"router against best single {change(gap, around, mean(single))}"
+        f"5 checkpoints of {rows[0]['bits']:g} bits, {rows[0]['role']} {what}, router {name}: {gained} of "
+        f"(oracle - best single); router against best single {change(gap, around, mean(single))}"
     )
     return line(f"{text}; wanted 50 % and no loss", gap <= around and (part or 0) >= 0.5)
 

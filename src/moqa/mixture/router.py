@@ -62,8 +62,8 @@ ROUTERS: Registry[type[Router]] = Registry("--router", {
     "encoder": "moqa.mixture.encoder", "linear": "moqa.mixture.pooled", "histogram": "moqa.mixture.pooled",
     "se-resnet": "moqa.mixture.se_resnet",
 })  # fmt: skip
-# task -> routers of its models, the default one first: on the reference model it is as good as the encoder, in a
-# fourteenth of its bytes and time (docs/results/mixture.md)
+# task -> routers of its models, the default one first: among adjustments of the reference model it is as good as the
+# encoder, in a fourteenth of its bytes and time (docs/results/mixture.md)
 ROUTERS_OF = {"causal_lm": ("linear", "encoder", "histogram"), "image_classification": ("se-resnet",)}
 
 
