@@ -23,6 +23,7 @@ Losses = dict[str, dict[str, TokenLosses]]  # variant -> distribution -> losses
 class LossStore:
     """A folder of losses, one file for each variant and set of windows, named by their content.
 
+    >>> from moqa.data import Windows
     >>> windows = Windows("wiki", tokens, text_bytes=120, hashes=np.zeros(0, np.uint64))
     >>> store = LossStore(Path("runs/mix.measured/losses"), [windows])
     >>> store.path("0" * 64).parent.name

@@ -70,6 +70,7 @@ ROUTERS_OF = {"causal_lm": ("linear", "encoder", "histogram"), "image_classifica
 def router_of(task: Task, asked: str | None) -> str:
     """The router of a model: the one that was asked for, or the default one of its task.
 
+    >>> from moqa.tasks import find_task
     >>> router_of(find_task("image_classification"), None)
     'se-resnet'
 

@@ -102,6 +102,7 @@ def proposed(names: Sequence[str]) -> dict[str, Spec]:
 def check_variants(specs: Specs, names: Sequence[str], budget: str | None, task: Task) -> None:
     """Refuse variants that cannot be made, before anything is.
 
+    >>> from moqa.tasks import find_task
     >>> specs = {"base": CheckpointVariant(), "b": AdjustmentVariant(adjustment="wiki")}
     >>> check_variants(specs, ["wiki"], "3bpw", find_task("causal_lm"))
 
