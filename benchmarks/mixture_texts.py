@@ -56,6 +56,11 @@ which gptq reads 256, and 600 others of each are for the router. Novel are blurr
 SE-ResNet of {bytes} bytes that sees the image alone. Bars are relative to the best single variant, which is the best on
 the images that are scored.
 
+At 4 bits gptq has about a fifth of the divergence of the next variant, and the router leaves every image to it: where
+another variant is better on one image, nothing in the image told so. `moqa mixture build` makes gptq the only choice.
+The mean of logits is worse than gptq alone, because its other members are. For one image a route takes more than the
+wanted share, for 32 less: the ResNet has 21 small convolutions to call, the router 9 smaller ones.
+
 ![Images](mixture-images.svg)
 
 How much there is to choose, against the best single variant:
