@@ -307,7 +307,8 @@ def ceilings(rows: Sequence[Row]) -> str:
 def images(rows: Sequence[Row]) -> str:
     """The section on images, and its picture."""
     sets = [(b, role, pick(rows, bits=b, variants=5, role=role)) for b in all_bits(rows) for role in ("known", "novel")]
-    groups = [(f"{b:g} bits, {role}", relative(some)) for b, role, some in sets]
+    # those of the fewest bits: at more, chance is so much worse that no other bar could be seen
+    groups = [(f"{b:g} bits, {role}", relative(some)) for b, role, some in sets if b == min(all_bits(rows))]
     PAGE.with_name("mixture-images.svg").write_text(bars(groups, "se-resnet"))
     tables = [f"{b:g} bits, {role} images:\n\n{ways(some)}\n{usage(some, 'se-resnet')}" for b, role, some in sets]
     return IMAGES.format(
@@ -426,6 +427,8 @@ def _better(rows: Sequence[Row], name: str, theirs: str) -> Iterator[list[str]]:
 
 
 def verdict(gap: float, around: float) -> str:
+    if not gap:
+        return "not confirmed, the same choice"
     return "undecided" if abs(gap) <= around else "confirmed" if gap < 0 else "not confirmed"
 
 

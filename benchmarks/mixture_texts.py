@@ -53,8 +53,8 @@ per 256 weights: rounded between the ends of each tensor, of each channel, and o
 end (weights that share an end have equal scales); by gptq; and trained with its rounding for 100 steps of 32 images
 (`moqa.qat`) to answer as the original. Known are plain and noisy images: the training draws from 2,400 of each, of
 which gptq reads 256, and 600 others of each are for the router. Novel are blurred and dark ones. The router is an
-SE-ResNet of {bytes} bytes that sees the image alone. Bars are relative to the best single variant, which is the best on
-the images that are scored.
+SE-ResNet of {bytes} bytes that sees the image alone. Bars are of 4 bits, relative to the best single variant, which is
+the best on the images that are scored.
 
 At 4 bits gptq has about a fifth of the divergence of the next variant, and the router leaves every image to it: where
 another variant is better on one image, nothing in the image told so. `moqa mixture build` makes gptq the only choice.
