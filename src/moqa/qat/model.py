@@ -13,7 +13,15 @@ from moqa.errors import MoqaError
 from moqa.format.scheme import Scheme
 from moqa.kernels import PackedMatrix, ProductKernels, find_kernels
 from moqa.models.adapt import adapt
-from moqa.models.experts import IMPLEMENTATION, PROJECTIONS, Experts, check_supported, is_experts, parameter_of
+from moqa.models.experts import (
+    IMPLEMENTATION,
+    PROJECTIONS,
+    Experts,
+    check_supported,
+    is_experts,
+    parameter_of,
+    register_experts,
+)  # fmt: skip
 from moqa.models.layout import is_convolution
 from moqa.qat.cache import rounded_cache
 from moqa.qat.inputs import KERNEL_BITS, Inputs
@@ -242,6 +250,7 @@ def prepare(
                 raise MoqaError(problem, "give a scheme to all of them, or to none")
             found |= _prepared_stack(experts, {name: (at, chosen[name]) for name, at in names.items()}, inputs)
     if stacks:
+        register_experts()
         for part in model.modules():
             if hasattr(part, "set_experts_implementation"):
                 cast(Any, part).set_experts_implementation(IMPLEMENTATION)
