@@ -59,9 +59,8 @@ def placement(rows: Sequence[Row]) -> str:
     """QuantMoE-Bench."""
     mine = of(rows, "quantmoe-bench")
     names = list(dict.fromkeys(row["strategy"] for row in mine))
-    # a budget counts when all strategies are measured there
-    every = {budget: {row["strategy"] for row in mine if row["budget"] == budget} for budget in BUDGETS}
-    budgets = [budget for budget, there in every.items() if there == set(names)]
+    # a budget counts when its last row is measured; a strategy may have no plan there
+    budgets = [budget for budget in BUDGETS if one(mine, f"budget, all encodings at {budget:g}")]
     lines, verdicts, parts = [], [], []
     for budget in budgets:
         at = {name: row for name in names if (row := one(mine, f"{name} at {budget:g}"))}
@@ -73,7 +72,9 @@ def placement(rows: Sequence[Row]) -> str:
             ]
             for name, row in sorted(at.items(), key=lambda pair: pair[1]["kl_known"] + pair[1]["kl_novel"])
         ]  # fmt: skip
-        parts.append(f"## {budget:g} bits\n{table(['strategy', 'bits/weight', 'known KL', 'novel KL'], lines)}\n")
+        none = "".join(f"`{name}` has no plan of so few bits.\n" for name in names if name not in at)
+        shown = table(["strategy", "bits/weight", "known KL", "novel KL"], lines)
+        parts.append(f"## {budget:g} bits\n{shown}\n\n{none}")
         for role in ("known", "novel"):
             best = min(alike, key=lambda name: (alike[name][f"kl_{role}"], name != "auto"))
             found = at["auto"][f"kl_{role}"]
