@@ -23,11 +23,9 @@ from moqa.models.experts import (
     register_experts,
 )  # fmt: skip
 from moqa.models.layout import is_convolution
-from moqa.qat.cache import rounded_cache
 from moqa.qat.inputs import KERNEL_BITS, Inputs
 from moqa.qat.stacks import DOWN, GATE_UP, RoundedInputs, RoundingExperts, RoundingWeights, StackGrid, owner_of
 from moqa.qat.weights import WeightGrid
-from moqa.runtime.growing import round_cache
 from moqa.runtime.packed import PackedExperts, packed_like
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -147,6 +145,8 @@ class FakeQuantized:
             if part.expert is not None and hasattr(part.owner, part.parameter):
                 delattr(part.owner, part.parameter)
         if self._cache_bits is not None:
+            from moqa.runtime.growing import round_cache
+
             round_cache(cast(Any, self.model), self._cache_bits)
         return self.model
 
@@ -231,6 +231,8 @@ def prepare(
         raise MoqaError(what, "weights are those of linear layers, convolutions, embeddings and experts")
     found, hooks = dict[str, _Part](), list[RemovableHandle]()
     if cache_bits is not None:
+        from moqa.qat.cache import rounded_cache  # late: only language models have a cache, and need transformers
+
         hooks += rounded_cache(cast(Any, model), cache_bits)
     stacks = dict[nn.Module, dict[str, tuple[int, str]]]()
     for name, place in places:
