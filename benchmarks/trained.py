@@ -178,8 +178,9 @@ def write_page() -> None:
 
 def _lower(bits: float, change: Sequence[float]) -> list[str]:
     """Claims of how much lower training makes divergences."""
+    what = f"default plan of {bits:.2f} bits"
     return [
-        claim(-found >= most, f"default plan of {bits:.2f} bits: {kind} KL lower by {round(-found, 2) + 0.0:.0%}; wanted {most:.0%}")
+        claim(-found >= most, f"{what}: {kind} KL lower by {round(-found, 2) + 0.0:.0%}; wanted {most:.0%}")
         for kind, found, most in zip(("known", "novel"), change, WANTED[bits > LOW_BITS], strict=True)
     ]
 
@@ -222,7 +223,8 @@ Made by `make trained-study` (`benchmarks/trained.py`) on the reference model. [
 trains what a checkpoint stores beside integers and codes, for {steps} steps of 8 windows, on the {samples} windows of
 wiki, of novels and of the model's own text that the profile holds; known is held-out text of wiki and novels, novel is
 python, math, german and french. Every pair has the same plan and the same bytes. KL divergence from the original in
-nats; minutes on one core, of a machine that did other things, too. Where held-out samples gain nothing, nothing is kept.
+nats; minutes on one core, of a machine that did other things, too. Where held-out samples gain nothing, nothing is
+kept.
 
 | plan | bits per weight | seeds | known / novel KL | trained | change | minutes |
 |---|---:|---:|---|---|---|---:|
