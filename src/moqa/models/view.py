@@ -199,8 +199,10 @@ class ModelView:
 
         Args:
             stored: tensors of the folder.
-            keep: whether all weights are read now, and stay.
+            keep: whether all weights are read now, and stay; those of a model whose blocks are no chain always are, as
+                each block is run by running the model, and some call the layers of a block without the block.
         """
+        keep = keep or not self.task.is_chain
         paths = {id(module): path for path, module in self._modules.items()}
         owners = {f"{paths[id(end)]}.weight": ENDS for end in self.task.ends(self.model)}
         owners |= {unit.parameter: unit.layer for unit in self.units.values()}

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from moqa.errors import MoqaError
-from moqa.models.view import open_model
 from moqa.planning import Plan
 from moqa.profiling import Profile, read_profile
 from moqa.progress import Report, quiet
@@ -42,8 +41,6 @@ def quantize_policy(
     profile = profile or read_profile(plan.profile)
     if profile.record.task != "policy":
         raise MoqaError(f"the plan is for {plan.model}, which is no policy", "apply it with moqa quantize")
-    view = open_model(policy)  # as a whole: some policies use the layers of a block without calling the block
     return quantize(
-        policy, plan, out, method=method, profile=profile, overwrite=overwrite, restart=restart, report=report,
-        view=view,
-    )  # fmt: skip
+        policy, plan, out, method=method, profile=profile, overwrite=overwrite, restart=restart, report=report
+    )
