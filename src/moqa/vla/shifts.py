@@ -55,7 +55,8 @@ class ShiftComparison:
             model: the other policy.
             blocks: paths of those whose outputs are compared; None means all.
         """
-        moved: Seen = PolicyWatch(model).run(self._rows, list(self._watch.paths if blocks is None else blocks))
+        watch = self._watch if model is self._view.model else PolicyWatch(model)
+        moved: Seen = watch.run(self._rows, list(self._watch.paths if blocks is None else blocks))
         tokens = self._original.projected
         layers = [layer_shift(self._original.blocks[path], out) for path, out in moved.blocks.items()]
         return {

@@ -64,7 +64,7 @@ class PolicyWatch:
         kept: dict[str, list[Tensor]] = {path: [] for path in places}
         with self._kept(kept):
             actions = [self._task.call(self._model, batch).float() for batch in self._task.batches(rows)]
-        found = {path: torch.cat(outputs) for path, outputs in kept.items()}
+        found = {place: torch.cat(parts) for place, parts in kept.items()}
         tokens = found[self.meeting.projected] if projected else torch.empty(0, 0)
         return Seen(tokens, {path: found[place] for path, place in outputs.items()}, torch.cat(actions))
 
