@@ -98,6 +98,19 @@ def stopping(times):
     return stop
 
 
+def check_stored_bit_for_bit(unit, matrix):
+    """A unit computes with what it stores, before and after its parameters move; returns what it then stores."""
+    assert torch.equal(unit(), matrix.dense())
+    assert all(torch.equal(found, dict(matrix.named_buffers())[name]) for name, found in unit.stored().items())
+    for parameter in unit.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.5
+    trained = PackedMatrix(matrix.scheme, matrix.shape, unit.stored())
+    assert torch.equal(unit(), trained.dense())
+    unit().square().sum().backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in unit.parameters())
+    return trained
+
+
 class TestUnits:
     @given(st.sampled_from(SCHEMES), st.integers(1, 40), st.integers(1, 300), st.integers(0, 2**31), st.booleans())
     def test_trained_weights_are_the_stored_ones_bit_for_bit(self, scheme, out, features, seed, is_float16):
@@ -105,15 +118,7 @@ class TestUnits:
         scheme = scheme.model_copy(update={"scale_dtype": "float16" if is_float16 else "bfloat16"})
         weights = torch.randn(out, features) * torch.rand(out, 1)
         matrix = PackedMatrix(scheme, (out, features), METHODS["rtn"].store(weights, scheme))
-        unit = trained_unit(matrix)
-        assert torch.equal(unit(), matrix.dense())
-        assert all(torch.equal(found, dict(matrix.named_buffers())[name]) for name, found in unit.stored().items())
-        for parameter in unit.parameters():
-            parameter.data = torch.randn_like(parameter) * 0.5
-        trained = PackedMatrix(scheme, (out, features), unit.stored())
-        assert torch.equal(unit(), trained.dense())
-        unit().square().sum().backward()
-        assert all(bool(parameter.grad.isfinite().all()) for parameter in unit.parameters())
+        check_stored_bit_for_bit(trained_unit(matrix), matrix)
 
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_a_step_along_the_gradient_gets_closer(self, scheme):
@@ -136,18 +141,10 @@ class TestUnits:
         weights = torch.randn(out, features) * torch.rand(out, 1)
         # as a method that moves weights far from where they were
         matrix = PackedMatrix(scheme, (out, features), METHODS["rtn"].store(weights * 0.8 + 0.1, scheme))
-        unit = trained_unit(matrix, weights)
-        assert torch.equal(unit(), matrix.dense())
-        assert all(torch.equal(found, dict(matrix.named_buffers())[name]) for name, found in unit.stored().items())
-        for parameter in unit.parameters():
-            parameter.data = torch.randn_like(parameter) * 0.5
-        trained = PackedMatrix(scheme, (out, features), unit.stored())
-        assert torch.equal(unit(), trained.dense())
+        trained = check_stored_bit_for_bit(trained_unit(matrix, weights), matrix)
         assert out * features < 100 or any(
             not torch.equal(a, b) for a, b in zip(trained.planes, matrix.planes, strict=True)
         )
-        unit().square().sum().backward()
-        assert all(bool(parameter.grad.isfinite().all()) for parameter in unit.parameters())
 
     def test_what_is_not_quantized_is_not_trained(self):
         weights = torch.randn(4, 32, dtype=torch.bfloat16)

@@ -21,7 +21,7 @@ from moqa.models.experts import (
     is_experts,
     parameter_of,
     register_experts,
-)  # fmt: skip
+)
 from moqa.models.layout import is_convolution
 from moqa.qat.inputs import KERNEL_BITS, Inputs
 from moqa.qat.stacks import DOWN, GATE_UP, RoundedInputs, RoundingExperts, RoundingWeights, StackGrid, owner_of
