@@ -24,6 +24,15 @@ ADJUSTED = {
 }
 
 
+def claim(holds: bool, text: str) -> str:
+    """A line of a page that this index takes up.
+
+    >>> claim(True, "it is smaller: 3 MiB; wanted 4")
+    '- holds it is smaller: 3 MiB; wanted 4'
+    """
+    return f"- {'holds' if holds else 'MISS'} {text}"
+
+
 def command_of(page: Path) -> str:
     """The command that makes a page.
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from claims import claim
+
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "low-bits.md"
 TEXT = """# Low bits
 
@@ -136,7 +138,7 @@ def _claim(model: str, is_large: bool, key: str, met: Sequence[bool]) -> str:
     most = WANTED[is_large][key == "kl_novel"]
     sizes = "from 3 bits up" if is_large else "below 3 bits"
     text = f"{model}, {sizes}: {key.removeprefix('kl_')} KL at most {most:g} of llama.cpp's best"
-    return f"- {'holds' if all(met) else 'MISS'} in {sum(met)} of {len(met)}: {text}"
+    return claim(all(met), f"in {sum(met)} of {len(met)}: {text}")
 
 
 def _number(values: Sequence[float]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from textwrap import fill
 
-from claims import table_of
+from claims import claim, table_of
 from demo import KNOWN, MODEL, NOVEL, texts
 from trained_rows import RUNS, add
 from trained_rows import known as known_of
@@ -100,11 +100,6 @@ def rows(kind: str, bits: float, seed: int, windows: int, lengths: tuple[int, ..
         })  # fmt: skip
         print(json.dumps(found[-1]), flush=True)
     return found
-
-
-def claim(holds: bool, text: str) -> str:
-    """A line that the index of claims takes up."""
-    return f"- {'holds' if holds else 'MISS'} {text}"
 
 
 def one_block() -> MemoryLimit:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from claims import claim
 from scipy.stats import spearmanr
 from vla_rows import WANTED_SIZES
 
@@ -193,11 +194,6 @@ def _near_head(profile: Profile) -> str:
         f"block with the shift of the actions at 3 bits: {whole.statistic:+.2f} (p = {whole.pvalue:.2g}); of the "
         f"shift per weight: {each.statistic:+.2f} (p = {each.pvalue:.2g}). Shares of the sum: {shares}.\n"
     )
-
-
-def claim(holds: bool, text: str) -> str:
-    """A line that the index of claims takes up."""
-    return f"- {'holds' if holds else 'MISS'} {text}"
 
 
 def _verdict(confirmed: bool, refuted: bool) -> str:
