@@ -59,6 +59,11 @@ def quantized(model: Path, budget: str, seed: int, scores: Scores) -> dict[str, 
     return found | {"bits_per_weight": plan.account.bits_per_weight, "bytes": plan.account.checkpoint, "accuracy": None}
 
 
+def small(by: str, count: int, seed: int, scores: Scores) -> dict[str, Any]:
+    """The reduced model in few bits."""
+    return quantized(reduced(by, count, seed), f"{BITS}bpw", seed, scores)
+
+
 def study(rows: Rows, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     """Rows of reduced models in 16 bits, of reduced and whole models at the same bytes."""
     view: ModelView = open_model(MODEL)
@@ -77,7 +82,7 @@ def study(rows: Rows, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
                     "system": "uncurl", "setting": f"{count} experts by {by}, {BITS:g} bits", "control": by != "uncurl",
                     "model": "reference", "seed": seed,
                 }  # fmt: skip
-                make = partial(quantized, reduced(by, count, seed), f"{BITS}bpw", seed, scores)
+                make = partial(small, by, count, seed, scores)
                 found.append(rows.row(about, [WINDOWS, TASK], make))
             size = max(row["bytes"] for row in found[-2:])
             about = {

@@ -85,9 +85,19 @@ def whole(names: tuple[str, ...], seed: int) -> dict[str, Any]:
     return found | {
         "kl_known": kl["merged"], "kl_novel": None, "kl_base": kl["base"], "accuracy": None,
         "bytes": record.account.total, "bytes_apart": record.account.apart,
+        "bytes_base": record.account.base,
         "bits_per_weight": record.account.total * 8 / weights,
         "steps": STEPS, "batch": BATCH, "rate": RATE, "windows": WINDOWS,
         "variants": json.loads(record.model_dump_json())["variants"],
+    }  # fmt: skip
+
+
+def control(row: dict[str, Any]) -> dict[str, Any]:
+    """The base in the place of all variants, from the row of the merged ones."""
+    base = {key: value for key, value in row.items() if not key.endswith("_merged") and key != "content"}
+    return base | {
+        "setting": "the base for all", "control": True, "kl_known": row["kl_base"], "bytes": row["bytes_base"],
+        "bits_per_weight": 16.0,
     }  # fmt: skip
 
 
@@ -98,10 +108,7 @@ def study(rows: Rows, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
         about = {"system": "emr-merging", "model": "reference", "seed": seed}
         depends = [STEPS, BATCH, RATE, WINDOWS, TUNED]
         row = rows.row(about | {"setting": "four variants", "control": False}, depends, partial(whole, TUNED, seed))
-        base = {key: row[key] for key in row if not key.endswith("_merged")}
-        size = read_merged(RUNS / "tuned" / f"merged-{seed}").account.base
-        control = {"setting": "the base for all", "control": True, "kl_known": row["kl_base"], "bytes": size}
-        found += [row, base | control | {"bits_per_weight": 16.0}]
+        found += [row, control(row)]
     return found
 
 

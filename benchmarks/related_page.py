@@ -1,119 +1,12 @@
 """A page in docs/results for each related method, from the rows of `related_study.py`; run it to write them."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results"
-ROWS = RESULTS / "related.json"
-Row = dict[str, Any]
-BUDGETS = (2.1, 2.5, 3.0, 3.5)
+from related_placement_page import placement
+from related_tables import COMMAND, RESULTS, Row, below, in_seeds, kl, of, one, read_rows, seeds, table, verdict
+
 MEASURABLE = 0.01  # share of a perplexity by which training must lower it before one can say what is kept of that
 MERGED = ("variant", "change", "rescaler", "signs kept", "base ppl", "merged ppl", "own ppl", "base KL", "merged KL")
-COMMAND = "Command: `make related-study` (`benchmarks/related_{}.py`; rows in [related.json](related.json))."
-
-
-def read_rows() -> list[Row]:
-    return json.loads(ROWS.read_text(encoding="utf-8"))["rows"]
-
-
-def of(rows: Sequence[Row], system: str) -> list[Row]:
-    return [row for row in rows if row["system"] == system]
-
-
-def one(rows: Sequence[Row], setting: str) -> Row | None:
-    """The row of a setting, mean over seeds."""
-    found = [row for row in rows if row["setting"] == setting]
-    if not found:
-        return None
-    keys = [key for key, value in found[0].items() if isinstance(value, float)]
-    return found[0] | {key: sum(row[key] for row in found) / len(found) for key in keys}
-
-
-def seeds(rows: Sequence[Row]) -> str:
-    count = len({row["seed"] for row in rows})
-    return f"{count} seed{'s' if count > 1 else ''}"
-
-
-def verdict(holds: bool, text: str) -> str:
-    return f"- {'holds' if holds else 'MISS '}  {text}"
-
-
-def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    text = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
-    return "\n".join([*text, *("| " + " | ".join(line) + " |" for line in lines)])
-
-
-def kl(row: Row, role: str) -> str:
-    """A divergence with half of its interval over windows."""
-    return f"{row[f'kl_{role}']:.4f} ± {row.get(f'kl_{role}_interval', 0.0):.4f}"
-
-
-def below(ours: float, theirs: float) -> str:
-    return f"{100 * (1 - ours / theirs):.0f} % below" if ours <= theirs else f"{100 * (ours / theirs - 1):.0f} % above"
-
-
-def placement(rows: Sequence[Row]) -> str:
-    """QuantMoE-Bench."""
-    mine = of(rows, "quantmoe-bench")
-    names = list(dict.fromkeys(row["strategy"] for row in mine))
-    # a budget counts when its last row is measured; a strategy may have no plan there
-    budgets = [budget for budget in BUDGETS if one(mine, f"budget, all encodings at {budget:g}")]
-    lines, verdicts, parts = [], [], []
-    for budget in budgets:
-        at = {name: row for name in names if (row := one(mine, f"{name} at {budget:g}"))}
-        alike = {name: row for name, row in at.items() if name != "budget, all encodings"}
-        lines = [
-            [
-                f"**{name}**" if row is min(alike.values(), key=lambda r: r["kl_known"] + r["kl_novel"]) else name,
-                f"{row['bits_per_weight']:.3f}", kl(row, "known"), kl(row, "novel"),
-            ]
-            for name, row in sorted(at.items(), key=lambda pair: pair[1]["kl_known"] + pair[1]["kl_novel"])
-        ]  # fmt: skip
-        none = "".join(f"`{name}` has no plan of so few bits.\n" for name in names if name not in at)
-        shown = table(["strategy", "bits/weight", "known KL", "novel KL"], lines)
-        parts.append(f"## {budget:g} bits\n{shown}\n\n{none}")
-        for role in ("known", "novel"):
-            best = min(alike, key=lambda name: (alike[name][f"kl_{role}"], name != "auto"))
-            found = at["auto"][f"kl_{role}"]
-            verdicts.append(verdict(
-                found <= alike[best][f"kl_{role}"],
-                f"{budget:g} bits: the default's {role} KL is the least of all placements: {found:.4f}"
-                + ("" if best in ("auto", "budget") else f"; {best} has {alike[best][f'kl_{role}']:.4f}"),
-            ))  # fmt: skip
-        if {"frequent-first", "random"} <= at.keys():
-            ours, chance = at["frequent-first"]["kl_known"], at["random"]["kl_known"]
-            verdicts.append(verdict(ours < chance, (
-                f"{budget:g} bits: more bits for the most frequent experts beat chance on known text: {ours:.4f}, "
-                f"chance {chance:.4f} (arXiv 2406.08155: 54.2 % accuracy beside 49.1 % at 2.54 bits)"
-            )))  # fmt: skip
-        if {"frequent-first", "uniform"} <= at.keys():
-            ours, plain = at["frequent-first"]["kl_novel"], at["uniform"]["kl_novel"]
-            verdicts.append(verdict(ours < plain, (
-                f"{budget:g} bits: they beat a uniform plan, which has no more bytes, on novel text, too: {ours:.4f}, "
-                f"uniform {plain:.4f} (arXiv 2406.08155)"
-            )))  # fmt: skip
-    missing = [budget for budget in BUDGETS if budget not in budgets]
-    left = f" Not measured yet: {', '.join(f'{b:g}' for b in missing)} bits." if missing else ""
-    return f"""# Where the bits of a budget should go
-
-{COMMAND.format("placement")}
-The reference model, {seeds(mine)}; fitted on wiki and novels, gptq, 8 held-out windows
-of 256 tokens per text: these (known), and python, math, german and french (novel). All strategies place integers in
-groups of 64, so that nothing but the place differs; `budget, all encodings` is the default with what it may choose
-besides. `uniform` leaves the rest of a budget unused: its bits are fewer.{left}
-
-QuantMoE-Bench (arXiv 2406.08155) asks this of rules for Mixtral and DeepSeek-MoE by accuracy, with 2 and 4 bits:
-attention and shared experts first, frequent experts first, first blocks first, and two scores, of weights and of
-blocks. What each rule is here, and what is ours in it: [methods](../methods/moqa.md#strategies-moqa-plan---strategy).
-The same question for any profile: [`moqa compare-plans`](../commands/compare-plans.md).
-
-{chr(10).join(verdicts)}
-
-{chr(10).join(parts).rstrip()}
-"""
 
 
 def calibration(rows: Sequence[Row]) -> str:
@@ -137,7 +30,8 @@ def calibration(rows: Sequence[Row]) -> str:
         for role in ("known", "novel") if ours in measured and theirs in measured else ():
             one_, other = measured[ours], measured[theirs]
             verdicts.append(verdict(one_[f"kl_{role}"] < other[f"kl_{role}"], (
-                f"{what} in {role} KL: {kl(one_, role)}, {other[f'kl_{role}']:.4f} (arXiv 2505.03804)"
+                f"{what} in {role} KL{in_seeds(one_, other, f'kl_{role}')}: {kl(one_, role)}, "
+                f"{other[f'kl_{role}']:.4f} (arXiv 2505.03804)"
             )))  # fmt: skip
     lines = [[name, str(row["samples"]), f"{row['balance']:.4f}"] for name, row in spread.items()]
     parts = [table(["text", "windows", "spread"], lines)]
@@ -233,7 +127,8 @@ def experts(rows: Sequence[Row]) -> str:
             other = at.get(f"{count} experts by {by}")
             if ours and other:
                 verdicts.append(verdict(ours["kl_known"] < other["kl_known"], (
-                    f"16 to {count} experts: merging loses less on the task than {by}: KL {ours['kl_known']:.4f} ± "
+                    f"16 to {count} experts: merging loses less on the task than {by}"
+                    f"{in_seeds(ours, other, 'kl_known')}: KL {ours['kl_known']:.4f} ± "
                     f"{ours['kl_known_interval']:.4f}, {by} {other['kl_known']:.4f} (arXiv 2409.01483)"
                 )))  # fmt: skip
         fewer, small = (
@@ -243,8 +138,9 @@ def experts(rows: Sequence[Row]) -> str:
         if fewer and small:
             for role, text in (("known", "on the task"), ("novel", "on other texts")):
                 verdicts.append(verdict(fewer[f"kl_{role}"] < small[f"kl_{role}"], (
-                    f"the bytes of {count} experts at 4.3 bits are better spent on all 16 at fewer bits {text}: KL "
-                    f"{fewer[f'kl_{role}']:.4f}, {count} experts {small[f'kl_{role}']:.4f}"
+                    f"the bytes of {count} experts at 4.3 bits are better spent on all 16 at fewer bits {text}"
+                    f"{in_seeds(fewer, small, f'kl_{role}')}: KL {fewer[f'kl_{role}']:.4f}, {count} experts "
+                    f"{small[f'kl_{role}']:.4f}"
                 )))  # fmt: skip
     return f"""# Fewer experts, or fewer bits
 

@@ -4,10 +4,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from related_tables import ROOT, read_rows
 
 from moqa.evaluation.measure import Reference, divergences
 from moqa.models.view import ModelView
@@ -23,19 +25,30 @@ def content(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
+@cache
+def inputs() -> str:
+    """Hash of the reference model and the texts, which every row depends on."""
+    files = sorted(path for name in ("model", "text") for path in (ROOT / "reference" / name).iterdir())
+    return content([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files])
+
+
 class Rows:
-    """One JSON file per row in a folder."""
+    """One JSON file per row in a folder; rows of related.json whose `content` is the same count as well."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._kept = {row["content"]: row for row in read_rows() if "content" in row}
         folder.mkdir(parents=True, exist_ok=True)
 
     def row(self, about: dict[str, Any], depends: Sequence[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A row: what it is about, and what was measured, now or by an earlier run of the same content."""
-        path = self._folder / f"{content(about, *depends)}.json"
+        key = content(inputs(), about, *depends)
+        if key in self._kept:
+            return dict(self._kept[key])
+        path = self._folder / f"{key}.json"
         if not path.is_file():
             say(" ".join(f"{value}" for value in about.values()))
-            made = {**about, **make()}
+            made = {**about, **make(), "content": key}
             path.with_suffix(".new").write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
             path.with_suffix(".new").rename(path)
         return json.loads(path.read_text())

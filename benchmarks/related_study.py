@@ -1,6 +1,8 @@
 """The related methods on the reference model: runs/related/summary.json, docs/results/related.json and a page for each.
 
-Rows that were measured before with the same content are used again, so a stopped study goes on where it was.
+Rows that were measured before with the same content are used again, from runs/related/rows or from related.json, so a
+stopped study goes on where it was, and one more seed costs that seed. With `--finished` nothing is measured: what is
+there is written.
 """
 
 import json
@@ -15,8 +17,9 @@ import related_components
 import related_experts
 import related_merge
 import related_placement
-from related_page import ROWS, write_pages
+from related_page import write_pages
 from related_rows import Rows, say
+from related_tables import ROWS, read_rows
 
 RUNS = related_placement.RUNS
 STUDIES: list[Callable[[Rows, tuple[int, ...]], list[dict[str, Any]]]] = [
@@ -55,28 +58,33 @@ def write(rows: list[dict[str, Any]]) -> None:
     write_pages(rows)
 
 
-def finished(rows: Path) -> list[dict[str, Any]]:
+def with_kept(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Kept rows in their order, each replaced by the new one of its setting and seed, and then all others."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["system"], row["model"], row["setting"], row["seed"]
+
+    return list(({key(row): row for row in kept} | {key(row): row for row in rows}).values())
+
+
+def finished(folder: Path) -> list[dict[str, Any]]:
     """Rows of a study that is still going on."""
-    found = [json.loads(path.read_text()) for path in sorted(rows.glob("*.json"))]
-    base = [
-        {key: value for key, value in row.items() if not key.endswith("_merged")}
-        | {"setting": "the base for all", "control": True, "kl_known": row["kl_base"], "bits_per_weight": 16.0}
-        for row in found
-        if row["system"] == "emr-merging"
-    ]
-    return sorted([*found, *base], key=lambda row: (row["system"], row.get("budget", 0), row["seed"], row["setting"]))
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found += [related_merge.control(row) for row in found if row["system"] == "emr-merging"]
+    return sorted(found, key=lambda row: (row["system"], row["seed"], row.get("budget", 0), row["setting"]))
 
 
 def main() -> None:
     seeds = tuple(int(seed) for seed in sys.argv[1:] if seed.isdecimal()) or (0, 1, 2)
-    rows: list[dict[str, Any]] = []
     if "--finished" in sys.argv:
-        rows = finished(RUNS / "rows")
-    else:
-        for study in STUDIES:
-            rows += study(Rows(RUNS / "rows"), seeds)
-            say(f"{study.__module__} is done")
-    write(rows)
+        write(with_kept(finished(RUNS / "rows"), read_rows()))
+        return
+    rows: list[dict[str, Any]] = []
+    for study in STUDIES:
+        rows += study(Rows(RUNS / "rows"), seeds)
+        say(f"{study.__module__} is done")
+    # of the seeds that were measured, nothing stays that no study has any more
+    write(with_kept(rows, [row for row in read_rows() if row["seed"] not in seeds]))
 
 
 if __name__ == "__main__":
