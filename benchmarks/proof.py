@@ -1,6 +1,7 @@
 """`make proof`: run every study that a results page depends on, and collect the claims anew; hours.
 
 A study whose inputs are as when it last succeeded is not run again: the code, the reference, the study's own files.
+`python benchmarks/proof.py --list` says which would run.
 """
 
 import hashlib
@@ -12,12 +13,13 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from claims import COMMAND, RESULTS, ROOT
+from claims import RESULTS, ROOT
 from claims import main as collect
 
 DONE = ROOT / "runs" / "proof.json"
 INPUTS = ("src/moqa", "benchmarks", "recipes", "reference", "constraints.txt", "pyproject.toml")
-SELF = "benchmarks/claims.py"
+# of a page: the cell of its commands
+ROW = re.compile(r"^\| \[[\w-]+\.md\]\([\w-]+\.md\) \| ([^|]+) \|", re.MULTILINE)
 
 
 def content() -> str:
@@ -34,18 +36,22 @@ def content() -> str:
 
 
 def commands() -> list[str]:
-    """The first command of every results page, each once, in the order of their names; `make demo` comes first."""
-    found: dict[str, None] = {"make demo": None}
-    for page in sorted(RESULTS.glob("*.md")):
-        command = COMMAND.search(page.read_text(encoding="utf-8"))
-        if command and SELF not in command[1] and command[1] != "make proof":
-            found[re.sub(r"\s+", " ", command[1])] = None
+    """The commands of docs/results/README.md that make the pages, each once, in the order of its table.
+
+    `make demo` comes first. What is no `make` or `python` command is history and cannot be run again.
+    """
+    found = {"make demo": None}
+    for cell in ROW.findall((RESULTS / "README.md").read_text(encoding="utf-8")):
+        found |= dict.fromkeys(re.findall(r"`((?:make|python) [^`]+)`", cell))
     return list(found)
 
 
 def main() -> int:
     done = json.loads(DONE.read_text()) if DONE.is_file() else {}
     inputs, failed = content(), []
+    if "--list" in sys.argv[1:]:
+        print("\n".join(f"{'as before' if done.get(name) == inputs else 'to run':9s} {name}" for name in commands()))
+        return 0
     for command in commands():
         if done.get(command) == inputs:
             print(f"{command}: as before", flush=True)
