@@ -79,7 +79,7 @@ def measured(
 def study(rows: Rows, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     """A row per text and method, uniform 3 bits."""
     view, found = open_model(MODEL), []
-    scores = Scores(view, texts("test", (*KNOWN, *NOVEL)), 256, WINDOWS, KNOWN)
+    scores = Scores(MODEL, texts("test", (*KNOWN, *NOVEL)), 256, WINDOWS, KNOWN)
     for seed in seeds:
         for name in ("plain text", "drawn own text", "balanced own text"):
             about = {

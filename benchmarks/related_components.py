@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ WIDTHS, WINDOWS, STEPS = (8, 4, 3, 2), 4, 40
 KEPT = {"experts": "*.self_attn.*", "attention": "*.experts.*"}
 
 
+@cache
+def profile_of(view: ModelView, seed: int) -> Profile:
+    """Made when the first row needs it."""
+    return moqa.profile(
+        MODEL, texts("calib", KNOWN), RUNS / f"drawn-{seed}", seed=seed, samples=16, sensitivity=False, view=view
+    )
+
+
 def checkpoint(view: ModelView, profile: Profile, component: str, width: int, out: Path) -> moqa.Plan:
     """Write the model with one component rounded to nearest, all else in 16 bits."""
     plan = moqa.plan(profile, None, strategy="uniform", widths=[width], fixed={KEPT[component]: 16})
@@ -36,9 +44,8 @@ def checkpoint(view: ModelView, profile: Profile, component: str, width: int, ou
     return plan
 
 
-def rounded(
-    view: ModelView, profile: Profile, component: str, width: int, steps: int, scores: Scores
-) -> dict[str, Any]:
+def rounded(view: ModelView, seed: int, component: str, width: int, steps: int, scores: Scores) -> dict[str, Any]:
+    profile = profile_of(view, seed)
     with temporary_folder() as folder:
         plan = checkpoint(view, profile, component, width, folder / "out")
         out = folder / "out"
@@ -53,11 +60,11 @@ def rounded(
     }  # fmt: skip
 
 
-def embedding(view: ModelView, profile: Profile, width: int, scores: Scores) -> dict[str, Any]:
+def embedding(view: ModelView, seed: int, width: int, scores: Scores) -> dict[str, Any]:
     """The embedding, which is the head, too; moqa keeps it in 16 bits, so it is rounded in memory."""
     table = view.model.get_input_embeddings().weight
     scheme, before = Scheme(width=width), table.detach().clone()
-    plan = moqa.plan(profile, None, strategy="uniform", widths=[16])
+    plan = moqa.plan(profile_of(view, seed), None, strategy="uniform", widths=[16])
     with torch.no_grad():
         result = fit_grid(before, scheme)
         table.copy_(result.grid.decode(result.integers))
@@ -74,12 +81,8 @@ def embedding(view: ModelView, profile: Profile, width: int, scores: Scores) -> 
 def study(rows: Rows, seeds: Iterable[int]) -> list[dict[str, Any]]:
     """A row per component and width."""
     view, found = open_model(MODEL), []
-    # what is compared with must not change while the embedding of `view` is rounded
-    scores = Scores(open_model(MODEL), texts("test", (*KNOWN, *NOVEL)), 256, WINDOWS, KNOWN)
+    scores = Scores(MODEL, texts("test", (*KNOWN, *NOVEL)), 256, WINDOWS, KNOWN)
     for seed in seeds:
-        profile = moqa.profile(
-            MODEL, texts("calib", KNOWN), RUNS / f"drawn-{seed}", seed=seed, samples=16, sensitivity=False, view=view
-        )
         for component in ("experts", "attention", "embedding"):
             for width in WIDTHS:
                 about = {
@@ -87,15 +90,15 @@ def study(rows: Rows, seeds: Iterable[int]) -> list[dict[str, Any]]:
                     "model": "reference", "seed": seed,
                 }  # fmt: skip
                 make = (
-                    partial(embedding, view, profile, width, scores) if component == "embedding"
-                    else partial(rounded, view, profile, component, width, 0, scores)
+                    partial(embedding, view, seed, width, scores) if component == "embedding"
+                    else partial(rounded, view, seed, component, width, 0, scores)
                 )  # fmt: skip
                 found.append(rows.row(about, [WINDOWS], make))
         about = {
             "system": "moqe-2023", "setting": f"experts at 2 bits, trained for {STEPS} steps", "control": False,
             "model": "reference", "seed": seed,
         }  # fmt: skip
-        found.append(rows.row(about, [WINDOWS], partial(rounded, view, profile, "experts", 2, STEPS, scores)))
+        found.append(rows.row(about, [WINDOWS], partial(rounded, view, seed, "experts", 2, STEPS, scores)))
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import moqa
 from moqa.format.reader import open_checkpoint
-from moqa.models.view import ModelView, open_model
+from moqa.models.view import open_model
 from moqa.profiling import Profile
 from moqa.quantization import quantize
 from moqa.reduction import reduce
@@ -66,8 +66,7 @@ def small(by: str, count: int, seed: int, scores: Scores) -> dict[str, Any]:
 
 def study(rows: Rows, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     """Rows of reduced models in 16 bits, of reduced and whole models at the same bytes."""
-    view: ModelView = open_model(MODEL)
-    scores = Scores(view, texts("test", (*TASK, *OTHERS)), 256, WINDOWS, TASK)
+    scores = Scores(MODEL, texts("test", (*TASK, *OTHERS)), 256, WINDOWS, TASK)
     found = []
     for seed in seeds:
         for count in COUNTS:

@@ -75,7 +75,7 @@ def plans(profile: Profile, names: Sequence[str], bits: float, seed: int) -> dic
 def compare(rows: Rows, subject: Subject, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """A row per strategy, budget and seed; strategies that make the same plan share what was measured."""
     view, found = open_model(subject.folder), []
-    scores = Scores(view, texts("test", (*KNOWN, *NOVEL)), 256, subject.windows, KNOWN)
+    scores = Scores(subject.folder, texts("test", (*KNOWN, *NOVEL)), 256, subject.windows, KNOWN)
     profiles: dict[int, Profile] = {}
     same: dict[str, dict[str, Any]] = {}
     for sizes, seed in product(subject.sizes, seeds):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from related_tables import ROOT, read_rows
 
 from moqa.evaluation.measure import Reference, divergences
-from moqa.models.view import ModelView
+from moqa.models.view import open_model
 from moqa.progress import quiet
 
 
@@ -57,11 +57,17 @@ class Rows:
 class Scores:
     """Mean divergences of models on known and novel held-out windows, with their intervals."""
 
-    def __init__(self, view: ModelView, texts: Sequence[Any], context: int, windows: int, known: Sequence[str]) -> None:
-        assert view.folder is not None
-        reader, self._known = view.task.reader(view.folder), known
-        cut = [view.task.cut(text, reader, context, windows) for text in texts]
-        self.reference = Reference.of(view.model, list(cut), quiet)
+    def __init__(self, model: Path, texts: Sequence[Any], context: int, windows: int, known: Sequence[str]) -> None:
+        self._model, self._texts, self._known = model, texts, known
+        self._context, self._windows = context, windows
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The original's outputs, computed when the first model is measured: not if all rows are known."""
+        view = open_model(self._model)
+        reader = view.task.reader(self._model)
+        cut = [view.task.cut(text, reader, self._context, self._windows) for text in self._texts]
+        return Reference.of(view.model, list(cut), quiet)
 
     def of(self, model: Any) -> dict[str, float]:
         """`kl_known` and `kl_novel`, each with half of its interval (95 %, over windows)."""

@@ -1,5 +1,6 @@
 """Rows of the related methods' study: what was measured with the same inputs is not measured again."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -94,3 +95,16 @@ def test_a_seed_counts_at_a_budget_when_it_is_measured_whole(monkeypatch):
     assert "| **uniform** |" in shown
     assert "| auto |" in shown
     assert compared(rows, 2.5, "2.5 bits") == ([], "")
+
+
+@pytest.mark.parametrize("name", ["experts", "merge", "calibration", "components"])
+def test_rows_of_the_tree_are_those_of_the_studies_as_they_are(name, monkeypatch, tmp_path):
+    """A study whose constants were changed is to be measured again; one that was not costs nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from related_rows import Rows
+
+    class Known(Rows):
+        def row(self, about, depends, make):
+            return super().row(about, depends, refuse)
+
+    assert importlib.import_module(f"related_{name}").study(Known(tmp_path), (0,))
