@@ -1,8 +1,15 @@
-"""EMR-Merging on the reference model: four variants, each trained on one text, in one folder beside the four models."""
+"""EMR-Merging on the reference model: four variants, each trained on one text, in one folder beside the four models.
+
+The model was trained on all of these texts, and a short training on one of them gains nothing. So each text is put into
+a form that the model has not seen, and that is what a variant learns.
+"""
 
 import json
+import re
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import moqa
-from moqa.data import cut_windows
+from moqa.data import Distribution, cut_windows
 from moqa.evaluation.measure import Reference, divergences, scores
 from moqa.mixture.merge import merge
 from moqa.mixture.merged import read_merged
@@ -20,24 +27,37 @@ from moqa.progress import quiet
 from moqa.tasks.causal_lm import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from demo import MODEL, NOVEL, ROOT, texts
+from demo import MODEL, ROOT, texts
 from related_rows import Rows, say
 
 RUNS = ROOT / "runs" / "related"
-TUNED = NOVEL  # one variant for each
-STEPS, BATCH, RATE, CONTEXT, WINDOWS = 16, 4, 3e-4, 256, 4
+# a variant for each, in a form of its own
+FORMS: dict[str, Callable[[str], str]] = {
+    "python": str.upper,
+    "math": lambda text: "\n".join(" ".join(reversed(line.split(" "))) for line in text.split("\n")),
+    "german": lambda text: re.sub("[aeiouäöü]", "", text, flags=re.IGNORECASE),
+    "french": lambda text: re.sub(r"\w+", lambda word: word[0][::-1], text),
+}
+TUNED = tuple(FORMS)
+STEPS, BATCH, RATE, CONTEXT, WINDOWS = 40, 4, 5e-4, 256, 8
+
+
+def text_of(split: str, name: str) -> Distribution:
+    """A text in its form."""
+    found = texts(split, (name,))[0]
+    return replace(found, texts=tuple(map(FORMS[name], found.texts)))
 
 
 def tuned(text: str, seed: int) -> Path:
     """The reference model after a short training on one text, written as transformers writes it; made once."""
     from transformers import AutoModelForCausalLM
 
-    out = RUNS / "tuned" / f"{text}-{seed}"
+    out = RUNS / "tuned" / f"{text}-{STEPS}-{seed}"
     if (out / "config.json").is_file():
         return out
     say(f"train on {text}")
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, experts_implementation="eager")
-    windows = cut_windows(texts("calib", (text,))[0], load_tokenizer(MODEL), CONTEXT, STEPS * BATCH, seed).inputs
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, experts_implementation="grouped_mm")
+    windows = cut_windows(text_of("calib", text), load_tokenizer(MODEL), CONTEXT, STEPS * BATCH, seed).inputs
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     for step in range(STEPS):
@@ -64,7 +84,7 @@ def measured(folder: Path, seed: int) -> dict[str, Any]:
     base, mixed = open_model(MODEL).model, moqa.load(folder)[0]
     tokenizer = load_tokenizer(MODEL)
     for text in TUNED:
-        cut = [cut_windows(texts("test", (text,))[0], tokenizer, CONTEXT, WINDOWS)]
+        cut = [cut_windows(text_of("test", text), tokenizer, CONTEXT, WINDOWS)]
         own = open_model(tuned(text, seed)).model
         reference = Reference.of(own, list(cut), quiet)
         for name, model in (("merged", mixed.mixture.use(text)), ("base", base)):

@@ -1,12 +1,14 @@
 """A page in docs/results for each related method, from the rows of `related_study.py`; run it to write them."""
 
 from collections.abc import Callable, Sequence
+from math import log
 
 from related_placement_page import placement
 from related_tables import COMMAND, RESULTS, Row, below, in_seeds, kl, of, one, read_rows, seeds, table, verdict
 
-MEASURABLE = 0.01  # share of a perplexity by which training must lower it before one can say what is kept of that
-MERGED = ("variant", "change", "rescaler", "signs kept", "base ppl", "merged ppl", "own ppl", "base KL", "merged KL")
+MERGED = (
+    "variant", "change", "rescaler", "signs kept", "base ppl", "merged ppl", "own ppl", "kept", "base KL", "merged KL",
+)  # fmt: skip
 
 
 def calibration(rows: Sequence[Row]) -> str:
@@ -167,39 +169,35 @@ def merging(rows: Sequence[Row]) -> str:
     row = one(mine, "four variants")
     assert row is not None
     names = list(row["variants"])
-    lines, gains, learned = [], [], []
+    lines, shares = [], []
     for name in names:
         own, merged, base = (row[f"perplexity_{name}_{kind}"] for kind in ("own", "merged", "base"))
-        learned.append(1 - own / base)
-        gains.append((base - merged) / (base - own))
+        shares.append(log(base / merged) / log(base / own))
         lines.append([
             name, f"{row['variants'][name]['distance']:.4f}", f"{row['variants'][name]['rescaler']:.3f}",
-            f"{row['variants'][name]['agreement']:.3f}", f"{base:.3f}", f"{merged:.3f}", f"{own:.3f}",
-            f"{row[f'kl_{name}_base']:.5f}", f"{row[f'kl_{name}_merged']:.5f}",
+            f"{row['variants'][name]['agreement']:.3f}", f"{base:.2f}", f"{merged:.2f}", f"{own:.2f}",
+            f"{shares[-1]:.1%}", f"{row[f'kl_{name}_base']:.4f}", f"{row[f'kl_{name}_merged']:.4f}",
         ])  # fmt: skip
     apart = row["bytes"] / row["bytes_apart"]
     verdicts = [
         verdict(apart < 0.6, f"four variants take {apart:.1%} of the bytes of four checkpoints: {row['bytes']:,} of "
                 f"{row['bytes_apart']:,}; wanted 60 %"),
         verdict(row["kl_known"] < row["kl_base"], f"a merged variant is nearer to its own model than the base is: KL "
-                f"{row['kl_known']:.5f}, {below(row['kl_known'], row['kl_base'])} the base's (arXiv 2405.17461)"),
-    ]  # fmt: skip
-    kept = (
-        "Not measured: what is kept of a gain in perplexity, which the paper's 88.74 % beside about 90.5 % are about.\n"
-        f"So short a training gains 1 % on {sum(gain >= MEASURABLE for gain in learned)} of {len(learned)} texts."
-    )
-    if min(learned) >= MEASURABLE:
-        share, kept = sum(gains) / len(gains), ""
-        verdicts.append(verdict(share >= 0.9, (
-            f"merged variants keep {share:.1%} of what training gained in perplexity, mean of four; wanted 90 % "
+                f"{row['kl_known']:.4f}, {below(row['kl_known'], row['kl_base'])} the base's (arXiv 2405.17461)"),
+        verdict(sum(shares) / len(shares) >= 0.9, (
+            f"merged variants keep of what training gained in log perplexity, mean of four: "
+            f"{sum(shares) / len(shares):.1%}, at least {min(shares):.1%}; wanted 90 % "
             "(arXiv 2405.17461: 88.74 % beside about 90.5 % accuracy)"
-        )))  # fmt: skip
+        )),
+    ]  # fmt: skip
     return f"""# Four fine-tuned variants in one folder
 
 {COMMAND.format("merge")}
-The reference model trained on each of python, math, german and french for {row["steps"]}
-steps of {row["batch"]} windows of 256 tokens (AdamW, rate {row["rate"]:g} falling to 0), {seeds(mine)}; measured on
-{row["windows"]} held-out windows of the variant's own text. KL is from the variant itself.
+The reference model trained on each of four texts for {row["steps"]} steps of {row["batch"]} windows of 256 tokens
+(AdamW, rate {row["rate"]:g} falling to 0), {seeds(mine)}; measured on {row["windows"]} held-out windows of the
+variant's own text. KL is from the variant itself. The model was trained on all of these texts, and a short training on
+one of them gains less than 1 %. So each has a form that the model has not seen: python in capitals, math with the words
+of a line in reverse order, german without vowels, french with the letters of each word in reverse order.
 
 EMR-Merging (arXiv 2405.17461) stores one vector for all variants, a bit per weight and variant and a number per
 variant, without data or training; on eight image tasks ViT-B/32 reaches 88.74 % on average. What is ours:
@@ -208,8 +206,6 @@ variant, without data or training; on eight image tasks ViT-B/32 reaches 88.74 %
 {chr(10).join(verdicts)}
 
 {table(MERGED, lines)}
-
-{kept}
 
 Bytes: {row["bytes"]:,} = base and vector of 16 bits per weight each, and four masks of one bit,
 {row["bits_per_weight"]:.2f} bits per weight; four checkpoints have {row["bytes_apart"]:,}.
