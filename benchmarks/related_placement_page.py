@@ -9,7 +9,10 @@ DEFAULT, MIXED = "auto", "budget, all encodings"
 DENSE = "SmolLM2-135M"
 DENSE_TEXT = f"""
 {DENSE} is a dense model, made as [this page](low-bits.md) says (`benchmarks/related_dense.py`): the strategies that
-need no experts, 16 calibration windows per known text and 4 held-out windows per text, one seed; a row takes minutes.
+need no experts, 16 calibration windows per known text and 4 held-out windows per text, one seed.
+"""
+NO_DENSE = f"""
+Not measured yet: {DENSE} (`python benchmarks/related_dense.py`).
 """
 
 
@@ -106,7 +109,7 @@ QuantMoE-Bench (arXiv 2406.08155) asks this of rules for Mixtral and DeepSeek-Mo
 attention and shared experts first, frequent experts first, first blocks first, and two scores, of weights and of
 blocks. What each rule is here, and what is ours in it: [methods](../methods/moqa.md#strategies-moqa-plan---strategy).
 The same question for any profile: [`moqa compare-plans`](../commands/compare-plans.md).
-{DENSE_TEXT if dense else ""}
+{DENSE_TEXT if dense else NO_DENSE}
 {chr(10).join(verdicts)}
 
 {(chr(10) * 2).join(parts)}

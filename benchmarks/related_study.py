@@ -14,6 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import related_calibration
 import related_components
+import related_dense
 import related_experts
 import related_merge
 import related_placement
@@ -24,7 +25,7 @@ from related_tables import ROWS, read_rows
 RUNS = related_placement.RUNS
 STUDIES: list[Callable[[Rows, tuple[int, ...]], list[dict[str, Any]]]] = [
     related_experts.study, related_merge.study, related_calibration.study, related_components.study,
-    related_placement.study,
+    related_placement.study, related_dense.study,
 ]  # fmt: skip
 NEEDED = (
     "system",
