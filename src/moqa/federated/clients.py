@@ -66,7 +66,7 @@ def samples_of(experiment: Experiment) -> Samples:
     Raises:
         MoqaError: if the data are not there, saying how to get them, or too few for the clients.
     """
-    train, test = _READERS[experiment.data](experiment)
+    train, test = _READERS[experiment.data](experiment.folder)
     generator = np.random.default_rng(experiment.seed)
     chosen = generator.permutation(len(train[1]))[: experiment.samples]
     held_out = np.random.default_rng(0).permutation(len(test[1]))[: experiment.test_samples]
@@ -79,7 +79,7 @@ def samples_of(experiment: Experiment) -> Samples:
         clients = np.where(clients < experiment.clients, clients, labels.numpy() % experiment.clients)
     else:
         clients = dirichlet(labels.numpy(), experiment.clients, experiment.split, generator)
-    return Samples(train[0][chosen], labels, clients, test[0][held_out], test[1][held_out])
+    return Samples(_scaled(train[0][chosen]), labels, clients, _scaled(test[0][held_out]), test[1][held_out])
 
 
 def dirichlet(labels: NDArray, clients: int, alpha: float, generator: np.random.Generator) -> NDArray[np.int64]:
@@ -118,10 +118,17 @@ def dirichlet(labels: NDArray, clients: int, alpha: float, generator: np.random.
     raise MoqaError(f"split={alpha} leaves clients without data", "give more samples, fewer clients or a larger split")
 
 
-def _fashion(experiment: Experiment) -> Any:
-    folder = experiment.folder or _FASHION
+def _scaled(inputs: Tensor) -> Tensor:
+    """Images as models take them, text as it is."""
+    return inputs.float() / 255 - 0.5 if inputs.dtype == torch.uint8 else inputs
+
+
+# a study reads the same files for every run
+@lru_cache(maxsize=1)
+def _fashion(folder: Path | None) -> Any:
+    folder = folder or _FASHION
     return [
-        (_idx(folder / f"{name}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28).float() / 255 - 0.5,
+        (_idx(folder / f"{name}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28),
          _idx(folder / f"{name}-labels-idx1-ubyte.gz", 8).long())
         for name in ("train", "t10k")
     ]  # fmt: skip
@@ -135,19 +142,21 @@ def _idx(path: Path, header: int) -> Tensor:
     return torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8)
 
 
-def _cifar(experiment: Experiment) -> Any:
-    folder, found = experiment.folder or _CIFAR, []
+@lru_cache(maxsize=1)
+def _cifar(folder: Path | None) -> Any:
+    folder, found = folder or _CIFAR, []
     for name in ("train", "test"):
         path = folder / f"{name}.safetensors"
         if not path.is_file():
             raise MoqaError(f"{path} is missing", f"collect it with: python recipes/cifar10.py -o {folder}")
         data = load_file(path)
-        found.append((data["images"].permute(0, 3, 1, 2).float() / 255 - 0.5, data["labels"]))
+        found.append((data["images"].permute(0, 3, 1, 2), data["labels"]))
     return found
 
 
-def _text(experiment: Experiment) -> Any:
-    folder, found = experiment.folder or _TEXTS, []
+@lru_cache(maxsize=1)
+def _text(folder: Path | None) -> Any:
+    folder, found = folder or _TEXTS, []
     for name in ("calib", "test"):
         paths = sorted(folder.glob(f"*.{name}.txt"))
         if not paths:
