@@ -1,6 +1,5 @@
 """Federated training, part by part: packing, refusals, allocation, aggregation, skew, roofline, settings."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ from moqa.federated.aggregate import combine
 from moqa.federated.allocation import choices_of, first_choice, options_of
 from moqa.federated.clients import dirichlet
 from moqa.federated.coarse import Limits, ModeOptions
-from moqa.federated.fine import FineAllocator, Observation
 from moqa.federated.measure import batch_loss, measure
 from moqa.federated.modes import LocalMode, in_mode, rounded
 from moqa.federated.records import ClientRecord
@@ -268,61 +266,6 @@ class TestCoarse:
         lot = [first_choice("random-hybrid", options, Limits(), seed=seed) for seed in range(5)]
         assert {found.sum() for found in lot} == {ours.sum()}
         assert len({tuple(found) for found in lot}) > 1
-
-
-class TestFine:
-    def fine(self, **fields):
-        return FineAllocator(("ptq", "qat"), seed=0, explore=0.0, **fields)
-
-    def propose(self, fine, round_, modes, options, limits=None):
-        features = np.zeros((len(modes), 4))
-        return fine.propose(round_, list(range(len(modes))), np.array(modes), features, options, limits or Limits())
-
-    def test_learns_that_a_mode_brings_more_and_waits_before_it_changes(self):
-        options = ModeOptions(np.array([[1.0, 1.0]] * 4), np.array([[1.0, 1.1]] * 4), np.ones((4, 2), np.int64))
-        fine, modes, changed = self.fine(), [0, 0, 1, 1], []
-        for round_ in range(2, 12):
-            fine.observe([Observation(c, (0.0,) * 4, m, -0.1 if m else -0.3, 1.0) for c, m in enumerate(modes)])
-            found, lines = self.propose(fine, round_, modes, options, Limits(seconds=2.0))
-            changed += lines
-            modes = found.tolist()
-        assert modes == [1, 1, 1, 1]
-        assert changed[0].startswith("round 7: client 0 ptq -> qat: predicted to bring +")
-        assert "(1 -> 1.1 s)" in changed[0]
-
-    def test_noise_changes_nothing(self):
-        options = ModeOptions(np.array([[1.0, 1.01]] * 4), np.ones((4, 2)), np.ones((4, 2), np.int64))
-        fine = self.fine()
-        for round_ in range(2, 8):
-            assert self.propose(fine, round_, [0] * 4, options)[1] == []
-
-    def test_a_client_that_turns_out_slow_goes_back(self):
-        options = ModeOptions(np.array([[0.5, 1.0]] * 4), np.array([[1.0, 2.0]] * 4), np.ones((4, 2), np.int64))
-        fine, modes, changed = self.fine(), [1, 1, 1, 0], []
-        for round_ in range(2, 20):
-            fine.observe([Observation(c, (0.0,) * 4, m, 0.1, 3.0 if m else 1.0) for c, m in enumerate(modes)])
-            found, lines = self.propose(fine, round_, modes, options, Limits(seconds=3.0))
-            changed += lines
-            modes = found.tolist()
-        assert modes == [0, 0, 0, 0]
-        assert any("s are too long" in line for line in changed)
-
-    def test_trials_end_after_a_round_and_are_the_same_after_a_restart(self):
-        options = ModeOptions(np.array([[1.0, 0.5]] * 20), np.ones((20, 2)), np.ones((20, 2), np.int64))
-        lines = {}
-        for restarted in (False, True):
-            fine, modes, lines[restarted] = FineAllocator(("ptq", "qat"), seed=3, explore=0.3), [0] * 20, []
-            for round_ in range(2, 6):
-                if restarted:
-                    state = json.loads(json.dumps(fine.state()))
-                    fine = FineAllocator(("ptq", "qat"), seed=3, explore=0.3)
-                    fine.restore(state)
-                found, said = self.propose(fine, round_, modes, options)
-                lines[restarted] += said
-                modes = found.tolist()
-        assert lines[True] == lines[False]
-        assert any("to see what it brings" in line for line in lines[True])
-        assert any("the trial is over" in line for line in lines[True])
 
 
 class TestAggregate:

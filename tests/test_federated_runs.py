@@ -147,7 +147,9 @@ class TestFedHQ:
         whole, result = trained(app_with(), rounds=4, clock=clock(), link=1e6)
         grid = LocalGrid(app_with(), CLIENTS)
         first = FedHQ(3, seed=1, clock=clock(), link=1e6, fraction_evaluate=0.0)
-        half = first.start(grid, ArrayRecord(network().state_dict()), num_rounds=2)
+        start = ArrayRecord(network().state_dict())
+        # the fine stage plans with the number of rounds: the same run, stopped
+        half = first.start(grid, start, num_rounds=4, on_round=lambda one, _: one.round == 2)
         kept, again = grid.residuals(), LocalGrid(app_with(), CLIENTS)
         again.restore(kept)
         second = FedHQ(3, seed=1, clock=clock(), link=1e6, fraction_evaluate=0.0)

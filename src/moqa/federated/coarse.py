@@ -65,7 +65,14 @@ class ModeOptions:
         >>> ModeOptions(np.array([[2, 3], [2, 3]]), np.array([[1, 2], [3, 9]]), np.ones((2, 2), np.int64)).deadline()
         3.0
         """
-        slowest = float(self.seconds.min(1).max())
-        ends = np.unique(np.append(self.seconds[self.seconds >= slowest], slowest))
-        gains = np.where(self.seconds[None] <= ends[:, None, None], self.gains, 0.0).max(2).sum(1)
-        return float(ends[(gains / ends).argmax()])
+        ends = np.unique(self.seconds[self.seconds >= self.seconds.min(1).max()]).tolist()
+        return float(max(ends, key=self.rate))
+
+    def rate(self, deadline: float) -> float:
+        """Progress per second with a deadline, or with the shortest that all clients can keep.
+
+        >>> ModeOptions(np.array([[2, 3]]), np.array([[1, 2]]), np.ones((1, 2), np.int64)).rate(2.0)
+        1.5
+        """
+        end = max(deadline, float(self.seconds.min(1).max()))
+        return float(np.where(self.seconds <= end, self.gains, 0.0).max(1).sum() / end)

@@ -1,80 +1,75 @@
-"""Who rounds while it trains, after every round: what each mode brings and takes is learned from the rounds so far."""
+"""Who rounds while it trains, after every round: modes change where that pays by what was seen so far."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moqa.federated.coarse import Limits, ModeOptions
+from moqa.federated.learned import Learned, Observation, learned
 
-_LEAST_SEEN = 10  # updates before times are predicted, and of each mode before gains are
-_STRENGTH = 1.0  # of the ridge: features are of the order of 1
-_FADES = 20.0  # rounds after which exploration has fallen to half
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What a client did in a round: its number, features, mode, gain as a share, and seconds over those predicted."""
-
-    client: int
-    features: tuple[float, ...]
-    mode: int
-    gain: float
-    slowness: float
+_REST = 3  # rounds from one trial to the next
 
 
 @dataclass
 class FineAllocator:
     """Learns from rounds, and changes modes where that is expected to pay.
 
-    >>> fine = FineAllocator(names=("ptq", "qat"), seed=0)
+    >>> fine = FineAllocator(names=("ptq", "qat"))
     >>> fine.observe([Observation(0, (0.3,), 0, 0.1, 1.0)])
     >>> len(fine.seen)
     1
 
     Attributes:
         names: of the modes.
-        seed: of exploration.
         margin: by which a mode must be better than the present one, as a share; smaller differences are noise.
-        patience: rounds in a row in which it must be, and rounds that a new mode is kept.
-        explore: share of clients that try another mode in the first rounds; it fades.
+        firm: by which another deadline must bring more per second.
+        patience: rounds in a row in which a mode must be, and rounds that a new mode is kept.
+        finish: share of the rounds, the last ones, in which a round may take `longer` times its deadline: what rounding
+            takes from the model then, no later round repairs.
+        longer: so much.
     """
 
     names: tuple[str, ...]
-    seed: int
     margin: float = 0.05
+    firm: float = 0.1
     patience: int = 2
-    explore: float = 0.1
+    finish: float = 0.2
+    longer: float = 2.0
     seen: list[Observation] = field(default_factory=list)
     changed: dict[int, int] = field(default_factory=dict)
     _wanted: Counter[int] = field(default_factory=Counter)
     _trying: dict[int, int] = field(default_factory=dict)
+    _tried: int = -_REST
+    _deadline: float | None = None
 
     def state(self) -> dict[str, Any]:
         """All that was learned, as JSON."""
         return {
             "seen": [asdict(one) for one in self.seen], "changed": sorted(self.changed.items()),
-            "wanted": sorted(self._wanted.items()), "trying": sorted(self._trying.items()),
+            "wanted": sorted(self._wanted.items()), "trying": sorted(self._trying.items()), "tried": self._tried,
+            "deadline": self._deadline,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""
         self.seen = [Observation(**one | {"features": tuple(one["features"])}) for one in state["seen"]]
         self.changed, self._trying = dict(state["changed"]), dict(state["trying"])
-        self._wanted = Counter(dict(state["wanted"]))
+        self._wanted, self._tried = Counter(dict(state["wanted"])), state["tried"]
+        self._deadline = state["deadline"]
 
     def observe(self, observations: list[Observation]) -> None:
         """Remember a round."""
         # rounding costs more or less from round to round for everyone: differences within a round tell modes apart
-        mean = np.mean([one.gain for one in observations]) if observations else 0.0
-        for one in observations:
-            self.seen.append(Observation(one.client, one.features, one.mode, float(one.gain - mean), one.slowness))
+        beyond = [one.gain - one.expected for one in observations]
+        mean = float(np.mean(beyond)) if beyond else 0.0
+        self.seen += [replace(one, gain=each - mean) for one, each in zip(observations, beyond, strict=True)]
 
     def propose(
         self, round_: int, clients: list[int], modes: NDArray[np.int64], features: NDArray[np.float64],
-        options: ModeOptions, limits: Limits,
+        options: ModeOptions, limits: Limits, *, rounds: int | None = None,
     ) -> tuple[NDArray[np.int64], list[str]]:  # fmt: skip
         """Modes of the next round, and a line for every change.
 
@@ -85,57 +80,68 @@ class FineAllocator:
             features: [clients, features] about 1 in size.
             options: as before the first round; their gains and seconds are corrected by what was seen.
             limits: of a round.
+            rounds: in all; None if nobody knows.
         """
-        learned = self._learned(features, options)
-        deadline = learned.deadline() if limits.seconds is None else limits.seconds
-        best = learned.choose(Limits(deadline, limits.bytes))
-        now, lines = modes.copy(), list[str]()
-        # by round, not by what came before: a resumed run explores as the unbroken one
-        tries = np.random.default_rng((self.seed, round_)).random((len(clients), 2))
-        chance = self.explore * 0.5 ** (round_ / _FADES)
+        back = {client: self._trying.pop(client) for client in clients if client in self._trying}
+        now = np.array([back.get(client, int(mode)) for client, mode in zip(clients, modes, strict=True)], np.int64)
+        known = learned(self.seen, clients, features, options, now)
+        left = 0 if rounds is None else rounds - round_ + 1
+        last = rounds is not None and left <= int(self.finish * rounds) and limits.seconds is None
+        deadline = self._deadline_of(options, known.options, limits) * (self.longer if last else 1.0)
+        best = known.options.choose(Limits(deadline, limits.bytes))
+        reasons = dict.fromkeys(back, "the trial is over")
         for index, client in enumerate(clients):
-            was = int(now[index])
-            mode, why = self._trying.pop(client, was), "the trial is over"
-            late = learned.seconds[index, mode] > deadline
-            present, gain = learned.gains[index, [mode, best[index]]]
-            if best[index] != mode and (late or gain > present * (1 + self.margin)):
-                self._wanted[client] += 1
-                if self._wanted[client] >= self.patience <= round_ - self.changed.get(client, -self.patience):
-                    better = f"predicted to bring {gain / max(present, 1e-12) - 1:+.0%}, after {len(self.seen)} updates"
-                    why = f"{learned.seconds[index, mode]:.3g} s are too long" if late else better
-                    mode, self.changed[client] = int(best[index]), round_
-                    del self._wanted[client]
-            else:
+            late = known.options.seconds[index, now[index]] > deadline * (1 + self.margin)
+            present, gain = known.options.gains[index, [now[index], best[index]]]
+            if best[index] == now[index] or not (late or gain > present * (1 + self.margin)):
                 del self._wanted[client]
-                others = np.flatnonzero((learned.seconds[index] <= deadline) & (np.arange(len(self.names)) != mode))
-                if tries[index, 0] < chance and len(others):
-                    self._trying[client], why = mode, "to see what it brings"
-                    mode = int(others[int(tries[index, 1] * len(others))])
-            if mode != was:
-                old, new = learned.seconds[index, [was, mode]]
-                names = f"{self.names[was]} -> {self.names[mode]}"
-                lines.append(f"round {round_}: client {client} {names}: {why} ({old:.3g} -> {new:.3g} s)")
-            now[index] = mode
-        return now, lines
+                continue
+            self._wanted[client] += 1
+            waited = self._wanted[client] >= self.patience <= round_ - self.changed.get(client, -self.patience)
+            if waited or last:
+                why = f"predicted to bring {gain / max(present, 1e-12) - 1:+.0%}, after {len(self.seen)} updates"
+                if late:
+                    why = f"{known.options.seconds[index, now[index]]:.3g} s are too long"
+                reasons[client] = f"{why}, in the last rounds" if last else why
+                now[index], self.changed[client] = best[index], round_
+                del self._wanted[client]
+        settled = np.array([client not in reasons and not self._wanted[client] for client in clients])
+        tried = self._trial(left, settled, now, known, Limits(deadline, limits.bytes))
+        if tried is not None and round_ - self._tried >= _REST:
+            index, mode = tried
+            self._trying[clients[index]], self._tried = int(now[index]), round_
+            reasons[clients[index]], now[index] = "to see what it brings", mode
+        seconds = known.options.seconds
+        return now, [
+            f"round {round_}: client {client} {self.names[was]} -> {self.names[mode]}: {reasons[client]} "
+            f"({seconds[index, was]:.3g} -> {seconds[index, mode]:.3g} s)"
+            for index, (client, was, mode) in enumerate(zip(clients, modes.tolist(), now.tolist(), strict=True))
+            if was != mode
+        ]
 
-    def _learned(self, features: NDArray[np.float64], options: ModeOptions) -> ModeOptions:
-        """Options with gains and seconds as a ridge regression of what was seen predicts them."""
-        if len(self.seen) < _LEAST_SEEN:
-            return options
-        from sklearn.linear_model import Ridge
+    def _trial(
+        self, left: int, settled: NDArray[np.bool_], now: NDArray[np.int64], known: Learned, limits: Limits
+    ) -> tuple[int, int] | None:
+        """The client and mode whose trial costs least of those that are expected to bring more than they cost."""
+        options, here = known.options, np.arange(len(now))
+        costs = np.maximum(options.gains[here, now][:, None] - options.gains, 0.0)
+        more = options.sizes - options.sizes[here, now][:, None]
+        free = np.inf if limits.bytes is None else limits.bytes - options.sizes[here, now].sum()
+        allowed = settled[:, None] & (options.seconds <= (limits.seconds or np.inf)) & (more <= free)
+        allowed[here, now] = False
+        pays = allowed & (known.worth(now, self.margin) * (left - 1) > costs)
+        if not pays.any():
+            return None
+        index, mode = divmod(int(np.where(pays, costs, np.inf).argmin()), len(self.names))
+        return index, mode
 
-        modes = np.arange(len(self.names))
-        rows = self._rows(np.array([one.features for one in self.seen]), np.array([one.mode for one in self.seen]))
-        targets = np.array([[one.gain, np.log(max(one.slowness, 1e-6))] for one in self.seen])
-        model = Ridge(alpha=_STRENGTH).fit(rows, targets)
-        asked = self._rows(np.repeat(features, len(modes), 0), np.tile(modes, len(features)))
-        found = model.predict(asked).reshape(len(features), len(modes), 2)
-        # the regression speaks of differences within a round: they move the first guess, they do not replace it
-        counts = Counter(one.mode for one in self.seen)
-        known = all(counts[mode] >= _LEAST_SEEN for mode in range(len(self.names)))
-        gains = options.gains * (np.clip(1 + found[..., 0] - found[..., 0].mean(), 0.1, 10.0) if known else 1.0)
-        return ModeOptions(gains, options.seconds * np.exp(np.clip(found[..., 1], -3, 3)), options.sizes)
-
-    def _rows(self, features: NDArray[np.float64], modes: NDArray[np.int64]) -> NDArray[np.float64]:
-        chosen = np.eye(len(self.names))[modes]
-        return np.concatenate([features, chosen, np.einsum("rm,rf->rmf", chosen, features).reshape(len(modes), -1)], 1)
+    def _deadline_of(self, first: ModeOptions, now: ModeOptions, limits: Limits) -> float:
+        """The given one, or the one with the most progress per second; it stays where another is hardly better."""
+        if limits.seconds is not None:
+            return limits.seconds
+        if self._deadline is None:
+            self._deadline = first.deadline()
+        other = now.deadline()
+        if now.rate(other) > now.rate(self._deadline) * (1 + self.firm):
+            self._deadline = other
+        return self._deadline

@@ -15,7 +15,7 @@ from moqa.errors import MoqaError, one_line
 from moqa.federated.aggregate import combine
 from moqa.federated.allocation import choices_of, features_of, first_choice, options_of
 from moqa.federated.coarse import Limits, ModeOptions
-from moqa.federated.fine import FineAllocator, Observation
+from moqa.federated.fine import FineAllocator
 from moqa.federated.flower import (
     ArrayRecord,
     ConfigRecord,
@@ -29,6 +29,7 @@ from moqa.federated.flower import (
 )
 from moqa.federated.guard import Timing, UpdateGuard, described, gain_of, liars, seconds_of
 from moqa.federated.kept import read_rounds, write_rounds
+from moqa.federated.learned import Observation
 from moqa.federated.modes import BITS, FULL, Allocation, LocalMode
 from moqa.federated.order import ACTION, ARRAYS, EMPTY, FACTS, ORDER, Order, arrays_of, record_of, state_of
 from moqa.federated.records import ClientRecord, RoundRecord
@@ -67,7 +68,7 @@ class FedHQ(FedAvg):
         secure: the server sees the sum of the updates and none of them, see docs/federated.md.
         clock: of a simulation; None for the real one.
         link: bytes per second that clients are taken to have before the first round; None does not count messages.
-        seed: of the lot, of exploration and of sampling.
+        seed: of the lot and of sampling.
         min_available_nodes: that the first round waits for.
         options: of Flower's FedAvg, such as `fraction_train` and `fraction_evaluate`.
 
@@ -121,12 +122,14 @@ class FedHQ(FedAvg):
         uploads = [choice.upload for choice in self.choices]
         self.sums = SecureSums(uploads, trim, min_available_nodes) if secure else None
         if allocation == "coarse+fine":
-            import_module("sklearn.linear_model")  # it takes a second, for which no round is to wait
-        self.fine = FineAllocator(tuple(map(str, self.choices)), seed)
+            import_module("sklearn.gaussian_process")  # it takes a second, for which no round is to wait
+        self.fine = FineAllocator(tuple(map(str, self.choices)))
         self.clients, self.rounds = dict[int, ClientRecord](), list[RoundRecord]()
         self.guard, self._chosen, self._sent = UpdateGuard(), dict[int, int](), dict[int, int]()
         self._arrived, self._timings, self._now = dict[int, float](), dict[int, Timing](), RoundRecord(round=0)
         self._before, self._unfit, self._timeout = State(), set[int](), _TIMEOUT
+        self._expected = dict[int, list[float]]()
+        self._rounds: int | None = None
 
     def start(  # type: ignore[override]  # Flower's own takes all by position
         self,
@@ -146,7 +149,7 @@ class FedHQ(FedAvg):
         Args:
             grid: Flower's way to the clients.
             initial_arrays: the model's state dict.
-            num_rounds: in all.
+            num_rounds: in all; `coarse+fine` plans with it.
             timeout: seconds after which a round does not wait for updates any more.
             train_config: sent to clients that train.
             evaluate_config: sent to clients that evaluate.
@@ -158,7 +161,7 @@ class FedHQ(FedAvg):
         Raises:
             MoqaError: if no client can take part, saying why.
         """
-        arrays, result, self._timeout = initial_arrays, Result(), timeout
+        arrays, result, self._timeout, self._rounds = initial_arrays, Result(), timeout, num_rounds
         if kept is not None and kept.is_file():
             state, tensors = read_rounds(kept)
             self.restore(state)
@@ -279,7 +282,8 @@ class FedHQ(FedAvg):
             self._timings[node] = Timing(seconds, claimed, None if self.clock else seconds_of(facts))
             if gain is not None:
                 slowness = seconds / max(claimed + client.latency, 1e-9)
-                observed.append(Observation(client.number, tuple(features[node]), self._chosen[node], gain, slowness))
+                mode, own = self._chosen[node], tuple(features[node])
+                observed.append(Observation(client.number, own, mode, gain, slowness, self._expected[node][mode]))
         self._now.seconds = max((timing.taken for timing in self._timings.values()), default=0.0)
         self.fine.observe(observed)
         if not updates:
@@ -409,6 +413,8 @@ class FedHQ(FedAvg):
         down = Packing(state, self.download_bits).length
         sizes = [down + Packing(state, choice.upload).length for choice in self.choices]
         options = options_of(clients, self.choices, sizes, self.link)
+        kept = options.gains / options.gains.max(1, keepdims=True)
+        self._expected = dict(zip(able, kept.tolist(), strict=True))
         if any(node not in self._chosen for node in able):
             found = first_choice(self.allocation, options, self.limits, self.seed)
             for index, node in enumerate(able):
@@ -420,7 +426,9 @@ class FedHQ(FedAvg):
         clients = [self.clients[node] for node in able]
         modes = np.array([self._chosen[node] for node in able])
         numbers = [client.number for client in clients]
-        found, lines = self.fine.propose(server_round, numbers, modes, features_of(clients), options, self.limits)
+        found, lines = self.fine.propose(
+            server_round, numbers, modes, features_of(clients), options, self.limits, rounds=self._rounds
+        )
         self._chosen |= {node: int(mode) for node, mode in zip(able, found, strict=True)}
         self._now.changes += lines
 
