@@ -85,6 +85,7 @@ def learned(
     """
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import DotProduct
+    from threadpoolctl import threadpool_limits
 
     places = {client: index for index, client in enumerate(clients)}
     count, modes = options.gains.shape
@@ -92,18 +93,20 @@ def learned(
                  (count, modes)).reshape(count, modes, -1)  # fmt: skip
     model = GaussianProcessRegressor(DotProduct(0.0, "fixed"), alpha=_NOISE**2, optimizer=None, n_targets=2)
     latest = seen[-_LATEST:]
-    if latest:
-        model.fit(
-            _rows(
-                np.array([places.get(one.client, -1) for one in latest]), np.array([one.features for one in latest]),
-                np.array([one.mode for one in latest]), (count, modes),
-            ),
-            np.array([[one.gain, np.log(max(one.slowness, 1e-6))] for one in latest]),
-        )  # fmt: skip
-    found = model.predict(rows.reshape(count * modes, -1)).reshape(count, modes, 2)
     # rows are linear in what is asked: the row of a difference is the difference of rows
     apart = rows - np.take_along_axis(rows, present[:, None, None], 1)
-    _, doubts = model.predict(apart.reshape(count * modes, -1), return_std=True)
+    # a matrix of 200 rows takes a millisecond, and half a second with threads that wait for a busy machine
+    with threadpool_limits(1, user_api="blas"):
+        if latest:
+            model.fit(
+                _rows(
+                    np.array([places.get(one.client, -1) for one in latest]),
+                    np.array([one.features for one in latest]), np.array([one.mode for one in latest]), (count, modes),
+                ),
+                np.array([[one.gain, np.log(max(one.slowness, 1e-6))] for one in latest]),
+            )  # fmt: skip
+        found = model.predict(rows.reshape(count * modes, -1)).reshape(count, modes, 2)
+        _, doubts = model.predict(apart.reshape(count * modes, -1), return_std=True)
     most = options.gains.max(1, keepdims=True)
     kept = np.clip(options.gains / most + found[..., 0], _LEAST, _MOST)
     seconds = options.seconds * np.exp(np.clip(found[..., 1], -3, 3))
