@@ -21,7 +21,8 @@ from moqa.mixture.load import Mixture, open_mixture
 from moqa.mixture.losses import LossStore
 from moqa.mixture.measure import TokenLosses, compared
 from moqa.mixture.router import ROUTERS, Router, stored
-from moqa.mixture.train import RouterSamples, TrainedRouter, chosen, train
+from moqa.mixture.threshold import TrainedRouter, train
+from moqa.mixture.train import RouterSamples, chosen
 from moqa.models.layerwise import LayerwiseModel
 from moqa.models.view import ModelView, open_model
 from moqa.progress import quiet
@@ -137,6 +138,7 @@ class Study:
         samples = RouterSamples.of(
             read(model, torch.cat([cut.inputs for cut in cuts]), what),
             torch.stack([torch.cat([getattr(case.learn[n][c.name], labels) for c in cuts]) for n in names]),
+            [len(cut.inputs) for cut in cuts],
         )
         held = torch.cat([held_out_windows(len(cut.inputs)) for cut in cuts])
         means = samples.some(held).at_cuts.mean((0, 1))
@@ -145,8 +147,8 @@ class Study:
         picks = {}
         with torch.no_grad():
             for cut in case.test:
-                shares = trained.router.after(read(model, self.heard(cut.inputs), what)).softmax(-1)
-                picks[cut.name] = chosen(shares, trained.threshold, default)
+                found = trained.router.after(read(model, self.heard(cut.inputs), what))
+                picks[cut.name] = chosen(found, trained.threshold, default)
         return trained, picks
 
     def add(self, about: dict[str, Any], kind: str, name: str, values: dict[str, Any]) -> None:

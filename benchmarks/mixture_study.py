@@ -150,7 +150,7 @@ def latency(folder: Path, routers: dict[str, Router]) -> dict[str, Any]:
 
     @torch.inference_mode()
     def route(router: Router, ids: list[int]) -> Tensor:
-        return router.after(read(model, prompt_end(ids), router.reads)).softmax(-1)
+        return router.after(read(model, prompt_end(ids), router.reads))
 
     def answer(ids: list[int], tokens: int) -> list:
         return list(generate(model, tokenizer, ids, Sampling(max_tokens=tokens, temperature=0)))

@@ -25,7 +25,8 @@ from moqa.mixture.record import (
     write_mixture,
 )
 from moqa.mixture.router import ROUTERS, stored
-from moqa.mixture.train import RouterSamples, TrainedRouter, train
+from moqa.mixture.threshold import TrainedRouter, train
+from moqa.mixture.train import RouterSamples
 from moqa.progress import Report
 from moqa.runtime.load import load_packed
 from moqa.tasks import Samples
@@ -76,6 +77,7 @@ class MeasuredVariants:
         samples = RouterSamples.of(
             read(model, torch.cat([cut.inputs for cut in self.windows]), ROUTERS.find(kind).reads),
             torch.stack([torch.cat([loss[name][cut.name] for cut in self.windows]) for name in choices]),
+            [len(cut.inputs) for cut in self.windows],
         )
         held = torch.cat([checks[cut.name] for cut in self.windows])
         trained = train(
@@ -114,6 +116,7 @@ class MeasuredVariants:
             labels=labels, context=shape[1], fitted=fitted,
             windows={cut.name: len(cut.inputs) for cut in self.windows},
             usage={name: round(share, 6) for name, share in zip(choices, trained.usage, strict=True)},
+            left_out={self.windows[n].name: _rounded(change) for n, change in trained.left_out.items()},
             loss=_rounded(trained.loss), single=_rounded(trained.single), oracle=_rounded(trained.oracle),
             file=stored_file(self.folder / ROUTER),
         )  # fmt: skip
@@ -139,7 +142,7 @@ def held_out_windows(count: int) -> Tensor:
 
 def mean_loss(token_loss: Tensor) -> float:
     """Mean loss of continuations over [windows, tokens] and all lengths of prompts that count."""
-    return float(RouterSamples.of(torch.zeros(()), token_loss[None]).at_cuts.mean())
+    return float(RouterSamples.of(torch.zeros(()), token_loss[None], [len(token_loss)]).at_cuts.mean())
 
 
 def beaten_variants(means: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int]) -> dict[str, str]:

@@ -103,8 +103,8 @@ class Mixture:
             return RoutedPrompt(self.record.default, problem=f"the router reads {record.base}, which {damage.what}")
         base = self.model_of(record.base) if what == "routing" else self._models[record.base]
         with torch.inference_mode():
-            shares = router.after(read(base, seen_of(sample, what), what))[0].softmax(-1)
-        confidence, index = (float(shares.max()), int(shares.argmax()))
+            found = router.after(read(base, seen_of(sample, what), what))[0]
+        confidence, index = (float(found.max()), int(found.argmax()))
         likeliest = record.choices[index]
         variant = likeliest if confidence >= record.threshold else self.record.default
         return RoutedPrompt(variant, confidence, likeliest)

@@ -40,6 +40,11 @@ class RouterRecord(BaseModel, frozen=True):
     context: int = Field(description="tokens of a window; 1: images")
     windows: dict[str, int] = Field(description="by distribution: windows that it was trained on or checked with")
     usage: dict[str, float] = Field(description="share of the prompts of held-out windows that each choice gets")
+    left_out: dict[str, float] = Field(
+        {},
+        description="by distribution: relative change of the loss, against the best single variant, of what a router "
+        "chooses there that was trained without it, at this threshold",
+    )
     loss: float = Field(description="of what it chooses, on held-out windows")
     single: float = Field(description="of the best single variant")
     oracle: float = Field(description="of the best variant of each prompt")

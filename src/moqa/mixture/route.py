@@ -9,7 +9,8 @@ class RoutedPrompt:
 
     Attributes:
         variant: its name.
-        confidence: of the router, in the variant that it likes best; None if the variant was asked for.
+        confidence: of the router, in the variant that it likes best: its probability, times how like the prompt is
+            to those of the router's training; None if the variant was asked for.
         likeliest: that variant; another one than `variant` if the confidence is below the threshold.
         problem: why another variant than the chosen one is used; None if it is not.
     """

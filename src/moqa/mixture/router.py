@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from moqa.errors import MoqaError
+from moqa.mixture.familiar import Familiarity
 from moqa.registry import Registry
 from moqa.tasks import Task
 
 # what a router reads: of each token its row of the model's embedding, or the experts that it is routed to; or an image
 Reads = Literal["rows", "routing", "pixels"]
 LONGEST = 128  # tokens: of a longer prompt, its end
+_KNOWN = "familiar.directions"
 SIDE = 32  # pixels: an image of any other size is averaged, or spread, over so many
 
 
@@ -28,14 +30,18 @@ class Router(nn.Module, ABC):
     Attributes:
         reads: what it reads.
         rate: learning rate.
+        known_by_encoded: whether a novel input is told by what `encode` makes of it; else by the features themselves.
+        familiar: tells known inputs from novel ones, once it is trained; None: all count as known.
     """
 
     reads: ClassVar[Reads]
     rate: ClassVar[float]
+    known_by_encoded: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, features: int, variants: int) -> None:
         super().__init__()
+        self.familiar: Familiarity | None = None
 
     @abstractmethod
     def see(self, samples: Tensor) -> None:
@@ -54,8 +60,26 @@ class Router(nn.Module, ABC):
         return self.answer(causal_mean(self.encode(features)))
 
     def after(self, features: Tensor) -> Tensor:
-        """[prompts, tokens, features] -> [prompts, variants] logits after the last token."""
-        return self.answer(self.encode(features).mean(-2))
+        """[prompts, tokens, features] -> [prompts, variants] confidence in each variant after the last token."""
+        encoded = self.encode(features)
+        shares = self.answer(encoded.mean(-2)).softmax(-1)
+        return self._trusted(shares, self.evidence(features, encoded).mean(-2), features.shape[1])
+
+    def confidences(self, features: Tensor) -> Tensor:
+        """[windows, tokens, features] -> [windows, tokens, variants] confidence in each variant after each token.
+
+        It is the probability of the variant times the familiarity of what was read.
+        """
+        encoded, tokens = self.encode(features), torch.arange(1, features.shape[1] + 1)
+        shares = self.answer(causal_mean(encoded)).softmax(-1)
+        return self._trusted(shares, causal_mean(self.evidence(features, encoded)), tokens)
+
+    def evidence(self, features: Tensor, encoded: Tensor) -> Tensor:
+        """What a novel input is told by, of each token."""
+        return encoded if self.known_by_encoded else features
+
+    def _trusted(self, shares: Tensor, means: Tensor, tokens: Tensor | int) -> Tensor:
+        return shares if self.familiar is None else shares * self.familiar(means, tokens)[..., None]
 
 
 ROUTERS: Registry[type[Router]] = Registry("--router", {
@@ -109,6 +133,9 @@ def restored(kind: str, features: int, variants: int, tensors: Mapping[str, Tens
         MoqaError: if the tensors are not those of such a router.
     """
     router = ROUTERS.find(kind)(features, variants)
+    known = tensors.get(_KNOWN)
+    if known is not None and known.dim() == 2:  # an older router has none
+        router.familiar = Familiarity(*known.shape)
     wanted = {name: tuple(tensor.shape) for name, tensor in router.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

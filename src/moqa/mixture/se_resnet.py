@@ -20,6 +20,7 @@ class SeResNetRouter(Router):
 
     reads: ClassVar[Reads] = "pixels"
     rate: ClassVar[float] = 3e-3
+    known_by_encoded: ClassVar[bool] = True
 
     def __init__(self, features: int, variants: int) -> None:
         super().__init__(features, variants)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moqa.mixture.familiar import Familiarity
 from moqa.mixture.measure import continuation
 from moqa.mixture.router import ROUTERS, Router, stored
 from moqa.progress import Report
@@ -16,7 +17,6 @@ MIN_PROMPT, MIN_CONTINUATION = 8, 32
 _BATCH, _EPOCHS = 32, 30
 _CROP = 96  # tokens of a window in one step: what a step takes grows with their square, and prompts begin anywhere
 _BALANCE = 0.02  # of the paper, falling to 0 in a straight line
-_THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)  # the last one: never the router's choice
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,37 @@ class RouterSamples:
     Attributes:
         features: [windows, context, features] of each token; [images, 1, channels, 32, 32] of images.
         loss: [variants, windows, context - 1] loss after prompts of 1, 2, ... tokens; [variants, images, 1] of images.
+        distribution: [windows] number of the distribution that each is of, int64.
         cuts: of these, the lengths of prompts that count, as positions in `loss`.
     """
 
     features: Tensor
     loss: Tensor
+    distribution: Tensor
     cuts: slice
 
     @classmethod
-    def of(cls, features: Tensor, token_loss: Tensor) -> "RouterSamples":
-        """From [variants, windows, context - 1] losses of each token, or [variants, images, 1] of images."""
+    def of(cls, features: Tensor, token_loss: Tensor, counts: Sequence[int]) -> "RouterSamples":
+        """From [variants, windows, context - 1] losses of each token, or [variants, images, 1] of images.
+
+        Args:
+            features: see the class.
+            token_loss: see above.
+            counts: windows of each distribution, which follow each other.
+        """
         tokens = token_loss.shape[-1]
         half = max(tokens // 2, 1)
         cuts = slice(min(MIN_PROMPT, half) - 1, max(tokens - MIN_CONTINUATION, half))
-        return cls(features, continuation(token_loss), cuts)
+        numbers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        return cls(features, continuation(token_loss), numbers, cuts)
 
     def some(self, windows: Tensor) -> "RouterSamples":
         """Those of some windows."""
-        return RouterSamples(self.features[windows], self.loss[:, windows], self.cuts)
+        return RouterSamples(self.features[windows], self.loss[:, windows], self.distribution[windows], self.cuts)
+
+    def split(self, number: int) -> "tuple[RouterSamples, RouterSamples]":
+        """Those of all other distributions, and those of one."""
+        return self.some(self.distribution != number), self.some(self.distribution == number)
 
     @property
     def at_cuts(self) -> Tensor:
@@ -51,39 +64,19 @@ class RouterSamples:
         return self.loss[:, :, self.cuts].permute(1, 2, 0)
 
 
-@dataclass(frozen=True)
-class TrainedRouter:
-    """A router, and what held-out samples say of it.
+def fit(
+    kind: str, samples: RouterSamples, check: RouterSamples, *, default: int, seed: int, report: Report,
+    step: str = "router",
+) -> Router:  # fmt: skip
+    """A router of one kind, as its file will hold it.
 
-    Attributes:
-        router: as it is stored.
-        threshold: of its confidence, below which the best single variant is used.
-        loss: of what it chooses, on held-out windows.
-        single: of the best single variant.
-        oracle: of the best variant of each.
-        usage: share of prompts that each variant gets.
-    """
-
-    router: Router
-    threshold: float
-    loss: float
-    single: float
-    oracle: float
-    usage: tuple[float, ...]
-
-
-def train(
-    kind: str, samples: RouterSamples, check: RouterSamples, *, default: int, seed: int, report: Report
-) -> TrainedRouter:
-    """Train a router of one kind.
-
-    >>> samples = RouterSamples.of(torch.randn(4, 64, 8), torch.rand(2, 4, 63))
-    >>> train("linear", samples, samples, default=0, seed=0, report=report).threshold <= 1.01
-    True
+    >>> samples = RouterSamples.of(torch.randn(4, 64, 8), torch.rand(2, 4, 63), [2, 2])
+    >>> fit("linear", samples, samples, default=0, seed=0, report=report).after(torch.randn(1, 9, 8)).shape
+    torch.Size([1, 2])
 
     The target is a softmax over negative losses, relative to the mean gap between variants; prompts with a large gap
     weigh more. The balance term is the paper's: alpha (1 + sigma) N sum P F, alpha falling to 0. The epoch with the
-    lowest held-out loss is kept, and so is the threshold of the confidence.
+    lowest held-out loss is kept.
 
     Args:
         kind: name in `ROUTERS`.
@@ -92,6 +85,7 @@ def train(
         default: index of the best single variant.
         seed: of the initial weights and the order.
         report: called per epoch.
+        step: name of this work in reports.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -101,7 +95,7 @@ def train(
         steps = _EPOCHS * -(-len(targets) // _BATCH)
         optimizer = torch.optim.AdamW(router.parameters(), lr=router.rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, router.rate, steps, pct_start=0.1)
-        best, kept, step = float("inf"), router, 0
+        best, kept, number = float("inf"), router, 0
         for epoch in range(_EPOCHS):
             router.train()
             for picked in torch.randperm(len(targets)).split(_BATCH):
@@ -110,18 +104,18 @@ def train(
                 seen = slice(first, samples.cuts.start + part.stop)
                 logits = router(samples.features[picked, seen])[:, samples.cuts.start :]
                 wanted, weight = targets[picked, part], weights[picked, part]
-                loss = _loss(logits[:, : wanted.shape[1]], wanted, weight, alpha=_BALANCE * (1 - step / steps))
+                loss = _loss(logits[:, : wanted.shape[1]], wanted, weight, alpha=_BALANCE * (1 - number / steps))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                step += 1
+                number += 1
             candidate = _as_stored(router)
-            routed = float(routed_loss(candidate, check, 0.0, default).mean())
+            routed = float(taken(check.at_cuts, chosen(confidences(candidate, check), 0.0, default)).mean())
             if routed < best:
                 best, kept = routed, candidate
-            report("router", epoch + 1, _EPOCHS, loss=routed)
-    return _judged(kept, check, default)
+            report(step, epoch + 1, _EPOCHS, loss=routed)
+    return _as_stored(_familiar(kept, samples))
 
 
 def soft_targets(loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,21 +130,20 @@ def soft_targets(loss: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def probabilities(router: Router, samples: RouterSamples) -> Tensor:
-    """[windows, cuts, variants] what a router says at the cuts."""
-    parts = [router(part)[:, samples.cuts].softmax(-1) for part in samples.features.split(_BATCH)]
-    return torch.cat(parts)
-
-
-def routed_loss(router: Router, samples: RouterSamples, threshold: float, default: int) -> Tensor:
-    """[windows, cuts] losses of the variants that a router chooses."""
-    return _taken(samples.at_cuts, chosen(probabilities(router, samples), threshold, default))
+def confidences(router: Router, samples: RouterSamples) -> Tensor:
+    """[windows, cuts, variants] confidence of a router at the cuts."""
+    return torch.cat([router.confidences(part)[:, samples.cuts] for part in samples.features.split(_BATCH)])
 
 
 def chosen(shares: Tensor, threshold: float, default: int) -> Tensor:
-    """[...] index of the variant of each prompt, from [..., variants] probabilities."""
+    """[...] index of the variant of each prompt, from [..., variants] confidences."""
     confidence, index = shares.max(-1)
     return torch.where(confidence >= threshold, index, default)
+
+
+def taken(loss: Tensor, index: Tensor) -> Tensor:
+    """[...] losses of the chosen variants, from [..., variants] losses and [...] indices."""
+    return loss.gather(-1, index[..., None])[..., 0]
 
 
 def _loss(logits: Tensor, targets: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -168,16 +161,12 @@ def _as_stored(router: Router) -> Router:
     return copied
 
 
-def _judged(router: Router, check: RouterSamples, default: int) -> TrainedRouter:
-    loss, shares = check.at_cuts, probabilities(router, check)
-    found: Sequence[float] = [float(_taken(loss, chosen(shares, t, default)).mean()) for t in _THRESHOLDS]
-    at = min(range(len(found)), key=lambda index: found[index])
-    used = torch.bincount(chosen(shares, _THRESHOLDS[at], default).flatten(), minlength=loss.shape[-1])
-    return TrainedRouter(
-        router, _THRESHOLDS[at], found[at], float(loss[..., default].mean()), float(loss.min(-1).values.mean()),
-        tuple((used / used.sum()).tolist()),
-    )  # fmt: skip
-
-
-def _taken(loss: Tensor, index: Tensor) -> Tensor:
-    return loss.gather(-1, index[..., None])[..., 0]
+@torch.no_grad()
+def _familiar(router: Router, samples: RouterSamples) -> Router:
+    """The router, which can tell what it was trained on."""
+    parts = samples.features.split(_BATCH)
+    seen = torch.cat([router.evidence(part, router.encode(part)) for part in parts])
+    numbers = samples.distribution.unique(return_inverse=True)[1]
+    router.familiar = Familiarity(int(numbers.max()) + 1, seen.shape[-1])
+    router.familiar.see(seen, numbers)
+    return router
