@@ -45,11 +45,16 @@ class _Unseen:
     confidence: Tensor
     default: int
 
-    def change(self, threshold: float) -> Tensor:
-        """[windows] change of the mean loss by routing, relative to that of the best single variant."""
-        single = self.loss[..., self.default]
+    def change(self, threshold: float) -> float:
+        """Change of the mean loss by routing, relative to that of the best single variant."""
         routed = taken(self.loss, chosen(self.confidence, threshold, self.default))
-        return (routed - single).mean(1) / single.mean().clamp_min(1e-12)
+        return float(routed.mean() / self.loss[..., self.default].mean().clamp_min(1e-12)) - 1
+
+    def interval(self) -> float:
+        """Half of the 95 % interval of the best single variant's mean loss over windows, relative to that mean."""
+        single = self.loss[..., self.default].mean(1)
+        spread = float(single.std()) if len(single) > 1 else 0.0
+        return 1.96 * spread / len(single) ** 0.5 / max(float(single.mean()), 1e-12)
 
 
 def train(
@@ -63,8 +68,8 @@ def train(
 
     A threshold that is best on held-out windows of known distributions says nothing about novel ones. So each
     distribution in turn is left out: a router that is trained on the others meets it as a novel one. Allowed are
-    thresholds with which no such router loses against the best single variant beyond the 95 % interval of the paired
-    differences; the one with the lowest loss on known and on left-out distributions together, which count alike, is
+    thresholds with which no such router is worse than the best single variant by more than the 95 % interval of the
+    latter's loss; the one with the lowest loss on known and on left-out distributions together, which count alike, is
     kept. With a single distribution there is nothing to leave out, and held-out windows decide.
 
     Args:
@@ -84,7 +89,7 @@ def train(
     return TrainedRouter(
         router, threshold, float(taken(known.loss, found).mean()), float(known.loss[..., default].mean()),
         float(known.loss.min(-1).values.mean()), tuple((used / used.sum()).tolist()),
-        {number: float(trial.change(threshold).mean()) for number, trial in novel.items()},
+        {number: trial.change(threshold) for number, trial in novel.items()},
     )  # fmt: skip
 
 
@@ -105,16 +110,9 @@ def _left_out(kind: str, samples: RouterSamples, check: RouterSamples, seed: int
 
 
 def _best_threshold(known: _Unseen, novel: Sequence[_Unseen]) -> float:
-    allowed = [one for one in _THRESHOLDS if not any(_loses(trial.change(one)) for trial in novel)]
+    allowed = [one for one in _THRESHOLDS if all(trial.change(one) <= trial.interval() for trial in novel)]
 
     def change(threshold: float) -> float:
-        unseen = [float(trial.change(threshold).mean()) for trial in novel]
-        return float(known.change(threshold).mean()) + sum(unseen) / max(len(unseen), 1)
+        return known.change(threshold) + sum(trial.change(threshold) for trial in novel) / max(len(novel), 1)
 
     return min(reversed(allowed), key=change)  # of equally good ones the highest
-
-
-def _loses(change: Tensor) -> bool:
-    """Whether [windows] changes are above zero beyond their 95 % interval."""
-    around = 1.96 * float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
-    return float(change.mean()) > around
