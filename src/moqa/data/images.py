@@ -6,7 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -188,6 +188,35 @@ def name_and_source(spec: str, form: str, example: str) -> tuple[str, str]:
     return name, source
 
 
+def opened(file: Path | BinaryIO, what: str, most_pixels: int | None = None) -> Any:
+    """An image in RGB, decoded.
+
+    >>> opened(Path("reference/image/test/airplane/00003.png"), "an airplane").size
+    (32, 32)
+
+    Args:
+        file: path, or an open file.
+        what: the image, in messages.
+        most_pixels: of an image that is decoded at all; None takes any.
+
+    Raises:
+        MoqaError: if it cannot be read, or is larger.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise MoqaError("images need the package pillow", "pip install 'moqa[image]'") from None
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            if most_pixels is None or width * height <= most_pixels:
+                return image.convert("RGB")
+    except Exception as error:  # decoders raise many kinds of errors for damaged files
+        why = "of no kind that pillow knows" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise MoqaError(f"{what} cannot be read as an image", why) from None
+    raise MoqaError(f"{what} has {width} x {height} pixels", f"give one of at most {most_pixels:,}")
+
+
 def is_image(path: Path) -> bool:
     """Whether a file is an image by its name."""
     return path.suffix.lower() in _SUFFIXES and path.is_file()
@@ -201,15 +230,7 @@ def _label(images: Images, reader: ImageReader, label: str) -> int:
 
 
 def _open(images: Images, path: Path) -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MoqaError("images need the package pillow", "pip install 'moqa[image]'") from None
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise many kinds of errors for damaged files
-        raise MoqaError(f"{images.name}={images.origin}: {path} cannot be read as an image", one_line(error)) from None
+    return opened(path, f"{images.name}={images.origin}: {path}")
 
 
 def _content_hash(image: Any) -> int:

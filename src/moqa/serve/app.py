@@ -6,21 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from moqa.errors import MoqaError
 from moqa.generation import Finish, Piece
 from moqa.serve import wanted
 from moqa.serve.answers import Answer, event
 from moqa.serve.bodies import unless_gone
-from moqa.serve.guard import Guard
+from moqa.serve.common import common_app
 from moqa.serve.refusal import refusal_of
 from moqa.serve.schema import ChatRequest, CompletionRequest
 from moqa.serve.service import Running, Service
-from moqa.serve.sessions import Sessions
 from moqa.serve.tokenizing import add_tokenizer_routes
 
 _PAGE = Path(__file__).with_name("page.html")
@@ -41,37 +37,7 @@ def build_app(service: Service, keys: Sequence[str] = (), cors: Sequence[str] = 
         keys: clients must send one of them; none for no key.
         cors: origins of web pages that may ask; `*` for all.
     """
-    app = FastAPI(title="moqa", openapi_url=None)
-    if service.adjusting.by_client and not keys:
-        app.add_middleware(Sessions)
-    app.add_middleware(Guard, metrics=service.metrics, keys=keys, cors=cors)
-    if cors:
-        # outermost: a browser asks whether it may ask without the key
-        app.add_middleware(
-            CORSMiddleware, allow_origins=cors, allow_methods=("GET", "POST"), allow_headers=("*",),
-            expose_headers=("*",), allow_private_network=True,
-        )  # fmt: skip
-    for kind in (HTTPException, MoqaError):
-        app.add_exception_handler(kind, _refused)
-    listed = {name: {"id": name, "object": "model", "created": 0, "owned_by": "moqa"} for name in service.names}
-
-    @app.get("/health")
-    async def health() -> Response:
-        stopping = service.scheduler.stopping
-        return JSONResponse({"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": list(listed.values())})
-
-    @app.get("/v1/models/{name}")
-    async def one_model(name: str) -> Response:
-        wanted.check_model(service, name)
-        return JSONResponse(listed[name])
+    app = common_app(service, keys, cors)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -163,7 +129,3 @@ class _Events(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._running.cancel()
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    return refusal_of(error).response()

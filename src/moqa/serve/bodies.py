@@ -6,13 +6,14 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from moqa.generation.sampling import should
+from moqa.serve.forms import KIND, form_fields, is_form
 from moqa.serve.refusal import RefusalError
 
 _T = TypeVar("_T")
@@ -45,10 +46,11 @@ class Bodies:
 
     Args:
         limit: most bytes of one body.
+        forms: whether a body may be a form with files, too.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, forms: bool = False) -> None:
+        self.limit, self._forms = limit, forms
         self._held, self._most_held = 0, max(_MOST_HELD, 4 * limit)
         self._rested = 0.0  # when the next long one may begin
         self._long = ThreadPoolExecutor(1, "moqa-long-bodies")
@@ -66,8 +68,9 @@ class Bodies:
             RefusalError: 413 if the body is too long, 429 if too many others are being read, 400 if it is no `kind`.
             ClientDisconnect: if the client disconnects first.
         """
-        if not _is_json(request.headers.get("content-type", "")):
-            raise RefusalError(400, _NO_OBJECT)
+        content_type = request.headers.get("content-type", "")
+        if not _is_json(content_type) and not (self._forms and is_form(content_type)):
+            raise RefusalError(400, f"{_NO_OBJECT}, or {KIND}" if self._forms else _NO_OBJECT)
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > self.limit:
             raise self._too_long()
@@ -85,7 +88,7 @@ class Bodies:
                         raise RefusalError(429, "too many long bodies: try again later", code="busy", headers=headers)
 
             def work() -> tuple[_Body, _T]:
-                body = _parsed(data, kind)
+                body = _parsed(data, kind, content_type)
                 return body, prepare(body)
 
             loop = asyncio.get_running_loop()
@@ -140,18 +143,22 @@ def _is_json(content_type: str) -> bool:
     return name == "application/json" or (name.startswith("application/") and name.endswith("+json"))
 
 
-def _parsed(data: bytearray, kind: type[_Body]) -> _Body:
-    try:
-        # strings are not cached: they are clients', and a cache would keep them
-        body = from_json(bytes(data), cache_strings="none")
-    except ValueError:
-        raise RefusalError(400, "the body is not JSON") from None
+def _parsed(data: bytearray, kind: type[_Body], content_type: str) -> _Body:
+    body = form_fields(bytes(data), content_type) if is_form(content_type) else _from_json(data)
     if not isinstance(body, dict):
         raise RefusalError(400, _NO_OBJECT)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         raise _invalid(error) from None
+
+
+def _from_json(data: bytearray) -> Any:
+    try:
+        # strings are not cached: they are clients', and a cache would keep them
+        return from_json(bytes(data), cache_strings="none")
+    except ValueError:
+        raise RefusalError(400, "the body is not JSON") from None
 
 
 def _invalid(error: ValidationError) -> RefusalError:

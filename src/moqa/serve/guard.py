@@ -7,13 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moqa.serve.metrics import Metrics
+from moqa.serve.metrics import RequestMetrics
 from moqa.serve.origins import check_site
 from moqa.serve.refusal import RefusalError, refusal_of
 
 ROUTES = (
-    "/", "/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/tokenize", "/detokenize",
-    "/tokenizer_info",
+    "/", "/v1/completions", "/v1/chat/completions", "/v1/classify", "/v1/models", "/health", "/metrics", "/tokenize",
+    "/detokenize", "/tokenizer_info",
 )  # fmt: skip
 _OPEN = ("/health",)  # without a key; says nothing but that the server runs
 
@@ -28,7 +28,7 @@ class Guard:
         cors: origins of pages that may ask.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, keys: Sequence[str], cors: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics, keys: Sequence[str], cors: Collection[str]) -> None:
         self._app, self._metrics, self._cors = app, metrics, cors
         self._expected = [key.encode() for key in keys]
 

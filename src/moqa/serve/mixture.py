@@ -60,11 +60,7 @@ class RoutedVariants(Adjusting):
         asked = RoutedPrompt(chosen.name) if chosen.name is not None else mixture.choose(job.ids)
         route = mixture.checked(asked)
         chosen.name, chosen.confidence, chosen.problem = route.variant, route.confidence, route.problem
-        self._metrics.routed.labels(route.variant).inc()
-        if route.problem is not None:
-            self._metrics.damaged.inc()
-        if route.confidence is not None:
-            self._metrics.confidence.observe(route.confidence)
+        self._metrics.count(route)
         return mixture.use(route.variant)
 
     def written(self, job: ServedText, pieces: Iterator[Piece]) -> Iterator[Piece]:

@@ -49,6 +49,11 @@ class RefusalError(HTTPException):
         return JSONResponse(self.body(), self.status_code, headers=self.headers)
 
 
+def stopping() -> RefusalError:
+    """The refusal of what the server no longer begins."""
+    return RefusalError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
+
+
 def refusal_of(error: Exception) -> RefusalError:
     """The refusal for any exception; bugs are logged, without their message, which may quote a prompt."""
     if isinstance(error, RefusalError):

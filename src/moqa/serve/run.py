@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 
 from moqa.errors import MoqaError
+from moqa.mixture.classifier import classifies, load_classifier
 from moqa.mixture.load import load_any
 from moqa.mixture.merged import is_merged
 from moqa.mixture.record import is_mixture
@@ -22,6 +23,8 @@ from moqa.serve.adjusting import Adjusting
 from moqa.serve.app import build_app
 from moqa.serve.auto import AutoAdjusting
 from moqa.serve.connection import ACCEPTED, Connection, Connections
+from moqa.serve.image_app import build_image_app
+from moqa.serve.images import ImageService
 from moqa.serve.metrics import Metrics
 from moqa.serve.mixture import RoutedVariants
 from moqa.serve.origins import check_origins
@@ -38,21 +41,23 @@ _LOG = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which also stops the scheduler.
+    """uvicorn's server, which also stops the work.
 
     Args:
-        service: a service whose scheduler is running.
+        service: a service that is open.
         connections: what limits its connections.
         keys: clients must send one of them; none lets everyone in.
         cors: origins of web pages that may ask.
     """
 
     def __init__(
-        self, service: Service, connections: Connections, keys: Sequence[str] = (), cors: Sequence[str] = ()
-    ) -> None:
-        self._scheduler = service.scheduler
+        self, service: Service | ImageService, connections: Connections, keys: Sequence[str] = (),
+        cors: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self._stop = service.stop
+        app = build_app(service, keys, cors) if isinstance(service, Service) else build_image_app(service, keys, cors)
         config = uvicorn.Config(
-            build_app(service, keys, cors), http=partial(Connection, shared=connections),  # type: ignore[arg-type]
+            app, http=partial(Connection, shared=connections),  # type: ignore[arg-type]
             loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
             proxy_headers=False, backlog=ACCEPTED,
             # its warnings are one line for each request that is wrong, so their number is unlimited
@@ -71,7 +76,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting requests; texts that are being written get a few seconds to finish."""
-        self._scheduler.stop(GRACE)
+        self._stop(GRACE)
         await super().shutdown(sockets)
 
 
@@ -91,12 +96,13 @@ def serve(
     kv_bits: int | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Answer OpenAI-style requests until SIGTERM or Ctrl-C.
+    """Answer OpenAI-style requests, or requests to classify images, until SIGTERM or Ctrl-C.
 
     >>> serve("runs/out", port=8000)  # doctest: +SKIP
 
     Args:
-        model: folder of a checkpoint, a mixture or an original model, or a Hub id.
+        model: folder of a checkpoint, a mixture or an original model, or a Hub id. Of an image classifier, images are
+            answered one after the other, and options of texts do not apply.
         host: address to listen on.
         port: port to listen on; 0 takes any free port.
         slots: texts written at the same time.
@@ -118,15 +124,22 @@ def serve(
     check_origins(cors)
     if (is_mixture(model) or is_merged(model)) and adjust:
         raise MoqaError(f"{model} is a mixture, which takes no --adjust {adjust[0]}", "its adjustments are variants")
+    names = [*alias, Path(model).resolve().name]
     with _bound(host, port) as listener:
-        loaded, tokenizer = load_any(model, lora=lora, kv_bits=kv_bits)
-        if is_mixture(model) or is_merged(model):
-            adjusting: Callable[[Metrics], Adjusting] = partial(RoutedVariants, loaded.mixture)
-        elif list(adjust) == [AUTO]:
-            adjusting = partial(AutoAdjusting, loaded, tokenizer, model, shared=adjust_shared)
+        if classifies(model):
+            for option, given in (("--adjust", list(adjust)), ("--lora", lora), ("--kv-bits", kv_bits)):
+                if given:
+                    raise MoqaError(f"{model} is an image classifier", f"leave out {option}, which is of texts")
+            service: Service | ImageService = ImageService(*load_classifier(model), names, queue)
         else:
-            adjusting = partial(Adjusting, loaded, folders=adjust)
-        service = Service(loaded, tokenizer, [*alias, Path(model).resolve().name], slots, queue, adjusting)
+            loaded, tokenizer = load_any(model, lora=lora, kv_bits=kv_bits)
+            if is_mixture(model) or is_merged(model):
+                adjusting: Callable[[Metrics], Adjusting] = partial(RoutedVariants, loaded.mixture)
+            elif list(adjust) == [AUTO]:
+                adjusting = partial(AutoAdjusting, loaded, tokenizer, model, shared=adjust_shared)
+            else:
+                adjusting = partial(Adjusting, loaded, folders=adjust)
+            service = Service(loaded, tokenizer, names, slots, queue, adjusting)
         server = Server(service, Connections.of(slots + queue + _SPARE), api_keys, cors)
 
         def stop(*_: object) -> None:
@@ -140,7 +153,7 @@ def serve(
         gc.freeze()
         # the event loop needs the interpreter for moments, again and again, beside threads that keep it when they can
         sys.setswitchinterval(_SWITCH)
-        service.scheduler.start()
+        service.open()
         try:
             with _usable(host, port):
                 listener.listen(_BACKLOG)
@@ -148,7 +161,7 @@ def serve(
                 ready(f"http://{_address(listener)}")
             server.run([listener])
         finally:
-            service.scheduler.stop(0)
+            service.stop(0)
             service.close()
             gc.unfreeze()
             sys.setswitchinterval(switch)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from moqa.generation import Piece
 from moqa.serve.metrics import Metrics
-from moqa.serve.refusal import RefusalError
+from moqa.serve.refusal import RefusalError, stopping
 from moqa.serve.text import ServedText
 
 
@@ -63,7 +63,7 @@ class Scheduler:
         """
         with self._changed:
             if self.stopping:
-                raise _stopping()
+                raise stopping()
             if len(self._waiting) + len(self._active) + len(jobs) > self.room:
                 message = f"{self._slots} texts are being written and {len(self._waiting)} wait: try again later"
                 raise RefusalError(429, message, code="queue_full", headers={"Retry-After": "1"})
@@ -86,7 +86,7 @@ class Scheduler:
             refused, self._waiting = list(self._waiting), deque()
             self._changed.notify()
         for job in refused:
-            job.deliver(_stopping())
+            job.deliver(stopping())
 
     def join(self) -> None:
         """Wait until every text is finished or ended."""
@@ -111,7 +111,7 @@ class Scheduler:
         if job.cancelled:
             return False
         if self._deadline is not None and time.monotonic() > self._deadline:
-            job.deliver(_stopping())
+            job.deliver(stopping())
             return False
         start = time.monotonic()
         try:
@@ -139,7 +139,3 @@ class Scheduler:
             metrics.next_token.observe(now - job.last)
         metrics.completion_tokens.inc()
         job.written, job.last = piece.completion_tokens, now
-
-
-def _stopping() -> RefusalError:
-    return RefusalError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moqa.generation import Piece, Sampling, begin_grammar, check_room, encode, generate
 from moqa.serve.adjusting import Adjusting
 from moqa.serve.bodies import Bodies, body_limit
+from moqa.serve.common import check_variant
 from moqa.serve.metrics import Metrics
 from moqa.serve.refusal import RefusalError
 from moqa.serve.scheduler import Scheduler
@@ -104,18 +105,32 @@ class Service:
             RefusalError: 400 if the server has none of that name.
         """
         chosen, names = self.adjusting.choose(body.adjustment, body.chooses, client), self.adjusting.variants
+        check_variant(body.variant, names)
         if body.variant is None:
             return chosen
-        if body.variant not in names:
-            raise RefusalError(
-                400, f"no such variant: the server has {', '.join(names) or 'none'}", param="variant",
-                code="variant_not_found",
-            )  # fmt: skip
         return Chosen(body.variant, explicit=True, client=client)
 
     def note(self, running: "Running") -> dict[str, Any]:
         """Fields of a response in addition to its usage."""
         return self.adjusting.told(running.jobs)
+
+    @property
+    def by_client(self) -> bool:
+        """Whether clients have to be told apart."""
+        return self.adjusting.by_client
+
+    @property
+    def stopping(self) -> bool:
+        """Whether new texts are refused because the server stops."""
+        return self.scheduler.stopping
+
+    def open(self) -> None:
+        """Start the scheduler."""
+        self.scheduler.start()
+
+    def stop(self, seconds: float) -> None:
+        """See `Scheduler`."""
+        self.scheduler.stop(seconds)
 
     def close(self) -> None:
         """Stop all threads, once the scheduler has stopped."""

@@ -8,11 +8,11 @@ from starlette.responses import JSONResponse, Response
 
 from moqa.errors import MoqaError
 from moqa.generation import chat_prompt, encode
+from moqa.serve.common import check_model
 from moqa.serve.fields import AskedBody, Prompts
 from moqa.serve.messages import ChatMessage, Tool
 from moqa.serve.refusal import RefusalError
 from moqa.serve.service import Service
-from moqa.serve.wanted import check_model
 
 
 class TokenizeRequest(AskedBody):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from moqa.data.chat import template_of
 from moqa.generation import chat_prompt
 from moqa.serve.answers import Answer, ChatAnswer
+from moqa.serve.common import check_model
 from moqa.serve.refusal import RefusalError
 from moqa.serve.said import AnswerReader
 from moqa.serve.schema import ChatRequest, CompletionRequest
@@ -62,14 +63,3 @@ def chat(service: Service, body: ChatRequest) -> Wanted:
         reader=reader, most_calls=None if body.parallel_tool_calls else 1,
     )  # fmt: skip
     return Wanted(texts, answer, body.headers(body.without_effect(template)))
-
-
-def check_model(service: Service, name: str | None) -> None:
-    """Check the model that a request names.
-
-    Raises:
-        RefusalError: 404 if it is not this one.
-    """
-    if name is not None and name not in service.names:
-        known = " or ".join(service.names)
-        raise RefusalError(404, f"no such model: the only one is {known}", param="model", code="model_not_found")
