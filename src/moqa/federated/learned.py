@@ -23,7 +23,7 @@ class Observation:
         client: its number.
         features: as `features_of` has them.
         mode: index.
-        gain: what rounding costs its trained model, a share of the loss, 0 or less.
+        gain: of its trained model by rounding, as `gain_of` has it: below 0 where rounding costs.
         slowness: seconds over those predicted.
         expected: share of a client's progress that the mode was to keep by the first guess.
     """
