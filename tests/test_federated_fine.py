@@ -68,25 +68,6 @@ class TestFine:
         assert slightly.deadline() == 1.96
         assert self.propose(fine, 3, [1, 1, 1], slightly)[0].tolist() == [1, 1, 1]
 
-    def test_time_counts_less_in_the_last_rounds(self):
-        seconds = np.array([[1.0, 1.9], [0.2, 0.4], [0.2, 0.4]])
-        options = ModeOptions(np.array([[0.6, 1.0]] * 3), seconds, np.ones((3, 2), np.int64))
-        fine, modes, said = FineAllocator(("ptq", "qat")), [0, 1, 1], {}
-        for round_ in range(2, 11):
-            found, said[round_] = self.propose(fine, round_, modes, options, rounds=10)
-            modes = found.tolist()
-        assert [round_ for round_, lines in said.items() if lines] == [9]
-        assert said[9] == [
-            "round 9: client 0 ptq -> qat: predicted to bring +67%, after 0 updates, in the last rounds (1 -> 1.9 s)"
-        ]
-        given = self.propose(FineAllocator(("ptq", "qat")), 10, [0, 1, 1], options, Limits(seconds=1.0), 10)
-        assert given[1] == []
-
-    def test_a_client_that_would_take_more_than_twice_the_deadline_stays_as_it_is(self):
-        seconds = np.array([[1.0, 2.5], [0.2, 0.4], [0.2, 0.4]])
-        options = ModeOptions(np.array([[0.6, 1.0]] * 3), seconds, np.ones((3, 2), np.int64))
-        assert self.propose(FineAllocator(("ptq", "qat")), 10, [0, 1, 1], options, rounds=10)[1] == []
-
 
 class TestTrials:
     propose, options, course = TestFine.propose, TestFine.options, TestFine.course

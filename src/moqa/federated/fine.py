@@ -27,17 +27,12 @@ class FineAllocator:
         margin: by which a mode must be better than the present one, as a share; smaller differences are noise.
         firm: by which another deadline must bring more per second.
         patience: rounds in a row in which a mode must be, and rounds that a new mode is kept.
-        finish: share of the rounds, the last ones, in which a round may take `longer` times its deadline: what rounding
-            takes from the model then, no later round repairs.
-        longer: so much.
     """
 
     names: tuple[str, ...]
     margin: float = 0.05
     firm: float = 0.1
     patience: int = 2
-    finish: float = 0.2
-    longer: float = 2.0
     seen: list[Observation] = field(default_factory=list)
     changed: dict[int, int] = field(default_factory=dict)
     _wanted: Counter[int] = field(default_factory=Counter)
@@ -86,8 +81,7 @@ class FineAllocator:
         now = np.array([back.get(client, int(mode)) for client, mode in zip(clients, modes, strict=True)], np.int64)
         known = learned(self.seen, clients, features, options, now)
         left = 0 if rounds is None else rounds - round_ + 1
-        last = rounds is not None and left <= int(self.finish * rounds) and limits.seconds is None
-        deadline = self._deadline_of(options, known.options, limits) * (self.longer if last else 1.0)
+        deadline = self._deadline_of(options, known.options, limits)
         best = known.options.choose(Limits(deadline, limits.bytes))
         reasons = dict.fromkeys(back, "the trial is over")
         for index, client in enumerate(clients):
@@ -97,13 +91,11 @@ class FineAllocator:
                 del self._wanted[client]
                 continue
             self._wanted[client] += 1
-            waited = self._wanted[client] >= self.patience <= round_ - self.changed.get(client, -self.patience)
-            if waited or last:
+            if self._wanted[client] >= self.patience <= round_ - self.changed.get(client, -self.patience):
                 why = f"predicted to bring {gain / max(present, 1e-12) - 1:+.0%}, after {len(self.seen)} updates"
                 if late:
                     why = f"{known.options.seconds[index, now[index]]:.3g} s are too long"
-                reasons[client] = f"{why}, in the last rounds" if last else why
-                now[index], self.changed[client] = best[index], round_
+                reasons[client], now[index], self.changed[client] = why, best[index], round_
                 del self._wanted[client]
         settled = np.array([client not in reasons and not self._wanted[client] for client in clients])
         tried = self._trial(left, settled, now, known, Limits(deadline, limits.bytes))
