@@ -199,7 +199,11 @@ class Study:
             used = {t: (torch.bincount(choice[t], minlength=len(names)) / len(choice[t])).tolist() for t in shown}
             size = sum(tensor.numel() * tensor.element_size() for tensor in stored(trained.router).values())
             sizes = {key: about[key] - about["router_bytes"] + size for key in ("bytes_total", "bytes_resident")}
-            more = {"labels": labels, "threshold": trained.threshold, "router_bytes": size, **sizes}
+            texts = [cut.name for cut in case.train if cut.name != without]
+            more = {
+                "labels": labels, "threshold": trained.threshold, "router_bytes": size, **sizes,
+                "left_out": {texts[number]: change for number, change in trained.left_out.items()},
+            }  # fmt: skip
             made[kind] = trained.router
             name = kind if labels == "divergence" else f"{kind}, labels by likelihood"
             self.add(about | more, "router", name, picked(choice))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from demo import KNOWN, NOVEL, ROOT
-from mixture_texts import ENDING, IMAGES, PLANES, TEXT, WHOLE
+from mixture_texts import BEFORE, ENDING, IMAGES, PLANES, TEXT, WHOLE
 
 PAGE = ROOT / "docs" / "results" / "mixture.md"
 SUMMARY = ROOT / "runs" / "mixture" / "summary.json"
@@ -179,7 +179,7 @@ def claims(summary: dict[str, Any]) -> list[str]:
         for bits in all_bits(whole):
             for role in ("known", "novel"):
                 some = pick(whole, bits=bits, variants=5, role=role)
-                found += [_claim_of_checkpoints(some, what, name) for name in routers(some)]
+                found += [claim_of_checkpoints(some, what, name) for name in routers(some)]
     for length, times in summary["latency"].items():
         if "se-resnet" in times:
             spent = times["se-resnet"] / times["answer"]
@@ -195,7 +195,8 @@ def claims(summary: dict[str, Any]) -> list[str]:
     return found
 
 
-def _claim_of_checkpoints(rows: Sequence[Row], what: str, name: str) -> str:
+def claim_of_checkpoints(rows: Sequence[Row], what: str, name: str) -> str:
+    """What a router recovers, and whether it loses."""
     single = pick(rows, kind="best-single")
     gap, around = against(pick(rows, kind="router", name=name), single)
     part = share(rows, name)
@@ -329,6 +330,7 @@ def write_page(summary: dict[str, Any]) -> None:
     ]
     parts = [
         TEXT.format(
+            before="" if all("left_out" in row for row in pick(rows, kind="router")) else BEFORE,
             claims="\n".join(claims(summary)),
             tables="\n".join(tables),
             novel=left_out(some),

@@ -3,14 +3,15 @@
     python benchmarks/mixture_study.py           # all parts that are missing
     python benchmarks/mixture_study.py whole-3   # one of them
 
-Writes runs/mixture/summary.json and docs/results/mixture.md. What is finished in runs/mixture is used again; to measure
-a part anew, remove its file in runs/mixture/rows.
+Writes runs/mixture/summary.json, docs/results/mixture.md (once there are rows of adjustments), and
+docs/results/mixture-novel.md. What is finished in runs/mixture is used again, and so are the rows of whole checkpoints
+in docs/results/mixture.json; to measure a part anew, remove its file in runs/mixture/rows, and its rows there.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,17 @@ from moqa.runtime.load import load_packed
 from moqa.tasks.causal_lm import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from demo import KNOWN, MODEL, NOVEL, texts
+from demo import KNOWN, MODEL, NOVEL, ROOT, texts
 from image_mixture import SPENT_ON_IMAGES, images
 from mixture_cases import MEASURED, PROMPT, RUNS, Case, Study, json_kept, say, sizes_of
+from mixture_novel import write_novel_page
+from mixture_page import adjustments as rows_of_adjustments
 from mixture_page import write_page
 from nested_planes import nested
 from timing import take_turns
 
 SPENT = RUNS / "latency.json"
+KEPT = ROOT / "docs" / "results" / "mixture.json"  # part -> rows: runs/ is not kept
 ALL = (*KNOWN, *NOVEL)
 ADJUSTED = (2.5, 3)  # bits per weight of the base
 # whole checkpoints differ in the texts that they are fitted on, or are fitted on none
@@ -82,17 +86,22 @@ class Summary:
         """Cases on the reference model."""
         return Study(self.rows, MODEL, texts("test", ALL), count=24, prompt=PROMPT)
 
-    def part(self, name: str, measure: Callable[["Summary"], None], wanted: bool) -> None:
+    def part(self, name: str, measure: partial[None], wanted: bool) -> None:
         """Rows of a part of the study: those that are there, else measured if they are wanted."""
         path, before = RUNS / "rows" / f"{name}.json", len(self.rows)
+        kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
         if path.is_file():
             self.rows += json.loads(path.read_text())
+        elif name in kept:
+            self.rows += kept[name]
         elif wanted:
             say(name)
             measure(self)
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(self.rows[before:]) + "\n")
             self.store(f"{name} is measured")
+        if measure.func is checkpoints and name not in kept and self.rows[before:]:
+            keep(name, self.rows[before:])
 
     def store(self, done: str) -> None:
         """Write all rows so far, and the page."""
@@ -105,8 +114,21 @@ class Summary:
             row["latency_overhead"] = times[kind] / times["answer"] if times and kind in times else 0.0
         summary = {"rows": rows, "latency": self.spent}
         (RUNS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        write_page(summary)
+        write_novel_page(rows)
+        if rows_of_adjustments(rows):
+            write_page(summary)
         say(done)
+
+
+def keep(part: str, rows: list[dict[str, Any]]) -> None:
+    """Keep the rows of a part in the tree, one on a line."""
+    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    kept[part] = [{key: value for key, value in row.items() if key != "roles"} for row in rows]
+    parts = [
+        f'"{name}": [\n' + ",\n".join(json.dumps(row, sort_keys=True) for row in some) + "\n]"
+        for name, some in sorted(kept.items())
+    ]
+    KEPT.write_text("{" + ",\n".join(parts) + "}\n")
 
 
 def built(name: str, specs: dict[str, Spec], known: Sequence[str], samples: int) -> Path:
@@ -219,14 +241,14 @@ def planes(summary: Summary) -> None:
     nested(summary.language, MODEL, profile_of(summary.language, FITTED), FITTED, RUNS / "nested", about)
 
 
-PARTS: dict[str, Callable[[Summary], None]] = {
+PARTS: dict[str, partial[None]] = {
     f"adjusted-{CONTROLLED:g}": partial(adjustments, bits=CONTROLLED),
     f"fewer-{CONTROLLED:g}": partial(fewer_adjustments, bits=CONTROLLED),
     **{f"whole-{bits}": partial(checkpoints, bits=bits) for bits in BITS},
     "single-known": partial(control, known=KNOWN), "single-all": partial(control, known=ALL),
     **{f"{name}-{bits:g}": partial(make, bits=bits) for bits in ADJUSTED if bits != CONTROLLED
        for name, make in (("adjusted", adjustments), ("fewer", fewer_adjustments))},
-    "nested": planes, **{f"images-{bits}": partial(images, width=bits) for bits in IMAGE_BITS},
+    "nested": partial(planes), **{f"images-{bits}": partial(images, width=bits) for bits in IMAGE_BITS},
 }  # fmt: skip
 
 

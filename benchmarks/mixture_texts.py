@@ -7,7 +7,7 @@ each window of 256 held-out tokens the router sees the first 64 and the rest is 
 divergence from the original in nats per token, ± half of a 95 % interval over windows; differences are paired by
 window. Variants are fitted on four fifths of the calibration texts, routers on windows of the last fifth, a quarter of
 them held out, and everything is measured on the test texts. How it works: [methods/mixture.md](../methods/mixture.md).
-
+{before}
 {claims}
 
 ## Adjustments of one base
@@ -28,10 +28,9 @@ sees no text; routers learn from 32 windows of each of the three. Known are thes
 and french. Bars are relative to the best single variant.
 
 There is little to choose: `all` is nearly as good on each text as the variant that is fitted on that text alone. So the
-best choice of each prompt, which knows the losses, gains little over `all`, and routers get a part of it. Nothing tells
-them that a text is novel: the threshold is set on windows of known texts, and on novel ones they choose and lose. The
-mean of all logits, for five times the work, gains several times as much as the best choice, because errors of
-different variants cancel.
+best choice of each prompt, which knows the losses, gains little over `all`, and routers get a part of it. The mean of
+all logits, for five times the work, gains several times as much as the best choice, because errors of different
+variants cancel. What routers do with novel texts has [a page of its own](mixture-novel.md).
 
 ![Known texts](mixture-known.svg)
 
@@ -47,6 +46,10 @@ Novel texts:
 
 {novel}
 {tables}"""
+BEFORE = """
+Routers of this page chose by probability alone, with a threshold from samples of known kinds. [Routers of
+today](mixture-novel.md) know what is familiar to them.
+"""
 IMAGES = """## Images
 The reference's ResNet on CIFAR-10; 500 held-out images of each kind. Five checkpoints of equal bytes, all with a scale
 per 256 weights: rounded between the ends of each tensor, of each channel, and of each channel without .1 % at either

@@ -11,6 +11,7 @@ from moqa.mixture.train import RouterSamples, chosen, confidences, fit, taken
 from moqa.progress import Report
 
 _THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)  # the last one: never the router's choice
+_TOLERATED = 0.01  # relative: intervals shrink with the share of routed prompts, and nearly none would be routed
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,19 @@ class _Unseen:
 
     def change(self, threshold: float) -> float:
         """Change of the mean loss by routing, relative to that of the best single variant."""
-        routed = taken(self.loss, chosen(self.confidence, threshold, self.default))
-        return float(routed.mean() / self.loss[..., self.default].mean().clamp_min(1e-12)) - 1
+        return float(self._changes(threshold).mean())
 
-    def interval(self) -> float:
-        """Half of the 95 % interval of the best single variant's mean loss over windows, relative to that mean."""
-        single = self.loss[..., self.default].mean(1)
-        spread = float(single.std()) if len(single) > 1 else 0.0
-        return 1.96 * spread / len(single) ** 0.5 / max(float(single.mean()), 1e-12)
+    def loses(self, threshold: float) -> bool:
+        """Whether that change is above what is tolerated, beyond its 95 % interval over windows."""
+        each = self._changes(threshold)
+        around = 1.96 * float(each.std()) / len(each) ** 0.5 if len(each) > 1 else 0.0
+        return float(each.mean()) - around > _TOLERATED
+
+    def _changes(self, threshold: float) -> Tensor:
+        """[windows] changes, relative to the mean over all windows."""
+        single = self.loss[..., self.default]
+        routed = taken(self.loss, chosen(self.confidence, threshold, self.default))
+        return (routed - single).mean(1) / single.mean().clamp_min(1e-12)
 
 
 def train(
@@ -68,9 +74,9 @@ def train(
 
     A threshold that is best on held-out windows of known distributions says nothing about novel ones. So each
     distribution in turn is left out: a router that is trained on the others meets it as a novel one. Allowed are
-    thresholds with which no such router is worse than the best single variant by more than the 95 % interval of the
-    latter's loss; the one with the lowest loss on known and on left-out distributions together, which count alike, is
-    kept. With a single distribution there is nothing to leave out, and held-out windows decide.
+    thresholds with which no such router loses more than 1 % against the best single variant beyond the 95 % interval
+    of the paired differences; the one with the lowest loss on known and on left-out distributions together, which count
+    alike, is kept. With a single distribution there is nothing to leave out, and held-out windows decide.
 
     Args:
         kind: name in `ROUTERS`.
@@ -110,7 +116,7 @@ def _left_out(kind: str, samples: RouterSamples, check: RouterSamples, seed: int
 
 
 def _best_threshold(known: _Unseen, novel: Sequence[_Unseen]) -> float:
-    allowed = [one for one in _THRESHOLDS if all(trial.change(one) <= trial.interval() for trial in novel)]
+    allowed = [one for one in _THRESHOLDS if not any(trial.loses(one) for trial in novel)]
 
     def change(threshold: float) -> float:
         return known.change(threshold) + sum(trial.change(threshold) for trial in novel) / max(len(novel), 1)
