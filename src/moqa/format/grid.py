@@ -61,6 +61,62 @@ class Grid:
         return Grid(self.scale[index], zero, self.group_size, self.top[index])  # type: ignore[index]
 
 
+@dataclass(frozen=True)
+class Neighbours:
+    """Of each weight the two integers of a grid next to a value: one bit says which of them.
+
+    It is a grid of its own, with two integers, and an offset for each weight: methods round on it as on any other.
+
+    Attributes:
+        grid: of the weights.
+        lower: [..., out, in] the lower of the two integers, uint8.
+    """
+
+    grid: Grid
+    lower: Tensor
+
+    @classmethod
+    def of(cls, grid: Grid, values: Tensor) -> "Neighbours":
+        """Next to [..., out, in] float32 values.
+
+        A file that stores the bits relies on every step: in double precision, each operation rounded by itself.
+        """
+        scale = grid.scale.double()[..., None]
+        position = to_groups(values.double(), grid.group_size) / scale + grid.offset().double()[..., None]
+        # all weights of a group without a scale are zero
+        lower = torch.where(scale > 0, position, 0.0).floor_().clamp_(min=0).minimum(grid.top.double()[..., None] - 1)
+        return cls(grid, from_groups(lower, values.shape[-1]).to(torch.uint8))
+
+    group_size = 1
+
+    @property
+    def top(self) -> Tensor:
+        """Largest integer: 1."""
+        return torch.ones_like(self.grid.top)
+
+    def scales(self) -> Tensor:
+        """[..., out, in] value of one step, float32."""
+        return self._each(self.grid.scales())
+
+    def offset(self) -> Tensor:
+        """[..., out, in] position of weight zero, counted from the lower integer, float32."""
+        return self._each(self.grid.offset()).sub_(self.lower)
+
+    def decode(self, bits: Tensor) -> Tensor:
+        """Weights of [..., out, in] bits, float32."""
+        return self.grid.decode(self.lower + bits)
+
+    def nearest_to(self, integers: Tensor) -> Tensor:
+        """Of the two integers of each weight the one that is nearer to [..., out, in] others, uint8."""
+        return integers.clamp(min=self.lower, max=self.lower + 1)
+
+    def _each(self, of_groups: Tensor) -> Tensor:
+        return of_groups.repeat_interleave(self.grid.group_size, -1)[..., : self.lower.shape[-1]]
+
+    def __getitem__(self, index: object) -> "Neighbours":
+        return Neighbours(self.grid[index], self.lower[index])  # type: ignore[index]
+
+
 def to_groups(weights: Tensor, group_size: int) -> Tensor:
     """[..., in] -> [..., groups, group_size], the last group padded with zeros."""
     features = weights.shape[-1]

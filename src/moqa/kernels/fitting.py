@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moqa.format.grid import ZERO_STEPS, Grid, nearest, to_groups
+from moqa.format.grid import ZERO_STEPS, Grid, Neighbours, nearest, to_groups
 from moqa.format.levels import LevelGrid
 from moqa.format.planes import pack
 from moqa.format.scheme import Scheme
@@ -61,7 +61,9 @@ class Columns:
     coded: LevelGrid | None = None
 
     @classmethod
-    def of(cls, weights: Tensor, grid: Grid | LevelGrid, order: Tensor, factor: Tensor | None) -> "Columns":
+    def of(
+        cls, weights: Tensor, grid: Grid | Neighbours | LevelGrid, order: Tensor, factor: Tensor | None
+    ) -> "Columns":
         """Of [matrices, out, in] weights; columns are processed one by one, so each is contiguous in `work`."""
         n, rows, features = weights.shape
         work = torch.empty(n, features, rows)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moqa.calibration.inputs import InputStatistics
-from moqa.format.grid import Grid
+from moqa.format.grid import Grid, Neighbours
 from moqa.format.levels import LevelGrid
 from moqa.format.tiles import TILE
 from moqa.kernels import Columns, GridKernels, find_grid_kernels
@@ -27,6 +27,8 @@ _ROWS = 4
 _BLOCK = 64
 # columns of a Cholesky factor that are computed together
 _PANEL = 192
+
+AnyGrid = Grid | Neighbours | LevelGrid
 
 
 @method("gptq")
@@ -49,8 +51,9 @@ def gptq(job: SolveBatch) -> SolveResult:
         _factor(inputs, columns, out)
     known = any(gram is not None for grams in job.outputs for gram in grams)
     by_rows = known and not any(rows % TILE for rows in job.parts)
-    integers = (_round_by_rows if by_rows else _round)(job, grid, order, factor)
-    return GridResult(integers, grid)
+    allowed = grid if job.near is None or isinstance(grid, LevelGrid) else Neighbours.of(grid, job.near)
+    chosen = (_round_by_rows if by_rows else _round)(job, allowed, order, factor)
+    return GridResult(allowed.lower + chosen if isinstance(allowed, Neighbours) else chosen, grid)
 
 
 def _fitted(job: SolveBatch, energy: Tensor) -> Grid | LevelGrid:
@@ -111,7 +114,7 @@ def _cholesky(matrix: Tensor) -> bool:
     return True
 
 
-def _round_by_rows(job: SolveBatch, grid: Grid | LevelGrid, order: Tensor, factor: Tensor) -> Tensor:
+def _round_by_rows(job: SolveBatch, grid: AnyGrid, order: Tensor, factor: Tensor) -> Tensor:
     """[n, rows, in] integers; the last rows of every tile are rounded first, and the others make up for their errors.
 
     With the Cholesky factor L of a Gram matrix of outputs and total errors E, the loss is the sum of squares of L^T E,
@@ -167,7 +170,7 @@ def _pass_on(factor: Tensor, k: int, errors: Tensor, target: Tensor) -> None:
     target += torch.linalg.solve_triangular(factor[mine, mine].T, later, upper=True)
 
 
-def _round(job: SolveBatch, grid: Grid | LevelGrid, order: Tensor, factor: Tensor) -> Tensor:
+def _round(job: SolveBatch, grid: AnyGrid, order: Tensor, factor: Tensor) -> Tensor:
     """[n, rows, in] integers; every column is rounded from its weight and the errors of later columns in `order`."""
     columns = Columns.of(job.weights, grid, order, factor)
     _from_last(columns, find_grid_kernels(job.weights.device), 0, job.weights.shape[2], None)

@@ -30,6 +30,8 @@ class SolveBatch:
         parts: rows of each unit; their sum is `rows`, and a unit has one width.
         outputs: of each stack entry, for each of its units the Gram matrix of the gradients at its outputs, float32, or
             None; empty if there are none at all.
+        near: [n, rows, in] values that every weight has to stay next to on its grid (`Neighbours`), float32; None if
+            weights may take any integer. Grids alone can hold it.
     """
 
     weights: Tensor
@@ -38,6 +40,7 @@ class SolveBatch:
     scheme: Scheme
     parts: tuple[int, ...]
     outputs: list[list[Tensor | None]] = field(default_factory=list)
+    near: Tensor | None = None
 
 
 @dataclass(frozen=True)

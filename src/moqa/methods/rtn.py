@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moqa.format.grid import Neighbours
 from moqa.format.scheme import Scheme
 from moqa.kernels import find_grid_kernels
 from moqa.methods.grid import fit_grid
@@ -29,4 +30,6 @@ def rtn(job: SolveBatch) -> SolveResult:
         levels = fit_levels(job.weights, job.scheme, job.widths, job.parts)
         return GridResult(nearest_codes(job.weights, levels), levels)
     rounded = fit_grid(job.weights, job.scheme, job.widths)
-    return GridResult(rounded.integers, rounded.grid)
+    if job.near is None:
+        return GridResult(rounded.integers, rounded.grid)
+    return GridResult(Neighbours.of(rounded.grid, job.near).nearest_to(rounded.integers), rounded.grid)
