@@ -221,7 +221,7 @@ class TestHostileManifest:
             (("kept", "model.norm.weight", "shape"), [10**30, 10**30]),
             (("kept", "model.norm.weight", "shape"), [2, 20]),
             (("units", "model.layers.9.q_proj"), None),
-            (("format",), 3),
+            (("format",), 4),
             (("files",), {}),
             (("files", FIRST, "bytes"), 10**30),
             (("files", FIRST, "bytes"), -1),
@@ -246,8 +246,8 @@ class TestHostileManifest:
         refused(checkpoint)
 
     def test_a_newer_format_says_so(self, checkpoint):
-        edit_manifest(checkpoint, lambda data: data.update(format=3))
-        refused(checkpoint, "format 3: this moqa reads up to 2: upgrade moqa")
+        edit_manifest(checkpoint, lambda data: data.update(format=4))
+        refused(checkpoint, "format 4: this moqa reads up to 3: upgrade moqa")
 
     @pytest.mark.parametrize("group_size", [96, 128])
     def test_another_group_size_of_equal_bytes_is_noticed(self, checkpoint, group_size):

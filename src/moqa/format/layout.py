@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,13 @@ ALIGNMENT = 64
 _DIGITS = 15  # of the largest offset in a file
 
 Entry = tuple[torch.dtype, tuple[int, ...]]
+
+
+class StoredAs(Protocol):
+    """How a unit is stored: a scheme, or a rounding of a nested width."""
+
+    def tensors(self, shape: tuple[int, int]) -> dict[str, Entry]:
+        """Dtype and shape of every tensor that stores a unit of [out, in] weights, by suffix."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,10 @@ def entry_bytes(entry: Entry) -> int:
 
 
 def shards(
-    kept: Mapping[str, Entry], layers: int, units: Mapping[str, tuple[int, tuple[int, int], Scheme]]
+    kept: Mapping[str, Entry],
+    layers: int,
+    units: Mapping[str, tuple[int, tuple[int, int], StoredAs]],
+    name: str = "model",
 ) -> list[Shard]:
     """All files of a checkpoint: one for tensors that are kept, and one per layer for its units.
 
@@ -81,17 +92,18 @@ def shards(
         kept: tensors stored unchanged, by name.
         layers: decoder layers of the model.
         units: unit name -> layer, [out, in] shape and scheme.
+        name: that files begin with.
 
     Returns:
         Shards whose tensors are ordered by the power of two that divides their bytes, then by name: so each is aligned
         to its element size, and packed planes to 64 bytes.
     """
     stored: list[dict[str, Entry]] = [dict(kept)] + [{} for _ in range(layers)]
-    for name, (layer, shape, scheme) in units.items():
+    for unit, (layer, shape, scheme) in units.items():
         for suffix, entry in scheme.tensors(shape).items():
-            stored[layer + 1][f"{name}.{suffix}"] = entry
+            stored[layer + 1][f"{unit}.{suffix}"] = entry
     return [
-        Shard(f"model-{number:05d}-of-{len(stored):05d}.safetensors", aligned(tensors))
+        Shard(f"{name}-{number:05d}-of-{len(stored):05d}.safetensors", aligned(tensors))
         for number, tensors in enumerate(stored, 1)
     ]
 

@@ -1,21 +1,32 @@
 """The manifest of a checkpoint (`moqa.json`): what it was made from, how, and what each of its files contains."""
 
 import base64
+from collections.abc import Iterable
 from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, Field, field_validator
 
 from moqa.format.scheme import Scheme
+from moqa.format.tiles import KEEP_WIDTH
 
-# 2 is written where a unit has codes of levels, else 1, which earlier versions read too
-FORMAT = 2
+# 3 is written of nested widths, 2 where a unit has codes of levels, else 1, which earlier versions read too
+FORMAT = 3
 MANIFEST, CONFIG = "moqa.json", "config.json"
 # for people: it may be edited, so no hash of it is recorded
 CARD = "README.md"
 
 Length = Annotated[int, Field(ge=0)]
 Side = Annotated[int, Field(ge=1)]
+
+
+def format_of(schemes: Iterable[Scheme], nested: bool) -> int:
+    """Number of the oldest format that has some schemes, and nested widths if there are any.
+
+    >>> format_of([Scheme(width=4)], False), format_of([Scheme(width=2, encoding="trellis")], False)
+    (1, 2)
+    """
+    return 3 if nested else 2 if any(scheme.is_coded for scheme in schemes) else 1
 
 
 class StoredUnit(BaseModel, frozen=True):
@@ -40,6 +51,13 @@ class StoredUnit(BaseModel, frozen=True):
         return scheme
 
 
+class NarrowUnit(BaseModel, frozen=True):
+    """One unit at a narrower width; its layer, role and shape are those of the unit."""
+
+    method: str = Field(description="as of the unit")
+    error: float | None = Field(description="as of the unit")
+
+
 class StoredTensor(BaseModel, frozen=True):
     """A tensor that is not a unit."""
 
@@ -52,6 +70,13 @@ class StoredFile(BaseModel, frozen=True):
 
     bytes: int
     sha256: str
+
+
+class NarrowWidth(BaseModel, frozen=True):
+    """A narrower width of a nested checkpoint: a bit for each weight, and scales of its own."""
+
+    units: dict[str, NarrowUnit] = Field(description="all that are not kept in 16 bits")
+    files: dict[str, StoredFile] = Field(description="one per layer")
 
 
 class Fitted(BaseModel, frozen=True):
@@ -136,7 +161,7 @@ class Candidates(BaseModel, frozen=True):
 class Manifest(Candidates, frozen=True):
     """Table of contents of a checkpoint."""
 
-    format: int = Field(1, description="2 if a unit is stored as codes of levels")
+    format: int = Field(1, description="2 if a unit is stored as codes of levels, 3 with nested widths")
     moqa: str = Field(description="version that wrote it")
     model: str = Field(
         description="the original model, as the user gave it; an absolute path relative to the checkpoint"
@@ -157,6 +182,9 @@ class Manifest(Candidates, frozen=True):
     units: dict[str, StoredUnit]
     kept: dict[str, StoredTensor]
     files: dict[str, StoredFile]
+    nested: dict[Annotated[int, Field(ge=1, lt=KEEP_WIDTH)], NarrowWidth] = Field(
+        {}, description="narrower widths that the checkpoint can be used at, too", exclude_if=lambda widths: not widths
+    )
     left_out: dict[str, int] = Field(
         {},
         description="parts of the original that its model in transformers does not have, such as MTP layers: prefix of "
@@ -171,3 +199,9 @@ class Manifest(Candidates, frozen=True):
         None, description="every other file that loading uses, such as the tokenizer's; null: written before these"
     )
     checksum: str = Field("", description="sha256 of all other fields; files have their own in `files`")
+
+    @property
+    def weight_files(self) -> dict[str, StoredFile]:
+        """All weight files, those of narrower widths included."""
+        nested = (item for narrow in self.nested.values() for item in narrow.files.items())
+        return {**self.files, **dict(nested)}

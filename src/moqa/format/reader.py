@@ -1,6 +1,7 @@
 """Read a checkpoint: its manifest, and its tensors only after every file has been checked."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from moqa.errors import MoqaError
 from moqa.format.layout import DTYPES, NAMED, Shard, shards
-from moqa.format.manifest import CONFIG, FORMAT, MANIFEST, Manifest
+from moqa.format.manifest import CONFIG, FORMAT, MANIFEST, Manifest, NarrowWidth
+from moqa.format.nested import Rounding, at_width, nested_shards
+from moqa.format.scheme import DEFAULT_ENCODING, Scheme
 from moqa.format.writer import stored_file
 from moqa.originals.folder import read_header
 from moqa.originals.hub import on_disk
-from moqa.storage.artifact import check_format, check_signed, file_hash, read_json
+from moqa.storage.artifact import check_format, check_signed, file_hash, read_json, signed
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,18 @@ class Checkpoint:
     def shards(self) -> list[Shard]:
         """Layout of all weight files that the manifest describes."""
         kept = {name: (_dtype(name, t.dtype), t.shape) for name, t in self.manifest.kept.items()}
-        units = {name: (unit.layer, unit.shape, unit.scheme) for name, unit in self.manifest.units.items()}
-        return shards(kept, self.manifest.layers, units)
+        return shards(kept, self.manifest.layers, _units(self.manifest))
+
+    @cached_property
+    def nested_shards(self) -> dict[int, list[Shard]]:
+        """Layout of the files of each narrower width, one for each layer."""
+        layers, units = self.manifest.layers, _units(self.manifest)
+        return {width: nested_shards(width, layers, units) for width in self.manifest.nested}
+
+    @property
+    def nested_bytes(self) -> int:
+        """Bytes of the files of all narrower widths."""
+        return sum(file.bytes for width in self.manifest.nested.values() for file in width.files.values())
 
     @property
     def bytes(self) -> int:
@@ -98,6 +111,20 @@ class Checkpoint:
                 raise MoqaError(f"{MANIFEST}: {name} is in layer {unit.layer}", f"there are {manifest.layers} layers")
         if sorted(manifest.files) != sorted(shard.file for shard in self.shards):
             raise MoqaError(f"{self.folder / MANIFEST} lists other files than its units need")
+        for width, narrow in manifest.nested.items():
+            self._check_nested(width, narrow)
+
+    def _check_nested(self, width: int, narrow: NarrowWidth) -> None:
+        """Refuse a narrower width whose units or files are not those of the checkpoint."""
+        units = {name: unit.scheme for name, unit in self.manifest.units.items() if not unit.scheme.is_unquantized}
+        for name, scheme in units.items():
+            if scheme.encoding != DEFAULT_ENCODING or scheme.width <= width or (scheme.symmetric and width == 1):
+                raise MoqaError(f"{MANIFEST}: {name} cannot have {width} bits nested", f"it is stored as {scheme}")
+        if narrow.units.keys() != units.keys():
+            name = min(narrow.units.keys() ^ units.keys())
+            raise MoqaError(f"{MANIFEST}: {name} is not the same at {width} bits", "units of all widths are the same")
+        if sorted(narrow.files) != sorted(shard.file for shard in self.nested_shards[width]):
+            raise MoqaError(f"{self.folder / MANIFEST} lists other files of {width} bits than its units need")
 
     def check_file(self, shard: Shard, verify: bool) -> None:
         """Compare a weight file with its layout: length, names, dtypes, shapes, offsets.
@@ -109,7 +136,7 @@ class Checkpoint:
         Raises:
             MoqaError: naming the first thing that differs.
         """
-        path, recorded = self.folder / shard.file, self.manifest.files[shard.file]
+        path, recorded = self.folder / shard.file, self.manifest.weight_files[shard.file]
         if not path.is_file():
             raise MoqaError(f"{self.folder} lacks {shard.file}", f"{MANIFEST} lists {len(self.shards)} weight files")
         if path.stat().st_size != recorded.bytes or recorded.bytes != shard.bytes:
@@ -139,12 +166,109 @@ class Checkpoint:
         Raises:
             MoqaError: naming the tensor.
         """
-        scales = (item for index in range(self.manifest.layers) for item in self.layer(index).items())
-        for name, scale in scales:
+        for index in range(self.manifest.layers):
+            self.check_scales(self.layer(index))
+
+    def check_files(self, verify: bool) -> None:
+        """Check everything that its weights are read from; see `check_file` and `check_values`.
+
+        Raises:
+            MoqaError: naming the first thing that differs.
+        """
+        for shard in self.shards:
+            self.check_file(shard, verify)
+        self.check_values()
+
+    def check_scales(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check that no scale among some tensors is NaN, infinite or negative.
+
+        Raises:
+            MoqaError: naming the tensor.
+        """
+        for name, scale in tensors.items():
             if not name.endswith(".scale"):
                 continue
             if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
                 raise MoqaError(f"{self.folder}: {name} holds NaN, infinite or negative scales")
+
+    def at_width(self, width: int) -> "Checkpoint":
+        """The checkpoint as it is used at one of its widths; of units with different widths, this is the widest.
+
+        >>> checkpoint.at_width(4).bits_per_weight
+        4.375
+
+        Raises:
+            MoqaError: if it has no such width.
+        """
+        widest = {unit.scheme.width for unit in self.manifest.units.values() if not unit.scheme.is_unquantized}
+        if width in self.manifest.nested:
+            return NarrowCheckpoint.of(self, width)
+        if widest == {width}:
+            return self
+        if not self.manifest.nested:
+            raise MoqaError(f"{self.folder} has no nested widths", f"--width {width} needs some: leave it out")
+        there = ", ".join(map(str, sorted(widest | self.manifest.nested.keys())))
+        raise MoqaError(f"{self.folder} has no {width} bits", f"--width takes {there}")
+
+
+@dataclass(frozen=True, repr=False)
+class NarrowCheckpoint(Checkpoint):
+    """A nested checkpoint at a narrower width: an ordinary one, whose units are made when they are asked for.
+
+    Attributes:
+        wide: the same at its widest width.
+        width: of its units.
+    """
+
+    wide: Checkpoint
+    width: int
+
+    @classmethod
+    def of(cls, wide: Checkpoint, width: int) -> "NarrowCheckpoint":
+        """A checkpoint at one of `manifest.nested`."""
+        narrow = wide.manifest.nested[width]
+        units = {
+            name: unit.model_copy(update={"scheme": at_width(unit.scheme, width), **dict(narrow.units.get(name, ()))})
+            for name, unit in wide.manifest.units.items()
+        }
+        # of integers alone, as a checkpoint of this width is written
+        alone = {
+            "format": 1,
+            "nested": {},
+            "widths": (width,),
+            "units": units,
+            "files": wide.manifest.files | narrow.files,
+        }
+        return cls(wide.folder, signed(wide.manifest.model_copy(update=alone)), wide, width)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the files that it would have alone."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def check_files(self, verify: bool) -> None:
+        """See `Checkpoint`."""
+        self.wide.check_files(verify)
+        for shard in self.wide.nested_shards[self.width]:
+            self.wide.check_file(shard, verify)
+            self.check_scales(shard.mapped(self.folder))
+
+    def layer(self, index: int | None) -> dict[str, Tensor]:
+        """See `Checkpoint`; units are copies."""
+        wide = self.wide.layer(index)
+        if index is None:
+            return wide
+        stored, found = self.wide.nested_shards[self.width][index].mapped(self.folder), dict[str, Tensor]()
+        for name, unit in self.manifest.units.items():
+            if unit.layer != index:
+                continue
+            full, scheme = self.wide.manifest.units[name].scheme, Rounding(unit.scheme)
+            tensors = full.among(wide, name, unit.shape)
+            if not full.is_unquantized:
+                bits = {suffix: stored[f"{name}.{suffix}"] for suffix in scheme.tensors(unit.shape)}
+                tensors = scheme.alone(unit.shape, bits, full.storage.decode(full, unit.shape, tensors))
+            found |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        return found
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -167,7 +291,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, manifest)
 
 
-def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
+def open_checkpoint(folder: str | Path, verify: bool = True, width: int | None = None) -> Checkpoint:
     """Open a checkpoint and check it.
 
     >>> open_checkpoint("runs/out").manifest.layers
@@ -176,17 +300,22 @@ def open_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
     Args:
         folder: of the checkpoint, or its Hub id.
         verify: also compare the hashes, which reads every byte.
+        width: of a nested checkpoint; None means the widest.
 
     Raises:
-        MoqaError: if it is not a checkpoint, has a newer format, or does not match its manifest.
+        MoqaError: if it is not a checkpoint, has a newer format, does not match its manifest, or lacks the width.
     """
     checkpoint = read_checkpoint(folder)
     checkpoint.check_config()
     checkpoint.check_layout()
-    for shard in checkpoint.shards:
-        checkpoint.check_file(shard, verify)
-    checkpoint.check_values()
+    if width is not None:
+        checkpoint = checkpoint.at_width(width)
+    checkpoint.check_files(verify)
     return checkpoint
+
+
+def _units(manifest: Manifest) -> dict[str, tuple[int, tuple[int, int], Scheme]]:
+    return {name: (unit.layer, unit.shape, unit.scheme) for name, unit in manifest.units.items()}
 
 
 def _dtype(name: str, text: str) -> torch.dtype:

@@ -50,7 +50,7 @@ def stored_file(path: Path) -> StoredFile:
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write a checkpoint's manifest last: with hashes of all other files beside it, and its own checksum."""
-    others = {path, path.with_name(CARD), *(path.with_name(name) for name in manifest.files)}
+    others = {path, path.with_name(CARD), *(path.with_name(name) for name in manifest.weight_files)}
     companions = {
         file.relative_to(path.parent).as_posix(): stored_file(file)
         for file in sorted(path.parent.rglob("*"))

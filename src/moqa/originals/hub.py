@@ -8,8 +8,8 @@ from moqa.errors import MoqaError, one_line
 INDEX = "model.safetensors.index.json"
 # Files in folders, and weights by other names, are further copies in formats that nothing here reads.
 _USED = (
-    "model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*",
-    "policy_*processor*.safetensors",
+    "model*.safetensors", "width-*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*",
+    "LICENCE*", "NOTICE*", "policy_*processor*.safetensors",
 )  # fmt: skip
 _FORMS = "give a folder with config.json and safetensors, or a Hub id (org/name or org/name@revision)"
 

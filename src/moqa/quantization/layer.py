@@ -1,6 +1,6 @@
 """Quantize the units of one layer, keep the better result of each, and run the layer with them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,9 +32,18 @@ class QuantizedUnit:
 
 
 def solve(
-    stack: UnitStack, schemes: Mapping[str, Scheme], method: Method, gradients: OutputGradients | None = None
-) -> dict[str, QuantizedUnit]:
-    """Unit name -> result of a stack: for each of its units the better of the method and plain rounding."""
+    stack: UnitStack, schemes: Mapping[str, Scheme], method: Method, gradients: OutputGradients | None = None,
+    near: Callable[[str, tuple[int, int]], Tensor] | None = None,
+) -> dict[str, QuantizedUnit]:  # fmt: skip
+    """Unit name -> result of a stack: for each of its units the better of the method and plain rounding.
+
+    Args:
+        stack: the units.
+        schemes: unit name -> scheme.
+        method: that is tried.
+        gradients: at the layer's output, if they are known.
+        near: from the name and shape of a unit to the values that its weights stay next to, see `SolveBatch.near`.
+    """
     solved: dict[str, QuantizedUnit] = {}
     widths = torch.empty(stack.weights.shape[:2], dtype=torch.int64)
     for unit, entry, rows in stack.places():
@@ -42,7 +51,12 @@ def solve(
     outputs = [] if gradients is None else [
         [gradients.gram(unit, seen) for unit in units] for units, seen in zip(stack.entries, stack.inputs, strict=True)
     ]  # fmt: skip
-    job = SolveBatch(stack.weights, widths, stack.inputs, stack.scheme, stack.parts, outputs)
+    values = None
+    if near is not None:
+        values = torch.empty_like(stack.weights)
+        for unit, entry, rows in stack.places():
+            values[entry, rows] = near(unit.name, unit.shape)
+    job = SolveBatch(stack.weights, widths, stack.inputs, stack.scheme, stack.parts, outputs, values)
     results = {method.name: method.run(job)}
     results["rtn"] = METHODS["rtn"].run(job)
     dense = {name: result.decode() for name, result in results.items()}

@@ -1,7 +1,7 @@
 """Pieces of layers that are quantized independently, in this process or in another."""
 
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -12,6 +12,7 @@ from moqa.calibration.inputs import BlockInputs, CalibrationBatch, InputStatisti
 from moqa.calibration.outputs import Gradients, OutputGradients
 from moqa.calibration.stacks import stacks
 from moqa.execution import Executor, Workspace
+from moqa.format.nested import StoredLayer
 from moqa.format.scheme import Scheme
 from moqa.methods import Method
 from moqa.models.units import Unit
@@ -34,6 +35,7 @@ class BlockPiece:
         parts: batches of the samples; the recorded inputs of the experts are in the work folder.
         linear: inputs of the units that do not belong to experts.
         gradients: at the layer's output, if they are known.
+        wide: of a nested width: the units at the widest one, in the result of the work folder.
     """
 
     layer: int
@@ -43,6 +45,7 @@ class BlockPiece:
     parts: tuple[CalibrationBatch, ...] = ()
     linear: Mapping[str, InputStatistics] = field(default_factory=dict)
     gradients: Gradients | None = None
+    wide: StoredLayer | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class BlockWork:
         executor: that does the work.
         together: largest number of experts in a piece.
         report: called with what is being waited for.
+        wide: of a nested width: for the index of a layer, its units at the widest one.
     """
 
     workspace: Workspace
@@ -64,6 +68,7 @@ class BlockWork:
     executor: Executor
     together: int
     report: Report
+    wide: Callable[[int], StoredLayer] | None = None
 
 
 def quantized_layers(
@@ -111,9 +116,10 @@ def cut(
     """
     schemes, method, workers = work.schemes, work.method, work.executor.workers
     units = work.workspace.view.block_units(layer)
+    wide = work.wide and work.wide(layer)
     if inputs is None:
         experts = tuple(sorted({unit.expert for unit in units if unit.expert is not None}))
-        return [BlockPiece(layer, method, {unit.name: schemes[unit.name] for unit in units}, experts)]
+        return [BlockPiece(layer, method, {unit.name: schemes[unit.name] for unit in units}, experts, wide=wide)]
     routed: dict[int, dict[str, Scheme]] = {}
     for unit in units:
         if unit.expert is not None:
@@ -121,12 +127,12 @@ def cut(
     pieces = []
     for some in _slices(sorted(routed), work.together, workers):
         mine = {name: scheme for expert in some for name, scheme in routed[expert].items()}
-        pieces.append(BlockPiece(layer, method, mine, tuple(some), inputs.parts, gradients=gradients))
+        pieces.append(BlockPiece(layer, method, mine, tuple(some), inputs.parts, gradients=gradients, wide=wide))
     dense = list(by_input(unit for unit in units if unit.expert is None).items())
     for spaces in _slices(dense, len(dense), workers):
         mine = {unit.name: schemes[unit.name] for _, sharing in spaces for unit in sharing}
         seen = {space: inputs.linear[space] for space, _ in spaces if space in inputs.linear}
-        pieces.append(BlockPiece(layer, method, mine, linear=seen, gradients=gradients))
+        pieces.append(BlockPiece(layer, method, mine, linear=seen, gradients=gradients, wide=wide))
     return pieces
 
 
@@ -154,13 +160,15 @@ def quantize_piece(workspace: Workspace, piece: BlockPiece) -> dict[str, Quantiz
         if scheme.is_unquantized:
             weights = view.weight(unit).to(torch.bfloat16).contiguous()
             done[unit.name] = QuantizedUnit({"weight": weights}, "none", None)
-        elif method.store is not None:
+        elif method.store is not None and piece.wide is None:
             done[unit.name] = QuantizedUnit(method.store(view.weight(unit), scheme), method.name, None)
         else:
             narrow.append(unit)
     left = Counter(map(input_space, narrow))
-    for stack in stacks(view, narrow, schemes, inputs):
-        done |= solve(stack, schemes, method, gradients)
+    near = None if piece.wide is None else piece.wide.values(workspace.work.result)
+    # next to wide values, each weight has a scale and an offset of its own
+    for stack in stacks(view, narrow, schemes, inputs, copies=1 if near is None else 4):
+        done |= solve(stack, schemes, method, gradients, near)
         # the inputs of a stack take more memory than the stack
         for sharing in stack.entries:
             space = input_space(sharing[0])

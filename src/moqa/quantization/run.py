@@ -1,7 +1,7 @@
 """`moqa.quantize`: apply a plan, block by block, and write the checkpoint."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -28,8 +28,9 @@ from moqa.planning.account import kept_entries
 from moqa.profiling import Profile, read_profile
 from moqa.progress import Report, quiet
 from moqa.quantization.cache import cache_layers, describe_routing, parse_cache
-from moqa.quantization.checkpoint import CheckpointWriter
+from moqa.quantization.checkpoint import CheckpointWriter, UnitWriter
 from moqa.quantization.layer import QuantizedUnit
+from moqa.quantization.nested import narrower_widths, shards_of_narrower
 from moqa.quantization.pieces import BlockWork, quantized_layers
 from moqa.quantization.samples import CalibrationSamples, tokens_of
 from moqa.storage.folders import check_free
@@ -51,6 +52,7 @@ def quantize(
     memory: MemoryLimit | None = None,
     restart: bool = False,
     engine: Executor | None = None,
+    widths_nested: Sequence[int] = (),
 ) -> Path:
     """Quantize a model by a plan and write it as a checkpoint, one block at a time.
 
@@ -72,14 +74,17 @@ def quantize(
         memory: what a process may use; None means all free memory.
         restart: start again from the beginning and discard what an earlier run has finished.
         engine: where the work is done (`moqa.execution.find_executor`); None means in this process.
+        widths_nested: at which the checkpoint can be used: that of a uniform plan, and narrower ones.
 
     Raises:
         MoqaError: if the plan is for another model, the method is unknown, the samples are missing, the memory is too
-            small, or `out` exists or holds an unfinished run with other options.
+            small, the plan cannot hold the nested widths, or `out` exists or holds an unfinished run with other
+            options.
     """
     out = Path(out)
     how = METHODS.find(method)
     _check_engine(plan)
+    narrower = narrower_widths(widths_nested, plan)
     share = None if cache is None else parse_cache(cache)
     check_free(out, overwrite)
     folder = original.locate(model)
@@ -95,7 +100,7 @@ def quantize(
     check_profile(plan, profile)
     view = view or open_model(folder, keep=False)
     _check_units(view, profile)
-    job = as_json(_job(folder, plan, profile, how, cache))
+    job = as_json(_job(folder, plan, profile, how, cache) | ({"nested": narrower} if narrower else {}))
     if tidy(out) == job:
         return out
     check_free(out, overwrite)
@@ -104,11 +109,12 @@ def quantize(
     room = WorkingSet.to_quantize(
         executor.memory(memory), view, how, tokens_of(plan, profile), largest_block_bytes(view, plan.units)
     )
-    check_space(out, disk_needed(view, plan, profile, how, cache))
+    more = sum(shard.bytes for shards in shards_of_narrower(view, plan, narrower).values() for shard in shards)
+    check_space(out, disk_needed(view, plan, profile, how, cache) + more)
     executor.prepare(folder, out, report)
     with torch.no_grad(), resumable(out, job, overwrite, restart) as work:
-        writer = CheckpointWriter(view, work, plan, profile, how)
-        missing = writer.missing()
+        writer = CheckpointWriter(view, work, plan, profile, how, narrower)
+        missing = writer.widths[0].missing()
         if missing and room.ahead and executor.name == "local":
             view.read_ahead(missing[0])
         if work.done("start") is None:
@@ -122,27 +128,39 @@ def quantize(
                 report("cache", 1, 1)
             describe_routing(work.result, profile, plan.known)
             work.mark_done("start", {}, hashed)
-        samples = CalibrationSamples(view, plan.mixture, profile, work) if how.needs_data else None
-        todo = BlockWork(Workspace(view, work), plan.units, how, executor, room.experts, report)
-
-        def finish(layer: int, done: Mapping[str, QuantizedUnit]) -> None:
-            """Write a quantized layer, store the hidden states after it, and record that it is done."""
-            written = writer.write_layer(layer, done)
-            if samples and layer + 1 < writer.depth:
-                samples.advance(layer, done, plan.units)
-            writer.mark_done(layer, written)
-            if samples:
-                samples.forget(layer)
-
-        with background(room.ahead) as do, closing(quantized_layers(todo, samples, missing)) as results:
-            if work.done("kept") is None:
-                do(writer.write_kept, view.kept_on_disk())
-            for layer in missing:
-                report("quantize", layer, writer.depth)
-                do(finish, layer, next(results))
+        if work.done("kept") is None:
+            writer.write_kept(view.kept_on_disk())
+        for units in writer.widths:
+            if not units.missing():
+                continue
+            samples = CalibrationSamples(view, plan.mixture, profile, work, units.name) if how.needs_data else None
+            todo = BlockWork(
+                Workspace(view, work), units.schemes, how, executor, room.experts, report,
+                None if units.wide is None else units.wide.stored,
+            )  # fmt: skip
+            _write_width(units, todo, samples, room.ahead)
         writer.finish(recorded(model, out))
         report("quantize", writer.depth, writer.depth)
     return out
+
+
+def _write_width(units: UnitWriter, todo: BlockWork, samples: CalibrationSamples | None, ahead: bool) -> None:
+    """Quantize and write what is missing of a width, one layer after the other."""
+    depth, missing = len(units.layout), units.missing()
+
+    def finish(layer: int, done: Mapping[str, QuantizedUnit]) -> None:
+        """Write a quantized layer, store the hidden states after it, and record that it is done."""
+        written = units.write_layer(layer, done)
+        if samples and layer + 1 < depth:
+            samples.advance(layer, done, units.schemes)
+        units.mark_done(layer, written)
+        if samples:
+            samples.forget(layer)
+
+    with background(ahead) as do, closing(quantized_layers(todo, samples, missing)) as results:
+        for layer in missing:
+            todo.report("quantize", layer, depth)
+            do(finish, layer, next(results))
 
 
 def _check_engine(plan: Plan) -> None:

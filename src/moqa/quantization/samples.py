@@ -25,23 +25,26 @@ class CalibrationSamples:
         mixture: share of each distribution.
         profile: holds the samples.
         work: stores the hidden states.
+        name: that distinguishes them from others in `work`.
     """
 
-    def __init__(self, view: ModelView, mixture: Mapping[str, float], profile: Profile, work: ResumableRun) -> None:
+    def __init__(
+        self, view: ModelView, mixture: Mapping[str, float], profile: Profile, work: ResumableRun, name: str = ""
+    ) -> None:  # fmt: skip
         self._view, self._work, self._stages = view, work, stages_of(view.model)
         self._mixture, self._profile = mixture, profile
         self._parts: list[tuple[float, bool]] = []  # of each batch: share, whether it is held out
         batches: list[Tensor] = []
         # sorted, so that a plan read from a file has the same order: sums of floats depend on it
-        for name, share in sorted(mixture.items()):
-            tokens = profile.samples(name)
+        for text, share in sorted(mixture.items()):
+            tokens = profile.samples(text)
             check = held_out(len(tokens))
             for held, windows in ((False, tokens[~check]), (True, tokens[check])):
                 for batch in self._stages.task.batches(windows) if len(windows) else ():
                     # every distribution is weighted by its share, whatever its number of samples
                     self._parts.append((share / self._stages.task.count(windows), held))
                     batches.append(batch)
-        self._hidden = HiddenStates(self._stages, work, "samples", batches)
+        self._hidden = HiddenStates(self._stages, work, f"{name}samples", batches)
 
     def inputs(self, layer: int, with_slopes: bool = True) -> BlockInputs:
         """Inputs of all units of a layer, whose weights are still the original ones.

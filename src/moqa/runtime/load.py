@@ -32,6 +32,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     kernels: str = "auto",
     device: str | torch.device = "cpu",
+    width: int | None = None,
 ) -> "tuple[PreTrainedModel, Any]":
     """Load a checkpoint.
 
@@ -47,14 +48,17 @@ def load(
         dtype: of activations: float32 or bfloat16.
         kernels: `native`, `triton`, `reference`, or `auto`: the fastest that run on the device.
         device: where to compute; weights are copied there unless it is the CPU.
+        width: of a checkpoint with nested widths: the one to compute with, whose units are then made in memory; None
+            means the widest.
 
     Returns:
         A transformers model whose units are packed, and its tokenizer or image processor.
 
     Raises:
-        MoqaError: if the checkpoint is damaged or does not match its own configuration, or the kernels do not run here.
+        MoqaError: if the checkpoint is damaged or does not match its own configuration, lacks the width, or the kernels
+            do not run here.
     """
-    checkpoint = open_checkpoint(folder, verify)
+    checkpoint = open_checkpoint(folder, verify, width)
     model = load_packed(checkpoint, dtype=dtype, kernels=kernels, device=device)
     if verify:
         _check_runs(model, checkpoint.folder)

@@ -64,7 +64,8 @@ def verify(folder: str | Path) -> Verification:
     checkpoint = read_checkpoint(on_disk(folder, cache.CACHE_FILES))
     found, folder, manifest = Verification(checkpoint), checkpoint.folder, checkpoint.manifest
     found.attempt(checkpoint.check_layout, MANIFEST)
-    for shard in checkpoint.shards if not found.faults else ():
+    weights = [*checkpoint.shards, *(shard for shards in checkpoint.nested_shards.values() for shard in shards)]
+    for shard in weights if not found.faults else ():
         found.attempt(partial(checkpoint.check_file, shard, verify=True), shard.file)
     found.attempt(checkpoint.check_config, CONFIG)
     for name in sorted((manifest.companions or {}).keys() - {CONFIG}):
@@ -80,7 +81,8 @@ def verify(folder: str | Path) -> Verification:
         found.attempt(partial(_check_adjustment, checkpoint, path.parent), *(str(n.relative_to(folder)) for n in names))
     _name_unrecorded(found)
     if not found.faults:
-        found.attempt(lambda: _load(checkpoint))
+        for width in (None, *manifest.nested):
+            found.attempt(partial(_load, checkpoint if width is None else checkpoint.at_width(width)))
     return found
 
 
@@ -97,7 +99,7 @@ def _check_adjustment(checkpoint: Checkpoint, folder: Path) -> None:
 def _name_unrecorded(found: Verification) -> None:
     """Name files that loading would use and that nothing vouches for."""
     folder, manifest = found.checkpoint.folder, found.checkpoint.manifest
-    known = {MANIFEST, CONFIG, *manifest.files, *(manifest.companions or {})}
+    known = {MANIFEST, CONFIG, *manifest.weight_files, *(manifest.companions or {})}
     for path in sorted({path for place in _PLACES for path in folder.glob(place)}):
         name = path.relative_to(folder).as_posix()
         if name in known or path.is_dir() or not any(fnmatch(name, pattern) for pattern in _USED):
@@ -109,6 +111,6 @@ def _name_unrecorded(found: Verification) -> None:
 
 
 def _load(checkpoint: Checkpoint) -> None:
-    checkpoint.check_values()
+    checkpoint.check_files(verify=False)
     model = load_packed(checkpoint, kernels="reference")
     task_of(model.config).processor(checkpoint.folder)

@@ -113,6 +113,11 @@ def recover(
     loop = InTheLoop(weights, input_bits, kv_bits, rate)
     packed = open_checkpoint(on_disk(checkpoint))
     manifest = packed.manifest
+    if manifest.nested:
+        raise MoqaError(
+            f"{checkpoint} has nested widths, which a training of one of them would change",
+            f"take one out: moqa export {checkpoint} --to moqa --width {min(manifest.nested)} -o ONE",
+        )
     folder = _original(packed) if model is None else original.locate(model)
     other = differing_part(folder, manifest.fingerprint)
     if other:

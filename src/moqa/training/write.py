@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moqa.format.cache import FOLDER as CACHE
 from moqa.format.cache import has_cache
-from moqa.format.manifest import MANIFEST, Recovery
+from moqa.format.manifest import MANIFEST, Recovery, StoredFile
 from moqa.format.reader import Checkpoint
-from moqa.format.writer import write_manifest, write_shard
+from moqa.format.writer import introduce, write_manifest, write_shard
 from moqa.planning import PLAN, for_file, read_plan
 from moqa.quantization.card import write_card
 from moqa.storage.artifact import write_sealed
@@ -34,10 +34,32 @@ def write_trained(packed: Checkpoint, trained: Trained | None, out: Path, recove
         recovery: what the manifest says of the training.
         original: folder of the original.
     """
-    manifest, files = packed.manifest, dict(packed.manifest.files)
+    write_copy(packed, out, original, recovery, trained)
+    # the manifest does not cover it: a checkpoint needs no plan
+    if (packed.folder / PLAN).is_file():
+        write_sealed(for_file(read_plan(packed.folder / PLAN), out / PLAN), out / PLAN)
+
+
+def write_copy(
+    packed: Checkpoint, out: Path, original: Path, recovery: Recovery | None = None, trained: Trained | None = None,
+    recipe: Mapping[str, object] | None = None,
+) -> None:  # fmt: skip
+    """Write the files of a checkpoint again; of nested widths, the one that it is used at becomes one of its own.
+
+    Args:
+        packed: the checkpoint.
+        out: folder to write to.
+        original: folder of the original, for the card.
+        recovery: what the manifest says of a training.
+        trained: what changed in it; None writes what is stored.
+        recipe: what config.json says of how it was made; None means what it says now.
+    """
+    manifest, files = packed.manifest, dict[str, StoredFile]()
     for name in (manifest.companions or {}).keys() - {PLAN}:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(packed.folder / name, out / name)
+    if recipe is not None:
+        introduce(out, recipe)
     if has_cache(packed.folder):
         shutil.copytree(packed.folder / CACHE, out / CACHE, dirs_exist_ok=True)
     for block, shard in zip((None, *range(manifest.layers)), packed.shards, strict=True):
@@ -46,6 +68,3 @@ def write_trained(packed: Checkpoint, trained: Trained | None, out: Path, recove
     written = manifest.model_copy(update={"files": files, "recovery": recovery})
     write_card(out, written, original)
     write_manifest(written, out / MANIFEST)
-    # the manifest does not cover it: a checkpoint needs no plan
-    if (packed.folder / PLAN).is_file():
-        write_sealed(for_file(read_plan(packed.folder / PLAN), out / PLAN), out / PLAN)

@@ -29,11 +29,20 @@ class Integers(Encoding):
 
     def decode(self, scheme: Parameters, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Tensor:
         """See `Encoding`."""
-        zero = None if scheme.symmetric else untile_rows(tensors["zero"], shape[0])
-        scale = untile_rows(tensors["scale"], shape[0])
-        top = torch.tensor(2**scheme.width - 1, dtype=torch.float32, device=scale.device).expand(scale.shape)
         planes = [tensors[f"p{index}"] for index in range(len(PLANES[scheme.width]))]
-        return Grid(scale, zero, scheme.group_size, top).decode(unpack(planes, scheme.width, shape))
+        return stored_grid(scheme, shape[0], tensors).decode(unpack(planes, scheme.width, shape))
+
+
+def stored_grid(scheme: Parameters, out: int, tensors: Mapping[str, Tensor]) -> Grid:
+    """The grid of a matrix of `out` rows, from its stored scales and zero-points.
+
+    >>> stored_grid(scheme, 256, {"scale": scale, "zero": zero}).scale.shape
+    torch.Size([256, 4])
+    """
+    zero = None if scheme.symmetric else untile_rows(tensors["zero"], out)
+    scale = untile_rows(tensors["scale"], out)
+    top = torch.tensor(2**scheme.width - 1, dtype=torch.float32, device=scale.device).expand(scale.shape)
+    return Grid(scale, zero, scheme.group_size, top)
 
 
 def plane_tensors(width: int, tiles: int, blocks: int) -> dict[str, TensorSpec]:
