@@ -58,7 +58,7 @@ reveal_type(evaluation)  # moqa.evaluation.run.Evaluation
 reveal_type(evaluation.distributions["notes"].kl_divergence)  # float | None
 reveal_type(moqa.report(["out"], "report.html"))  # pathlib.Path
 
-model, tokenizer = moqa.load("out")
+model, tokenizer = moqa.load("out", width=4)
 for piece in moqa.generate(model, tokenizer, "The", moqa.Sampling(max_tokens=8)):
     reveal_type(piece)  # moqa.generation.run.Piece
 reveal_type(moqa.adjust("out", {"german": "german.txt"}, "german"))  # moqa.adjustment.run.Adjusted

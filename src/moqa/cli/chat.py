@@ -28,6 +28,7 @@ def chat(
     threads: options.Threads = None,
     lora: options.Lora = None,
     kv_bits: options.KvBits = None,
+    width: options.Width = None,
 ) -> None:
     """Talk with a checkpoint on a terminal, or line by line from stdin."""
     from moqa.generation import Chat
@@ -35,7 +36,7 @@ def chat(
 
     sampling = sampling_of(max_tokens, temperature, top_p, top_k, stop, seed)
     use_threads(threads)
-    talk = Chat(*load_any(out, adjustment, lora, kv_bits), sampling)
+    talk = Chat(*load_any(out, adjustment, lora, kv_bits, width), sampling)
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if sys.stdin.isatty():
         import readline  # noqa: F401  (lets input() edit lines and recall earlier ones)

@@ -40,6 +40,7 @@ def evaluate(
     ] = None,
     adjustment: options.Adjustment = None,
     lora: options.Lora = None,
+    width: options.Width = None,
     json: options.Json = None,
     log_json: LogOption = None,
 ) -> None:
@@ -50,7 +51,7 @@ def evaluate(
     from moqa.mixture.merged import is_merged
     from moqa.mixture.record import is_mixture
 
-    given = {"--adjustment": adjustment is not None, "--lora": lora is not None}
+    given = {"--adjustment": adjustment is not None, "--lora": lora is not None, "--width": width is not None}
     if is_merged(model):
         more = {"--against": against is not None, "--kernels": kernels != "reference", "--prompt": prompt is not None}
         _refuse_options(f"{model} holds merged variants, which take", given | more)
@@ -82,6 +83,7 @@ def evaluate(
             kernels=kernels,
             adjustment=adjustment,
             lora=lora,
+            width=width,
         )
     print_evaluation(result)
     write_result(result, json)

@@ -23,6 +23,7 @@ def export(
     model: Annotated[
         str | None, typer.Option("--model", help="the original [default: where the profile or checkpoint says]")
     ] = None,
+    width: options.Width = None,
     overwrite: options.Overwrite = False,
     restart: options.Restart = False,
     json: options.Json = None,
@@ -35,7 +36,7 @@ def export(
     with progress(log_json) as report:
         done = run(
             source, out, to=to, profile=read_profile(profile) if profile else None, model=model, overwrite=overwrite,
-            restart=restart, report=report,
+            restart=restart, report=report, width=width,
         )  # fmt: skip
     say(f"{done.path}: {mib(done.bytes)}")
     for remark in done.remarks:

@@ -32,6 +32,7 @@ def generate(
     threads: options.Threads = None,
     lora: options.Lora = None,
     kv_bits: options.KvBits = None,
+    width: options.Width = None,
     json: Annotated[bool, typer.Option("--json", help="print one JSON object with text, counts and times")] = False,
 ) -> None:
     """Continue a text with a checkpoint; it is printed while it is written."""
@@ -42,7 +43,7 @@ def generate(
     sampling = sampling_of(max_tokens, temperature, top_p, top_k, stop, seed)
     text = _stdin() if prompt == "-" else prompt
     use_threads(threads)
-    model, tokenizer = load_any(out, adjustment, lora, kv_bits)
+    model, tokenizer = load_any(out, adjustment, lora, kv_bits, width)
     ids = encode(tokenizer, text)
     route = route_of(model, ids, variant)
     written = []

@@ -91,6 +91,9 @@ def _checkpoint(path: Path, json: Path | None) -> None:
         f"{manifest.method}; "
         f"{mib(checkpoint.bytes)}, {checkpoint.bits_per_weight:.3f} bits/weight; fitted on {', '.join(manifest.fitted)}"
     )
+    if manifest.nested:
+        nested = ", ".join(map(str, sorted(manifest.nested)))
+        title += f"; nested widths {nested} in {mib(checkpoint.nested_bytes)} more"
     print_table(["layer", *(f"{w} bits" for w in widths), "units"], rows, title)
     warn_left_out(manifest.left_out)
     write_result(manifest, json)

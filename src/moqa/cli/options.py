@@ -72,6 +72,7 @@ SetWidth = Annotated[
     ),
 ]
 Encodings = Annotated[str, typer.Option("--encodings")]
+WidthsNested = Annotated[str | None, typer.Option("--widths-nested", metavar="WIDTHS")]
 Groups = Annotated[str | None, typer.Option("--groups")]
 Floor = Annotated[
     list[str] | None,
@@ -113,6 +114,10 @@ Out = Annotated[str, typer.Argument(metavar="OUT", help="checkpoint, or folder o
 KvBits = Annotated[
     int | None,
     typer.Option("--kv-bits", metavar="8", help="bits of keys and values in the cache [default: as computed]"),
+]
+Width = Annotated[
+    int | None,
+    typer.Option("--width", metavar="BITS", help="of nested widths: the one to use [default: the widest]"),
 ]
 Lora = Annotated[
     Path | None, typer.Option("--lora", metavar="DIR", help="LoRA to compute with: a folder that PEFT saved")

@@ -38,6 +38,15 @@ def _widths(text: str) -> tuple[int, ...]:
     return _numbers("--widths", text, "widths", "2,3,4")
 
 
+def widths_nested_of(text: str | None) -> tuple[int, ...]:
+    """Widths from `--widths-nested`.
+
+    Raises:
+        MoqaError: if it is not a list of numbers.
+    """
+    return () if text is None else _numbers("--widths-nested", text, "widths", "2,3,4,8")
+
+
 def _groups(text: str | None) -> tuple[int, ...] | None:
     """Group sizes from `--groups`.
 

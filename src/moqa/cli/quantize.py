@@ -8,7 +8,7 @@ import typer
 from moqa.cli import options
 from moqa.cli.app import app
 from moqa.cli.common import mib, print_table, say, start_and_end, warn_left_out, write_result
-from moqa.cli.parse import DEFAULT_ENCODINGS, DEFAULT_WIDTHS, candidates_of
+from moqa.cli.parse import DEFAULT_ENCODINGS, DEFAULT_WIDTHS, candidates_of, widths_nested_of
 from moqa.cli.plan import check_budgets, print_estimate, print_fit, say_if_uniform
 from moqa.cli.profile import warn_starved
 from moqa.cli.progress import LogOption, logged, progress
@@ -46,6 +46,7 @@ def quantize(
     ties: options.Ties = DEFAULTS.ties,
     method: options.Method = DEFAULTS.method,
     widths: str = DEFAULT_WIDTHS,
+    widths_nested: options.WidthsNested = None,
     encodings: options.Encodings = DEFAULT_ENCODINGS,
     groups: options.Groups = None,
     floor: options.Floor = None,
@@ -90,6 +91,9 @@ def quantize(
     from moqa.execution import find_executor
     from moqa.memory.limit import MemoryLimit
 
+    nested = widths_nested_of(widths_nested)
+    if nested and dry_run:
+        raise MoqaError(f"--widths-nested {widths_nested} is not known to --dry-run", "estimate the widest width alone")
     memory = MemoryLimit.parse(max_memory) if max_memory else None
     executor = find_executor(engine, address=ray_address)
     if plan is not None:
@@ -111,6 +115,8 @@ def quantize(
             )
         check_free(out, overwrite)
         check_training(recover, optimizer)
+        if nested and recover is not None:
+            raise MoqaError(f"--widths-nested {widths_nested} cannot be trained", f"leave out --recover {recover}")
         chosen = read_plan(plan)
         if dry_run:
             measured = read_profile(profile or chosen.profile)
@@ -134,7 +140,7 @@ def quantize(
             run(
                 model, chosen, out, method=method, overwrite=overwrite, report=limited,
                 profile=read_profile(profile) if profile else None, cache=cache, memory=memory, restart=restart,
-                engine=executor, view=view,
+                engine=executor, view=view, widths_nested=nested,
             )  # fmt: skip
             measured = read_profile(profile or chosen.profile)
             if recover is not None:
@@ -157,7 +163,7 @@ def quantize(
         strategy=strategy, ties=ties, hedge=hedge,  # type: ignore[arg-type]
         objective=objective, scope=scope, method=method, profile=profile, samples=samples,  # type: ignore[arg-type]
         context=window, self_samples=self_samples, group_size=group_size, symmetric=symmetric, cache=cache, proof=proof,
-        overwrite=overwrite, restart=restart, seed=seed, recover=recover, optimizer=optimizer,
+        overwrite=overwrite, restart=restart, seed=seed, recover=recover, optimizer=optimizer, widths_nested=nested,
         **candidates_of(widths, encodings, groups, floor, ignore, set_width),
     )  # fmt: skip
     budget = memory_budget(model, fit, context=context, batch=batch or 1) if fit else Budget.parse(bpw, size)
@@ -173,6 +179,9 @@ def quantize(
             model, data, budget, out, held_out=held_out, options=settings, report=time_limited(report, time_limit),
             memory=memory, executor=executor, when_quantized=print_quantized,
         )  # fmt: skip
+    if nested:
+        print_checkpoint(out, json)
+        return
     say_if_uniform(strategy, result.plan)
     print_compressed(result)
     write_result(result.summary(), json)
@@ -241,10 +250,14 @@ def print_checkpoint(out: Path, json: Path | None) -> None:
         ", ".join(f"{count} {name}" for name, count in sorted(methods.items())),
     ]]  # fmt: skip
     print_table(["checkpoint", "size", "bits/weight", "model bits/weight", "units"], rows)
+    if checkpoint.manifest.nested:
+        widths = ", ".join(map(str, sorted(checkpoint.manifest.nested)))
+        say(f"and {mib(checkpoint.nested_bytes)} by which it is also one of {widths} bits (--width)")
     warn_left_out(checkpoint.manifest.left_out)
     result = {
         "checkpoint": str(out), "bytes": checkpoint.bytes, "bits_per_weight": checkpoint.bits_per_weight,
         "model_bits_per_weight": checkpoint.model_bits_per_weight, "methods": methods,
-        "left_out": checkpoint.manifest.left_out,
+        "left_out": checkpoint.manifest.left_out, "nested": sorted(checkpoint.manifest.nested),
+        "nested_bytes": checkpoint.nested_bytes,
     }  # fmt: skip
     write_result(result, json)

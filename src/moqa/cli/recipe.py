@@ -63,6 +63,7 @@ def _of_checkpoint(path: Path) -> dict[str, Any]:
         **{name: options[name] for name in ("hedge", "objective", "scope")},
         # as it was typed, e.g. --fit 8GiB --context 8192 --batch 4
         **dict(re.findall(r"--(\w+) ([^\s(]+)", manifest.budget or "")),
+        "widths_nested": sorted({*manifest.nested, *(manifest.widths or ())}) if manifest.nested else None,
     }  # fmt: skip
     return {name: value for name, value in recipe.items() if value is not None}
 

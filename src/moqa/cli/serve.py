@@ -50,6 +50,7 @@ def serve(
     threads: options.Threads = None,
     lora: options.Lora = None,
     kv_bits: options.KvBits = None,
+    width: options.Width = None,
 ) -> None:
     """Answer OpenAI-style requests until Ctrl-C or SIGTERM."""
     from moqa.serve import serve as run
@@ -68,11 +69,13 @@ def serve(
         raise MoqaError("--adjust-shared needs --adjust auto", "adjustments that are given are everyone's anyway")
     if lora is not None and given == ["auto"]:
         raise MoqaError(f"--lora {lora} --adjust auto cannot be combined", "adjustments do not know of the LoRA")
+    if width is not None and given == ["auto"]:
+        raise MoqaError(f"--width {width} --adjust auto cannot be combined", "adjustments are made at the widest width")
     use_threads(threads)
     run(
         out, host=host, port=port, slots=slots, queue=queue, api_keys=api_key or (), cors=cors or (),
         adjust=[] if given == ["off"] else given, adjust_shared=adjust_shared, alias=alias or (), lora=lora,
-        kv_bits=kv_bits,
+        kv_bits=kv_bits, width=width,
         ready=lambda url: say(f"moqa: {out} at {url}/v1, {slots} slots, queue of {queue}", err=True),
     )  # fmt: skip
     say("moqa: stopped", err=True)

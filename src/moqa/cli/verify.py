@@ -26,7 +26,8 @@ def verify(out: Annotated[str, typer.Argument(metavar="OUT", help="checkpoint (f
     _print_faults(found.faults)
     checkpoint, manifest = found.checkpoint, found.checkpoint.manifest
     say(
-        f"{out}: sound, {len(manifest.files)} files, {checkpoint.bytes} bytes, {len(manifest.units)} units "
+        f"{out}: sound, {len(manifest.weight_files)} files, {checkpoint.bytes + checkpoint.nested_bytes} bytes, "
+        f"{len(manifest.units)} units "
         f"and {len(manifest.kept)} kept tensors, each stored once"
     )
     say(f"covered: {', '.join(found.covered)}")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from moqa.compression.nested import nested_options
 from moqa.compression.options import CompressOptions
 from moqa.compression.result import is_unfinished
 from moqa.data import Data, Source
@@ -55,6 +56,7 @@ class CompressJob:
         self, model: str | Path, data: Data, budget: Budget | str | None, out: str | Path, *, held_out: Data | None,
         options: CompressOptions, memory: MemoryLimit | None, executor: Executor | None,
     ) -> None:  # fmt: skip
+        options = nested_options(options, budget)
         self.model, self.out, self.options = str(model), Path(out), options
         self.profile_folder = options.profile or self.out.with_name(self.out.name + ".profile")
         self.executor = executor or LocalExecutor()
@@ -132,6 +134,7 @@ class CompressJob:
         return (
             (manifest.fingerprint, manifest.method, schemes) == (chosen.fingerprint, self.options.method, chosen.units)
             and (manifest.mixture, manifest.fitted) == (chosen.mixture, fitted)
+            and sorted(manifest.nested) == sorted(self.options.widths_nested)[:-1]
             and has_cache(self.out) == (self.options.cache is not None)
             and (manifest.recovery is None or self.options.recover is not None)
         )

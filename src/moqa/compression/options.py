@@ -63,6 +63,9 @@ class CompressOptions:
         None, "then train scales and small tensors, at no bytes: a time such as 15m, or steps such as 300"
     )
     optimizer: str = _option(DEFAULT_OPTIMIZER, "of the training: {optimizers}")
+    widths_nested: tuple[int, ...] = _option(
+        (), "one checkpoint for several widths, e.g. 2,3,4,8, in place of a budget; `--width` chooses one"
+    )
     proof: bool = _option(True, "compare with baselines on held-out text")
     overwrite: bool = _option(False, "replace an existing output of moqa")
     restart: bool = _option(False, "start again, discarding what an interrupted run has finished")

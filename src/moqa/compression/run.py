@@ -75,7 +75,7 @@ def compress(
     result = _quantized(job, view, report).store()
     if when_quantized is not None:
         when_quantized(result)
-    if not options.proof:
+    if not job.options.proof:
         return result
     setup = ProofSetup(
         job.model, view, result.profile, held_out=job.held_out, windows=job.windows, report=report, memory=job.memory
@@ -143,7 +143,7 @@ def _quantized(job: CompressJob, view: ModelView, report: Report) -> CompressRes
         quantize(
             job.model, chosen, job.out, method=options.method, overwrite=options.overwrite, report=report,
             profile=measured, view=view, cache=options.cache, memory=job.memory, restart=options.restart,
-            engine=job.executor,
+            engine=job.executor, widths_nested=options.widths_nested,
         )  # fmt: skip
     if options.recover is not None and read_checkpoint(job.out).manifest.recovery is None:
         recover(

@@ -50,6 +50,7 @@ class Evaluation(BaseModel, frozen=True):
     cache_bytes: int = Field(0, description="of the original's channels that the checkpoint keeps")
     adjustment: str | None = Field(None, description="as the user gave it")
     lora: str | None = Field(None, description="folder of a LoRA, as the user gave it")
+    width: int | None = Field(None, description="of a checkpoint with nested widths, as the user gave it")
     adjustment_bytes: int = Field(0, description="by which the weights in use grow with the adjustment")
     context: int
     distributions: dict[str, Quality]
@@ -67,6 +68,7 @@ def evaluate(
     kernels: str = "reference",
     adjustment: str | Path | None = None,
     lora: str | Path | None = None,
+    width: int | None = None,
 ) -> Evaluation:
     """Measure a model or checkpoint on held-out text, from what is on disk.
 
@@ -87,6 +89,7 @@ def evaluate(
         kernels: that a checkpoint computes with (`moqa.load`); the reference adds no rounding of activations.
         adjustment: folder of an adjustment to apply to the checkpoint.
         lora: folder of a LoRA that the checkpoint computes with; what it was trained on is not known here.
+        width: of a checkpoint with nested widths, see `moqa.load`.
 
     Raises:
         MoqaError: if something is missing or damaged, or a text overlaps those that the checkpoint was fitted on.
@@ -94,7 +97,7 @@ def evaluate(
     with folder_of(model, against) as folder:
         return _evaluated(
             folder, model, data, against=against, context=context, windows=windows, report=report, reference=reference,
-            kernels=kernels, adjustment=adjustment, lora=lora,
+            kernels=kernels, adjustment=adjustment, lora=lora, width=width,
         )  # fmt: skip
 
 
@@ -111,13 +114,16 @@ def _evaluated(
     kernels: str,
     adjustment: str | Path | None,
     lora: str | Path | None,
+    width: int | None,
 ) -> Evaluation:
-    packed = open_checkpoint(folder) if is_checkpoint(folder) else None
+    packed = open_checkpoint(folder, width=width) if is_checkpoint(folder) else None
     adjusted = None if adjustment is None else read_adjustment(adjustment)
     if adjusted and not packed:
         raise MoqaError(f"{model} is not a checkpoint", f"an adjustment such as {adjustment} needs one")
     if lora is not None and not packed:
         raise MoqaError(f"{model} is not a checkpoint", f"a LoRA such as {lora} needs one")
+    if width is not None and not packed:
+        raise MoqaError(f"{model} is not a checkpoint", f"--width {width} needs one")
     folder = folder if packed else original.locate(folder)
     config = read_config(folder, packed=packed is not None, imported=True)
     task = task_of(config)
@@ -154,7 +160,7 @@ def _evaluated(
     return Evaluation(
         model=str(model), against=name if reference else None, **size, context=task.context(context),
         format=foreign, adjustment=None if adjustment is None else str(adjustment),
-        lora=None if lora is None else str(lora),
+        lora=None if lora is None else str(lora), width=width,
         adjustment_bytes=adjusted.record.extra_bytes if adjusted else 0,
         distributions={name: _rounded(quality) for name, quality in result.items()},
     )  # fmt: skip

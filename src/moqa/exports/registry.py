@@ -26,6 +26,7 @@ class ExportJob:
         overwrite: replace a file that exists at `out`, or a folder that is an export.
         restart: discard what an earlier run has finished.
         report: called with the name of a step, how much of it is done, and its total.
+        width: of a checkpoint with nested widths; None means the widest.
     """
 
     source: str
@@ -35,6 +36,7 @@ class ExportJob:
     overwrite: bool
     restart: bool
     report: Report
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ FORMATS = {
     "gguf": "a model for llama.cpp, from a plan of --engine llama.cpp",
     "imatrix": "importance for llama-quantize --imatrix, per expert, from a profile",
     "tensor-types": "types for llama-quantize --tensor-type-file, from a plan of --engine llama.cpp",
+    "moqa": "an ordinary checkpoint of one --width, from a checkpoint with nested widths",
     "compressed-tensors": "a model for vLLM and transformers, from a checkpoint that was planned with --engine vllm",
 }
 EXPORTS: Registry[Export] = Registry(

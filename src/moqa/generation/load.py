@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def load_any(
-    model: str | Path, adjustment: str | Path | None = None, lora: str | Path | None = None, kv_bits: int | None = None
+    model: str | Path,
+    adjustment: str | Path | None = None,
+    lora: str | Path | None = None,
+    kv_bits: int | None = None,
+    width: int | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a checkpoint with packed weights, or an original model in float32.
 
@@ -31,6 +35,7 @@ def load_any(
         adjustment: folder of an adjustment to apply to the checkpoint.
         lora: folder of a LoRA that a checkpoint computes with, see `moqa.integrations.lora`.
         kv_bits: of keys and values in the cache: 8, or None, as they are computed.
+        width: of a checkpoint with nested widths, see `moqa.load`.
 
     Raises:
         MoqaError: if the model or the LoRA is missing or damaged, or the model is not a language model.
@@ -38,14 +43,14 @@ def load_any(
     folder = on_disk(model)
     if is_checkpoint(folder):
         check_language_model(read_config(folder, packed=True), model)
-        loaded, tokenizer = load(folder)
+        loaded, tokenizer = load(folder, width=width)
         if lora is not None:
             add_lora(loaded, lora)
         if adjustment is not None:
             loaded.apply(adjustment)
         round_cache(loaded, kv_bits)
         return loaded, tokenizer
-    for what, given in (("an adjustment", adjustment), ("a LoRA", lora)):
+    for what, given in (("an adjustment", adjustment), ("a LoRA", lora), ("a width", width)):
         if given is not None:
             raise MoqaError(f"{model} is not a checkpoint", f"{what} such as {given} needs one")
     folder = original.locate(folder)

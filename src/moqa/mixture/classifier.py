@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moqa.errors import MoqaError
 from moqa.format.reader import is_checkpoint
 from moqa.mixture.load import load
 from moqa.mixture.merged import is_merged
@@ -29,19 +30,27 @@ def classifies(model: str | Path) -> bool:
     return not is_merged(model) and _found(model)[1].name == "image_classification"
 
 
-def load_classifier(model: str | Path) -> "tuple[PreTrainedModel, Any]":
+def load_classifier(model: str | Path, width: int | None = None) -> "tuple[PreTrainedModel, Any]":
     """Load an image classifier: a mixture, a checkpoint or an original, and what makes pixels for it.
 
     >>> model, reader = load_classifier("reference/image/model")
     >>> reader.label("airplane")
     0
 
+    Args:
+        model: folder, or the Hub id of a checkpoint or an original.
+        width: of a checkpoint with nested widths, see `moqa.load`.
+
     Raises:
-        MoqaError: if it is missing or damaged.
+        MoqaError: if it is missing or damaged, or not a checkpoint that has such a width.
     """
     folder, task = _found(model)
-    packed = is_mixture(model) or is_checkpoint(folder)
-    loaded = load(model if is_mixture(model) else folder)[0] if packed else open_model(folder).model
+    if is_mixture(model) or is_checkpoint(folder):
+        loaded = load(model if is_mixture(model) else folder, width=width)[0]
+    elif width is None:
+        loaded = open_model(folder).model
+    else:
+        raise MoqaError(f"{model} is not a checkpoint", f"a width such as {width} needs one")
     return loaded, task.reader(folder)
 
 

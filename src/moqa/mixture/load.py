@@ -189,7 +189,8 @@ def load(folder: str | Path, **options: Any) -> "tuple[PreTrainedModel, Any]":
 
     Args:
         folder: of the checkpoint, mixture or merged variants, or the Hub id of a checkpoint.
-        options: of `moqa.runtime.load.load`: `verify`, `dtype`, `kernels`, `device`; of merged variants, `verify`.
+        options: of `moqa.runtime.load.load`: `verify`, `dtype`, `kernels`, `device`, `width`; of merged variants,
+            `verify`.
 
     Returns:
         A transformers model whose units are packed, and its tokenizer or image processor.
@@ -197,9 +198,12 @@ def load(folder: str | Path, **options: Any) -> "tuple[PreTrainedModel, Any]":
     Raises:
         MoqaError: if a file is damaged or does not fit the others, or the kernels do not run here.
     """
+    several = is_mixture(folder) or is_merged(folder)
+    if several and (width := options.pop("width", None)) is not None:
+        raise MoqaError(f"{folder} is a mixture", f"width {width} needs a checkpoint")
     if is_merged(folder):
         return load_merged(folder, **options)
-    if not is_mixture(folder):
+    if not several:
         return load_checkpoint(folder, **options)
     mixture = open_mixture(folder, **options)
     model: Any = mixture.use(mixture.record.default)
@@ -207,18 +211,22 @@ def load(folder: str | Path, **options: Any) -> "tuple[PreTrainedModel, Any]":
 
 
 def load_any(
-    model: str | Path, adjustment: str | Path | None = None, lora: str | Path | None = None, kv_bits: int | None = None
+    model: str | Path,
+    adjustment: str | Path | None = None,
+    lora: str | Path | None = None,
+    kv_bits: int | None = None,
+    width: int | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a mixture, a checkpoint or an original model that writes text; see `moqa.generation.load_any`.
 
     >>> model, tokenizer = load_any("runs/out")
 
     Raises:
-        MoqaError: as there, or if a mixture is to compute with an adjustment or a LoRA.
+        MoqaError: as there, or if a mixture is to compute with an adjustment, a LoRA or at a width.
     """
     if not is_mixture(model) and not is_merged(model):
-        return load_one(model, adjustment, lora, kv_bits)
-    for what, given in (("an adjustment", adjustment), ("a LoRA", lora)):
+        return load_one(model, adjustment, lora, kv_bits, width)
+    for what, given in (("an adjustment", adjustment), ("a LoRA", lora), ("a width", width)):
         if given is not None:
             raise MoqaError(f"{model} is a mixture", f"{what} such as {given} needs a checkpoint")
     loaded, tokenizer = load(model)

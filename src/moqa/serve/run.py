@@ -94,6 +94,7 @@ def serve(
     alias: Sequence[str] = (),
     lora: str | Path | None = None,
     kv_bits: int | None = None,
+    width: int | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Answer OpenAI-style requests, or requests to classify images, until SIGTERM or Ctrl-C.
@@ -115,6 +116,7 @@ def serve(
         alias: further names of the model; the first is that of the responses.
         lora: folder of a LoRA that the checkpoint computes with, for all requests.
         kv_bits: of keys and values in the caches of texts: 8, or None, as they are computed.
+        width: of a checkpoint with nested widths, see `moqa.load`.
         ready: called with the server's address before the first request is accepted.
 
     Raises:
@@ -130,9 +132,9 @@ def serve(
             for option, given in (("--adjust", list(adjust)), ("--lora", lora), ("--kv-bits", kv_bits)):
                 if given:
                     raise MoqaError(f"{model} is an image classifier", f"leave out {option}, which is of texts")
-            service: Service | ImageService = ImageService(*load_classifier(model), names, queue)
+            service: Service | ImageService = ImageService(*load_classifier(model, width), names, queue)
         else:
-            loaded, tokenizer = load_any(model, lora=lora, kv_bits=kv_bits)
+            loaded, tokenizer = load_any(model, lora=lora, kv_bits=kv_bits, width=width)
             if is_mixture(model) or is_merged(model):
                 adjusting: Callable[[Metrics], Adjusting] = partial(RoutedVariants, loaded.mixture)
             elif list(adjust) == [AUTO]:

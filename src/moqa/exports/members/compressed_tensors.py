@@ -38,7 +38,7 @@ def compressed_tensors(job: ExportJob) -> list[str]:
     folder = on_disk(job.source)
     if not is_checkpoint(folder):
         raise MoqaError(f"{job.source} is no checkpoint", "quantize a plan of --engine vllm, and give its folder")
-    packed = open_checkpoint(folder)
+    packed = open_checkpoint(folder, width=job.width)
     units = packed.manifest.units
     for name, unit in units.items():
         _check(name, unit, packed)
