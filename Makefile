@@ -165,6 +165,7 @@ trained-study: demo $(VENV)/.bench
 	$(BIN)/python benchmarks/qat_study.py
 	$(BIN)/python benchmarks/optimizers_study.py
 	$(BIN)/python benchmarks/mpq_dm.py
+	$(BIN)/python benchmarks/nested.py
 	$(BIN)/python benchmarks/model_speed.py
 	$(BIN)/python benchmarks/cache_study.py
 	$(BIN)/python benchmarks/qat_language.py
