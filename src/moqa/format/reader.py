@@ -194,7 +194,7 @@ class Checkpoint:
     def at_width(self, width: int) -> "Checkpoint":
         """The checkpoint as it is used at one of its widths; of units with different widths, this is the widest.
 
-        >>> checkpoint.at_width(4).bits_per_weight
+        >>> open_checkpoint("runs/nested").at_width(4).bits_per_weight  # doctest: +SKIP
         4.375
 
         Raises:

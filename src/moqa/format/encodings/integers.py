@@ -36,7 +36,8 @@ class Integers(Encoding):
 def stored_grid(scheme: Parameters, out: int, tensors: Mapping[str, Tensor]) -> Grid:
     """The grid of a matrix of `out` rows, from its stored scales and zero-points.
 
-    >>> stored_grid(scheme, 256, {"scale": scale, "zero": zero}).scale.shape
+    >>> tensors = {"scale": torch.ones(16, 4, 16), "zero": torch.zeros(16, 4, 16, dtype=torch.uint8)}
+    >>> stored_grid(Parameters(width=4), 256, tensors).scale.shape
     torch.Size([256, 4])
     """
     zero = None if scheme.symmetric else untile_rows(tensors["zero"], out)
