@@ -25,6 +25,9 @@ _OUTPUT_DAMPING = 0.1
 _ROWS = 4
 # columns that are rounded before their errors are passed on to the others
 _BLOCK = 64
+# Steps of codes by width, 0 to 4, relative to those that fit the weights: weights are rounded with the errors that were
+# passed on to them, which together spread further.
+_ROOM = (1.0, 1.5, 1.25, 1.15, 1.0)
 # columns of a Cholesky factor that are computed together
 _PANEL = 192
 
@@ -59,7 +62,9 @@ def gptq(job: SolveBatch) -> SolveResult:
 def _fitted(job: SolveBatch, energy: Tensor) -> Grid | LevelGrid:
     """Scales of a job's encoding, with each input feature's error weighted by its energy."""
     if job.scheme.is_coded:
-        return fit_levels(job.weights, job.scheme, job.widths, job.parts, energy)
+        reached = torch.tensor([inputs.tokens > 0 for inputs in job.inputs], device=job.widths.device)[:, None]
+        room = torch.where(reached, torch.tensor(_ROOM, device=job.widths.device)[job.widths.long()], 1.0)
+        return fit_levels(job.weights, job.scheme, job.widths, job.parts, energy, room)
     return fit_grid(job.weights, job.scheme, job.widths, energy).grid
 
 

@@ -13,8 +13,9 @@ _BLOCK = 64
 
 
 def fit_levels(
-    weights: Tensor, scheme: Scheme, widths: Tensor, parts: tuple[int, ...], importance: Tensor | None = None
-) -> LevelGrid:
+    weights: Tensor, scheme: Scheme, widths: Tensor, parts: tuple[int, ...], importance: Tensor | None = None,
+    room: Tensor | None = None,
+) -> LevelGrid:  # fmt: skip
     """Scales and factors for matrices that are stored as codes.
 
     >>> widths = torch.full((1, 32), 2)
@@ -27,6 +28,7 @@ def fit_levels(
         widths: [matrices, out] bits of each row, int.
         parts: rows of each matrix that is stacked along `out`.
         importance: [matrices, in] weight of each input feature's squared error, float32; None means equal.
+        room: [matrices, out] how many times the steps that fit the weights are taken, float32; None means once.
     """
     # by powers of two, so that nothing is rounded and squares of any weights are numbers
     size = torch.frexp(weights.abs().amax(-1, keepdim=True)).exponent.clamp_min(-100)
@@ -45,6 +47,8 @@ def fit_levels(
     if scheme.encoding == "table":
         for _ in range(_REFITS):
             steps = _refit(groups, weight, steps, widths)
+    if room is not None:
+        steps *= room[..., None]
     dtype = getattr(torch, scheme.scale_dtype)
     # the largest level of the largest step is a number, too
     steps = torch.ldexp(steps, size).clamp_max(torch.finfo(torch.float32).max / (FACTORS + 1))
