@@ -28,7 +28,8 @@ from moqa.training import trains_whole
 
 ROOT = Path(__file__).parents[1]
 LARGE, PAGE = RUNS / "blockwise.json", ROOT / "docs" / "results" / "recover.md"
-SIZES = (2.56, 3.06, 2.1, 2.3, 3.44)
+# those of recovery alone, and three of llama.cpp's that plans without it do not beat by as much as wanted
+SIZES = (2.56, 1.78, 1.97, 3.21, 2.1, 2.3, 3.06, 3.44)
 # two of them would have the same uniform plan
 UNIFORM_SIZES = (2.56, 3.44)
 STEPS = 150
@@ -38,6 +39,8 @@ FEW = f"default, {FEWER} samples"
 BLOCK_STEPS, BY_BLOCKS = 50, ", block by block"
 # how much lower known and novel divergences should be, by whether the plan has more bits than these
 LOW_BITS, WANTED = 2.6, {False: (0.5, 0.35), True: (0.35, 0.2)}
+# known and novel KL over llama.cpp's best: of plans, by whether they have 3 bits, and of trained plans of so many bits
+BESIDE, TRAINED, TRAINED_FROM = {False: (0.35, 0.6), True: (0.25, 0.45)}, (1 / 5, 1 / 3), 2.05
 LOW_BITS_PAGE = ROOT / "docs" / "results" / "low-bits.md"
 KINDS = {"default": {}, "uniform": {"strategy": "uniform", "encodings": ("int",), "floors": {}}}
 
@@ -189,10 +192,14 @@ def _beside(bits: float, after: Mapping[str, float]) -> tuple[str, list[str]]:
         f"| {bits:.2f} | {best[0]:.4f} / {best[1]:.4f} | {after['kl_known']:.4f} / {after['kl_novel']:.4f} | "
         f"{ratios[0]:.2f} / {ratios[1]:.2f} |"
     )
-    what = f"trained plan of {bits:.2f} bits"
+    limits = [BESIDE[bits >= 3], *([TRAINED] if bits > TRAINED_FROM else [])]
     return line, [
-        claim(ratio <= most, f"{what}: {kind} KL over llama.cpp's best: {ratio:.2f}; wanted {most:.2f}")
-        for kind, ratio, most in zip(("known", "novel"), ratios, (1 / 5, 1 / 3), strict=True)
+        claim(
+            ratio <= most,
+            f"trained plan of {bits:.2f} bits: {kind} KL over llama.cpp's best: {ratio:.2f}; wanted {most:.2f}",
+        )
+        for wanted in limits
+        for kind, ratio, most in zip(("known", "novel"), ratios, wanted, strict=True)
     ]
 
 

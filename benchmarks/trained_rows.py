@@ -1,4 +1,7 @@
-"""Rows of the studies of trained quantization: runs/trained/summary.json."""
+"""Rows of the studies of trained quantization: runs/trained/summary.json.
+
+They cost hours, so docs/results/trained.json keeps them: rows that stand there are not measured again.
+"""
 
 import json
 from collections.abc import Sequence
@@ -8,6 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "trained"
 SUMMARY = RUNS / "summary.json"
+KEPT = ROOT / "docs" / "results" / "trained.json"
 Row = dict[str, Any]
 
 
@@ -20,9 +24,11 @@ def known(system: str, **wanted: object) -> list[Row]:
 
 def add(rows: Sequence[Row]) -> None:
     """Add rows to those that are there."""
+    text = json.dumps({"rows": [*_all(), *rows]}, indent=1) + "\n"
     RUNS.mkdir(parents=True, exist_ok=True)
-    SUMMARY.write_text(json.dumps({"rows": [*_all(), *rows]}, indent=1))
+    for file in (KEPT, SUMMARY):
+        file.write_text(text)
 
 
 def _all() -> list[Row]:
-    return json.loads(SUMMARY.read_text())["rows"] if SUMMARY.exists() else []
+    return json.loads(KEPT.read_text())["rows"] if KEPT.exists() else []
