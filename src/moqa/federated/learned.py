@@ -74,7 +74,7 @@ def learned(
     >>> options = ModeOptions(np.ones((1, 2)), np.ones((1, 2)), np.ones((1, 2), np.int64))
     >>> seen = [Observation(0, (0.0,), 0, -1.0, 1.0)]
     >>> learned(seen, [0], np.zeros((1, 1)), options, np.array([0])).options.gains.round(2)
-    array([[0.47, 1.  ]])
+    array([[0.73, 1.  ]])
 
     Args:
         seen: with gains beyond the first guess and beyond the mean of their round, as `FineAllocator` keeps them.

@@ -47,7 +47,7 @@ class Served(Protocol):
 def common_app(service: Served, keys: Sequence[str] = (), cors: Sequence[str] = ()) -> FastAPI:
     """An application with the routes that all models have.
 
-    >>> app = common_app(service)
+    >>> app = common_app(service)  # doctest: +SKIP
 
     Args:
         service: the model.

@@ -12,7 +12,7 @@ from moqa.serve.images import ImageRequest, ImageService
 def build_image_app(service: ImageService, keys: Sequence[str] = (), cors: Sequence[str] = ()) -> FastAPI:
     """Build the application; for its arguments see `moqa.serve.common.common_app`.
 
-    >>> app = build_image_app(ImageService(model, reader, "out", queue=256))
+    >>> app = build_image_app(ImageService(model, reader, "out", queue=256))  # doctest: +SKIP
     """
     app = common_app(service, keys, cors)
 

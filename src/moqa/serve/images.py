@@ -49,7 +49,7 @@ class ImageRequest(AskedBody):
 class ImageService:
     """One image classifier shared by many clients; images are answered one after the other.
 
-    >>> service = ImageService(model, reader, "out", queue=256)
+    >>> service = ImageService(model, reader, "out", queue=256)  # doctest: +SKIP
 
     Args:
         model: a classifier of transformers, e.g. from `moqa.load`; only the service's thread uses it.
