@@ -41,9 +41,9 @@ def gptq(job: SolveBatch) -> SolveResult:
     The grid weights each input feature's error by its energy. Stack entries that no token reached are rounded as by
     `rtn`. With gradients at the outputs, rows make up for the errors of other rows as columns do for those of columns.
 
-    GPTQ (arXiv 2210.17323), algorithm 1; the batch over experts and the damping by token count are ours. A Hessian
-    that is a product of one of inputs and one of outputs is that of YAQA (arXiv 2505.22988), which rounds by both at
-    once; rounding by groups of rows is ours, and keeps the best path through a trellis.
+    GPTQ (arXiv 2210.17323), algorithm 1; the batch over experts, the damping by token count and wider steps of codes
+    are ours. A Hessian that is a product of one of inputs and one of outputs is that of YAQA (arXiv 2505.22988), which
+    rounds by both at once; rounding by groups of rows is ours, and keeps the best path through a trellis.
     """
     energy = torch.stack([inputs.energy for inputs in job.inputs])
     grid = _fitted(job, energy)
